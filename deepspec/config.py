@@ -1,0 +1,299 @@
+"""What a run is made of: one frozen pydantic model per stage, every field with a description and a unit.
+
+Everything under `resources` says how the work is done and stays out of every fingerprint; all other fields decide what
+the result is. How recipes are found, merged and overridden is in `recipe.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DemoConfig(Section):
+    """The embedded default: a tiny target trained here on text that every Python installation carries."""
+
+    seed: int = 0
+    """Seed of the corpus and of the target's weights."""
+    conversations: PositiveInt = 10_500
+    """Conversations to make, over all three domains."""
+    vocab_size: PositiveInt = 1024
+    """Tokens of the byte-pair tokenizer."""
+    num_layers: PositiveInt = 12
+    """Decoder layers of the target."""
+    hidden_size: PositiveInt = 96
+    """Width of the target."""
+    steps: PositiveInt = 400
+    """Optimizer steps of the target's training."""
+    batch_tokens: PositiveInt = 1100
+    """Tokens per optimizer step."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate (AdamW, cosine)."""
+    held_out: PositiveInt = 20
+    """Held-out benchmark prompts per domain."""
+
+
+class TargetConfig(Section):
+    model: str
+    """Hugging Face name or local folder of the target model; `demo` is the target that the demo stage trains."""
+    revision: str | None = None
+    """Commit or tag of the model on the hub; null for a local folder."""
+    chat_family: Literal["qwen", "gemma4"]
+    """How the chat template marks turns."""
+    thinking: bool = False
+    """Whether the chat template switches thinking on."""
+    layer_ids: tuple[int, ...] = Field(min_length=1)
+    """Decoder layers (0-based) whose outputs are captured; -1 is the embedding output; never the last layer."""
+    mask_token_id: int = Field(ge=0)
+    """Token id that stands for a not yet drafted position."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format that the target computes in."""
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> Self:
+        if list(self.layer_ids) != sorted(set(self.layer_ids)) or self.layer_ids[0] < -1:
+            raise ValueError("layer_ids must be ascending, without repeats, and at least -1")
+        return self
+
+
+class DemoSource(Section):
+    kind: Literal["demo"]
+    """The prompts of the demo stage."""
+
+
+class FileSource(Section):
+    kind: Literal["files"]
+    """JSONL or Parquet files."""
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files (local paths or URLs); rows carry `messages`, `conversations`, `turns` or `prompt`."""
+
+
+class DatasetSource(Section):
+    kind: Literal["dataset"]
+    """A Hugging Face data set."""
+    name: str
+    """Name on the hub or a local folder."""
+    subset: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Commit or tag to read."""
+
+
+class PromptsConfig(Section):
+    source: Annotated[DemoSource | FileSource | DatasetSource, Field(discriminator="kind")]
+    """Where prompts come from."""
+    limit: PositiveInt | None = None
+    """Prompts to keep at most, in source order; null keeps all."""
+    shard_rows: PositiveInt = 128
+    """Prompts per shard; the shard numbers of all later stages follow from it."""
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the prompts that training never sees."""
+    seed: int = 42
+    """Seed of the held-out split."""
+    max_rejected: float = Field(default=0.05, ge=0, le=1)
+    """Share of rejected rows above which the stage fails."""
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=0.7, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Smallest set of tokens with this probability mass is kept."""
+    top_k: int = Field(default=0, ge=0)
+    """Tokens kept; 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens below this share of the likeliest one are dropped."""
+
+
+class AnswersConfig(Section):
+    engine: str = Field(default="transformers", pattern=r"^(transformers|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """`transformers` (in process), or `package.module:Class` of an engine of your own."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the target draws its answers."""
+    max_new_tokens: PositiveInt = 4096
+    """Tokens per answer at most."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """What to do with answers that ran into the limit."""
+    seed: int = 42
+    """Seed of the answers; each prompt draws from its own stream."""
+
+
+class HiddenConfig(Section):
+    codec: Literal["raw"] = "raw"
+    """How hidden states are encoded: `raw` is bfloat16."""
+    max_length: PositiveInt = 4096
+    """Tokens per sample at most; longer samples are cut."""
+    last_hidden: Literal["supervised", "none"] = "supervised"
+    """Keep the final hidden state around supervised tokens, or not at all (DFlash does not need it)."""
+
+
+class MarkovConfig(Section):
+    rank: PositiveInt = 256
+    """Rank of the transition table."""
+    kind: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    """Form of the head (DSpark eq. 5-6)."""
+
+
+class ConfidenceConfig(Section):
+    markov_features: bool = True
+    """Whether the head also sees the Markov embedding of the previous token."""
+    detach: bool = False
+    """Whether the confidence loss stops at the head instead of reaching the backbone."""
+
+
+class BlockDraftConfig(Section):
+    algorithm: Literal["dspark", "dflash"]
+    """`dflash` is the backbone alone; `dspark` adds the Markov and the confidence head."""
+    block_size: PositiveInt = 7
+    """Tokens proposed per round."""
+    num_layers: PositiveInt = 5
+    """Decoder layers of the draft."""
+    num_anchors: PositiveInt = 512
+    """Anchors drawn per sample and step in training."""
+    markov: MarkovConfig | None = None
+    """Markov head, or null."""
+    confidence: ConfidenceConfig | None = None
+    """Confidence head, or null."""
+
+    @model_validator(mode="after")
+    def _heads_match_the_algorithm(self) -> Self:
+        if self.algorithm == "dflash" and (self.markov or self.confidence):
+            raise ValueError("dflash has no heads: leave draft.markov and draft.confidence out, or choose dspark")
+        if self.confidence and self.confidence.markov_features and not self.markov:
+            raise ValueError("draft.confidence.markov_features needs draft.markov")
+        return self
+
+
+class Eagle3DraftConfig(Section):
+    algorithm: Literal["eagle3"]
+    """One decoder layer trained on its own outputs."""
+    block_size: PositiveInt = 7
+    """Tokens proposed per round."""
+    num_layers: Literal[1] = 1
+    """Decoder layers of the draft."""
+    ttt_length: PositiveInt = 7
+    """Training-time-test steps."""
+    step_loss_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of each step relative to the one before."""
+
+
+DraftConfig = Annotated[BlockDraftConfig | Eagle3DraftConfig, Field(discriminator="algorithm")]
+
+
+class LossConfig(Section):
+    """Weights of the terms of DSpark eq. 9-12; eagle3 uses its own soft cross-entropy and none of these."""
+
+    ce: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy."""
+    tv: float = Field(default=0.9, ge=0)
+    """Weight of the total variation to the target's distribution."""
+    confidence: float = Field(default=1.0, ge=0)
+    """Weight of the confidence head's loss."""
+    decay: PositiveFloat | None = 4.0
+    """Slot j weighs exp(-j / decay); null weighs all alike."""
+
+
+class TrainConfig(Section):
+    seed: int = 42
+    """Seed of weights, order and anchors."""
+    epochs: PositiveInt = 10
+    """Passes over the training samples."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, whatever the epochs say."""
+    global_batch: PositiveInt = 512
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate (AdamW, cosine)."""
+    warmup: float = Field(default=0.04, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    clip: PositiveFloat = 1.0
+    """Norm that the gradient is clipped to."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the forward pass; master weights are float32."""
+    checkpoint_steps: PositiveInt = 500
+    """Optimizer steps between two checkpoints."""
+
+
+class BenchmarkConfig(Section):
+    name: str
+    """`demo/math`, `demo/code`, `demo/chat`, or the path of a JSONL file with `turns` on each line."""
+    limit: PositiveInt | None = None
+    """Prompts to take, by a seeded shuffle; null takes all."""
+
+
+class EvaluateConfig(Section):
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
+    """Prompts to decode."""
+    temperatures: tuple[float, ...] = Field(default=(1.0,), min_length=1)
+    """Each benchmark is decoded at each of these."""
+    max_new_tokens: PositiveInt = 2048
+    """Tokens per answer at most."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Number format of target and draft; null follows the target's."""
+    seed: int = 0
+    """Seed of the shuffle and of each prompt's random stream."""
+
+
+class ResourcesConfig(Section):
+    """How the work is done; none of it is part of a fingerprint."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes the GPU if there is one."""
+    lanes: PositiveInt | None = None
+    """Processes working on shards at a time; null is one per visible GPU, or one."""
+    shards_per_task: PositiveInt = 32
+    """Shards dealt to a lane at a time."""
+    answer_rows: PositiveInt = 64
+    """Prompts decoded together by the in-process engine."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens per forward pass in capture and per micro-batch in training."""
+    retries: int = Field(default=3, ge=0)
+    """Times that a group of shards is tried again after a transient failure."""
+    retry_delay_s: float = Field(default=2.0, ge=0)
+    """Seconds before the first retry; doubled each time."""
+    min_free_gb: float = Field(default=1.0, ge=0)
+    """Free disk space (GB) below which no shard is started."""
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the run: lower-case letters, digits, dot, dash, underscore."""
+    store: str
+    """Artifact store: a local folder or `s3://bucket/prefix`."""
+    demo: DemoConfig | None = None
+    """The embedded target and corpus; only where `target.model` is `demo`."""
+    target: TargetConfig
+    prompts: PromptsConfig
+    answers: AnswersConfig = AnswersConfig()
+    hidden: HiddenConfig = HiddenConfig()
+    draft: DraftConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _demo_is_whole(self) -> Self:
+        if (self.target.model == "demo") != (self.demo is not None):
+            raise ValueError("target.model `demo` and the section `demo` belong together")
+        uses_demo = self.prompts.source.kind == "demo" or any(b.name.startswith("demo/") for b in self.evaluate.benchmarks)
+        if uses_demo and self.demo is None:
+            raise ValueError("demo prompts and demo benchmarks need the section `demo`")
+        return self
+
+    @model_validator(mode="after")
+    def _draft_finds_what_it_reads(self) -> Self:
+        if self.hidden.last_hidden == "none" and (self.draft.algorithm == "eagle3" or self.loss.tv > 0 or self.draft.confidence):
+            raise ValueError("hidden.last_hidden `none` serves only a dflash draft with loss.tv 0")
+        if self.draft.algorithm == "eagle3" and self.target.layer_ids[0] < 0:
+            raise ValueError("eagle3 cannot read layer -1, the embedding output")
+        return self

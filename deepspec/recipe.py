@@ -1,0 +1,152 @@
+"""Finding, merging and overriding run configurations, with errors that name the field and the nearest right word.
+
+A recipe is an algorithm row laid over a target row: `dspark-qwen3-4b` is `recipes/targets/qwen3-4b.yaml` with
+`recipes/algorithms/dspark.yaml` on top. A run file may name the recipe it starts from under `recipe:`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from deepspec.config import RunConfig
+from deepspec.errors import ConfigError
+
+DEFAULT_ALGORITHM = "dspark"  # `demo` alone means `dspark-demo`
+
+
+def recipe_names() -> list[str]:
+    return [f"{algorithm}-{target}" for target in _rows("targets") for algorithm in _rows("algorithms")]
+
+
+def load_run(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> RunConfig:
+    """The run that a recipe name or a YAML file describes, with `key.path=value` overrides applied.
+
+    Raises:
+        ConfigError: unknown recipe, key or value; all wrong fields are named at once.
+    """
+    fields = _read_run_file(Path(source)) if source.endswith((".yaml", ".yml")) else recipe_fields(source)
+    for override in overrides:
+        fields = merge(fields, parse_override(override))
+    if store is not None:
+        fields["store"] = store
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source}: " + "; ".join(_explain(detail) for detail in error.errors()),
+            where=source,
+            fix=f"`python -m deepspec show-config {source.split('=')[0]}` prints every field; correct the ones named above",
+        ) from None
+
+
+def recipe_fields(name: str) -> dict[str, Any]:
+    """The merged rows of a recipe, not yet validated."""
+    if name in _rows("targets"):
+        name = f"{DEFAULT_ALGORITHM}-{name}"
+    algorithm, _, target = name.partition("-")
+    if name not in recipe_names():
+        raise ConfigError(
+            f"there is no recipe {name!r}" + _nearest(name, [*recipe_names(), *_rows("targets")]),
+            where="recipe name",
+            fix="choose one of: " + ", ".join(recipe_names()) + "; or give a run file ending in .yaml",
+        )
+    fields = merge(_rows("targets")[target], _rows("algorithms")[algorithm])
+    fields = merge(fields, fields.pop("per_algorithm", {}).get(algorithm, {}))
+    return {"name": name, "store": "store", **fields}
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `top` laid over it, mapping by mapping; anything but a mapping replaces what was there."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`train.lr=3e-4` as nested mappings; the value is read as YAML."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{text!r} is not of the form section.field=value", where="--set", fix="for example --set train.lr=3e-4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {path} is not valid YAML: {value!r}", where="--set", fix="quote the value") from None
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return parsed
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _rows(kind: str) -> dict[str, dict[str, Any]]:
+    folder = files("deepspec").joinpath("recipes", kind)
+    rows = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
+    return {row.name.removesuffix(".yaml"): yaml.safe_load(row.read_text(encoding="utf-8")) for row in rows}
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the run file cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the run file is not valid YAML: {error}", where=str(path), fix="correct the line named") from None
+    if not isinstance(fields, dict):
+        raise ConfigError("the run file holds no settings", where=str(path), fix="start it with `recipe: demo`")
+    recipe = fields.pop("recipe", None)
+    return merge(recipe_fields(str(recipe)), fields) if recipe is not None else fields
+
+
+def _explain(detail: Any) -> str:
+    loc = [str(part) for part in detail["loc"]]
+    path = [part for index, part in enumerate(loc) if not (index and loc[index - 1] in _UNIONS)]
+    field = ".".join(path) or "run"
+    if detail["type"] == "extra_forbidden":
+        allowed = _allowed_fields(path[:-1])
+        return f"{field}: there is no such field{_nearest(path[-1], allowed)}; allowed here: {', '.join(allowed)}"
+    given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
+    message = detail["msg"].removeprefix("Value error, ")
+    expected = str(detail.get("ctx", {}).get("expected", "")).replace("'", "")
+    nearest = _nearest(str(detail["input"]), expected.replace(" or ", ", ").split(", ")) if expected else ""
+    return f"{field}: {message}{nearest}{given}"
+
+
+_UNIONS = ("draft", "source")  # behind these pydantic puts the union's tag into the path
+
+
+def _allowed_fields(path: Iterable[str]) -> list[str]:
+    schema: dict[str, Any] = RunConfig.model_json_schema()
+    options = [schema]
+    for key in path:
+        options = [option for parent in options for option in _resolve(parent.get("properties", {}).get(key, {}), schema)]
+    return sorted({name for option in options for name in option.get("properties", {})})
+
+
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    if "$ref" in node:
+        return [schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]]
+    if "items" in node:
+        return _resolve(node["items"], schema)
+    return [found for option in node.get("anyOf", node.get("oneOf", [])) for found in _resolve(option, schema)]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def section_of(config: BaseModel) -> dict[str, Any]:
+    """A config section as plain JSON values, for fingerprints and records."""
+    return config.model_dump(mode="json")
