@@ -1,0 +1,240 @@
+"""The commit rule: folders named by fingerprint, shards committed one by one, the record written last.
+
+A shard is finished when its record exists. The record names the data file it vouches for; the file's name carries its
+checksum, so a second worker at the same shard, or a second try of it, never touches bytes that a record stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepspec import __version__
+from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError
+from deepspec.store import Store, canonical_json, file_checksum, pretty_json
+
+RECORD_NAME = re.compile(r"(\d{5,})\.json")
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ArtifactInput(Stored):
+    stage: str
+    name: str
+    fingerprint: str
+
+
+class ArtifactKey(NamedTuple):
+    """What decides an artifact's content, and so its folder: `<stage>/<name>-<fingerprint>`."""
+
+    stage: str
+    name: str
+    fingerprint: str
+    recipe: dict[str, Any]
+    inputs: tuple[ArtifactInput, ...]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.stage}/{self.name}-{self.fingerprint}"
+
+    def as_input(self) -> ArtifactInput:
+        return ArtifactInput(stage=self.stage, name=self.name, fingerprint=self.fingerprint)
+
+
+class ArtifactInfo(Stored):
+    """`artifact.json`: written before the first shard and compared on resume."""
+
+    stage: str
+    name: str
+    fingerprint: str
+    recipe: dict[str, Any]
+    inputs: tuple[ArtifactInput, ...]
+    code_version: str
+    run: dict[str, Any] = {}
+    """The whole run's configuration as first given; information, not part of the comparison."""
+
+
+class Record(Stored):
+    """One committed shard. `upstream` is the checksum of the shard it was made from."""
+
+    shard: int
+    file: str
+    num_bytes: int
+    checksum: str
+    rows: int
+    tokens: int = 0
+    rejected: int = 0
+    upstream: str | None = None
+    counts: dict[str, float] = {}
+    host: str = ""
+    seconds: float = 0.0
+
+    def content(self) -> dict[str, Any]:
+        """What an equal shard made elsewhere or at another time has in common with this one."""
+        return self.model_dump(exclude={"host", "seconds"})
+
+
+class FileEntry(Stored):
+    num_bytes: int
+    checksum: str
+
+
+class Manifest(Stored):
+    """A sealed artifact: every record and file, the inputs' digests, and one digest over all of it."""
+
+    stage: str
+    fingerprint: str
+    records: tuple[Record, ...]
+    files: dict[str, FileEntry]
+    inputs: dict[str, str]
+    totals: dict[str, int]
+    digest: str
+
+
+class Counts(NamedTuple):
+    rows: int
+    tokens: int = 0
+    rejected: int = 0
+    extra: Mapping[str, float] = {}
+
+
+class Artifact:
+    """One folder of the store. Resume is set subtraction: what is wanted minus `records()`."""
+
+    def __init__(self, store: Store, key: ArtifactKey) -> None:
+        self.store, self.key, self.folder = store, key, key.folder
+        self.url = f"{store.url.rstrip('/')}/{key.folder}"
+
+    def path(self, relative: str) -> str:
+        self.store.path(relative)  # refuses a way out of the artifact before the prefix hides it
+        return f"{self.folder}/{relative}"
+
+    def create(self, run: Mapping[str, Any]) -> None:
+        """Write `artifact.json`, or compare with the one that is there.
+
+        Raises:
+            ArtifactMismatch: the folder was made by another recipe.
+        """
+        info = self.info()
+        if info is None:
+            fields = {**self.key._asdict(), "code_version": __version__, "run": dict(run)}
+            self.store.write(self.path("artifact.json"), pretty_json(ArtifactInfo.model_validate(fields).model_dump(mode="json")))
+            return
+        for field in ("stage", "fingerprint", "recipe", "inputs"):
+            found, wanted = getattr(info, field), getattr(self.key, field)
+            if found != wanted:
+                what = f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
+                raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix="use another store, or remove that folder")
+
+    def info(self) -> ArtifactInfo | None:
+        return self._read("artifact.json", ArtifactInfo)
+
+    def commit(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
+        """Publish a staged file as shard `shard`: data first, record last, and only if no other record is there.
+
+        Raises:
+            ArtifactMismatch: the shard was committed before with other contents.
+        """
+        checksum = file_checksum(local)
+        file = f"shards/{shard:05d}-{checksum[:12]}.arrow"
+        record = Record(
+            shard=shard, file=file, num_bytes=local.stat().st_size, checksum=checksum, rows=counts.rows, tokens=counts.tokens,
+            rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra), host=socket.gethostname(), seconds=round(seconds, 3),
+        )  # fmt: skip
+        existing = self.record(shard)
+        if existing is not None and existing.upstream == upstream:
+            if existing.content() != record.content():
+                what = f"shard {shard} is already committed with other contents ({existing.file}, now {file})"
+                raise ArtifactMismatch(what, where=self.url, fix=f"remove records/{shard:05d}.json to replace it")
+            return existing
+        self.store.publish(local, self.path(file))
+        self.store.write(self.path(f"records/{shard:05d}.json"), pretty_json(record.model_dump()))
+        self.store.remove(self.path(f"failures/{shard:05d}.json"))
+        return record
+
+    def record(self, shard: int) -> Record | None:
+        return self._read(f"records/{shard:05d}.json", Record)
+
+    def records(self) -> dict[int, Record]:
+        """All committed shards; a record that cannot be read counts as absent, so that its shard is made again."""
+        names = [name for name in self.store.names(self.path("records")) if RECORD_NAME.fullmatch(name)]
+        found = {}
+        for data in self.store.read_many([self.path(f"records/{name}") for name in names]):
+            try:
+                record = Record.model_validate_json(data)
+            except ValidationError:
+                continue
+            found[record.shard] = record
+        return dict(sorted(found.items()))
+
+    def put_rejects(self, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows that failed for good, each with its `reason`; written before the shard's record."""
+        lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+        if lines:
+            self.store.write(self.path(f"rejects/{shard:05d}.jsonl"), lines.encode())
+
+    def put_failure(self, shard: int, error: DeepSpecError) -> None:
+        """Leave word of why a shard is missing; a later commit of the shard takes it away."""
+        fields = {**error.to_json(), "transient": error.transient, "host": socket.gethostname()}
+        self.store.write(self.path(f"failures/{shard:05d}.json"), pretty_json(fields))
+
+    def failures(self) -> dict[int, str]:
+        names = self.store.names(self.path("failures"))
+        return {int(name.split(".")[0]): json.loads(self.store.read(self.path(f"failures/{name}")))["what"] for name in names}
+
+    def put_file(self, local: Path, relative: str) -> None:
+        """Copy one more file into the artifact (`local` stays where it is)."""
+        with self.store.staged() as staged:
+            shutil.copyfile(local, staged)
+            self.store.publish(staged, self.path(relative))
+
+    def seal(self, *, files: Sequence[str] = (), inputs: Mapping[str, str]) -> Manifest:
+        """Write the manifest: all records, further `files` with their checksums, and the inputs' manifest digests."""
+        records = tuple(self.records().values())
+        entries = {name: _entry(self.store.fetch(self.path(name))) for name in sorted(files)}
+        totals = {
+            "shards": len(records), "rows": sum(r.rows for r in records), "tokens": sum(r.tokens for r in records),
+            "rejected": sum(r.rejected for r in records),
+            "num_bytes": sum(r.num_bytes for r in records) + sum(entry.num_bytes for entry in entries.values()),
+        }  # fmt: skip
+        content = {
+            "stage": self.key.stage, "fingerprint": self.key.fingerprint, "records": [record.content() for record in records],
+            "files": {name: entry.model_dump() for name, entry in entries.items()}, "inputs": dict(inputs), "totals": totals,
+        }  # fmt: skip
+        digest = xxhash.xxh3_128_hexdigest(canonical_json(content))
+        manifest = Manifest.model_validate({**content, "records": records, "digest": digest})
+        self.store.write(self.path("manifest.json"), pretty_json(manifest.model_dump(mode="json")))
+        return manifest
+
+    def manifest(self) -> Manifest | None:
+        return self._read("manifest.json", Manifest)
+
+    def _read(self, relative: str, model: type[ModelT]) -> ModelT | None:
+        try:
+            return model.model_validate_json(self.store.read(self.path(relative)))
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            raise DamagedData("the file is not what it should be", where=f"{self.url}/{relative}", fix="remove it and run again") from None
+
+
+def _entry(local: Path) -> FileEntry:
+    return FileEntry(num_bytes=local.stat().st_size, checksum=file_checksum(local))
+
+
+def _difference(found: object, wanted: object) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        return ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+    return f"{found!r} there, {wanted!r} here"

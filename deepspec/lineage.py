@@ -1,0 +1,159 @@
+"""Fingerprints: an artifact is named by everything that decides its content, and by nothing else.
+
+The chain of fingerprints is the lineage: a result names its draft, the draft its hidden states, they their answers, and
+those their prompts. Resources (lanes, batch sizes, endpoints) are in no fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import xxhash
+
+from deepspec.artifact import Artifact, ArtifactInfo, ArtifactInput, ArtifactKey
+from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.errors import DataError
+from deepspec.recipe import section_of
+from deepspec.store import Store, canonical_json, file_checksum
+
+STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
+FORMAT_VERSION = {"demo": 1, "prompts": 1, "answers": 1, "hidden": 1, "train": 1, "evaluate": 1}
+SAMPLED_BLOCK = 1 << 20
+
+
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    return STAGES if config.demo else STAGES[1:]
+
+
+def artifact_of(config: RunConfig, stage: str) -> Artifact:
+    return Artifact(Store(config.store), artifact_key(config, stage))
+
+
+def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:
+    """The key of the artifact that this run's `stage` reads or makes.
+
+    Raises:
+        DataError: a prompts or benchmark file that does not exist.
+    """
+    recipe = _recipe(config, stage)
+    inputs = tuple(artifact_key(config, upstream).as_input() for upstream in upstream_of(config, stage))
+    content = {
+        "stage": stage, "format": FORMAT_VERSION[stage], "recipe": recipe, "inputs": [entry.fingerprint for entry in inputs],
+    }  # fmt: skip
+    fingerprint = hashlib.sha256(canonical_json(content)).hexdigest()[:12]
+    return ArtifactKey(stage, _name(config, stage), fingerprint, recipe, inputs)
+
+
+def upstream_of(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """The stages whose artifacts this stage reads; the first one gives it its shard numbers."""
+    uses_demo = {
+        "prompts": config.prompts.source.kind == "demo",
+        "answers": config.demo is not None,
+        "hidden": config.demo is not None,
+        "evaluate": config.demo is not None,
+    }
+    before = {"answers": "prompts", "hidden": "answers", "train": "hidden", "evaluate": "train"}.get(stage)
+    return tuple(name for name in (before, "demo" if uses_demo.get(stage) else None) if name)
+
+
+def chain(store: Store, info: ArtifactInfo) -> Iterator[tuple[int, ArtifactInfo]]:
+    """An artifact and everything it was made from, each with its depth, read from the store alone."""
+    yield 0, info
+    for entry in info.inputs:
+        upstream = input_artifact(store, entry).info()
+        if upstream is not None:
+            yield from ((depth + 1, found) for depth, found in chain(store, upstream))
+
+
+def input_artifact(store: Store, entry: ArtifactInput) -> Artifact:
+    return Artifact(store, ArtifactKey(entry.stage, entry.name, entry.fingerprint, {}, ()))
+
+
+def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
+    target = section_of(config.target)
+    spoken = {key: target[key] for key in ("model", "revision", "chat_family", "thinking", "dtype")} | _local_model(config)
+    match stage:
+        case "demo":
+            return {"demo": section_of(config.demo) if config.demo else None}
+        case "prompts":
+            return {"prompts": section_of(config.prompts), "files": _source_digests(config)}
+        case "answers":
+            return {"answers": section_of(config.answers), "target": spoken}
+        case "hidden":
+            return {"hidden": section_of(config.hidden), "target": {**spoken, "layer_ids": target["layer_ids"]}}
+        case "train":
+            sections = {"draft": config.draft, "loss": config.loss, "train": config.train}
+            return {"mask_token_id": config.target.mask_token_id, **{name: section_of(part) for name, part in sections.items()}}
+        case _:
+            return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config)}
+
+
+def _name(config: RunConfig, stage: str) -> str:
+    """A word for people to recognise the folder by; the same for all runs that share the artifact."""
+    target = _slug(config.target.model)
+    match stage, config.prompts.source:
+        case "demo", _:
+            return "demo"
+        case "prompts", DatasetSource(name=name):
+            return _slug(name)
+        case "prompts", FileSource(paths=paths):
+            return _slug(Path(paths[0]).stem)
+        case "prompts", DemoSource():
+            return "demo"
+        case (("train" | "evaluate"), _):
+            return f"{config.draft.algorithm}-{target}"
+        case _:
+            return target
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", Path(text).name.lower()).strip("-.") or "x"
+
+
+def _local_model(config: RunConfig) -> dict[str, str]:
+    """A digest of a local model folder; hub models are named by their revision, the demo's by its artifact."""
+    folder = Path(config.target.model)
+    return {"files": _folder_digest(str(folder.resolve()))} if config.demo is None and folder.is_dir() else {}
+
+
+@lru_cache
+def _folder_digest(folder: str) -> str:
+    """Small files whole, large ones by size, first and last megabyte: a 30 GB model must not be read to be named."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BLOCK))
+            file.seek(max(0, size - SAMPLED_BLOCK))
+            digest.update(file.read(SAMPLED_BLOCK))
+    return digest.hexdigest()
+
+
+def _source_digests(config: RunConfig) -> dict[str, str]:
+    source = config.prompts.source
+    return {Path(path).name: file_digest(path) for path in source.paths} if isinstance(source, FileSource) else {}
+
+
+def _benchmark_digests(config: RunConfig) -> dict[str, str]:
+    files = [benchmark.name for benchmark in config.evaluate.benchmarks if not benchmark.name.startswith("demo/")]
+    return {Path(path).name: file_digest(path) for path in files}
+
+
+@lru_cache
+def file_digest(path: str) -> str:
+    """What a file holds, as hex: its checksum locally, the server's word (etag and size) elsewhere."""
+    filesystem, location = fsspec.core.url_to_fs(path)
+    if not filesystem.exists(location):
+        raise DataError("the file does not exist", where=path, fix="check the path in prompts.source.paths or evaluate.benchmarks")
+    if Path(location).is_file():
+        return file_checksum(Path(location))
+    return str(filesystem.ukey(location))

@@ -1,0 +1,201 @@
+"""What is done, what is missing, and the one loop by which a stage works through its shards.
+
+The store alone says what is done: a shard is missing while it has no record, or a record made from an upstream shard
+that has since been replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepspec.artifact import Artifact, Counts, Manifest, Record
+from deepspec.config import RunConfig
+from deepspec.errors import ArtifactMismatch, ConfigError, DeepSpecError, ShardsFailed, TransientError
+from deepspec.events import Report
+from deepspec.lineage import STAGES, artifact_of, stages_of, upstream_of
+
+__all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of", "work_through"]
+log = logging.getLogger(__name__)
+
+SHARDED = ("answers", "hidden")  # their shard numbers are those of the stage before
+
+
+class StageStatus(NamedTuple):
+    stage: str
+    artifact_url: str
+    fingerprint: str
+    committed: int
+    missing: list[int]
+    rows: int
+    tokens: int
+    rejected_rows: int
+    num_bytes: int
+    seconds: float
+    sealed: bool
+    failures: dict[int, str]
+    upstream_sealed: bool
+
+
+class Work(NamedTuple):
+    """One shard to make: its number, and the record and open-for-reading artifact it is made from."""
+
+    shard: int
+    upstream: Record | None
+
+
+Make = Callable[[Work, Path], Counts]
+
+
+def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
+    """Committed shards of the stage before, by number."""
+    return artifact_of(config, upstream_of(config, stage)[0]).records()
+
+
+def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
+    """Shards without a record, or whose record was made from something other than `wanted` (shard: upstream checksum)."""
+    records = artifact.records()
+    return [shard for shard, upstream in wanted.items() if shard not in records or records[shard].upstream != upstream]
+
+
+def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
+    """The manifest digests of everything that `stage` reads, by `stage/fingerprint`.
+
+    Raises:
+        ArtifactMismatch: one of them is not finished.
+    """
+    digests = {}
+    for upstream in upstream_of(config, stage):
+        artifact = artifact_of(config, upstream)
+        manifest = artifact.manifest()
+        if manifest is None:
+            what = f"the stage {stage!r} reads {upstream!r}, which is not finished"
+            raise ArtifactMismatch(what, where=artifact.url, fix=f"run `python -m deepspec {upstream} {config.name}` first")
+        digests[f"{upstream}/{artifact.key.fingerprint}"] = manifest.digest
+    return digests
+
+
+def stage_status(config: RunConfig, stage: str) -> StageStatus:
+    artifact = artifact_of(config, stage)
+    manifest, records = artifact.manifest(), artifact.records()
+    upstream_manifests = [artifact_of(config, name).manifest() for name in upstream_of(config, stage)]
+    missing: list[int] = []
+    if stage in SHARDED:
+        missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
+    elif manifest is None or any(record.shard not in records for record in manifest.records):
+        missing = [0]
+    sealed = manifest is not None and not missing and _inputs_match(config, stage, manifest)
+    return StageStatus(
+        stage=stage,
+        artifact_url=artifact.url,
+        fingerprint=artifact.key.fingerprint,
+        committed=len(records),
+        missing=missing,
+        rows=sum(record.rows for record in records.values()),
+        tokens=sum(record.tokens for record in records.values()),
+        rejected_rows=sum(record.rejected for record in records.values()),
+        num_bytes=manifest.totals["num_bytes"] if manifest else sum(record.num_bytes for record in records.values()),
+        seconds=sum(record.seconds for record in records.values()),
+        sealed=sealed,
+        failures=artifact.failures(),
+        upstream_sealed=all(found is not None for found in upstream_manifests),
+    )
+
+
+def _inputs_match(config: RunConfig, stage: str, manifest: Manifest) -> bool:
+    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale."""
+    return all(
+        (found := artifact_of(config, name)).manifest() is None or manifest.inputs.get(f"{name}/{found.key.fingerprint}") == _digest(found)
+        for name in upstream_of(config, stage)
+    )
+
+
+def _digest(artifact: Artifact) -> str | None:
+    manifest = artifact.manifest()
+    return manifest.digest if manifest else None
+
+
+def results(config: RunConfig) -> dict[str, Any]:
+    """The summary that the evaluation wrote.
+
+    Raises:
+        ArtifactMismatch: there is none yet.
+    """
+    artifact = artifact_of(config, "evaluate")
+    try:
+        return dict(json.loads(artifact.store.read(artifact.path("summary.json"))))
+    except FileNotFoundError:
+        fix = f"run `python -m deepspec evaluate {config.name}`"
+        raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix) from None
+
+
+def parse_shards(text: str) -> list[int]:
+    """`"17,18,40-52"` as shard numbers."""
+    shards: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+            raise ConfigError(f"{part!r} is not a shard or a range of shards", where="--shards", fix="for example 17,18,40-52")
+        shards.update(range(int(first), int(last or first) + 1))
+    return sorted(shards)
+
+
+def choose(asked: Sequence[int] | None, available: Iterable[int], stage: str) -> list[int]:
+    """The asked shards (None: all), refused by name where there is no such shard to work on."""
+    known = set(available)
+    unknown = sorted(set(asked or ()) - known)
+    if unknown:
+        last = f"0 to {max(known)}" if known else "none"
+        what = f"the stage {stage!r} has no shard {', '.join(map(str, unknown))}; there are {last}"
+        raise ConfigError(what, where="--shards", fix="leave --shards out to do whatever is missing")
+    return sorted(known if asked is None else asked)
+
+
+def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], make: Make, report: Report) -> None:
+    """Make and commit each shard; a failing one is noted and the others go on.
+
+    Raises:
+        ShardsFailed: at the end, naming every shard that is still missing and why.
+    """
+    failures: dict[int, dict[str, Any]] = {}
+    done: dict[str, float] = {"rows": 0, "tokens": 0}
+    for index, work in enumerate(todo):
+        started = time.monotonic()
+        try:
+            artifact.store.check_writable(config.resources.min_free_gb)
+            with artifact.store.staged() as local, transient_system_errors(f"shard {work.shard}"):
+                counts = make(work, local)
+                upstream = work.upstream.checksum if work.upstream else None
+                record = artifact.commit(work.shard, local, counts, upstream=upstream, seconds=time.monotonic() - started)
+        except DeepSpecError as error:
+            log.error("stage=%s shard=%d failed: %s", artifact.key.stage, work.shard, error.what)
+            artifact.put_failure(work.shard, error)
+            failures[work.shard] = {**error.to_json(), "transient": error.transient}
+        else:
+            done = {"rows": done["rows"] + record.rows, "tokens": done["tokens"] + record.tokens}
+            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
+            log.info("stage=%s %s", artifact.key.stage, " ".join(f"{key}={value}" for key, value in fields.items()))
+            report({"event": "shard", "stage": artifact.key.stage, **fields})
+        report({"event": "progress", "stage": artifact.key.stage, "done": index + 1, "total": len(todo), "unit": "shards", **done})
+    if failures:
+        reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in failures.items())
+        fix = f"run `python -m deepspec {artifact.key.stage} {config.name} --shards {','.join(map(str, failures))}`"
+        raise ShardsFailed(f"{len(failures)} of {len(todo)} shards failed: {reasons}", where=artifact.url, fix=fix, failures=failures)
+
+
+def transient_system_errors(what: str) -> AbstractContextManager[None]:
+    """Lost connections and time-outs come back as TransientError, so that the shard is tried again."""
+
+    @contextmanager
+    def guard() -> Any:
+        try:
+            yield
+        except (ConnectionError, TimeoutError) as error:
+            raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
+
+    return guard()
