@@ -107,6 +107,8 @@ class Counts(NamedTuple):
     tokens: int = 0
     rejected: int = 0
     extra: Mapping[str, float] = {}
+    index: bytes = b""
+    """Where the shard's rows lie, for stages whose rows are read one by one."""
 
 
 class Artifact:
@@ -141,7 +143,7 @@ class Artifact:
         return self._read("artifact.json", ArtifactInfo)
 
     def commit(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
-        """Publish a staged file as shard `shard`: data first, record last, and only if no other record is there.
+        """Publish a staged file as shard `shard`: data first, then its index rows if it has any, the record last.
 
         Raises:
             ArtifactMismatch: the shard was committed before with other contents.
@@ -159,6 +161,8 @@ class Artifact:
                 raise ArtifactMismatch(what, where=self.url, fix=f"remove records/{shard:05d}.json to replace it")
             return existing
         self.store.publish(local, self.path(file))
+        if counts.index:
+            self.store.write(self.path(index_file(record)), counts.index)
         self.store.write(self.path(f"records/{shard:05d}.json"), pretty_json(record.model_dump()))
         self.store.remove(self.path(f"failures/{shard:05d}.json"))
         return record
@@ -177,6 +181,18 @@ class Artifact:
                 continue
             found[record.shard] = record
         return dict(sorted(found.items()))
+
+    def fetch_shard(self, record: Record) -> Path:
+        """A local file with the shard's data, checked against its record.
+
+        Raises:
+            DamagedData: the bytes are not those that were committed.
+        """
+        local = self.store.fetch(self.path(record.file))
+        if local.stat().st_size != record.num_bytes or file_checksum(local) != record.checksum:
+            fix = f"remove records/{record.shard:05d}.json there and run the stage {self.key.stage!r} again"
+            raise DamagedData(f"shard {record.shard} is damaged ({record.file})", where=self.url, fix=fix)
+        return local
 
     def put_rejects(self, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that failed for good, each with its `reason`; written before the shard's record."""
@@ -199,9 +215,14 @@ class Artifact:
             shutil.copyfile(local, staged)
             self.store.publish(staged, self.path(relative))
 
-    def seal(self, *, files: Sequence[str] = (), inputs: Mapping[str, str]) -> Manifest:
-        """Write the manifest: all records, further `files` with their checksums, and the inputs' manifest digests."""
-        records = tuple(self.records().values())
+    def seal(self, *, shards: Iterable[int] = (), files: Sequence[str] = (), inputs: Mapping[str, str]) -> Manifest:
+        """Write the manifest: the records of `shards`, further `files` with checksums, and the inputs' manifest digests.
+
+        Raises:
+            KeyError: a shard without a record; callers seal only when nothing is missing.
+        """
+        committed = self.records()
+        records = tuple(committed[shard] for shard in sorted(shards))
         entries = {name: _entry(self.store.fetch(self.path(name))) for name in sorted(files)}
         totals = {
             "shards": len(records), "rows": sum(r.rows for r in records), "tokens": sum(r.tokens for r in records),
@@ -227,6 +248,10 @@ class Artifact:
             return None
         except ValidationError:
             raise DamagedData("the file is not what it should be", where=f"{self.url}/{relative}", fix="remove it and run again") from None
+
+
+def index_file(record: Record) -> str:
+    return f"rows/{Path(record.file).name}"
 
 
 def _entry(local: Path) -> FileEntry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import xxhash
 
 from deepspec.artifact import Artifact, ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
-from deepspec.errors import DataError
-from deepspec.recipe import section_of
+from deepspec.errors import ArtifactMismatch, DataError
+from deepspec.recipe import load_run, section_of
 from deepspec.store import Store, canonical_json, file_checksum
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
@@ -157,3 +157,28 @@ def file_digest(path: str) -> str:
     if Path(location).is_file():
         return file_checksum(Path(location))
     return str(filesystem.ukey(location))
+
+
+def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Iterator[str]:
+    """The chain behind an artifact folder (or behind the result of a run), one line per artifact, read from the store.
+
+    Raises:
+        ArtifactMismatch: there is no artifact.
+    """
+    if source.endswith((".yaml", ".yml")) or "/" not in source:
+        artifact = artifact_of(load_run(source, overrides, store=store), "evaluate")
+    else:
+        root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
+        name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
+        artifact = Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+    info = artifact.info()
+    if info is None:
+        raise ArtifactMismatch(
+            "there is no artifact here", where=artifact.url, fix="give the folder that holds artifact.json, or run it first"
+        )
+    for depth, found in chain(artifact.store, info):
+        manifest = input_artifact(artifact.store, ArtifactInput.model_validate(found.model_dump())).manifest()
+        seal = (
+            f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else "not finished"
+        )
+        yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal})"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +43,10 @@ class StageStatus(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One shard to make: its number, and the record and open-for-reading artifact it is made from."""
+    """One shard to make, and the record of the shard it is made from."""
 
     shard: int
-    upstream: Record | None
+    upstream: Record
 
 
 Make = Callable[[Work, Path], Counts]
@@ -170,8 +170,8 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], ma
             artifact.store.check_writable(config.resources.min_free_gb)
             with artifact.store.staged() as local, transient_system_errors(f"shard {work.shard}"):
                 counts = make(work, local)
-                upstream = work.upstream.checksum if work.upstream else None
-                record = artifact.commit(work.shard, local, counts, upstream=upstream, seconds=time.monotonic() - started)
+                seconds = time.monotonic() - started
+                record = artifact.commit(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
         except DeepSpecError as error:
             log.error("stage=%s shard=%d failed: %s", artifact.key.stage, work.shard, error.what)
             artifact.put_failure(work.shard, error)
@@ -188,14 +188,42 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], ma
         raise ShardsFailed(f"{len(failures)} of {len(todo)} shards failed: {reasons}", where=artifact.url, fix=fix, failures=failures)
 
 
-def transient_system_errors(what: str) -> AbstractContextManager[None]:
+@contextmanager
+def transient_system_errors(what: str) -> Iterator[None]:
     """Lost connections and time-outs come back as TransientError, so that the shard is tried again."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError) as error:
+        raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
 
-    @contextmanager
-    def guard() -> Any:
-        try:
-            yield
-        except (ConnectionError, TimeoutError) as error:
-            raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
 
-    return guard()
+class ShardedStage(NamedTuple):
+    """A stage whose shards are made from those of the stage before, ready to work."""
+
+    artifact: Artifact
+    upstream: Artifact
+    todo: list[Work]
+
+
+def open_sharded(config: RunConfig, stage: str, shards: Sequence[int] | None) -> ShardedStage:
+    """The stage's artifact, created or compared, and the shards to make now.
+
+    Raises:
+        ArtifactMismatch: the folder belongs to another recipe, or the stage before is not finished.
+        ConfigError: a shard that does not exist.
+    """
+    require_sealed(config, stage)
+    artifact, upstream = artifact_of(config, stage), artifact_of(config, upstream_of(config, stage)[0])
+    records = upstream.records()
+    asked = choose(shards, records, stage)
+    artifact.create(config.model_dump(mode="json"))
+    missing = missing_shards(artifact, {shard: records[shard].checksum for shard in asked})
+    return ShardedStage(artifact, upstream, [Work(shard, records[shard]) for shard in missing])
+
+
+def seal_if_whole(config: RunConfig, stage: str, *, files: Sequence[str] = ()) -> Manifest | None:
+    """Seal the artifact if nothing is missing any more; whoever commits the last shard gets here."""
+    artifact, wanted = artifact_of(config, stage), upstream_records(config, stage)
+    if missing_shards(artifact, {shard: record.checksum for shard, record in wanted.items()}):
+        return None
+    return artifact.seal(shards=wanted, files=files, inputs=require_sealed(config, stage))

@@ -1,0 +1,210 @@
+"""The one door: `python -m deepspec <verb> RUN`. RUN is a recipe (`demo`) or a run file (`my-run.yaml`).
+
+Stage verbs do whatever is missing and nothing else, so running the same command again is how to resume. With
+DEEPSPEC_EVENTS=1 a stage verb writes JSON events to stdout, one a line; that is how the flows follow it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deepspec.config import RunConfig
+from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, DeepSpecError, ShardsFailed
+from deepspec.events import Report, json_lines
+from deepspec.recipe import load_run, recipe_names, to_yaml
+from deepspec.stages import parse_shards
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
+StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
+Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes: an algorithm on a target."""
+    for name in recipe_names():
+        typer.echo(name)
+
+
+@app.command("show-config")
+def show_config(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Print a run's whole configuration as YAML, ready to be saved, edited and run."""
+    typer.echo(to_yaml(load_run(run, sets or (), store=store)), nl=False)
+
+
+@app.command()
+def demo(run: Run = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
+    """Stage 0, demo recipes only: train the tiny target and write its prompts and benchmarks."""
+    from deepspec.demo.stage import run_demo
+
+    config, report = _open(run, sets, store)
+    run_demo(config, report)
+
+
+@app.command()
+def prompts(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Stage 1: read the source, drop what cannot be used, cut into shards."""
+    from deepspec.data.prompts import run_prompts
+
+    config, report = _open(run, sets, store)
+    run_prompts(config, report)
+
+
+@app.command()
+def answers(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
+    """Stage 2: the target answers every prompt anew."""
+    from deepspec.data.answers import run_answers
+
+    config, report = _open(run, sets, store)
+    run_answers(config, shards=_chosen(shards), report=report)
+
+
+@app.command()
+def hidden(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
+    """Stage 3: capture the target's hidden states over prompts and answers."""
+    from deepspec.data.capture import run_capture
+
+    config, report = _open(run, sets, store)
+    run_capture(config, shards=_chosen(shards), report=report)
+
+
+@app.command()
+def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Stage 4: train the draft, from the newest checkpoint if there is one."""
+    from deepspec.train.loop import run_train
+
+    config, report = _open(run, sets, store)
+    run_train(config, report)
+
+
+@app.command()
+def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
+    """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
+    from deepspec.eval.run import run_evaluate
+    from deepspec.stages import results
+
+    config, report = _open(run, sets, store)
+    run_evaluate(config, shards=_chosen(shards), report=report)
+    if shards is None:
+        report({"event": "result", "stage": "evaluate", **results(config)})
+
+
+@app.command()
+def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Show per stage what is committed, missing, rejected or failed."""
+    from deepspec.stages import stage_status, stages_of
+
+    config = load_run(run, sets or (), store=store)
+    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", "artifact")
+    for found in (stage_status(config, stage) for stage in stages_of(config)):
+        state = "sealed" if found.sealed else "failed" if found.failures else "to do" if not found.committed else "part done"
+        cells = (found.committed, len(found.missing), found.rows, found.rejected_rows, found.tokens, f"{found.num_bytes / 1e6:.1f}")
+        table.add_row(found.stage, state, *map(str, cells), found.artifact_url)
+        for shard, reason in found.failures.items():
+            table.add_row("", "", str(shard), "", "", "", "", "", f"failed: {reason}")
+    Console().print(table)
+
+
+@app.command()
+def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
+    from deepspec.verify import verify_stage
+
+    config = load_run(run, sets or (), store=store)
+    from deepspec.stages import stages_of
+
+    damaged = [problem for stage in stages_of(config) for problem in verify_stage(config, stage)]
+    for problem in damaged:
+        typer.echo(problem, err=True)
+    if damaged:
+        raise typer.Exit(EXIT_FAILED)
+    typer.echo("every committed byte is as it was written")
+
+
+@app.command()
+def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (result, draft, ...) or a run")], sets: Sets = None,
+            store: StoreUrl = None) -> None:  # fmt: skip
+    """Tell what an artifact was made from, back to its prompts, from the store alone."""
+    from deepspec.lineage import describe
+
+    for line in describe(folder, sets or (), store=store):
+        typer.echo(line)
+
+
+def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
+    """The validated run, and where its events go; refuses a store that cannot be used before anything is loaded."""
+    from deepspec.store import Store
+
+    config = load_run(run, sets or (), store=store)
+    Store(config.store).check_writable(config.resources.min_free_gb)
+    return config, json_lines if _speaks_json() else _TerminalReport().show
+
+
+def _chosen(shards: str | None) -> list[int] | None:
+    return None if shards is None else parse_shards(shards)
+
+
+def _speaks_json() -> bool:
+    return os.environ.get("DEEPSPEC_EVENTS") == "1"
+
+
+class _TerminalReport:
+    """Progress of a stage run by hand: a bar per stage."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.tasks: dict[str, Any] = {}
+
+    def show(self, event: dict[str, Any]) -> None:
+        if event["event"] == "result":
+            typer.echo(json.dumps({key: event[key] for key in ("acceptance_length", "lossless", "speedup")}))
+        if event["event"] != "progress":
+            return
+        if event["stage"] not in self.tasks:
+            self.progress.start()
+            self.tasks[event["stage"]] = self.progress.add_task(event["stage"], note="")
+        numbers = {key: value for key, value in event.items() if key not in ("event", "stage", "done", "total", "unit")}
+        note = " ".join(f"{key}={value}" for key, value in numbers.items())
+        self.progress.update(self.tasks[event["stage"]], completed=event["done"], total=event["total"], note=note)
+        if event["done"] == event["total"]:
+            self.progress.stop()
+
+
+def main(run_app: Callable[[], Any] = app) -> None:
+    """Run a verb; an error is one paragraph (and one JSON line for a parent process) and an exit code, never a stack trace."""
+    logging.basicConfig(
+        level=os.environ.get("DEEPSPEC_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        run_app()
+    except DeepSpecError as error:
+        transient = error.transient or (isinstance(error, ShardsFailed) and bool(error.retryable))
+        if _speaks_json():
+            json_lines({"event": "error", **error.to_json(), "transient": transient})
+        else:
+            typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_TRANSIENT if transient else error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Chat rendering, in one place for answers, capture and evaluation: the tokenizer's own template.
+
+The loss mask covers what the target generated, its end-of-turn token included, and nothing that a template inserted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepspec.config import RunConfig, TargetConfig
+from deepspec.errors import DataError
+from deepspec.lineage import artifact_of
+
+END_OF_TURN = {"qwen": "<|im_end|>", "gemma4": "<turn|>"}
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+class Sample(NamedTuple):
+    """Token ids of one training sequence and, for each, whether the target generated it."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+class Chat:
+    """A tokenizer with its template: messages in, the token ids that a server would see out."""
+
+    def __init__(self, tokenizer: Any, target: TargetConfig) -> None:
+        self.tokenizer, self.thinking = tokenizer, target.thinking
+        marker = END_OF_TURN[target.chat_family]
+        self.end_of_turn: int = tokenizer.convert_tokens_to_ids(marker)
+        if self.end_of_turn in (None, tokenizer.unk_token_id):
+            what = f"the tokenizer does not know {marker!r}, the end of a turn in the family {target.chat_family!r}"
+            raise DataError(what, where=f"target.model {target.model}", fix="set target.chat_family to the model's family")
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template", where=f"target.model {target.model}", fix="use an instruct model")
+
+    def stop_ids(self, generation_eos: int | Sequence[int] | None = None) -> frozenset[int]:
+        """Token ids that end an answer."""
+        ids = generation_eos if isinstance(generation_eos, Sequence) else [generation_eos]
+        return frozenset({self.end_of_turn, *(token for token in ids if token is not None)})
+
+    def render(self, messages: Sequence[Message | dict[str, Any]]) -> list[int]:
+        """Token ids of the conversation so far, the generation prompt of the next answer included."""
+        entries = [message._asdict() if isinstance(message, Message) else message for message in messages]
+        ids = self.tokenizer.apply_chat_template(
+            entries, add_generation_prompt=True, enable_thinking=self.thinking, tokenize=True, return_dict=False
+        )
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer, without the token that ended it."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def answer_ids(self, text: str, *, finished: bool) -> list[int]:
+        """Token ids of an answer that came as text; `finished` answers get their end-of-turn token back."""
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        return [*ids, self.end_of_turn] if finished else ids
+
+
+def load_chat(config: RunConfig) -> Chat:
+    from transformers import AutoTokenizer
+
+    folder = target_folder(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder or config.target.model), revision=config.target.revision)
+    except (OSError, ValueError) as error:
+        what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        raise DataError(what, where=f"target.model {config.target.model}", fix="check the name, or give a local folder") from None
+    return Chat(tokenizer, config.target)
+
+
+def target_folder(config: RunConfig) -> Path | None:
+    """The local folder of the target, or None where it is a name on the hub."""
+    if config.demo:
+        demo = artifact_of(config, "demo")
+        manifest = demo.manifest()
+        for name in manifest.files if manifest else ():
+            demo.store.fetch(demo.path(name))
+        return demo.store.fetch(demo.path("target"))
+    folder = Path(config.target.model)
+    return folder if folder.is_dir() else None
+
+
+def build_samples(turns: Sequence[tuple[list[int], list[int]]]) -> list[Sample]:
+    """Training sequences of a conversation, from (prompt ids, answer ids) of each of its turns.
+
+    Turns share a sequence while each prompt continues the tokens before it; where the template renders earlier turns
+    anew (Qwen3 drops their thinking), the turn starts a sequence of its own, so that every supervised token has exactly
+    the context it was generated in.
+    """
+    samples: list[Sample] = []
+    for prompt_ids, answer_ids in turns:
+        if samples and prompt_ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
+            current = samples[-1]
+        else:
+            current = Sample([], [])
+            samples.append(current)
+        added = prompt_ids[len(current.input_ids) :]
+        current.input_ids.extend([*added, *answer_ids])
+        current.loss_mask.extend([False] * len(added) + [True] * len(answer_ids))
+    return samples
+
+
+def parse_messages(text: str) -> list[dict[str, Any]]:
+    return list(json.loads(text))

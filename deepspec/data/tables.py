@@ -1,0 +1,18 @@
+"""Small Arrow tables on disk, as the prompts, answers and results keep them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+
+def write_table(table: pa.Table, local: Path) -> None:
+    """The table as an Arrow IPC file; equal tables give equal bytes."""
+    with pa.OSFile(str(local), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_table(local: Path) -> pa.Table:
+    with pa.memory_map(str(local)) as source:
+        return pa.ipc.open_file(source).read_all()

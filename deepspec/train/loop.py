@@ -1,0 +1,160 @@
+"""The train stage: a draft learns from the hidden-state cache; no rank ever loads the target."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from deepspec.artifact import Artifact
+from deepspec.config import RunConfig
+from deepspec.data.cache import HiddenCache
+from deepspec.errors import ArtifactMismatch, TrainingFailed
+from deepspec.events import Report, silent
+from deepspec.lineage import artifact_of
+from deepspec.model.checkpoint import build_draft, save_draft
+from deepspec.model.draft import TrainBatch
+from deepspec.model.spec import DraftSpec
+from deepspec.stages import require_sealed
+from deepspec.train.data import StepData
+from deepspec.train.metrics import Meter
+from deepspec.train.optim import apply_step, learning_rate, make_optimizer
+from deepspec.train.state import append_metrics, read_metrics, resume, save_checkpoint, trainable
+from deepspec.train.world import World, join_world
+
+log = logging.getLogger(__name__)
+
+LOG_STEPS = 10  # optimizer steps between two lines of metrics
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class StepResult(NamedTuple):
+    loss: float
+    gradient_norm: float
+
+
+def run_train(config: RunConfig, report: Report = silent) -> Artifact:
+    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal."""
+    artifact = artifact_of(config, "train")
+    inputs = require_sealed(config, "train")
+    world = join_world(config.resources.device)
+    if world.is_first:
+        artifact.create(config.model_dump(mode="json"))
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    data = StepData(cache, config, world)
+    draft = make_draft(config, cache).to(world.device)
+    optimizer = make_optimizer(trainable(draft), config.train)
+    first = resume(artifact, draft, optimizer)
+    log.info(
+        "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
+    )
+    train(Trainer(config, artifact, world, draft, optimizer), data, first, report)
+    if world.is_first:
+        seal_draft(artifact, draft, data.total_steps, inputs)
+    world.wait()
+    return artifact
+
+
+class Trainer(NamedTuple):
+    """What every step works with."""
+
+    config: RunConfig
+    artifact: Artifact
+    world: World
+    draft: Any
+    optimizer: torch.optim.Optimizer
+
+
+def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
+    """Optimizer steps `first` to the last, logging and saving on the way."""
+    meter, total = Meter(), data.total_steps
+    history = read_metrics(trainer.artifact, first)
+    started, tokens = time.monotonic(), 0
+    trainer.draft.train()
+    for step in range(first, total):
+        tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
+        result = train_step(trainer, data, step, meter)
+        done = step + 1
+        if done % LOG_STEPS == 0 or done == total:
+            line = {"step": done, "loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world)}
+            rate = tokens / (time.monotonic() - started)
+            history.append({**line, "tokens_per_s": round(rate, 1)})
+            shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
+            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
+        if trainer.world.is_first and (done % trainer.config.train.checkpoint_steps == 0 or done == total):
+            save_checkpoint(trainer.artifact, done, trainer.draft, trainer.optimizer)
+            append_metrics(trainer.artifact, history)
+            log.info("stage=train step=%d loss=%.4f checkpoint saved", done, result.loss)
+
+
+def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> StepResult:
+    """One optimizer step over the global batch.
+
+    Numerators are summed over micro-batches and ranks with their gradients, and divided once by the denominator of the
+    whole global batch: how the samples were split leaves no trace (algorithms: Loss).
+
+    Raises:
+        TrainingFailed: the loss or its gradient is not finite; the parameters are those of the step before.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in data.batches(step):
+        totals += accumulate(trainer, batch, meter)
+    trainer.world.sum_gradients(list(trainable(trainer.draft).values()))
+    numerator, denominator = trainer.world.sum(totals.to(trainer.world.device)).tolist()
+    loss = numerator / denominator if denominator else 0.0
+    settings = trainer.config.train
+    lr = learning_rate(step, total=data.total_steps, settings=settings)
+    norm = apply_step(trainer.optimizer, lr=lr, denominator=denominator, clip=settings.clip) if denominator else 0.0
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        samples = [f"{int(data.cache.index[drawn.number]['sample_id']):016x}" for drawn in data.drawn(step)]
+        trainer.artifact.store.write(trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode())
+        what = f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids are in bad_step_{step:08d}.json"
+        raise TrainingFailed(what, where=trainer.artifact.url, fix="lower train.lr, or look at those samples; the last checkpoint is whole")
+    return StepResult(loss, norm)
+
+
+def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tensor:
+    """Add one micro-batch's summed gradients; returns its (loss numerator, denominator) as float64 [2]."""
+    plan = trainer.draft.plan(batch)
+    dtype = COMPUTE_DTYPES[trainer.config.train.compute_dtype]
+    with torch.autocast(trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        output = trainer.draft.loss(batch, plan)
+    output.numerator.backward()
+    meter.add(output.metrics)
+    return torch.tensor([float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64)
+
+
+def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
+    """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards.
+
+    Raises:
+        ArtifactMismatch: the cache was captured from another target or other layers than the draft reads.
+    """
+    artifact = cache.artifact
+    target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
+    spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
+    wanted = spec.hidden_size * len(spec.target_layer_ids)
+    if cache.layout.context_width != wanted:
+        what = f"the cache holds {cache.layout.context_width} context features a token, the draft reads {wanted}"
+        raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
+    frozen = load_file(artifact.store.fetch(artifact.path("frozen.safetensors")))
+    draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
+    draft.configure_loss(config.loss)
+    return draft
+
+
+def seal_draft(artifact: Artifact, draft: Any, steps: int, inputs: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        save_draft(draft, Path(scratch))
+        names = sorted(path.name for path in Path(scratch).iterdir())
+        for name in names:
+            artifact.put_file(Path(scratch) / name, f"draft/{name}")
+    artifact.seal(files=[*(f"draft/{name}" for name in names), "metrics.jsonl"], inputs=inputs)
+    log.info("stage=train sealed after %d steps: %s/draft", steps, artifact.url)

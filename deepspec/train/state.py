@@ -1,0 +1,89 @@
+"""Checkpoints: everything a run needs to go on exactly, safetensors and JSON only, its record written last."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deepspec.artifact import Artifact
+from deepspec.errors import DamagedData
+from deepspec.model.checkpoint import save_draft
+from deepspec.store import file_checksum, pretty_json
+from deepspec.train.optim import optimizer_tensors, restore_optimizer
+
+KEEP = 2  # the newest one, and one to fall back on should it turn out damaged
+
+
+class CheckpointRecord(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    files: dict[str, str]
+
+
+def save_checkpoint(artifact: Artifact, step: int, draft: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write the state after `step` optimizer steps; it counts once its record is there."""
+    folder = f"checkpoints/{step:08d}"
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch)
+        save_draft(draft, local)
+        save_file(optimizer_tensors(optimizer, trainable(draft)), local / "optimizer.safetensors")
+        files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
+        for name in files:
+            artifact.put_file(local / name, f"{folder}/{name}")
+    artifact.store.write(artifact.path(f"{folder}/record.json"), pretty_json(CheckpointRecord(step=step, files=files).model_dump()))
+    for old in checkpoint_steps(artifact)[:-KEEP]:
+        artifact.store.remove(artifact.path(f"checkpoints/{old:08d}"))
+
+
+def checkpoint_steps(artifact: Artifact) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
+    names = [name for name in artifact.store.names(artifact.path("checkpoints")) if name.isdigit()]
+    return [int(name) for name in names if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))]
+
+
+def resume(artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest complete checkpoint into draft and optimizer; returns the steps done (0: there is none).
+
+    Raises:
+        DamagedData: its bytes are not those that were saved.
+    """
+    steps = checkpoint_steps(artifact)
+    if not steps:
+        return 0
+    folder = f"checkpoints/{steps[-1]:08d}"
+    record = CheckpointRecord.model_validate_json(artifact.store.read(artifact.path(f"{folder}/record.json")))
+    local = {name: artifact.store.fetch(artifact.path(f"{folder}/{name}")) for name in record.files}
+    for name, checksum in record.files.items():
+        if file_checksum(local[name]) != checksum:
+            fix = "remove that folder to go on from the checkpoint before it"
+            raise DamagedData(f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix)
+    draft.load_state_dict(load_file(local["model.safetensors"], device=str(next(draft.parameters()).device)), strict=True)
+    restore_optimizer(optimizer, trainable(draft), load_file(local["optimizer.safetensors"]))
+    return record.step
+
+
+def trainable(draft: nn.Module) -> Mapping[str, nn.Parameter]:
+    return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+
+
+def append_metrics(artifact: Artifact, history: list[dict[str, Any]]) -> None:
+    """Rewrite metrics.jsonl, one line per logged step; the steps behind a resumed checkpoint are written once."""
+    artifact.store.write(artifact.path("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history).encode())
+
+
+def read_metrics(artifact: Artifact, before: int) -> list[dict[str, Any]]:
+    """Logged steps up to `before`, so that a resumed run continues the file."""
+    try:
+        lines = artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    return [entry for entry in map(json.loads, lines) if entry["step"] <= before]
