@@ -12,103 +12,18 @@ import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from deepspec import __version__
 from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError
+from deepspec.records import ArtifactInfo, ArtifactKey, Counts, FileEntry, Manifest, Record, index_file
 from deepspec.store import Store, canonical_json, file_checksum, pretty_json
 
 RECORD_NAME = re.compile(r"(\d{5,})\.json")
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-class Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class ArtifactInput(Stored):
-    stage: str
-    name: str
-    fingerprint: str
-
-
-class ArtifactKey(NamedTuple):
-    """What decides an artifact's content, and so its folder: `<stage>/<name>-<fingerprint>`."""
-
-    stage: str
-    name: str
-    fingerprint: str
-    recipe: dict[str, Any]
-    inputs: tuple[ArtifactInput, ...]
-
-    @property
-    def folder(self) -> str:
-        return f"{self.stage}/{self.name}-{self.fingerprint}"
-
-    def as_input(self) -> ArtifactInput:
-        return ArtifactInput(stage=self.stage, name=self.name, fingerprint=self.fingerprint)
-
-
-class ArtifactInfo(Stored):
-    """`artifact.json`: written before the first shard and compared on resume."""
-
-    stage: str
-    name: str
-    fingerprint: str
-    recipe: dict[str, Any]
-    inputs: tuple[ArtifactInput, ...]
-    code_version: str
-    run: dict[str, Any] = {}
-    """The whole run's configuration as first given; information, not part of the comparison."""
-
-
-class Record(Stored):
-    """One committed shard. `upstream` is the checksum of the shard it was made from."""
-
-    shard: int
-    file: str
-    num_bytes: int
-    checksum: str
-    rows: int
-    tokens: int = 0
-    rejected: int = 0
-    upstream: str | None = None
-    counts: dict[str, float] = {}
-    host: str = ""
-    seconds: float = 0.0
-
-    def content(self) -> dict[str, Any]:
-        """What an equal shard made elsewhere or at another time has in common with this one."""
-        return self.model_dump(exclude={"host", "seconds"})
-
-
-class FileEntry(Stored):
-    num_bytes: int
-    checksum: str
-
-
-class Manifest(Stored):
-    """A sealed artifact: every record and file, the inputs' digests, and one digest over all of it."""
-
-    stage: str
-    fingerprint: str
-    records: tuple[Record, ...]
-    files: dict[str, FileEntry]
-    inputs: dict[str, str]
-    totals: dict[str, int]
-    digest: str
-
-
-class Counts(NamedTuple):
-    rows: int
-    tokens: int = 0
-    rejected: int = 0
-    extra: Mapping[str, float] = {}
-    index: bytes = b""
-    """Where the shard's rows lie, for stages whose rows are read one by one."""
 
 
 class Artifact:
@@ -248,10 +163,6 @@ class Artifact:
             return None
         except ValidationError:
             raise DamagedData("the file is not what it should be", where=f"{self.url}/{relative}", fix="remove it and run again") from None
-
-
-def index_file(record: Record) -> str:
-    return f"rows/{Path(record.file).name}"
 
 
 def _entry(local: Path) -> FileEntry:

@@ -16,10 +16,11 @@ from typing import Any
 import fsspec
 import xxhash
 
-from deepspec.artifact import Artifact, ArtifactInfo, ArtifactInput, ArtifactKey
+from deepspec.artifact import Artifact
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.recipe import load_run, section_of
+from deepspec.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.store import Store, canonical_json, file_checksum
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspec.artifact import Artifact, Counts, Manifest, Record
+from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
 from deepspec.errors import ArtifactMismatch, ConfigError, DeepSpecError, ShardsFailed, TransientError
 from deepspec.events import Report
 from deepspec.lineage import STAGES, artifact_of, stages_of, upstream_of
+from deepspec.records import Counts, Manifest, Record
 
 __all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of", "work_through"]
 log = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from deepspec.artifact import Artifact, Counts
+from deepspec.artifact import Artifact
 from deepspec.config import AnswersConfig, RunConfig
 from deepspec.data.chat import Message, parse_messages
 from deepspec.data.tables import read_table, write_table
 from deepspec.errors import ConfigError
 from deepspec.events import Report, silent
+from deepspec.records import Counts
 from deepspec.stages import Work, open_sharded, seal_if_whole, work_through
 
 log = logging.getLogger(__name__)

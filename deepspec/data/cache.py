@@ -19,8 +19,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from deepspec.artifact import Artifact, Record, index_file
+from deepspec.artifact import Artifact
 from deepspec.errors import ArtifactMismatch, DamagedData
+from deepspec.records import Record, index_file
 
 INDEX_DTYPE = np.dtype(
     [

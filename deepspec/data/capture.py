@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.artifact import Artifact, Counts
+from deepspec.artifact import Artifact
 from deepspec.config import HiddenConfig, RunConfig
 from deepspec.data.answers import conversation_so_far, stream_seed
 from deepspec.data.cache import HiddenSample, Layout, ShardWriter, last_hidden_spans, write_index
@@ -27,6 +28,7 @@ from deepspec.data.tables import read_table
 from deepspec.errors import DamagedData
 from deepspec.events import Report, silent
 from deepspec.generate import pad_right
+from deepspec.records import Counts
 from deepspec.stages import Work, open_sharded, seal_if_whole, stage_status, work_through
 from deepspec.target import Target, TargetOutput, load_target
 
@@ -78,7 +80,7 @@ def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: Hidden
             turns.append((chat.render(conversation or []), list(ids)))
         for number, sample in enumerate(build_samples(turns)):
             input_ids, mask = sample.input_ids[: settings.max_length], sample.loss_mask[: settings.max_length]
-            if any(first and second for first, second in zip(mask, mask[1:], strict=False)):
+            if any(first and second for first, second in pairwise(mask)):
                 sample_id = stream_seed(0, answer["id"], number) if number else answer["id"]
                 rows.append(CaptureRow(sample_id, answer["held_out"], input_ids, mask))
     return sorted(rows, key=lambda row: (len(row.input_ids), row.sample_id))

@@ -11,18 +11,20 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
 
-from deepspec.artifact import Artifact, Counts
+from deepspec.artifact import Artifact
 from deepspec.config import DatasetSource, DemoSource, FileSource, PromptsConfig, RunConfig
 from deepspec.data.tables import write_table
 from deepspec.errors import DataError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
+from deepspec.records import Counts
 from deepspec.stages import require_sealed
 from deepspec.store import canonical_json
 
@@ -123,7 +125,7 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
     turns = [role for role in roles if role != "system"]
     if "system" in roles[1:]:
         return Rejected("system_not_first", f"roles are {roles}")
-    if not turns or turns[0] != "user" or any(first == second for first, second in zip(turns, turns[1:], strict=False)):
+    if not turns or turns[0] != "user" or any(first == second for first, second in pairwise(turns)):
         return Rejected("roles_out_of_order", f"roles are {roles}")
     kept = [message for message in messages if message["role"] != "assistant"]
     content = canonical_json(kept)

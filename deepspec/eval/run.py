@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from deepspec.artifact import Artifact, Counts, Record
+from deepspec.artifact import Artifact
 from deepspec.config import RunConfig, SamplingConfig
 from deepspec.data.answers import stream_seed
 from deepspec.data.chat import Chat, load_chat, target_folder
@@ -23,6 +23,7 @@ from deepspec.events import Report, silent
 from deepspec.generate import Decode, generate
 from deepspec.lineage import artifact_of
 from deepspec.model.checkpoint import load_draft
+from deepspec.records import Counts, Record
 from deepspec.stages import Work, choose, missing_shards, require_sealed, work_through
 from deepspec.store import pretty_json
 from deepspec.target import DTYPES, Target, load_target

@@ -1,0 +1,100 @@
+"""The sections of a run that describe a draft: its heads, its loss, its training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MarkovConfig(Section):
+    rank: PositiveInt = 256
+    """Rank of the transition table."""
+    kind: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    """Form of the head (DSpark eq. 5-6)."""
+
+
+class ConfidenceConfig(Section):
+    markov_features: bool = True
+    """Whether the head also sees the Markov embedding of the previous token."""
+    detach: bool = False
+    """Whether the confidence loss stops at the head instead of reaching the backbone."""
+
+
+class BlockDraftConfig(Section):
+    algorithm: Literal["dspark", "dflash"]
+    """`dflash` is the backbone alone; `dspark` adds the Markov and the confidence head."""
+    block_size: PositiveInt = 7
+    """Tokens proposed per round."""
+    num_layers: PositiveInt = 5
+    """Decoder layers of the draft."""
+    num_anchors: PositiveInt = 512
+    """Anchors drawn per sample and step in training."""
+    markov: MarkovConfig | None = None
+    """Markov head, or null."""
+    confidence: ConfidenceConfig | None = None
+    """Confidence head, or null."""
+
+    @model_validator(mode="after")
+    def _heads_match_the_algorithm(self) -> Self:
+        if self.algorithm == "dflash" and (self.markov or self.confidence):
+            raise ValueError("dflash has no heads: leave draft.markov and draft.confidence out, or choose dspark")
+        if self.confidence and self.confidence.markov_features and not self.markov:
+            raise ValueError("draft.confidence.markov_features needs draft.markov")
+        return self
+
+
+class Eagle3DraftConfig(Section):
+    algorithm: Literal["eagle3"]
+    """One decoder layer trained on its own outputs."""
+    block_size: PositiveInt = 7
+    """Tokens proposed per round."""
+    num_layers: Literal[1] = 1
+    """Decoder layers of the draft."""
+    ttt_length: PositiveInt = 7
+    """Training-time-test steps."""
+    step_loss_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of each step relative to the one before."""
+
+
+DraftConfig = Annotated[BlockDraftConfig | Eagle3DraftConfig, Field(discriminator="algorithm")]
+
+
+class LossConfig(Section):
+    """Weights of the terms of DSpark eq. 9-12; eagle3 uses its own soft cross-entropy and none of these."""
+
+    ce: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy."""
+    tv: float = Field(default=0.9, ge=0)
+    """Weight of the total variation to the target's distribution."""
+    confidence: float = Field(default=1.0, ge=0)
+    """Weight of the confidence head's loss."""
+    decay: PositiveFloat | None = 4.0
+    """Slot j weighs exp(-j / decay); null weighs all alike."""
+
+
+class TrainConfig(Section):
+    seed: int = 42
+    """Seed of weights, order and anchors."""
+    epochs: PositiveInt = 10
+    """Passes over the training samples."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, whatever the epochs say."""
+    global_batch: PositiveInt = 512
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate (AdamW, cosine)."""
+    warmup: float = Field(default=0.04, ge=0, lt=1)
+    """Share of the steps that warm up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    clip: PositiveFloat = 1.0
+    """Norm that the gradient is clipped to."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the forward pass; master weights are float32."""
+    checkpoint_steps: PositiveInt = 500
+    """Optimizer steps between two checkpoints."""

@@ -1,0 +1,68 @@
+"""What all tests share: a demo run small enough for seconds, and the demo artifact built once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+# The demo, shrunk until every stage takes a second or two: nothing is learnt, everything runs.
+TINY = [
+    "demo.conversations=240",
+    "demo.vocab_size=512",
+    "demo.num_layers=4",
+    "demo.hidden_size=32",
+    "demo.steps=4",
+    "demo.held_out=3",
+    "target.layer_ids=[-1, 0, 2]",
+    "prompts.limit=24",
+    "prompts.shard_rows=4",
+    "prompts.held_out=0.1",
+    "answers.max_new_tokens=12",
+    "draft.num_anchors=4",
+    "train.max_steps=6",
+    "train.global_batch=8",
+    "train.checkpoint_steps=2",
+    "evaluate.max_new_tokens=12",
+    "resources.shards_per_task=3",
+    "resources.retry_delay_s=0.1",
+    "resources.min_free_gb=0",
+]
+
+
+def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):
+    """The tiny demo's configuration in the given store."""
+    from deepspec.recipe import load_run
+
+    return load_run(recipe, [*TINY, *overrides], store=str(store))
+
+
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds the tiny demo artifact and nothing else; copy it, do not write to it."""
+    from deepspec.demo.stage import run_demo
+
+    store = tmp_path_factory.mktemp("demo") / "store"
+    run_demo(tiny_run(store))
+    return store
+
+
+@pytest.fixture
+def store(demo_store: Path, tmp_path: Path) -> Path:
+    """A store of the test's own, the demo stage already done."""
+    shutil.copytree(demo_store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,142 @@
+"""The prompts stage: stable ids, rejects with reasons, the same shards whenever it is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deepspec.config import PromptsConfig
+from deepspec.data.prompts import Prompt, Rejected, make_prompt, run_prompts
+from deepspec.data.tables import read_table
+from deepspec.errors import DataError
+from tests.conftest import tiny_run, write_jsonl
+
+SETTINGS = PromptsConfig.model_validate({"source": {"kind": "demo"}, "held_out": 0.5})
+
+
+def conversation(number: int) -> dict:
+    return {"conversations": [{"from": "human", "value": f"question {number}"}, {"from": "gpt", "value": f"answer {number}"}]}
+
+
+def run_files(store: Path, *paths: Path, shard_rows: int = 4, **settings: object):
+    source = json.dumps({"kind": "files", "paths": [str(path) for path in paths]})
+    overrides = [f"prompts.source={source}", f"prompts.shard_rows={shard_rows}", "prompts.limit=null"]
+    return run_prompts(tiny_run(store, *overrides, *(f"prompts.{key}={value}" for key, value in settings.items())))
+
+
+def all_rows(artifact) -> list[dict]:
+    return [row for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
+
+
+def test_assistant_turns_are_dropped_and_the_rest_is_kept():
+    row = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    prompt = make_prompt(row, SETTINGS)
+    assert isinstance(prompt, Prompt)
+    assert json.loads(prompt.messages) == [{"content": "s", "role": "system"}, {"content": "u", "role": "user"}]
+
+
+def test_the_same_conversation_has_the_same_id_in_every_shape():
+    shapes = [
+        {"prompt": "hello"},
+        {"turns": ["hello"]},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
+        {"conversations": [{"from": "human", "value": "hello"}]},
+    ]
+    assert len({make_prompt(row, SETTINGS) for row in shapes}) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "no_messages"),
+        ({"messages": []}, "no_messages"),
+        ({"messages": "hello"}, "no_messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown_role"),
+        ({"messages": ["hello"]}, "unknown_role"),
+        ({"messages": [{"role": "user", "content": " "}]}, "empty_message"),
+        ({"messages": [{"role": "user", "content": None}]}, "empty_message"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "roles_out_of_order"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}, "roles_out_of_order"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}, "system_not_first"),
+    ],
+)
+def test_each_kind_of_bad_row_is_rejected_with_its_reason(row: dict, reason: str):
+    outcome = make_prompt(row, SETTINGS)
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == reason
+
+
+def test_the_held_out_split_belongs_to_the_row_and_not_to_its_place(store: Path, tmp_path: Path):
+    first = write_jsonl(tmp_path / "a.jsonl", [conversation(n) for n in range(20)])
+    more = write_jsonl(tmp_path / "b.jsonl", [conversation(n) for n in range(30, 20, -1)] + [conversation(n) for n in range(20)])
+    split = [{row["id"]: row["held_out"] for row in all_rows(run_files(store, path, held_out=0.5))} for path in (first, more)]
+    assert 0 < sum(split[0].values()) < 20
+    assert all(split[1][row] == held_out for row, held_out in split[0].items())
+
+
+def test_rows_are_cut_into_shards_in_order_and_rejects_are_kept_beside_them(store: Path, tmp_path: Path):
+    rows = [*(conversation(n) for n in range(6)), {"messages": []}, conversation(2), conversation(7)]
+    artifact = run_files(store, write_jsonl(tmp_path / "p.jsonl", rows), max_rejected=0.5)
+    records = artifact.records()
+    assert [record.rows for record in records.values()] == [4, 3]
+    assert records[1].rejected == 2
+    rejects = artifact.store.read(artifact.path("rejects/00001.jsonl")).decode().splitlines()
+    assert [(json.loads(line)["row"], json.loads(line)["reason"]) for line in rejects] == [(6, "no_messages"), (7, "duplicate")]
+    manifest = artifact.manifest()
+    assert manifest is not None
+    assert manifest.totals["rows"] == 7
+
+
+def test_parquet_and_jsonl_give_the_same_prompts(store: Path, tmp_path: Path):
+    rows = [conversation(n) for n in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    made = [run_files(store, path) for path in (write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "p.parquet")]
+    assert all_rows(made[0]) == all_rows(made[1])
+
+
+def test_a_local_data_set_is_read_through_datasets(store: Path, tmp_path: Path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [conversation(n) for n in range(3)])
+    source = json.dumps({"kind": "dataset", "name": str(folder)})
+    artifact = run_prompts(tiny_run(store, f"prompts.source={source}"))
+    assert len(all_rows(artifact)) == 3
+
+
+def test_a_second_run_adds_nothing_and_a_lost_record_brings_back_the_same_shard(store: Path, tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [conversation(n) for n in range(10)])
+    artifact = run_files(store, path)
+    before = artifact.manifest()
+    artifact.store.remove(artifact.path("records/00001.json"))
+    assert run_files(store, path).manifest() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ["empty"]),
+        ('{"prompt": "x"}\n{"prompt": \n', ["line 2", "not JSON"]),
+        ('{"prompt": "x"}\n[1]\n', ["line 2", "not an object"]),
+        ('{"messages": []}\n', ["no usable prompt"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_its_line(store: Path, tmp_path: Path, text: str, said: list[str]):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(DataError) as caught:
+        run_files(store, tmp_path / "p.jsonl")
+    assert all(words in str(caught.value) for words in said)
+
+
+def test_a_missing_file_is_refused_by_name(store: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="does not exist"):
+        run_files(store, tmp_path / "none.jsonl")
+
+
+def test_too_many_rejected_rows_stop_the_stage(store: Path, tmp_path: Path):
+    rows = [conversation(0), {"messages": []}]
+    with pytest.raises(DataError, match="max_rejected"):
+        run_files(store, write_jsonl(tmp_path / "p.jsonl", rows))

@@ -1,0 +1,44 @@
+"""Engines for tests: answers without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepspec.config import RunConfig
+from deepspec.data.answers import Refused, Request, Turn
+from deepspec.errors import DataError, TransientError
+
+
+class Echo:
+    """Answers with the user's message turned round; refuses the word `refuse`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> list[Turn | Refused]:
+        return [self._one(request.messages[-1].content) for request in requests]
+
+    def _one(self, said: str) -> Turn | Refused:
+        if "refuse" in said:
+            return Refused("refused", "the test asked for it")
+        return Turn(said[::-1][:40], None, "length" if "truncate" in said else "stop", 5, 3)
+
+
+class Flaky(Echo):
+    """Fails shard 3 the first time as transient, shard 5 for good while the file FLAKY_DIR/broken is there.
+
+    Every call is noted in FLAKY_DIR/calls, so that a test can see which shards were worked on.
+    """
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> list[Turn | Refused]:
+        notes = Path(os.environ["FLAKY_DIR"])
+        with (notes / "calls").open("a") as calls:
+            calls.write(f"{shard}\n")
+        if shard == 3 and not (notes / "failed-once").exists():
+            (notes / "failed-once").touch()
+            raise TransientError("the server is busy", where=f"shard {shard}", fix="it is tried again by itself")
+        if shard == 5 and (notes / "broken").exists():
+            raise DataError("the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt")
+        return super().answer(requests, shard=shard)

@@ -1,0 +1,86 @@
+"""Recipes and overrides: what is right loads, what is wrong is named with the nearest right word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepspec.errors import ConfigError
+from deepspec.recipe import load_run, merge, parse_override, recipe_names, to_yaml
+
+
+def test_every_recipe_validates():
+    for name in recipe_names():
+        assert load_run(name).draft.algorithm == name.split("-")[0]
+
+
+def test_demo_alone_means_dspark_on_the_demo_target():
+    assert load_run("demo") == load_run("dspark-demo")
+
+
+def test_a_shown_config_loads_again_as_the_same_run(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(load_run("demo")))
+    assert load_run(str(path)) == load_run("demo")
+
+
+def test_a_run_file_starts_from_its_recipe(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: dflash-demo\ntrain: {lr: 0.5}\n")
+    run = load_run(str(path), ["train.seed=7"], store="elsewhere")
+    assert (run.draft.algorithm, run.train.lr, run.train.seed, run.store) == ("dflash", 0.5, 7, "elsewhere")
+
+
+def test_merge_goes_mapping_by_mapping_and_null_replaces():
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": None}}) == {"a": {"b": 1, "c": None}, "d": 3}
+
+
+def test_an_override_reads_its_value_as_yaml():
+    assert parse_override("target.layer_ids=[1, 2]") == {"target": {"layer_ids": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "said"),
+    [
+        ("demmo", [], ["'demmo'", "did you mean 'demo'"]),
+        ("no-such.yaml", [], ["cannot be read"]),
+        ("demo", ["train.lrr=1"], ["train.lrr", "did you mean 'lr'", "warmup"]),
+        ("demo", ["train.lr=fast"], ["train.lr", "'fast'"]),
+        ("demo", ["draft.markov.kind=gatd"], ["draft.markov.kind", "'gated'"]),
+        ("demo", ["target.layer_ids=[3, 1]"], ["layer_ids must be ascending"]),
+        ("demo", ["train.lr"], ["not of the form"]),
+        ("demo", ["train.lr=[1"], ["not valid YAML"]),
+        ("demo", ["prompts.source={kind: file}"], ["prompts.source", "'files'"]),
+        ("dflash-demo", ["draft.markov={rank: 4}"], ["dflash has no heads"]),
+        ("demo", ["target.model=Qwen/Qwen3-4B"], ["belong together"]),
+        ("demo", ["hidden.last_hidden=none"], ["serves only"]),
+        ("demo", ["train.lr=-1", "loss.cee=2"], ["train.lr", "loss.cee"]),
+    ],
+)
+def test_bad_input_is_named_with_what_is_allowed(source: str, overrides: list[str], said: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_run(source, overrides)
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_every_field_has_a_description():
+    from deepspec.config import RunConfig
+
+    schema = RunConfig.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    bare = [
+        f"{section['title']}.{name}"
+        for section in sections
+        for name, entry in section.get("properties", {}).items()
+        if "description" not in entry and "$ref" not in entry and "default" not in entry
+    ]
+    structural = {"RunConfig.prompts", "RunConfig.draft", "RunConfig.evaluate", "RunConfig.target"}
+    assert set(bare) <= structural
+
+
+def test_the_recipe_files_are_plain_yaml_rows():
+    folder = Path(__file__).parents[1] / "deepspec" / "recipes"
+    assert all(isinstance(yaml.safe_load(path.read_text()), dict) for path in folder.rglob("*.yaml"))
