@@ -76,8 +76,8 @@ class Artifact:
                 raise ArtifactMismatch(what, where=self.url, fix=f"remove records/{shard:05d}.json to replace it")
             return existing
         self.store.publish(local, self.path(file))
-        if counts.index:
-            self.store.write(self.path(index_file(record)), counts.index)
+        if counts.index_rows:
+            self.store.write(self.path(index_file(record)), counts.index_rows)
         self.store.write(self.path(f"records/{shard:05d}.json"), pretty_json(record.model_dump()))
         self.store.remove(self.path(f"failures/{shard:05d}.json"))
         return record

@@ -11,11 +11,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from deepspec.draft_config import (
-    DraftConfig,
-    LossConfig,
-    Section,
-    TrainConfig,
-)
+    BlockDraftConfig, ConfidenceConfig, DraftConfig, Eagle3DraftConfig, LossConfig, MarkovConfig, Section, TrainConfig,
+)  # fmt: skip
+
+__all__ = [
+    "AnswersConfig", "BenchmarkConfig", "BlockDraftConfig", "ConfidenceConfig", "DatasetSource", "DemoConfig", "DemoSource",
+    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig", "PromptsConfig",
+    "ResourcesConfig", "RunConfig", "SamplingConfig", "Section", "TargetConfig", "TrainConfig",
+]  # fmt: skip
 
 
 class DemoConfig(Section):

@@ -91,7 +91,7 @@ class Counts(NamedTuple):
     tokens: int = 0
     rejected: int = 0
     extra: Mapping[str, float] = {}
-    index: bytes = b""
+    index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
 
 

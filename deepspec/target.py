@@ -61,8 +61,8 @@ class TargetCache:
 class Target:
     """A causal language model that only ever runs forward."""
 
-    def __init__(self, model: nn.Module, layer_ids: Sequence[int]) -> None:
-        self.model: Any = model.eval().requires_grad_(requires_grad=False)
+    def __init__(self, model: Any, layer_ids: Sequence[int]) -> None:
+        self.model = model.eval().requires_grad_(requires_grad=False)
         self.decoder = self.model.get_decoder()
         self.text_config = self.model.config.get_text_config()
         self.lm_head = self.model.get_output_embeddings()

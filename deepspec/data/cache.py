@@ -8,6 +8,7 @@ T tokens, m captured layers, D hidden size, T' tokens whose final hidden state i
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ INDEX_DTYPE = np.dtype(
         ("held_out", "<u4"), ("num_last", "<u4"), ("offset", "<u8"), ("num_bytes", "<u8"), ("checksum", "<u8"),
     ]
 )  # fmt: skip
+# Decoded tensors share memory that must not be written to; nothing here does.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 FOOTER_MAGIC = 8  # "ARROW1" and two bytes of padding stand before the schema message
 
 
@@ -137,7 +140,7 @@ def encode(sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
     for tensor, column in zip(values, list(schema)[1:], strict=True):
         kind = column.type.value_type
         count = tensor.numel() if pa.types.is_integer(kind) else len(tensor)
-        raw = pa.py_buffer(tensor.contiguous().view(torch.uint8).numpy())
+        raw = pa.py_buffer(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         items = pa.Array.from_buffers(kind, count, [None, raw])
         offsets = pa.py_buffer(np.array([0, count], dtype=np.int64))
         columns.append(pa.Array.from_buffers(column.type, 1, [None, offsets], children=[items]))
@@ -155,7 +158,7 @@ def decode(message: pa.Buffer | bytes, schema: pa.Schema, layout: Layout) -> Hid
     def tensor(column: int, dtype: type, width: int) -> Tensor:
         listed = batch.column(column)
         items = listed.values
-        values = np.frombuffer(items.buffers()[1], dtype=dtype, count=len(items) * max(width, 1))
+        values: np.ndarray = np.frombuffer(items.buffers()[1], dtype=dtype, count=len(items) * max(width, 1))
         return torch.from_numpy(values.reshape(-1, width) if width else values)
 
     sample_id = int(np.frombuffer(batch.column(0).buffers()[1], np.uint64, 1)[0])

@@ -99,7 +99,7 @@ def _capture_shard(rows: Sequence[CaptureRow], target: Target, local: Path, shar
             _check_states(target, batch[0], output)
         index_rows = writer.close()
     tokens = sum(len(row.input_ids) for row in rows)
-    return Counts(rows=len(rows), tokens=tokens, extra={"supervised": supervised}, index=index_rows)
+    return Counts(rows=len(rows), tokens=tokens, extra={"supervised": supervised}, index_rows=index_rows)
 
 
 def token_batches(rows: Sequence[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:
