@@ -1,0 +1,58 @@
+"""The schedule, and what one optimizer step does with summed gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepspec.config import TrainConfig
+from deepspec.train.optim import apply_step, learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+
+SETTINGS = TrainConfig(lr=1.0, warmup=0.1)
+
+
+def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
+    rates = [learning_rate(step, total=100, settings=SETTINGS) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5, abs=1e-6)
+    assert 0 < rates[99] < 0.001
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert learning_rate(0, total=10, settings=TrainConfig(lr=2.0, warmup=0)) == 2.0
+
+
+def test_gradients_are_divided_by_the_denominator_before_clipping():
+    weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = make_optimizer({"w": weight}, SETTINGS)
+    weight.grad = torch.tensor([6.0, 8.0])
+    assert apply_step(optimizer, lr=0.1, denominator=2.0, clip=100.0) == pytest.approx(5.0)
+    assert weight.grad is None
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = make_optimizer({"w": weight}, SETTINGS)
+    weight.grad = torch.tensor([float("nan")])
+    apply_step(optimizer, lr=0.1, denominator=1.0, clip=1.0)
+    assert weight.item() == 1.0
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit():
+    def steps(optimizer, weight, count):
+        for index in range(count):
+            weight.grad = torch.tensor([0.3 + index, -0.7])
+            apply_step(optimizer, lr=0.1, denominator=1.0, clip=1.0)
+
+    straight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = make_optimizer({"w": straight}, SETTINGS)
+    steps(optimizer, straight, 2)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, {"w": straight}).items()}
+    resumed = nn.Parameter(straight.detach().clone())
+    steps(optimizer, straight, 3)
+    other = make_optimizer({"w": resumed}, SETTINGS)
+    restore_optimizer(other, {"w": resumed}, saved)
+    steps(other, resumed, 3)
+    assert torch.equal(straight, resumed)
