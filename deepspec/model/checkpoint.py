@@ -1,0 +1,105 @@
+"""Drafts on disk: config.json and model.safetensors under the published names, and fresh drafts from a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deepspec.errors import ArtifactMismatch, ConfigError
+from deepspec.model.backbone import RMSNorm
+from deepspec.model.block import BlockDraft
+from deepspec.model.spec import DraftSpec
+
+Draft = BlockDraft
+
+
+def empty_draft(spec: DraftSpec) -> Draft:
+    """A draft whose tensors have shapes but no memory yet."""
+    with torch.device("meta"):
+        return BlockDraft(spec)
+
+
+def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Draft:
+    """A fresh float32 draft: own weights follow from `seed` alone, embedding and lm_head [V, D] are frozen copies.
+
+    Raises:
+        ConfigError: embedding or lm_head is not of the target's shape.
+    """
+    shape = (spec.vocab_size, spec.hidden_size)
+    for name, tensor in (("embedding", embed), ("lm_head", lm_head)):
+        if tuple(tensor.shape) != shape:
+            what = f"the {name} is {list(tensor.shape)}, the target's config says {list(shape)}"
+            raise ConfigError(what, where="target", fix="give the tensors of the target that the config belongs to")
+    draft = empty_draft(spec).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in draft.modules():
+            _initialise(module, spec.initializer_range, generator)
+        draft.embed_tokens.weight.copy_(embed)
+        draft.lm_head.weight.copy_(lm_head)
+    return draft
+
+
+def _initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        module.weight.normal_(0.0, std, generator=generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+    elif isinstance(module, RMSNorm):
+        module.weight.fill_(1.0)
+    for buffer in module.buffers(recurse=False):  # Gemma's layer_scalar
+        buffer.fill_(1.0)
+
+
+def save_draft(draft: nn.Module, folder: Path) -> None:
+    """Write the weights, then config.json: a folder with a config is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()}
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+    spec: DraftSpec = draft.spec  # type: ignore[assignment]
+    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    partial.replace(folder / "config.json")
+
+
+def load_draft(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Draft:
+    """The draft in `folder`, every tensor accounted for, in evaluation mode.
+
+    Raises:
+        ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another shape (all named).
+        ConfigError: a config that describes no draft known here.
+    """
+    folder = Path(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if not (config.is_file() and weights.is_file()):
+        fix = "give a folder with config.json and model.safetensors"
+        raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
+    draft = empty_draft(DraftSpec.from_config(json.loads(config.read_text())))
+    load_tensors(draft, load_file(weights, device=str(device)), dtype=dtype, where=str(weights))
+    return draft.eval()
+
+
+def load_tensors(draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> None:
+    """Give the draft these tensors, cast to `dtype`.
+
+    Raises:
+        ArtifactMismatch: one that names all tensors that are missing, extra or of another shape.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in draft.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    problems += [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if found.get(name, shape) != shape]
+    if problems:
+        fix = "give the config.json that was saved with these weights"
+        raise ArtifactMismatch("weights and config do not fit: " + "; ".join(problems), where=where, fix=fix)
+    draft.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    for name, parameter in draft.named_parameters():  # assigning brings the tensors' own flags along
+        parameter.requires_grad = not name.startswith(("embed_tokens.", "lm_head."))

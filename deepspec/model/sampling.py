@@ -1,0 +1,150 @@
+"""Distributions, draws from them, and lossless verification (speculative sampling: Leviathan 2023, Chen 2023).
+
+All probabilities are float32, and the tensor a token was drawn from is the one its verification sees.
+B rows, g draft tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepspec.config import SamplingConfig
+
+
+class Verdict(NamedTuple):
+    num_accepted: Tensor  # [B] long, draft tokens accepted
+    next_token: Tensor  # [B] long, the target's own token that follows them
+
+
+def distribution(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Probabilities [..., V] float32 that tokens are drawn from, given raw logits [..., V] of any float dtype.
+
+    Temperature first, then top-k, top-p on what is left, min-p; temperature 0 is one-hot at the (first) largest logit.
+    """
+    if sampling.temperature == 0:
+        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    probs = scaled.softmax(-1)
+    kept = _kept(probs, sampling)
+    if kept is None:
+        return probs
+    probs = probs.where(kept, 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def _kept(probs: Tensor, sampling: SamplingConfig) -> Tensor | None:
+    """Which tokens top-p and min-p keep [..., V]; None where neither is set."""
+    kept = None
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p is kept
+        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before < sampling.top_p)
+    if sampling.min_p > 0:
+        likely = probs >= sampling.min_p * probs.amax(-1, keepdim=True)
+        kept = likely if kept is None else kept & likely
+    return kept
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """One token id per distribution [...] long, by inverse CDF: `probs` [..., V] (any positive sum), `uniforms` [...] in [0, 1).
+
+    A row's token depends on its own distribution and number only, and always has probability above zero.
+    """
+    cumulative = probs.double().cumsum(-1)
+    total = cumulative[..., -1:]
+    wanted = uniforms.to(probs.device, torch.float64).unsqueeze(-1) * total
+    # The product may round up to the total itself, and no token lies beyond that.
+    wanted = torch.minimum(wanted, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+
+
+def verify(
+    draft_tokens: Tensor,
+    draft_probs: Tensor | None,
+    target_logits: Tensor,
+    sampling: SamplingConfig,
+    uniforms: Tensor | None,
+    num_proposed: Tensor | None = None,
+) -> Verdict:
+    """Accept a prefix of each row's draft tokens such that the output is distributed as the target's own.
+
+    Args:
+        draft_tokens: [B, g] long.
+        draft_probs: [B, g, V], the very distributions they were drawn from; None says that each was certain.
+        target_logits: [B, g + 1, V] raw logits of the target behind [anchor, draft tokens].
+        sampling: the target's; at temperature 0 only likeliest tokens are compared.
+        uniforms: [B, g + 1] in [0, 1): one per acceptance test, the last for the token that follows.
+        num_proposed: [B] long, how many of the g tokens count, for rows that proposed fewer.
+    """
+    num_slots = draft_tokens.shape[1]
+    if sampling.temperature == 0 or uniforms is None:
+        likeliest = target_logits.argmax(-1)
+        accepted = _limit(draft_tokens == likeliest[:, :num_slots], num_proposed)
+        num_accepted = accepted.cumprod(1).sum(1)
+        return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0])
+    target_probs, uniforms = distribution(target_logits, sampling), uniforms.to(target_logits.device)
+    if draft_probs is None:
+        draft_probs = torch.zeros_like(target_probs[:, :num_slots]).scatter_(-1, draft_tokens[..., None], 1.0)
+    of_draft = draft_probs.gather(-1, draft_tokens[..., None])[..., 0]
+    of_target = target_probs[:, :num_slots].gather(-1, draft_tokens[..., None])[..., 0]
+    # u < p / q as a product: a token of probability 0 is never accepted, one with p >= q always is.
+    accepted = _limit(uniforms[:, :num_slots] * of_draft < of_target, num_proposed)
+    num_accepted = accepted.cumprod(1).sum(1)
+    following = _following(target_probs, draft_probs, num_accepted, num_proposed)
+    return Verdict(num_accepted, draw(following, uniforms[:, num_slots]))
+
+
+def _limit(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
+    if num_proposed is None:
+        return accepted
+    return accepted & (torch.arange(accepted.shape[1], device=accepted.device) < num_proposed[:, None])
+
+
+def _following(target_probs: Tensor, draft_probs: Tensor, num_accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
+    """Unnormalised distribution [B, V] of the token behind the accepted ones: max(p - q, 0), or p where nothing was rejected."""
+    rows, num_slots = torch.arange(len(num_accepted), device=num_accepted.device), draft_probs.shape[1]
+    wanted = target_probs[rows, num_accepted]
+    if num_slots == 0:
+        return wanted
+    limit = num_slots if num_proposed is None else num_proposed
+    rejected = (num_accepted < limit)[:, None]
+    residual = (wanted - draft_probs[rows, num_accepted.clamp(max=num_slots - 1)]).clamp(min=0.0)
+    # p = q up to rounding leaves no mass: the rejection itself was rounding, and p is right.
+    return torch.where(rejected & (residual.sum(-1, keepdim=True) > 0), residual, wanted)
+
+
+class UniformStream:
+    """Uniform numbers in [0, 1), one stream per row; what a row gets depends on its seed and how many it took before."""
+
+    CHUNK = 512
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._sources = [_source(seed) for seed in seeds]
+        self._numbers = np.empty((len(seeds), 0))
+        self._next = 0
+
+    def take(self, num: int) -> Tensor:
+        """The next `num` numbers of every row [B, num] float64, on the CPU."""
+        if self._next + num > self._numbers.shape[1]:
+            fresh = np.stack([source.random(max(num, self.CHUNK)) for source in self._sources])
+            self._numbers, self._next = np.concatenate([self._numbers[:, self._next :], fresh], axis=1), 0
+        self._next += num
+        return torch.from_numpy(self._numbers[:, self._next - num : self._next])
+
+    def replace(self, row: int, seed: int) -> None:
+        """Start row `row` anew with another seed."""
+        self._sources[row] = _source(seed)
+        self._numbers = self._numbers.copy()  # numbers already handed out are views of the old array
+        self._numbers[row, self._next :] = self._sources[row].random(self._numbers.shape[1] - self._next)
+
+
+def _source(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed % 2**64))
