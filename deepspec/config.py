@@ -11,7 +11,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from deepspec.draft_config import (
-    BlockDraftConfig, ConfidenceConfig, DraftConfig, Eagle3DraftConfig, LossConfig, MarkovConfig, Section, TrainConfig,
+    BlockDraftConfig,
+    ConfidenceConfig,
+    DraftConfig,
+    Eagle3DraftConfig,
+    LossConfig,
+    MarkovConfig,
+    Section,
+    TrainConfig,
 )  # fmt: skip
 
 __all__ = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from deepspec.records import Counts, Manifest, Record
 __all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of", "work_through"]
 log = logging.getLogger(__name__)
 
+SHARD_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 SHARDED = ("answers", "hidden")  # their shard numbers are those of the stage before
 
 
@@ -139,10 +141,11 @@ def parse_shards(text: str) -> list[int]:
     """`"17,18,40-52"` as shard numbers."""
     shards: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+        match = SHARD_RANGE.fullmatch(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise ConfigError(f"{part!r} is not a shard or a range of shards", where="--shards", fix="for example 17,18,40-52")
-        shards.update(range(int(first), int(last or first) + 1))
+        shards.update(range(first, last + 1))
     return sorted(shards)
 
 

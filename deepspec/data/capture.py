@@ -30,6 +30,7 @@ from deepspec.events import Report, silent
 from deepspec.generate import pad_right
 from deepspec.records import Counts
 from deepspec.stages import Work, open_sharded, seal_if_whole, stage_status, work_through
+from deepspec.store import pretty_json
 from deepspec.target import Target, TargetOutput, load_target
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,9 @@ def _write_frozen(artifact: Artifact, target: Target, layout: Layout) -> None:
     if artifact.store.exists(artifact.path(FILES[1])):
         return
     artifact.store.write(artifact.path(FILES[0]), layout.schema().serialize().to_pybytes())
-    artifact.store.write(artifact.path(FILES[2]), target.text_config.to_json_string(use_diff=False).encode())
+    # Where the target lay and which library read it decide nothing, and would make equal caches look different.
+    config = {key: value for key, value in target.text_config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    artifact.store.write(artifact.path(FILES[2]), pretty_json(config))
     with artifact.store.staged() as local:
         save_file(frozen_tensors(target), local)
         artifact.store.publish(local, artifact.path(FILES[1]))
