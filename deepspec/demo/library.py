@@ -1,0 +1,89 @@
+"""What the standard library says of itself: every function with its module, parameters, source and documentation.
+
+The files are parsed, never imported: importing some of them opens windows, prints poems or needs what is not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Left out: what distributions ship separately (so that every Python has the same text), and what is not the library's own.
+EXCLUDED = frozenset(
+    {
+        "test",
+        "tests",
+        "site-packages",
+        "dist-packages",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "turtledemo",
+        "pydoc_data",
+        "tkinter",
+    }
+)
+
+
+class Function(NamedTuple):
+    module: str  # "email.message"
+    owner: str | None  # the class of a method
+    name: str
+    signature: str  # "get(self, name, default=None)"
+    source: str  # normalised: no comments, no docstring
+    summary: str  # first sentence of the docstring, on one line; may be empty
+
+    @property
+    def place(self) -> str:
+        """Where it is found, in words."""
+        return f"the class `{self.owner}` in the module `{self.module}`" if self.owner else f"the module `{self.module}`"
+
+    @property
+    def kind(self) -> str:
+        return "method" if self.owner else "function"
+
+
+def library_functions() -> list[Function]:
+    """All functions and methods of the standard library, sorted by module and name, one per name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[tuple[str, str | None, str], Function] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if EXCLUDED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            module = ".".join(part for part in parts if part != "__init__")
+            for function in _functions(path, module):
+                found.setdefault((module, function.owner, function.name), function)
+    return sorted(found.values(), key=lambda function: (function.module, function.owner or "", function.name))
+
+
+def _functions(path: Path, module: str) -> Iterator[Function]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in a few files
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield _function(node, module, None)
+        elif isinstance(node, ast.ClassDef):
+            yield from (_function(child, module, node.name) for child in node.body if isinstance(child, ast.FunctionDef))
+
+
+def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function:
+    docstring = ast.get_docstring(node) or ""
+    if docstring:
+        node.body = node.body[1:] or [ast.Pass()]
+    signature = f"{node.name}({ast.unparse(node.args)})"
+    return Function(module, owner, node.name, signature, ast.unparse(node), first_sentence(docstring))
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of the first paragraph, on one line, ending with a full stop; empty if there is none."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0].rstrip(".:;, ")
+    return f"{sentence}." if sentence and sentence.isascii() else ""

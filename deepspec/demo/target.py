@@ -1,0 +1,125 @@
+"""Training the demo's target: a small Qwen3 model, deep and narrow so that its layers are what decoding spends its time in.
+
+T tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepspec.config import DemoConfig
+from deepspec.demo.tokenizer import MAX_POSITIONS
+
+Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, numbers to show
+
+HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
+WARMUP_STEPS = 20
+
+
+class Example(NamedTuple):
+    """A conversation as token ids; the first `prompt` of them are the question and the generation prompt."""
+
+    input_ids: list[int]
+    prompt: int
+
+
+def new_target(config: DemoConfig, tokenizer: Any) -> Any:
+    """A `Qwen3ForCausalLM` for this tokenizer, with weights drawn from `config.seed`."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.hidden_size * 5 // 2,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        dtype="float32",
+        **ends,
+    )
+    model = Qwen3ForCausalLM(settings)
+    model.generation_config = GenerationConfig(**ends)
+    initialise(model, torch.Generator().manual_seed(config.seed))
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Any, generator: torch.Generator) -> None:
+    """Normal weights of deviation 1 / sqrt(inputs); what is added to the residual stream is smaller by sqrt(2 layers)."""
+    depth = math.sqrt(2 * model.config.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            scale = 0.02 if "embed_tokens" in name else weight.shape[1] ** -0.5
+            added = name.endswith(("o_proj.weight", "down_proj.weight"))
+            weight.normal_(std=scale / depth if added else scale, generator=generator)
+
+
+def train_target(model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress) -> float:
+    """Train in place for `config.steps` steps of about `config.batch_tokens` tokens; the mean loss of the last tenth."""
+    batches = make_batches(examples, config.batch_tokens, random.Random(config.seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    losses: list[float] = []
+    model.train()
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule(step, config.steps)
+        loss = batch_loss(model, batches[step % len(batches)])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        on_progress(step + 1, config.steps, {"loss": losses[-1]})
+    model.eval()
+    recent = losses[-max(1, config.steps // 10) :]
+    return sum(recent) / len(recent)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to zero."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+
+
+def make_batches(examples: Sequence[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
+    """Batches of examples of nearly one length, each of about `batch_tokens` tokens, in random order.
+
+    Sorting by length leaves little padding; the random order keeps short and long ones mixed over the training.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    batches: list[list[Example]] = [[]]
+    for example in ordered:
+        if (len(batches[-1]) + 1) * len(example.input_ids) > batch_tokens and batches[-1]:
+            batches.append([])
+        batches[-1].append(example)
+    rng.shuffle(batches)
+    return batches
+
+
+def batch_loss(model: Any, batch: Sequence[Example]) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, the end of the turn included.
+
+    Rows are padded on the right, where causal attention keeps the padding out of every real token.
+    """
+    longest = max(len(example.input_ids) for example in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    supervised = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, (ids, prompt) in enumerate(batch):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        supervised[row, prompt : len(ids)] = True
+    hidden = model.model(input_ids[:, :-1], use_cache=False).last_hidden_state
+    # Logits only where they count: prompts and padding are half of the positions.
+    logits = model.lm_head(hidden[supervised[:, 1:]])  # [supervised, V]
+    return F.cross_entropy(logits, input_ids[:, 1:][supervised[:, 1:]])
