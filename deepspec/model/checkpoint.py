@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.model.backbone import RMSNorm
 from deepspec.model.block import BlockDraft
+from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.spec import DraftSpec
 
-Draft = BlockDraft
+Draft = BlockDraft | Eagle3Draft
 
 
 def empty_draft(spec: DraftSpec) -> Draft:
     """A draft whose tensors have shapes but no memory yet."""
     with torch.device("meta"):
-        return BlockDraft(spec)
+        return Eagle3Draft(spec) if spec.algorithm == "eagle3" else BlockDraft(spec)
 
 
 def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Draft:
@@ -55,17 +56,16 @@ def _initialise(module: nn.Module, std: float, generator: torch.Generator) -> No
         buffer.fill_(1.0)
 
 
-def save_draft(draft: nn.Module, folder: Path) -> None:
+def save_draft(draft: Draft, folder: Path) -> None:
     """Write the weights, then config.json: a folder with a config is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()}
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
-    spec: DraftSpec = draft.spec  # type: ignore[assignment]
-    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(draft.spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
     partial.replace(folder / "config.json")
 
 

@@ -48,6 +48,12 @@ class LayerCache:
             self.values[rows, :, positions] = values.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def read(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Views of the first `num_positions` keys and values of every row, once something has been written."""
+        if self.keys is None or self.values is None:
+            raise DeepSpecError("nothing has been written to this cache", fix="prefill before drafting")
+        return self.keys[:, :, :num_positions], self.values[:, :, :num_positions]
+
     def row(self, row: int) -> LayerCache:
         """A cache of one row that shares this one's memory (which must have been written to before)."""
         shared = LayerCache(1, self.capacity)

@@ -1,11 +1,11 @@
-"""The three-term loss of block drafters (DSpark eq. 9-12), over counted slots only.
+"""The losses: three terms for block drafters (DSpark eq. 9-12), soft cross-entropy for Eagle3; counted positions only.
 
 All probabilities are float32. N counted slots, M blocks, g block size, D hidden size, V vocabulary, r Markov rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,6 +112,36 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
         metrics["confidence_bias"] = (error.sum(), weights.sum())
         metrics["confidence_abs_error"] = (error.abs().sum(), weights.sum())
     return metrics
+
+
+class Scored(NamedTuple):
+    """The positions that one training-time-test step of Eagle3 is scored at."""
+
+    states: Tensor  # [N, D] the draft's normed states
+    target_states: Tensor  # [N, D] z whose distribution they are to match
+    weights: Tensor  # [N] float32
+    counted: Tensor  # [B, P] bool, N of them True, in their order
+
+
+def step_losses(steps: Sequence[Scored], vocabulary: Vocabulary, weights: Mapping[str, float], denominator: Tensor) -> LossOutput:
+    """Soft cross-entropy to the target's distribution, step by step, and how often the target would accept."""
+    numerators: dict[str, Tensor] = {}
+    metrics: Metrics = {}
+    rates = []
+    for number, (name, scored) in enumerate(zip(weights, steps, strict=True)):
+        logits = vocabulary.draft_logits(scored.states, None)
+        log_probs, target = logits.log_softmax(-1), vocabulary.target_logits(scored.target_states).softmax(-1)
+        numerators[name] = -(scored.weights * (target * log_probs).sum(-1)).sum()
+        metrics[name] = (numerators[name].detach(), denominator)
+        accepted = 1.0 - 0.5 * (log_probs.detach().exp() - target).abs().sum(-1)
+        hits, count = (logits.argmax(-1) == target.argmax(-1)).float(), scored.counted.float().sum()
+        metrics |= {f"accept@{number}": (accepted.sum(), count), f"accuracy@{number}": (hits.sum(), count)}
+        rates.append(torch.zeros(scored.counted.shape, device=accepted.device).masked_scatter(scored.counted, accepted))
+    starts = steps[0].counted
+    tau = starts + torch.stack(rates).cumprod(0).sum(0)
+    metrics["tau"] = ((tau * starts).sum(), starts.float().sum())
+    total = torch.stack([weights[name] * numerator for name, numerator in numerators.items()]).sum()
+    return LossOutput(total, denominator, numerators, metrics)
 
 
 def zero_loss(draft: nn.Module, names: Iterable[str]) -> LossOutput:
