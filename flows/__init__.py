@@ -1,0 +1,1 @@
+"""Prefect flows: what to try next, and what to show. What is done is known by the store alone (deepspec/stages.py)."""

@@ -1,0 +1,108 @@
+"""The flows' command line: check the request, find a Prefect server, run the flow, show what came of it.
+
+Prefect is imported late: its settings come from the environment, and a wrong recipe should not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
+from deepspec.recipe import load_run
+from deepspec.stages import results, stages_of
+from deepspec.store import Store
+from flows.server import PrivateServer, start_private_server
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
+StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
+
+
+def main(flow_name: str) -> None:
+    """Run one flow by hand; a user's mistake is one paragraph and an exit code, never a stack trace."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command(help=f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice.")
+    def command(run: Run = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
+        run_flow(flow_name, run, sets or [], store)
+
+    try:
+        app(prog_name=f"python -m flows.{flow_name}")
+    except DeepSpecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted: every child has ended; the same command goes on where this one stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def run_flow(flow_name: str, run: str, sets: list[str], store: str | None) -> None:
+    """Run the flow, then print its tables and, as the last line, its summary as JSON."""
+    started = time.monotonic()
+    config = load_run(run, sets, store=store)
+    place = Store(config.store)
+    place.check_writable(config.resources.min_free_gb)
+    server = start_private_server(place)
+    from flows.display import show_summary, shown_on_terminal, summary_line
+
+    module = importlib.import_module(f"flows.{flow_name}")
+    stages = [stage for stage in stages_of(config) if stage in getattr(module, "STAGES", (stage,))]
+    wait_for_server(server)
+    with shown_on_terminal(stages), talking_to(server):
+        outcomes = getattr(module, flow_name)(run, sets, store)
+    found = results(config) if stages[-1] == "evaluate" else None
+    show_summary(outcomes, found)
+    typer.echo(summary_line(outcomes, found, total_s=time.monotonic() - started))
+
+
+def wait_for_server(server: PrivateServer | None) -> None:
+    """Return when the private server, or the user's own, answers.
+
+    Raises:
+        UserError: it does not.
+    """
+    if server is not None:
+        server.wait()
+        return
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    problem = get_client(sync_client=True).api_healthcheck()
+    if problem is not None:
+        fix = "start it (`prefect server start`), or unset PREFECT_API_URL to use a private one"
+        raise UserError(f"the Prefect server does not answer: {problem}", where=str(PREFECT_API_URL.value()), fix=fix)
+
+
+@contextlib.contextmanager
+def talking_to(server: PrivateServer | None) -> Iterator[None]:
+    """Turns what Prefect raises into our errors; spares a private server the heartbeats, which nobody there would miss.
+
+    Each flow run waits about a second at its end for its heartbeat thread.
+    """
+    import httpx
+    from prefect.exceptions import PrefectException, TerminationSignal
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    try:
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if server else {}):
+            yield
+    except TerminationSignal:
+        sys.exit(EXIT_TERMINATED)
+    except (httpx.HTTPError, PrefectException) as error:
+        fix = "run the same command again: it goes on where this one stopped"
+        raise TransientError(f"the Prefect server was lost: {type(error).__name__}: {error}", where="Prefect", fix=fix) from error
+
+
+def exit_code(error: DeepSpecError) -> int:
+    if isinstance(error, ShardsFailed):
+        return EXIT_TRANSIENT if len(error.retryable) == len(error.failures) else error.exit_code
+    return error.exit_code

@@ -1,0 +1,28 @@
+"""From a draft to results."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from flows.cli import main
+
+    main("evaluate")
+
+from prefect import flow
+
+from deepspec.launch import Request
+from deepspec.recipe import load_run
+from deepspec.stages import results
+from flows.reporting import StageOutcome, publish_results
+from flows.tasks import Overrides, Recipe, StoreUrl, run_stages
+
+STAGES = ("evaluate",)
+
+
+@flow(name="evaluate", flow_run_name="evaluate {recipe}", persist_result=False)
+def evaluate(recipe: Recipe = "demo", overrides: Overrides = None, store: StoreUrl = None) -> list[StageOutcome]:
+    """Every benchmark decoded plainly and speculatively, and the results table."""
+    request = Request(recipe, tuple(overrides or ()), store)
+    outcomes = run_stages(request, STAGES)
+    config = load_run(request.source, request.overrides, store=request.store)
+    publish_results(config.name, results(config))
+    return outcomes

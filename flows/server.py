@@ -1,0 +1,113 @@
+"""Which Prefect server a run started by hand talks to: the user's own, or a private one for the length of the run.
+
+Nothing here imports Prefect: it reads its settings when it is imported, so they must be in the environment before.
+The private server is `prefect server start` under the guard. Prefect's own ephemeral server would do the same, but it
+outlives a run that is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+from deepspec.errors import UserError
+from deepspec.store import Store
+
+START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
+STOP_S = 5.0
+
+
+class PrivateServer:
+    """A Prefect server on a free port of this machine; ends with this process, however that ends."""
+
+    def __init__(self, home: Path) -> None:
+        self.port, self.log_path = _free_port(), home / "server.log"
+        home.mkdir(parents=True, exist_ok=True)
+        os.environ.update(_settings(home, self.port))
+        command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
+        guarded = [sys.executable, "-m", "deepspec.guard", str(STOP_S), sys.executable, *command]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        atexit.register(self.stop)  # registered before Prefect's own handlers, so it runs after they have sent their last events
+
+    def wait(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            UserError: it ended, or does not answer in time.
+        """
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self._answers():
+                return
+            time.sleep(0.05)
+        lines = self.log_path.read_text(errors="replace").strip().splitlines()[-3:]
+        what = "Prefect's private server did not start" + (": " + " / ".join(lines) if lines else "")
+        raise UserError(what, where=str(self.log_path), fix="read that log, or start a server yourself and set PREFECT_API_URL")
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request("GET", "/api/health")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        return False
+
+    def stop(self) -> None:
+        if self.process.stdin:
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2 * STOP_S)
+
+
+def start_private_server(store: Store) -> PrivateServer | None:
+    """A private server with its database beside the artifacts; None where the user has set up Prefect.
+
+    Raises:
+        UserError: its folder cannot be written.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the terminal shows bars; the server gets the logs
+    if os.environ.get("PREFECT_API_URL") or _profile_has_server():
+        return None
+    beside = Path(store.root) / ".prefect" if store.is_local else Path.home() / ".cache" / "deepspec" / "prefect"
+    home = Path(os.environ.get("PREFECT_HOME") or beside).absolute()
+    try:
+        return PrivateServer(home)
+    except OSError as error:
+        raise UserError(f"Prefect's folder cannot be written: {error}", where=str(home), fix="set PREFECT_HOME to another") from None
+
+
+def _profile_has_server() -> bool:
+    """Whether the Prefect profile in use names a server."""
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError):
+        return False
+    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+    return bool(profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL"))
+
+
+def _settings(home: Path, port: int) -> dict[str, str]:
+    direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1")))
+    return {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,210 @@
+"""Stages as Prefect tasks: a task is a group of missing shards, worked through by one guarded child.
+
+What is missing is read from the store before anything is submitted, and again at the end: a task's own state decides
+nothing but whether it is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
+from pydantic import Field
+
+from deepspec.config import RunConfig
+from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.launch import Request, deal, run_child, scope, shard_list
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from deepspec.store import Store
+from flows.reporting import Board, StageOutcome, publish_failure, publish_stages, show_already_done
+
+Recipe = Annotated[str, Field(description="A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml")]
+Overrides = Annotated[list[str] | None, Field(description="Fields to change, one `section.field=value` each, e.g. train.lr=3e-4")]
+StoreUrl = Annotated[str | None, Field(description="Artifact store: a folder or s3://bucket/prefix; empty takes the recipe's")]
+
+JITTER = 0.3  # share of a retry's delay by which it may vary, so that many tasks do not come back at once
+MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all
+MAX_NAMED = 20  # failed shards whose reasons are spelt out
+
+
+def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
+    """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends the run.
+
+    Raises:
+        DeepSpecError: the request is wrong (before any work), or a stage failed.
+    """
+    config = open_run(request)
+    outcomes: list[StageOutcome] = []
+    for stage in (stage for stage in stages_of(config) if stage in chosen):
+        try:
+            outcomes.append(run_stage(request, config, stage))
+        except DeepSpecError as error:
+            publish_failure(config.name, error)
+            publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", 0.0)])
+            raise
+    publish_stages(config.name, outcomes)
+    return outcomes
+
+
+def open_run(request: Request) -> RunConfig:
+    """The run's configuration; everything that can be checked without work is checked here.
+
+    Raises:
+        UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
+    """
+    config = load_run(request.source, request.overrides, store=request.store)
+    Store(config.store).check_writable(config.resources.min_free_gb)
+    for stage in stages_of(config):
+        artifact_of(config, stage)
+    return config
+
+
+def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:
+    """The stage, with whatever was missing of it made and the artifact sealed.
+
+    Raises:
+        ShardsFailed: shards are still missing; all others are committed.
+        DeepSpecError: the stage could not be run at all.
+    """
+    started, before = time.monotonic(), stage_status(config, stage)
+    if before.sealed:
+        show_already_done(before)
+        return StageOutcome(before, "already done", 0.0)
+    require_sealed(config, stage)
+    run = StageRun(request, config, before)
+    run.work()
+    after = stage_status(config, stage)
+    run.board.close("done" if after.sealed else "failed")
+    if not after.sealed:
+        raise run.failure(after).with_traceback(None)
+    return StageOutcome(after, "done", time.monotonic() - started)
+
+
+class StageRun:
+    """One stage in one flow run: what its tasks share, and why shards of it failed."""
+
+    def __init__(self, request: Request, config: RunConfig, before: StageStatus) -> None:
+        self.request, self.config, self.stage = request, config, before.stage
+        self.sharded = before.stage in SHARDED and bool(before.missing)
+        self.groups = deal(before.missing, config.resources.shards_per_task) if self.sharded else [None]
+        self.failures: dict[int, dict[str, Any]] = {}
+        self.error: DeepSpecError | None = None
+        devices = visible_gpus() if config.resources.device != "cpu" else []
+        self.num_lanes = config.resources.lanes or max(1, len(devices))
+        self.lanes: SimpleQueue[str | None] = SimpleQueue()
+        for lane in range(self.num_lanes):
+            self.lanes.put(devices[lane % len(devices)] if devices and self.sharded else None)
+        self.board = Board(config.name, before, sharded=self.sharded)
+
+    def work(self) -> None:
+        """Run a task per group; a group that fails does not stop the others."""
+        settings = self.config.resources
+        attempt = run_group.with_options(
+            retries=settings.retries, retry_delay_seconds=exponential_backoff(settings.retry_delay_s),
+            retry_jitter_factor=JITTER, retry_condition_fn=worth_another_try,
+        )  # fmt: skip
+        # The scope is left first: with its children ended, the runner's threads come to their end as well.
+        with ThreadPoolTaskRunner(max_workers=self.num_lanes) as runner, scope():
+            wait([runner.submit(attempt, {"name": self.name(group), "run": self, "shards": group}) for group in self.groups])
+
+    def name(self, shards: Sequence[int] | None) -> str:
+        return self.stage if shards is None else f"{self.stage} {shard_list(shards)}"
+
+    def log_path(self, shards: Sequence[int] | None) -> Path:
+        """Beside the artifact, or under ~/.cache where the store is no local folder."""
+        artifact = artifact_of(self.config, self.stage)
+        root = Path(artifact.store.root) if artifact.store.is_local else Path.home() / ".cache" / "deepspec" / "logs"
+        return root / artifact.folder / "logs" / f"{self.name(shards)[:80].replace(' ', '-')}.log"
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[dict[str, str]]:
+        """The environment that pins a child to its lane's GPU."""
+        device = self.lanes.get()
+        try:
+            yield {"DEEPSPEC_EVENTS": "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+        finally:
+            self.lanes.put(device)
+
+    def note(self, error: DeepSpecError, shards: Sequence[int] | None) -> None:
+        if isinstance(error, ShardsFailed):
+            self.failures.update(error.failures)
+            return
+        reason = {**error.to_json(), "transient": error.transient}
+        self.failures.update({shard: reason for shard in shards or ()})
+        if shards is None or not error.transient:
+            self.error = error
+
+    def given_up(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Those of the shards that failed for good: trying them again would end the same way."""
+        return {shard: self.failures[shard] for shard in shards if shard in self.failures and not self.failures[shard].get("transient")}
+
+    def failure(self, after: StageStatus) -> DeepSpecError:
+        """Why the stage is not finished, naming every missing shard and how to resume."""
+        if self.error is not None:
+            return self.error
+        unknown = {"what": "its task did not end; see the flow run's log", "transient": True}
+        failures = {shard: self.failures.get(shard, unknown) for shard in after.missing}
+        reasons = [f"shard {shard}: {failure['what']}" for shard, failure in list(failures.items())[:MAX_NAMED]]
+        more = [f"and {len(failures) - MAX_NAMED} more"] if len(failures) > MAX_NAMED else []
+        what = f"{len(failures)} of {after.committed + len(failures)} shards of the stage {self.stage!r} failed: "
+        fix = f"run `{self.request.shown(self.stage, after.missing)}`, or the same run again: it does only what is missing"
+        return ShardsFailed(what + "; ".join([*reasons, *more]), where=after.artifact_url, fix=fix, failures=failures)
+
+
+@task(name="shards", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
+def run_group(name: str, run: StageRun, shards: list[int] | None) -> None:
+    """One child for a group of shards (None: the stage as a whole); a retry leaves out what failed for good."""
+    todo = None if shards is None else [shard for shard in shards if shard not in run.given_up(shards)]
+    path = run.log_path(shards)
+    get_run_logger().info("%s: started, full log in %s", name, path)
+    try:
+        with run.lane() as env:
+            command = run.request.command(run.stage, todo)
+            run_child(command, on_event=run.board.hear, on_line=forward_warnings(path), env=env, log_path=path)
+    except DeepSpecError as error:
+        run.note(error, todo)
+        raise
+    if lost := run.given_up(shards or ()):
+        raise ShardsFailed(f"shards {shard_list(list(lost))} failed for good", failures=lost)
+    get_run_logger().info("%s: done", name)
+
+
+def worth_another_try(_task: object, _task_run: object, state: Any) -> bool:
+    """Whether a failed attempt may end better if it is made again."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, ShardsFailed):
+        return bool(error.retryable)
+    return isinstance(error, DeepSpecError) and error.transient
+
+
+def forward_warnings(path: Path) -> Callable[[str], None]:
+    """A child's warnings and errors into the run's log, up to a limit."""
+    logger, left = get_run_logger(), iter(range(MAX_FORWARDED, -1, -1))
+
+    def forward(line: str) -> None:
+        if " WARNING " in line or " ERROR " in line:
+            remaining = next(left, None)
+            if remaining is not None:
+                logger.warning(line if remaining else f"more warnings follow in {path}")
+
+    return forward
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine as CUDA numbers them, found without loading CUDA."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [device for device in chosen.split(",") if device.strip()]
+    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
