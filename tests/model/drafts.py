@@ -1,0 +1,101 @@
+"""Tiny drafts of every kind with random weights, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.config import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
+from deepspec.model.checkpoint import Draft, build_draft
+from deepspec.model.draft import TrainBatch
+from deepspec.model.spec import DraftSpec
+
+VOCAB, SIZE, LAYERS = 61, 32, [-1, 1, 2]
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.2,
+}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": VOCAB,
+    "hidden_size": SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "initializer_range": 0.2,
+}
+TARGETS = {"qwen3": QWEN3, "gemma4": GEMMA4, "gemma4_with_values": {**GEMMA4, "attention_k_eq_v": False}}
+
+
+def dspark(kind: Any = "vanilla", **changes: Any) -> BlockDraftConfig:
+    settings = {"markov": MarkovConfig(rank=6, kind=kind), "confidence": ConfidenceConfig(), **changes}
+    return BlockDraftConfig(algorithm="dspark", block_size=4, num_layers=2, num_anchors=3, **settings)
+
+
+DFLASH = BlockDraftConfig(algorithm="dflash", block_size=4, num_layers=2, num_anchors=3)
+EAGLE3 = Eagle3DraftConfig(algorithm="eagle3", block_size=4, ttt_length=3)
+CONFIGS = {
+    "dflash": DFLASH,
+    "vanilla": dspark(),
+    "gated": dspark("gated"),
+    "rnn": dspark("rnn"),
+    "confidence_alone": dspark(markov=None, confidence=ConfidenceConfig(markov_features=False)),
+    "eagle3": EAGLE3,
+}
+
+
+def make_spec(config: Any = None, *, target: str = "qwen3") -> DraftSpec:
+    config = config or CONFIGS["vanilla"]
+    layer_ids = [max(layer, 0) for layer in LAYERS] if config.algorithm == "eagle3" else LAYERS
+    return DraftSpec.from_target(TARGETS[target], config, layer_ids=layer_ids, mask_token_id=VOCAB - 1)
+
+
+def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> Draft:
+    frozen = torch.randn(2, VOCAB, SIZE, generator=torch.Generator().manual_seed(seed + 1))
+    return build_draft(make_spec(config, target=target), embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed)
+
+
+def make_batch(lengths: tuple[int, ...] = (14, 9), *, seed: int = 0) -> TrainBatch:
+    """Random samples whose second half is an answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, longest = len(lengths), max(lengths)
+    real = torch.tensor(lengths)
+    positions = torch.arange(longest)
+    return TrainBatch(
+        input_ids=torch.randint(0, VOCAB - 1, (rows, longest), generator=generator),
+        loss_mask=(positions >= real[:, None] // 2) & (positions < real[:, None]),
+        lengths=real,
+        context=torch.randn(rows, longest, len(LAYERS) * SIZE, generator=generator),
+        last_hidden=torch.randn(rows, longest, SIZE, generator=generator),
+        seeds=tuple(range(rows)),
+    )
+
+
+def total_loss(draft: Draft, batch: TrainBatch) -> Tensor:
+    output = draft.loss(batch, draft.plan(batch))
+    return output.numerator / output.denominator
