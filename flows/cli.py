@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
-from deepspec.recipe import load_run
+from deepspec.launch import Request
 from deepspec.stages import results, stages_of
 from deepspec.store import Store
+from flows.request import open_run
 from flows.server import PrivateServer, start_private_server
 
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
@@ -40,18 +41,13 @@ def main(flow_name: str) -> None:
     except DeepSpecError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        typer.echo("interrupted: every child has ended; the same command goes on where this one stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def run_flow(flow_name: str, run: str, sets: list[str], store: str | None) -> None:
     """Run the flow, then print its tables and, as the last line, its summary as JSON."""
     started = time.monotonic()
-    config = load_run(run, sets, store=store)
-    place = Store(config.store)
-    place.check_writable(config.resources.min_free_gb)
-    server = start_private_server(place)
+    config = open_run(Request(run, tuple(sets), store))
+    server = start_private_server(Store(config.store))
     from flows.display import show_summary, shown_on_terminal, summary_line
 
     module = importlib.import_module(f"flows.{flow_name}")
@@ -89,14 +85,15 @@ def talking_to(server: PrivateServer | None) -> Iterator[None]:
     Each flow run waits about a second at its end for its heartbeat thread.
     """
     import httpx
-    from prefect.exceptions import PrefectException, TerminationSignal
+    from prefect.exceptions import PrefectException
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     try:
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if server else {}):
             yield
-    except TerminationSignal:
-        sys.exit(EXIT_TERMINATED)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: every child has ended; the same command goes on where this one stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)
     except (httpx.HTTPError, PrefectException) as error:
         fix = "run the same command again: it goes on where this one stopped"
         raise TransientError(f"the Prefect server was lost: {type(error).__name__}: {error}", where="Prefect", fix=fix) from error

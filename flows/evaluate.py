@@ -10,9 +10,9 @@ if __name__ == "__main__":
 from prefect import flow
 
 from deepspec.launch import Request
-from deepspec.recipe import load_run
 from deepspec.stages import results
 from flows.reporting import StageOutcome, publish_results
+from flows.request import open_run
 from flows.tasks import Overrides, Recipe, StoreUrl, run_stages
 
 STAGES = ("evaluate",)
@@ -23,6 +23,6 @@ def evaluate(recipe: Recipe = "demo", overrides: Overrides = None, store: StoreU
     """Every benchmark decoded plainly and speculatively, and the results table."""
     request = Request(recipe, tuple(overrides or ()), store)
     outcomes = run_stages(request, STAGES)
-    config = load_run(request.source, request.overrides, store=request.store)
+    config = open_run(request)
     publish_results(config.name, results(config))
     return outcomes

@@ -13,7 +13,8 @@ from deepspec.launch import Request
 from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.reporting import StageOutcome
-from flows.tasks import Overrides, Recipe, StoreUrl, open_run
+from flows.request import open_run
+from flows.tasks import Overrides, Recipe, StoreUrl
 from flows.train import train
 
 

@@ -25,10 +25,9 @@ from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
-from deepspec.store import Store
 from flows.reporting import Board, StageOutcome, publish_failure, publish_stages, show_already_done
+from flows.request import open_run
 
 Recipe = Annotated[str, Field(description="A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml")]
 Overrides = Annotated[list[str] | None, Field(description="Fields to change, one `section.field=value` each, e.g. train.lr=3e-4")]
@@ -56,19 +55,6 @@ def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
             raise
     publish_stages(config.name, outcomes)
     return outcomes
-
-
-def open_run(request: Request) -> RunConfig:
-    """The run's configuration; everything that can be checked without work is checked here.
-
-    Raises:
-        UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
-    """
-    config = load_run(request.source, request.overrides, store=request.store)
-    Store(config.store).check_writable(config.resources.min_free_gb)
-    for stage in stages_of(config):
-        artifact_of(config, stage)
-    return config
 
 
 def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:

@@ -1,0 +1,23 @@
+"""Opening a request: everything that can be wrong with it is found before Prefect, or any work, is started."""
+
+from __future__ import annotations
+
+from deepspec.config import RunConfig
+from deepspec.launch import Request
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from deepspec.stages import stages_of
+from deepspec.store import Store
+
+
+def open_run(request: Request) -> RunConfig:
+    """The run's configuration.
+
+    Raises:
+        UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
+    """
+    config = load_run(request.source, request.overrides, store=request.store)
+    Store(config.store).check_writable(config.resources.min_free_gb)
+    for stage in stages_of(config):
+        artifact_of(config, stage)  # its name covers every input file, so each must be there
+    return config

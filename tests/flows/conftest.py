@@ -1,0 +1,43 @@
+"""One Prefect server for all flow tests; library tests never pay for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from tests.conftest import REPOSITORY, write_jsonl
+
+
+@pytest.fixture(autouse=True, scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=60), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose answers come from the test engine `Flaky`: six shards in two groups, no model anywhere."""
+    return flaky_run(tmp_path, monkeypatch)
+
+
+def flaky_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLAKY_DIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    prompts = write_jsonl(folder / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(12)])
+    benchmark = write_jsonl(folder / "benchmark.jsonl", [{"turns": ["hello"]}])
+    fields = {
+        "recipe": "demo", "name": "flaky", "store": str(folder / "store"), "demo": None,
+        "target": {"model": "nobody/none"},
+        "prompts": {"source": {"kind": "files", "paths": [str(prompts)]}, "shard_rows": 2, "limit": None},
+        "answers": {"engine": "tests.engines:Flaky"},
+        "evaluate": {"benchmarks": [{"name": str(benchmark)}]},
+        "resources": {"shards_per_task": 3, "retry_delay_s": 0.05, "min_free_gb": 0},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path

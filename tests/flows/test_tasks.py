@@ -1,0 +1,172 @@
+"""A task is a group of missing shards: transient failures are tried again, others are named, and the store decides what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.artifacts import Artifact
+
+from deepspec import launch
+from deepspec.config import RunConfig
+from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.launch import Request
+from deepspec.recipe import load_run
+from deepspec.stages import stage_status
+from flows.reporting import Board, Progress, StageOutcome, watched_by
+from flows.tasks import StageRun, run_stages, visible_gpus
+from tests.flows.conftest import flaky_run
+
+outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
+
+
+@flow
+def prompts_and_answers(source: str, overrides: tuple[str, ...] = ()) -> list[StageOutcome]:
+    return run_stages(Request(source, overrides), ("prompts", "answers"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run whose prompts and answers are done; each test that takes something away has it made again."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_file = flaky_run(tmp_path_factory.mktemp("finished"), monkeypatch)
+        prompts_and_answers(str(run_file))
+        calls(run_file)
+        yield run_file
+
+
+def answers_folder(run_file: Path) -> Path:
+    return Path(stage_status(load_run(str(run_file)), "answers").artifact_url)
+
+
+def calls(run_file: Path) -> list[int]:
+    """The shards that the engine worked on since the last look."""
+    notes = run_file.parent / "calls"
+    found = [int(line) for line in notes.read_text().split()] if notes.exists() else []
+    notes.unlink(missing_ok=True)
+    return found
+
+
+def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_it_alone(run_file: Path, caplog: pytest.LogCaptureFixture):
+    (run_file.parent / "broken").touch()
+    with pytest.raises(ShardsFailed) as caught:
+        prompts_and_answers(str(run_file))
+    said = str(caught.value)
+    assert "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered" in said
+    assert f"`python -m deepspec answers {run_file} --shards 5`" in said
+    assert sorted(calls(run_file)) == [0, 1, 2, 3, 3, 4, 5], "shard 3 twice, shard 5 once"
+    status = stage_status(load_run(str(run_file)), "answers")
+    assert (status.committed, status.missing) == (5, [5])
+    assert "stage=answers shard=5 failed" in caplog.text, "a child's errors reach the run's log"
+    failure = Artifact.get("flaky-failure")
+    assert failure is not None and "shard 5" in str(failure.data)
+
+    (run_file.parent / "broken").unlink()
+    outcomes = prompts_and_answers(str(run_file))
+    assert calls(run_file) == [5]
+    assert [outcome.state for outcome in outcomes] == ["already done", "done"]
+    assert outcomes[1].status.sealed
+
+
+def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    seen: list[Progress] = []
+    with watched_by(seen.append):
+        outcomes = prompts_and_answers(str(finished))
+    assert [outcome.state for outcome in outcomes] == ["already done", "already done"]
+    assert [(progress.stage, progress.state) for progress in seen] == [("prompts", "already done"), ("answers", "already done")]
+
+
+def test_losing_a_record_makes_that_shard_missing_and_no_other(finished: Path):
+    (answers_folder(finished) / "records" / "00002.json").unlink()
+    prompts_and_answers(str(finished))
+    assert calls(finished) == [2]
+
+
+def test_an_unsealed_stage_with_nothing_missing_is_sealed(finished: Path):
+    (answers_folder(finished) / "manifest.json").unlink()
+    assert prompts_and_answers(str(finished))[1].status.sealed
+    assert calls(finished) == []
+
+
+def test_each_group_of_shards_has_its_log_beside_the_artifact(finished: Path):
+    assert {"answers-0-2.log", "answers-3-5.log"} <= {path.name for path in (answers_folder(finished) / "logs").iterdir()}
+
+
+def test_a_killed_child_is_tried_again(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Request, "command", kill_first_answers(Request.command, run_file.parent / "killed"))
+    outcomes = prompts_and_answers(str(run_file))
+    assert (run_file.parent / "killed").exists()
+    assert outcomes[1].status.sealed
+
+
+def kill_first_answers(command, note: Path):
+    """Command lines of which the first one for answers ends as if the kernel had killed it."""
+
+    def changed(request: Request, verb: str, shards=None) -> list[str]:
+        if verb == "answers" and not note.exists():
+            note.touch()
+            return ["sh", "-c", "kill -9 $$"]
+        return command(request, verb, shards)
+
+    return changed
+
+
+def test_a_child_that_cannot_start_fails_the_run_at_once_with_its_own_error(run_file: Path):
+    with pytest.raises(ConfigError, match="the engine cannot be imported"):
+        prompts_and_answers(str(run_file), ("answers.engine=tests.engines:Nobody",))
+
+
+def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
+    with pytest.raises(ConfigError, match="seeed: there is no such field"):
+        prompts_and_answers(str(run_file), ("answers.seeed=3",))
+    assert not (run_file.parent / "store").exists()
+
+
+def stage_run(run_file: Path, *overrides: str) -> StageRun:
+    request = Request(str(run_file), ("resources.device=auto", *overrides))
+    config: RunConfig = load_run(request.source, request.overrides)
+    status = stage_status(config, "answers")._replace(missing=[0, 1, 2, 3])
+    return StageRun(request, config, status)
+
+
+@outside_a_flow
+def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
+    run = stage_run(run_file)
+    run.note(ShardsFailed("", failures={1: {"what": "busy", "transient": True}, 2: {"what": "bad", "transient": False}}), [0, 1, 2])
+    assert list(run.given_up([0, 1, 2])) == [2]
+    run.note(TransientError("killed"), [0, 1])
+    assert list(run.given_up([0, 1, 2])) == [2]
+    assert run.error is None
+    run.note(ChildFailed("no word"), [3])
+    assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
+
+
+@outside_a_flow
+def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert visible_gpus() == ["3", "GPU-5"]
+    run = stage_run(run_file)
+    with run.lane() as first, run.lane() as second:
+        assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-5"}
+    assert run.num_lanes == 2
+    on_cpu = stage_run(run_file, "resources.device=cpu", "resources.lanes=3")
+    with on_cpu.lane() as env:
+        assert "CUDA_VISIBLE_DEVICES" not in env
+    assert on_cpu.num_lanes == 3
+
+
+@outside_a_flow
+def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_file: Path):
+    seen: list[Progress] = []
+    status = stage_status(load_run(str(run_file)), "answers")._replace(committed=2, missing=[2, 3, 4])
+    with watched_by(seen.append):
+        board = Board("flaky", status, sharded=True)
+    for shard in (2, 3, 3, 4):
+        board.hear({"event": "shard", "stage": "answers", "shard": shard, "rows": 2, "tokens": 10, "num_bytes": 100})
+        board.hear({"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"})
+    board.close("done")
+    assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
+    assert seen[-1].numbers == {"rows": 6, "tokens": 30, "num_bytes": 300}
