@@ -20,13 +20,13 @@ class Family(NamedTuple):
     block_architecture: str  # `architectures` of a DSpark or DFlash draft
     eagle3_architecture: str
     activation_key: str  # key of the MLP's activation in config.json
-    default_rope_theta: float
+    default_rope: dict[str, Any]  # of full-attention layers, where the config does not say
     sandwich_norms: bool  # a norm also after attention and after the MLP, before each residual sum
     unscaled_attention: bool  # softmax(q k) instead of softmax(q k / sqrt(head_dim)); the q and k norms carry the scale
     value_norm: bool  # values are RMS-normed, without a learned scale
     scaled_embeddings: bool  # embeddings are multiplied by sqrt(hidden_size)
     layer_scalar: bool  # each layer's output is multiplied by a stored constant
-    global_heads: bool  # full-attention layers have a head geometry of their own; a draft's layers are all of that kind
+    global_head_dim: int | None  # full-attention layers have heads of their own, this wide unless the config says otherwise
 
 
 QWEN3 = Family(
@@ -36,13 +36,13 @@ QWEN3 = Family(
     block_architecture="Qwen3DSparkModel",
     eagle3_architecture="Qwen3Eagle3Model",
     activation_key="hidden_act",
-    default_rope_theta=1_000_000.0,
+    default_rope={"rope_type": "default", "rope_theta": 1_000_000.0},
     sandwich_norms=False,
     unscaled_attention=False,
     value_norm=False,
     scaled_embeddings=False,
     layer_scalar=False,
-    global_heads=False,
+    global_head_dim=None,
 )
 GEMMA4 = Family(
     name="gemma4",
@@ -51,13 +51,13 @@ GEMMA4 = Family(
     block_architecture="Gemma4DSparkModel",
     eagle3_architecture="Gemma4Eagle3Model",
     activation_key="hidden_activation",
-    default_rope_theta=1_000_000.0,
+    default_rope={"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
     sandwich_norms=True,
     unscaled_attention=True,
     value_norm=True,
     scaled_embeddings=True,
     layer_scalar=True,
-    global_heads=True,
+    global_head_dim=512,
 )
 FAMILIES = (QWEN3, GEMMA4)
 
@@ -118,11 +118,11 @@ def head_geometry(text: HFConfig, family: Family) -> HeadGeometry:
     """
     num_heads = text["num_attention_heads"]
     kv_heads, head_dim = text.get("num_key_value_heads") or num_heads, text.get("head_dim") or text["hidden_size"] // num_heads
-    if not family.global_heads:
+    if family.global_head_dim is None:
         return HeadGeometry(num_heads, kv_heads, head_dim, values_are_keys=False)
     values_are_keys = bool(text.get("attention_k_eq_v"))
     of_layer = _global_layer(text)
-    head_dim = text.get("global_head_dim") or of_layer.get("head_dim") or head_dim
+    head_dim = text.get("global_head_dim") or of_layer.get("head_dim") or family.global_head_dim
     if values_are_keys:  # only then does Gemma4 read the number of global key-value heads
         kv_heads = text.get("num_global_key_value_heads") or of_layer.get("num_key_value_heads") or kv_heads
     return HeadGeometry(num_heads, kv_heads, head_dim, values_are_keys)
@@ -141,13 +141,14 @@ def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSetti
     Raises:
         ConfigError: a rope type that drafts do not compute (yarn, linear, ...).
     """
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if "full_attention" in rope:
-        rope = rope["full_attention"]
+    rope: Mapping[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)
+    if not rope:
+        rope = family.default_rope | {key: text[key] for key in ("rope_theta",) if text.get(key)}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "proportional"):
         fix = "use the target's config without long-context rope scaling"
         raise ConfigError(f"rope type {kind!r} is not supported", where="config.json: rope_parameters", fix=fix)
-    theta = rope.get("rope_theta") or text.get("rope_theta") or family.default_rope_theta
+    theta = rope.get("rope_theta") or text.get("rope_theta") or family.default_rope["rope_theta"]
     share = rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
     return RopeSettings(float(theta), int(share * head_dim // 2))

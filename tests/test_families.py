@@ -46,6 +46,7 @@ def test_a_gemma_draft_takes_the_heads_of_the_global_layers() -> None:
     }
     wanted = HeadGeometry(num_heads=4, num_kv_heads=1, head_dim=32, values_are_keys=True)
     assert head_geometry(named, GEMMA4) == head_geometry(per_layer, GEMMA4) == wanted
+    assert head_geometry(GEMMA, GEMMA4).head_dim == 512
     assert head_geometry({**named, "attention_k_eq_v": False}, GEMMA4) == HeadGeometry(4, 2, 32, values_are_keys=False)
 
 
@@ -54,5 +55,6 @@ def test_rope_is_read_from_old_and_new_configs() -> None:
     assert rope_settings(old, QWEN3, head_dim=16) == rope_settings(new, QWEN3, head_dim=16) == RopeSettings(5e5, 8)
     nested = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}, "sliding_attention": {}}
     assert rope_settings({"rope_parameters": nested}, GEMMA4, head_dim=32) == RopeSettings(1e6, 4)
+    assert rope_settings({}, GEMMA4, head_dim=32) == RopeSettings(1e6, 4)
     with pytest.raises(ConfigError, match="yarn"):
         rope_settings({"rope_parameters": {"rope_type": "yarn"}}, QWEN3, head_dim=16)

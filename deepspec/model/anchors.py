@@ -51,7 +51,7 @@ def sample_anchors(loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seed
         positions = candidates.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
         drawn.append(positions[torch.randperm(len(positions), generator=generator)[:num_anchors]].sort().values)
-    filled = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True)
+    filled = torch.nn.utils.rnn.pad_sequence(drawn or [torch.empty(0, dtype=torch.long)], batch_first=True)[: len(drawn)]
     counts = torch.tensor([len(positions) for positions in drawn])
     keep = torch.arange(filled.shape[1]) < counts[:, None]
     return Anchors(filled.to(loss_mask.device), keep.to(loss_mask.device))

@@ -125,7 +125,7 @@ class DraftSpec:
             "block_size": self.block_size,
             "tie_word_embeddings": False,
         }
-        if self.family.global_heads:
+        if self.family.global_head_dim is not None:
             base |= {"global_head_dim": self.heads.head_dim}
             base |= {"num_global_key_value_heads": self.heads.num_kv_heads} if self.heads.values_are_keys else {}
         else:  # Gemma4's wrapper needs naming, Qwen3 has none
