@@ -112,10 +112,10 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
             out = out.view(num_rows, num_heads, num_new, head_dim)
         else:
-            grouped_heads = num_heads != keys.shape[1]
-            out = F.scaled_dot_product_attention(
-                queries.transpose(1, 2), keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped_heads
-            )
+            if keys.is_cuda and num_heads != keys.shape[1]:  # with a mask, CUDA's memory-efficient kernel wants a key per query head
+                keys, values = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (keys, values))
+            shares = num_heads != keys.shape[1]
+            out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask, scale=self.scale, enable_gqa=shares)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -147,6 +147,7 @@ class BlockDraft(nn.Module):
         table = self.rotary(room, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         return DraftCache([LayerCache(rows, room) for _ in self.layers], [0] * rows, table)
 
+    @torch.no_grad()  # a graph through the cache would grow from round to round
     def accept(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
         """Append the fused features of the first counts[b] positions of `context` [B, n, m * D] to row b."""
         longest = max(counts)
@@ -160,6 +161,7 @@ class BlockDraft(nn.Module):
 
     prefill = accept
 
+    @torch.no_grad()
     def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
         """One backbone pass, then tokens left to right; `anchor` [B] long, `uniforms` [B, g] unless greedy."""
         rotation, mask = cache.rotation(self.block_size), cache.mask(self.block_size)

@@ -144,6 +144,7 @@ class Eagle3Draft(nn.Module):
         cache.last_output = weight.new_zeros(rows, self.spec.hidden_size)
         return cache
 
+    @torch.no_grad()  # a graph through the cache would grow from round to round
     def accept(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
         """Append (features of a position, token after it) for the first counts[b] positions of row b."""
         longest = max(counts)
@@ -165,6 +166,7 @@ class Eagle3Draft(nn.Module):
 
     prefill = accept
 
+    @torch.no_grad()
     def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
         """Sample from the last output, feed output and token back, `block_size` times; the anchor is in the cache already."""
         lengths, states = cache.lengths, cast("Tensor", cache.last_output)
