@@ -1,7 +1,7 @@
 """Finding, merging and overriding run configurations, with errors that name the field and the nearest right word.
 
-A recipe is an algorithm row laid over a target row: `dspark-qwen3-4b` is `recipes/targets/qwen3-4b.yaml` with
-`recipes/algorithms/dspark.yaml` on top. A run file may name the recipe it starts from under `recipe:`.
+A recipe is an algorithm row laid over a target row, and both over the protocol that all share: `dspark-qwen3-4b` is
+`recipes/protocol.yaml`, `recipes/targets/qwen3-4b.yaml` and `recipes/algorithms/dspark.yaml`. A run file may name the recipe it starts from under `recipe:`.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ def recipe_fields(name: str) -> dict[str, Any]:
             where="recipe name",
             fix="choose one of: " + ", ".join(recipe_names()) + "; or give a run file ending in .yaml",
         )
-    fields = merge(_rows("targets")[target], _rows("algorithms")[algorithm])
+    fields = merge(merge(_rows()["protocol"], _rows("targets")[target]), _rows("algorithms")[algorithm])
     fields = merge(fields, fields.pop("per_algorithm", {}).get(algorithm, {}))
     return {"name": name, "store": "store", **fields}
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `top` laid over it, mapping by mapping; anything but a mapping replaces what was there."""
+    """`base` with `top` laid over it, mapping by mapping; anything else, or a mapping of another `kind`, replaces what was there."""
+    if "kind" in top and top["kind"] != base.get("kind"):
+        return dict(top)
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -90,8 +92,8 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _rows(kind: str) -> dict[str, dict[str, Any]]:
-    folder = files("deepspec").joinpath("recipes", kind)
+def _rows(*kind: str) -> dict[str, dict[str, Any]]:
+    folder = files("deepspec").joinpath("recipes", *kind)
     rows = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
     return {row.name.removesuffix(".yaml"): yaml.safe_load(row.read_text(encoding="utf-8")) for row in rows}
 

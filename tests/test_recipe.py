@@ -37,6 +37,20 @@ def test_merge_goes_mapping_by_mapping_and_null_replaces():
     assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": None}}) == {"a": {"b": 1, "c": None}, "d": 3}
 
 
+def test_a_mapping_of_another_kind_replaces_the_whole_of_it():
+    run = load_run("dspark-qwen3-4b", ["prompts.source={kind: files, paths: [p.jsonl]}"])
+    assert run.prompts.source.model_dump() == {"kind": "files", "paths": ("p.jsonl",)}
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
+def test_recipes_of_released_targets_carry_the_published_settings(algorithm: str):
+    run = load_run(f"{algorithm}-qwen3-14b")
+    assert (run.target.layer_ids, run.target.mask_token_id, run.draft.block_size) == ((1, 10, 19, 28, 37), 151669, 7)
+    assert (run.train.lr, run.train.global_batch, run.train.epochs, run.hidden.max_length) == (6e-4, 512, 10, 4096)
+    assert (run.answers.sampling.temperature, run.answers.sampling.top_p, run.answers.sampling.top_k) == (0.7, 0.8, 20)
+    assert [benchmark.limit for benchmark in run.evaluate.benchmarks] == [500, 500, 30, 164, 256, 500, 80, 500, 500]
+
+
 def test_an_override_reads_its_value_as_yaml():
     assert parse_override("target.layer_ids=[1, 2]") == {"target": {"layer_ids": [1, 2]}}
 
