@@ -1,7 +1,8 @@
 """Finding, merging and overriding run configurations, with errors that name the field and the nearest right word.
 
 A recipe is an algorithm row laid over a target row, and both over the protocol that all share: `dspark-qwen3-4b` is
-`recipes/protocol.yaml`, `recipes/targets/qwen3-4b.yaml` and `recipes/algorithms/dspark.yaml`. A run file may name the recipe it starts from under `recipe:`.
+`recipes/protocol.yaml`, `recipes/targets/qwen3-4b.yaml` and `recipes/algorithms/dspark.yaml`. A run file may name the
+recipe it starts from under `recipe:`.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ def recipe_fields(name: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `top` laid over it, mapping by mapping; anything else, or a mapping of another `kind`, replaces what was there."""
-    if "kind" in top and top["kind"] != base.get("kind"):
-        return dict(top)
+    """`base` with `top` laid over it, mapping by mapping; anything else, and a source of another kind, replaces what was there."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        other_kind = both and key == "source" and value.get("kind", below["kind"]) != below["kind"]
+        merged[key] = merge(below, value) if both and not other_kind else value
     return merged
 
 

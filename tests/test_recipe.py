@@ -37,9 +37,14 @@ def test_merge_goes_mapping_by_mapping_and_null_replaces():
     assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": None}}) == {"a": {"b": 1, "c": None}, "d": 3}
 
 
-def test_a_mapping_of_another_kind_replaces_the_whole_of_it():
+def test_a_source_of_another_kind_replaces_the_whole_of_it():
     run = load_run("dspark-qwen3-4b", ["prompts.source={kind: files, paths: [p.jsonl]}"])
     assert run.prompts.source.model_dump() == {"kind": "files", "paths": ("p.jsonl",)}
+
+
+def test_another_kind_of_head_keeps_its_rank():
+    run = load_run("demo", ["draft.markov={kind: gated}"])
+    assert (run.draft.markov.kind, run.draft.markov.rank) == ("gated", 32)
 
 
 @pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
