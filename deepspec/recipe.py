@@ -68,10 +68,15 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        other_kind = both and key == "source" and value.get("kind", below["kind"]) != below["kind"]
-        merged[key] = merge(below, value) if both and not other_kind else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and not (key == "source" and _other_kind(below, value)):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _other_kind(below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return "kind" in value and value["kind"] != below.get("kind")
 
 
 def parse_override(text: str) -> dict[str, Any]:

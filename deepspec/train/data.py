@@ -86,8 +86,8 @@ class StepData:
             context[row, :end] = sample.context
             last_hidden[row, :end] = sample.full_last_hidden()
         lengths = torch.tensor([drawn.num_tokens for drawn in group])
-        tensors = [tensor.to(self.world.device) for tensor in (input_ids, loss_mask, lengths, context, last_hidden)]
-        return TrainBatch(*tensors, seeds=tuple(drawn.seed for drawn in group))
+        seeds, device = tuple(drawn.seed for drawn in group), self.world.device
+        return TrainBatch(input_ids.to(device), loss_mask.to(device), lengths.to(device), context.to(device), last_hidden.to(device), seeds)
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
         """The step's micro-batches, the next one being read while the last one is trained on."""
