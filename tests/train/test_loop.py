@@ -1,0 +1,140 @@
+"""The training loop: resumed exactly, the same on one rank and two, in any split, and stopped where going on is no use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepspec.artifact import Artifact
+from deepspec.data.answers import run_answers
+from deepspec.data.cache import HiddenCache
+from deepspec.data.capture import run_capture
+from deepspec.data.prompts import run_prompts
+from deepspec.errors import TrainingFailed
+from deepspec.lineage import artifact_of
+from deepspec.train import loop
+from deepspec.train.data import StepData, sample_seed
+from deepspec.train.loop import run_train
+from deepspec.train.state import checkpoint_steps
+from deepspec.train.world import World
+from tests.conftest import REPOSITORY, TINY, tiny_run
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with everything that training reads; copy it before training."""
+    store = tmp_path_factory.mktemp("captured") / "store"
+    shutil.copytree(demo_store, store)
+    config = tiny_run(store)
+    run_prompts(config)
+    run_answers(config)
+    run_capture(config)
+    return store
+
+
+@pytest.fixture
+def ready(captured: Path, tmp_path: Path) -> Path:
+    shutil.copytree(captured, tmp_path / "ready")
+    return tmp_path / "ready"
+
+
+def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.store.path(artifact.path("draft/model.safetensors")))
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    for name in first:
+        difference = (first[name] - second[name]).norm() / first[name].norm().clamp_min(1e-12)
+        assert difference < 1e-5, name
+
+
+def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(ready: Path, tmp_path: Path, monkeypatch):
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    steps = []
+    original = loop.train_step
+
+    def stopping(trainer, data, step, meter):
+        steps.append(step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return original(trainer, data, step, meter)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(tiny_run(ready))
+    resumed = run_train(tiny_run(ready))
+    assert steps[5] == 4, "the newest checkpoint was written after step 4"
+    undisturbed = weights(run_train(tiny_run(straight)))
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in weights(resumed).items())
+    assert checkpoint_steps(resumed) == [4, 6]
+
+
+def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(ready, other)
+    config = tiny_run(other, "resources.batch_tokens=60")
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2
+    assert_close(weights(run_train(tiny_run(ready))), weights(run_train(config)))
+
+
+@pytest.mark.slow
+def test_two_ranks_end_where_one_does(ready: Path, tmp_path: Path):
+    """The same global batch on two gloo ranks, with batches of three samples so that ranks get unequal shares (trap D4)."""
+    other = tmp_path / "other"
+    shutil.copytree(ready, other)
+    alone = weights(run_train(tiny_run(ready, "train.global_batch=3")))
+    sets = [part for override in [*TINY, "train.global_batch=3"] for part in ("--set", override)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deepspec"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "train", "demo", "--store", str(other), *sets], check=True, cwd=REPOSITORY, env=environment, timeout=120)
+    assert_close(alone, weights(artifact_of(tiny_run(other, "train.global_batch=3"), "train")))
+
+
+def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):
+    config = tiny_run(captured)
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    orders = [[StepData(cache, tiny_run(captured, f"train.seed={seed}"), ALONE).drawn(step) for step in range(3)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_every_training_sample_comes_once_an_epoch_and_held_out_ones_never(captured: Path):
+    config = tiny_run(captured, "train.global_batch=1", "train.max_steps=null")
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    data = StepData(cache, config, ALONE)
+    epoch = [data.drawn(step)[0].number for step in range(len(data.numbers))]
+    held_out = set((cache.index["held_out"] == 1).nonzero()[0].tolist())
+    assert sorted(epoch) == sorted(data.numbers.tolist())
+    assert held_out
+    assert not held_out & set(epoch)
+
+
+def test_a_samples_chance_changes_with_epoch_seed_and_sample():
+    assert len({sample_seed(seed, epoch, sample) for seed in (1, 2) for epoch in (0, 1) for sample in (5, 6)}) == 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(ready: Path):
+    config = tiny_run(ready, "train.lr=1e20", "train.warmup=0")
+    with pytest.raises(TrainingFailed, match="sample ids are in bad_step_"):
+        run_train(config)
+    artifact = artifact_of(config, "train")
+    assert any(name.startswith("bad_step_") for name in artifact.store.names(artifact.folder))
+
+
+def test_a_cache_without_a_training_sample_is_refused(captured: Path):
+    config = tiny_run(captured)
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache.index = cache.index[:0]
+    with pytest.raises(TrainingFailed, match="no training sample"):
+        StepData(cache, config, ALONE)
