@@ -119,11 +119,10 @@ def _read_run_file(path: Path) -> dict[str, Any]:
 
 def _explain(detail: Any) -> str:
     loc = [str(part) for part in detail["loc"]]
-    path = [part for index, part in enumerate(loc) if not (index and loc[index - 1] in _UNIONS)]
-    field = ".".join(path) or "run"
+    field = ".".join(part for index, part in enumerate(loc) if not (index and loc[index - 1] in _UNIONS)) or "run"
     if detail["type"] == "extra_forbidden":
-        allowed = _allowed_fields(path[:-1])
-        return f"{field}: there is no such field{_nearest(path[-1], allowed)}; allowed here: {', '.join(allowed)}"
+        allowed = _allowed_fields(loc[:-1])
+        return f"{field}: there is no such field{_nearest(loc[-1], allowed)}; allowed here: {', '.join(allowed)}"
     given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
     message = detail["msg"].removeprefix("Value error, ")
     expected = str(detail.get("ctx", {}).get("expected", "")).replace("'", "")
@@ -134,20 +133,28 @@ def _explain(detail: Any) -> str:
 _UNIONS = ("draft", "source")  # behind these pydantic puts the union's tag into the path
 
 
-def _allowed_fields(path: Iterable[str]) -> list[str]:
+def _allowed_fields(loc: Iterable[str]) -> list[str]:
+    """Names of the fields of the section at a pydantic error's location, union tags included."""
     schema: dict[str, Any] = RunConfig.model_json_schema()
-    options = [schema]
-    for key in path:
-        options = [option for parent in options for option in _resolve(parent.get("properties", {}).get(key, {}), schema)]
-    return sorted({name for option in options for name in option.get("properties", {})})
+    node = schema
+    for key in loc:
+        variants = node.get("discriminator", {}).get("mapping", {})
+        if key in variants:
+            node = {"$ref": variants[key]}
+        elif not key.isdigit():
+            node = node.get("properties", {}).get(key, {})
+        node = _resolve(node, schema)
+    return sorted(node.get("properties", {}))
 
 
-def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """What a node stands for: behind a reference, a list, or `section or null`."""
     if "$ref" in node:
-        return [schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]]
+        return dict(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]])
     if "items" in node:
         return _resolve(node["items"], schema)
-    return [found for option in node.get("anyOf", node.get("oneOf", [])) for found in _resolve(option, schema)]
+    sections = [option for option in node.get("anyOf", []) if "$ref" in option]
+    return _resolve(sections[0], schema) if sections else node
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -43,7 +43,8 @@ def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):
     """The tiny demo's configuration in the given store."""
     from deepspec.recipe import load_run
 
-    return load_run(recipe, [*TINY, *overrides], store=str(store))
+    shrunk = [override for override in TINY if not (recipe.startswith("eagle3") and override.startswith("draft."))]
+    return load_run(recipe, [*shrunk, *overrides], store=str(store))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +54,22 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     store = tmp_path_factory.mktemp("demo") / "store"
     run_demo(tiny_run(store))
+    return store
+
+
+@pytest.fixture(scope="session")
+def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with everything that training reads; copy it before training."""
+    from deepspec.data.answers import run_answers
+    from deepspec.data.capture import run_capture
+    from deepspec.data.prompts import run_prompts
+
+    store = tmp_path_factory.mktemp("captured") / "store"
+    shutil.copytree(demo_store, store)
+    config = tiny_run(store)
+    run_prompts(config)
+    run_answers(config)
+    run_capture(config)
     return store
 
 

@@ -75,6 +75,9 @@ def test_an_override_reads_its_value_as_yaml():
         ("dflash-demo", ["draft.markov={rank: 4}"], ["dflash has no heads"]),
         ("demo", ["target.model=Qwen/Qwen3-4B"], ["belong together"]),
         ("demo", ["hidden.last_hidden=none"], ["serves only"]),
+        ("eagle3-demo", ["draft.num_anchors=4"], ["draft.num_anchors", "allowed here: algorithm, block_size, num_layers, step_loss_decay"]),
+        ("demo", ["draft.markov.rnk=4"], ["did you mean 'rank'", "allowed here: kind, rank"]),
+        ("demo", ["evaluate.benchmarks=[{nam: x}]"], ["did you mean 'name'"]),
         ("demo", ["train.lr=-1", "loss.cee=2"], ["train.lr", "loss.cee"]),
     ],
 )

@@ -13,10 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec.artifact import Artifact
-from deepspec.data.answers import run_answers
 from deepspec.data.cache import HiddenCache
-from deepspec.data.capture import run_capture
-from deepspec.data.prompts import run_prompts
 from deepspec.errors import TrainingFailed
 from deepspec.lineage import artifact_of
 from deepspec.train import loop
@@ -27,18 +24,6 @@ from deepspec.train.world import World
 from tests.conftest import REPOSITORY, TINY, tiny_run
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with everything that training reads; copy it before training."""
-    store = tmp_path_factory.mktemp("captured") / "store"
-    shutil.copytree(demo_store, store)
-    config = tiny_run(store)
-    run_prompts(config)
-    run_answers(config)
-    run_capture(config)
-    return store
 
 
 @pytest.fixture

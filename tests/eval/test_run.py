@@ -1,0 +1,85 @@
+"""The evaluate stage on the tiny demo: lossless for every algorithm, resumed unit by unit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepspec.data.capture import run_capture
+from deepspec.errors import DataError
+from deepspec.eval import run
+from deepspec.eval.benchmarks import load_benchmarks, make_units
+from deepspec.eval.run import read_rows, run_evaluate
+from deepspec.stages import results
+from deepspec.train.loop import run_train
+from tests.conftest import tiny_run, write_jsonl
+
+
+@pytest.fixture
+def ready(captured: Path, tmp_path: Path) -> Path:
+    shutil.copytree(captured, tmp_path / "ready")
+    return tmp_path / "ready"
+
+
+@pytest.mark.parametrize("recipe", ["dspark-demo", "dflash-demo", "eagle3-demo"])
+def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe: str):
+    config = tiny_run(ready, "target.layer_ids=[0, 1, 2]", recipe=recipe)  # eagle3 cannot read the embedding, layer -1
+    run_capture(config)
+    run_train(config)
+    rows = read_rows(run_evaluate(config))
+    greedy = [row for row in rows if row["temperature"] == 0]
+    assert len(greedy) == 9
+    assert all(row["identical"] for row in greedy)
+    found = results(config)
+    assert found["lossless"] == [9, 9]
+    assert set(found["acceptance_length"]) == {"macro", "math", "code", "chat"}
+    assert 1.0 <= found["acceptance_length"]["macro"] <= config.draft.block_size + 1
+    assert found["speedup"] > 0
+
+
+def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(ready)
+    run_train(config)
+    artifact = run_evaluate(config, shards=[0, 2])
+    assert sorted(artifact.records()) == [0, 2]
+    assert artifact.manifest() is None
+    units = []
+    original = run.evaluate_unit
+    monkeypatch.setattr(run, "evaluate_unit", lambda models, unit, config: units.append(unit.number) or original(models, unit, config))
+    run_evaluate(config)
+    assert units == [1, 3, 4, 5]
+    run_evaluate(config)
+    assert units == [1, 3, 4, 5]
+
+
+def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: Path):
+    config = tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", "evaluate.temperatures=[0.0]")
+    run_train(config)
+    for row in read_rows(run_evaluate(config)):
+        assert len(row["prompt_digest"]) == 16
+        assert len(row["proposed"]) == len(row["accepted"]) == len(row["committed"])
+        assert 1 + sum(row["committed"]) >= row["num_tokens"] == len(row["token_ids"])
+
+
+def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
+    config = tiny_run(ready)
+    units = make_units(config, load_benchmarks(config))
+    assert [(unit.temperature, unit.benchmark) for unit in units] == [(t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")]
+    assert [unit.number for unit in units] == list(range(6))
+
+
+def test_a_limit_takes_a_seeded_choice(ready: Path):
+    chosen = [
+        load_benchmarks(tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", f"evaluate.seed={s}")) for s in (0, 0, 3)
+    ]
+    assert chosen[0] == chosen[1]
+    assert all(len(benchmarks[0].prompts) == 2 for benchmarks in chosen)
+
+
+@pytest.mark.parametrize(("rows", "said"), [([{"turns": []}], "row 1"), ([{"turns": ["x"]}, {"prompt": "y"}], "row 2"), ([], "empty")])
+def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(ready: Path, tmp_path: Path, rows: list, said: str):
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(DataError, match=said):
+        load_benchmarks(tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]"))
