@@ -1,0 +1,141 @@
+"""`python -m flows.<name>`: one command, no server set up; mistakes are one paragraph, and nothing outlives the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deepspec.launch import Request
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from deepspec.stages import stage_status, stages_of
+from flows.server import start_private_server
+from tests.conftest import REPOSITORY, TINY, tiny_run
+
+SETS = [word for override in TINY for word in ("--set", override)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """As a user's shell: nothing of Prefect is set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **changes}
+
+
+def flow_command(flow: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"flows.{flow}", *map(str, arguments)]
+
+
+def run(command: list[str], env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, check=False)
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder whose database is made once for all tests."""
+    return str(tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dem"], "did you mean 'demo'"),
+        (["demo", "--set", "train.lrr=1"], "did you mean 'lr'"),
+        (["demo", "--set", "train.lr=fast"], "train.lr"),
+        (["nowhere.yaml"], "cannot be read"),
+        (["demo", "--store", "/proc/nowhere"], "cannot write"),
+        (["demo", "--set", "prompts.source={kind: files, paths: [/nowhere.jsonl]}", "--store", "STORE"], "/nowhere.jsonl"),
+    ],
+)
+def test_a_users_mistake_is_one_paragraph_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path):
+    arguments = [argument.replace("STORE", str(tmp_path)) for argument in arguments]
+    found = run(flow_command("pipeline", *arguments), environment(HOME=str(tmp_path)))
+    assert found.returncode == 2, found.stderr
+    assert said in found.stderr and "fix: " in found.stderr and "Traceback" not in found.stderr
+    assert found.stdout == ""
+
+
+def test_a_server_that_does_not_answer_is_named(run_file: Path):
+    found = run(flow_command("prepare", run_file), environment(PREFECT_API_URL="http://127.0.0.1:9/api"))
+    assert found.returncode == 2
+    assert "http://127.0.0.1:9/api" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_private_server_that_cannot_start_says_why(run_file: Path, prefect_home: str):
+    broken = environment(PREFECT_HOME=prefect_home, PREFECT_SERVER_DATABASE_CONNECTION_URL="nonsense://x")
+    found = run(flow_command("prepare", run_file), broken)
+    assert found.returncode == 2, found.stderr
+    assert "private server did not start" in found.stderr and "server.log" in found.stderr
+
+
+def test_a_user_who_has_a_server_gets_no_private_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    monkeypatch.setenv("PREFECT_API_URL", "http://somewhere/api")
+    assert start_private_server(None) is None
+    monkeypatch.delenv("PREFECT_API_URL")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    (tmp_path / "profiles.toml").write_text('active = "site"\n[profiles.site]\nPREFECT_API_URL = "http://site/api"\n')
+    assert start_private_server(None) is None
+
+
+SLOW = "answers.engine=tests.flows.engines:Slow"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(run_file: Path, prefect_home: str, number: signal.Signals):
+    (run_file.parent / "slow").touch()
+    env, config = environment(PREFECT_HOME=prefect_home), load_run(str(run_file), [SLOW])
+    command = flow_command("prepare", run_file, "--set", SLOW)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    wait_until(lambda: stage_status(config, "answers").committed == 1)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) >= 5, "the run, the server, the child and their guards"
+    process.send_signal(number)
+    stderr = process.communicate(timeout=30)[1]
+    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in everyone), seconds=15)
+    assert "Traceback" not in stderr
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "interrupted" in stderr
+    kept = stage_status(config, "answers")
+    assert (kept.committed, kept.missing) == (1, [1, 2, 3, 4, 5])
+    (run_file.parent / "slow").unlink()
+    assert run(Request(str(run_file), (SLOW,)).command("answers"), env).returncode == 0
+    assert stage_status(config, "answers").sealed
+
+
+def wait_until(true, seconds: float = 90) -> None:
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, "it took too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(store: Path):
+    command = flow_command("pipeline", "demo", *SETS, "--store", store)
+    first = run(command, environment(HOME=str(store.parent)))
+    assert first.returncode == 0, first.stderr
+    summary = json.loads(first.stdout.splitlines()[-1])
+    assert set(summary) == {"acceptance_length", "lossless", "speedup", "seconds", "peak_rss_bytes", "result"}
+    assert set(summary["acceptance_length"]) == {"macro", "math", "code", "chat"}
+    assert summary["lossless"][0] == summary["lossless"][1] and summary["peak_rss_bytes"] > 1e8
+    assert Path(summary["result"], "summary.json").exists()
+    config = tiny_run(store)
+    before = {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)}
+    assert all(before.values())
+
+    shutil.rmtree(store / ".prefect")
+    started = time.monotonic()
+    second = run(command, environment(HOME=str(store.parent)))
+    assert second.returncode == 0 and time.monotonic() - started < 30
+    assert second.stdout.count("already done") == len(stages_of(config))
+    assert {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)} == before
