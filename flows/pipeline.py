@@ -14,12 +14,17 @@ from flows.evaluate import evaluate
 from flows.prepare import prepare
 from flows.reporting import StageOutcome
 from flows.request import open_run
-from flows.tasks import Overrides, Recipe, StoreUrl
 from flows.train import train
 
 
 @flow(name="pipeline", flow_run_name="pipeline {recipe}", persist_result=False)
-def pipeline(recipe: Recipe = "demo", overrides: Overrides = None, store: StoreUrl = None) -> list[StageOutcome]:
-    """Prompts, answers, hidden states, draft, results: one after the other, each only where it is missing."""
+def pipeline(recipe: str = "demo", overrides: list[str] | None = None, store: str | None = None) -> list[StageOutcome]:
+    """Prompts, answers, hidden states, draft, results: one after the other, each only where it is missing.
+
+    Args:
+        recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.
+        overrides: Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.
+        store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
+    """
     open_run(Request(recipe, tuple(overrides or ()), store))
     return [outcome for part in (prepare, train, evaluate) for outcome in part(recipe, overrides, store)]

@@ -29,7 +29,7 @@ class PrivateServer:
     """A Prefect server on a free port of this machine; ends with this process, however that ends."""
 
     def __init__(self, home: Path) -> None:
-        self.port, self.log_path = _free_port(), home / "server.log"
+        self.port, self.log_path = free_port(), home / "server.log"
         home.mkdir(parents=True, exist_ok=True)
         os.environ.update(_settings(home, self.port))
         command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
@@ -107,7 +107,7 @@ def _settings(home: Path, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

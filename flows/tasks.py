@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
-from pydantic import Field
 
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
@@ -28,10 +27,6 @@ from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from flows.reporting import Board, StageOutcome, publish_failure, publish_stages, show_already_done
 from flows.request import open_run
-
-Recipe = Annotated[str, Field(description="A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml")]
-Overrides = Annotated[list[str] | None, Field(description="Fields to change, one `section.field=value` each, e.g. train.lr=3e-4")]
-StoreUrl = Annotated[str | None, Field(description="Artifact store: a folder or s3://bucket/prefix; empty takes the recipe's")]
 
 JITTER = 0.3  # share of a retry's delay by which it may vary, so that many tasks do not come back at once
 MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all

@@ -15,10 +15,13 @@ import httpx
 import pytest
 
 from deepspec.stages import stage_status, stages_of
-from flows.server import _free_port
+from flows.server import free_port
 from tests.conftest import REPOSITORY, TINY, tiny_run
 
-QUICK = [*TINY, "evaluate.temperatures=[0.0]", "evaluate.max_new_tokens=4"]
+QUICK = [
+    *TINY, "prompts.limit=8", "train.max_steps=2", "evaluate.temperatures=[0.0]", "evaluate.max_new_tokens=4",
+    "evaluate.benchmarks=[{name: demo/math, limit: 1}]",
+]  # fmt: skip
 
 
 def prefect(*arguments: str, env: dict[str, str], timeout: float = 60) -> str:
@@ -53,7 +56,7 @@ def wait_for_server(url: str, log: Path) -> None:
 
 @pytest.mark.slow
 def test_server_pool_deploy_worker_and_run(store: Path, tmp_path: Path):
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     env = kept | {
