@@ -142,6 +142,22 @@ def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (re
         typer.echo(line)
 
 
+@app.command()
+def conformance(
+    vectors: Annotated[str | None, typer.Option(metavar="DIR", help="a folder of reference vectors to reproduce")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="a target's folder: is everything that a draft needs true of it?")
+    ] = None,
+) -> None:
+    """Check the numbers: against reference vectors, or of a target; exit 1 where any is outside what is allowed."""
+    from deepspec.eval.conformance import run_conformance
+
+    table, passed = run_conformance(vectors=vectors, model=model)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log keeps its rows whole
+    if not passed:
+        raise typer.Exit(EXIT_FAILED)
+
+
 def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
     """The validated run, and where its events go; refuses a store that cannot be used before anything is loaded."""
     from deepspec.store import Store
