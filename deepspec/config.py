@@ -41,12 +41,12 @@ class DemoConfig(Section):
     """Decoder layers of the target."""
     hidden_size: PositiveInt = 96
     """Width of the target."""
-    steps: PositiveInt = 400
+    steps: PositiveInt = 200
     """Optimizer steps of the target's training."""
-    batch_tokens: PositiveInt = 1100
-    """Tokens per optimizer step."""
-    lr: PositiveFloat = 3e-3
-    """Peak learning rate (AdamW, cosine)."""
+    batch_tokens: PositiveInt = 1200
+    """Tokens per optimizer step, padding included."""
+    lr: PositiveFloat = 0.02
+    """Peak learning rate of the matrices (Muon, cosine); embedding and norms take half of it (AdamW)."""
     held_out: PositiveInt = 20
     """Held-out benchmark prompts per domain."""
 

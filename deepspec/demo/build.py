@@ -69,4 +69,4 @@ def encode(tokenizer: Any, row: Conversation) -> Example:
     """A conversation as the stages after this one render it: the template's prompt, then the answer and its end of turn."""
     prompt: Sequence[int] = tokenizer.apply_chat_template(row.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
     answer = tokenizer.encode(row.answer, add_special_tokens=False)
-    return Example([*prompt, *answer, tokenizer.eos_token_id], len(prompt))
+    return Example([*prompt, *answer, tokenizer.eos_token_id], len(prompt), row.domain)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepspec.config import DemoConfig
+from deepspec.demo.muon import Muon
 from deepspec.demo.tokenizer import MAX_POSITIONS
 
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, numbers to show
@@ -28,6 +29,7 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     prompt: int
+    domain: str
 
 
 def new_target(config: DemoConfig, tokenizer: Any) -> Any:
@@ -68,17 +70,22 @@ def initialise(model: Any, generator: torch.Generator) -> None:
 def train_target(model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress) -> float:
     """Train in place for `config.steps` steps of about `config.batch_tokens` tokens; the mean loss of the last tenth."""
     batches = make_batches(examples, config.batch_tokens, random.Random(config.seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "embed_tokens" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.dim() != 2 or "embed_tokens" in name]
+    optimizers = Muon(matrices, lr=config.lr), torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     losses: list[float] = []
     model.train()
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, config.steps)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step, config.steps)
         loss = batch_loss(model, batches[step % len(batches)])
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         on_progress(step + 1, config.steps, {"loss": losses[-1]})
     model.eval()
@@ -94,14 +101,19 @@ def schedule(step: int, steps: int) -> float:
 
 
 def make_batches(examples: Sequence[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
-    """Batches of examples of nearly one length, each of about `batch_tokens` tokens, in random order.
+    """Batches of about `batch_tokens` padded tokens, in random order, each with its share of every domain.
 
-    Sorting by length leaves little padding; the random order keeps short and long ones mixed over the training.
+    Domains are laid into one another by length, the shortest of each first: that leaves little padding, and a step that
+    sees one domain alone would pull the weights to and fro.
     """
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    by_domain: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):
+        by_domain.setdefault(example.domain, []).append(example)
+    placed = [(place / len(group), example) for group in by_domain.values() for place, example in enumerate(group)]
     batches: list[list[Example]] = [[]]
-    for example in ordered:
-        if (len(batches[-1]) + 1) * len(example.input_ids) > batch_tokens and batches[-1]:
+    for _, example in sorted(placed, key=lambda entry: entry[0]):
+        longest = max(len(other.input_ids) for other in [*batches[-1], example])
+        if batches[-1] and (len(batches[-1]) + 1) * longest > batch_tokens:
             batches.append([])
         batches[-1].append(example)
     rng.shuffle(batches)
@@ -116,7 +128,7 @@ def batch_loss(model: Any, batch: Sequence[Example]) -> Tensor:
     longest = max(len(example.input_ids) for example in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
     supervised = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, (ids, prompt) in enumerate(batch):
+    for row, (ids, prompt, _) in enumerate(batch):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         supervised[row, prompt : len(ids)] = True
     hidden = model.model(input_ids[:, :-1], use_cache=False).last_hidden_state
