@@ -44,7 +44,7 @@ def make_corpus(config: DemoConfig) -> Corpus:
         DataError: this Python carries too little of its library's source.
     """
     rng = random.Random(config.seed)
-    functions = library_functions()
+    functions = list(library_functions())
     rng.shuffle(functions)
     with_source = [function for function in functions if len(function.source) in SOURCE_LENGTH]
     with_summary = [function for function in functions if len(function.summary) in SUMMARY_LENGTH]

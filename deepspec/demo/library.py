@@ -10,6 +10,8 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +52,8 @@ class Function(NamedTuple):
         return "method" if self.owner else "function"
 
 
-def library_functions() -> list[Function]:
+@cache
+def library_functions() -> tuple[Function, ...]:
     """All functions and methods of the standard library, sorted by module and name, one per name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[tuple[str, str | None, str], Function] = {}
@@ -60,7 +63,7 @@ def library_functions() -> list[Function]:
             module = ".".join(part for part in parts if part != "__init__")
             for function in _functions(path, module):
                 found.setdefault((module, function.owner, function.name), function)
-    return sorted(found.values(), key=lambda function: (function.module, function.owner or "", function.name))
+    return tuple(sorted(found.values(), key=lambda function: (function.module, function.owner or "", function.name)))
 
 
 def _functions(path: Path, module: str) -> Iterator[Function]:
