@@ -37,7 +37,7 @@ def shown_on_terminal(stages: Sequence[str]) -> Iterator[None]:
         TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]:6}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Bars(*columns, console=console) as bars, watched_by(_bar_per_stage(bars, stages)):
+    with Bars(*columns, console=console, refresh_per_second=4) as bars, watched_by(_bar_per_stage(bars, stages)):
         yield
 
 
@@ -47,7 +47,7 @@ def _bar_per_stage(bars: Bars, stages: Sequence[str]) -> Watcher:
 
     def show(progress: Progress) -> None:
         task = tasks[progress.stage]
-        note = rate.describe(progress) if progress.state == "running" else progress.state
+        note = rate.describe(progress) if progress.state in ("running", "done") else progress.state
         if progress.state == "running":
             bars.start_task(task)
         bars.update(task, completed=progress.done, total=progress.total or None, unit=progress.unit, note=note)

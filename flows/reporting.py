@@ -24,12 +24,14 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from deepspec.stages import StageStatus
 
 log = logging.getLogger(__name__)
 
 ARTIFACT_PAUSE_S = 5.0  # between two updates of a progress artifact
+REQUEST_S = 5.0
 ENVELOPE = ("event", "stage", "done", "total", "unit")
 
 State = Literal["running", "done", "already done", "failed"]
@@ -68,10 +70,13 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def show(progress: Progress) -> None:
+    if watcher := _watcher.get():
+        watcher(progress)
+
+
 def show_already_done(status: StageStatus) -> None:
-    watcher = _watcher.get()
-    if watcher:
-        watcher(Progress(status.stage, "already done", 1, 1, "", {}))
+    show(Progress(status.stage, "already done", 1, 1, "", {}))
 
 
 class Board:
@@ -79,7 +84,6 @@ class Board:
 
     def __init__(self, run_name: str, before: StageStatus, *, sharded: bool) -> None:
         self._lock = threading.Lock()
-        self._watcher = _watcher.get()  # kept, because children are heard in other threads
         self._sharded, self._committed, self._seen = sharded, before.committed, set[int]()
         total = before.committed + len(before.missing) if sharded else 0
         self.progress = Progress(before.stage, "running", before.committed if sharded else 0, total, "shards" if sharded else "", {})
@@ -115,8 +119,7 @@ class Board:
             self._artifact.update(self.progress, pause_s=0.0)
 
     def _show(self) -> None:
-        if self._watcher:
-            self._watcher(self.progress)
+        show(self.progress)
         self._artifact.update(self.progress, pause_s=ARTIFACT_PAUSE_S)
 
 
@@ -134,14 +137,17 @@ class _ProgressArtifact:
         self._updated = time.monotonic()
         numbers = ", ".join(f"{key} {value}" for key, value in progress.numbers.items())
         text = f"{self._description}\n\n{progress.state}: {progress.done} of {progress.total} {progress.unit} ({numbers})"
-        with best_effort():
+        with best_effort(retries=0):
             update_progress_artifact(self._id, 100.0 * progress.done / max(progress.total, 1), description=text)
 
 
 @contextlib.contextmanager
-def best_effort() -> Iterator[None]:
+def best_effort(*, retries: int = 2) -> Iterator[None]:
+    """Calls to the server that may fail; they give up soon, because a child is waiting to be heard meanwhile."""
+    patience = {PREFECT_CLIENT_MAX_RETRIES: retries, PREFECT_API_REQUEST_TIMEOUT: REQUEST_S}
     try:
-        yield
+        with temporary_settings(patience):
+            yield
     except (httpx.HTTPError, PrefectException) as error:
         log.warning("the Prefect server did not take an artifact: %s", error)
 
@@ -198,7 +204,7 @@ def result_row(part: Mapping[str, Any]) -> dict[str, str]:
         "benchmark": part["benchmark"],
         "T": f"{part['temperature']:g}",
         "acceptance length": f"{part['acceptance_length']:.2f}",
-        "accepted at position 1, 2, ... (%)": " ".join(f"{100 * share:.0f}" for share in part["conditional_acceptance"]),
+        "accepted by position (%)": " ".join(f"{100 * share:.0f}" for share in part["conditional_acceptance"]),
         "tokens/s": f"{speeds['speculative']:.0f}",
         "plain": f"{speeds['plain']:.0f}",
         "speed-up": f"{part['speedup']:.2f}",

@@ -73,7 +73,8 @@ def start_private_server(store: Store) -> PrivateServer | None:
     Raises:
         UserError: its folder cannot be written.
     """
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the terminal shows bars; the server gets the logs
+    for handler in ("LOGGING_HANDLERS_CONSOLE_LEVEL", "LOGGING_INTERNAL_LEVEL"):
+        os.environ.setdefault(f"PREFECT_{handler}", "CRITICAL")  # the terminal shows bars; the server gets the logs
     if os.environ.get("PREFECT_API_URL") or _profile_has_server():
         return None
     beside = Path(store.root) / ".prefect" if store.is_local else Path.home() / ".cache" / "deepspec" / "prefect"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from tests.conftest import REPOSITORY, write_jsonl
@@ -15,7 +15,8 @@ from tests.conftest import REPOSITORY, write_jsonl
 
 @pytest.fixture(autouse=True, scope="session")
 def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=60), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+    quiet, quick = {PREFECT_SERVER_ANALYTICS_ENABLED: False}, {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(quiet), prefect_test_harness(server_startup_timeout=60), temporary_settings(quick):
         yield
 
 

@@ -164,9 +164,9 @@ def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_f
     status = stage_status(load_run(str(run_file)), "answers")._replace(committed=2, missing=[2, 3, 4])
     with watched_by(seen.append):
         board = Board("flaky", status, sharded=True)
-    for shard in (2, 3, 3, 4):
-        board.hear({"event": "shard", "stage": "answers", "shard": shard, "rows": 2, "tokens": 10, "num_bytes": 100})
-        board.hear({"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"})
-    board.close("done")
+        for shard in (2, 3, 3, 4):
+            board.hear({"event": "shard", "stage": "answers", "shard": shard, "rows": 2, "tokens": 10, "num_bytes": 100})
+            board.hear({"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"})
+        board.close("done")
     assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
     assert seen[-1].numbers == {"rows": 6, "tokens": 30, "num_bytes": 300}
