@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -140,6 +141,19 @@ def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (re
 
     for line in describe(folder, sets or (), store=store):
         typer.echo(line)
+
+
+@app.command()
+def export(
+    draft: Annotated[str, typer.Argument(metavar="DRAFT", help="a draft's folder, or the train artifact that holds it")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write, new or empty")],
+    to: Annotated[str, typer.Option("--to", metavar="ENGINE", help="vllm, sglang, speculators or hf")],
+) -> None:
+    """Write a draft as a serving engine expects it; it counts once it was read back and drafts as the original."""
+    from deepspec.model.export import export_draft
+
+    export_draft(Path(draft), engine=to, out=Path(out))
+    typer.echo(f"{out} holds the draft for {to}, and drafts as the original does")
 
 
 @app.command()
