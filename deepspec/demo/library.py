@@ -11,7 +11,6 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 

@@ -12,7 +12,6 @@ import pytest
 from deepspec.config import DemoConfig
 from deepspec.demo import corpus as corpus_module
 from deepspec.demo.corpus import Corpus, Domain, make_corpus
-from deepspec.demo.library import library_functions
 from deepspec.demo.maths import KINDS, make_problem
 from deepspec.errors import DataError
 
@@ -26,7 +25,6 @@ def corpus() -> Corpus:
 
 
 def test_the_same_seed_makes_the_same_corpus_another_seed_another(corpus: Corpus):
-    library_functions.cache_clear()
     assert make_corpus(CONFIG) == corpus
     assert make_corpus(CONFIG.model_copy(update={"seed": 1})) != corpus
 
@@ -37,7 +35,7 @@ def test_every_domain_has_its_third_and_its_held_out_prompts(corpus: Corpus):
 
 
 def test_the_domains_are_mixed_from_the_first_prompts_on(corpus: Corpus):
-    assert set(Counter(row.domain for row in corpus.training[:60]).values()) > {10}
+    assert min(Counter(row.domain for row in corpus.training[:60]).values()) > 10
 
 
 def test_no_held_out_question_or_function_is_trained_on(corpus: Corpus):
