@@ -33,6 +33,7 @@ TINY = [
     "train.global_batch=8",
     "train.checkpoint_steps=2",
     "evaluate.max_new_tokens=12",
+    "evaluate.temperatures=[0.0, 1.0]",
     "resources.shards_per_task=3",
     "resources.retry_delay_s=0.1",
     "resources.min_free_gb=0",
