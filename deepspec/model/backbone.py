@@ -13,8 +13,10 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from deepspec.families import RopeSettings
+from deepspec.model.attention import Mask, flex
 from deepspec.model.spec import DraftSpec
 
 # (layer number, keys, values of the new positions [B, K, n, E]) -> all keys and values these positions may see [B, K, L, E]
@@ -103,10 +105,12 @@ class Attention(nn.Module):
             values = F.rms_norm(values, size[1:], eps=self.eps)
         return rotate(self.k_norm(keys), rotation).transpose(1, 2), values.transpose(1, 2)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask | None) -> Tensor:
         """Attention output [B, n, D]; `mask` [B, 1, n or 1, L] is True where a key is seen, None where all are."""
         num_rows, num_new, num_heads, head_dim = queries.shape
-        if mask is None or mask.shape[2] == 1:
+        if isinstance(mask, BlockMask):
+            out = flex(queries.transpose(1, 2), keys, values, mask=mask, scale=self.scale)
+        elif mask is None or mask.shape[2] == 1:
             # Heads that share keys become further queries: no copies of the keys, and one matmul for the group.
             grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4)
             out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
@@ -162,7 +166,7 @@ class DecoderLayer(nn.Module):
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x * self.layer_scalar if self.has_scalar else x
 
-    def forward(self, x: Tensor, rotation: Rotation, *, number: int, extend: Extend, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, *, number: int, extend: Extend, mask: Mask | None) -> Tensor:
         """One pre-norm layer over `x` [B, n, D]."""
         normed = self.input_layernorm(x)
         keys, values = extend(number, *self.self_attn.keys_values(normed, rotation))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config import LossConfig, SamplingConfig
-from deepspec.model.anchors import Anchors, BlockPlan, block_mask, plan_blocks, sample_anchors
+from deepspec.model.anchors import Anchors, BlockPlan, plan_blocks, sample_anchors
+from deepspec.model.attention import Mask, training_path, visibility
 from deepspec.model.backbone import DecoderLayer, Extend, Layers, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
 from deepspec.model.draft import DraftCache, Proposal, TrainBatch
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
@@ -116,11 +117,12 @@ class BlockDraft(nn.Module):
 
         positions = (plan.anchors.positions[..., None] + torch.arange(size, device=fused.device)).flatten(1)
         rotation = Rotation(table.cos[positions], table.sin[positions])
-        mask = block_mask(plan.anchors, num_tokens=num_tokens, block_size=size)
+        path = training_path(self.fc.weight, self.spec.heads)
+        mask = visibility(plan.anchors, num_tokens=num_tokens, block_size=size, path=path)
         states = self._backbone(self._embed_blocks(plan.anchor_tokens).flatten(1, 2), rotation, extend, mask)
         return states.unflatten(1, (-1, size))
 
-    def _backbone(self, x: Tensor, rotation: Rotation, extend: Extend, mask: Tensor | None) -> Tensor:
+    def _backbone(self, x: Tensor, rotation: Rotation, extend: Extend, mask: Mask | None) -> Tensor:
         for number, layer in enumerate(self.layers):
             x = layer(x, rotation, number=number, extend=extend, mask=mask)
         return self.norm(x)
