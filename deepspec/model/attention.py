@@ -50,7 +50,7 @@ def flex(queries: Tensor, keys: Tensor, values: Tensor, *, mask: BlockMask, scal
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
     # Autocast knows SDPA but not flex, and rotated queries come in the tables' float32.
     cast_inputs = (x.to(dtype) for x in (queries, keys, values))
-    kernel: Callable[..., Any] = _compiled() if values.is_cuda else flex_attention
+    kernel: Any = _compiled() if values.is_cuda else flex_attention
     shares = queries.shape[1] != keys.shape[1]
     return cast("Tensor", kernel(*cast_inputs, block_mask=mask, scale=scale, enable_gqa=shares))
 
