@@ -218,6 +218,8 @@ class RunConfig(Section):
     def _draft_finds_what_it_reads(self) -> Self:
         if self.hidden.last_hidden == "none" and (self.draft.algorithm == "eagle3" or self.loss.tv > 0 or self.draft.confidence):
             raise ValueError("hidden.last_hidden `none` serves only a dflash draft with loss.tv 0")
+        if self.draft.algorithm != "eagle3" and not self.loss.ce + self.loss.tv + (self.loss.confidence if self.draft.confidence else 0):
+            raise ValueError("loss.ce, loss.tv and loss.confidence are all 0 for this draft: there is nothing to learn from")
         if self.draft.algorithm == "eagle3" and self.target.layer_ids[0] < 0:
             raise ValueError("eagle3 cannot read layer -1, the embedding output")
         return self

@@ -141,24 +141,52 @@ def check_layer_ids(layer_ids: Iterable[int], num_layers: int) -> None:
         raise ConfigError(what, where="target.layer_ids", fix=f"choose from -1 to {num_layers - 2}")
 
 
+def check_settings(settings: TargetConfig, text_config: Any) -> None:
+    """Refuse layers and a mask token that the target does not have, with a ConfigError."""
+    check_layer_ids(settings.layer_ids, text_config.num_hidden_layers)
+    if settings.mask_token_id >= text_config.vocab_size:
+        what = f"mask token {settings.mask_token_id} is outside the target's vocabulary of {text_config.vocab_size} tokens"
+        raise ConfigError(what, where="target.mask_token_id", fix=f"choose an unused token id from 0 to {text_config.vocab_size - 1}")
+
+
+def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
+    """The language model's part of the target's config; no weight is read.
+
+    Raises:
+        DataError: no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder or settings.model), revision=settings.revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise _unloadable(settings, error) from None
+
+
 def load_target(settings: TargetConfig, *, folder: Path | None, device: str = "auto", dtype: str | None = None) -> Target:
     """The target in its own dtype (or `dtype`) on the device asked for; `folder` where it is on this disk.
 
     Raises:
         DataError: no such model, or not a causal language model.
+        ConfigError: layers or a mask token that it does not have; found before any weight is read.
     """
     from transformers import AutoModelForCausalLM
 
     chosen = choose_device(device)
+    check_settings(settings, read_text_config(settings, folder=folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder or settings.model), revision=settings.revision, dtype=DTYPES[dtype or settings.dtype], attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
-        what = f"the target cannot be loaded: {str(error).splitlines()[0]}"
-        raise DataError(what, where=f"target.model {settings.model}", fix="check the name, or give a local folder") from None
+        raise _unloadable(settings, error) from None
     log.info("target=%s device=%s dtype=%s layers=%s", settings.model, chosen, dtype or settings.dtype, settings.layer_ids)
     return Target(model.to(chosen), settings.layer_ids)
+
+
+def _unloadable(settings: TargetConfig, error: Exception) -> DataError:
+    what = f"the target cannot be loaded: {str(error).splitlines()[0]}"
+    return DataError(what, where=f"target.model {settings.model}", fix="check the name, or give a local folder")
 
 
 def choose_device(device: str) -> torch.device:

@@ -106,3 +106,11 @@ def test_every_field_has_a_description():
 def test_the_recipe_files_are_plain_yaml_rows():
     folder = Path(__file__).parents[1] / "deepspec" / "recipes"
     assert all(isinstance(yaml.safe_load(path.read_text()), dict) for path in folder.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("recipe", "weights"), [("dspark-demo", (0, 0, 0)), ("dflash-demo", (0, 0, 1))])
+def test_a_loss_without_terms_is_refused(recipe: str, weights: tuple[int, int, int]):
+    """The weight of a confidence head that the draft does not have teaches nothing either."""
+    zeros = [f"loss.{name}={weight}" for name, weight in zip(("ce", "tv", "confidence"), weights, strict=True)]
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        load_run(recipe, zeros)

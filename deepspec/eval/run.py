@@ -22,11 +22,12 @@ from deepspec.eval.speculate import Seconds, Trace, speculate
 from deepspec.events import Report, silent
 from deepspec.generate import Decode, generate
 from deepspec.lineage import artifact_of
-from deepspec.model.checkpoint import load_draft
+from deepspec.model.checkpoint import load_draft, read_spec
+from deepspec.model.spec import DraftSpec
 from deepspec.records import Counts, Record
 from deepspec.stages import Work, choose, missing_shards, require_sealed, work_through
 from deepspec.store import pretty_json
-from deepspec.target import DTYPES, Target, load_target
+from deepspec.target import DTYPES, Target, load_target, read_text_config
 
 log = logging.getLogger(__name__)
 
@@ -79,24 +80,26 @@ def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
     """Target and draft in the same dtype on the same device.
 
     Raises:
-        ArtifactMismatch: the draft was made for a target of another shape.
+        ArtifactMismatch: the draft was made for a target of another shape; found before any weight is read.
     """
     chat, dtype = load_chat(config), config.evaluate.dtype or config.target.dtype
-    target = load_target(config.target, folder=target_folder(config), device=config.resources.device, dtype=dtype)
     manifest = draft_artifact.manifest()
     for name in manifest.files if manifest else ():
         draft_artifact.store.fetch(draft_artifact.path(name))
-    draft = load_draft(draft_artifact.store.fetch(draft_artifact.path("draft")), device=target.device, dtype=DTYPES[dtype])
-    check_pair(target, draft)
+    folder, of_target = draft_artifact.store.fetch(draft_artifact.path("draft")), target_folder(config)
+    check_pair(read_spec(folder), read_text_config(config.target, folder=of_target), layer_ids=config.target.layer_ids)
+    target = load_target(config.target, folder=of_target, device=config.resources.device, dtype=dtype)
+    draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
     return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))
 
 
-def check_pair(target: Target, draft: Any) -> None:
-    config = target.text_config
+def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
+    """Refuse a draft of another target than the one whose text config is given and whose `layer_ids` are captured."""
     facts = {
-        "vocabulary size": (draft.spec.vocab_size, config.vocab_size),
-        "hidden size": (draft.spec.hidden_size, config.hidden_size),
-        "captured layers": (tuple(draft.spec.target_layer_ids), target.layer_ids),
+        "vocabulary size": (spec.vocab_size, target.vocab_size),
+        "hidden size": (spec.hidden_size, target.hidden_size),
+        "layers": (spec.num_target_layers, target.num_hidden_layers),
+        "captured layers": (tuple(spec.target_layer_ids), tuple(layer_ids)),
     }
     wrong = [f"{name}: draft {of_draft}, target {of_target}" for name, (of_draft, of_target) in facts.items() if of_draft != of_target]
     if wrong:

@@ -76,14 +76,23 @@ def load_draft(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
         ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another shape (all named).
         ConfigError: a config that describes no draft known here.
     """
-    folder = Path(folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if not (config.is_file() and weights.is_file()):
-        fix = "give a folder with config.json and model.safetensors"
-        raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
-    draft = empty_draft(DraftSpec.from_config(json.loads(config.read_text())))
+    draft, weights = empty_draft(read_spec(Path(folder))), Path(folder) / "model.safetensors"
     load_tensors(draft, load_file(weights, device=str(device)), dtype=dtype, where=str(weights))
     return draft.eval()
+
+
+def read_spec(folder: Path) -> DraftSpec:
+    """What the config.json of a draft's folder describes; no weight is read.
+
+    Raises:
+        ArtifactMismatch: not a draft's folder.
+        ConfigError: a config that describes no draft known here.
+    """
+    config = folder / "config.json"
+    if not (config.is_file() and (folder / "model.safetensors").is_file()):
+        fix = "give a folder with config.json and model.safetensors"
+        raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
+    return DraftSpec.from_config(json.loads(config.read_text(encoding="utf-8")))
 
 
 def load_tensors(draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.config import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.model.checkpoint import Draft, empty_draft, load_tensors
+from deepspec.model.checkpoint import Draft, empty_draft, load_tensors, read_spec
 from deepspec.model.draft import Proposal
 from deepspec.model.engines import ENGINES, SHARED, Engine, engine_config, engine_tensors, published_config, refuse_unservable
 from deepspec.model.model_card import model_card
@@ -44,7 +44,7 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("the folder to export to exists and is not empty", where=str(out), fix="name another one, or remove it")
     source = find_draft(draft)
-    spec = DraftSpec.from_config(_read_json(source / "config.json"))
+    spec = read_spec(source)
     refuse_unservable(spec, chosen)
     tensors = load_file(source / "model.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)

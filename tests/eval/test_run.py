@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from deepspec.data.capture import run_capture
-from deepspec.errors import DataError
+from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.eval import run
 from deepspec.eval.benchmarks import load_benchmarks, make_units
 from deepspec.eval.run import read_rows, run_evaluate
+from deepspec.lineage import artifact_of
 from deepspec.stages import results
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl
@@ -83,3 +85,15 @@ def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(ready: 
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     with pytest.raises(DataError, match=said):
         load_benchmarks(tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]"))
+
+
+def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(ready)
+    run_train(config)
+    artifact = artifact_of(config, "train")
+    described = json.loads(artifact.store.read(artifact.path("draft/config.json")))
+    wrong = {**described, "hidden_size": 64, "num_target_layers": 9}
+    artifact.store.write(artifact.path("draft/config.json"), json.dumps(wrong).encode())
+    monkeypatch.setattr(run, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    with pytest.raises(ArtifactMismatch, match="hidden size: draft 64, target 32; layers: draft 9, target 4"):
+        run_evaluate(config)
