@@ -1,59 +1,68 @@
-"""A draft of a target that is easy to foresee learns to foresee it completely."""
+"""A draft of a target that copies its input learns to foresee it, at every position."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepspec.config import LossConfig, SamplingConfig
-from deepspec.model.checkpoint import build_draft
-from deepspec.model.draft import TrainBatch
+from deepspec.model.checkpoint import Draft, build_draft
+from deepspec.model.draft import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec
 from tests.model.drafts import CONFIGS, LAYERS, QWEN3
 
-VOCAB, SIZE, BLOCK, STEPS = 12, 24, 4, 100
-FOLLOWING = torch.tensor([5, 3, 7, 11, 0, 9, 4, 1, 2, 10, 8, 6])  # token y always follows token x
+VOCAB, SIZE, BLOCK, PERIOD, NUM_TOKENS = 16, 32, 4, 6, 24
+ROWS, VERIFIED = 200, 13
+STEPS = {"eagle3": 500}  # one layer instead of two, and seven times the work per step
+CASES = [pytest.param(name, marks=pytest.mark.slow if name == "eagle3" else ()) for name in CONFIGS if name != "confidence_alone"]
 
 
-def sequences(rows: int, num_tokens: int, frozen: torch.Tensor, seed: int) -> TrainBatch:
-    """Samples of the copying target: z says which token follows, the context which one is there."""
-    tokens = [torch.randint(0, VOCAB, (rows,), generator=torch.Generator().manual_seed(seed))]
-    while len(tokens) < num_tokens:
-        tokens.append(FOLLOWING[tokens[-1]])
-    ids = torch.stack(tokens, 1)
+def copies(rows: int, frozen: Tensor, seed: int) -> TrainBatch:
+    """Random inputs that the target repeats for ever: its last state says which token follows, the context which one is there."""
+    first = torch.randint(0, VOCAB - 1, (rows, PERIOD), generator=torch.Generator().manual_seed(seed))
+    ids = first.repeat(1, NUM_TOKENS // PERIOD + 1)[:, : NUM_TOKENS + 1]
     return TrainBatch(
-        input_ids=ids,
-        loss_mask=torch.ones_like(ids, dtype=torch.bool),
-        lengths=torch.full((rows,), num_tokens),
-        context=frozen[ids].repeat(1, 1, len(LAYERS)),
-        last_hidden=3.0 * frozen[FOLLOWING[ids]],
+        input_ids=ids[:, :-1],
+        loss_mask=(torch.arange(NUM_TOKENS) >= PERIOD - 1).repeat(rows, 1),
+        lengths=torch.full((rows,), NUM_TOKENS),
+        context=frozen[ids[:, :-1]].repeat(1, 1, len(LAYERS)),
+        last_hidden=3.0 * frozen[ids[:, 1:]],
         seeds=tuple(range(seed, seed + rows)),
     )
 
 
-@pytest.mark.parametrize("name", ["dflash", "vanilla", "eagle3"])
-def test_a_draft_of_a_copying_target_is_never_wrong(name: str) -> None:
-    """Trap D2: were a label one off, what is learnt in training would be wrong in every slot of decoding."""
-    config = CONFIGS[name].model_copy(update={"ttt_length": BLOCK} if name == "eagle3" else {})
-    layer_ids = [0, 1, 2] if name == "eagle3" else LAYERS
+def trained(name: str) -> tuple[Draft, Tensor]:
+    changes = {"ttt_length": BLOCK} if name == "eagle3" else {"num_anchors": 8}
     target = {**QWEN3, "vocab_size": VOCAB, "hidden_size": SIZE}
-    spec = DraftSpec.from_target(target, config, layer_ids=layer_ids, mask_token_id=VOCAB - 1)
+    layer_ids = [0, 1, 2] if name == "eagle3" else LAYERS
+    spec = DraftSpec.from_target(target, CONFIGS[name].model_copy(update=changes), layer_ids=layer_ids, mask_token_id=VOCAB - 1)
     frozen = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)))[0][:VOCAB] * 2.0
     draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0)
-    draft.configure_loss(LossConfig(ce=1.0, tv=0.0, confidence=0.0, decay=None))
-    optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=1e-2)
-    cooling = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.02, total_iters=STEPS)
-    for step in range(STEPS):
-        batch = sequences(16, 9 + BLOCK, frozen, seed=100 * step)
-        output = draft.loss(batch, draft.plan(batch))
+    drafter: Drafter = draft
+    drafter.configure_loss(LossConfig(ce=1.0, tv=0.0, confidence=0.0, decay=None))
+    steps = STEPS.get(name, 200)
+    optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=5e-3)
+    cooling = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.02, total_iters=steps)
+    for step in range(steps):
+        batch = copies(16, frozen, seed=1000 * step)
+        output = drafter.loss(batch, drafter.plan(batch))
         optimizer.zero_grad()
         (output.numerator / output.denominator).backward()
         optimizer.step()
         cooling.step()
+    return draft, frozen
 
-    fresh = sequences(VOCAB, 9 + BLOCK, frozen, seed=7)
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_draft_of_a_copying_target_is_accepted_at_every_position(name: str) -> None:
+    """Trap D2: were a label one off, what is learnt in training would be wrong in every slot of decoding."""
+    draft, frozen = trained(name)
+    fresh = copies(ROWS, frozen, seed=7)
     with torch.inference_mode():
-        cache = draft.new_cache(VOCAB, 16)
-        draft.prefill(cache, fresh.context[:, :8], fresh.input_ids[:, 1:9], [8] * VOCAB)
-        proposal = draft.propose(cache, fresh.input_ids[:, 8], SamplingConfig(temperature=0), None)
-    assert torch.equal(proposal.tokens, fresh.input_ids[:, 9 : 9 + BLOCK])
+        cache = draft.new_cache(ROWS, NUM_TOKENS)
+        draft.prefill(cache, fresh.context[:, :VERIFIED], fresh.input_ids[:, 1 : VERIFIED + 1], [VERIFIED] * ROWS)
+        proposal = draft.propose(cache, fresh.input_ids[:, VERIFIED], SamplingConfig(temperature=0), None)
+    right = (proposal.tokens == fresh.input_ids[:, VERIFIED + 1 : VERIFIED + 1 + BLOCK]).cumprod(1).sum(0)
+    reached = torch.cat([torch.tensor([ROWS]), right[:-1]])
+    assert ((right / reached) > 0.95).all()
