@@ -10,7 +10,11 @@ import yaml
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from tests.conftest import REPOSITORY, write_jsonl
+from tests.conftest import REPOSITORY, TINY, write_jsonl
+
+# The tiny demo where only the way through all stages counts.
+BENCHMARKS = ", ".join(f"{{name: demo/{domain}, limit: 1}}" for domain in ("math", "code", "chat"))
+QUICK = [*TINY, "prompts.limit=8", "train.max_steps=2", "evaluate.temperatures=[0.0]", f"evaluate.benchmarks=[{BENCHMARKS}]"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,9 +19,10 @@ from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
 from flows.server import start_private_server
-from tests.conftest import REPOSITORY, TINY, tiny_run
+from tests.conftest import REPOSITORY, tiny_run
+from tests.flows.conftest import QUICK
 
-SETS = [word for override in TINY for word in ("--set", override)]
+SETS = [word for override in QUICK for word in ("--set", override)]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -129,7 +130,7 @@ def test_one_command_makes_everything_and_a_second_one_nothing_even_without_pref
     assert set(summary["acceptance_length"]) == {"macro", "math", "code", "chat"}
     assert summary["lossless"][0] == summary["lossless"][1] and summary["peak_rss_bytes"] > 1e8
     assert Path(summary["result"], "summary.json").exists()
-    config = tiny_run(store)
+    config = tiny_run(store, *QUICK)
     before = {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)}
     assert all(before.values())
 

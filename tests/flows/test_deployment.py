@@ -16,12 +16,8 @@ import pytest
 
 from deepspec.stages import stage_status, stages_of
 from flows.server import free_port
-from tests.conftest import REPOSITORY, TINY, tiny_run
-
-QUICK = [
-    *TINY, "prompts.limit=8", "train.max_steps=2", "evaluate.temperatures=[0.0]", "evaluate.max_new_tokens=4",
-    "evaluate.benchmarks=[{name: demo/math, limit: 1}]",
-]  # fmt: skip
+from tests.conftest import REPOSITORY, tiny_run
+from tests.flows.conftest import QUICK
 
 
 def prefect(*arguments: str, env: dict[str, str], timeout: float = 60) -> str:
@@ -78,5 +74,5 @@ def test_server_pool_deploy_worker_and_run(store: Path, tmp_path: Path):
         found = httpx.post(f"{url}/artifacts/latest/filter", json={}).json()
     keys = {artifact["key"] for artifact in found}
     assert {"dspark-demo-results", "dspark-demo-stages", "dspark-demo-answers", "dspark-demo-evaluate-folder"} <= keys
-    config = tiny_run(store, *QUICK[len(TINY) :])
+    config = tiny_run(store, *QUICK)
     assert all(stage_status(config, stage).sealed for stage in stages_of(config))
