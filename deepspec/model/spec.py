@@ -44,6 +44,9 @@ class DraftSpec:
 
     def __post_init__(self) -> None:
         _check_layers(self.target_layer_ids, self.num_target_layers, lowest=0 if self.algorithm == "eagle3" else -1)
+        if self.block_size < 1 or self.num_layers < 1:
+            what = f"a draft of {self.num_layers} layers that proposes {self.block_size} tokens per round cannot be"
+            raise ConfigError(what, where="draft.block_size, draft.num_layers", fix="choose at least 1 of each")
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             what = f"mask token {self.mask_token_id} is outside the target's vocabulary of {self.vocab_size} tokens"
             raise ConfigError(what, where="target.mask_token_id", fix=f"choose an unused token id from 0 to {self.vocab_size - 1}")
@@ -161,6 +164,9 @@ class DraftSpec:
 def _dimensions(config: HFConfig) -> dict[str, Any]:
     """What target and draft have in common, from the config.json of either."""
     family, text = family_of(config), text_config(config)
+    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads") if not text.get(key)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing or 0", where="config.json", fix="give the config.json that belongs to the weights")
     heads = head_geometry(text, family)
     return {
         "family": family,
@@ -198,7 +204,7 @@ def _eagle3_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     steps = config.get("ttt_length") or 7
     return {
         "algorithm": "eagle3",
-        "block_size": config.get("block_size") or steps,
+        "block_size": config.get("block_size", steps),
         "mask_token_id": None,
         "ttt_length": steps,
         "step_loss_decay": config.get("step_loss_decay", 0.8),

@@ -88,3 +88,19 @@ def test_a_mask_token_outside_the_vocabulary_is_refused(mask_token_id: Any, reas
 def test_a_targets_config_is_no_drafts() -> None:
     with pytest.raises(ConfigError, match="no draft's config: target_layer_ids"):
         DraftSpec.from_config(GEMMA4)
+
+
+@pytest.mark.parametrize("name", ["dflash", "eagle3"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_size": 0}, "proposes 0 tokens"),
+        ({"num_hidden_layers": 0}, "of 0 layers"),
+        ({"hidden_size": None, "vocab_size": 0}, "vocab_size, hidden_size missing"),
+        ({"target_layer_ids": [0, 4]}, "last one"),
+        ({"target_layer_ids": [2, 1]}, "not ascending"),
+    ],
+)
+def test_a_drafts_config_that_cannot_be_is_refused(name: str, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        DraftSpec.from_config(make_spec(CONFIGS[name]).to_config() | change)
