@@ -6,6 +6,7 @@ B batch, T tokens, A anchors, g block size, S training-time-test steps, D hidden
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def check_eagle3_case(case: Case) -> list[Check]:
     # The reference divides by the padded width of its batch; here padding leaves no trace, each sample has its own length.
     plan = plan._replace(weights=torch.full_like(plan.weights, 1.0 / batch.input_ids.shape[1]))
     output = draft.loss(batch, plan)
-    loss = output.numerator / output.denominator
+    loss = output.numerator / output.denominator.clamp(min=1e-9)
     loss.backward()
     found = {"loss": loss.item()} | {name: (value / output.denominator).item() for name, value in output.numerators.items()}
     wanted = {"loss": fields["scalars"]["loss"]} | {f"ce@{step}": value for step, value in enumerate(fields["step_losses"])}
@@ -124,21 +125,17 @@ def _forward_checks(draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tenso
     keep, logits = plan.anchors.keep, found.logits
     states = _output("output states", found.states[keep], tensors["output_hidden"].view_as(found.states)[keep], exact.states[keep])
     rounding = distance(logits[keep], exact.logits[keep])
-    rows = keep.clone()
-    wanted = tensors.get("draft_logits")
-    if wanted is None:
-        wanted = tensors["draft_logits_row0"]
-        rows[1:] = False
-    target = draft.vocabulary().target_logits(plan.of_slots(batch.last_hidden))
-    counted = plan.counted
-    errors = {
-        "logits": distance(logits[rows], wanted[rows[: len(wanted)]]),
-        "logsumexp": distance(logits.logsumexp(-1)[keep], tensors["draft_logsumexp"][keep]),
-        "argmax": regret(logits[keep], tensors["draft_argmax"][keep]),
-        "target logsumexp": distance(target.logsumexp(-1), tensors["aligned_target_logsumexp"][counted]),
-        "target argmax": regret(target, tensors["aligned_target_argmax"][counted]),
-    }
+    target, counted = draft.vocabulary().target_logits(plan.of_slots(batch.last_hidden)), plan.counted
     rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
+    compared: dict[str, Callable[[Tensor], float]] = {
+        "draft_logits": lambda wanted: distance(logits[keep], wanted[keep]),
+        "draft_logits_row0": lambda wanted: distance(logits[:1][keep[:1]], wanted[keep[:1]]),
+        "draft_logsumexp": lambda wanted: distance(logits.logsumexp(-1)[keep], wanted[keep]),
+        "draft_argmax": lambda wanted: regret(logits[keep], wanted[keep]),
+        "aligned_target_logsumexp": lambda wanted: distance(target.logsumexp(-1), wanted[counted]),
+        "aligned_target_argmax": lambda wanted: regret(target, wanted[counted]),
+    }
+    errors = {name: measure(tensors[name]) for name, measure in compared.items() if name in tensors}
     checks = [states, worst("logits", errors, _allowed(rounding))]
     checks += [Check("acceptance rates", distance(rates, tensors["accept_rate"][counted]), OUTPUT)]
     if found.confidence is not None and exact.confidence is not None:

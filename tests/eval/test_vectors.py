@@ -12,10 +12,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from deepspec.__main__ import app
+from deepspec.config import LossConfig
 from deepspec.errors import DataError
 from deepspec.eval.cases import Case, Check, read_cases
 from deepspec.eval.vectors import check_case, run_vectors
+from deepspec.model.block import BlockDraft
+from deepspec.model.eagle3 import Eagle3Draft
 from tests.conftest import SHARED
+from tests.eval.made_cases import write_block_case, write_eagle3_case
+from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
 FOLDER = SHARED / "reference-vectors"
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -98,3 +103,21 @@ def test_a_folder_without_cases_and_a_kind_unknown_here_are_no_success(tmp_path:
     assert [check.quantity for check in outside(run_vectors(tmp_path)["odd"])] == ["kind of case"]
     with pytest.raises(DataError, match="a file of the case is missing"):
         check_case(Case(tmp_path / "odd.json", {"variants": {}}))
+
+
+@pytest.mark.parametrize("decay", [4.0, None])
+@pytest.mark.parametrize(("name", "target"), [(n, t) for n in CONFIGS for t in TARGETS if n != "eagle3"])
+def test_cases_of_other_heads_families_and_options_are_understood(name: str, target: str, decay: float | None, tmp_path: Path) -> None:
+    """Layer -1, block size 4, every head and none: nothing is special to the cases at hand."""
+    draft = make_draft(CONFIGS[name], target=target)
+    assert isinstance(draft, BlockDraft)
+    write_block_case(draft, make_batch(), LossConfig(decay=decay), tmp_path)
+    assert outside(run_vectors(tmp_path)["any"]) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_eagle3_cases_with_padded_rows_are_understood(target: str, tmp_path: Path) -> None:
+    draft = make_draft(CONFIGS["eagle3"], target=target)
+    assert isinstance(draft, Eagle3Draft)
+    write_eagle3_case(draft, make_batch((14, 9)), tmp_path)
+    assert outside(run_vectors(tmp_path)["any"]) == []
