@@ -64,15 +64,20 @@ def _compiled() -> Callable[..., Tensor]:
 def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
     """Which attention training takes on this device, for the dtype it computes in; probed and logged once."""
     device = weight.device
+    if device.type != "cuda":
+        return _dense(device.type)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
     return _choose(device.type, dtype, heads)
 
 
 @lru_cache
+def _dense(device: str) -> Literal["dense"]:
+    log.info("training attention=dense device=%s (flex attention has no backward pass there)", device)
+    return "dense"
+
+
+@lru_cache
 def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
-    if device != "cuda":
-        log.info("training attention=dense device=%s (flex attention has no backward pass there)", device)
-        return "dense"
     try:
         probe(device, dtype, heads)
     except _kernel_errors() as error:

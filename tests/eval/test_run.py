@@ -14,6 +14,7 @@ from deepspec.eval import run
 from deepspec.eval.benchmarks import load_benchmarks, make_units
 from deepspec.eval.run import read_rows, run_evaluate
 from deepspec.lineage import artifact_of
+from deepspec.model.export import export_draft
 from deepspec.stages import results
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl
@@ -97,3 +98,19 @@ def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(ready: P
     monkeypatch.setattr(run, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
     with pytest.raises(ArtifactMismatch, match="hidden size: draft 64, target 32; layers: draft 9, target 4"):
         run_evaluate(config)
+
+
+def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_did(ready: Path, tmp_path: Path):
+    config = tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 1}]", "evaluate.temperatures=[0.0]")
+    run_train(config)
+    run_evaluate(config)
+    train = artifact_of(config, "train")
+    export_draft(Path(train.url.removeprefix("file://")), engine="vllm", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for stage in ("train", "hidden", "answers", "prompts"):
+        artifact = artifact_of(config, stage)
+        manifest = artifact.manifest()
+        assert manifest is not None
+        assert f"{artifact.key.name}-{artifact.key.fingerprint}`: digest `{manifest.digest}`" in card
+    macro = results(config)["acceptance_length"]["macro"]
+    assert f"at temperature 0.0: tokens per round (bonus included) macro {macro:.2f}" in card

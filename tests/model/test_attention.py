@@ -18,7 +18,8 @@ from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Any:
-    attention._choose.cache_clear()
+    for choice in (attention._choose, attention._dense):
+        choice.cache_clear()
     yield
     attention._choose.cache_clear()
 
@@ -65,9 +66,9 @@ def test_both_masks_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_path_taken_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    draft = make_draft(CONFIGS["dflash"])
+    draft, other = make_draft(CONFIGS["dflash"]), make_draft(target="gemma4")
     with caplog.at_level(logging.INFO, logger="deepspec.model.attention"):
-        assert [training_path(draft.fc.weight, draft.spec.heads) for _ in range(3)] == ["dense"] * 3
+        assert [training_path(each.fc.weight, each.spec.heads) for each in (draft, draft, other)] == ["dense"] * 3
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "attention=dense device=cpu" in caplog.text
 
