@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 
+import torch
+
 from deepspec.config import SamplingConfig
 from deepspec.eval.benchmarks import load_benchmarks, render
 from deepspec.eval.run import load_models
@@ -26,6 +28,7 @@ GOALS = {"speculative/plain at batch 1": 1.2}
 
 def main(run: str = "demo", *overrides: str) -> dict[str, object]:
     config = load_run(run, overrides)
+    torch.set_num_threads(config.resources.evaluate_threads or torch.get_num_threads())
     models = load_models(config, artifact_of(config, "train"))
     settings = Decode(SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids)
     prompts = [render(models.chat, text).input_ids for benchmark in load_benchmarks(config) for text in benchmark.prompts]

@@ -107,14 +107,17 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     from deepspec.stages import stage_status, stages_of
 
     config = load_run(run, sets or (), store=store)
-    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", "artifact")
-    for found in (stage_status(config, stage) for stage in stages_of(config)):
-        state = "sealed" if found.sealed else "failed" if found.failures else "to do" if not found.committed else "part done"
-        cells = (found.committed, len(found.missing), found.rows, found.rejected_rows, found.tokens, f"{found.num_bytes / 1e6:.1f}")
-        table.add_row(found.stage, state, *map(str, cells), found.artifact_url)
-        for shard, reason in found.failures.items():
-            table.add_row("", "", str(shard), "", "", "", "", "", f"failed: {reason}")
+    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", box=None)
+    found = [stage_status(config, stage) for stage in stages_of(config)]
+    for part in found:
+        state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
+        cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, f"{part.num_bytes / 1e6:.1f}")
+        table.add_row(part.stage, state, *map(str, cells))
     Console().print(table)
+    for part in found:
+        typer.echo(f"{part.stage:9} {part.artifact_url}")
+        for shard, reason in part.failures.items():
+            typer.echo(f"{'':9} shard {shard} failed: {reason}")
 
 
 @app.command()

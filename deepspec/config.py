@@ -178,6 +178,8 @@ class ResourcesConfig(Section):
     """Shards dealt to a lane at a time."""
     answer_rows: PositiveInt = 64
     """Prompts decoded together by the in-process engine."""
+    evaluate_threads: PositiveInt | None = None
+    """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
     batch_tokens: PositiveInt = 8192
     """Tokens per forward pass in capture and per micro-batch in training."""
     retries: int = Field(default=3, ge=0)

@@ -32,4 +32,6 @@ def _damaged_files(artifact: Artifact) -> Iterator[str]:
             found = "no such file"
         if found != entry.checksum:
             artifact.store.remove(artifact.path("manifest.json"))
-            yield f"{artifact.url}/{name}: damaged ({found}, not {entry.checksum}); the artifact is unsealed, run its stage again"
+            artifact.store.remove(artifact.path(name))  # or the stage would take it for done
+            todo = f"it is removed, run the stage {artifact.key.stage!r} again"
+            yield f"{artifact.url}/{name}: damaged ({found}, not {entry.checksum}); {todo}"

@@ -35,7 +35,9 @@ from deepspec.target import Target, TargetOutput, load_target
 
 log = logging.getLogger(__name__)
 
-FILES = ("schema.arrow", "frozen.safetensors", "target/config.json", "index.arrow")
+SCHEMA, TENSORS, CONFIG = "schema.arrow", "frozen.safetensors", "target/config.json"
+FROZEN = (SCHEMA, TENSORS, CONFIG)  # what is written once beside the shards
+FILES = (*FROZEN, "index.arrow")
 MIN_ARGMAX_AGREEMENT = 0.98  # of the target's own predictions, read back through bfloat16
 
 
@@ -49,11 +51,12 @@ class CaptureRow(NamedTuple):
 def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
     """Capture the missing shards (all, or of those asked for), and seal when none is missing."""
     stage = open_sharded(config, "hidden", shards)
-    if stage.todo:
+    if stage.todo or _lacks_frozen(stage.artifact):
         chat = load_chat(config)
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device)
         layout = _layout(config, target)
-        _write_frozen(stage.artifact, target, layout)
+        if _lacks_frozen(stage.artifact):
+            _write_frozen(stage.artifact, target, layout)
 
         def make(work: Work, local: Path) -> Counts:
             rows = capture_rows(read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist(), chat, config.hidden)
@@ -159,17 +162,19 @@ def _layout(config: RunConfig, target: Target) -> Layout:
     return Layout(context_width=hidden_size * len(config.target.layer_ids), hidden_size=hidden_size, metadata=metadata)
 
 
+def _lacks_frozen(artifact: Artifact) -> bool:
+    return not all(artifact.store.exists(artifact.path(name)) for name in FROZEN)
+
+
 def _write_frozen(artifact: Artifact, target: Target, layout: Layout) -> None:
     """The schema, the target's config, and its embedding and lm_head: all that training needs to know of the target."""
-    if artifact.store.exists(artifact.path(FILES[1])):
-        return
-    artifact.store.write(artifact.path(FILES[0]), layout.schema().serialize().to_pybytes())
+    artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
     # Where the target lay and which library read it decide nothing, and would make equal caches look different.
     config = {key: value for key, value in target.text_config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
-    artifact.store.write(artifact.path(FILES[2]), pretty_json(config))
+    artifact.store.write(artifact.path(CONFIG), pretty_json(config))
     with artifact.store.staged() as local:
         save_file(frozen_tensors(target), local)
-        artifact.store.publish(local, artifact.path(FILES[1]))
+        artifact.store.publish(local, artifact.path(TENSORS))
 
 
 def frozen_tensors(target: Target) -> dict[str, Tensor]:

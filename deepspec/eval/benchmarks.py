@@ -16,7 +16,7 @@ from deepspec.data.prompts import read_file
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_of
 
-SLICE_PROMPTS = 20  # prompts of one unit of evaluation: what is lost at most when a run is killed
+SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
 
 
 class Benchmark(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import torch
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig, SamplingConfig
@@ -60,6 +61,8 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
     digest = manifest.digest if manifest else ""
     missing = missing_shards(artifact, dict.fromkeys(choose(shards, units, "evaluate"), digest))
     if missing:
+        if config.resources.evaluate_threads:
+            torch.set_num_threads(config.resources.evaluate_threads)
         models = load_models(config, draft_artifact)
         warm_up(models, units[missing[0]], config)
         made_from = Record(shard=0, file="", num_bytes=0, checksum=digest, rows=0)

@@ -110,6 +110,21 @@ def test_a_flipped_bit_is_found_named_and_its_shard_captured_again(captured: Pat
     assert list(verify_stage(config, "hidden")) == []
 
 
+def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again(captured: Path, tmp_path: Path):
+    store = tmp_path / "store"
+    shutil.copytree(captured, store)
+    config = tiny_run(store)
+    artifact = artifact_of(config, "hidden")
+    before = artifact.manifest()
+    path = Path(artifact.store.path(artifact.path("frozen.safetensors")))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert len(list(verify_stage(config, "hidden"))) == 1
+    after = run_capture(config).manifest()
+    assert before is not None
+    assert after is not None
+    assert after.digest == before.digest
+
+
 def test_an_unfinished_cache_is_refused(store: Path):
     with pytest.raises(ArtifactMismatch, match="not finished"):
         HiddenCache(artifact_of(tiny_run(store), "hidden"))
