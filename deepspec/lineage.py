@@ -29,7 +29,10 @@ SAMPLED_BLOCK = 1 << 20
 
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    return STAGES if config.demo else STAGES[1:]
+    """The run's stages in the order they are run; what a user brings is read before a minute goes into the demo's target."""
+    if config.demo is None:
+        return STAGES[1:]
+    return STAGES if config.prompts.source.kind == "demo" else ("prompts", "demo", *STAGES[2:])
 
 
 def artifact_of(config: RunConfig, stage: str) -> Artifact:

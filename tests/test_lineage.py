@@ -69,6 +69,12 @@ def test_a_prompts_file_counts_by_what_it_holds(tmp_path: Path):
     assert fingerprints(override)["prompts"] != before
 
 
+def test_a_users_own_prompts_are_read_before_the_demo_trains_its_target(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
+    assert stages_of(tiny_run(tmp_path, f"prompts.source={{kind: files, paths: [{path}]}}"))[:2] == ("prompts", "demo")
+    assert stages_of(tiny_run(tmp_path)) == ORDER
+
+
 def test_an_artifact_folder_is_stage_name_and_fingerprint(tmp_path: Path):
     artifact = artifact_of(tiny_run(tmp_path), "hidden")
     assert artifact.folder == f"hidden/demo-{artifact.key.fingerprint}"
