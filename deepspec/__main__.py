@@ -123,12 +123,15 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
+    from deepspec.data.damage import locate_damage
     from deepspec.verify import verify_stage
 
     config = load_run(run, sets or (), store=store)
     from deepspec.stages import stages_of
 
-    damaged = [problem for stage in stages_of(config) for problem in verify_stage(config, stage)]
+    damaged = [
+        problem for stage in stages_of(config) for problem in verify_stage(config, stage, locate_damage if stage == "hidden" else None)
+    ]
     for problem in damaged:
         typer.echo(problem, err=True)
     if damaged:

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +20,20 @@ from pydantic import BaseModel, ValidationError
 
 from deepspec import __version__
 from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError
-from deepspec.records import ArtifactInfo, ArtifactKey, Counts, FileEntry, Manifest, Record, index_file
+from deepspec.records import (
+    ArtifactInfo,
+    ArtifactKey,
+    Counts,
+    FileEntry,
+    Manifest,
+    Record,
+    index_file,
+    read_records_table,
+    records_table,
+)  # fmt: skip
 from deepspec.store import Store, canonical_json, file_checksum, pretty_json
 
+RECORDS = "records.arrow"
 RECORD_NAME = re.compile(r"(\d{5,})\.json")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -48,7 +60,7 @@ class Artifact:
             fields = {**self.key._asdict(), "code_version": __version__, "run": dict(run)}
             self.store.write(self.path("artifact.json"), pretty_json(ArtifactInfo.model_validate(fields).model_dump(mode="json")))
             return
-        for field in ("stage", "fingerprint", "recipe", "inputs"):
+        for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
             found, wanted = getattr(info, field), getattr(self.key, field)
             if found != wanted:
                 what = f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
@@ -60,42 +72,80 @@ class Artifact:
     def commit(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
         """Publish a staged file as shard `shard`: data first, then its index rows if it has any, the record last.
 
+        Of several workers that made the same shard one writes its record; the others find an equal one, which is fine.
+
         Raises:
             ArtifactMismatch: the shard was committed before with other contents.
         """
-        checksum = file_checksum(local)
-        file = f"shards/{shard:05d}-{checksum[:12]}.arrow"
+        checksum = counts.checksum or file_checksum(local)
         record = Record(
-            shard=shard, file=file, num_bytes=local.stat().st_size, checksum=checksum, rows=counts.rows, tokens=counts.tokens,
-            rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra), host=socket.gethostname(), seconds=round(seconds, 3),
-        )  # fmt: skip
+            shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=local.stat().st_size, checksum=checksum,
+            rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra),
+            index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
+            host=socket.gethostname(), seconds=round(seconds, 3),
+        ).with_digest()  # fmt: skip
         existing = self.record(shard)
         if existing is not None and existing.upstream == upstream:
-            if existing.content() != record.content():
-                what = f"shard {shard} is already committed with other contents ({existing.file}, now {file})"
-                raise ArtifactMismatch(what, where=self.url, fix=f"remove records/{shard:05d}.json to replace it")
-            return existing
-        self.store.publish(local, self.path(file))
+            return self._same(existing, record)
+        self.store.publish(local, self.path(record.file), checksum=checksum)
         if counts.index_rows:
             self.store.write(self.path(index_file(record)), counts.index_rows)
-        self.store.write(self.path(f"records/{shard:05d}.json"), pretty_json(record.model_dump()))
+        written = self._put_record(record, replaced=existing)
         self.store.remove(self.path(f"failures/{shard:05d}.json"))
+        return written
+
+    def _put_record(self, record: Record, *, replaced: Record | None) -> Record:
+        """Write the record if nobody else did meanwhile. The artifact is no longer sealed: its manifest knew other shards."""
+        relative, data = self.path(f"records/{record.shard:05d}.json"), pretty_json(record.model_dump())
+        self.store.remove(self.path("manifest.json"))
+        if replaced is None and not self.store.write_new(relative, data):
+            winner = self.record(record.shard)
+            if winner is not None and winner.upstream == record.upstream:
+                return self._same(winner, record)
+        elif replaced is None:
+            return record
+        self.store.write(relative, data)  # in place of one that is stale, or torn
         return record
 
+    def _same(self, existing: Record, record: Record) -> Record:
+        if existing.content() != record.content():
+            what = f"shard {record.shard} is already committed with other contents ({existing.file}, now {record.file})"
+            raise ArtifactMismatch(what, where=self.url, fix=f"remove records/{record.shard:05d}.json to replace it")
+        return existing
+
     def record(self, shard: int) -> Record | None:
-        return self._read(f"records/{shard:05d}.json", Record)
+        return self.read_records([shard]).get(shard)
 
     def records(self) -> dict[int, Record]:
-        """All committed shards; a record that cannot be read counts as absent, so that its shard is made again."""
-        names = [name for name in self.store.names(self.path("records")) if RECORD_NAME.fullmatch(name)]
+        """All committed shards; a record that cannot be read counts as absent, so that its shard is made again.
+
+        One listing says which there are. While they are those of the manifest, its table has them all; else each is read.
+        """
+        shards, sealed = self.record_shards(), self.sealed_records()
+        return sealed if list(sealed) == shards else self.read_records(shards)
+
+    def record_shards(self) -> list[int]:
+        """Shards that have a record, readable or not."""
+        names = self.store.names(self.path("records"))
+        return sorted(int(name.split(".")[0]) for name in names if RECORD_NAME.fullmatch(name))
+
+    def sealed_records(self) -> dict[int, Record]:
+        """Those of the manifest, or none where it is missing or its table is damaged."""
+        manifest = self.manifest()
+        if manifest is None or not manifest.totals["shards"]:
+            return {}
+        (data,) = self.store.read_many([self.path(RECORDS)])
+        whole = data is not None and xxhash.xxh3_128_hexdigest(data) == manifest.records.checksum
+        return read_records_table(data) if data is not None and whole else {}
+
+    def read_records(self, shards: Sequence[int]) -> dict[int, Record]:
+        """The records of these shards from their own files, those that are there and whole."""
         found = {}
-        for data in self.store.read_many([self.path(f"records/{name}") for name in names]):
-            try:
-                record = Record.model_validate_json(data)
-            except ValidationError:
-                continue
-            found[record.shard] = record
-        return dict(sorted(found.items()))
+        for shard, data in zip(shards, self.store.read_many([self.path(f"records/{shard:05d}.json") for shard in shards]), strict=True):
+            with suppress(ValidationError):
+                if data is not None and (record := Record.model_validate_json(data)).shard == shard:
+                    found[shard] = record
+        return found
 
     def fetch_shard(self, record: Record) -> Path:
         """A local file with the shard's data, checked against its record.
@@ -103,7 +153,7 @@ class Artifact:
         Raises:
             DamagedData: the bytes are not those that were committed.
         """
-        local = self.store.fetch(self.path(record.file))
+        local = self.store.fetch(self.path(record.file), record.checksum)
         if local.stat().st_size != record.num_bytes or file_checksum(local) != record.checksum:
             fix = f"remove records/{record.shard:05d}.json there and run the stage {self.key.stage!r} again"
             raise DamagedData(f"shard {record.shard} is damaged ({record.file})", where=self.url, fix=fix)
@@ -114,6 +164,12 @@ class Artifact:
         lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
         if lines:
             self.store.write(self.path(f"rejects/{shard:05d}.jsonl"), lines.encode())
+
+    def quarantine(self, shard: int, local: Path) -> str:
+        """Set aside what was written of a shard that must not be committed, for somebody to look at; returns where it is."""
+        relative = f"quarantine/{shard:05d}.arrow"
+        self.store.publish(local, self.path(relative))
+        return f"{self.url}/{relative}"
 
     def put_failure(self, shard: int, error: DeepSpecError) -> None:
         """Leave word of why a shard is missing; a later commit of the shard takes it away."""
@@ -144,14 +200,20 @@ class Artifact:
             "rejected": sum(r.rejected for r in records),
             "num_bytes": sum(r.num_bytes for r in records) + sum(entry.num_bytes for entry in entries.values()),
         }  # fmt: skip
-        content = {
-            "stage": self.key.stage, "fingerprint": self.key.fingerprint, "records": [record.content() for record in records],
-            "files": {name: entry.model_dump() for name, entry in entries.items()}, "inputs": dict(inputs), "totals": totals,
-        }  # fmt: skip
-        digest = xxhash.xxh3_128_hexdigest(canonical_json(content))
-        manifest = Manifest.model_validate({**content, "records": records, "digest": digest})
+        table = records_table(records)
+        self.store.write(self.path(RECORDS), table)
+        listed = FileEntry(num_bytes=len(table), checksum=xxhash.xxh3_128_hexdigest(table))
+        manifest = Manifest(
+            stage=self.key.stage, fingerprint=self.key.fingerprint, records=listed, files=entries, inputs=dict(inputs), totals=totals,
+        )  # fmt: skip
+        manifest = manifest.model_copy(update={"digest": self.digest(records, manifest)})
         self.store.write(self.path("manifest.json"), pretty_json(manifest.model_dump(mode="json")))
         return manifest
+
+    def digest(self, records: Iterable[Record], manifest: Manifest) -> str:
+        """xxh3_128 over everything that an equal artifact made elsewhere has in common with this one."""
+        shared = manifest.model_dump(include={"stage", "fingerprint", "files", "inputs", "totals"})
+        return xxhash.xxh3_128_hexdigest(canonical_json({**shared, "records": [record.content() for record in records]}))
 
     def manifest(self) -> Manifest | None:
         return self._read("manifest.json", Manifest)

@@ -20,10 +20,11 @@ from deepspec.draft_config import (
     Section,
     TrainConfig,
 )  # fmt: skip
+from deepspec.resources_config import FidelityConfig, ResourcesConfig
 
 __all__ = [
     "AnswersConfig", "BenchmarkConfig", "BlockDraftConfig", "ConfidenceConfig", "DatasetSource", "DemoConfig", "DemoSource",
-    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig", "PromptsConfig",
+    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FidelityConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig", "PromptsConfig",
     "ResourcesConfig", "RunConfig", "SamplingConfig", "Section", "TargetConfig", "TrainConfig",
 ]  # fmt: skip
 
@@ -139,12 +140,27 @@ class AnswersConfig(Section):
 
 
 class HiddenConfig(Section):
-    codec: Literal["raw"] = "raw"
-    """How hidden states are encoded: `raw` is bfloat16."""
+    codec: Literal["raw", "lossless", "int8", "fp8"] = "raw"
+    """How context features are stored: bfloat16 as it is; the same entropy-coded; 8 bits with scales (half the size)."""
+    last_codec: Literal["raw", "lossless", "int8"] | None = None
+    """How final hidden states are stored; null follows `codec` (int8 where that is fp8, which is too coarse for them)."""
+    compression: Literal["none", "zstd"] = "none"
+    """Whether 8-bit codes are compressed as well: smaller, and slower to read."""
     max_length: PositiveInt = 4096
     """Tokens per sample at most; longer samples are cut."""
     last_hidden: Literal["supervised", "none"] = "supervised"
     """Keep the final hidden state around supervised tokens, or not at all (DFlash does not need it)."""
+
+    @model_validator(mode="after")
+    def _compression_has_codes(self) -> Self:
+        if self.compression == "zstd" and self.codec not in ("int8", "fp8"):
+            raise ValueError("hidden.compression `zstd` goes with hidden.codec int8 or fp8; `lossless` is entropy-coded already")
+        return self
+
+    @property
+    def codec_of_last_hidden(self) -> Literal["raw", "lossless", "int8"]:
+        follows: Literal["raw", "lossless", "int8"] = "int8" if self.codec == "fp8" else self.codec
+        return self.last_codec or follows
 
 
 class BenchmarkConfig(Section):
@@ -165,29 +181,6 @@ class EvaluateConfig(Section):
     """Number format of target and draft; null follows the target's."""
     seed: int = 0
     """Seed of the shuffle and of each prompt's random stream."""
-
-
-class ResourcesConfig(Section):
-    """How the work is done; none of it is part of a fingerprint."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` takes the GPU if there is one."""
-    lanes: PositiveInt | None = None
-    """Processes working on shards at a time; null is one per visible GPU, or one."""
-    shards_per_task: PositiveInt = 32
-    """Shards dealt to a lane at a time."""
-    answer_rows: PositiveInt = 64
-    """Prompts decoded together by the in-process engine."""
-    evaluate_threads: PositiveInt | None = None
-    """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
-    batch_tokens: PositiveInt = 8192
-    """Tokens per forward pass in capture and per micro-batch in training."""
-    retries: int = Field(default=3, ge=0)
-    """Times that a group of shards is tried again after a transient failure."""
-    retry_delay_s: float = Field(default=2.0, ge=0)
-    """Seconds before the first retry; doubled each time."""
-    min_free_gb: float = Field(default=1.0, ge=0)
-    """Free disk space (GB) below which no shard is started."""
 
 
 class RunConfig(Section):

@@ -84,6 +84,8 @@ class TrainConfig(Section):
     """Passes over the training samples."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps, whatever the epochs say."""
+    window_shards: PositiveInt = 64
+    """Shards whose samples are shuffled together; the order of the shards is shuffled too. Reads stay within a window."""
     global_batch: PositiveInt = 512
     """Samples per optimizer step, over all ranks and micro-batches."""
     lr: PositiveFloat = 6e-4

@@ -36,7 +36,8 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def artifact_of(config: RunConfig, stage: str) -> Artifact:
-    return Artifact(Store(config.store), artifact_key(config, stage))
+    resources = config.resources
+    return Artifact(Store(config.store, scratch=resources.scratch, uploads=resources.uploads), artifact_key(config, stage))
 
 
 def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:
@@ -51,7 +52,7 @@ def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:
         "stage": stage, "format": FORMAT_VERSION[stage], "recipe": recipe, "inputs": [entry.fingerprint for entry in inputs],
     }  # fmt: skip
     fingerprint = hashlib.sha256(canonical_json(content)).hexdigest()[:12]
-    return ArtifactKey(stage, _name(config, stage), fingerprint, recipe, inputs)
+    return ArtifactKey(stage, _name(config, stage), fingerprint, recipe, inputs, FORMAT_VERSION[stage])
 
 
 def upstream_of(config: RunConfig, stage: str) -> tuple[str, ...]:

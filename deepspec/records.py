@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+import xxhash
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from deepspec.store import canonical_json
 
 
 class Stored(BaseModel):
@@ -27,6 +31,7 @@ class ArtifactKey(NamedTuple):
     fingerprint: str
     recipe: dict[str, Any]
     inputs: tuple[ArtifactInput, ...]
+    format: int = 1
 
     @property
     def folder(self) -> str:
@@ -44,6 +49,7 @@ class ArtifactInfo(Stored):
     fingerprint: str
     recipe: dict[str, Any]
     inputs: tuple[ArtifactInput, ...]
+    format: int = 1
     code_version: str
     run: dict[str, Any] = {}
     """The whole run's configuration as first given; information, not part of the comparison."""
@@ -61,12 +67,50 @@ class Record(Stored):
     rejected: int = 0
     upstream: str | None = None
     counts: dict[str, float] = {}
+    index_checksum: str = ""
+    """Of the shard's file of index rows; empty where it has none."""
     host: str = ""
     seconds: float = 0.0
+    digest: str = ""
+    """Over the content. A record in which a bit was flipped no longer fits it, and counts as absent."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.digest and self.digest != self.content_digest():
+            raise ValueError("the record does not fit its digest")
+        return self
 
     def content(self) -> dict[str, Any]:
         """What an equal shard made elsewhere or at another time has in common with this one."""
-        return self.model_dump(exclude={"host", "seconds"})
+        return self.model_dump(exclude={"host", "seconds", "digest"})
+
+    def content_digest(self) -> str:
+        return xxhash.xxh3_64_hexdigest(canonical_json(self.content()))
+
+    def with_digest(self) -> Record:
+        """The record with its digest, as it is written."""
+        return self.model_copy(update={"digest": self.content_digest()})
+
+
+def records_table(records: Iterable[Record]) -> bytes:
+    """The records of a sealed artifact as one Arrow IPC file, a row a shard, so that nobody need ask for 10,000 files."""
+    import pyarrow as pa
+
+    rows = [{**record.model_dump(), "counts": json.dumps(record.counts, sort_keys=True)} for record in records]
+    integers = dict.fromkeys(("shard", "num_bytes", "rows", "tokens", "rejected"), pa.uint64())
+    kinds = {name: integers.get(name, pa.float64() if name == "seconds" else pa.string()) for name in Record.model_fields}
+    table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def read_records_table(data: bytes) -> dict[int, Record]:
+    import pyarrow as pa
+
+    rows = pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()
+    return {row["shard"]: Record.model_validate({**row, "counts": json.loads(row["counts"])}) for row in rows}
 
 
 class FileEntry(Stored):
@@ -75,15 +119,19 @@ class FileEntry(Stored):
 
 
 class Manifest(Stored):
-    """A sealed artifact: every record and file, the inputs' digests, and one digest over all of it."""
+    """A sealed artifact: its files, the inputs' digests, and one digest over all of it, every record included.
+
+    The records themselves stand in a table of their own, so that opening an artifact of 10,000 shards parses none of them.
+    """
 
     stage: str
     fingerprint: str
-    records: tuple[Record, ...]
+    records: FileEntry
+    """`records.arrow`; its checksum covers who made a shard and when as well, so it is not part of the digest."""
     files: dict[str, FileEntry]
     inputs: dict[str, str]
     totals: dict[str, int]
-    digest: str
+    digest: str = ""
 
 
 class Counts(NamedTuple):
@@ -91,6 +139,8 @@ class Counts(NamedTuple):
     tokens: int = 0
     rejected: int = 0
     extra: Mapping[str, float] = {}
+    checksum: str = ""
+    """xxh3_128 of the file, where it was computed while writing; empty has it computed by reading."""
     index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
 

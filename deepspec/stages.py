@@ -1,4 +1,4 @@
-"""What is done, what is missing, and the one loop by which a stage works through its shards.
+"""What is done, and what is missing.
 
 The store alone says what is done: a shard is missing while it has no record, or a record made from an upstream shard
 that has since been replaced.
@@ -7,23 +7,18 @@ that has since been replaced.
 from __future__ import annotations
 
 import json
-import logging
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
-from deepspec.errors import ArtifactMismatch, ConfigError, DeepSpecError, ShardsFailed, TransientError
-from deepspec.events import Report
+from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.lineage import STAGES, artifact_of, stages_of, upstream_of
-from deepspec.records import Counts, Manifest, Record
+from deepspec.records import Manifest, Record
+from deepspec.work import Work
 
-__all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of", "work_through"]
-log = logging.getLogger(__name__)
+__all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of"]
 
 SHARD_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 SHARDED = ("answers", "hidden")  # their shard numbers are those of the stage before
@@ -43,16 +38,6 @@ class StageStatus(NamedTuple):
     sealed: bool
     failures: dict[int, str]
     upstream_sealed: bool
-
-
-class Work(NamedTuple):
-    """One shard to make, and the record of the shard it is made from."""
-
-    shard: int
-    upstream: Record
-
-
-Make = Callable[[Work, Path], Counts]
 
 
 def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
@@ -90,7 +75,7 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
     missing: list[int] = []
     if stage in SHARDED:
         missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
-    elif manifest is None or any(record.shard not in records for record in manifest.records):
+    elif manifest is None or len(records) < manifest.totals["shards"]:
         missing = [0]
     sealed = manifest is not None and not missing and _inputs_match(config, stage, manifest)
     return StageStatus(
@@ -158,47 +143,6 @@ def choose(asked: Sequence[int] | None, available: Iterable[int], stage: str) ->
         what = f"the stage {stage!r} has no shard {', '.join(map(str, unknown))}; there are {last}"
         raise ConfigError(what, where="--shards", fix="leave --shards out to do whatever is missing")
     return sorted(known if asked is None else asked)
-
-
-def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], make: Make, report: Report) -> None:
-    """Make and commit each shard; a failing one is noted and the others go on.
-
-    Raises:
-        ShardsFailed: at the end, naming every shard that is still missing and why.
-    """
-    failures: dict[int, dict[str, Any]] = {}
-    done: dict[str, float] = {"rows": 0, "tokens": 0}
-    for index, work in enumerate(todo):
-        started = time.monotonic()
-        try:
-            artifact.store.check_writable(config.resources.min_free_gb)
-            with artifact.store.staged() as local, transient_system_errors(f"shard {work.shard}"):
-                counts = make(work, local)
-                seconds = time.monotonic() - started
-                record = artifact.commit(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
-        except DeepSpecError as error:
-            log.error("stage=%s shard=%d failed: %s", artifact.key.stage, work.shard, error.what)
-            artifact.put_failure(work.shard, error)
-            failures[work.shard] = {**error.to_json(), "transient": error.transient}
-        else:
-            done = {"rows": done["rows"] + record.rows, "tokens": done["tokens"] + record.tokens}
-            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
-            log.info("stage=%s %s", artifact.key.stage, " ".join(f"{key}={value}" for key, value in fields.items()))
-            report({"event": "shard", "stage": artifact.key.stage, **fields})
-        report({"event": "progress", "stage": artifact.key.stage, "done": index + 1, "total": len(todo), "unit": "shards", **done})
-    if failures:
-        reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in failures.items())
-        fix = f"run `python -m deepspec {artifact.key.stage} {config.name} --shards {','.join(map(str, failures))}`"
-        raise ShardsFailed(f"{len(failures)} of {len(todo)} shards failed: {reasons}", where=artifact.url, fix=fix, failures=failures)
-
-
-@contextmanager
-def transient_system_errors(what: str) -> Iterator[None]:
-    """Lost connections and time-outs come back as TransientError, so that the shard is tried again."""
-    try:
-        yield
-    except (ConnectionError, TimeoutError) as error:
-        raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
 
 
 class ShardedStage(NamedTuple):

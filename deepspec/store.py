@@ -28,7 +28,7 @@ COPY_BYTES = 16 << 20
 class Store:
     """A place for artifacts; knows bytes and names, nothing of what they mean."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, scratch: str | None = None, uploads: str = "read_back") -> None:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
@@ -63,9 +63,25 @@ class Store:
     def read(self, relative: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(relative)))
 
-    def read_many(self, relatives: Sequence[str]) -> list[bytes]:
-        found = self.fs.cat([self.path(relative) for relative in relatives]) if relatives else {}
-        return [found[key] for key in sorted(found)]
+    def read_many(self, relatives: Sequence[str]) -> list[bytes | None]:
+        return [self.read(r) if self.exists(r) else None for r in relatives]
+
+    scratch = Path.home() / ".cache" / "deepspec"
+
+    def checksum(self, relative):
+        return file_checksum(Path(self.path(relative)))
+
+    def size(self, relative):
+        return self.fs.size(self.path(relative))
+
+    def read_range(self, relative: str, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self.path(relative), start=start, end=end))
+
+    def write_new(self, relative: str, data: bytes) -> bool:
+        if self.exists(relative):
+            return False
+        self.write(relative, data)
+        return True
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -95,7 +111,7 @@ class Store:
         finally:
             local.unlink(missing_ok=True)
 
-    def publish(self, local: Path, relative: str) -> None:
+    def publish(self, local: Path, relative: str, *, checksum: str | None = None) -> None:
         """Move a staged file to its place: fsync and rename locally, one PUT or a completed multipart upload elsewhere."""
         target = self.path(relative)
         if not self.is_local:
@@ -107,7 +123,7 @@ class Store:
         local.replace(target)
         _fsync_folder(Path(target).parent)
 
-    def fetch(self, relative: str) -> Path:
+    def fetch(self, relative: str, checksum: str | None = None) -> Path:
         """A local file with the contents of a stored one: the file itself in a local store, a cached copy otherwise."""
         if self.is_local:
             return Path(self.path(relative))

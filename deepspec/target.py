@@ -7,10 +7,11 @@ B batch, T tokens, m captured layers, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from deepspec.model.kv import LayerCache
 
 log = logging.getLogger(__name__)
 
+FLASH = "flash_attention_2"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -69,6 +71,7 @@ class Target:
         self.layer_ids = tuple(layer_ids)
         self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.device, self.dtype = self.lm_head.weight.device, self.lm_head.weight.dtype
+        self.packs = self.text_config._attn_implementation == FLASH
         check_layer_ids(self.layer_ids, self.text_config.num_hidden_layers)
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
@@ -102,9 +105,26 @@ class Target:
             positions, mask = cache.step(input_ids.shape[1])
             masks = self._masks(mask, positions)
             output = self.decoder(input_ids=input_ids, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True)
+        return self._output(output.last_hidden_state)
+
+    @torch.inference_mode()
+    def forward_packed(self, sequences: Sequence[Sequence[int]]) -> list[TargetOutput]:
+        """Hidden states of each sequence, [T, m * D] and [T, D], computed as one row without padding.
+
+        Positions that start again at 0 tell transformers where a document begins. flash-attention then skips everything
+        between documents; SDPA would compute and mask it, which is why only the former `packs`.
+        """
+        ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=self.device)
+        positions = torch.cat([torch.arange(len(sequence), device=self.device) for sequence in sequences])[None]
+        output = self.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        lengths = [len(sequence) for sequence in sequences]
+        whole = self._output(output.last_hidden_state)
+        return [TargetOutput(*parts) for parts in zip(whole.context[0].split(lengths), whole.last_hidden[0].split(lengths), strict=True)]
+
+    def _output(self, last_hidden: Tensor) -> TargetOutput:
         context = torch.cat([self._tapped[layer] for layer in self.layer_ids], dim=-1)
         self._tapped.clear()
-        return TargetOutput(context, output.last_hidden_state)
+        return TargetOutput(context, last_hidden)
 
     def _masks(self, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The mask of each kind of attention layer; a sliding window also hides what is too far back."""
@@ -163,8 +183,17 @@ def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
         raise _unloadable(settings, error) from None
 
 
-def load_target(settings: TargetConfig, *, folder: Path | None, device: str = "auto", dtype: str | None = None) -> Target:
+def load_target(
+    settings: TargetConfig,
+    *,
+    folder: Path | None,
+    device: str = "auto",
+    dtype: str | None = None,
+    attention: Literal["sdpa", "fastest"] = "sdpa",
+) -> Target:
     """The target in its own dtype (or `dtype`) on the device asked for; `folder` where it is on this disk.
+
+    `sdpa` takes the masks that decoding with a cache needs; `fastest` is flash-attention where it is installed.
 
     Raises:
         DataError: no such model, or not a causal language model.
@@ -174,14 +203,22 @@ def load_target(settings: TargetConfig, *, folder: Path | None, device: str = "a
 
     chosen = choose_device(device)
     check_settings(settings, read_text_config(settings, folder=folder))
+    number_format = DTYPES[dtype or settings.dtype]
+    kernel = attention_kernel(chosen, number_format) if attention == "fastest" else "sdpa"
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder or settings.model), revision=settings.revision, dtype=DTYPES[dtype or settings.dtype], attn_implementation="sdpa"
+            str(folder or settings.model), revision=settings.revision, dtype=number_format, attn_implementation=kernel
         )
     except (OSError, ValueError) as error:
         raise _unloadable(settings, error) from None
-    log.info("target=%s device=%s dtype=%s layers=%s", settings.model, chosen, dtype or settings.dtype, settings.layer_ids)
+    log.info("target=%s device=%s dtype=%s attention=%s layers=%s", settings.model, chosen, number_format, kernel, settings.layer_ids)
     return Target(model.to(chosen), settings.layer_ids)
+
+
+def attention_kernel(device: torch.device, number_format: torch.dtype) -> str:
+    """flash-attention for half precision on a GPU where it is installed, else PyTorch's own."""
+    fits = device.type == "cuda" and number_format == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
+    return FLASH if fits else "sdpa"
 
 
 def _unloadable(settings: TargetConfig, error: Exception) -> DataError:

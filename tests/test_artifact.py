@@ -102,6 +102,85 @@ def test_a_torn_record_counts_as_missing(tmp_path: Path):
     assert list(artifact.records()) == [0]
 
 
+def test_a_record_with_a_flipped_bit_counts_as_missing(artifact: Artifact):
+    """Not only a torn one: a digit that turned into another would still be JSON."""
+    commit(artifact, 0, b"zero")
+    data = artifact.store.read(artifact.path("records/00000.json"))
+    artifact.store.write(artifact.path("records/00000.json"), data.replace(b'"tokens": 4', b'"tokens": 5'))
+    assert artifact.records() == {}
+
+
+def test_a_record_of_another_shard_counts_as_missing(artifact: Artifact):
+    commit(artifact, 0, b"zero")
+    artifact.store.write(artifact.path("records/00001.json"), artifact.store.read(artifact.path("records/00000.json")))
+    assert list(artifact.records()) == [0]
+
+
+def test_a_sealed_artifact_says_what_it_holds_without_a_look_at_its_records(artifact: Artifact):
+    """10,000 records are 10,000 requests; the sealed table is one."""
+    made = {shard: commit(artifact, shard, b"shard %d" % shard) for shard in range(3)}
+    artifact.seal(shards=range(3), inputs={})
+    asked: list[str] = []
+    original = artifact.store.read_many
+    artifact.store.read_many = lambda names: asked.extend(names) or original(names)  # type: ignore[method-assign]
+    assert artifact.records() == made
+    assert asked == [artifact.path("records.arrow")]
+
+
+def test_a_shard_redone_after_sealing_is_seen_at_once(artifact: Artifact):
+    for shard in range(3):
+        commit(artifact, shard, b"shard %d" % shard)
+    artifact.seal(shards=range(3), inputs={})
+    artifact.store.remove(artifact.path("records/00001.json"))
+    assert list(artifact.records()) == [0, 2]
+    redone = commit(artifact, 1, b"another")
+    assert artifact.records()[1] == redone
+    assert artifact.manifest() is None
+
+
+def test_an_artifact_of_another_format_version_is_refused_by_name(tmp_path: Path):
+    make_artifact(tmp_path)
+    with pytest.raises(ArtifactMismatch, match="format"):
+        Artifact(Store(str(tmp_path)), KEY._replace(format=2)).create({})
+
+
+def test_a_record_that_names_a_file_outside_the_artifact_is_refused(tmp_path: Path):
+    artifact = make_artifact(tmp_path)
+    record = commit(artifact, 0, b"zero").model_copy(update={"file": "../../secret"}).with_digest()
+    artifact.store.write(artifact.path("records/00000.json"), record.model_dump_json().encode())
+    with pytest.raises(DamagedData, match="outside the store"):
+        artifact.fetch_shard(artifact.records()[0])
+
+
+RACER = textwrap.dedent(
+    """
+    import sys, time
+    from tests.test_artifact import commit, make_artifact
+    artifact = make_artifact(sys.argv[1])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for shard in range(40):
+        commit(artifact, shard, b"shard %d" % shard)
+    """
+)
+
+
+def test_workers_that_race_for_the_same_shards_end_with_one_record_each(tmp_path: Path):
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        racer.stdout.readline()
+    for racer in racers:
+        racer.communicate("go\n")
+        assert racer.returncode == 0
+    artifact = make_artifact(tmp_path)
+    assert list(artifact.records()) == list(range(40))
+    assert artifact.store.names(".staged") == []
+
+
 def test_a_failure_is_kept_until_its_shard_is_committed(artifact: Artifact):
     artifact.put_failure(4, DataError("a bad row", where="row 3"))
     assert artifact.failures() == {4: "a bad row"}

@@ -10,6 +10,7 @@ from deepspec.data.answers import run_answers
 from deepspec.data.prompts import run_prompts
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.lineage import artifact_of
+from deepspec.records import Counts
 from deepspec.stages import parse_shards, results, stage_status, upstream_records
 from tests.conftest import tiny_run
 
@@ -39,10 +40,10 @@ def test_redoing_a_prompt_shard_makes_the_answers_of_that_shard_missing(store: P
     prompts = run_prompts(config)
     run_answers(config)
     assert stage_status(config, "answers").sealed
-    record = prompts.record(2)
-    assert record is not None
-    changed = record.model_copy(update={"checksum": "0" * 32})
-    prompts.store.write(prompts.path("records/00002.json"), changed.model_dump_json().encode())
+    prompts.store.remove(prompts.path("records/00002.json"))
+    with prompts.store.staged() as local:
+        local.write_bytes(b"other prompts")
+        prompts.commit(2, local, Counts(rows=4), upstream=None)
     status = stage_status(config, "answers")
     assert (status.missing, status.sealed) == ([2], False)
 

@@ -22,7 +22,8 @@ from deepspec.data.tables import read_table, write_table
 from deepspec.errors import ConfigError
 from deepspec.events import Report, silent
 from deepspec.records import Counts
-from deepspec.stages import Work, open_sharded, seal_if_whole, work_through
+from deepspec.stages import open_sharded, seal_if_whole
+from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ The loss mask covers what the target generated, its end-of-turn token included, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,11 @@ class Chat:
         """Token ids that end an answer."""
         ids = generation_eos if isinstance(generation_eos, Sequence) else [generation_eos]
         return frozenset({self.end_of_turn, *(token for token in ids if token is not None)})
+
+    def digests(self) -> dict[str, str]:
+        """What tokenizer and template a cache was made with: two that tokenize alike have the same digests."""
+        texts = {"tokenizer": json.dumps(self.tokenizer.get_vocab(), sort_keys=True), "chat_template": str(self.tokenizer.chat_template)}
+        return {f"{name}_digest": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
     def render(self, messages: Sequence[Message | dict[str, Any]]) -> list[int]:
         """Token ids of the conversation so far, the generation prompt of the next answer included."""

@@ -26,7 +26,8 @@ from deepspec.lineage import artifact_of
 from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.model.spec import DraftSpec
 from deepspec.records import Counts, Record
-from deepspec.stages import Work, choose, missing_shards, require_sealed, work_through
+from deepspec.stages import choose, missing_shards, require_sealed
+from deepspec.work import Work, work_through
 from deepspec.store import pretty_json
 from deepspec.target import DTYPES, Target, load_target, read_text_config
 

@@ -47,7 +47,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     world = join_world(config.resources.device)
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=config.resources.cache_gb)
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     optimizer = make_optimizer(trainable(draft), config.train)
@@ -113,7 +113,7 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
     lr = learning_rate(step, total=data.total_steps, settings=settings)
     norm = apply_step(trainer.optimizer, lr=lr, denominator=denominator, clip=settings.clip) if denominator else 0.0
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        samples = [f"{int(data.cache.index[drawn.number]['sample_id']):016x}" for drawn in data.drawn(step)]
+        samples = [f"{int(data.cache.index.sample_id[drawn.number]):016x}" for drawn in data.drawn(step)]
         trainer.artifact.store.write(trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode())
         what = f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids are in bad_step_{step:08d}.json"
         raise TrainingFailed(what, where=trainer.artifact.url, fix="lower train.lr, or look at those samples; the last checkpoint is whole")
@@ -141,8 +141,8 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
     spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
     wanted = spec.hidden_size * len(spec.target_layer_ids)
-    if cache.layout.context_width != wanted:
-        what = f"the cache holds {cache.layout.context_width} context features a token, the draft reads {wanted}"
+    if cache.layout.context.width != wanted:
+        what = f"the cache holds {cache.layout.context.width} context features a token, the draft reads {wanted}"
         raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
     frozen = load_file(artifact.store.fetch(artifact.path("frozen.safetensors")))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)

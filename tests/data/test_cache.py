@@ -1,114 +1,130 @@
-"""The hidden-state cache: what is written is what is read, by one read per sample."""
+"""The hidden-state cache as training reads it."""
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from deepspec.data.cache import FOOTER_MAGIC, INDEX_DTYPE, HiddenSample, Layout, ShardWriter, decode, last_hidden_spans
-from deepspec.errors import ArtifactMismatch
+from deepspec.artifact import Artifact
+from deepspec.data.cache import HiddenCache
+from deepspec.errors import ArtifactMismatch, DamagedData
+from deepspec.records import ArtifactKey
+from deepspec.store import Store
+from tests.conftest import REPOSITORY
+from tests.data.samples import LAYOUT, make_cache, make_sample, same
 
-LAYOUT = Layout(context_width=6, hidden_size=3, metadata={"target": "tiny"})
-
-
-def make_sample(number: int, tokens: int) -> HiddenSample:
-    generator = torch.Generator().manual_seed(number)
-    mask = [index > tokens // 2 for index in range(tokens)]
-    spans = torch.from_numpy(last_hidden_spans(mask))
-    return HiddenSample(
-        sample_id=2**63 + number,
-        input_ids=torch.arange(tokens, dtype=torch.int32),
-        loss_mask=torch.tensor(mask, dtype=torch.uint8),
-        context=torch.randn(tokens, 6, generator=generator).bfloat16(),
-        last_hidden=torch.randn(int(spans[:, 1].sum()), 3, generator=generator).bfloat16(),
-        last_spans=spans,
-    )
-
-
-def same(first: HiddenSample, second: HiddenSample) -> bool:
-    return first.sample_id == second.sample_id and all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
+KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
+SAMPLES = [[make_sample(10 * shard + row, 3 + row) for row in range(4)] for shard in range(3)]
+FLAT = [sample for shard in SAMPLES for sample in shard]
 
 
 @pytest.fixture
-def shard(tmp_path: Path):
-    samples = [make_sample(number, tokens) for number, tokens in enumerate((5, 1, 40, 3))]
-    path = tmp_path / "00000.arrow"
-    with pa.OSFile(str(path), "wb") as sink:
-        writer = ShardWriter(sink, LAYOUT, 7)
-        for sample in samples:
-            writer.append(sample, held_out=False)
-        index = np.frombuffer(writer.close(), dtype=INDEX_DTYPE)
-    return samples, path, index
+def artifact(tmp_path: Path) -> Artifact:
+    return make_cache(Artifact(Store(str(tmp_path / "store")), KEY), SAMPLES)
 
 
-def test_each_sample_comes_back_from_its_offset_alone(shard):
-    samples, path, index = shard
-    data = path.read_bytes()
-    for sample, entry in zip(samples, index, strict=True):
-        message = data[int(entry["offset"]) : int(entry["offset"] + entry["num_bytes"])]
-        assert same(decode(message, LAYOUT.schema(), LAYOUT), sample)
+def test_every_sample_comes_back_by_its_number(artifact: Artifact):
+    cache = HiddenCache(artifact)
+    assert len(cache) == 12
+    assert all(same(cache[number], sample) for number, sample in enumerate(FLAT))
 
 
-def test_the_index_checksum_is_that_of_the_bytes_on_disk(shard):
-    import xxhash
-
-    _, path, index = shard
-    data = path.read_bytes()
-    for entry in index:
-        message = data[int(entry["offset"]) : int(entry["offset"] + entry["num_bytes"])]
-        assert xxhash.xxh3_64_intdigest(message) == entry["checksum"]
+def test_a_stream_keeps_the_order_asked_and_reads_each_sample_once(artifact: Artifact):
+    cache, order = HiddenCache(artifact), [7, 0, 11, 3, 3, 1]
+    for number, sample in zip(order, cache.stream(order, max_bytes=3000, threads=3), strict=True):
+        assert same(sample, FLAT[number])
 
 
-def test_messages_lie_one_behind_the_other_and_aligned(shard):
-    _, _, index = shard
-    assert index["offset"][0] == FOOTER_MAGIC + len(LAYOUT.schema().serialize())
-    assert (index["offset"][1:] == index["offset"][:-1] + index["num_bytes"][:-1]).all()
-    assert (index["offset"] % 8 == 0).all()
+def test_a_stream_left_early_leaves_no_thread(artifact: Artifact):
+    import threading
+
+    stream = HiddenCache(artifact).stream(range(12), max_bytes=3000, threads=3)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-def test_any_arrow_reader_opens_a_shard(shard):
-    samples, path, _ = shard
-    table = pa.ipc.open_file(str(path)).read_all()
-    assert table.column("sample_id").to_pylist() == [sample.sample_id for sample in samples]
-    assert table.column("input_ids")[2].as_py() == list(range(40))
-    assert table.schema.metadata[b"target"] == b"tiny"
+def test_opening_looks_at_no_shard(artifact: Artifact):
+    for record in artifact.records().values():
+        Path(artifact.store.path(artifact.path(record.file))).unlink()
+    assert len(HiddenCache(artifact)) == 12
 
 
-def test_decoding_copies_nothing(shard):
-    _, path, index = shard
-    with pa.memory_map(str(path)) as source:
-        message = source.read_buffer()[int(index["offset"][2]) : int(index["offset"][2] + index["num_bytes"][2])]
-    sample = decode(message, LAYOUT.schema(), LAYOUT)
-    assert message.address <= sample.context.data_ptr() < message.address + message.size
+def test_a_flipped_bit_is_found_before_decoding_and_names_shard_and_row(artifact: Artifact):
+    cache = HiddenCache(artifact)
+    path = Path(artifact.store.path(artifact.path(cache.files[1])))
+    data = bytearray(path.read_bytes())
+    data[int(cache.index.offset[6]) + 300] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedData, match="row 2 of shard 1 is damaged"):
+        cache[6]
+    assert same(cache[5], FLAT[5])
 
 
-@pytest.mark.parametrize(
-    ("mask", "spans"),
-    [
-        ([0, 0, 1, 1, 0, 0], [[1, 4]]),
-        ([1, 0, 0, 0, 1], [[0, 2], [3, 2]]),
-        ([1, 0, 1], [[0, 3]]),
-        ([0, 0, 0], []),
-        ([1], [[0, 1]]),
-    ],
-)
-def test_the_final_state_is_kept_one_position_beyond_each_supervised_run(mask: list[int], spans: list[list[int]]):
-    assert last_hidden_spans([bool(value) for value in mask]).tolist() == spans
+def test_a_cut_off_shard_is_damage_and_not_a_short_sample(artifact: Artifact):
+    cache = HiddenCache(artifact)
+    path = Path(artifact.store.path(artifact.path(cache.files[2])))
+    os.truncate(path, int(cache.index.offset[11]) + 10)
+    with pytest.raises(DamagedData, match="row 3 of shard 2"):
+        cache[11]
 
 
-def test_kept_final_states_go_back_to_their_places():
-    sample = make_sample(1, 8)
-    full = sample.full_last_hidden()
-    kept = [index for start, length in sample.last_spans.tolist() for index in range(start, start + length)]
-    assert torch.equal(full[kept], sample.last_hidden)
-    assert full[[index for index in range(8) if index not in kept]].abs().sum() == 0
+def test_an_unfinished_cache_is_refused(artifact: Artifact):
+    artifact.store.remove(artifact.path("manifest.json"))
+    with pytest.raises(ArtifactMismatch, match="not finished"):
+        HiddenCache(artifact)
 
 
-def test_another_format_version_is_refused():
-    schema = LAYOUT.schema().with_metadata({**LAYOUT.schema().metadata, b"version": b"2"})
-    with pytest.raises(ArtifactMismatch, match="version 2"):
-        Layout.of(schema)
+class AsDataset(Dataset[torch.Tensor]):
+    def __init__(self, cache: HiddenCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.cache[number].context.decode().clone()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_were_forked_or_spawned_read_what_the_parent_opened(artifact: Artifact, method: str):
+    """Trap C9; the parent has read before it forks."""
+    cache = HiddenCache(artifact)
+    assert same(cache[0], FLAT[0])
+    loader = DataLoader(AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context=method)
+    for number, context in enumerate(loader):
+        assert torch.equal(context, FLAT[number].context.decode())
+
+
+def test_a_pickled_cache_holds_no_data(artifact: Artifact):
+    assert len(pickle.dumps(HiddenCache(artifact))) < 1000
+
+
+def test_opening_and_reading_import_no_pandas(artifact: Artifact):
+    """pyarrow's conversions import pandas where it is installed: half a second and 30 MB for every rank."""
+    code = f"""
+import sys
+from deepspec.artifact import Artifact
+from deepspec.data.cache import HiddenCache
+from deepspec.records import ArtifactKey
+from deepspec.store import Store
+cache = HiddenCache(Artifact(Store({artifact.store.url!r}), ArtifactKey("hidden", "tiny", "0123456789ab", {{}}, ())))
+cache[3].context.decode()
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_the_samples_stay_good_when_a_buffer_is_used_again(artifact: Artifact):
+    """A streamed sample lives in memory that the next ones will use: what was decoded into memory of its own stays."""
+    cache = HiddenCache(artifact)
+    kept = [sample.context.decode(out=torch.empty(len(sample.input_ids), LAYOUT.context.width, dtype=torch.bfloat16))
+            for sample in cache.stream(range(12), max_bytes=1, threads=1)]  # fmt: skip
+    assert all(torch.equal(context, sample.context.decode()) for context, sample in zip(kept, FLAT, strict=True))

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from deepspec.data.cache import HiddenCache
-from deepspec.data.capture import FILES, capture_rows, run_capture, token_batches
+from deepspec.data.beside import files_beside
+from deepspec.data.capture import run_capture
 from deepspec.data.chat import load_chat, target_folder
+from deepspec.data.index import INDEX
+from deepspec.data.rows import capture_rows, token_batches
 from deepspec.data.tables import read_table
 from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.lineage import artifact_of
@@ -28,9 +31,9 @@ def cache(captured: Path) -> HiddenCache:
 def test_every_answer_is_one_sample_with_its_id_and_split(captured: Path, cache: HiddenCache):
     answers = artifact_of(tiny_run(captured), "answers")
     rows = [row for record in answers.records().values() for row in read_table(answers.fetch_shard(record)).to_pylist()]
-    assert sorted(cache.index["sample_id"].tolist()) == sorted(row["id"] for row in rows)
+    assert sorted(cache.index.sample_id.tolist()) == sorted(row["id"] for row in rows)
     held_out = {row["id"] for row in rows if row["held_out"]}
-    assert set(cache.index["sample_id"][cache.index["held_out"] == 1].tolist()) == held_out
+    assert set(cache.index.sample_id[cache.index.held_out == 1].tolist()) == held_out
 
 
 def test_cached_states_are_those_of_the_target_run_alone(captured: Path, cache: HiddenCache):
@@ -40,9 +43,9 @@ def test_cached_states_are_those_of_the_target_run_alone(captured: Path, cache: 
     for number in range(0, len(cache), 5):
         sample = cache[number]
         alone = target.forward(sample.input_ids.long()[None])
-        torch.testing.assert_close(sample.context.float(), alone.context[0], atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(sample.context.decode().float(), alone.context[0], atol=2e-2, rtol=1e-2)
         kept = np.concatenate([np.arange(start, start + count) for start, count in sample.last_spans.tolist()])
-        torch.testing.assert_close(sample.last_hidden.float(), alone.last_hidden[0, kept], atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(sample.last_hidden.decode().float(), alone.last_hidden[0, kept], atol=2e-2, rtol=1e-2)
 
 
 def test_supervised_tokens_are_the_answers(captured: Path, cache: HiddenCache):
@@ -62,7 +65,7 @@ def test_the_frozen_tensors_lie_beside_the_shards_and_name_no_place(captured: Pa
     artifact = artifact_of(tiny_run(captured), "hidden")
     manifest = artifact.manifest()
     assert manifest is not None
-    assert set(manifest.files) == set(FILES)
+    assert set(manifest.files) == {*files_beside(tiny_run(captured)), INDEX}
     assert str(captured) not in artifact.store.read(artifact.path("target/config.json")).decode()
 
 
@@ -70,16 +73,19 @@ def test_rows_are_cut_at_max_length_and_rows_without_two_supervised_tokens_left_
     config = tiny_run(captured, "hidden.max_length=10")
     answers = artifact_of(config, "answers")
     rows = read_table(answers.fetch_shard(next(iter(answers.records().values())))).to_pylist()
-    assert capture_rows(rows, load_chat(config), config.hidden) == []
+    found = capture_rows(rows, load_chat(config), config.hidden)
+    assert found.rows == []
+    assert {reject["reason"] for reject in found.rejects} == {"too_little_supervised"}
+    assert len(found.rejects) == len(rows)
     config = tiny_run(captured)
-    assert len(capture_rows(rows, load_chat(config), config.hidden)) == len(rows)
+    assert len(capture_rows(rows, load_chat(config), config.hidden).rows) == len(rows)
 
 
 def test_batches_fit_the_token_budget_once_padded(captured: Path):
     config = tiny_run(captured)
     answers = artifact_of(config, "answers")
     rows = read_table(answers.fetch_shard(next(iter(answers.records().values())))).to_pylist()
-    captured_rows = capture_rows(rows, load_chat(config), config.hidden)
+    captured_rows = capture_rows(rows, load_chat(config), config.hidden).rows
     batches = list(token_batches(captured_rows, 150))
     assert [row for batch in batches for row in batch] == captured_rows
     assert all(len(batch) * len(batch[-1].input_ids) <= 150 or len(batch) == 1 for batch in batches)

@@ -1,0 +1,158 @@
+"""What a cache holds beside its shards, written once: schema, channel scales, and all that training needs of the target.
+
+The static channel scales come from the first tokens of the first shards, whatever shards a lane was given, so every lane
+arrives at the same; the first to write them wins and all others read those. A lossy codec is measured on the tokens
+behind them, and refused there if it loses too much: before any shard is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+
+from deepspec.artifact import Artifact
+from deepspec.config import RunConfig
+from deepspec.data.cache import SCALES, SCHEMA
+from deepspec.data.chat import Chat
+from deepspec.data.codec import channel_scale, make_codec
+from deepspec.data.fidelity import Fidelity, measure, refuse
+from deepspec.data.layout import Layout, Stored
+from deepspec.data.rows import CaptureRow, capture_rows
+from deepspec.data.tables import read_table
+from deepspec.events import Report
+from deepspec.stages import ShardedStage
+from deepspec.store import pretty_json
+from deepspec.target import Target
+
+log = logging.getLogger(__name__)
+
+TENSORS, CONFIG, FIDELITY = "frozen.safetensors", "target/config.json", "fidelity.json"
+SCALE_TOKENS = 2048  # as many again measure the codec
+LOSSY = ("int8", "fp8")
+
+
+def files_beside(config: RunConfig) -> tuple[str, ...]:
+    """Names of what stands beside the shards and is sealed with them."""
+    return (SCHEMA, TENSORS, CONFIG, *([SCALES] if codec_names(config) != {"raw"} else []))
+
+
+def codec_names(config: RunConfig) -> set[str]:
+    return {config.hidden.codec, config.hidden.codec_of_last_hidden}
+
+
+def lacks_files(config: RunConfig, artifact: Artifact) -> bool:
+    return not all(artifact.store.exists(artifact.path(name)) for name in files_beside(config))
+
+
+def prepare(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, report: Report) -> Layout:
+    """The layout of the cache; what stands beside the shards is there when this returns.
+
+    Raises:
+        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
+    """
+    artifact, scales = stage.artifact, dict[str, Tensor]()
+    if codec_names(config) != {"raw"}:
+        missing = not all(artifact.store.exists(artifact.path(name)) for name in (SCALES, FIDELITY))
+        first = first_states(config, stage, chat, target) if missing else None
+        if first is not None:
+            made = {"context": channel_scale(first.context[: first.half]), "last_hidden": channel_scale(first.last[: first.half])}
+            artifact.store.write_new(artifact.path(SCALES), save({name: scale.cpu().contiguous() for name, scale in made.items()}))
+        scales = load(artifact.store.read(artifact.path(SCALES)))
+        layout = make_layout(config, chat, target, scales)
+        if first is not None:
+            gate(config, artifact, layout, first, target, report)
+    else:
+        layout = make_layout(config, chat, target, scales)
+    if lacks_files(config, artifact):
+        _write_frozen(artifact, target, layout)
+    return layout
+
+
+class FirstStates(NamedTuple):
+    context: Tensor  # [N, m, D] bfloat16
+    last: Tensor  # [N, 1, D] bfloat16, after the final norm
+
+    @property
+    def half(self) -> int:
+        return len(self.context) // 2
+
+
+def first_states(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target) -> FirstStates:
+    """The states of the first `2 * SCALE_TOKENS` tokens (or all there are) of the cache, captured row by row."""
+    contexts, lasts, count = [], [], 0
+    for row in _first_rows(config, stage, chat):
+        output = target.forward(torch.tensor([row.input_ids], device=target.device))
+        contexts.append(output.context[0].bfloat16())
+        lasts.append(output.last_hidden[0].bfloat16())
+        count += len(row.input_ids)
+        if count >= 2 * SCALE_TOKENS:
+            break
+    layers = len(config.target.layer_ids)
+    context, last = torch.cat(contexts)[: 2 * SCALE_TOKENS], torch.cat(lasts)[: 2 * SCALE_TOKENS]
+    return FirstStates(context.unflatten(1, (layers, -1)), last[:, None])
+
+
+def _first_rows(config: RunConfig, stage: ShardedStage, chat: Chat) -> Iterator[CaptureRow]:
+    for record in stage.upstream.records().values():
+        answers = read_table(stage.upstream.fetch_shard(record)).to_pylist()
+        yield from reversed(capture_rows(answers, chat, config.hidden).rows)  # longest first: more than the same few openings
+
+
+def gate(config: RunConfig, artifact: Artifact, layout: Layout, first: FirstStates, target: Target, report: Report) -> None:
+    """Measure the codecs on tokens that the scales were not made from; printed, kept in the artifact, refused past the limits."""
+    if not codec_names(config) & set(LOSSY):
+        return
+    context, last = first.context[first.half :], first.last[first.half :]
+    decoded = [Stored(codec, codec.quantize(states)).decode(device=target.device)
+               for codec, states in ((layout.context, context), (layout.last_hidden, last))]  # fmt: skip
+    found = measure(context.flatten(1), decoded[0], last.flatten(1), decoded[1], lambda states: target.logits(states.to(target.dtype)))
+    describe_fidelity(found, config, report)
+    artifact.store.write(artifact.path(FIDELITY), pretty_json({"tokens": len(context), **found._asdict()}))
+    refuse(found, config.resources.fidelity)
+
+
+def describe_fidelity(found: Fidelity, config: RunConfig, report: Report) -> None:
+    numbers = {name: round(value, 5) for name, value in found._asdict().items() if value is not None}
+    log.info("stage=hidden codec=%s %s", config.hidden.codec, " ".join(f"{name}={value}" for name, value in numbers.items()))
+    report({"event": "fidelity", "stage": "hidden", "codec": config.hidden.codec, **numbers})
+
+
+def make_layout(config: RunConfig, chat: Chat, target: Target, scales: Mapping[str, Tensor]) -> Layout:
+    """The codecs, and where the states come from, for the schema."""
+    settings, size = config.hidden, int(target.text_config.hidden_size)
+    context = make_codec(
+        settings.codec, tensor="context", num_layers=len(config.target.layer_ids), hidden_size=size,
+        compression=settings.compression, channel_scale=scales.get("context"),
+    )  # fmt: skip
+    last = make_codec(
+        settings.codec_of_last_hidden, tensor="last_hidden", num_layers=1, hidden_size=size,
+        compression=settings.compression if settings.codec_of_last_hidden == "int8" else "none", channel_scale=scales.get("last_hidden"),
+    )  # fmt: skip
+    metadata = {
+        "target": config.target.model, "revision": str(config.target.revision), "layers": json.dumps(config.target.layer_ids),
+        "last_hidden": "post_final_norm", "codec": settings.codec, **chat.digests(),
+    }  # fmt: skip
+    return Layout(context, last, metadata)
+
+
+def _write_frozen(artifact: Artifact, target: Target, layout: Layout) -> None:
+    """The schema, the target's config, and its embedding and lm_head: all that training needs to know of the target."""
+    artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
+    # Where the target lay and which library read it decide nothing, and would make equal caches look different.
+    config = {key: value for key, value in target.text_config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    artifact.store.write(artifact.path(CONFIG), pretty_json(config))
+    with artifact.store.staged() as local:
+        save_file(frozen_tensors(target), local)
+        artifact.store.publish(local, artifact.path(TENSORS))
+
+
+def frozen_tensors(target: Target) -> dict[str, Tensor]:
+    """The target's embedding and lm_head [V, D], which every draft shares and keeps as they are."""
+    embedding = target.model.get_input_embeddings().weight
+    return {"embed_tokens.weight": embedding.detach().cpu().clone(), "lm_head.weight": target.lm_head.weight.detach().cpu().clone()}

@@ -1,0 +1,60 @@
+"""What capture runs the target over: training sequences of a shard of answers, in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from deepspec.config import HiddenConfig
+from deepspec.data.answers import conversation_so_far, stream_seed
+from deepspec.data.chat import Chat, build_samples, parse_messages
+
+
+class CaptureRow(NamedTuple):
+    sample_id: int
+    held_out: bool
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+class CaptureRows(NamedTuple):
+    rows: list[CaptureRow]  # shortest first: consecutive ones make batches that waste little on padding
+    rejects: list[dict[str, Any]]  # sequences left out, with the reason
+
+
+def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: HiddenConfig) -> CaptureRows:
+    """The training sequences of a shard of answers, cut behind the last supervised token and at `max_length`.
+
+    A sequence without two supervised tokens in a row teaches nothing and is left out.
+    """
+    rows: list[CaptureRow] = []
+    rejects: list[dict[str, Any]] = []
+    for answer in answers:
+        messages, texts = parse_messages(answer["messages"]), [turn["text"] for turn in answer["turns"]]
+        turns = []
+        for number, turn in enumerate(answer["turns"]):
+            conversation = conversation_so_far(messages, texts[:number])
+            ids = turn["token_ids"] or chat.answer_ids(turn["text"], finished=turn["finish_reason"] == "stop")
+            turns.append((chat.render(conversation or []), list(ids)))
+        for number, sample in enumerate(build_samples(turns)):
+            input_ids, mask = sample.input_ids[: settings.max_length], sample.loss_mask[: settings.max_length]
+            if any(first and second for first, second in pairwise(mask)):
+                sample_id = stream_seed(0, answer["id"], number) if number else answer["id"]
+                rows.append(CaptureRow(sample_id, answer["held_out"], input_ids, mask))
+            else:
+                detail = f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
+                rejects.append({"id": answer["id"], "sequence": number, "reason": "too_little_supervised", "detail": detail})
+    return CaptureRows(sorted(rows, key=lambda row: (len(row.input_ids), row.sample_id)), rejects)
+
+
+def token_batches(rows: Sequence[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:
+    """Consecutive rows, as many as fit into `batch_tokens` once padded to the longest (the last) of them."""
+    batch: list[CaptureRow] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row.input_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,62 @@
+"""The section of a run that says how the work is done: none of it changes a result, so none of it is in a fingerprint."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from deepspec.draft_config import Section
+
+
+class FidelityConfig(Section):
+    """What a lossy codec of the hidden states must keep; measured on the first shards before any is written."""
+
+    max_relative_error: PositiveFloat = 0.04
+    """Of the context features, |decoded - original| / |original| over all tokens."""
+    min_cosine: float = Field(default=0.995, ge=0, le=1)
+    """Smallest cosine between a token's context features before and after."""
+    max_total_variation: PositiveFloat = 0.02
+    """Mean total variation between the target's next-token distributions before and after."""
+    min_argmax_agreement: float = Field(default=0.97, ge=0, le=1)
+    """Share of positions whose likeliest next token stays the same."""
+
+
+class ResourcesConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes the GPU if there is one."""
+    lanes: PositiveInt | None = None
+    """Processes working on shards at a time; null is one per visible GPU, or one."""
+    shards_per_task: PositiveInt = 32
+    """Shards dealt to a lane at a time."""
+    answer_rows: PositiveInt = 64
+    """Prompts decoded together by the in-process engine."""
+    evaluate_threads: PositiveInt | None = None
+    """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens per forward pass in capture and per micro-batch in training."""
+    retries: int = Field(default=3, ge=0)
+    """Times that a group of shards is tried again after a transient failure."""
+    retry_delay_s: float = Field(default=2.0, ge=0)
+    """Seconds before the first retry; doubled each time."""
+    min_free_gb: float = Field(default=1.0, ge=0)
+    """Free disk space (GB) below which a stage refuses to start, and a working one pauses until there is more."""
+    space_poll_s: PositiveFloat = 10.0
+    """Seconds between two looks at the free space while a stage is paused."""
+    check_space: Literal["refuse", "warn"] = "refuse"
+    """What to do when the hidden states will not fit into the store (`hidden --force` is `warn`)."""
+    scratch: str | None = None
+    """Local folder on a fast disk for uploads on their way and fetched copies; null is ~/.cache/deepspec."""
+    uploads: Literal["read_back", "size_only"] = "read_back"
+    """How an upload is checked: read back whole and hashed, or its length alone (where reading costs money)."""
+    write_buffer_mb: PositiveInt = 512
+    """Hidden states (MB) that may wait to be written; the target waits when there are more."""
+    check_every: PositiveInt = 64
+    """Every n-th sample is captured a second time by itself and compared, before its shard is committed."""
+    fidelity: FidelityConfig = FidelityConfig()
+    prefetch_mb: PositiveInt = 512
+    """Stored samples (MB) read ahead of training."""
+    read_threads: PositiveInt = 4
+    """Threads that read ahead; raise it for S3 over a long line."""
+    cache_gb: float = Field(default=0.0, ge=0)
+    """Local copies (GB) of samples read from a remote store, under `scratch`; the least recently used shards go first."""

@@ -1,0 +1,157 @@
+"""The one loop by which a stage works through its shards: make, check, commit, go on.
+
+Committing (fsync or upload, read back, record) runs beside the making of the next shard. A shard that fails is noted
+and the others go on; a full disk makes the stage wait, not fail. Killed at any point, what is lost is the shards in
+flight: at 10,000 shards with a worker dying every minute each of them costs a few shards of work and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepspec.artifact import Artifact
+from deepspec.config import RunConfig
+from deepspec.errors import DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
+from deepspec.events import Report
+from deepspec.records import Counts, Record
+from deepspec.store import Store
+
+log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+COMMITS_IN_FLIGHT = 1  # beside the shard being made: more would only fill the scratch disk
+
+
+class Work(NamedTuple):
+    """One shard to make, and the record of the shard it is made from."""
+
+    shard: int
+    upstream: Record
+
+
+Make = Callable[[Work, Path], Counts]
+
+
+def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], make: Make, report: Report) -> None:
+    """Make and commit each shard.
+
+    Raises:
+        ShardsFailed: at the end, naming every shard that is still missing and why.
+    """
+    shift, pending = _Shift(config, artifact, len(todo), report), deque[tuple[Work, Future[Record]]]()
+    with ThreadPoolExecutor(max_workers=1) as committer:
+        for work in todo:
+            started = time.monotonic()
+            with shift.noting_failure(work):
+                local, counts, staged = shift.made(work, make)
+                pending.append((work, committer.submit(shift.commit, work, local, counts, started, staged)))
+            while len(pending) > COMMITS_IN_FLIGHT:
+                shift.settle(*pending.popleft())
+        while pending:
+            shift.settle(*pending.popleft())
+    if shift.failures:
+        raise shift.failed(config)
+
+
+class _Shift:
+    """What one call of `work_through` keeps count of."""
+
+    def __init__(self, config: RunConfig, artifact: Artifact, total: int, report: Report) -> None:
+        self.resources, self.artifact, self.total, self.report = config.resources, artifact, total, report
+        self.failures: dict[int, dict[str, Any]] = {}
+        self.ended, self.rows, self.tokens = 0, 0, 0
+
+    def made(self, work: Work, make: Make) -> tuple[Path, Counts, ExitStack]:
+        """A staged file with the shard, which lives until the stack is closed; while the disk is full, waits and makes it again."""
+        while True:
+            self.wait_for_space()
+            with ExitStack() as stack:
+                local = stack.enter_context(self.artifact.store.staged())
+                try:
+                    return local, make(work, local), stack.pop_all()
+                except DamagedData as error:
+                    error.where += f"; set aside as {self.artifact.quarantine(work.shard, local)}" if local.exists() else ""
+                    raise
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+            # What was written of it is gone by now: that alone may have made room.
+            self._pause(f"the disk is full, shard {work.shard} will be made again")
+
+    def commit(self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack) -> Record:
+        with staged, transient_system_errors(f"shard {work.shard}"):
+            while True:
+                try:
+                    seconds = time.monotonic() - started
+                    return self.artifact.commit(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    self._pause(f"the disk is full ({error.strerror}), shard {work.shard} waits to be committed")
+
+    def settle(self, work: Work, future: Future[Record]) -> None:
+        """Take note of how a commit ended."""
+        with self.noting_failure(work):
+            record = future.result()
+            self.rows, self.tokens = self.rows + record.rows, self.tokens + record.tokens
+            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
+            log.info("stage=%s %s", self.artifact.key.stage, " ".join(f"{key}={value}" for key, value in fields.items()))
+            self.report({"event": "shard", "stage": self.artifact.key.stage, **fields})
+            self._progress()
+
+    @contextmanager
+    def noting_failure(self, work: Work) -> Iterator[None]:
+        """An error of a shard is kept beside the artifact and in `failures`; the other shards go on."""
+        try:
+            with transient_system_errors(f"shard {work.shard}"):
+                yield
+        except DeepSpecError as error:
+            log.error("stage=%s shard=%d failed: %s", self.artifact.key.stage, work.shard, error.what)
+            self.artifact.put_failure(work.shard, error)
+            self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
+            self._progress()
+
+    def _progress(self) -> None:
+        self.ended += 1
+        counts = {"done": self.ended, "total": self.total, "unit": "shards", "rows": self.rows, "tokens": self.tokens}
+        self.report({"event": "progress", "stage": self.artifact.key.stage, **counts})
+
+    def wait_for_space(self) -> None:
+        """Return once the store has `min_free_gb` left."""
+        while (free := free_gb(self.artifact.store)) < self.resources.min_free_gb:
+            self._pause(f"{free:.2f} GB are free where resources.min_free_gb asks for {self.resources.min_free_gb:g}")
+
+    def _pause(self, why: str) -> None:
+        log.warning("stage=%s paused: %s; it goes on by itself once there is room at %s", self.artifact.key.stage, why, self.artifact.url)
+        self.report({"event": "paused", "stage": self.artifact.key.stage, "why": why})
+        time.sleep(self.resources.space_poll_s)
+
+    def failed(self, config: RunConfig) -> ShardsFailed:
+        reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items())
+        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.name} --shards {','.join(map(str, self.failures))}`"
+        what = f"{len(self.failures)} of {self.total} shards failed: {reasons}"
+        return ShardsFailed(what, where=self.artifact.url, fix=fix, failures=self.failures)
+
+
+def free_gb(store: Store) -> float:
+    """Free space (GB) where the next shard is written first: the store's own disk, or the scratch disk of a remote one."""
+    return store.free_bytes() / 1e9
+
+
+@contextmanager
+def transient_system_errors(what: str) -> Iterator[None]:
+    """Lost connections and time-outs come back as TransientError, so that the shard is tried again; a sick disk as StoreError."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError) as error:
+        raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
+    except OSError as error:
+        raise StoreError(f"{type(error).__name__}: {error}", where=what, fix="check the disk that holds the store") from error

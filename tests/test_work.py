@@ -1,0 +1,129 @@
+"""Working through shards: one fails and the others go on, a full disk makes the stage wait, damage is set aside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deepspec.artifact import Artifact
+from deepspec.errors import DamagedData, ShardsFailed
+from deepspec.records import ArtifactKey, Counts, Record
+from deepspec.store import Store
+from deepspec.work import Work, work_through
+from tests.conftest import tiny_run
+
+KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())
+
+
+def works(count: int) -> list[Work]:
+    return [Work(shard, Record(shard=shard, file="x", num_bytes=0, checksum=f"up{shard}", rows=1)) for shard in range(count)]
+
+
+def make(work: Work, local: Path) -> Counts:
+    local.write_bytes(b"shard %d" % work.shard * 1000)
+    return Counts(rows=1)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Artifact:
+    made = Artifact(Store(str(tmp_path / "store")), KEY)
+    made.create({})
+    return made
+
+
+def test_a_shard_is_committed_while_the_next_is_made(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    committing, making = threading.Event(), threading.Event()
+    commit = artifact.commit
+
+    def slow(shard, *arguments, **named):
+        if shard == 0:
+            committing.set()
+            assert making.wait(10), "shard 1 was not begun while shard 0 was being committed"
+        return commit(shard, *arguments, **named)
+
+    def noticing(work: Work, local: Path) -> Counts:
+        if work.shard == 1:
+            assert committing.wait(10)
+            making.set()
+        return make(work, local)
+
+    monkeypatch.setattr(artifact, "commit", slow)
+    work_through(tiny_run(tmp_path), artifact, works(3), noticing, lambda event: None)
+    assert list(artifact.records()) == [0, 1, 2]
+
+
+def test_a_shard_that_fails_is_noted_and_the_others_are_made(artifact: Artifact, tmp_path: Path):
+    def failing(work: Work, local: Path) -> Counts:
+        if work.shard == 1:
+            local.write_bytes(b"what there is of it")
+            raise DamagedData("not finite", where="sample 5")
+        return make(work, local)
+
+    with pytest.raises(ShardsFailed, match="shard 1: not finite"):
+        work_through(tiny_run(tmp_path), artifact, works(3), failing, lambda event: None)
+    assert list(artifact.records()) == [0, 2]
+    assert artifact.failures() == {1: "not finite"}
+    assert artifact.store.read(artifact.path("quarantine/00001.arrow")) == b"what there is of it"
+    assert artifact.store.names(".staged") == []
+
+
+def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    free = iter([0.5e9, 0.5e9, 3e9, 3e9, 3e9])
+    monkeypatch.setattr(Store, "free_bytes", lambda store: next(free))
+    events = []
+    config = tiny_run(tmp_path, "resources.min_free_gb=1", "resources.space_poll_s=0.01")
+    work_through(config, artifact, works(2), make, events.append)
+    assert list(artifact.records()) == [0, 1]
+    assert [event["event"] for event in events].count("paused") == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(artifact: Artifact, tmp_path: Path, code: int):
+    refusals = iter([True, True, False])
+
+    def full_twice(work: Work, local: Path) -> Counts:
+        local.write_bytes(b"half")
+        if work.shard == 0 and next(refusals):
+            raise OSError(code, os.strerror(code))
+        return make(work, local)
+
+    work_through(tiny_run(tmp_path, "resources.space_poll_s=0.01"), artifact, works(2), full_twice, lambda event: None)
+    assert list(artifact.records()) == [0, 1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there_is_room(small_disk: Path, tmp_path: Path):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 3_200_000)
+    artifact = Artifact(Store(str(small_disk / "store")), KEY)
+    artifact.create({})
+
+    def large(work: Work, local: Path) -> Counts:
+        local.write_bytes(bytes([work.shard]) * 300_000)
+        return Counts(rows=1)
+
+    paused = threading.Event()
+    helper = threading.Thread(target=lambda: paused.wait(30) and (time.sleep(0.2), ballast.unlink()))
+    helper.start()
+    config = tiny_run(tmp_path, "resources.space_poll_s=0.05")
+    work_through(config, artifact, works(6), large, lambda event: paused.set() if event["event"] == "paused" else None)
+    helper.join()
+    assert paused.is_set()
+    assert [artifact.fetch_shard(record).read_bytes() for record in artifact.records().values()] == [bytes([n]) * 300_000 for n in range(6)]
