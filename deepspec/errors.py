@@ -57,6 +57,10 @@ class ArtifactMismatch(UserError):
     """An artifact, record or draft was made by something other than what is asked for now."""
 
 
+class FidelityTooLow(UserError):
+    """A lossy codec would change the hidden states more than the limits allow."""
+
+
 class DamagedData(DeepSpecError):
     """Stored bytes differ from what their record says."""
 

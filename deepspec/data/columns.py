@@ -1,0 +1,137 @@
+"""The frame of every codec: a tensor of hidden states is stored as a few columns of bytes.
+
+`quantize` and `dequantize` run where the states are (the GPU, if there is one); `compress` and `expand` run on the
+host, in threads, because zstd lets go of the interpreter. What the columns hold is the business of `codec.py`.
+T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from deepspec.errors import ArtifactMismatch
+
+CodecName = Literal["raw", "lossless", "int8", "fp8"]
+Compression = Literal["none", "zstd"]
+
+ITEM_BYTES = {"bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
+# On a CPU, what one pass writes is still in the cache when the next one reads it (2 MB of float32), and a pass is long
+# enough for the interpreter not to matter: 2^16 is half as fast, 2^18 to 2^20 are alike. On a GPU, 128 MB of float32.
+CHUNK_VALUES, DEVICE_CHUNK_VALUES = 1 << 19, 1 << 25
+
+
+class Column(NamedTuple):
+    suffix: str  # behind the tensor's name
+    dtype: str  # of one value; little-endian
+    shape: tuple[int, ...]  # of one token's entry
+    storage: Literal["tokens", "frame"] = "tokens"  # fixed-size entries, or one zstd frame of all of them
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's entry, before zstd."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Codec(ABC):
+    """One tensor's way into a few columns of bytes [T, token_bytes] and back; T may be 0.
+
+    `quantize` expects finite values (capture refuses all others before); `raw` and `lossless` keep every bit of any.
+    """
+
+    num_layers: int
+    hidden_size: int
+    compression: Compression = "none"
+    channel_scale: Tensor | None = None  # float32 [L, D]
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    name: ClassVar[CodecName]
+    scratch_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
+
+    @property
+    def width(self) -> int:
+        return self.num_layers * self.hidden_size
+
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """What is stored, the main column first."""
+
+    def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write a chunk of states, bfloat16 [n, W], into its rows of the columns."""
+        raise NotImplementedError
+
+    def _decode(self, parts: Sequence[Tensor], out: Tensor, scratch: Sequence[Tensor]) -> None:
+        """Write a chunk's states to `out`, bfloat16 [n, W]; `scratch` is [n, W] of each of `scratch_dtypes`."""
+        raise NotImplementedError
+
+    def quantize(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The columns of `states` [T, L, D] (or [T, W]) as uint8 [T, token_bytes], on the same device.
+
+        States of another dtype are rounded to bfloat16 first.
+        """
+        states = self._rows(states)
+        parts = tuple(states.new_empty(len(states), column.token_bytes, dtype=torch.uint8) for column in self.columns())
+        for rows in self._chunks(states):
+            self._encode(states[rows], [part[rows] for part in parts])
+        return parts
+
+    def compress(self, parts: Sequence[Tensor]) -> list[pa.Buffer]:
+        """What is stored of host tensors that `quantize` made: frames, and views that share the tensors' memory."""
+        return [
+            pa.py_buffer(part.numpy()) if column.storage == "tokens" else _zstd().compress(part.numpy())
+            for column, part in zip(self.columns(), parts, strict=True)
+        ]
+
+    def expand(self, buffers: Sequence[pa.Buffer], num_tokens: int) -> tuple[Tensor, ...]:
+        """The parts again, on the host; what is not in a frame shares the buffer's memory and must not be written to."""
+        parts = []
+        for column, stored in zip(self.columns(), buffers, strict=True):
+            num_bytes = num_tokens * column.token_bytes
+            buffer = _zstd().decompress(stored, decompressed_size=num_bytes) if column.storage == "frame" else stored
+            values: np.ndarray = np.frombuffer(buffer, np.uint8, count=num_bytes) if num_bytes else np.zeros(0, np.uint8)
+            parts.append(torch.from_numpy(values.reshape(num_tokens, column.token_bytes)))
+        return tuple(parts)
+
+    def dequantize(self, parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The states, bfloat16 [T, W], on the parts' device; into `out` (contiguous, of that shape) where given."""
+        if out is None:
+            out = torch.empty(len(parts[0]), self.width, dtype=torch.bfloat16, device=parts[0].device)
+        scratch: list[Tensor] = []
+        for rows in self._chunks(out):
+            chunk = out[rows]
+            scratch = scratch or [torch.empty_like(chunk, dtype=dtype) for dtype in self.scratch_dtypes]
+            self._decode([part[rows] for part in parts], chunk, [room[: len(chunk)] for room in scratch])
+        return out
+
+    def _rows(self, states: Tensor) -> Tensor:
+        return states.to(torch.bfloat16).reshape(len(states), self.width).contiguous()
+
+    def _chunks(self, states: Tensor) -> list[slice]:
+        rows = max(1, (CHUNK_VALUES if states.device.type == "cpu" else DEVICE_CHUNK_VALUES) // self.width)
+        return [slice(start, start + rows) for start in range(0, len(states), rows)]
+
+    def _per_channel(self, device: torch.device) -> Tensor:
+        """What the codec knows of each channel, [W], copied to the device once."""
+        if device not in self._on_device:
+            self._on_device[device] = self._from_scale().reshape(self.width).to(device)
+        return self._on_device[device]
+
+    def _from_scale(self) -> Tensor:
+        if self.channel_scale is None:
+            what = f"the codec {self.name} cannot work without the scale of each channel"
+            fix = "measure it with `channel_scale` on the first tokens, or read it with the cache"
+            raise ArtifactMismatch(what, where="hidden.codec", fix=fix)
+        return self.channel_scale
+
+
+def _zstd() -> pa.Codec:
+    return pa.Codec("zstd", compression_level=1)  # level 3 makes exponents larger, in twice the time
