@@ -37,7 +37,9 @@ def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
     try:
         manifest = artifact.manifest()
         records = artifact.sealed_records()  # none where their table is damaged, which is found below
-        whole = manifest is None or len(records) < manifest.totals["shards"] or manifest.digest == artifact.digest(records.values(), manifest)
+        whole = (
+            manifest is None or len(records) < manifest.totals["shards"] or manifest.digest == artifact.digest(records.values(), manifest)
+        )
     except DamagedData:
         whole = False
     if not whole:

@@ -22,7 +22,7 @@ from deepspec.data.cache import SCALES, SCHEMA
 from deepspec.data.chat import Chat
 from deepspec.data.codec import channel_scale, make_codec
 from deepspec.data.fidelity import Fidelity, measure, refuse
-from deepspec.data.layout import Layout, Stored
+from deepspec.data.layout import Layout
 from deepspec.data.rows import CaptureRow, capture_rows
 from deepspec.data.tables import read_table
 from deepspec.events import Report
@@ -39,11 +39,7 @@ LOSSY = ("int8", "fp8")
 
 def files_beside(config: RunConfig) -> tuple[str, ...]:
     """Names of what stands beside the shards and is sealed with them."""
-    return (SCHEMA, TENSORS, CONFIG, *([SCALES] if codec_names(config) != {"raw"} else []))
-
-
-def codec_names(config: RunConfig) -> set[str]:
-    return {config.hidden.codec, config.hidden.codec_of_last_hidden}
+    return (SCHEMA, TENSORS, CONFIG, *(name for name in beside_codec(config) if name == SCALES))
 
 
 def lacks_files(config: RunConfig, artifact: Artifact) -> bool:
@@ -57,21 +53,28 @@ def prepare(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, 
         FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
     """
     artifact, scales = stage.artifact, dict[str, Tensor]()
-    if codec_names(config) != {"raw"}:
-        missing = not all(artifact.store.exists(artifact.path(name)) for name in (SCALES, FIDELITY))
-        first = first_states(config, stage, chat, target) if missing else None
-        if first is not None:
-            made = {"context": channel_scale(first.context[: first.half]), "last_hidden": channel_scale(first.last[: first.half])}
-            artifact.store.write_new(artifact.path(SCALES), save({name: scale.cpu().contiguous() for name, scale in made.items()}))
+    missing = [name for name in beside_codec(config) if not artifact.store.exists(artifact.path(name))]
+    first = first_states(config, stage, chat, target) if missing else None
+    if first is not None and SCALES in missing:
+        made = {"context": channel_scale(first.context[: first.half]), "last_hidden": channel_scale(first.last[: first.half])}
+        artifact.store.write_new(artifact.path(SCALES), save({name: scale.cpu().contiguous() for name, scale in made.items()}))
+    if beside_codec(config):
         scales = load(artifact.store.read(artifact.path(SCALES)))
-        layout = make_layout(config, chat, target, scales)
-        if first is not None:
-            gate(config, artifact, layout, first, target, report)
-    else:
-        layout = make_layout(config, chat, target, scales)
+    layout = make_layout(config, chat, target, scales)
+    if first is not None and FIDELITY in missing:
+        found = measure_codecs(layout, first, target)
+        artifact.store.write(artifact.path(FIDELITY), pretty_json({"tokens": len(first.context) - first.half, **found._asdict()}))
+    if FIDELITY in beside_codec(config):
+        check_fidelity(config, artifact, report)
     if lacks_files(config, artifact):
         _write_frozen(artifact, target, layout)
     return layout
+
+
+def beside_codec(config: RunConfig) -> tuple[str, ...]:
+    """What the codecs need beside the shards: the channel scales, and for a lossy one its measured fidelity."""
+    names = {config.hidden.codec, config.hidden.codec_of_last_hidden}
+    return () if names == {"raw"} else (SCALES, FIDELITY) if names & set(LOSSY) else (SCALES,)
 
 
 class FirstStates(NamedTuple):
@@ -104,23 +107,24 @@ def _first_rows(config: RunConfig, stage: ShardedStage, chat: Chat) -> Iterator[
         yield from reversed(capture_rows(answers, chat, config.hidden).rows)  # longest first: more than the same few openings
 
 
-def gate(config: RunConfig, artifact: Artifact, layout: Layout, first: FirstStates, target: Target, report: Report) -> None:
-    """Measure the codecs on tokens that the scales were not made from; printed, kept in the artifact, refused past the limits."""
-    if not codec_names(config) & set(LOSSY):
-        return
+def measure_codecs(layout: Layout, first: FirstStates, target: Target) -> Fidelity:
+    """How much the codecs keep of tokens that the scales were not made from."""
     context, last = first.context[first.half :], first.last[first.half :]
-    decoded = [Stored(codec, codec.quantize(states)).decode(device=target.device)
-               for codec, states in ((layout.context, context), (layout.last_hidden, last))]  # fmt: skip
-    found = measure(context.flatten(1), decoded[0], last.flatten(1), decoded[1], lambda states: target.logits(states.to(target.dtype)))
-    describe_fidelity(found, config, report)
-    artifact.store.write(artifact.path(FIDELITY), pretty_json({"tokens": len(context), **found._asdict()}))
-    refuse(found, config.resources.fidelity)
+    return measure(
+        context, layout.context.dequantize(layout.context.quantize(context)),
+        last=last.flatten(1), decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)),
+        logits=lambda states: target.logits(states.to(target.dtype)),
+    )  # fmt: skip
 
 
-def describe_fidelity(found: Fidelity, config: RunConfig, report: Report) -> None:
+def check_fidelity(config: RunConfig, artifact: Artifact, report: Report) -> None:
+    """Tell what was measured, and refuse what is past the limits, however often it is tried."""
+    kept = json.loads(artifact.store.read(artifact.path(FIDELITY)))
+    found = Fidelity(**{name: kept[name] for name in Fidelity._fields})
     numbers = {name: round(value, 5) for name, value in found._asdict().items() if value is not None}
     log.info("stage=hidden codec=%s %s", config.hidden.codec, " ".join(f"{name}={value}" for name, value in numbers.items()))
     report({"event": "fidelity", "stage": "hidden", "codec": config.hidden.codec, **numbers})
+    refuse(found, config.resources.fidelity, where=artifact.url)
 
 
 def make_layout(config: RunConfig, chat: Chat, target: Target, scales: Mapping[str, Tensor]) -> Layout:

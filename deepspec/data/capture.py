@@ -136,6 +136,8 @@ class HostCopy:
             return stored
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(ready)
-            parts = tuple(torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in stored.parts)
+            parts = tuple(
+                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in stored.parts
+            )
         self.stream.synchronize()
         return stored._replace(parts=parts)

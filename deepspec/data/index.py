@@ -70,7 +70,9 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
         for record, data in zip(group, artifact.store.read_many([artifact.path(index_file(record)) for record in group]), strict=True):
             if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
                 fix = f"remove records/{record.shard:05d}.json there and run the stage 'hidden' again"
-                raise DamagedData(f"the index rows of shard {record.shard} are damaged", where=f"{artifact.url}/{index_file(record)}", fix=fix)
+                raise DamagedData(
+                    f"the index rows of shard {record.shard} are damaged", where=f"{artifact.url}/{index_file(record)}", fix=fix
+                )
             tables.append(read_rows(data).select(INDEX_SCHEMA.names))
     table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     with artifact.store.staged() as local:

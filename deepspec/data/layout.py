@@ -18,7 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from deepspec.data.codec import Codec, Column, make_codec
+from deepspec.data.codec import make_codec
+from deepspec.data.columns import Codec, Column
 from deepspec.errors import ArtifactMismatch
 
 FORMAT, VERSION = "deepspec.hidden", 1
@@ -91,7 +92,7 @@ class Layout:
             _listed("last_spans", pa.int32()),
         ]
         own = {"format": FORMAT, "version": str(VERSION), "byteorder": "little"}
-        codecs = {"context": self.context.describe(), "last_hidden": self.last_hidden.describe()}
+        codecs = {"context": _described(self.context), "last_hidden": _described(self.last_hidden)}
         return pa.schema(fields, metadata={**self.metadata, **own, "codecs": json.dumps(codecs, sort_keys=True)})
 
     @classmethod
@@ -106,8 +107,9 @@ class Layout:
             what = f"the cache has format {metadata.get('format')} version {metadata.get('version')}, this reads {FORMAT} version {VERSION}"
             raise ArtifactMismatch(what, where="schema.arrow", fix="capture again, or use the DeepSpec version that wrote it")
         codecs = json.loads(metadata["codecs"])
-        made = {name: make_codec(**codecs[name], channel_scale=scales.get(name)) for name in ("context", "last_hidden")}
-        return cls(made["context"], made["last_hidden"], metadata)
+        context = make_codec(**codecs["context"], tensor="context", channel_scale=scales.get("context"))
+        last_hidden = make_codec(**codecs["last_hidden"], tensor="last_hidden", channel_scale=scales.get("last_hidden"))
+        return cls(context, last_hidden, metadata)
 
     def encode(self, sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
         """One row that wraps the sample's tensors without copying them; the codecs' entropy coding is done here."""
@@ -156,6 +158,12 @@ def column_checksums(batch: pa.RecordBatch) -> list[int]:
     return [xxhash.xxh3_64_intdigest(buffer) for buffer in column_buffers(batch).values()]
 
 
+def _described(codec: Codec) -> dict[str, Any]:
+    """What `make_codec` needs to make it again, the static scales apart."""
+    sizes = {"num_layers": codec.num_layers, "hidden_size": codec.hidden_size}
+    return {"name": codec.name, **sizes, "compression": codec.compression}
+
+
 def _tensor_of(column: str) -> str:
     return "last_hidden" if column.startswith("last_hidden") else "context"
 
@@ -166,7 +174,7 @@ def _listed(name: str, kind: pa.DataType, metadata: dict[str, str] | None = None
 
 def _field(tensor: str, column: Column) -> pa.Field:
     metadata = {"dtype": column.dtype, "shape": json.dumps(column.shape)}
-    if column.token_bytes is None:
+    if column.storage == "frame":
         return pa.field(tensor + column.suffix, pa.large_binary(), nullable=False, metadata={**metadata, "frame": "zstd"})
     return _listed(tensor + column.suffix, pa.binary(column.token_bytes), metadata)
 

@@ -50,7 +50,9 @@ class StateChecks:
         """Raise DamagedData if anything was wrong with any sample of the shard, naming the first."""
         for sample_id, (not_finite, empty) in zip(self._ids, torch.stack(self._flags).tolist() if self._flags else [], strict=True):
             if not_finite:
-                raise DamagedData("the target's hidden states are not finite", where=_name(sample_id), fix="check its weights and target.dtype")
+                raise DamagedData(
+                    "the target's hidden states are not finite", where=_name(sample_id), fix="check its weights and target.dtype"
+                )
             if empty:
                 raise DamagedData("a token has no hidden state (all zeros)", where=_name(sample_id), fix="check the model's weights")
         agreement = self._agreeing / max(self._positions, 1)
@@ -64,7 +66,9 @@ class StateChecks:
         error = max(relative_error(states.context, alone.context[0]), relative_error(states.last_hidden, alone.last_hidden[0]))
         if not error <= MAX_ALONE_ERROR:  # not a number is no better
             what = f"captured by itself, the sample's hidden states differ by {error:.1%} from those captured in a batch"
-            raise DamagedData(what, where=_name(row.sample_id), fix="padding or packing leaks into the rows: report this with the model's name")
+            raise DamagedData(
+                what, where=_name(row.sample_id), fix="padding or packing leaks into the rows: report this with the model's name"
+            )
 
     def _compare_stored(self, row: CaptureRow, states: TargetOutput, sample: HiddenSample) -> None:
         exact = sample.context.codec.name in EXACT

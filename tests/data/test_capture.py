@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import torch
 
 from deepspec.data.cache import HiddenCache
 from deepspec.data.beside import files_beside
-from deepspec.data.capture import run_capture
+from deepspec.data.capture import Capture, HostCopy, run_capture
 from deepspec.data.chat import load_chat, target_folder
 from deepspec.data.index import INDEX
-from deepspec.data.rows import capture_rows, token_batches
+from deepspec.data.layout import Stored
+from deepspec.data.rows import CaptureRow, capture_rows, token_batches
+from deepspec.data.state_checks import StateChecks, relative_error
 from deepspec.data.tables import read_table
-from deepspec.errors import ArtifactMismatch, DamagedData
+from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
 from deepspec.lineage import artifact_of
-from deepspec.target import load_target
+from deepspec.target import TargetOutput, load_target
 from deepspec.verify import verify_stage
 from tests.conftest import tiny_run
 
@@ -134,3 +137,143 @@ def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again
 def test_an_unfinished_cache_is_refused(store: Path):
     with pytest.raises(ArtifactMismatch, match="not finished"):
         HiddenCache(artifact_of(tiny_run(store), "hidden"))
+
+
+@pytest.fixture(scope="module")
+def answered(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with answers and no hidden states; copy it before capturing."""
+    store = tmp_path_factory.mktemp("answered") / "store"
+    shutil.copytree(captured, store)
+    shutil.rmtree(store / "hidden")
+    return store
+
+
+def capture_with(answered: Path, place: Path, *overrides: str) -> HiddenCache:
+    shutil.copytree(answered, place)
+    return HiddenCache(run_capture(tiny_run(place, *overrides)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["hidden.codec=lossless"], 0.0),
+        (["hidden.codec=int8"], 0.015),
+        (["hidden.codec=int8", "hidden.compression=zstd", "hidden.last_codec=raw"], 0.015),
+        (["hidden.codec=fp8"], 0.04),
+    ],
+)
+def test_each_codec_gives_back_the_states_that_raw_keeps(
+    answered: Path, cache: HiddenCache, tmp_path: Path, overrides: list[str], error: float
+):
+    coded = capture_with(answered, tmp_path / "store", *overrides)
+    for number in range(0, len(cache), 4):
+        raw, found = cache[number], coded[number]
+        assert (found.sample_id, found.input_ids.tolist()) == (raw.sample_id, raw.input_ids.tolist())
+        assert relative_error(found.context.decode(), raw.context.decode()) <= error
+        last_error = 0.0 if "hidden.last_codec=raw" in overrides else error
+        assert relative_error(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
+    assert list(verify_stage(tiny_run(tmp_path / "store", *overrides), "hidden")) == []
+
+
+def test_the_gates_figures_are_kept_in_the_artifact(answered: Path, tmp_path: Path):
+    events = []
+    shutil.copytree(answered, tmp_path / "store")
+    artifact = run_capture(tiny_run(tmp_path / "store", "hidden.codec=int8"), report=events.append)
+    kept = json.loads(artifact.store.read(artifact.path("fidelity.json")))
+    assert 0 < kept["relative_error"] < 0.02
+    assert kept["argmax_agreement"] > 0.9
+    assert [event["event"] for event in events][0] == "fidelity"
+
+
+def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(answered: Path, tmp_path: Path):
+    shutil.copytree(answered, tmp_path / "store")
+    config = tiny_run(tmp_path / "store", "hidden.codec=fp8", "resources.fidelity.max_relative_error=0.001")
+    for _ in range(2):  # a second try is no way around it
+        with pytest.raises(FidelityTooLow, match=r"relative_error is .*, max_relative_error is 0.001"):
+            run_capture(config)
+    assert artifact_of(config, "hidden").records() == {}
+
+
+def test_final_states_are_left_out_by_setting(answered: Path, tmp_path: Path):
+    cache = capture_with(answered, tmp_path / "store", "hidden.last_hidden=none", "draft.algorithm=dflash", "draft.markov=null",
+                         "draft.confidence=null", "loss.ce=1", "loss.tv=0")  # fmt: skip
+    assert cache[0].last_hidden.decode().shape == (0, 32)
+    assert int(cache.index.num_last.sum()) == 0
+
+
+def test_rows_packed_into_one_are_those_computed_alone(captured: Path, cache: HiddenCache):
+    """Trap C3 for the path that flash-attention takes, here with PyTorch's own kernel: documents do not see each other."""
+    config = tiny_run(captured)
+    target = load_target(config.target, folder=target_folder(config))
+    sequences = [cache[number].input_ids.tolist() for number in (0, 5, 9, 14)]
+    for ids, packed in zip(sequences, target.forward_packed(sequences), strict=True):
+        alone = target.forward(torch.tensor([ids]))
+        torch.testing.assert_close(packed.context, alone.context[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(packed.last_hidden, alone.last_hidden[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def spoil(kind: str, rows, states):
+    """What a broken kernel, a wrong mask or a bad weight would hand to capture."""
+    found = list(states)
+    if kind == "rows mixed up":
+        found[0], found[-1] = (found[0][0], found[-1][1]), (found[-1][0], found[0][1])
+        found = [(row, TargetOutput(*(part[: len(row.input_ids)] for part in output))) for row, output in found]
+    elif kind == "not finite":
+        found[1][1].context[0, 0] = float("nan")
+    elif kind == "an empty row":
+        found[1][1].context[0] = 0
+    return iter(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("rows mixed up", "captured by itself"), ("not finite", "not finite"), ("an empty row", "no hidden state")],
+)
+def test_a_shard_of_wrong_states_is_set_aside_and_the_others_are_captured(
+    answered: Path, tmp_path: Path, monkeypatch, kind: str, said: str
+):
+    shutil.copytree(answered, tmp_path / "store")
+    original, calls = Capture.states, iter(range(100))
+    monkeypatch.setattr(Capture, "states", lambda self, rows: spoil(kind if next(calls) == 2 else "", rows, original(self, rows)))
+    config = tiny_run(tmp_path / "store")
+    with pytest.raises(ShardsFailed, match=f"shard 2: .*{said}"):
+        run_capture(config)
+    artifact = artifact_of(config, "hidden")
+    assert list(artifact.records()) == [0, 1, 3, 4, 5]
+    assert artifact.store.names(artifact.path("quarantine")) == ["00002.arrow"]
+    monkeypatch.undo()
+    assert run_capture(config).manifest() is not None
+    assert artifact.failures() == {}
+
+
+def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(captured: Path, cache: HiddenCache):
+    """Trap C2: the states before the norm predict other tokens."""
+    config = tiny_run(captured)
+    target = load_target(config.target, folder=target_folder(config))
+    target.decoder.norm.weight.data *= torch.linspace(-3, 3, 32)  # what a target's own norm does, this tiny one has learnt nothing
+    checks = StateChecks(target, config.resources)
+    ids = [token for number in range(12) for token in cache[number].input_ids.tolist()][:400]
+    row = CaptureRow(1, False, ids, [True] * len(ids))
+    states = target.forward(torch.tensor([ids]))
+    unnormed = states.last_hidden[0] / target.decoder.norm.weight
+    layout = cache.layout
+    sample = cache[0]._replace(
+        context=Stored(layout.context, layout.context.quantize(states.context[0])),
+        last_hidden=Stored(layout.last_hidden, layout.last_hidden.quantize(unnormed)),
+        last_spans=torch.tensor([[0, len(ids)]]),
+    )
+    checks.look(row, TargetOutput(states.context[0], states.last_hidden[0]), sample)
+    with pytest.raises(DamagedData, match="of the target's predictions come back"):
+        checks.settle()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_states_come_to_the_host_while_the_gpu_goes_on(cache: HiddenCache):
+    host = HostCopy(torch.device("cuda"))
+    states = torch.randn(64, cache.layout.context.width, device="cuda")
+    stored = Stored(cache.layout.context, cache.layout.context.quantize(states))
+    ready = host.ready()
+    torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")
+    assert torch.equal(host.bring(stored, ready).parts[0], stored.parts[0].cpu())

@@ -78,7 +78,9 @@ def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
 
 def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sinks, "BUFFER_BYTES", 8192)
-    pieces = [np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8) for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))]
+    pieces = [
+        np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8) for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))
+    ]
     with HashingSink(tmp_path / "file") as sink:
         for piece in pieces:
             sink.write(piece)
