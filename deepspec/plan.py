@@ -219,7 +219,7 @@ def human_count(count: float, *, units: Sequence[str] = ("", "k", "M", "G", "T")
 
 def human_hours(hours: float) -> str:
     if hours < 1 / 60:
-        return f"{3600 * hours:.1f} s"
+        return f"{3600 * hours:.2g} s"
     if hours < 1:
         return f"{60 * hours:.1f} min"
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,82 @@
+"""The plan of a run: what the sample, the target's config and this machine say, put together into numbers to decide by."""
+
+from __future__ import annotations
+
+from deepspec.config import RunConfig
+from deepspec.data.chat import load_chat, target_folder
+from deepspec.data.lengths import sample_workload
+from deepspec.data.measure import draft_parameters, measure_speed, measure_store, num_lanes
+from deepspec.errors import ArtifactMismatch
+from deepspec.forecast import Facts, Plan, compute_plan
+from deepspec.lineage import artifact_of
+from deepspec.plan import Shape, bytes_by_codec, check_fit, hidden_bytes, hidden_settings, histogram, human_bytes, require_fit, room
+from deepspec.store import Store
+from deepspec.target import check_settings, read_text_config
+
+
+def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | None = None) -> Plan:
+    """Sample, measure and compute; reads the run's inputs and writes nothing that stays.
+
+    Raises:
+        DataError: the source, the tokenizer or the target's config cannot be read.
+        ConfigError: settings that the target cannot follow.
+        StoreError: the store cannot be written to.
+    """
+    _require_demo(config)
+    text = read_text_config(config.target, folder=target_folder(config))
+    check_settings(config.target, text)
+    store = Store(config.store)
+    store.check_writable()
+    work = sample_workload(config, load_chat(config), num_rows=num_rows)
+    median = histogram([size.tokens for size in work.sizes]).p50
+    speed = measure_speed(config, text, median_tokens=median)
+    facts = Facts(
+        work=work,
+        shape=Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size),
+        draft_parameters=draft_parameters(config, text),
+        speed=speed,
+        lanes=num_lanes(config, speed.device),
+        store_bytes_per_s=measure_store(store),
+        missing=_missing_share(config),
+        train_hours=train_hours,
+    )
+    return compute_plan(config, facts, room=lambda needed: room(needed, store, min_free_gb=config.resources.min_free_gb))
+
+
+def _require_demo(config: RunConfig) -> None:
+    if config.demo is not None and artifact_of(config, "demo").manifest() is None:
+        what = "the demo's target and prompts do not exist yet, so there is nothing to measure"
+        raise ArtifactMismatch(what, where=artifact_of(config, "demo").url, fix=f"run `python -m deepspec demo {config.name}` first")
+
+
+def _missing_share(config: RunConfig) -> float:
+    hidden, prompts = artifact_of(config, "hidden").records(), artifact_of(config, "prompts").records()
+    return 1 - len(hidden) / max(len(prompts), len(hidden), 1)
+
+
+def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
+    """Refuse to start a capture whose missing shards the store cannot hold; for the start of the hidden stage.
+
+    Raises:
+        StoreError: naming what is needed, what is free, and what would fit.
+    """
+    text = read_text_config(config.target, folder=target_folder(config))
+    shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
+    counts, codecs = sample_workload(config, load_chat(config), num_rows=num_rows).counts, hidden_settings(config.hidden)
+    needed = _missing_share(config) * hidden_bytes(counts, codecs, shape)
+    fix = fit_advice(bytes_by_codec(counts, codecs, shape), str(codecs))
+    check_fit(needed, Store(config.store), min_free_gb=config.resources.min_free_gb, fix=fix)
+
+
+def require_plan_fits(plan: Plan) -> None:
+    """Raise the StoreError of a plan whose cache does not fit."""
+    if plan.fit is not None:
+        fix = f"{fit_advice(plan.size.bytes_by_codec, plan.size.codecs)}, or start all the same with --force"
+        require_fit(plan.fit, where=f"store {plan.store}", fix=fix)
+
+
+def fit_advice(sizes: dict[str, float], chosen: str) -> str:
+    """What to change, the smaller codecs with their bytes first."""
+    smaller = [f"{name} {human_bytes(size)}" for name, size in sizes.items() if size < sizes[chosen]]
+    codecs = f"choose a smaller hidden.codec ({', '.join(smaller)}), " if smaller else ""
+    return f"{codecs}fewer prompts (prompts.limit), or another store (--store)"
