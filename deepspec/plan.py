@@ -213,8 +213,9 @@ def human_count(count: float, *, units: Sequence[str] = ("", "k", "M", "G", "T")
     size = 0
     while count >= 999.5 and size < len(units) - 1:
         count, size = count / 1000, size + 1
-    digits = 0 if size == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
-    return f"{count:.{digits}f} {units[size]}".strip()
+    if size == 0:
+        return f"{count:.3g} {units[0]}".strip()
+    return f"{count:.{0 if count >= 99.95 else 1 if count >= 9.995 else 2}f} {units[size]}"
 
 
 def human_hours(hours: float) -> str:

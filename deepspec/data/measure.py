@@ -31,6 +31,7 @@ DEPTHS = (3, 1)  # decoder layers timed; their difference is what a layer costs
 MAX_CPU_TOKENS = 2048
 SECONDS_PER_DEPTH = 3.0
 MAX_REPEATS = 8
+PROBE_TOKENS = 16
 NOISE = 1 << 20  # values that weights are filled with, again and again
 STORE_PROBE_BYTES = 128_000_000
 
@@ -49,7 +50,9 @@ def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) ->
     per_layer = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
     budget = min(config.resources.batch_tokens, MAX_CPU_TOKENS if device.type == "cpu" else config.resources.batch_tokens)
     length = max(1, min(median_tokens, budget, text_config.max_position_embeddings))
-    ids = torch.randint(SMALL_VOCABULARY, (_rows_within(model, budget, length, device), length), device=device)
+    affordable = _affordable_tokens(model, device)
+    rows = max(1, min(budget, affordable) // length)
+    ids = torch.randint(SMALL_VOCABULARY, (rows, min(length, affordable)), device=device)
     deep = _seconds(model, ids)
     model.layers = layers[: depths[1]]
     shallow = _seconds(model, ids)
@@ -88,12 +91,11 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _rows_within(model: nn.Module, budget: int, length: int, device: torch.device) -> int:
-    """Rows of a timed pass: as many as the budget allows, fewer where one alone already takes its time."""
-    single = torch.randint(SMALL_VOCABULARY, (1, length), device=device)
-    _pass_seconds(model, single)  # the first one also loads kernels
-    affordable = SECONDS_PER_DEPTH / 2 / _pass_seconds(model, single)
-    return max(1, min(budget // length, int(affordable)))
+def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
+    """Tokens of a pass that leave time for a second one; a large target on a CPU gets through only a few."""
+    probe = torch.randint(SMALL_VOCABULARY, (1, PROBE_TOKENS), device=device)
+    _pass_seconds(model, probe)  # the first one also loads kernels
+    return max(PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / _pass_seconds(model, probe)))
 
 
 def _seconds(model: nn.Module, ids: Tensor) -> float:

@@ -9,7 +9,7 @@ from deepspec.data.measure import draft_parameters, measure_speed, measure_store
 from deepspec.errors import ArtifactMismatch
 from deepspec.forecast import Facts, Plan, compute_plan
 from deepspec.lineage import artifact_of
-from deepspec.plan import Shape, bytes_by_codec, check_fit, hidden_bytes, hidden_settings, histogram, human_bytes, require_fit, room
+from deepspec.plan import Fit, Shape, bytes_by_codec, hidden_bytes, hidden_settings, histogram, human_bytes, require_fit, room
 from deepspec.store import Store
 from deepspec.target import check_settings, read_text_config
 
@@ -60,23 +60,34 @@ def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
     Raises:
         StoreError: naming what is needed, what is free, and what would fit.
     """
+    missing = _missing_share(config)
+    if not missing:
+        return
     text = read_text_config(config.target, folder=target_folder(config))
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
-    counts, codecs = sample_workload(config, load_chat(config), num_rows=num_rows).counts, hidden_settings(config.hidden)
-    needed = _missing_share(config) * hidden_bytes(counts, codecs, shape)
-    fix = fit_advice(bytes_by_codec(counts, codecs, shape), str(codecs))
-    check_fit(needed, Store(config.store), min_free_gb=config.resources.min_free_gb, fix=fix)
+    counts = sample_workload(config, load_chat(config), num_rows=num_rows).counts
+    needed = missing * hidden_bytes(counts, hidden_settings(config.hidden), shape)
+    fit = room(needed, Store(config.store), min_free_gb=config.resources.min_free_gb)
+    sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)
+    require_fit(fit, where=f"store {config.store}", fix=fit_advice(fit, {name: missing * size for name, size in sizes.items()}))
 
 
 def require_plan_fits(plan: Plan) -> None:
     """Raise the StoreError of a plan whose cache does not fit."""
-    if plan.fit is not None:
-        fix = f"{fit_advice(plan.size.bytes_by_codec, plan.size.codecs)}, or start all the same with --force"
-        require_fit(plan.fit, where=f"store {plan.store}", fix=fix)
+    if plan.fit is None:
+        return
+    missing = plan.size.missing_bytes.value / max(plan.size.num_bytes.value, 1)
+    sizes = {name: missing * size for name, size in plan.size.bytes_by_codec.items()}
+    require_fit(plan.fit, where=f"store {plan.store}", fix=f"{fit_advice(plan.fit, sizes)}, or --force to be told without being stopped")
 
 
-def fit_advice(sizes: dict[str, float], chosen: str) -> str:
-    """What to change, the smaller codecs with their bytes first."""
-    smaller = [f"{name} {human_bytes(size)}" for name, size in sizes.items() if size < sizes[chosen]]
-    codecs = f"choose a smaller hidden.codec ({', '.join(smaller)}), " if smaller else ""
-    return f"{codecs}fewer prompts (prompts.limit), or another store (--store)"
+def fit_advice(fit: Fit, sizes: dict[str, float]) -> str:
+    """What would fit: the codecs by their bytes, else the share of the prompts."""
+    free = (fit.free_bytes or 0.0) - fit.reserve_bytes
+    fitting = [f"{name} {human_bytes(size)}" for name, size in sizes.items() if size <= free]
+    smallest = min(sizes, key=lambda name: sizes[name])
+    codecs = f"choose a hidden.codec that fits ({'; '.join(fitting)})"
+    if not fitting:
+        codecs = f"no hidden.codec fits (the smallest, {smallest}, takes {human_bytes(sizes[smallest])}): "
+        codecs += f"plan with {max(0.0, free / max(sizes[smallest], 1)):.1%} of the prompts (prompts.limit)"
+    return f"{codecs}, or another store (--store)"
