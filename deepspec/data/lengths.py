@@ -138,7 +138,7 @@ def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
         DataError: no row is usable.
     """
     wanted = min(num_rows, config.prompts.limit or num_rows)
-    seen, read, found = set[int](), 0, list[tuple[Prompt, tuple[str, ...]]]()
+    ended, seen, read, found = False, set[int](), 0, list[tuple[Prompt, tuple[str, ...]]]()
     for read, row in enumerate(read_source(config), start=1):
         prompt = make_prompt(row, config.prompts)
         if isinstance(prompt, Prompt) and prompt.id not in seen:
@@ -146,12 +146,15 @@ def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
             found.append((prompt, assistant_texts(row)))
         if len(found) == wanted or read == 100 * wanted:
             break
+    else:
+        ended = True
     if not found:
         fix = "rows carry `messages`, `conversations`, `turns` or `prompt`; see the prompts stage's rejects for reasons"
         raise DataError(f"none of the source's first {read} rows is usable", where=f"prompts.source {config.prompts.source}", fix=fix)
     stand_ins = StandIns(config, chat, [text for _, texts in found for text in texts])
     answers = [stand_ins.answered(prompt.id, prompt.messages, texts) for prompt, texts in found]
-    return _Rows(answers, len(found), _source_prompts(config, len(found) / read), "source rows, from its start", stand_ins.origin)
+    prompts = Number(len(found), "all usable rows of the source") if ended else _source_prompts(config, len(found) / read)
+    return _Rows(answers, len(found), prompts, "source rows, from its start", stand_ins.origin)
 
 
 def _source_prompts(config: RunConfig, usable: float) -> Number | None:

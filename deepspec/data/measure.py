@@ -75,7 +75,7 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
+        config.layer_types = [*config.layer_types[: num_layers - 1], config.layer_types[-1]]
     try:
         # Weights are filled below: drawing a billion normal values would take longer than timing them.
         with no_init_weights():

@@ -25,6 +25,8 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
     _require_demo(config)
     text = read_text_config(config.target, folder=target_folder(config))
     check_settings(config.target, text)
+    shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
+    num_parameters = draft_parameters(config, text)
     store = Store(config.store)
     store.check_writable()
     work = sample_workload(config, load_chat(config), num_rows=num_rows)
@@ -32,8 +34,8 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
     speed = measure_speed(config, text, median_tokens=median)
     facts = Facts(
         work=work,
-        shape=Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size),
-        draft_parameters=draft_parameters(config, text),
+        shape=shape,
+        draft_parameters=num_parameters,
         speed=speed,
         lanes=num_lanes(config, speed.device),
         store_bytes_per_s=measure_store(store),
