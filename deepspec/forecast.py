@@ -41,6 +41,7 @@ class Workload(NamedTuple):
     counts: TokenCounts  # of all prompts, or of PER_PROMPTS of them
     origin: str
     answers_from: str
+    has_answers: bool  # of the target, at least in part
     error: float  # half the 95 % interval of the tokens, relative
     sizes: tuple[SampleSize, ...]
 
@@ -94,8 +95,10 @@ class SizePart(NamedTuple):
 class CapturePart(NamedTuple):
     lanes: int
     tokens_per_s: Number  # of one lane
+    tokens_per_pass: int
     flops_per_s: Number
-    hours: Number
+    hours: Number  # of the whole cache
+    hours_left: Number  # of what is not committed yet
     bytes_per_s: Number  # that all lanes together write
     store_bytes_per_s: Number | None
 
@@ -105,7 +108,7 @@ class TrainingPart(NamedTuple):
     draft_parameters: Number
     hours: Number
     read_bytes_per_s: Number
-    cached_hours: Number  # capture once, then train
+    cached_hours: Number  # capture what is missing once, then train
     online_hours: Number  # capture again in every pass, no cache
 
 
@@ -130,7 +133,7 @@ def compute_plan(config: RunConfig, facts: Facts, *, room: Callable[[float], Fit
     """The plan of these facts; `room` says what the store has for so many bytes."""
     tokens, size = token_part(facts.work), size_part(config, facts)
     capture = capture_part(facts, size)
-    training = training_part(config, facts, size, capture_hours=capture.hours.value)
+    training = training_part(config, facts, size, capture)
     fit = room(size.missing_bytes.value) if facts.work.prompts else None
     target = "the demo's" if config.demo else config.target.model
     notes = _notes(config, facts, size, capture)
@@ -167,7 +170,7 @@ def size_part(config: RunConfig, facts: Facts) -> SizePart:
         num_bytes=Number(num_bytes, origin),
         frozen_bytes=Number(frozen, "exact"),
         missing_bytes=Number(facts.missing * num_bytes + (frozen if facts.missing else 0), f"{1 - facts.missing:.0%} is committed"),
-        shards=Number(num_shards, f"prompts.shard_rows {config.prompts.shard_rows}"),
+        shards=Number(num_shards, f"shard_rows {config.prompts.shard_rows}"),
         shard_bytes=Number(shard_bytes, origin),
         puts=Number(put_requests(num_shards, shard_bytes=shard_bytes, frozen_bytes=frozen), "64 MiB parts"),
         gets_per_pass=Number(round(counts.samples * (1 - config.prompts.held_out)), "one a training sample"),
@@ -176,20 +179,22 @@ def size_part(config: RunConfig, facts: Facts) -> SizePart:
 
 def capture_part(facts: Facts, size: SizePart) -> CapturePart:
     speed, tokens = facts.speed, facts.work.counts.tokens
-    here = f"measured here: {speed.device}, passes of {speed.num_tokens:,} tokens"
+    here = f"measured here ({speed.device})"
     hours = tokens / (speed.tokens_per_s * facts.lanes) / 3600
     store = facts.store_bytes_per_s
     return CapturePart(
         lanes=facts.lanes,
         tokens_per_s=Number(speed.tokens_per_s, here),
+        tokens_per_pass=speed.num_tokens,
         flops_per_s=Number(speed.flops_per_s, here),
-        hours=Number(hours, f"at that speed on {facts.lanes} lane{'s' if facts.lanes > 1 else ''}"),
+        hours=Number(hours, f"{facts.lanes} lane{'s' if facts.lanes > 1 else ''} at that speed"),
+        hours_left=Number(facts.missing * hours, size.missing_bytes.origin),
         bytes_per_s=Number(size.num_bytes.value / max(3600 * hours, 1e-9), "at that speed"),
-        store_bytes_per_s=None if store is None else Number(store, "measured here: one file of 128 MB"),
+        store_bytes_per_s=None if store is None else Number(store, "measured here"),
     )
 
 
-def training_part(config: RunConfig, facts: Facts, size: SizePart, *, capture_hours: float) -> TrainingPart:
+def training_part(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart) -> TrainingPart:
     """Training as estimated from its FLOPs at the speed of the measurement, or as long as the user says."""
     kept, counts = 1 - config.prompts.held_out, facts.work.counts
     passes = _passes(config, kept * counts.samples)
@@ -203,14 +208,14 @@ def training_part(config: RunConfig, facts: Facts, size: SizePart, *, capture_ho
     estimated = passes.value * kept * flops / (facts.speed.flops_per_s * facts.lanes) / 3600
     hours = estimated if facts.train_hours is None else facts.train_hours
     # Without a cache only the training samples go through the target, but in every pass.
-    online = hours + passes.value * kept * capture_hours
+    online = hours + passes.value * kept * capture.hours.value
     return TrainingPart(
         passes=passes,
         draft_parameters=Number(facts.draft_parameters, "exact"),
-        hours=Number(hours, "assumed: its FLOPs at the target's speed" if facts.train_hours is None else "as given"),
+        hours=Number(hours, "assumed from FLOPs" if facts.train_hours is None else "as given"),
         read_bytes_per_s=Number(kept * passes.value * size.num_bytes.value / max(3600 * hours, 1e-9), "to keep up with that"),
-        cached_hours=Number(capture_hours + hours, "capture once + train"),
-        online_hours=Number(online, "capture in every pass + train"),
+        cached_hours=Number(capture.hours_left.value + hours, "capture once" if facts.missing == 1 else "capture the rest"),
+        online_hours=Number(online, "capture in each pass"),
     )
 
 
@@ -224,7 +229,7 @@ def _notes(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart
     notes = shard_notes(int(size.shards.value), shard_bytes=size.shard_bytes.value, shard_rows=config.prompts.shard_rows)
     if facts.work.prompts is None:
         notes.append("the source does not say how many rows it has: all totals are of 1,000 prompts, and nothing says whether it fits")
-    if facts.work.answers_from != "committed" and config.target.thinking:
+    if not facts.work.has_answers and config.target.thinking:
         notes.append("the target thinks: its answers may be much longer than planned; answer a few shards and plan again")
     if facts.speed.device == "cpu" and capture.hours.value > LONG_HOURS:
         notes.append("the hours are those of this machine's CPU: plan again on a machine with the GPU that will capture")

@@ -12,7 +12,7 @@ from deepspec.forecast import PER_PROMPTS, Plan
 from deepspec.plan import Fit, Histogram, human_bytes, human_count, human_hours
 
 BARS = " ▁▂▃▄▅▆▇█"
-WIDTH = 120  # of a table that goes to a file or a pipe
+WIDTH = 100  # of a table that goes to a file or a pipe
 Line = tuple[str, str, str]  # what, how much, where the number comes from
 
 
@@ -38,8 +38,8 @@ def show(plan: Plan, *, is_terminal: bool) -> None:
 
 def _table(lines: Iterator[Line]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=22, no_wrap=True)
-    table.add_column(min_width=41, no_wrap=True)  # all sections in line
+    table.add_column(min_width=21, no_wrap=True)
+    table.add_column(min_width=32, no_wrap=True)  # all sections in line, within 80 columns
     table.add_column(style="dim")
     for line in lines:
         table.add_row(*line)
@@ -57,10 +57,10 @@ def _token_lines(plan: Plan) -> Iterator[Line]:
     yield "samples", f"{part.samples.value:,.0f}", part.samples.origin
     yield "tokens", f"{human_count(part.tokens.value)}{error}", part.tokens.origin
     lengths = part.per_sample
-    yield "tokens per sample", f"p5 {lengths.p5}  p50 {lengths.p50}  p95 {lengths.p95}  max {lengths.max}", ""
-    yield "", f"{_bars(lengths)}", f"from 0 to {lengths.max} tokens"
+    yield "tokens per sample", f"p5 {lengths.p5} p50 {lengths.p50} p95 {lengths.p95} max {lengths.max}", ""
+    yield "", f"{_bars(lengths)}", f"0 to {lengths.max} tokens"
     yield "supervised", f"{part.supervised.value:.1%} of the tokens", part.supervised.origin
-    cut = f"{part.cut_samples.value:.1%} of the samples, {part.cut_tokens.value:.1%} of the tokens"
+    cut = f"{part.cut_samples.value:.1%} of samples, {part.cut_tokens.value:.1%} of tokens"
     yield "cut by max_length", cut, part.cut_samples.origin
 
 
@@ -73,9 +73,9 @@ def _bars(lengths: Histogram) -> str:
 def _size_lines(plan: Plan) -> Iterator[Line]:
     part = plan.size
     for codec, size in part.bytes_by_codec.items():
-        mark = "this run's; " if codec == part.codecs else ""
+        mark = "  <- this run" if codec == part.codecs else ""
         assumed = "by arithmetic" if codec.split(",")[0] in ("raw", "int8", "fp8") and "zstd" not in codec else "ratio assumed"
-        yield codec, human_bytes(size), f"{mark}{assumed}"
+        yield codec, f"{human_bytes(size)}{mark}", assumed
     yield "embedding, lm_head", human_bytes(part.frozen_bytes.value), part.frozen_bytes.origin
     yield "still missing", human_bytes(part.missing_bytes.value), part.missing_bytes.origin
     yield "shards", f"{part.shards.value:,.0f} of {human_bytes(part.shard_bytes.value)}", part.shards.origin
@@ -87,6 +87,8 @@ def _capture_lines(plan: Plan) -> Iterator[Line]:
     part = plan.capture
     yield "speed of a lane", f"{human_count(part.tokens_per_s.value)} tokens/s", part.tokens_per_s.origin
     yield "time", human_hours(part.hours.value), part.hours.origin
+    if part.hours_left.value < part.hours.value:
+        yield "time left", human_hours(part.hours_left.value), part.hours_left.origin
     yield "writes", f"{human_bytes(part.bytes_per_s.value)}/s", part.bytes_per_s.origin
     if part.store_bytes_per_s is None:
         yield "the store takes", "not measured", "too little room to try"

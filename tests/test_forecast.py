@@ -14,7 +14,7 @@ from tests.conftest import tiny_run
 
 # 100 prompts of 100 tokens, half of them supervised; a lane does 10 tokens/s, so capture takes 1000 s.
 SIZES = (SampleSize(80, 40, 42, 80), SampleSize(120, 60, 62, 160))
-WORK = Workload(Number(100, "exact"), TokenCounts(100, 10_000, 5_000, 5_200), "sample of 2", "committed", 0.1, SIZES)
+WORK = Workload(Number(100, "exact"), TokenCounts(100, 10_000, 5_000, 5_200), "sample of 2", "all committed", True, 0.1, SIZES)
 FACTS = Facts(
     work=WORK, shape=Shape(3, 32, 512), draft_parameters=1000, speed=Speed(10.0, 1e6, "cpu", 64), lanes=1,
     store_bytes_per_s=1e9, missing=1.0, train_hours=None,
@@ -43,6 +43,13 @@ def test_online_training_captures_in_every_pass():
     assert part.passes.value == 4
     assert part.cached_hours.value == pytest.approx(2 + 1000 / 3600)
     assert part.online_hours.value == pytest.approx(2 + 4 * 1000 / 3600)
+
+
+def test_only_what_is_missing_is_still_captured():
+    part = plan_of(FACTS._replace(train_hours=2.0, missing=0.25))
+    assert part.capture.hours_left.value == pytest.approx(250 / 3600)
+    assert part.training.cached_hours.value == pytest.approx(2 + 250 / 3600)
+    assert part.training.online_hours.value == pytest.approx(2 + 4 * 1000 / 3600)
 
 
 def test_reading_keeps_up_with_training():
@@ -96,6 +103,6 @@ def test_the_json_holds_every_number_with_its_origin():
 def test_the_table_fits_a_terminal_and_says_the_verdict(capsys):
     show(plan_of(FACTS, free=1.0), is_terminal=False)
     said = capsys.readouterr().out
-    assert max(map(len, said.splitlines())) <= 120
+    assert max(map(len, said.splitlines())) <= 100
     assert "it does NOT fit" in said
     assert render(plan_of())

@@ -35,7 +35,7 @@ class _Rows(NamedTuple):
     answers: list[dict[str, Any]]
     sampled: int  # prompts looked at
     prompts: Number | None
-    unit: str
+    origin: str
     answers_from: str
     answer_tokens: float | None = None  # in all rows, where the records say
 
@@ -55,9 +55,10 @@ def sample_workload(config: RunConfig, chat: Chat, *, num_rows: int) -> Workload
     whole = rows.prompts is not None and rows.sampled >= total
     if rows.answer_tokens and not whole:
         counts = _with_known_answers(counts, rows, total)
-    known = "exact" if whole and rows.answers_from == "committed" else f"sample of {rows.sampled} {rows.unit}"
+    has_answers = rows.answer_tokens is not None
+    known = "exact" if whole and has_answers else rows.origin
     error = 0.0 if whole else relative_error([sum(size.tokens for size in found) for found in per_answer])
-    return Workload(rows.prompts, counts, known, rows.answers_from, error, sizes)
+    return Workload(rows.prompts, counts, known, rows.answers_from, has_answers, error, sizes)
 
 
 def _with_known_answers(counts: TokenCounts, rows: _Rows, total: float) -> TokenCounts:
@@ -91,8 +92,8 @@ def _from_answers(config: RunConfig, num_rows: int) -> _Rows | None:
     seen = answered + sum(record.rejected for record in records.values())
     sampled = seen if len(answers) == answered else round(len(answers) * seen / answered)
     tokens = sum(record.tokens for record in records.values()) * total / seen
-    unit = "answers" if len(records) == len(prompts) else f"answers ({len(records)} of {len(prompts)} shards are there)"
-    return _Rows(answers, sampled, Number(total, "exact"), unit, "committed", tokens)
+    there = "all" if len(records) == len(prompts) else f"{len(records)} of {len(prompts)} shards"
+    return _Rows(answers, sampled, Number(total, "exact"), f"sample of {sampled} answers", f"{there} committed", tokens)
 
 
 def _from_prompts(config: RunConfig, chat: Chat, num_rows: int) -> _Rows | None:
@@ -105,8 +106,8 @@ def _from_prompts(config: RunConfig, chat: Chat, num_rows: int) -> _Rows | None:
     stand_ins = StandIns(config, chat, _source_answers(config, num_rows))
     rows = list(_spread(config, "prompts", num_rows))
     answers = [stand_ins.answered(row["id"], row["messages"], ()) for row in rows]
-    prompts = Number(total, "exact") if sealed else Number(total, "the shards so far; the stage is not finished")
-    return _Rows(answers, len(rows), prompts, "prompts", stand_ins.origin)
+    prompts = Number(total, "exact") if sealed else Number(total, "so far, not sealed")
+    return _Rows(answers, len(rows), prompts, f"sample of {len(rows)} prompts", stand_ins.origin)
 
 
 def _committed_prompts(config: RunConfig) -> dict[int, Record]:
@@ -153,14 +154,14 @@ def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
         raise DataError(f"none of the source's first {read} rows is usable", where=f"prompts.source {config.prompts.source}", fix=fix)
     stand_ins = StandIns(config, chat, [text for _, texts in found for text in texts])
     answers = [stand_ins.answered(prompt.id, prompt.messages, texts) for prompt, texts in found]
-    prompts = Number(len(found), "all usable rows of the source") if ended else _source_prompts(config, len(found) / read)
-    return _Rows(answers, len(found), prompts, "source rows, from its start", stand_ins.origin)
+    prompts = Number(len(found), "source, all usable") if ended else _source_prompts(config, len(found) / read)
+    return _Rows(answers, len(found), prompts, f"first {len(found)} of source", stand_ins.origin)
 
 
 def _source_prompts(config: RunConfig, usable: float) -> Number | None:
     limit, rows = config.prompts.limit, count_source_rows(config)
     if rows is None:
-        return Number(limit, "prompts.limit; the source does not say its length") if limit else None
+        return Number(limit, "limit; length unknown") if limit else None
     if limit and limit <= rows * usable:
         return Number(limit, "prompts.limit")
     return Number(round(rows * usable), "rows of the source" if usable == 1 else f"rows of the source, {usable:.1%} usable")

@@ -66,7 +66,7 @@ def test_half_of_the_answers_stand_for_all_prompts(store: Path):
     run_prompts(config)
     run_answers(config, shards=[0, 2, 4])
     part = workload(config)
-    assert part.origin == "sample of 12 answers (3 of 6 shards are there)"
+    assert (part.origin, part.answers_from) == ("sample of 12 answers", "3 of 6 shards committed")
     assert part.counts.samples == 24
 
 
@@ -126,7 +126,7 @@ def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(store: 
     monkeypatch.setattr("deepspec.data.lengths._dataset_rows", lambda source: None)
     unknown = workload(config, num_rows=10)
     assert (unknown.prompts, unknown.counts.samples) == (None, 1000)
-    assert workload(config).prompts == Number(30, "all usable rows of the source")
+    assert workload(config).prompts == Number(30, "source, all usable")
     limited = workload(tiny_run(store, source, "prompts.limit=20"), num_rows=10)
     assert limited.prompts is not None
     assert (limited.prompts.value, limited.counts.samples) == (20, 20)
