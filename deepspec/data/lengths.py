@@ -118,14 +118,14 @@ def _spread(config: RunConfig, stage: str, num_rows: int) -> Iterator[dict[str, 
     """Rows evenly spread over a few evenly spread shards of a stage; all rows where there are no more."""
     artifact = artifact_of(config, stage)
     records = list(artifact.records().values())
-    if sum(record.rows for record in records) > num_rows:
-        records = _evenly(records, SAMPLE_SHARDS)
+    total = sum(record.rows for record in records)
+    if total > num_rows:
+        records = _evenly(records, max(SAMPLE_SHARDS, -(-num_rows * len(records) // total)))  # small shards: as many as it takes
     for index, record in enumerate(records):
         wanted = num_rows * (index + 1) // len(records) - num_rows * index // len(records)
         table = read_table(artifact.fetch_shard(record))
-        everything = sum(other.rows for other in records) <= num_rows
         places = list(range(len(table)))
-        yield from table.take(places if everything else _evenly(places, wanted)).to_pylist()
+        yield from table.take(places if total <= num_rows else _evenly(places, wanted)).to_pylist()
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:
