@@ -23,6 +23,7 @@ from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, DeepSpecError, ShardsFa
 from deepspec.events import Report, json_lines
 from deepspec.recipe import load_run, recipe_names, to_yaml
 from deepspec.stages import parse_shards
+from deepspec.terminal import TerminalReport
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml")]
@@ -72,11 +73,18 @@ def answers(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards 
 
 
 @app.command()
-def hidden(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
+def hidden(
+    run: Run,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    shards: Shards = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="begin even where the store cannot hold all of it")] = False,
+) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.data.capture import run_capture
 
-    config, report = _open(run, sets, store)
+    config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
     run_capture(config, shards=_chosen(shards), report=report)
 
 
@@ -118,6 +126,30 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
         typer.echo(f"{part.stage:9} {part.artifact_url}")
         for shard, reason in part.failures.items():
             typer.echo(f"{'':9} shard {shard} failed: {reason}")
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - a command line's options are independent of each other, and each has a default
+    run: Run,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="prompts to read and tokenize")] = 256,
+    train_hours: Annotated[float | None, typer.Option(metavar="H", min=0.001, help="hours that training takes, if you know")] = None,
+    force: Annotated[bool, typer.Option("--force", help="exit with 0 even where it does not fit")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
+) -> None:
+    """Tell what a run will take (tokens, bytes, requests, hours, bandwidth) before it starts, and whether it fits."""
+    from deepspec.data.planning import plan_run, require_plan_fits
+    from deepspec.plan_view import show
+
+    found = plan_run(load_run(run, sets or (), store=store), num_rows=sample, train_hours=train_hours)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        show(found, is_terminal=sys.stdout.isatty())
+    if not force:
+        require_plan_fits(found)
 
 
 @app.command()
@@ -184,7 +216,7 @@ def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfi
 
     config = load_run(run, sets or (), store=store)
     Store(config.store).check_writable(config.resources.min_free_gb)
-    return config, json_lines if _speaks_json() else _TerminalReport().show
+    return config, json_lines if _speaks_json() else TerminalReport().show
 
 
 def _chosen(shards: str | None) -> list[int] | None:
@@ -193,37 +225,6 @@ def _chosen(shards: str | None) -> list[int] | None:
 
 def _speaks_json() -> bool:
     return os.environ.get("DEEPSPEC_EVENTS") == "1"
-
-
-class _TerminalReport:
-    """Progress of a stage run by hand: a bar per stage."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.progress = Progress(*columns, console=Console(stderr=True))
-        self.tasks: dict[str, Any] = {}
-
-    def show(self, event: dict[str, Any]) -> None:
-        if event["event"] == "result":
-            typer.echo(json.dumps({key: event[key] for key in ("acceptance_length", "lossless", "speedup")}))
-        if event["event"] != "progress":
-            return
-        if event["stage"] not in self.tasks:
-            self.progress.start()
-            self.tasks[event["stage"]] = self.progress.add_task(event["stage"], note="")
-        numbers = {key: value for key, value in event.items() if key not in ("event", "stage", "done", "total", "unit")}
-        note = " ".join(f"{key}={value}" for key, value in numbers.items())
-        self.progress.update(self.tasks[event["stage"]], completed=event["done"], total=event["total"], note=note)
-        if event["done"] == event["total"]:
-            self.progress.stop()
 
 
 def main(run_app: Callable[[], Any] = app) -> None:

@@ -24,8 +24,8 @@ from deepspec.resources_config import FidelityConfig, ResourcesConfig
 
 __all__ = [
     "AnswersConfig", "BenchmarkConfig", "BlockDraftConfig", "ConfidenceConfig", "DatasetSource", "DemoConfig", "DemoSource",
-    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FidelityConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig", "PromptsConfig",
-    "ResourcesConfig", "RunConfig", "SamplingConfig", "Section", "TargetConfig", "TrainConfig",
+    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FidelityConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig",
+    "PromptsConfig", "ResourcesConfig", "RunConfig", "SamplingConfig", "Section", "TargetConfig", "TrainConfig",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ MAX_OPEN_FILES = 128  # of 10,000 shards; a process may often hold no more than 
 class HiddenCache:
     """A sealed cache, opened by its manifest and index alone; `cache[i]` reads sample i of the index.
 
-    May be pickled and forked: what a process has open, it opened itself (trap C9).
+    May be sent to a spawned process and inherited by a forked one: what each has open, it opened itself (trap C9).
     """
 
     def __init__(self, artifact: Artifact, *, cache_gb: float = 0.0) -> None:
@@ -73,7 +73,7 @@ class HiddenCache:
         shard, offset, num_bytes = (int(column[number]) for column in (self.index.shard, self.index.offset, self.index.num_bytes))
         file, checksum = self.files[shard], int(self.index.checksum[number])
         if self.artifact.store.is_local:
-            message = memoryview(buffer)[:num_bytes]
+            message = buffer.data[:num_bytes]
             opened = self._open(self.artifact.store.path(self.artifact.path(file)))  # held until it was read, or it might be closed
             count = os.preadv(opened.fd, [message], offset)
             whole = count == num_bytes and xxhash.xxh3_64_intdigest(message) == checksum
@@ -89,8 +89,8 @@ class HiddenCache:
         """The bytes from the local copies if they are there and whole, else from the store; and whether they are whole."""
         key = f"{self.artifact.url}/{file}"
         copy = self._copies.get(key, offset, num_bytes) if self._copies else None
-        if copy is not None and xxhash.xxh3_64_intdigest(copy) == checksum:
-            return memoryview(copy), True
+        if copy is not None and xxhash.xxh3_64_intdigest(copy.data) == checksum:
+            return copy.data, True
         data = memoryview(self.artifact.store.read_range(self.artifact.path(file), offset, offset + num_bytes))
         whole = xxhash.xxh3_64_intdigest(data) == checksum
         if self._copies and whole:

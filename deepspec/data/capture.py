@@ -19,6 +19,7 @@ from deepspec.data.beside import files_beside, lacks_files, prepare
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.index import INDEX, write_index
 from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
+from deepspec.data.planning import check_cache_fits
 from deepspec.data.rows import CaptureRow, capture_rows, token_batches
 from deepspec.data.shard_writer import Background, ShardWriter
 from deepspec.data.state_checks import StateChecks, kept_positions
@@ -38,6 +39,7 @@ def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, repor
     stage = open_sharded(config, "hidden", shards)
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
+        check_cache_fits(config, chat)
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
         layout = prepare(config, stage, chat, target, report)
         work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)

@@ -37,7 +37,7 @@ class DiskCache:
                 return None
             found = np.empty(num_bytes, dtype=np.uint8)
             with data.open("rb", buffering=0) as file:
-                count = os.preadv(file.fileno(), [memoryview(found)], offset)
+                count = os.preadv(file.fileno(), [found.data], offset)
             os.utime(ranges)  # used now: goes last
         except FileNotFoundError:
             return None

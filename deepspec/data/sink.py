@@ -63,8 +63,8 @@ class HashingSink:
 
     def write(self, data: Any) -> int:
         array = np.frombuffer(data, dtype=np.uint8)
-        self._whole.update(array)
-        self._message.update(array[max(0, self._message_start - self.num_bytes) :])
+        self._whole.update(array.data)
+        self._message.update(array[max(0, self._message_start - self.num_bytes) :].data)
         self.num_bytes += len(array)
         taken = 0
         while taken < len(array):
@@ -104,7 +104,7 @@ class HashingSink:
         while (full := self._full.get()) is not None:
             try:
                 if self._failure is None:
-                    write_all(self.fd, memoryview(full.buffer)[: full.num_bytes], full.offset)
+                    write_all(self.fd, full.buffer.data[: full.num_bytes], full.offset)
             except OSError as error:
                 self._failure = error
             self._free.put(full.buffer)

@@ -27,9 +27,9 @@ from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.model.spec import DraftSpec
 from deepspec.records import Counts, Record
 from deepspec.stages import choose, missing_shards, require_sealed
-from deepspec.work import Work, work_through
 from deepspec.store import pretty_json
 from deepspec.target import DTYPES, Target, load_target, read_text_config
+from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.data.cache import HiddenCache
 from deepspec.data.beside import files_beside
+from deepspec.data.cache import HiddenCache
 from deepspec.data.capture import Capture, HostCopy, run_capture
 from deepspec.data.chat import load_chat, target_folder
 from deepspec.data.index import INDEX
@@ -182,7 +182,7 @@ def test_the_gates_figures_are_kept_in_the_artifact(answered: Path, tmp_path: Pa
     kept = json.loads(artifact.store.read(artifact.path("fidelity.json")))
     assert 0 < kept["relative_error"] < 0.02
     assert kept["argmax_agreement"] > 0.9
-    assert [event["event"] for event in events][0] == "fidelity"
+    assert next(event["event"] for event in events) == "fidelity"
 
 
 def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(answered: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_the_checksums_are_those_of_the_bytes_on_disk(shard):
 def test_messages_lie_one_behind_the_other_and_aligned(shard):
     _, _, _, rows = shard
     assert rows[0]["offset"] == MAGIC_BYTES + len(LAYOUT.schema().serialize())
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in pairwise(rows):
         assert row["offset"] == before["offset"] + before["num_bytes"]
     assert all(row["offset"] % 8 == 0 for row in rows)
 
