@@ -75,6 +75,7 @@ class Stored(NamedTuple):
 
 def main() -> dict[str, object]:
     console = Console(stderr=True)
+    torch.set_num_threads(1)  # speeds are of one core; and threads that wait for each other on a busy machine train slower
     with tempfile.TemporaryDirectory() as store:
         states = real_states(store)
     stored = {name: measure_choice(choice, states) for name, choice in CHOICES.items()}
@@ -99,7 +100,7 @@ def main() -> dict[str, object]:
 
 
 def real_states(store: str) -> States:
-    """States of the corpus of a demo target of width 256, trained in the given store."""
+    """States of the corpus of a demo target of width 128, trained in the given store."""
     from deepspec.data.chat import load_chat, target_folder
     from deepspec.demo.build import encode
     from deepspec.demo.corpus import make_corpus
@@ -107,8 +108,8 @@ def real_states(store: str) -> States:
     from deepspec.recipe import load_run
     from deepspec.target import load_target
 
-    sizes = ["demo.hidden_size=256", "demo.num_layers=8", "demo.steps=150", "target.layer_ids=[1, 2, 4, 5, 6]", "resources.min_free_gb=0"]
-    config = load_run("demo", sizes, store=store)
+    demo = ["demo.hidden_size=128", "demo.num_layers=8", "demo.steps=150", "demo.conversations=3000", "target.layer_ids=[1, 2, 4, 5, 6]"]
+    config = load_run("demo", [*demo, "resources.min_free_gb=0"], store=store)
     run_demo(config)
     tokenizer = load_chat(config).tokenizer
     target = load_target(config.target, folder=target_folder(config), device="cpu")
@@ -162,7 +163,6 @@ def llm_like(num_tokens: int, hidden_size: int) -> Tensor:
 
 def measure_speeds() -> dict[str, dict[str, float]]:
     """GB/s of bfloat16 in or out, one thread, medians; `quantize` is the device's part, done by the CPU here."""
-    torch.set_num_threads(1)
     states = llm_like(SAMPLE_TOKENS, WIDTHS["Qwen3-4B"])
     out = torch.empty(SAMPLE_TOKENS, states[0].numel(), dtype=torch.bfloat16)
     jobs: dict[tuple[str, str], Callable[[], object]] = {("memcpy", "copy"): lambda: out.copy_(states.flatten(1))}
