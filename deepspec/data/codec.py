@@ -5,6 +5,7 @@ T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D, G groups of c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,7 +17,7 @@ from deepspec.errors import ConfigError
 
 GROUP_SIZE = 128  # channels that share a scale, at most: its 2 bytes are then 1.6 % of the codes
 INT8_MAX, FP8_MAX = 127, 448
-NORMAL_MEDIAN = 0.6745  # median of |x| for a normal x of deviation 1
+USUAL_SHARE, NORMAL_QUANTILE = 0.9, 1.645  # nine in ten values of a normal x of deviation 1 have |x| below 1.645
 WEAKEST_CHANNEL = 2.0**-8  # of the layer's median scale: a channel that sleeps at first must not drown its group later
 
 
@@ -157,12 +158,13 @@ def make_codec(
 def channel_scale(states: Tensor) -> Tensor:
     """How large each channel of `states` [T, L, D] usually is: float32 [L, D], positive; of a sample of some 2,000 tokens.
 
-    From the median of the magnitudes: a few massive tokens do not move it, and they would the root mean square.
+    From the magnitude that nine in ten tokens stay below: massive tokens are rarer and do not move it, and they would the
+    root mean square. (The median is as robust, but blind to a channel's tails: 5 % more error on a trained model.)
     """
     if not len(states):
         return torch.ones(states.shape[1:], device=states.device)
     size = states.float().abs()
-    scale = size.median(dim=0).values / NORMAL_MEDIAN
+    scale = size.kthvalue(math.ceil(USUAL_SHARE * len(size)), dim=0).values / NORMAL_QUANTILE
     scale = torch.where(scale > 0, scale, size.square().mean(dim=0).sqrt())  # a channel that is mostly zero
     awake = torch.where(scale > 0, scale, torch.nan)
     usual = awake.nanmedian(dim=-1, keepdim=True).values.nan_to_num(nan=1.0)  # [L, 1]

@@ -59,11 +59,11 @@ class _Vectors:
             self.energy += before.square().sum(dim=0)
             self.cosines[rows] = _cosine(before, after).float()
 
-    def relative_error(self) -> float:
-        return float(_ratio(self.error.sum(dim=-1), self.energy.sum(dim=-1)).amax())
+    def relative_errors(self) -> Tensor:
+        return _ratio(self.error.sum(dim=-1), self.energy.sum(dim=-1))  # [L]
 
-    def worst_channel_error(self) -> float:
-        return float(_ratio(self.error, self.energy).amax())
+    def channel_errors(self) -> Tensor:
+        return _ratio(self.error, self.energy).flatten()  # [L * D]
 
 
 def measure(
@@ -88,8 +88,9 @@ def measure(
         variation, agreement = _predictions(last, decoded_last, logits, chunk=chunk)
     cosines = torch.cat([tensor.cosines.flatten() for tensor in tensors])
     return Fidelity(
-        relative_error=max(tensor.relative_error() for tensor in tensors),
-        worst_channel_error=max(tensor.worst_channel_error() for tensor in tensors),
+        # `amax` hands on a NaN, which Python's `max` may lose.
+        relative_error=float(torch.cat([tensor.relative_errors() for tensor in tensors]).amax()),
+        worst_channel_error=float(torch.cat([tensor.channel_errors() for tensor in tensors]).amax()),
         mean_cosine=float(cosines.mean()) if len(cosines) else 1.0,
         min_cosine=float(cosines.amin()) if len(cosines) else 1.0,
         total_variation=variation,
