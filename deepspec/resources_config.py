@@ -58,5 +58,7 @@ class ResourcesConfig(Section):
     """Stored samples (MB) read ahead of training."""
     read_threads: PositiveInt = 4
     """Threads that read ahead; raise it for S3 over a long line."""
+    check_reads: Literal["first", "always"] = "first"
+    """When a stored sample is compared with its checksum: the first time that a process reads it, or every time."""
     cache_gb: float = Field(default=0.0, ge=0)
     """Local copies (GB) of samples read from a remote store, under `scratch`; the least recently used shards go first."""

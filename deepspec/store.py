@@ -1,148 +1,179 @@
 """Where artifacts live: bytes under names, put there at once or not at all.
 
-Everything goes through fsspec: a local folder, `s3://bucket/prefix` or `memory://`. What the bytes mean, and the rule by
+A local folder (`disk.py`), or `s3://bucket/prefix` and `memory://` (`remote.py`). What the bytes mean, and the rule by
 which a shard becomes finished, is in `artifact.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from deepspec.bucket import Buffer, Entry, Upload, scrub
+from deepspec.bucket_calls import Calls
+from deepspec.disk import STAGED, Disk, file_checksum, staged_name
 from deepspec.errors import DamagedData, StoreError
+from deepspec.remote import Remote, Uploads
 
-COPY_BYTES = 16 << 20
+__all__ = ["Entry", "Store", "Upload", "canonical_json", "file_checksum", "pretty_json"]
 
 
 class Store:
-    """A place for artifacts; knows bytes and names, nothing of what they mean."""
+    """A place for artifacts; knows bytes and names, nothing of what they mean. Goes to other processes as its URL.
 
-    def __init__(self, url: str, *, scratch: str | None = None, uploads: str = "read_back") -> None:
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"{error}", where=f"store {url}", fix="give a local folder or s3://bucket/prefix") from None
-        self.url = url
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+    Names are relative to the store. A name that is not there is a FileNotFoundError, where nothing else is said. A remote
+    store tries again for about 40 s while the server is away, then raises TransientError; keys that are wrong, a missing bucket
+    and the like are a StoreError at once.
+
+    Args:
+        url: a local folder, `s3://bucket/prefix` (credentials and endpoint: as for every AWS tool) or `memory://name`.
+        scratch: local folder for copies of remote files, both ways (None: ~/.cache/deepspec).
+        uploads: whether a file published with a checksum is read back from the bucket, or only its size compared.
+    """
+
+    def __init__(self, url: str, *, scratch: str | None = None, uploads: Uploads = "read_back") -> None:
+        self.url, self.uploads = url, uploads
+        self.is_local, self.root = _resolve(url)
+        self.scratch = Path(scratch) if scratch else Path.home() / ".cache" / "deepspec"
+        self.spool = Path(self.root) / STAGED if self.is_local else self.scratch / "staged"
+        self._place: Disk | Remote
+        if self.is_local:
+            self._place = Disk(self.root, spool=self.spool)
+        else:
+            self._place = Remote(Calls(url.rstrip("/"), self.root), scratch=self.scratch, uploads=uploads)
+
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, ...]]:
+        return _store, (self.url, str(self.scratch), self.uploads)
+
+    @property
+    def fs(self) -> Any:
+        """Fsspec's view of the store, made for this process; `path` gives its names."""
+        return self._place.fs if isinstance(self._place, Remote) else fsspec.filesystem("file")
 
     def path(self, relative: str) -> str:
-        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
-            raise DamagedData(f"the path {relative!r} leads outside the store", where=self.url, fix="remove the file that names it")
-        return f"{self.root}/{relative}"
-
-    def check_writable(self, min_free_gb: float = 0.0) -> None:
-        """Raise StoreError now, rather than after hours of work, if nothing can be written here."""
-        probe = f".probe-{uuid.uuid4().hex}"
-        try:
-            self.write(probe, b"deepspec")
-            self.remove(probe)
-        except (OSError, PermissionError) as error:
-            raise StoreError(f"cannot write: {error}", where=f"store {self.url}", fix="choose another with --store") from None
-        free_gb = self.free_bytes() / 1e9
-        if free_gb < min_free_gb:
-            what = f"{free_gb:.2f} GB are free, resources.min_free_gb asks for {min_free_gb:g}"
-            raise StoreError(what, where=f"store {self.url}", fix="free some space, choose another --store, or lower the setting")
-
-    def free_bytes(self) -> float:
-        return shutil.disk_usage(self.root).free if self.is_local and Path(self.root).exists() else float("inf")
+        return f"{self.root}/{self._key(relative)}"
 
     def exists(self, relative: str) -> bool:
-        return bool(self.fs.exists(self.path(relative)))
+        return self._place.exists(self._key(relative))
+
+    def size(self, relative: str) -> int:
+        return self._place.size(self._key(relative))
 
     def read(self, relative: str) -> bytes:
-        return bytes(self.fs.cat_file(self.path(relative)))
+        return self._place.read(self._key(relative))
 
     def read_many(self, relatives: Sequence[str]) -> list[bytes | None]:
-        return [self.read(r) if self.exists(r) else None for r in relatives]
+        """The contents in the order asked for, many requests in flight; None for a name that is not there (any more)."""
+        return self._place.read_many([self._key(relative) for relative in relatives])
 
-    scratch = Path.home() / ".cache" / "deepspec"
+    def read_range(self, relative: str, start: int, end: int) -> Buffer:
+        """Exactly the bytes [start, end), without a copy where the client can.
 
-    def checksum(self, relative):
-        return file_checksum(Path(self.path(relative)))
+        Raises:
+            DamagedData: the file ends before.
+        """
+        return self._place.read_range(self._key(relative), start, end)
 
-    def size(self, relative):
-        return self.fs.size(self.path(relative))
-
-    def read_range(self, relative: str, start: int, end: int) -> bytes:
-        return bytes(self.fs.cat_file(self.path(relative), start=start, end=end))
-
-    def write_new(self, relative: str, data: bytes) -> bool:
-        if self.exists(relative):
-            return False
-        self.write(relative, data)
-        return True
+    def checksum(self, relative: str) -> str:
+        """xxh3_128 of what is stored there now, as 32 hex digits: no local copy is asked."""
+        return self._place.checksum(self._key(relative))
 
     def names(self, folder: str) -> list[str]:
-        try:
-            self.fs.invalidate_cache(self.path(folder))
-            return sorted(PurePosixPath(entry).name for entry in self.fs.ls(self.path(folder), detail=False))
-        except FileNotFoundError:
-            return []
+        """What lies directly in the folder now, files and folders."""
+        files, folders = self._place.listing(self._key(folder))
+        return sorted([*(entry.name for entry in files), *folders])
+
+    def entries(self, folder: str) -> list[Entry]:
+        """The files directly in the folder now, by name."""
+        return sorted(self._place.listing(self._key(folder)).files)
 
     def remove(self, relative: str) -> None:
-        if self.exists(relative):
-            self.fs.rm(self.path(relative), recursive=True)
+        """Neither a file nor a folder of this name is there afterwards."""
+        self._place.remove(self._key(relative))
 
     def write(self, relative: str, data: bytes) -> None:
-        """Put `data` there at once or not at all."""
-        with self.staged() as local:
-            local.write_bytes(data)
-            self.publish(local, relative)
+        """Put `data` there at once or not at all, instead of what was there."""
+        self._place.write(self._key(relative), data)
+
+    def write_new(self, relative: str, data: bytes) -> bool:
+        """True if this call put `data` there, False if something was there before; one of any number of racing writers gets True."""
+        return self._place.write_new(self._key(relative), data)
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
         """A local file name to write to, on the store's own disk where it has one; removed if nobody published it."""
-        folder = Path(self.root) / ".staged" if self.is_local else Path(tempfile.gettempdir()) / "deepspec-staged"
-        folder.mkdir(parents=True, exist_ok=True)
-        local = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        self.spool.mkdir(parents=True, exist_ok=True)
+        local = self.spool / staged_name()
         try:
             yield local
         finally:
             local.unlink(missing_ok=True)
 
     def publish(self, local: Path, relative: str, *, checksum: str | None = None) -> None:
-        """Move a staged file to its place: fsync and rename locally, one PUT or a completed multipart upload elsewhere."""
-        target = self.path(relative)
-        if not self.is_local:
-            self.fs.put_file(str(local), target)
-            return
-        with local.open("rb+") as file:
-            os.fsync(file.fileno())
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        local.replace(target)
-        _fsync_folder(Path(target).parent)
+        """Put a staged file in its place: fsync and rename locally; uploaded, then compared with `checksum` (xxh3_128) elsewhere.
+
+        Raises:
+            DamagedData: what arrived in the bucket is not what was sent, twice.
+        """
+        self._place.publish(local, self._key(relative), checksum=checksum)
 
     def fetch(self, relative: str, checksum: str | None = None) -> Path:
-        """A local file with the contents of a stored one: the file itself in a local store, a cached copy otherwise."""
-        if self.is_local:
-            return Path(self.path(relative))
-        cached = Path.home() / ".cache" / "deepspec" / xxhash.xxh3_64_hexdigest(self.url.encode()) / relative
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}")
-            self.fs.get_file(self.path(relative), str(partial))
-            partial.replace(cached)
-        return cached
+        """A local file with the contents of a stored one: the file itself in a local store, a copy kept in `scratch` otherwise.
 
+        The copy is of the version that is there now; with a `checksum` (xxh3_128), of the version that has it, and a copy once
+        made is used without asking the server.
 
-def file_checksum(local: Path) -> str:
-    """xxh3_128 of a file's bytes as 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with local.open("rb") as file:
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        Raises:
+            DamagedData: the remote file has another checksum.
+        """
+        return self._place.fetch(self._key(relative), checksum)
+
+    def stale_uploads(self, before: float) -> list[Upload]:
+        """Multipart uploads begun before this time (unix seconds) and never finished; always none outside S3."""
+        return self._place.stale_uploads(before) if isinstance(self._place, Remote) else []
+
+    def abort_upload(self, upload: Upload) -> None:
+        if isinstance(self._place, Remote):
+            self._place.abort_upload(upload)
+
+    def check_writable(self, min_free_gb: float = 0.0) -> None:
+        """Raise StoreError now, rather than after hours of work, if nothing can be written here.
+
+        A remote store gets 10 s for the first check of a process; once one went well, a server that is away is waited for.
+        """
+        try:
+            with self.staged() as probe:
+                probe.write_bytes(b"deepspec")
+            self._place.check_writable()
+        except OSError as error:
+            what = f"cannot write: {error.strerror or scrub(str(error))}"
+            raise StoreError(what, where=f"store {self.url}", fix="choose another with --store") from None
+        free_gb = self.free_bytes() / 1e9
+        if free_gb < min_free_gb:
+            what = f"{free_gb:.2f} GB are free, resources.min_free_gb asks for {min_free_gb:g}"
+            raise StoreError(what, where=f"store {self.url}", fix="free some space, choose another --store, or lower the setting")
+
+    def free_bytes(self) -> float:
+        """Room on the disk that files are written to: the store's own, or that of `scratch` for a remote store."""
+        folder = Path(self.root) if self.is_local else self.scratch
+        return shutil.disk_usage(folder).free if folder.exists() else float("inf")
+
+    def conditional_writes_work(self) -> bool:
+        """Whether `write_new` keeps racing writers apart here; on S3 that depends on the server, which three requests find out."""
+        return self._place.conditional_writes_work() if isinstance(self._place, Remote) else True
+
+    def _key(self, relative: str) -> str:
+        parts = PurePosixPath(relative)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise DamagedData(f"the path {relative!r} leads outside the store", where=self.url, fix="remove the file that names it")
+        return relative
 
 
 def canonical_json(value: object) -> bytes:
@@ -153,9 +184,20 @@ def pretty_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _resolve(url: str) -> tuple[bool, str]:
+    """Whether the URL is a local folder, and its path or "bucket/prefix"."""
+    protocol = fsspec.utils.get_protocol(url)
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise StoreError("keys do not belong into a store's URL", where=f"store {protocol}://", fix="set AWS_ACCESS_KEY_ID or AWS_PROFILE")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        kind = fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"{error}", where=f"store {url}", fix="give a local folder or s3://bucket/prefix") from None
+    root = str(kind._strip_protocol(url)).rstrip("/")
+    if protocol in ("s3", "s3a") and not root:
+        raise StoreError("the URL names no bucket", where=f"store {url}", fix="give s3://bucket/prefix")
+    return issubclass(kind, LocalFileSystem), root
+
+
+def _store(url: str, scratch: str, uploads: Uploads) -> Store:
+    return Store(url, scratch=scratch, uploads=uploads)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.radosgw import Radosgw, ceph_missing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the door does: beside other work, spinning threads take ten times as long
@@ -80,6 +82,26 @@ def store(demo_store: Path, tmp_path: Path) -> Path:
     """A store of the test's own, the demo stage already done."""
     shutil.copytree(demo_store, tmp_path / "store")
     return tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Radosgw]:
+    """A real S3 server for the session: `endpoint`, `kill()`, `restart()`, `new_bucket()`, `client()`; skips without Ceph."""
+    if missing := ceph_missing():
+        pytest.skip(missing)
+    with Radosgw(tmp_path_factory.mktemp("ceph")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """`s3://<fresh bucket>/store`; the environment of this process and its children leads to that server and no other keys."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    nowhere = {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    for name, value in {**radosgw.variables(), **nowhere}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{radosgw.new_bucket()}/store"
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,22 +37,24 @@ class HiddenCache:
     May be sent to a spawned process and inherited by a forked one: what each has open, it opened itself (trap C9).
     """
 
-    def __init__(self, artifact: Artifact, *, cache_gb: float = 0.0) -> None:
+    def __init__(self, artifact: Artifact, *, cache_gb: float = 0.0, check_reads: Literal["first", "always"] = "first") -> None:
         manifest = artifact.manifest()
         if manifest is None:
             fix = "run `python -m deepspec hidden` until nothing is missing"
             raise ArtifactMismatch("the hidden states are not finished", where=artifact.url, fix=fix)
-        self.artifact, self.manifest, self.cache_gb = artifact, manifest, cache_gb
+        self.artifact, self.manifest = artifact, manifest
+        self.settings = {"cache_gb": cache_gb, "check_reads": check_reads}
         self.schema = pa.ipc.read_schema(pa.py_buffer(artifact.store.read(artifact.path(SCHEMA))))
         scales = load_tensors(artifact.store.read(artifact.path(SCALES))) if SCALES in manifest.files else {}
         self.layout = Layout.of(self.schema, scales)
         self.index = map_index(artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum))
         self.files = ShardFiles(artifact.store.fetch(artifact.path(RECORDS), manifest.records.checksum))
+        self._checked = np.zeros(len(self.index.shard), dtype=bool)  # samples that need no further look
         self._open = lru_cache(MAX_OPEN_FILES)(_OpenFile)
         self._copies = DiskCache(artifact.store.scratch / "samples", round(cache_gb * 1e9)) if cache_gb else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(HiddenCache, cache_gb=self.cache_gb), (self.artifact,)
+        return partial(HiddenCache, **self.settings), (self.artifact,)
 
     def __len__(self) -> int:
         return len(self.index.shard)
@@ -69,14 +71,17 @@ class HiddenCache:
         return self.layout.decode(self.message(number, buffer), self.schema)
 
     def message(self, number: int, buffer: np.ndarray) -> memoryview:
-        """The checked bytes of sample `number`: in `buffer`, or wherever the remote store's client put them."""
+        """The bytes of sample `number`: in `buffer`, or wherever the remote store's client put them.
+
+        Compared with their checksum the first time that they are read here (`check_reads` may ask for every time).
+        """
         shard, offset, num_bytes = (int(column[number]) for column in (self.index.shard, self.index.offset, self.index.num_bytes))
         file, checksum = self.files[shard], int(self.index.checksum[number])
         if self.artifact.store.is_local:
             message = buffer.data[:num_bytes]
-            opened = self._open(self.artifact.store.path(self.artifact.path(file)))  # held until it was read, or it might be closed
-            count = os.preadv(opened.fd, [message], offset)
-            whole = count == num_bytes and xxhash.xxh3_64_intdigest(message) == checksum
+            whole = self._read_local(file, message, offset)
+            whole = whole and (self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
+            self._checked[number] = whole and self.settings["check_reads"] == "first"
         else:
             message, whole = self._remote(file, offset, num_bytes, checksum)
         if not whole:
@@ -84,6 +89,14 @@ class HiddenCache:
             what = f"row {int(self.index.row[number])} of shard {shard} is damaged"
             raise DamagedData(what, where=f"{self.artifact.url}/{file}", fix=fix)
         return message
+
+    def _read_local(self, file: str, message: memoryview, offset: int) -> bool:
+        """Whether the file had all the bytes of the message, which are then in it."""
+        try:
+            opened = self._open(self.artifact.store.path(self.artifact.path(file)))  # held here, or it might be closed before it is read
+        except FileNotFoundError:
+            return False
+        return os.preadv(opened.fd, [message], offset) == len(message)
 
     def _remote(self, file: str, offset: int, num_bytes: int, checksum: int) -> tuple[memoryview, bool]:
         """The bytes from the local copies if they are there and whole, else from the store; and whether they are whole."""

@@ -47,7 +47,8 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     world = join_world(config.resources.device)
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
-    cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=config.resources.cache_gb)
+    resources = config.resources
+    cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     optimizer = make_optimizer(trainable(draft), config.train)

@@ -68,6 +68,24 @@ def test_a_flipped_bit_is_found_before_decoding_and_names_shard_and_row(artifact
     assert same(cache[5], FLAT[5])
 
 
+def test_damage_that_came_after_the_first_read_is_found_when_every_read_is_checked(artifact: Artifact):
+    always = HiddenCache(artifact, check_reads="always")
+    assert same(always[6], FLAT[6])
+    path = Path(artifact.store.path(artifact.path(always.files[1])))
+    data = bytearray(path.read_bytes())
+    data[int(always.index.offset[6]) + 300] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedData, match="row 2 of shard 1"):
+        always[6]
+
+
+def test_a_missing_shard_is_damage_that_names_it(artifact: Artifact):
+    cache = HiddenCache(artifact)
+    Path(artifact.store.path(artifact.path(cache.files[1]))).unlink()
+    with pytest.raises(DamagedData, match="row 0 of shard 1"):
+        cache[4]
+
+
 def test_a_cut_off_shard_is_damage_and_not_a_short_sample(artifact: Artifact):
     cache = HiddenCache(artifact)
     path = Path(artifact.store.path(artifact.path(cache.files[2])))
