@@ -42,8 +42,7 @@ class HiddenCache:
         if manifest is None:
             fix = "run `python -m deepspec hidden` until nothing is missing"
             raise ArtifactMismatch("the hidden states are not finished", where=artifact.url, fix=fix)
-        self.artifact, self.manifest = artifact, manifest
-        self.settings = {"cache_gb": cache_gb, "check_reads": check_reads}
+        self.artifact, self.manifest, self.cache_gb, self.check_reads = artifact, manifest, cache_gb, check_reads
         self.schema = pa.ipc.read_schema(pa.py_buffer(artifact.store.read(artifact.path(SCHEMA))))
         scales = load_tensors(artifact.store.read(artifact.path(SCALES))) if SCALES in manifest.files else {}
         self.layout = Layout.of(self.schema, scales)
@@ -54,7 +53,7 @@ class HiddenCache:
         self._copies = DiskCache(artifact.store.scratch / "samples", round(cache_gb * 1e9)) if cache_gb else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(HiddenCache, **self.settings), (self.artifact,)
+        return partial(HiddenCache, cache_gb=self.cache_gb, check_reads=self.check_reads), (self.artifact,)
 
     def __len__(self) -> int:
         return len(self.index.shard)
@@ -81,7 +80,7 @@ class HiddenCache:
             message = buffer.data[:num_bytes]
             whole = self._read_local(file, message, offset)
             whole = whole and (self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
-            self._checked[number] = whole and self.settings["check_reads"] == "first"
+            self._checked[number] = whole and self.check_reads == "first"
         else:
             message, whole = self._remote(file, offset, num_bytes, checksum)
         if not whole:

@@ -1,0 +1,77 @@
+"""Writing shards: hashed, in the background, past the page cache, against a plain inline write and fsync of the same bytes.
+
+Goals: at least 0.9 of the plain write through the page cache, 1.3 with direct I/O; while computing a sample takes longer
+than writing it, the computing side waits less than 5 % of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+from benchmarks._measure import alternate, make_samples, raw_layout, result
+from deepspec.data import sink
+from deepspec.data.shard_writer import Background, ShardWriter
+from deepspec.store import Store
+
+NUM_SAMPLES, NUM_TOKENS, SHARDS = 10, 1000, 2  # 30.7 MB a sample, 0.6 GB a round
+WAITING_BYTES = 128_000_000
+GOALS = {"async/plain": 0.9, "async direct/plain": 1.3, "0.05/stalled": 1.0}
+
+
+def main() -> dict[str, object]:
+    layout = raw_layout()
+    samples = make_samples(NUM_SAMPLES, NUM_TOKENS, layout)
+    pieces = [memoryview(part.numpy().reshape(-1)) for sample in samples for part in (*sample.context.parts, *sample.last_hidden.parts)]
+    num_bytes = sum(len(piece) for piece in pieces) * SHARDS
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        store = Store(folder)
+
+        def plain() -> float:
+            """A loop that writes each sample as it comes, and waits for it."""
+            began = time.perf_counter()
+            for shard in range(SHARDS):
+                with (Path(folder) / f"plain-{shard}").open("wb", buffering=0) as file:
+                    for piece in pieces:
+                        file.write(piece)
+                    os.fsync(file.fileno())
+            return num_bytes / (time.perf_counter() - began)
+
+        def background(compute_s: float = 0.0) -> tuple[float, float]:
+            """Bytes a second, and the share of the time that the computing side waited."""
+            began, stalled = time.perf_counter(), 0.0
+            for shard in range(SHARDS):
+                with store.staged() as local, ShardWriter(local, layout, shard) as writer:
+                    with Background(WAITING_BYTES) as waiting:
+                        for sample in samples:
+                            time.sleep(compute_s)
+                            waiting.submit(
+                                lambda sample=sample, writer=writer: writer.append(sample, held_out=0), num_bytes=sample.num_bytes
+                            )
+                    writer.finish()
+                    store.publish(local, f"shard-{shard}")
+                    stalled += waiting.stalled_s
+            seconds = time.perf_counter() - began
+            return num_bytes / seconds, stalled / seconds
+
+        def buffered() -> float:
+            with mock.patch.object(sink, "open_direct", lambda path: os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC)):
+                return background()[0]
+
+        speed = alternate({"plain": plain, "async": buffered, "async direct": lambda: background()[0]})
+        compute_s = 1.3 * num_bytes / SHARDS / NUM_SAMPLES / speed["async direct"]
+        stalled = alternate({"share": lambda: background(compute_s)[1]})["share"]
+    ratios = {
+        "async/plain": speed["async"] / speed["plain"],
+        "async direct/plain": speed["async direct"] / speed["plain"],
+        "0.05/stalled": 0.05 / max(stalled, 1e-4),
+    }
+    return result("cache_write", ratios, GOALS, mb_per_s={name: rate / 1e6 for name, rate in speed.items()}, stalled=stalled)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
