@@ -67,8 +67,7 @@ class States(NamedTuple):
 
 
 class Stored(NamedTuple):
-    context_ratio: float  # raw bytes over stored ones
-    last_ratio: float
+    shrinkage: tuple[float, float]  # of the zstd frames of the context and the last state: stored bytes over all
     token_bytes: float  # of both and the ids, nothing trimmed
     fidelity: Fidelity
 
@@ -82,7 +81,7 @@ def main() -> dict[str, object]:
     console.print(errors_table(stored, hidden_size=states.context.shape[-1]))
     speeds = measure_speeds()
     console.print(speed_table(speeds))
-    terabytes = {name: {preset: project(found, width) for preset, width in WIDTHS.items()} for name, found in stored.items()}
+    terabytes = {name: {preset: project(CHOICES[name], found, width) for preset, width in WIDTHS.items()} for name, found in stored.items()}
     console.print(terabytes_table(terabytes))
     raw = stored["raw"].token_bytes
     ratios = {f"{name}: raw/stored on real states": raw / found.token_bytes for name, found in stored.items() if name != "raw"}
@@ -129,20 +128,22 @@ def measure_choice(choice: Choice, states: States) -> Stored:
     first, rest = slice(None, SCALE_TOKENS), slice(SCALE_TOKENS, SCALE_TOKENS + TOKENS)
     layered = {"context": states.context, "last_hidden": states.last[:, None]}
     codecs: tuple[tuple[Literal["context", "last_hidden"], CodecName], ...] = (("context", choice.context), ("last_hidden", choice.last))
-    decoded, token_bytes = [], []
+    decoded, token_bytes, shrinkage = [], [], []
     for tensor, name in codecs:
         values = layered[tensor]
         codec = build(name, values[first], tensor=tensor, compression=choice.compression)
-        made, size = [], 0
+        made, size, framed = [], 0, 0
         for sample in values[rest].split(SAMPLE_TOKENS):
             buffers = codec.compress(codec.quantize(sample))
             size += sum(buffer.size for buffer in buffers)
+            framed += sum(buffer.size for buffer, column in zip(buffers, codec.columns(), strict=True) if column.storage == "frame")
             made.append(codec.dequantize(codec.expand(buffers, len(sample))))
         decoded.append(torch.cat(made))
         token_bytes.append(size / len(values[rest]))
+        frames = sum(column.token_bytes for column in codec.columns() if column.storage == "frame")
+        shrinkage.append(framed / len(values[rest]) / frames if frames else 1.0)
     found = measure(states.context[rest], decoded[0], last=states.last[rest], decoded_last=decoded[1], logits=states.logits)
-    width = states.context.shape[-1]
-    return Stored(2 * LAYERS * width / token_bytes[0], 2 * width / token_bytes[1], sum(token_bytes) + IDS_BYTES + 1, found)
+    return Stored((shrinkage[0], shrinkage[1]), sum(token_bytes) + IDS_BYTES + 1, found)
 
 
 def build(name: CodecName, first: Tensor, *, tensor: Literal["context", "last_hidden"], compression: Compression) -> Codec:
@@ -189,9 +190,16 @@ def measure_speeds() -> dict[str, dict[str, float]]:
     return found
 
 
-def project(stored: Stored, width: int) -> float:
-    """Terabytes of a preset's cache, trimmed to the supervised tokens' last hidden states, at the ratios measured here."""
-    token_bytes = 2 * LAYERS * width / stored.context_ratio + KEPT_LAST * 2 * width / stored.last_ratio + IDS_BYTES
+def project(choice: Choice, stored: Stored, width: int) -> float:
+    """Terabytes of a preset's cache, trimmed to the supervised tokens' last hidden states; frames shrink as measured here."""
+    token_bytes = float(IDS_BYTES)
+    for name, layers, share, shrinkage in (
+        (choice.context, LAYERS, 1.0, stored.shrinkage[0]),
+        (choice.last, 1, KEPT_LAST, stored.shrinkage[1]),
+    ):
+        compression: Compression = "none" if name == "raw" else choice.compression
+        codec = make_codec(name, num_layers=layers, hidden_size=width, tensor="context", compression=compression)
+        token_bytes += share * sum(column.token_bytes * (shrinkage if column.storage == "frame" else 1) for column in codec.columns())
     return (token_bytes * NUM_TOKENS + SAMPLE_BYTES * NUM_SAMPLES) / 1e12
 
 

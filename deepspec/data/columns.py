@@ -80,8 +80,9 @@ class Codec(ABC):
         """
         states = self._rows(states)
         parts = tuple(states.new_empty(len(states), column.token_bytes, dtype=torch.uint8) for column in self.columns())
-        for rows in self._chunks(states):
-            self._encode(states[rows], [part[rows] for part in parts])
+        rows = self._chunk_rows(states.device)
+        for chunk, *stored in zip(states.split(rows), *(part.split(rows) for part in parts), strict=True):
+            self._encode(chunk, stored)
         return parts
 
     def compress(self, parts: Sequence[Tensor]) -> list[pa.Buffer]:
@@ -105,19 +106,17 @@ class Codec(ABC):
         """The states, bfloat16 [T, W], on the parts' device; into `out` (contiguous, of that shape) where given."""
         if out is None:
             out = torch.empty(len(parts[0]), self.width, dtype=torch.bfloat16, device=parts[0].device)
-        scratch: list[Tensor] = []
-        for rows in self._chunks(out):
-            chunk = out[rows]
-            scratch = scratch or [torch.empty_like(chunk, dtype=dtype) for dtype in self.scratch_dtypes]
-            self._decode([part[rows] for part in parts], chunk, [room[: len(chunk)] for room in scratch])
+        rows = self._chunk_rows(out.device)
+        scratch = [torch.empty_like(out[:rows], dtype=dtype) for dtype in self.scratch_dtypes]
+        for chunk, *stored in zip(out.split(rows), *(part.split(rows) for part in parts), strict=True):
+            self._decode(stored, chunk, [room[: len(chunk)] for room in scratch])
         return out
 
     def _rows(self, states: Tensor) -> Tensor:
         return states.to(torch.bfloat16).reshape(len(states), self.width).contiguous()
 
-    def _chunks(self, states: Tensor) -> list[slice]:
-        rows = max(1, (CHUNK_VALUES if states.device.type == "cpu" else DEVICE_CHUNK_VALUES) // self.width)
-        return [slice(start, start + rows) for start in range(0, len(states), rows)]
+    def _chunk_rows(self, device: torch.device) -> int:
+        return max(1, (CHUNK_VALUES if device.type == "cpu" else DEVICE_CHUNK_VALUES) // self.width)
 
     def _per_channel(self, device: torch.device) -> Tensor:
         """What the codec knows of each channel, [W], copied to the device once."""

@@ -128,6 +128,26 @@ def test_a_group_divides_the_hidden_size(hidden_size: int, groups: int):
     assert error(states, round_trip(codec, states), 0, 1, 2) < 0.01
 
 
+def test_fp8_never_writes_a_nan_where_the_scale_itself_is_rounded_coarsely():
+    """5.8e-38 / 448 is 1.4 of bfloat16's smallest step: stored as 1, which makes the value 627 scales."""
+    states = torch.full((1, 1, 2), 5.8e-38).bfloat16()
+    codes, _ = make("fp8", num_layers=1, hidden_size=2).quantize(states)
+    assert bool(torch.isfinite(codes.view(torch.float8_e4m3fn).float()).all())
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_the_codes_of_a_token_without_a_state_are_zeros(name: str, scale: Tensor):
+    for part in make(name, scale).quantize(torch.zeros(2, LAYERS, HIDDEN)):
+        assert not part.any()
+
+
+def test_a_channel_that_is_mostly_zero_has_the_scale_of_what_it_is_otherwise(states: Tensor):
+    sparse = states.float()
+    sparse[:, 0, 5] = 0
+    sparse[::50, 0, 5] = 300.0
+    assert float(channel_scale(sparse)[0, 5]) == pytest.approx(300 / 50**0.5)
+
+
 def test_the_scale_of_no_tokens_is_one_and_of_a_silent_channel_that_of_its_layer(states: Tensor):
     assert torch.equal(channel_scale(states[:0]), torch.ones(LAYERS, HIDDEN))
     silent = states.clone()
