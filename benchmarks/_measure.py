@@ -53,10 +53,11 @@ def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSamp
         return Stored(codec, codec.quantize(torch.randn(rows, codec.num_layers, codec.hidden_size, generator=generator).bfloat16()))
 
     ids, kept = torch.arange(num_tokens, dtype=torch.int32), int(spans[:, 1].sum())
+    supervised = torch.tensor(mask, dtype=torch.uint8)
     return [
-        HiddenSample(number, ids, torch.tensor(mask, dtype=torch.uint8), stored(layout.context, num_tokens), stored(layout.last_hidden, kept), spans)
+        HiddenSample(number, ids, supervised, stored(layout.context, num_tokens), stored(layout.last_hidden, kept), spans)
         for number in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def hidden_artifact(folder: Path) -> Artifact:

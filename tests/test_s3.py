@@ -195,7 +195,9 @@ Store(sys.argv[1], scratch=sys.argv[2]).publish(Path(sys.argv[3]), "shards/00000
 """
 
 
-def test_a_multipart_upload_killed_half_way_shows_nothing_and_gc_aborts_it(store: Store, radosgw: Radosgw, proxy: FaultyProxy, tmp_path: Path):
+def test_a_multipart_upload_killed_half_way_shows_nothing_and_gc_aborts_it(
+    store: Store, radosgw: Radosgw, proxy: FaultyProxy, tmp_path: Path
+):
     (tmp_path / "file").write_bytes(BIG)
     held = threading.Event()
 
@@ -225,7 +227,9 @@ def test_a_failed_multipart_upload_is_aborted(store: Store, radosgw: Radosgw, pr
     assert uploads_of(radosgw, store) == [] and store.names("") == []
 
 
-@pytest.mark.parametrize("fault", [answer(503, "SlowDown"), answer(500, "InternalError"), answer(429, "TooManyRequests"), flip_byte, lose_answer])
+@pytest.mark.parametrize(
+    "fault", [answer(503, "SlowDown"), answer(500, "InternalError"), answer(429, "TooManyRequests"), flip_byte, lose_answer]
+)
 def test_what_may_pass_is_tried_again_and_every_byte_checked_by_the_server(fault, store: Store, proxy: FaultyProxy, radosgw: Radosgw):
     proxy.fault = times(2, fault, when=is_put)
     store.write("small", b"small")
@@ -298,7 +302,9 @@ def refused(store: Store) -> str:
     return str(caught.value)
 
 
-def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secret(s3_url, store: Store, client, tmp_path, monkeypatch, caplog):
+def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secret(
+    s3_url, store: Store, client, tmp_path, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
     messages = [refused(Store("s3://no-such-bucket-here/x", scratch=str(tmp_path)))]
     assert "no such bucket" in messages[-1]

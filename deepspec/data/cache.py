@@ -2,15 +2,17 @@
 
 A shard is an Arrow IPC file that any Arrow reader opens. Reading for training never opens it that way: the index holds
 the offset and length of every sample's message, so a sample is one `preadv` locally and one ranged GET on S3, checked
-before it is decoded (damaged Arrow bytes decode to wrong numbers without a word).
+before it is decoded (damaged Arrow bytes decode to wrong numbers without a word). A local cache that memory can hold is
+mapped instead: its bytes are then copied once, from the page cache to the batch.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +30,7 @@ from deepspec.errors import ArtifactMismatch, DamagedData
 # Decoded tensors share memory that must not be written to; nothing here does.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 SCHEMA, SCALES = "schema.arrow", "scales.safetensors"
+MAPPED_SHARE = 0.5  # of the machine's memory: a larger cache would push its own pages out before they are used again
 MAX_OPEN_FILES = 128  # of 10,000 shards; a process may often hold no more than 1,024
 
 
@@ -49,7 +52,8 @@ class HiddenCache:
         self.index = map_index(artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum))
         self.files = ShardFiles(artifact.store.fetch(artifact.path(RECORDS), manifest.records.checksum))
         self._checked = np.zeros(len(self.index.shard), dtype=bool)  # samples that need no further look
-        self._open = lru_cache(MAX_OPEN_FILES)(_OpenFile)
+        self.mapped = artifact.store.is_local and manifest.totals["num_bytes"] < MAPPED_SHARE * physical_memory()
+        self._open = lru_cache(MAX_OPEN_FILES)(lambda shard: _OpenFile(artifact.store.path(artifact.path(self.files[shard]))))
         self._copies = DiskCache(artifact.store.scratch / "samples", round(cache_gb * 1e9)) if cache_gb else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,43 +63,44 @@ class HiddenCache:
         return len(self.index.shard)
 
     def __getitem__(self, number: int) -> HiddenSample:
-        return self.read(number, np.empty(int(self.index.num_bytes[number]), dtype=np.uint8))
+        return self.read(number, np.empty(self.room(number), dtype=np.uint8))
+
+    def room(self, number: int) -> int:
+        """Bytes of buffer that reading sample `number` takes: none where it is mapped, or a remote store's client has its own."""
+        return int(self.index.num_bytes[number]) if self.artifact.store.is_local and not self.mapped else 0
 
     def read(self, number: int, buffer: np.ndarray) -> HiddenSample:
-        """Sample `number`, its tensors sharing the memory of `buffer` (uint8, at least as long as the message) where it was read to.
+        """Sample `number`; its tensors may share the memory of `buffer` (uint8, at least `room(number)` long).
+
+        Compared with its checksum the first time that it is read here (`check_reads` may ask for every time).
 
         Raises:
             DamagedData: the bytes are not those that were committed; names shard and row.
         """
-        return self.layout.decode(self.message(number, buffer), self.schema)
-
-    def message(self, number: int, buffer: np.ndarray) -> memoryview:
-        """The bytes of sample `number`: in `buffer`, or wherever the remote store's client put them.
-
-        Compared with their checksum the first time that they are read here (`check_reads` may ask for every time).
-        """
         shard, offset, num_bytes = (int(column[number]) for column in (self.index.shard, self.index.offset, self.index.num_bytes))
-        file, checksum = self.files[shard], int(self.index.checksum[number])
+        checksum = int(self.index.checksum[number])
         if self.artifact.store.is_local:
-            message = buffer.data[:num_bytes]
-            whole = self._read_local(file, message, offset)
-            whole = whole and (self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
+            message = self._local(shard, offset, num_bytes, buffer)
+            whole = len(message) == num_bytes and bool(self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
             self._checked[number] = whole and self.check_reads == "first"
         else:
-            message, whole = self._remote(file, offset, num_bytes, checksum)
+            message, whole = self._remote(self.files[shard], offset, num_bytes, checksum)
         if not whole:
             fix = f"run `python -m deepspec verify` and then the stage 'hidden' again: it captures shard {shard} once more"
             what = f"row {int(self.index.row[number])} of shard {shard} is damaged"
-            raise DamagedData(what, where=f"{self.artifact.url}/{file}", fix=fix)
-        return message
+            raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
+        return self.layout.decode(message, self.schema)
 
-    def _read_local(self, file: str, message: memoryview, offset: int) -> bool:
-        """Whether the file had all the bytes of the message, which are then in it."""
+    def _local(self, shard: int, offset: int, num_bytes: int, buffer: np.ndarray) -> memoryview:
+        """The bytes of a message, as many as the file has of them."""
         try:
-            opened = self._open(self.artifact.store.path(self.artifact.path(file)))  # held here, or it might be closed before it is read
+            opened = self._open(shard)  # held here, or it might be closed before it is read
         except FileNotFoundError:
-            return False
-        return os.preadv(opened.fd, [message], offset) == len(message)
+            return memoryview(b"")
+        if self.mapped:
+            return opened.view[offset : offset + num_bytes]
+        room = buffer.data[:num_bytes]
+        return room[: os.preadv(opened.fd, [room], offset)]
 
     def _remote(self, file: str, offset: int, num_bytes: int, checksum: int) -> tuple[memoryview, bool]:
         """The bytes from the local copies if they are there and whole, else from the store; and whether they are whole."""
@@ -114,7 +119,7 @@ class HiddenCache:
         pool = BufferPool()
 
         def read(number: int) -> tuple[HiddenSample, np.ndarray]:
-            buffer = pool.take(int(self.index.num_bytes[number]) if self.artifact.store.is_local else 1)
+            buffer = pool.take(self.room(number))
             return self.read(number, buffer), buffer
 
         jobs = ((int(self.index.num_bytes[number]), partial(read, number)) for number in numbers)
@@ -129,6 +134,16 @@ class _OpenFile:
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY)
 
+    @cached_property
+    def view(self) -> memoryview:
+        """The mapped file; lives as long as anything that was decoded from it."""
+        return memoryview(mmap.mmap(self.fd, 0, prot=mmap.PROT_READ))
+
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

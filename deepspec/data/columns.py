@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +62,11 @@ class Codec(ABC):
     def width(self) -> int:
         return self.num_layers * self.hidden_size
 
+    @cached_property
+    def stored(self) -> tuple[Column, ...]:
+        """`columns()`, made once: readers ask for every sample."""
+        return self.columns()
+
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
         """What is stored, the main column first."""
@@ -95,7 +101,7 @@ class Codec(ABC):
     def expand(self, buffers: Sequence[pa.Buffer], num_tokens: int) -> tuple[Tensor, ...]:
         """The parts again, on the host; what is not in a frame shares the buffer's memory and must not be written to."""
         parts = []
-        for column, stored in zip(self.columns(), buffers, strict=True):
+        for column, stored in zip(self.stored, buffers, strict=True):
             num_bytes = num_tokens * column.token_bytes
             buffer = _zstd().decompress(stored, decompressed_size=num_bytes) if column.storage == "frame" else stored
             values: np.ndarray = np.frombuffer(buffer, np.uint8, count=num_bytes) if num_bytes else np.zeros(0, np.uint8)

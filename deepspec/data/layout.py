@@ -23,6 +23,7 @@ from deepspec.data.columns import Codec, Column
 from deepspec.errors import ArtifactMismatch
 
 FORMAT, VERSION = "deepspec.hidden", 1
+EMPTY = pa.py_buffer(b"")
 PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")  # columns beside the two captured tensors
 
 
@@ -128,29 +129,24 @@ class Layout:
         """The sample of one message, sharing its memory wherever the codec stores plain bytes."""
         buffers = column_buffers(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
         plain = {name: buffers.pop(name) for name in PLAIN}
-        input_ids, spans = _tensor(plain["input_ids"], np.int32), _tensor(plain["last_spans"], np.int32).view(-1, 2)
-        captured = {}
-        for name, codec, tokens in (
-            ("context", self.context, len(input_ids)),
-            ("last_hidden", self.last_hidden, int(spans[:, 1].sum())),
-        ):
-            captured[name] = Stored(codec, codec.expand([buffers[name + column.suffix] for column in codec.columns()], tokens))
-        sample_id = int(np.frombuffer(plain["sample_id"], np.uint64, 1)[0])
-        return HiddenSample(sample_id, input_ids, _tensor(plain["loss_mask"], np.uint8), **captured, last_spans=spans)
+        spans = np.frombuffer(plain["last_spans"], np.int32).reshape(-1, 2)
+        tokens, kept = plain["input_ids"].size // 4, int(spans[:, 1].sum())
+        return HiddenSample(
+            sample_id=int(np.frombuffer(plain["sample_id"], np.uint64, 1)[0]),
+            input_ids=_tensor(plain["input_ids"], np.int32),
+            loss_mask=_tensor(plain["loss_mask"], np.uint8),
+            context=_expanded(self.context, "context", buffers, tokens),
+            last_hidden=_expanded(self.last_hidden, "last_hidden", buffers, kept),
+            last_spans=torch.from_numpy(spans),
+        )
 
     def _captured(self, sample: HiddenSample) -> dict[str, Stored]:
         return {"context": sample.context, "last_hidden": sample.last_hidden}
 
 
 def column_buffers(batch: pa.RecordBatch) -> dict[str, pa.Buffer]:
-    """The value bytes of every column of a one-row batch."""
-    buffers = {}
-    for entry, column in zip(batch.schema, batch.columns, strict=True):
-        values = column.values if pa.types.is_large_list(entry.type) else column
-        width = 0 if pa.types.is_large_binary(entry.type) else values.type.bit_width // 8
-        raw = values.buffers()[-1] or pa.py_buffer(b"")
-        buffers[entry.name] = raw.slice(0, len(values) * width if width else int(np.frombuffer(values.buffers()[1], np.int64, 2)[1]))
-    return buffers
+    """The value bytes of every column of a one-row batch: the last of its buffers, whatever lists are around them."""
+    return {name: column.buffers()[-1] or EMPTY for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
 def column_checksums(batch: pa.RecordBatch) -> list[int]:
@@ -162,6 +158,10 @@ def _described(codec: Codec) -> dict[str, Any]:
     """What `make_codec` needs to make it again, the static scales apart."""
     sizes = {"num_layers": codec.num_layers, "hidden_size": codec.hidden_size}
     return {"name": codec.name, **sizes, "compression": codec.compression}
+
+
+def _expanded(codec: Codec, tensor: str, buffers: Mapping[str, pa.Buffer], num_tokens: int) -> Stored:
+    return Stored(codec, codec.expand([buffers[tensor + column.suffix] for column in codec.stored], num_tokens))
 
 
 def _tensor_of(column: str) -> str:

@@ -49,7 +49,7 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> np.ndarray:
-        size = max(SMALLEST_BUFFER, 1 << (num_bytes - 1).bit_length())
+        size = max(SMALLEST_BUFFER, 1 << max(0, num_bytes - 1).bit_length()) if num_bytes else 0
         with self._lock:
             if free := self._free[size]:
                 return free.pop()
