@@ -10,6 +10,9 @@ import json
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +21,7 @@ from deepspec.data import sink
 from deepspec.data.shard_writer import Background, ShardWriter
 from deepspec.store import Store
 
-NUM_SAMPLES, NUM_TOKENS, SHARDS = 10, 1000, 2  # 30.7 MB a sample, 0.6 GB a round
+NUM_SAMPLES, NUM_TOKENS, SHARDS = 5, 1000, 4  # 30 MB a sample, 0.6 GB a round
 WAITING_BYTES = 128_000_000
 GOALS = {"async/plain": 0.9, "async direct/plain": 1.3, "0.05/stalled": 1.0}
 
@@ -42,18 +45,17 @@ def main() -> dict[str, object]:
             return num_bytes / (time.perf_counter() - began)
 
         def background(compute_s: float = 0.0) -> tuple[float, float]:
-            """Bytes a second, and the share of the time that the computing side waited."""
+            """Bytes a second, and the share of the time that the computing side waited; a shard is published beside the next."""
             began, stalled = time.perf_counter(), 0.0
-            for shard in range(SHARDS):
-                with store.staged() as local, ShardWriter(local, layout, shard) as writer:
-                    with Background(WAITING_BYTES) as waiting:
+            with ExitStack() as staged, ThreadPoolExecutor(1) as committer:
+                for shard in range(SHARDS):
+                    local = staged.enter_context(store.staged())
+                    with ShardWriter(local, layout, shard) as writer, Background(WAITING_BYTES) as waiting:
                         for sample in samples:
                             time.sleep(compute_s)
-                            waiting.submit(
-                                lambda sample=sample, writer=writer: writer.append(sample, held_out=0), num_bytes=sample.num_bytes
-                            )
-                    writer.finish()
-                    store.publish(local, f"shard-{shard}")
+                            waiting.submit(partial(writer.append, sample, held_out=0), num_bytes=sample.num_bytes)
+                        waiting.submit(writer.finish, num_bytes=0)
+                    committer.submit(store.publish, local, f"shard-{shard}")
                     stalled += waiting.stalled_s
             seconds = time.perf_counter() - began
             return num_bytes / seconds, stalled / seconds
