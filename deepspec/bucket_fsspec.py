@@ -168,7 +168,8 @@ class S3fsBucket(FsspecBucket):
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, num_parts + 1)))
-            self.call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+            finish = lambda: self.call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})  # noqa: E731
+            retried(f"complete {key}", finish, self)
             whole = True
         finally:
             if not whole:
