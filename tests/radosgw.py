@@ -11,6 +11,7 @@ gone, however it ended, so none is left over. (PR_SET_PDEATHSIG would kill them 
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 import shutil
@@ -25,7 +26,7 @@ from types import TracebackType
 from typing import Self
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
-INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw ceph-common"
+INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw ceph-common"
 ACCESS_KEY, SECRET_KEY, REGION = "DEEPSPECTESTKEY00001", "deepspec-test-secret-of-forty-characters", "us-east-1"
 START_S = 60.0
 REAPER = 'while read -r pids; do last=$pids; done; [ -z "$last" ] || kill -9 $last'  # the last line is what runs now
@@ -125,6 +126,7 @@ class Radosgw:
             os.environ.clear()
             os.environ.update(before)
 
+    @functools.cached_property
     def client(self):
         """A plain botocore client, for what the code under test must not be trusted with."""
         from botocore.session import Session
@@ -135,7 +137,7 @@ class Radosgw:
     def new_bucket(self) -> str:
         """The name of a fresh, empty bucket."""
         name = f"test-{uuid.uuid4().hex[:12]}"
-        self.client().create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
 
     def kill(self) -> None:
