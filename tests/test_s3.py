@@ -215,12 +215,12 @@ Store(sys.argv[1], scratch=sys.argv[2]).publish(Path(sys.argv[3]), "shards/00000
 def test_a_multipart_upload_killed_half_way_shows_nothing_and_gc_aborts_it(
     store: Store, radosgw: Radosgw, proxy: FaultyProxy, tmp_path: Path
 ):
-    (tmp_path / "file").write_bytes(BIG)
+    (tmp_path / "file").write_bytes(BIG * 2)  # two parts of the size that the child knows
     held = threading.Event()
 
     def hold(request: Request, forward):
         held.set()
-        time.sleep(5)
+        time.sleep(3)
 
     proxy.fault = times(1, hold, when=is_part(2))
     arguments = [store.url, str(tmp_path / "scratch"), str(tmp_path / "file")]
@@ -430,7 +430,7 @@ def test_nothing_but_the_standard_chain_is_asked_for_keys(s3_url: str, client: s
 
 
 def test_many_small_objects_are_read_in_order(store: Store, client: str):
-    num = 150  # the same path as for ten thousand, which take a minute of this server
+    num = 100  # the same path as for ten thousand, which take a minute of this server
     names = [f"records/{number:05d}.json" for number in range(num)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: store.write(name, name.encode()), names))
