@@ -6,7 +6,6 @@ DEEPSPEC_EVENTS=1 a stage verb writes JSON events to stdout, one a line; that is
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from deepspec.config import RunConfig
 from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, DeepSpecError, ShardsFailed
@@ -24,12 +22,11 @@ from deepspec.events import Report, json_lines
 from deepspec.recipe import load_run, recipe_names, to_yaml
 from deepspec.stages import parse_shards
 from deepspec.terminal import TerminalReport
+from deepspec.verbs import Run, Sets, Shards, StoreUrl
+from deepspec.verbs import app as looking
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
-StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
-Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
+app.add_typer(looking)  # without a name of its own: its verbs stand beside these
 
 
 @app.command()
@@ -110,78 +107,6 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
 
 
 @app.command()
-def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Show per stage what is committed, missing, rejected or failed."""
-    from deepspec.stages import stage_status, stages_of
-
-    config = load_run(run, sets or (), store=store)
-    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", box=None)
-    found = [stage_status(config, stage) for stage in stages_of(config)]
-    for part in found:
-        state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
-        cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, f"{part.num_bytes / 1e6:.1f}")
-        table.add_row(part.stage, state, *map(str, cells))
-    Console().print(table)
-    for part in found:
-        typer.echo(f"{part.stage:9} {part.artifact_url}")
-        for shard, reason in part.failures.items():
-            typer.echo(f"{'':9} shard {shard} failed: {reason}")
-
-
-@app.command()
-def plan(  # noqa: PLR0913 - a command line's options are independent of each other, and each has a default
-    run: Run,
-    sets: Sets = None,
-    store: StoreUrl = None,
-    *,
-    sample: Annotated[int, typer.Option(metavar="N", min=1, help="prompts to read and tokenize")] = 256,
-    train_hours: Annotated[float | None, typer.Option(metavar="H", min=0.001, help="hours that training takes, if you know")] = None,
-    force: Annotated[bool, typer.Option("--force", help="exit with 0 even where it does not fit")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
-) -> None:
-    """Tell what a run will take (tokens, bytes, requests, hours, bandwidth) before it starts, and whether it fits."""
-    from deepspec.data.planning import plan_run, require_plan_fits
-    from deepspec.plan_view import show
-
-    found = plan_run(load_run(run, sets or (), store=store), num_rows=sample, train_hours=train_hours)
-    if as_json:
-        typer.echo(json.dumps(found.to_json()))
-    else:
-        show(found, is_terminal=sys.stdout.isatty())
-    if not force:
-        require_plan_fits(found)
-
-
-@app.command()
-def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
-    from deepspec.data.damage import locate_damage
-    from deepspec.verify import verify_stage
-
-    config = load_run(run, sets or (), store=store)
-    from deepspec.stages import stages_of
-
-    damaged = [
-        problem for stage in stages_of(config) for problem in verify_stage(config, stage, locate_damage if stage == "hidden" else None)
-    ]
-    for problem in damaged:
-        typer.echo(problem, err=True)
-    if damaged:
-        raise typer.Exit(EXIT_FAILED)
-    typer.echo("every committed byte is as it was written")
-
-
-@app.command()
-def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (result, draft, ...) or a run")], sets: Sets = None,
-            store: StoreUrl = None) -> None:  # fmt: skip
-    """Tell what an artifact was made from, back to its prompts, from the store alone."""
-    from deepspec.lineage import describe
-
-    for line in describe(folder, sets or (), store=store):
-        typer.echo(line)
-
-
-@app.command()
 def export(
     draft: Annotated[str, typer.Argument(metavar="DRAFT", help="a draft's folder, or the train artifact that holds it")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write, new or empty")],
@@ -212,10 +137,10 @@ def conformance(
 
 def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
     """The validated run, and where its events go; refuses a store that cannot be used before anything is loaded."""
-    from deepspec.store import Store
+    from deepspec.lineage import store_of
 
     config = load_run(run, sets or (), store=store)
-    Store(config.store).check_writable(config.resources.min_free_gb)
+    store_of(config).check_writable(config.resources.min_free_gb)
     return config, json_lines if _speaks_json() else TerminalReport().show
 
 

@@ -20,14 +20,18 @@ ResultT = TypeVar("ResultT")
 Client = Literal["obstore", "s3fs", "fsspec"]
 
 
+# One client for all stores of one URL: a new one costs half a second and its own connections. By process, because clients do
+# not survive a fork, and by what the environment says of keys and endpoints, because clients read that once.
+_clients: dict[tuple[object, ...], FsspecBucket | ObstoreBucket] = {}
+
+
 class Calls:
-    """Clients for `root` ("bucket/prefix"), made on first use and once per process: they do not survive a fork."""
+    """Requests to `root` ("bucket/prefix")."""
 
     def __init__(self, url: str, root: str) -> None:
         self.url, self.root = url, root
         self.is_s3 = url.startswith(("s3://", "s3a://"))
         self.patience_s: float | None = None  # None: as long as `retried` allows
-        self._buckets: dict[tuple[int, Client], FsspecBucket | ObstoreBucket] = {}
 
     @property
     def bucket(self) -> Bucket:
@@ -43,7 +47,7 @@ class Calls:
 
     def quick(self) -> Calls:
         """The same clients, giving up after `QUICK_S`: for checks before the work."""
-        other = copy.copy(self)  # shares the clients
+        other = copy.copy(self)
         other.patience_s = QUICK_S
         return other
 
@@ -73,14 +77,17 @@ class Calls:
         return retried(f"{op} {self.url}/{key}", lambda: call(bucket), bucket, within_s=self.patience_s)
 
     def _bucket(self, client: Client) -> FsspecBucket | ObstoreBucket:
-        found = self._buckets.get((os.getpid(), client))
+        settings = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        key = (os.getpid(), client, self.url, self.root, settings)
+        found = _clients.get(key)
         if found is None:
             makers: dict[Client, Callable[[], FsspecBucket | ObstoreBucket]] = {
-                "obstore": lambda: ObstoreBucket(self.root), "s3fs": lambda: S3fsBucket(self.root),
+                "obstore": lambda: ObstoreBucket(self.root),
+                "s3fs": lambda: S3fsBucket(self.root),
                 "fsspec": lambda: FsspecBucket(fsspec.core.url_to_fs(self.url)[0], self.root),
-            }  # fmt: skip
+            }
             # Two threads may both make one; no lock, because a fork may happen while another thread holds it.
-            found = self._buckets.setdefault((os.getpid(), client), makers[client]())
+            found = _clients.setdefault(key, makers[client]())
         return found
 
     def error(self, failure: Failure, key: str) -> Exception:

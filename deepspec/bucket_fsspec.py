@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,8 +26,11 @@ from deepspec.bucket import (
     retried,
     scrub,
 )
+from deepspec.errors import TransientError
 
+log = logging.getLogger(__name__)
 PARTS_AT_ONCE = 4
+ABORT_S = 20.0
 
 
 class FsspecBucket:
@@ -75,7 +80,7 @@ class FsspecBucket:
         return Listing(files, folders)
 
     def remove(self, key: str) -> None:
-        if self.fs.exists(self.path(key)):
+        if self.fs.isfile(self.path(key)):
             self.fs.rm_file(self.path(key))
 
     def put(self, key: str, data: bytes) -> None:
@@ -155,7 +160,8 @@ class S3fsBucket(FsspecBucket):
     def upload(self, local: Path, key: str) -> None:
         size = part_bytes(local.stat().st_size)
         num_parts = max(1, -(-local.stat().st_size // size))
-        upload_id = str(self.call("create_multipart_upload", key)["UploadId"])
+        owner = uuid.uuid4().hex
+        upload_id = str(self.call("create_multipart_upload", key, Metadata={OWNER: owner})["UploadId"])
 
         def send(number: int) -> dict[str, Any]:
             with local.open("rb") as file:
@@ -168,11 +174,35 @@ class S3fsBucket(FsspecBucket):
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, num_parts + 1)))
-            self.call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+            self._complete(Upload(key, upload_id, 0.0), parts, owner)
             whole = True
         finally:
             if not whole:
-                self.abort(Upload(key, upload_id, 0.0))
+                self._abort_or_leave(Upload(key, upload_id, 0.0))
+
+    def _complete(self, upload: Upload, parts: list[dict[str, Any]], owner: str) -> None:
+        """Make one object of the parts.
+
+        If the answer is lost it is looked for, not asked for again: a gateway that died in the middle keeps the upload locked.
+        """
+        try:
+            self.call("complete_multipart_upload", upload.key, UploadId=upload.upload_id, MultipartUpload={"Parts": parts})
+        except self.errors as error:
+            if self.problem(error).kind != "transient" or not self._is_there(upload.key, owner):
+                raise
+
+    def _is_there(self, key: str, owner: str) -> bool:
+        try:
+            return retried(f"head {key}", lambda: self.head(key), self).owner == owner
+        except Failure:
+            return False
+
+    def _abort_or_leave(self, upload: Upload) -> None:
+        """A server that cannot even abort now must not hide why the upload failed; `gc` finds what is left."""
+        try:
+            self.abort(upload)
+        except (Failure, TransientError) as error:
+            log.warning("op=abort key=%s left=yes reason=%s", upload.key, error)
 
     def uploads(self) -> list[Upload]:
         found: list[Upload] = []
@@ -187,8 +217,9 @@ class S3fsBucket(FsspecBucket):
             marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def abort(self, upload: Upload) -> None:
+        abort = lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id)  # noqa: E731
         try:
-            retried(f"abort {upload.key}", lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id), self)
+            retried(f"abort {upload.key}", abort, self, within_s=ABORT_S)
         except Failure as failure:
             if failure.problem.kind != "missing":
                 raise

@@ -7,6 +7,7 @@ files were listed, so that a file whose record is written in between counts as n
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from deepspec.store import Entry, Store, Upload
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 24 * 3600.0
 DATA_FOLDERS = ("shards", "rows")
@@ -58,14 +61,19 @@ def _unnamed(store: Store, now: float) -> Iterator[Orphan]:
         for artifact in store.names(stage) if stage not in NOT_STAGES else ():
             folder = f"{stage}/{artifact}"
             files = [(f"{part}/{entry.name}", entry) for part in DATA_FOLDERS for entry in store.entries(f"{folder}/{part}")]
-            named = _named(store, folder) if files else set()
-            yield from (_orphan("shard", f"{folder}/{name}", entry, now) for name, entry in files if name not in named)
+            named = _named(store, folder) if files else None
+            if named is not None:
+                yield from (_orphan("shard", f"{folder}/{name}", entry, now) for name, entry in files if name not in named)
 
 
-def _named(store: Store, folder: str) -> set[str]:
-    """The files that the artifact's records stand for, each shard's rows among them."""
+def _named(store: Store, folder: str) -> set[str] | None:
+    """The files that the artifact's records stand for, each shard's rows among them; None if a record cannot be read."""
     names = [f"{folder}/records/{name}" for name in store.names(f"{folder}/records") if name.endswith(".json")]
-    files = {str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None}
+    try:
+        files = {str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None}
+    except (ValueError, KeyError, TypeError):
+        log.warning("artifact=%s has a record that cannot be read: nothing of it is taken away before `verify` went over it", folder)
+        return None
     return files | {f"rows/{PurePosixPath(file).name}" for file in files}
 
 

@@ -36,8 +36,12 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def artifact_of(config: RunConfig, stage: str) -> Artifact:
-    resources = config.resources
-    return Artifact(Store(config.store, scratch=resources.scratch, uploads=resources.uploads), artifact_key(config, stage))
+    return Artifact(store_of(config), artifact_key(config, stage))
+
+
+def store_of(config: RunConfig) -> Store:
+    """The run's store, used as its resources say."""
+    return Store(config.store, scratch=config.resources.scratch, uploads=config.resources.uploads)
 
 
 def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:

@@ -182,8 +182,8 @@ def room(num_bytes: float, store: Store, *, min_free_gb: float) -> Fit:
         StoreError: nothing can be written there.
     """
     store.check_writable()
-    free = store.free_bytes()
-    return Fit(num_bytes, None if math.isinf(free) else free, min_free_gb * 1e9)
+    free = store.free_bytes() if store.is_local else None  # a bucket has no end; its spool disk holds a few shards at a time
+    return Fit(num_bytes, free, min_free_gb * 1e9)
 
 
 def require_fit(fit: Fit, *, where: str, fix: str) -> None:

@@ -20,7 +20,7 @@ from deepspec.errors import DamagedData
 
 log = logging.getLogger(__name__)
 
-SINGLE_PUT_BYTES = 2 * PART_BYTES
+SINGLE_PUT_BYTES = PART_BYTES
 READERS, BLOCKS_AHEAD = 16, 4
 Uploads = Literal["read_back", "size_only"]
 

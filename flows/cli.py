@@ -16,8 +16,8 @@ import typer
 
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.launch import Request
+from deepspec.lineage import store_of
 from deepspec.stages import results, stages_of
-from deepspec.store import Store
 from flows.request import open_run
 from flows.server import PrivateServer, start_private_server
 
@@ -47,7 +47,7 @@ def run_flow(flow_name: str, run: str, sets: list[str], store: str | None) -> No
     """Run the flow, then print its tables and, as the last line, its summary as JSON."""
     started = time.monotonic()
     config = open_run(Request(run, tuple(sets), store))
-    server = start_private_server(Store(config.store))
+    server = start_private_server(store_of(config))
     from flows.display import show_summary, shown_on_terminal, summary_line
 
     module = importlib.import_module(f"flows.{flow_name}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from deepspec.config import RunConfig
 from deepspec.launch import Request
-from deepspec.lineage import artifact_of
+from deepspec.lineage import artifact_of, store_of
 from deepspec.recipe import load_run
 from deepspec.stages import stages_of
-from deepspec.store import Store
 
 
 def open_run(request: Request) -> RunConfig:
@@ -17,7 +16,7 @@ def open_run(request: Request) -> RunConfig:
         UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
     """
     config = load_run(request.source, request.overrides, store=request.store)
-    Store(config.store).check_writable(config.resources.min_free_gb)
+    store_of(config).check_writable(config.resources.min_free_gb)
     for stage in stages_of(config):
         artifact_of(config, stage)  # its name covers every input file, so each must be there
     return config

@@ -17,7 +17,7 @@ FLOORS = {
     "model": 3, "target": 3, "generate": 3,
     "data": 4,
     "train": 5, "eval": 5, "demo": 5,
-    "__main__": 6,
+    "__main__": 6, "verbs": 6,
 }  # fmt: skip
 LIGHT = {name for name, floor in FLOORS.items() if floor <= 2}
 FILES = sorted([*(ROOT / "deepspec").rglob("*.py"), *(ROOT / "flows").rglob("*.py")])

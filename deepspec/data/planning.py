@@ -10,9 +10,8 @@ from deepspec.data.lengths import sample_workload
 from deepspec.data.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.errors import ArtifactMismatch
 from deepspec.forecast import Facts, Plan, compute_plan
-from deepspec.lineage import artifact_of
+from deepspec.lineage import artifact_of, store_of
 from deepspec.plan import Fit, Shape, bytes_by_codec, hidden_bytes, hidden_settings, histogram, human_bytes, require_fit, room
-from deepspec.store import Store
 from deepspec.target import check_settings, read_text_config
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
     check_settings(config.target, text)
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
     num_parameters = draft_parameters(config, text)
-    store = Store(config.store)
+    store = store_of(config)
     store.check_writable()
     work = sample_workload(config, load_chat(config), num_rows=num_rows)
     median = histogram([size.tokens for size in work.sizes]).p50
@@ -73,7 +72,7 @@ def check_cache_fits(config: RunConfig, chat: Chat, *, num_rows: int = 64) -> No
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
     counts = sample_workload(config, chat, num_rows=num_rows).counts
     needed = missing * hidden_bytes(counts, hidden_settings(config.hidden), shape)
-    fit = room(needed, Store(config.store), min_free_gb=config.resources.min_free_gb)
+    fit = room(needed, store_of(config), min_free_gb=config.resources.min_free_gb)
     sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)
     advice = fit_advice(fit, {name: missing * size for name, size in sizes.items()})
     if config.resources.check_space == "refuse":

@@ -1,0 +1,115 @@
+"""The verbs that look at what is there, or will be, rather than add to it: status, plan, verify, gc, lineage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deepspec.errors import EXIT_FAILED
+from deepspec.recipe import load_run
+
+app = typer.Typer()
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
+StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
+Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
+
+
+@app.command()
+def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Show per stage what is committed, missing, rejected or failed."""
+    from deepspec.stages import stage_status, stages_of
+
+    config = load_run(run, sets or (), store=store)
+    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", box=None)
+    found = [stage_status(config, stage) for stage in stages_of(config)]
+    for part in found:
+        state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
+        cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, f"{part.num_bytes / 1e6:.1f}")
+        table.add_row(part.stage, state, *map(str, cells))
+    Console().print(table)
+    for part in found:
+        typer.echo(f"{part.stage:9} {part.artifact_url}")
+        for shard, reason in part.failures.items():
+            typer.echo(f"{'':9} shard {shard} failed: {reason}")
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - a command line's options are independent of each other, and each has a default
+    run: Run,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="prompts to read and tokenize")] = 256,
+    train_hours: Annotated[float | None, typer.Option(metavar="H", min=0.001, help="hours that training takes, if you know")] = None,
+    force: Annotated[bool, typer.Option("--force", help="exit with 0 even where it does not fit")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
+) -> None:
+    """Tell what a run will take (tokens, bytes, requests, hours, bandwidth) before it starts, and whether it fits."""
+    from deepspec.data.planning import plan_run, require_plan_fits
+    from deepspec.plan_view import show
+
+    found = plan_run(load_run(run, sets or (), store=store), num_rows=sample, train_hours=train_hours)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        show(found, is_terminal=sys.stdout.isatty())
+    if not force:
+        require_plan_fits(found)
+
+
+@app.command()
+def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
+    from deepspec.data.damage import locate_damage
+    from deepspec.stages import stages_of
+    from deepspec.verify import verify_stage
+
+    config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
+    damaged = [problem for stage in stages_of(config) for problem in verify_stage(config, stage, locate.get(stage))]
+    for problem in damaged:
+        typer.echo(problem, err=True)
+    if damaged:
+        raise typer.Exit(EXIT_FAILED)
+    typer.echo("every committed byte is as it was written")
+
+
+@app.command()
+def gc(
+    run: Run,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    grace_hours: Annotated[float, typer.Option(metavar="H", min=0, help="leave alone what is younger")] = 24.0,
+    remove: Annotated[bool, typer.Option("--remove", help="take it away; without this it is only listed")] = False,
+) -> None:
+    """Find what killed or racing workers left in the run's store: unnamed files, unfinished uploads, quarantined shards."""
+    from deepspec import gc as collector
+    from deepspec.lineage import store_of
+    from deepspec.plan import human_bytes
+
+    place = store_of(load_run(run, sets or (), store=store))
+    place.check_writable()
+    found = collector.orphans(place, grace_s=3600 * grace_hours)
+    for orphan in found:
+        typer.echo(f"{orphan.kind:10} {human_bytes(orphan.num_bytes):>8}  {orphan.age_s / 3600:7.1f} h  {orphan.path}")
+    if remove:
+        typer.echo(f"removed {len(found)}: {human_bytes(collector.remove(place, found))} are free again")
+    else:
+        typer.echo(f"{len(found)} found; `--remove` takes them away" if found else "nothing was left behind")
+
+
+@app.command()
+def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (result, draft, ...) or a run")], sets: Sets = None,
+            store: StoreUrl = None) -> None:  # fmt: skip
+    """Tell what an artifact was made from, back to its prompts, from the store alone."""
+    from deepspec.lineage import describe
+
+    for line in describe(folder, sets or (), store=store):
+        typer.echo(line)
