@@ -27,6 +27,7 @@ from deepspec.records import (
     FileEntry,
     Manifest,
     Record,
+    difference,
     index_file,
     read_records_table,
     records_table,
@@ -63,7 +64,7 @@ class Artifact:
         for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
             found, wanted = getattr(info, field), getattr(self.key, field)
             if found != wanted:
-                what = f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
+                what = f"the artifact's {field} is not that of this run ({difference(found, wanted)})"
                 raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix="use another store, or remove that folder")
 
     def info(self) -> ArtifactInfo | None:
@@ -159,6 +160,19 @@ class Artifact:
             raise DamagedData(f"shard {record.shard} is damaged ({record.file})", where=self.url, fix=fix)
         return local
 
+    def fetch_folder(self, name: str) -> Path:
+        """A local folder with the sealed files under `name/`, called as they are there (a fetched file has its version in its name)."""
+        manifest = self.manifest()
+        if self.store.is_local or manifest is None:
+            return Path(self.store.root) / self.path(name)
+        folder = self.store.scratch / "folders" / manifest.digest
+        for file, entry in manifest.files.items():
+            if file.startswith(f"{name}/"):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):
+                    (folder / file).hardlink_to(self.store.fetch(self.path(file), entry.checksum))
+        return folder / name
+
     def put_rejects(self, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that failed for good, each with its `reason`; written before the shard's record."""
         lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
@@ -229,10 +243,3 @@ class Artifact:
 
 def _entry(local: Path) -> FileEntry:
     return FileEntry(num_bytes=local.stat().st_size, checksum=file_checksum(local))
-
-
-def _difference(found: object, wanted: object) -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-        return ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
-    return f"{found!r} there, {wanted!r} here"

@@ -147,3 +147,11 @@ class Counts(NamedTuple):
 
 def index_file(record: Record) -> str:
     return f"rows/{PurePosixPath(record.file).name}"
+
+
+def difference(found: object, wanted: object) -> str:
+    """What is not the same about two values of an artifact's identity, in words."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        return ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+    return f"{found!r} there, {wanted!r} here"

@@ -86,11 +86,7 @@ def load_chat(config: RunConfig) -> Chat:
 def target_folder(config: RunConfig) -> Path | None:
     """The local folder of the target, or None where it is a name on the hub."""
     if config.demo:
-        demo = artifact_of(config, "demo")
-        manifest = demo.manifest()
-        for name in manifest.files if manifest else ():
-            demo.store.fetch(demo.path(name))
-        return demo.store.fetch(demo.path("target"))
+        return artifact_of(config, "demo").fetch_folder("target")
     folder = Path(config.target.model)
     return folder if folder.is_dir() else None
 

@@ -87,10 +87,7 @@ def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
         ArtifactMismatch: the draft was made for a target of another shape; found before any weight is read.
     """
     chat, dtype = load_chat(config), config.evaluate.dtype or config.target.dtype
-    manifest = draft_artifact.manifest()
-    for name in manifest.files if manifest else ():
-        draft_artifact.store.fetch(draft_artifact.path(name))
-    folder, of_target = draft_artifact.store.fetch(draft_artifact.path("draft")), target_folder(config)
+    folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(config)
     check_pair(read_spec(folder), read_text_config(config.target, folder=of_target), layer_ids=config.target.layer_ids)
     target = load_target(config.target, folder=of_target, device=config.resources.device, dtype=dtype)
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
