@@ -71,6 +71,7 @@ def build(artifact: Artifact) -> float:
             out.write_table(table)
         data = bytes(sink.getvalue())
         record = Record(
+            artifact=artifact.key.fingerprint,
             shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=size, checksum=checksum, rows=ROWS, tokens=16 * ROWS,
             index_checksum=xxhash.xxh3_128_hexdigest(data),
         ).with_digest()  # fmt: skip

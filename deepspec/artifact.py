@@ -59,8 +59,10 @@ class Artifact:
         info = self.info()
         if info is None:
             fields = {**self.key._asdict(), "code_version": __version__, "run": dict(run)}
-            self.store.write(self.path("artifact.json"), pretty_json(ArtifactInfo.model_validate(fields).model_dump(mode="json")))
-            return
+            data = pretty_json(ArtifactInfo.model_validate(fields).model_dump(mode="json"))
+            if self.store.write_new(self.path("artifact.json"), data):
+                return
+            info = ArtifactInfo.model_validate_json(self.store.read(self.path("artifact.json")))  # another worker was first
         for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
             found, wanted = getattr(info, field), getattr(self.key, field)
             if found != wanted:
@@ -80,9 +82,9 @@ class Artifact:
         """
         checksum = counts.checksum or file_checksum(local)
         record = Record(
-            shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=local.stat().st_size, checksum=checksum,
-            rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra),
-            index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
+            artifact=self.key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", checksum=checksum,
+            num_bytes=local.stat().st_size, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream,
+            counts=dict(counts.extra), index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
             host=socket.gethostname(), seconds=round(seconds, 3),
         ).with_digest()  # fmt: skip
         existing = self.record(shard)
@@ -140,11 +142,12 @@ class Artifact:
         return read_records_table(data) if data is not None and whole else {}
 
     def read_records(self, shards: Sequence[int]) -> dict[int, Record]:
-        """The records of these shards from their own files, those that are there and whole."""
+        """The records of these shards from their own files, those that are there, whole, and of this artifact."""
         found = {}
         for shard, data in zip(shards, self.store.read_many([self.path(f"records/{shard:05d}.json") for shard in shards]), strict=True):
             with suppress(ValidationError):
-                if data is not None and (record := Record.model_validate_json(data)).shard == shard:
+                record = Record.model_validate_json(data or b"")
+                if (record.artifact, record.shard) == (self.key.fingerprint, shard):
                     found[shard] = record
         return found
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from deepspec.store import canonical_json
 
@@ -55,11 +55,22 @@ class ArtifactInfo(Stored):
     """The whole run's configuration as first given; information, not part of the comparison."""
 
 
-class Record(Stored):
-    """One committed shard. `upstream` is the checksum of the shard it was made from."""
+def inside(name: str) -> str:
+    """The name of a file, refused where it leads out of its artifact."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} leads outside the artifact")
+    return name
 
+
+InsideName = Annotated[str, AfterValidator(inside)]
+
+
+class Record(Stored):
+    """One committed shard of the artifact with this fingerprint. `upstream` is the checksum of the shard it was made from."""
+
+    artifact: str
     shard: int
-    file: str
+    file: InsideName
     num_bytes: int
     checksum: str
     rows: int
@@ -128,7 +139,7 @@ class Manifest(Stored):
     fingerprint: str
     records: FileEntry
     """`records.arrow`; its checksum covers who made a shard and when as well, so it is not part of the digest."""
-    files: dict[str, FileEntry]
+    files: dict[InsideName, FileEntry]
     inputs: dict[str, str]
     totals: dict[str, int]
     digest: str = ""

@@ -144,12 +144,31 @@ def test_an_artifact_of_another_format_version_is_refused_by_name(tmp_path: Path
         Artifact(Store(str(tmp_path)), KEY._replace(format=2)).create({})
 
 
-def test_a_record_that_names_a_file_outside_the_artifact_is_refused(tmp_path: Path):
+def test_a_record_of_another_artifact_counts_as_missing(tmp_path: Path):
+    """Copied over by hand, say: what it names was made by another recipe."""
+    other = Artifact(Store(str(tmp_path)), KEY._replace(fingerprint="ba9876543210"))
+    other.create({})
+    commit(other, 0, b"theirs")
     artifact = make_artifact(tmp_path)
-    record = commit(artifact, 0, b"zero").model_copy(update={"file": "../../secret"}).with_digest()
+    artifact.store.write(artifact.path("records/00000.json"), other.store.read(other.path("records/00000.json")))
+    assert artifact.records() == {}
+    assert commit(artifact, 0, b"ours") == artifact.records()[0]
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
+def test_a_record_that_names_a_file_outside_the_artifact_counts_as_missing(artifact: Artifact, name: str):
+    record = commit(artifact, 0, b"zero").model_copy(update={"file": name}).with_digest()
     artifact.store.write(artifact.path("records/00000.json"), record.model_dump_json().encode())
-    with pytest.raises(DamagedData, match="outside the store"):
-        artifact.fetch_shard(artifact.records()[0])
+    assert artifact.records() == {}
+
+
+def test_a_manifest_with_a_path_outside_the_artifact_is_refused(artifact: Artifact):
+    commit(artifact, 0, b"zero")
+    manifest = artifact.seal(shards=range(1), inputs={}).model_dump(mode="json")
+    manifest["files"]["../../secret"] = {"num_bytes": 1, "checksum": "0"}
+    artifact.store.write(artifact.path("manifest.json"), json.dumps(manifest).encode())
+    with pytest.raises(DamagedData, match=r"not what it should be"):
+        artifact.manifest()
 
 
 RACER = textwrap.dedent(

@@ -23,7 +23,7 @@ KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())
 
 
 def works(count: int) -> list[Work]:
-    return [Work(shard, Record(shard=shard, file="x", num_bytes=0, checksum=f"up{shard}", rows=1)) for shard in range(count)]
+    return [Work(shard, Record(artifact="up", shard=shard, file="x", num_bytes=0, checksum=f"up{shard}", rows=1)) for shard in range(count)]
 
 
 def make(work: Work, local: Path) -> Counts:

@@ -66,7 +66,7 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
             torch.set_num_threads(config.resources.evaluate_threads)
         models = load_models(config, draft_artifact)
         warm_up(models, units[missing[0]], config)
-        made_from = Record(shard=0, file="", num_bytes=0, checksum=digest, rows=0)
+        made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
 
         def make(work: Work, local: Path) -> Counts:
             rows = evaluate_unit(models, units[work.shard], config)

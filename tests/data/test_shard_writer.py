@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import xxhash
 
 from deepspec.data import sink as sinks
+from deepspec.data.codec import make_codec
 from deepspec.data.index import read_rows
+from deepspec.data.layout import HiddenSample, Layout, Stored
 from deepspec.data.shard_writer import MAGIC_BYTES, Background
 from deepspec.data.sink import HashingSink
 from deepspec.store import file_checksum
@@ -133,3 +136,26 @@ def test_an_error_in_the_background_ends_the_block_and_later_jobs_do_not_run():
         background.submit(broken, num_bytes=10)
         background.submit(lambda: done.append(1), num_bytes=10)
     assert done == []
+
+
+@pytest.mark.slow
+def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
+    """Trap C7: 32-bit offsets would end at 2 GiB."""
+    layout = Layout(
+        make_codec("raw", tensor="context", num_layers=8, hidden_size=4096),
+        make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=8),
+    )
+    tokens = 2**31 // (2 * layout.context.width) + 5
+    context = torch.zeros(tokens, 2 * layout.context.width, dtype=torch.uint8)
+    context[-1] = torch.arange(context.shape[1], dtype=torch.int64).to(torch.uint8)
+    nothing = torch.zeros(0, 16, dtype=torch.uint8)
+    ids, spans = torch.arange(tokens, dtype=torch.int32), torch.zeros(0, 2, dtype=torch.int32)
+    sample = HiddenSample(1, ids, ids.to(torch.uint8), Stored(layout.context, (context,)), Stored(layout.last_hidden, (nothing,)), spans)
+    path = tmp_path / "large.arrow"
+    row = read_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
+    with pa.memory_map(str(path)) as source:
+        found = layout.decode(source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema())
+        assert found.context.parts[0].shape == context.shape
+        assert torch.equal(found.context.parts[0][-1], context[-1])
+        assert pa.ipc.open_file(source).get_batch(0).column("context").values.type.byte_width == context.shape[1]
+    path.unlink()
