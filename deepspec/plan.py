@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from deepspec.bucket import part_bytes
 from deepspec.config import HiddenConfig
 from deepspec.errors import StoreError
 from deepspec.store import Store
@@ -22,7 +23,6 @@ LOSSLESS_RATIO = 1.45  # bfloat16 split in byte planes, the high one compressed
 ZSTD_FACTOR: dict[Codec, float] = {"raw": 1.0, "lossless": 1.0, "int8": 0.945, "fp8": 0.86}  # of codes; the others have none
 TOKEN_BYTES = 4 + 1  # its id, and whether it is supervised
 SAMPLE_BYTES = 720 + 60  # the Arrow message's frame, and the row in the index
-PART_BYTES = 64 * 2**20  # of a multipart upload
 MAX_SHARD_BYTES, MIN_SHARD_BYTES, GOOD_SHARD_BYTES = 4.5e9, 64e6, 2e9
 HISTOGRAM_BINS = 32
 
@@ -143,7 +143,7 @@ def relative_error(values: Sequence[float]) -> float:
 
 def puts_per_file(num_bytes: float) -> int:
     """Requests that upload one file: one, or its parts with the calls that open and complete them."""
-    parts = math.ceil(num_bytes / PART_BYTES)
+    parts = math.ceil(num_bytes / part_bytes(math.ceil(num_bytes)))
     return 1 if parts <= 1 else parts + 2
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.bucket import PART_BYTES
 from deepspec.errors import StoreError
 from deepspec.plan import (
     CODECS,
@@ -100,8 +101,8 @@ def test_the_error_of_a_sample_shrinks_with_its_root():
 def test_requests_by_hand():
     """Ten shards of three parts: (3 + create + complete) + rows + record each; once: one small file and five more."""
     assert puts_per_file(1000) == 1
-    assert puts_per_file(130 * 2**20) == 3 + 2
-    assert put_requests(10, shard_bytes=130 * 2**20, frozen_bytes=1000) == 10 * (5 + 2) + 1 + 5
+    assert puts_per_file(2 * PART_BYTES + 1) == 3 + 2
+    assert put_requests(10, shard_bytes=2 * PART_BYTES + 1, frozen_bytes=1000) == 10 * (5 + 2) + 1 + 5
 
 
 def test_flops_of_training_by_hand():
