@@ -173,7 +173,9 @@ def size_part(config: RunConfig, facts: Facts) -> SizePart:
         missing_bytes=Number(facts.missing * num_bytes + (frozen if facts.missing else 0), f"{1 - facts.missing:.0%} is committed"),
         shards=Number(num_shards, f"shard_rows {config.prompts.shard_rows}"),
         shard_bytes=Number(shard_bytes, origin),
-        puts=Number(put_requests(num_shards, shard_bytes=shard_bytes, frozen_bytes=frozen), f"parts of {part_bytes(int(shard_bytes)) >> 20} MiB"),
+        puts=Number(
+            put_requests(num_shards, shard_bytes=shard_bytes, frozen_bytes=frozen), f"parts of {part_bytes(int(shard_bytes)) >> 20} MiB"
+        ),
         gets_per_pass=Number(round(counts.samples * (1 - config.prompts.held_out)), "one a training sample"),
     )
 

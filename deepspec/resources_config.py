@@ -49,8 +49,12 @@ class ResourcesConfig(Section):
     """Local folder on a fast disk for uploads on their way and fetched copies; null is ~/.cache/deepspec."""
     uploads: Literal["read_back", "size_only"] = "read_back"
     """How an upload is checked: read back whole and hashed, or its length alone (where reading costs money)."""
+    writes: Literal["direct", "buffered"] = "direct"
+    """Whether shards are written past the page cache; `benchmarks/cache_write.py` tells which is faster on a disk."""
     write_buffer_mb: PositiveInt = 512
     """Hidden states (MB) that may wait to be written; the target waits when there are more."""
+    encode_threads: PositiveInt = 2
+    """Threads that encode captured samples; lossless takes a second of one for half a gigabyte."""
     check_every: PositiveInt = 64
     """Every n-th sample is captured a second time by itself and compared, before its shard is committed."""
     fidelity: FidelityConfig = FidelityConfig()

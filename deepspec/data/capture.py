@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from deepspec.data.index import INDEX, write_index
 from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
 from deepspec.data.planning import check_cache_fits
 from deepspec.data.rows import CaptureRow, capture_rows, token_batches
-from deepspec.data.shard_writer import Background, ShardWriter
+from deepspec.data.shard_writer import Background, Encoded, ShardWriter
 from deepspec.data.state_checks import StateChecks, kept_positions
 from deepspec.data.tables import read_table
 from deepspec.events import Report, silent
@@ -66,12 +68,14 @@ class Capture:
         answers = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
         rows, left_out = capture_rows(answers, self.chat, self.config.hidden)
         checks = StateChecks(self.target, resources)
-        with ShardWriter(local, self.layout, work.shard) as writer:
-            with Background(resources.write_buffer_mb * 1_000_000) as background:
+        with ShardWriter(local, self.layout, work.shard, writes=resources.writes) as writer:
+            # Several samples are encoded at a time, and written in their order; the bytes that wait at either place are counted.
+            with ThreadPoolExecutor(resources.encode_threads) as encoders, Background(resources.write_buffer_mb * 1_000_000) as background:
                 for row, states in self.states(rows):
                     sample = self.sample(row, states)
                     checks.look(row, states, sample)
-                    background.submit(self.writing(writer, sample, held_out=row.held_out), num_bytes=sample.num_bytes)
+                    encoded = encoders.submit(self.encoding(writer, sample, held_out=row.held_out))
+                    background.submit(partial(_write, writer, encoded), num_bytes=sample.num_bytes)
             written = writer.finish()
         checks.settle()
         self.stage.artifact.put_rejects(work.shard, left_out)
@@ -82,15 +86,15 @@ class Capture:
             index_rows=written.index_rows,
         )  # fmt: skip
 
-    def writing(self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool) -> Callable[[], None]:
-        """The job that brings a sample to the host and writes it."""
+    def encoding(self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool) -> Callable[[], Encoded]:
+        """The job that brings a sample to the host and encodes it."""
         ready = self.host.ready()
 
-        def write() -> None:
+        def encode() -> Encoded:
             context, last_hidden = (self.host.bring(stored, ready) for stored in (sample.context, sample.last_hidden))
-            writer.append(sample._replace(context=context, last_hidden=last_hidden), held_out=int(held_out))
+            return writer.encode(sample._replace(context=context, last_hidden=last_hidden), held_out=int(held_out))
 
-        return write
+        return encode
 
     def states(self, rows: Sequence[CaptureRow]) -> Iterator[tuple[CaptureRow, TargetOutput]]:
         """Each row with its own states, [T, m * D] and [T, D]: packed where the attention kernel can, else in padded batches."""
@@ -116,6 +120,10 @@ class Capture:
             last_hidden=Stored(last_hidden, last_hidden.quantize(last.bfloat16()[:, None])),
             last_spans=spans,
         )
+
+
+def _write(writer: ShardWriter, encoded: Future[Encoded]) -> None:
+    writer.write(encoded.result())
 
 
 class HostCopy:

@@ -15,9 +15,16 @@ import pyarrow as pa
 
 from deepspec.data.index import encode_rows
 from deepspec.data.layout import HiddenSample, Layout, column_checksums
-from deepspec.data.sink import HashingSink
+from deepspec.data.sink import HashingSink, Writes
 
 MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding stand before the schema message
+
+
+class Encoded(NamedTuple):
+    """A sample as it will be written, and its index row as far as that is known before."""
+
+    batch: pa.RecordBatch
+    row: dict[str, Any]
 
 
 class Written(NamedTuple):
@@ -26,30 +33,38 @@ class Written(NamedTuple):
 
 
 class ShardWriter:
-    """Writes samples one after the other; `finish` closes the file. Used as a block, which leaves no thread behind."""
+    """Writes samples one after the other; `finish` closes the file. Used as a block, which leaves no thread behind.
 
-    def __init__(self, path: Path, layout: Layout, shard: int) -> None:
+    `encode` may run in several threads at once (entropy coding is slower than a disk), `write` in one.
+    """
+
+    def __init__(self, path: Path, layout: Layout, shard: int, *, writes: Writes = "direct") -> None:
         self.layout, self.shard, self.schema = layout, shard, layout.schema()
         self.rows: list[dict[str, Any]] = []
         self._stack = ExitStack()
-        self.sink = self._stack.enter_context(HashingSink(path))
+        self.sink = self._stack.enter_context(HashingSink(path, writes=writes))
         self._writer = pa.ipc.new_file(pa.PythonFile(self.sink, mode="w"), self.schema)
         # pyarrow writes the schema with the first batch, so the first offset cannot be asked of the sink.
         self._offset = MAGIC_BYTES + len(self.schema.serialize())
 
     def append(self, sample: HiddenSample, *, held_out: int) -> None:
+        self.write(self.encode(sample, held_out=held_out))
+
+    def encode(self, sample: HiddenSample, *, held_out: int) -> Encoded:
         batch = self.layout.encode(sample, self.schema)
+        row = {
+            "sample_id": sample.sample_id, "shard": self.shard, "num_tokens": len(sample.input_ids),
+            "num_supervised": int(sample.loss_mask.sum()), "num_last": int(sample.last_spans[:, 1].sum()), "held_out": held_out,
+            "column_checksums": column_checksums(batch),
+        }  # fmt: skip
+        return Encoded(batch, row)
+
+    def write(self, encoded: Encoded) -> None:
         self.sink.start_message(self._offset)
-        self._writer.write_batch(batch)
+        self._writer.write_batch(encoded.batch)
         end = self.sink.num_bytes
-        self.rows.append(
-            {
-                "sample_id": sample.sample_id, "shard": self.shard, "row": len(self.rows), "num_tokens": len(sample.input_ids),
-                "num_supervised": int(sample.loss_mask.sum()), "num_last": int(sample.last_spans[:, 1].sum()), "held_out": held_out,
-                "offset": self._offset, "num_bytes": end - self._offset, "checksum": self.sink.message_digest(),
-                "column_checksums": column_checksums(batch),
-            }
-        )  # fmt: skip
+        place = {"row": len(self.rows), "offset": self._offset, "num_bytes": end - self._offset, "checksum": self.sink.message_digest()}
+        self.rows.append({**encoded.row, **place})
         self._offset = end
 
     def finish(self) -> Written:

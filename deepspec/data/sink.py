@@ -2,7 +2,8 @@
 
 At tens of terabytes the page cache only gets in the way: written pages are not read again soon, and copying them costs
 as much CPU as everything else together. Bytes are gathered in a few aligned buffers; a thread of its own writes each
-full one. Where the file system refuses direct I/O (tmpfs, some network mounts), the same code writes through the cache.
+full one. Where the file system refuses direct I/O (tmpfs, some network mounts), or a disk is faster behind the cache, the
+same code writes through it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import queue
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import xxhash
 
 ALIGNMENT = 4096  # of memory, offsets and lengths in direct I/O, for every disk there is
 BUFFER_BYTES, NUM_BUFFERS = 8 << 20, 4
+Writes = Literal["direct", "buffered"]
 
 
 class _Full(NamedTuple):
@@ -37,8 +39,8 @@ class HashingSink:
 
     closed = False  # pyarrow asks
 
-    def __init__(self, path: Path) -> None:
-        self.fd = open_direct(path)
+    def __init__(self, path: Path, *, writes: Writes = "direct") -> None:
+        self.fd = open_new(path, writes)
         self.num_bytes, self._message_start, self._handed_over = 0, 0, 0
         self._whole, self._message = xxhash.xxh3_128(), xxhash.xxh3_64()
         self._free, self._full = queue.SimpleQueue[np.ndarray](), queue.SimpleQueue[_Full | None]()
@@ -110,11 +112,11 @@ class HashingSink:
             self._free.put(full.buffer)
 
 
-def open_direct(path: Path) -> int:
-    """A descriptor of a new file, with direct I/O where the file system has it."""
+def open_new(path: Path, writes: Writes) -> int:
+    """A descriptor of a new file; `direct` goes through the page cache all the same where the file system has no other way."""
     flags = os.O_CREAT | os.O_RDWR | os.O_TRUNC
     try:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+        return os.open(path, flags | (getattr(os, "O_DIRECT", 0) if writes == "direct" else 0), 0o644)
     except OSError:
         return os.open(path, flags, 0o644)
 
