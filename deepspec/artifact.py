@@ -27,7 +27,6 @@ from deepspec.records import (
     FileEntry,
     Manifest,
     Record,
-    difference,
     index_file,
     read_records_table,
     records_table,
@@ -63,38 +62,43 @@ class Artifact:
             if self.store.write_new(self.path("artifact.json"), data):
                 return
             info = ArtifactInfo.model_validate_json(self.store.read(self.path("artifact.json")))  # another worker was first
-        for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
-            found, wanted = getattr(info, field), getattr(self.key, field)
-            if found != wanted:
-                what = f"the artifact's {field} is not that of this run ({difference(found, wanted)})"
-                raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix="use another store, or remove that folder")
+        if what := info.mismatch(self.key):
+            raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix="use another store, or remove that folder")
 
     def info(self) -> ArtifactInfo | None:
         return self._read("artifact.json", ArtifactInfo)
 
     def commit(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
-        """Publish a staged file as shard `shard`: data first, then its index rows if it has any, the record last.
+        """Publish a staged file as shard `shard`; `describe` and `put` in one."""
+        return self.put(self.describe(shard, local, counts, upstream=upstream, seconds=seconds), local, counts.index_rows)
+
+    def describe(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
+        """The record that a staged file will have as shard `shard`."""
+        checksum = counts.checksum or file_checksum(local)
+        return Record(
+            artifact=self.key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", checksum=checksum,
+            num_bytes=local.stat().st_size, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream,
+            counts=dict(counts.extra), index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
+            host=socket.gethostname(), seconds=round(seconds, 3),
+        ).with_digest()  # fmt: skip
+
+    def put(self, record: Record, local: Path, index_rows: bytes) -> Record:
+        """Publish a shard: data first, then its index rows if it has any, the record last; may be called again after a full disk.
 
         Of several workers that made the same shard one writes its record; the others find an equal one, which is fine.
 
         Raises:
             ArtifactMismatch: the shard was committed before with other contents.
         """
-        checksum = counts.checksum or file_checksum(local)
-        record = Record(
-            artifact=self.key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", checksum=checksum,
-            num_bytes=local.stat().st_size, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream,
-            counts=dict(counts.extra), index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
-            host=socket.gethostname(), seconds=round(seconds, 3),
-        ).with_digest()  # fmt: skip
-        existing = self.record(shard)
-        if existing is not None and existing.upstream == upstream:
+        existing = self.record(record.shard)
+        if existing is not None and existing.upstream == record.upstream:
             return self._same(existing, record)
-        self.store.publish(local, self.path(record.file), checksum=checksum)
-        if counts.index_rows:
-            self.store.write(self.path(index_file(record)), counts.index_rows)
+        if local.exists():  # in a local store the file is moved, and a call before this one may have got that far
+            self.store.publish(local, self.path(record.file), checksum=record.checksum)
+        if index_rows:
+            self.store.write(self.path(index_file(record)), index_rows)
         written = self._put_record(record, replaced=existing)
-        self.store.remove(self.path(f"failures/{shard:05d}.json"))
+        self.store.remove(self.path(f"failures/{record.shard:05d}.json"))
         return written
 
     def _put_record(self, record: Record, *, replaced: Record | None) -> Record:
@@ -178,15 +182,13 @@ class Artifact:
 
     def put_rejects(self, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that failed for good, each with its `reason`; written before the shard's record."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-        if lines:
+        if lines := "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows):
             self.store.write(self.path(f"rejects/{shard:05d}.jsonl"), lines.encode())
 
     def quarantine(self, shard: int, local: Path) -> str:
         """Set aside what was written of a shard that must not be committed, for somebody to look at; returns where it is."""
-        relative = f"quarantine/{shard:05d}.arrow"
-        self.store.publish(local, self.path(relative))
-        return f"{self.url}/{relative}"
+        self.store.publish(local, self.path(f"quarantine/{shard:05d}.arrow"))
+        return f"{self.url}/quarantine/{shard:05d}.arrow"
 
     def put_failure(self, shard: int, error: DeepSpecError) -> None:
         """Leave word of why a shard is missing; a later commit of the shard takes it away."""

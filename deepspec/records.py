@@ -54,6 +54,14 @@ class ArtifactInfo(Stored):
     run: dict[str, Any] = {}
     """The whole run's configuration as first given; information, not part of the comparison."""
 
+    def mismatch(self, key: ArtifactKey) -> str:
+        """How what is there differs from what a run wants, in words; empty where it does not."""
+        for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
+            found, wanted = getattr(self, field), getattr(key, field)
+            if found != wanted:
+                return f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
+        return ""
+
 
 def inside(name: str) -> str:
     """The name of a file, refused where it leads out of its artifact."""
@@ -160,7 +168,7 @@ def index_file(record: Record) -> str:
     return f"rows/{PurePosixPath(record.file).name}"
 
 
-def difference(found: object, wanted: object) -> str:
+def _difference(found: object, wanted: object) -> str:
     """What is not the same about two values of an artifact's identity, in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,10 +88,11 @@ class _Shift:
 
     def commit(self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack) -> Record:
         with staged, transient_system_errors(f"shard {work.shard}"):
+            seconds = time.monotonic() - started
+            record = self.artifact.describe(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
             while True:
                 try:
-                    seconds = time.monotonic() - started
-                    return self.artifact.commit(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
+                    return self.artifact.put(record, local, counts.index_rows)
                 except OSError as error:
                     if error.errno not in FULL:
                         raise
@@ -115,7 +116,8 @@ class _Shift:
                 yield
         except DeepSpecError as error:
             log.error("stage=%s shard=%d failed: %s", self.artifact.key.stage, work.shard, error.what)
-            self.artifact.put_failure(work.shard, error)
+            with suppress(OSError):  # a full disk must not turn a note about one shard into the end of all
+                self.artifact.put_failure(work.shard, error)
             self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
             self._progress()
 

@@ -20,6 +20,7 @@ import xxhash
 from deepspec import bucket, bucket_calls, gc, remote
 from deepspec.errors import DamagedData, StoreError, TransientError
 from deepspec.store import Store, file_checksum
+from tests.conftest import REPOSITORY
 from tests.faulty import Answer, FaultyProxy, Request, answer, cut_body, flip_byte, lose_answer, times
 from tests.radosgw import ACCESS_KEY, REGION, SECRET_KEY, Radosgw, free_port
 
@@ -381,20 +382,6 @@ def read_in_child(store: Store, results) -> None:
     results.put(bytes(store.read_range("data", 2, 6)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_children_read_from_a_store_that_the_parent_made_and_used(method: str, store: Store):
-    """obstore's threads do not survive a fork, even a new client hangs there: a forked child reads through s3fs."""
-    store.write("data", b"0123456789")
-    assert bytes(store.read_range("data", 2, 6)) == b"2345"
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    child = context.Process(target=read_in_child, args=(store, results))
-    child.start()
-    assert results.get(timeout=60) == b"2345"
-    child.join(20)
-    assert child.exitcode == 0
-
-
 class Bytes:
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -406,13 +393,29 @@ class Bytes:
         return self.store.read_range("data", number, number + 1)[0]
 
 
-def test_a_data_loader_with_two_workers_reads_from_s3(store: Store):
-    store.write("data", bytes(range(20)))
-    from torch.utils.data import DataLoader  # not above: spawned children import this file
+def children_read(url: str, method: str) -> None:
+    """In a process of its own: what else a test process has loaded decides whether its forks end well."""
+    from torch.utils.data import DataLoader
 
-    dataset = Bytes(store)
-    assert dataset[3] == 3
-    assert [int(batch[0]) for batch in DataLoader(dataset, batch_size=1, num_workers=2, timeout=60)] == list(range(20))
+    store = Store(url)
+    assert bytes(store.read_range("data", 2, 6)) == bytes(range(2, 6))
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=read_in_child, args=(store, results))
+    child.start()
+    assert results.get(timeout=60) == bytes(range(2, 6))
+    child.join(20)
+    assert child.exitcode == 0
+    loader = DataLoader(Bytes(store), batch_size=1, num_workers=2, timeout=60, multiprocessing_context=method)
+    assert [int(batch[0]) for batch in loader] == list(range(20))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_used(method: str, store: Store):
+    """obstore's threads do not survive a fork, even a new client hangs there: a forked child reads through s3fs."""
+    store.write("data", bytes(range(20)))
+    code = f"from tests.test_s3 import children_read; children_read({store.url!r}, {method!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
 
 
 def test_nothing_but_the_standard_chain_is_asked_for_keys(s3_url: str, client: str, radosgw: Radosgw, monkeypatch, tmp_path: Path):

@@ -40,13 +40,13 @@ def artifact(tmp_path: Path) -> Artifact:
 
 def test_a_shard_is_committed_while_the_next_is_made(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     committing, making = threading.Event(), threading.Event()
-    commit = artifact.commit
+    put = artifact.put
 
-    def slow(shard, *arguments, **named):
-        if shard == 0:
+    def slow(record, *arguments):
+        if record.shard == 0:
             committing.set()
             assert making.wait(10), "shard 1 was not begun while shard 0 was being committed"
-        return commit(shard, *arguments, **named)
+        return put(record, *arguments)
 
     def noticing(work: Work, local: Path) -> Counts:
         if work.shard == 1:
@@ -54,7 +54,7 @@ def test_a_shard_is_committed_while_the_next_is_made(artifact: Artifact, tmp_pat
             making.set()
         return make(work, local)
 
-    monkeypatch.setattr(artifact, "commit", slow)
+    monkeypatch.setattr(artifact, "put", slow)
     work_through(tiny_run(tmp_path), artifact, works(3), noticing, lambda event: None)
     assert list(artifact.records()) == [0, 1, 2]
 
