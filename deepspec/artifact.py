@@ -6,10 +6,8 @@ checksum, so a second worker at the same shard, or a second try of it, never tou
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +17,7 @@ import xxhash
 from pydantic import BaseModel, ValidationError
 
 from deepspec import __version__
-from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError
+from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.records import (
     ArtifactInfo,
     ArtifactKey,
@@ -27,6 +25,7 @@ from deepspec.records import (
     FileEntry,
     Manifest,
     Record,
+    describe,
     index_file,
     read_records_table,
     records_table,
@@ -70,17 +69,7 @@ class Artifact:
 
     def commit(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
         """Publish a staged file as shard `shard`; `describe` and `put` in one."""
-        return self.put(self.describe(shard, local, counts, upstream=upstream, seconds=seconds), local, counts.index_rows)
-
-    def describe(self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0) -> Record:
-        """The record that a staged file will have as shard `shard`."""
-        checksum = counts.checksum or file_checksum(local)
-        return Record(
-            artifact=self.key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", checksum=checksum,
-            num_bytes=local.stat().st_size, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream,
-            counts=dict(counts.extra), index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
-            host=socket.gethostname(), seconds=round(seconds, 3),
-        ).with_digest()  # fmt: skip
+        return self.put(describe(self.key, shard, local, counts, upstream=upstream).taking(seconds), local, counts.index_rows)
 
     def put(self, record: Record, local: Path, index_rows: bytes) -> Record:
         """Publish a shard: data first, then its index rows if it has any, the record last; may be called again after a full disk.
@@ -104,6 +93,9 @@ class Artifact:
     def _put_record(self, record: Record, *, replaced: Record | None) -> Record:
         """Write the record if nobody else did meanwhile. The artifact is no longer sealed: its manifest knew other shards."""
         relative, data = self.path(f"records/{record.shard:05d}.json"), pretty_json(record.model_dump())
+        winner = self.record(record.shard)
+        if winner is not None and winner.upstream == record.upstream:  # it may even have sealed the artifact by now
+            return self._same(winner, record)
         self.store.remove(self.path("manifest.json"))
         if replaced is None and not self.store.write_new(relative, data):
             winner = self.record(record.shard)
@@ -123,13 +115,14 @@ class Artifact:
     def record(self, shard: int) -> Record | None:
         return self.read_records([shard]).get(shard)
 
-    def records(self) -> dict[int, Record]:
-        """All committed shards; a record that cannot be read counts as absent, so that its shard is made again.
+    def records(self, asked: Iterable[int] | None = None) -> dict[int, Record]:
+        """The committed ones of the shards asked for (None: all); a record that cannot be read counts as absent, and is made again.
 
         One listing says which there are. While they are those of the manifest, its table has them all; else each is read.
         """
         shards, sealed = self.record_shards(), self.sealed_records()
-        return sealed if list(sealed) == shards else self.read_records(shards)
+        wanted = sorted(set(shards) if asked is None else set(shards) & set(asked))
+        return {shard: sealed[shard] for shard in wanted} if list(sealed) == shards else self.read_records(wanted)
 
     def record_shards(self) -> list[int]:
         """Shards that have a record, readable or not."""
@@ -161,11 +154,30 @@ class Artifact:
         Raises:
             DamagedData: the bytes are not those that were committed.
         """
-        local = self.store.fetch(self.path(record.file), record.checksum)
-        if local.stat().st_size != record.num_bytes or file_checksum(local) != record.checksum:
-            fix = f"remove records/{record.shard:05d}.json there and run the stage {self.key.stage!r} again"
-            raise DamagedData(f"shard {record.shard} is damaged ({record.file})", where=self.url, fix=fix)
-        return local
+        fix = f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again"
+        return self._fetch_checked(record.file, record.checksum, f"shard {record.shard} is damaged ({record.file})", fix)
+
+    def fetch_file(self, name: str) -> Path:
+        """A local copy of one of the sealed files, checked against the manifest.
+
+        Raises:
+            DamagedData: the bytes are not those that were sealed.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise ArtifactMismatch("the artifact is not finished", where=self.url, fix=f"run the stage {self.key.stage!r} first")
+        fix = f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again"
+        return self._fetch_checked(name, manifest.files[name].checksum, f"{name} is damaged", fix)
+
+    def _fetch_checked(self, name: str, checksum: str, what: str, fix: str) -> Path:
+        for attempt in range(2):
+            local = self.store.fetch(self.path(name), checksum)
+            if file_checksum(local) == checksum:
+                return local
+            if self.store.is_local or attempt:
+                break
+            local.unlink(missing_ok=True)  # it may be no more than the local copy that is damaged
+        raise DamagedData(what, where=self.url, fix=fix)
 
     def fetch_folder(self, name: str) -> Path:
         """A local folder with the sealed files under `name/`, called as they are there (a fetched file has its version in its name)."""
@@ -180,38 +192,22 @@ class Artifact:
                     (folder / file).hardlink_to(self.store.fetch(self.path(file), entry.checksum))
         return folder / name
 
-    def put_rejects(self, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Rows that failed for good, each with its `reason`; written before the shard's record."""
-        if lines := "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows):
-            self.store.write(self.path(f"rejects/{shard:05d}.jsonl"), lines.encode())
-
-    def quarantine(self, shard: int, local: Path) -> str:
-        """Set aside what was written of a shard that must not be committed, for somebody to look at; returns where it is."""
-        self.store.publish(local, self.path(f"quarantine/{shard:05d}.arrow"))
-        return f"{self.url}/quarantine/{shard:05d}.arrow"
-
-    def put_failure(self, shard: int, error: DeepSpecError) -> None:
-        """Leave word of why a shard is missing; a later commit of the shard takes it away."""
-        fields = {**error.to_json(), "transient": error.transient, "host": socket.gethostname()}
-        self.store.write(self.path(f"failures/{shard:05d}.json"), pretty_json(fields))
-
-    def failures(self) -> dict[int, str]:
-        names = self.store.names(self.path("failures"))
-        return {int(name.split(".")[0]): json.loads(self.store.read(self.path(f"failures/{name}")))["what"] for name in names}
-
     def put_file(self, local: Path, relative: str) -> None:
         """Copy one more file into the artifact (`local` stays where it is)."""
         with self.store.staged() as staged:
             shutil.copyfile(local, staged)
             self.store.publish(staged, self.path(relative))
 
-    def seal(self, *, shards: Iterable[int] = (), files: Sequence[str] = (), inputs: Mapping[str, str]) -> Manifest:
+    def seal(self, *, shards: Iterable[int] = (), files: Sequence[str] = (), inputs: Mapping[str, str],
+             committed: Mapping[int, Record] | None = None) -> Manifest:  # fmt: skip
         """Write the manifest: the records of `shards`, further `files` with checksums, and the inputs' manifest digests.
+
+        Whoever has read the records already hands them over as `committed`.
 
         Raises:
             KeyError: a shard without a record; callers seal only when nothing is missing.
         """
-        committed = self.records()
+        committed = self.records() if committed is None else committed
         records = tuple(committed[shard] for shard in sorted(shards))
         entries = {name: _entry(self.store.fetch(self.path(name))) for name in sorted(files)}
         totals = {

@@ -30,12 +30,12 @@ class Disk:
         return [_read_if_there(self.root / key) for key in keys]
 
     def read_range(self, key: str, start: int, end: int) -> Buffer:
-        descriptor = os.open(self.root / key, os.O_RDONLY)
+        descriptor, data = os.open(self.root / key, os.O_RDONLY), memoryview(bytearray(max(0, end - start)))
         try:
-            data = os.pread(descriptor, end - start, start)
+            count = read_into(descriptor, data, start)
         finally:
             os.close(descriptor)
-        if len(data) != end - start:
+        if count != len(data):
             what = f"the file ends before byte {end}"
             raise DamagedData(what, where=str(self.root / key), fix="run `python -m deepspec verify`, then the stage again")
         return data
@@ -114,6 +114,14 @@ class Disk:
         staged = self.spool / staged_name()
         staged.write_bytes(data)
         return staged
+
+
+def read_into(descriptor: int, room: memoryview, offset: int) -> int:
+    """Fill `room` from the file's bytes at `offset`; returns how many there were. One call of the system ends at 2 GiB."""
+    done = 0
+    while done < len(room) and (count := os.preadv(descriptor, [room[done:]], offset + done)):
+        done += count
+    return done
 
 
 def file_checksum(local: Path) -> str:

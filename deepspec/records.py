@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
-from deepspec.store import canonical_json
+from deepspec.store import canonical_json, file_checksum
 
 
 class Stored(BaseModel):
@@ -88,6 +89,8 @@ class Record(Stored):
     counts: dict[str, float] = {}
     index_checksum: str = ""
     """Of the shard's file of index rows; empty where it has none."""
+    made_with: str = ""
+    """Checksum of what it cannot be read without (the codecs' channel scales); empty where there is nothing of the kind."""
     host: str = ""
     seconds: float = 0.0
     digest: str = ""
@@ -109,6 +112,21 @@ class Record(Stored):
     def with_digest(self) -> Record:
         """The record with its digest, as it is written."""
         return self.model_copy(update={"digest": self.content_digest()})
+
+    def taking(self, seconds: float) -> Record:
+        """The same record of a shard that took so long."""
+        return self.model_copy(update={"seconds": round(seconds, 3)})
+
+
+def describe(key: ArtifactKey, shard: int, local: Path, counts: Counts, *, upstream: str | None) -> Record:
+    """The record that a staged file will have as shard `shard` of the artifact."""
+    checksum = counts.checksum or file_checksum(local)
+    return Record(
+        artifact=key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=local.stat().st_size,
+        checksum=checksum, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra),
+        index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "", made_with=counts.made_with,
+        host=socket.gethostname(),
+    ).with_digest()  # fmt: skip
 
 
 def records_table(records: Iterable[Record]) -> bytes:
@@ -162,6 +180,8 @@ class Counts(NamedTuple):
     """xxh3_128 of the file, where it was computed while writing; empty has it computed by reading."""
     index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
+    made_with: str = ""
+    """As in the record."""
 
 
 def index_file(record: Record) -> str:

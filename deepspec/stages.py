@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.artifact import Artifact
+from deepspec.aside import failures
 from deepspec.config import RunConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.lineage import STAGES, artifact_of, stages_of, upstream_of
@@ -47,7 +48,7 @@ def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
 
 def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
     """Shards without a record, or whose record was made from something other than `wanted` (shard: upstream checksum)."""
-    records = artifact.records()
+    records = artifact.records(wanted)
     return [shard for shard, upstream in wanted.items() if shard not in records or records[shard].upstream != upstream]
 
 
@@ -90,7 +91,7 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         num_bytes=manifest.totals["num_bytes"] if manifest else sum(record.num_bytes for record in records.values()),
         seconds=sum(record.seconds for record in records.values()),
         sealed=sealed,
-        failures=artifact.failures(),
+        failures=failures(artifact),
         upstream_sealed=all(found is not None for found in upstream_manifests),
     )
 
@@ -169,9 +170,21 @@ def open_sharded(config: RunConfig, stage: str, shards: Sequence[int] | None) ->
     return ShardedStage(artifact, upstream, [Work(shard, records[shard]) for shard in missing])
 
 
-def seal_if_whole(config: RunConfig, stage: str, *, files: Sequence[str] = ()) -> Manifest | None:
-    """Seal the artifact if nothing is missing any more; whoever commits the last shard gets here."""
-    artifact, wanted = artifact_of(config, stage), upstream_records(config, stage)
-    if missing_shards(artifact, {shard: record.checksum for shard, record in wanted.items()}):
+def seal_if_whole(
+    config: RunConfig, stage: str, *, files: Sequence[str] = (), before: Callable[[list[Record]], None] = lambda records: None
+) -> Manifest | None:
+    """Seal the artifact if nothing is missing any more; whoever commits the last shard gets here.
+
+    `before` is given all records and writes what is sealed with them. Two listings tell a lane that others still work.
+    """
+    artifact, upstream = artifact_of(config, stage), artifact_of(config, upstream_of(config, stage)[0])
+    if set(upstream.record_shards()) - set(artifact.record_shards()):
         return None
-    return artifact.seal(shards=wanted, files=files, inputs=require_sealed(config, stage))
+    wanted, records, inputs = upstream.records(), artifact.records(), require_sealed(config, stage)
+    if any(shard not in records or records[shard].upstream != record.checksum for shard, record in wanted.items()):
+        return None
+    manifest = artifact.manifest()
+    if manifest is not None and manifest.inputs == inputs and list(artifact.sealed_records()) == list(wanted):
+        return manifest
+    before([records[shard] for shard in wanted])
+    return artifact.seal(shards=wanted, files=files, inputs=inputs, committed=records)

@@ -72,9 +72,11 @@ def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     from deepspec.verify import verify_stage
 
     config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
-    damaged = [problem for stage in stages_of(config) for problem in verify_stage(config, stage, locate.get(stage))]
-    for problem in damaged:
-        typer.echo(problem, err=True)
+    damaged = 0
+    for stage in stages_of(config):
+        for problem in verify_stage(config, stage, locate.get(stage)):
+            typer.echo(problem, err=True)  # at once: its record is gone by now, and the rest may take hours
+            damaged += 1
     if damaged:
         raise typer.Exit(EXIT_FAILED)
     typer.echo("every committed byte is as it was written")

@@ -52,10 +52,13 @@ def _damaged_records(artifact: Artifact) -> Iterator[str]:
     names = artifact.record_shards()
     sealed, found = artifact.sealed_records(), artifact.read_records(names)
     for shard in sorted({*names, *sealed}):
+        why = ""
         if shard not in found:
-            yield _made_missing(artifact, shard, "its record is missing" if shard not in names else "its record is damaged")
+            why = "its record is missing" if shard not in names else "its record is damaged"
         elif sealed and found[shard] != sealed.get(shard):
-            yield _made_missing(artifact, shard, "its record is not the one that was sealed")
+            why = "its record is not the one that was sealed"
+        if why and (said := _made_missing(artifact, shard, why, judged=found.get(shard))):
+            yield said
 
 
 def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) -> str | None:
@@ -64,7 +67,9 @@ def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) ->
     try:
         whole = artifact.store.checksum(artifact.path(record.file)) == record.checksum
     except FileNotFoundError:
-        return _made_missing(artifact, record.shard, f"{record.file} is gone")
+        return _made_missing(artifact, record.shard, f"{record.file} is gone", judged=record)
+    except OSError as error:  # a bad sector: the commonest way for a disk to lose data
+        return _made_missing(artifact, record.shard, f"{record.file} cannot be read ({error.strerror})", judged=record)
     if not whole:
         places = locate(artifact, record) if locate else []
         found = f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
@@ -72,10 +77,13 @@ def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) ->
         (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
         if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
             found = f"{index_file(record)} is damaged"
-    return found and _made_missing(artifact, record.shard, found)
+    return found and _made_missing(artifact, record.shard, found, judged=record)
 
 
-def _made_missing(artifact: Artifact, shard: int, why: str) -> str:
+def _made_missing(artifact: Artifact, shard: int, why: str, *, judged: Record | None) -> str | None:
+    """Remove the record that was found wanting, unless another run has made the shard anew since it was read."""
+    if artifact.record(shard) != judged:
+        return None
     artifact.store.remove(artifact.path(f"records/{shard:05d}.json"))
     return f"{artifact.url}: shard {shard}: {why}; its record is removed, run the stage {artifact.key.stage!r} again"
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec.artifact import Artifact
+from deepspec.aside import put_failure, quarantine
 from deepspec.config import RunConfig
 from deepspec.errors import DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
 from deepspec.events import Report
-from deepspec.records import Counts, Record
+from deepspec.records import Counts, Record, describe
 from deepspec.store import Store
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class _Shift:
                 try:
                     return local, make(work, local), stack.pop_all()
                 except DamagedData as error:
-                    error.where += f"; set aside as {self.artifact.quarantine(work.shard, local)}" if local.exists() else ""
+                    error.where += f"; set aside as {quarantine(self.artifact, work.shard, local)}" if local.exists() else ""
                     raise
                 except OSError as error:
                     if error.errno not in FULL:
@@ -88,8 +89,8 @@ class _Shift:
 
     def commit(self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack) -> Record:
         with staged, transient_system_errors(f"shard {work.shard}"):
-            seconds = time.monotonic() - started
-            record = self.artifact.describe(work.shard, local, counts, upstream=work.upstream.checksum, seconds=seconds)
+            record = describe(self.artifact.key, work.shard, local, counts, upstream=work.upstream.checksum)
+            record = record.taking(time.monotonic() - started)
             while True:
                 try:
                     return self.artifact.put(record, local, counts.index_rows)
@@ -117,7 +118,7 @@ class _Shift:
         except DeepSpecError as error:
             log.error("stage=%s shard=%d failed: %s", self.artifact.key.stage, work.shard, error.what)
             with suppress(OSError):  # a full disk must not turn a note about one shard into the end of all
-                self.artifact.put_failure(work.shard, error)
+                put_failure(self.artifact, work.shard, error)
             self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
             self._progress()
 

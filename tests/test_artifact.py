@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifact import Artifact
+from deepspec.aside import failures, put_failure, put_rejects
 from deepspec.errors import ArtifactMismatch, DamagedData, DataError, StoreError
 from deepspec.records import ArtifactKey, Counts, Record
 from deepspec.store import Store
@@ -201,14 +202,14 @@ def test_workers_that_race_for_the_same_shards_end_with_one_record_each(tmp_path
 
 
 def test_a_failure_is_kept_until_its_shard_is_committed(artifact: Artifact):
-    artifact.put_failure(4, DataError("a bad row", where="row 3"))
-    assert artifact.failures() == {4: "a bad row"}
+    put_failure(artifact, 4, DataError("a bad row", where="row 3"))
+    assert failures(artifact) == {4: "a bad row"}
     commit(artifact, 4, b"four")
-    assert artifact.failures() == {}
+    assert failures(artifact) == {}
 
 
 def test_rejects_are_written_as_lines_with_reasons(artifact: Artifact):
-    artifact.put_rejects(0, [{"row": 3, "reason": "no_messages"}])
+    put_rejects(artifact, 0, [{"row": 3, "reason": "no_messages"}])
     line = artifact.store.read(artifact.path("rejects/00000.jsonl"))
     assert json.loads(line) == {"row": 3, "reason": "no_messages"}
 

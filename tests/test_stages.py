@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.aside import put_failure
 from deepspec.data.answers import run_answers
 from deepspec.data.prompts import run_prompts
 from deepspec.errors import ArtifactMismatch, ConfigError
@@ -54,7 +55,7 @@ def test_status_counts_rows_tokens_bytes_and_failures(store: Path):
     before = stage_status(config, "answers")
     assert (before.committed, before.missing, before.sealed) == (0, [0, 1, 2, 3, 4, 5], False)
     artifact = run_answers(config, shards=[1, 2])
-    artifact.put_failure(0, ConfigError("broken"))
+    put_failure(artifact, 0, ConfigError("broken"))
     after = stage_status(config, "answers")
     assert (after.committed, after.missing, after.rows, after.failures) == (2, [0, 3, 4, 5], 8, {0: "broken"})
     assert after.num_bytes == sum(record.num_bytes for record in artifact.records().values())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifact import Artifact
+from deepspec.aside import failures
 from deepspec.errors import DamagedData, ShardsFailed
 from deepspec.records import ArtifactKey, Counts, Record
 from deepspec.store import Store
@@ -69,7 +70,7 @@ def test_a_shard_that_fails_is_noted_and_the_others_are_made(artifact: Artifact,
     with pytest.raises(ShardsFailed, match="shard 1: not finite"):
         work_through(tiny_run(tmp_path), artifact, works(3), failing, lambda event: None)
     assert list(artifact.records()) == [0, 2]
-    assert artifact.failures() == {1: "not finite"}
+    assert failures(artifact) == {1: "not finite"}
     assert artifact.store.read(artifact.path("quarantine/00001.arrow")) == b"what there is of it"
     assert artifact.store.names(".staged") == []
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from deepspec.artifact import Artifact
+from deepspec.aside import put_rejects
 from deepspec.config import AnswersConfig, RunConfig
 from deepspec.data.chat import Message, parse_messages
 from deepspec.data.tables import read_table, write_table
@@ -87,7 +88,7 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
         def make(work: Work, local: Path) -> Counts:
             rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
             answered, rejects = answer_rows(rows, engine, config.answers, shard=work.shard)
-            stage.artifact.put_rejects(work.shard, rejects)
+            put_rejects(stage.artifact, work.shard, rejects)
             write_table(pa.Table.from_pylist(answered, SCHEMA), local)
             return _counts(answered, rejects)
 

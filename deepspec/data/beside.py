@@ -1,15 +1,15 @@
 """What a cache holds beside its shards, written once: schema, channel scales, and all that training needs of the target.
 
-The static channel scales come from the first tokens of the first shards, whatever shards a lane was given, so every lane
-arrives at the same; the first to write them wins and all others read those. A lossy codec is measured on the tokens
-behind them, and refused there if it loses too much: before any shard is written.
+The static channel scales come from samples of the first shards, whatever shards a lane was given, so every lane arrives
+at the same; the first to write them wins and all others read those. Each shard's record names the scales that it was
+encoded with. A lossy codec is measured on other samples, and refused if it loses too much: before any shard is written.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,15 +25,17 @@ from deepspec.data.fidelity import Fidelity, measure, refuse
 from deepspec.data.layout import Layout
 from deepspec.data.rows import CaptureRow, capture_rows
 from deepspec.data.tables import read_table
+from deepspec.errors import DamagedData
 from deepspec.events import Report
+from deepspec.records import Record
 from deepspec.stages import ShardedStage
 from deepspec.store import pretty_json
-from deepspec.target import Target
+from deepspec.target import Target, TargetOutput
 
 log = logging.getLogger(__name__)
 
 TENSORS, CONFIG, FIDELITY = "frozen.safetensors", "target/config.json", "fidelity.json"
-SCALE_TOKENS = 2048  # as many again measure the codec
+SCALE_TOKENS, ROW_TOKENS = 2048, 128  # as many again, of other samples, measure the codec
 LOSSY = ("int8", "fp8")
 
 
@@ -60,9 +62,10 @@ def prepare(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, 
         artifact.store.write_new(artifact.path(SCALES), save({name: scale.cpu().contiguous() for name, scale in made.items()}))
     if beside_codec(config):
         scales = load(artifact.store.read(artifact.path(SCALES)))
+    check_made_with(artifact, made_with(config, artifact), [record for record in [_any_record(artifact)] if record])
     layout = make_layout(config, chat, target, scales)
     if first is not None and FIDELITY in missing:
-        found = measure_codecs(layout, first, target)
+        found = measure_codecs(config, layout, first, target)
         artifact.store.write(artifact.path(FIDELITY), pretty_json({"tokens": len(first.context) - first.half, **found._asdict()}))
     if FIDELITY in beside_codec(config):
         check_fidelity(config, artifact, report)
@@ -77,42 +80,68 @@ def beside_codec(config: RunConfig) -> tuple[str, ...]:
     return () if names == {"raw"} else (SCALES, FIDELITY) if names & set(LOSSY) else (SCALES,)
 
 
+def made_with(config: RunConfig, artifact: Artifact) -> str:
+    """Checksum of the channel scales, without which a shard's bytes mean nothing; empty for raw states."""
+    return artifact.store.checksum(artifact.path(SCALES)) if SCALES in beside_codec(config) else ""
+
+
+def check_made_with(artifact: Artifact, wanted: str, records: Iterable[Record]) -> None:
+    """Refuse to mix shards that were encoded with other scales than those that are there now.
+
+    Raises:
+        DamagedData: the scales were lost, damaged, or made again elsewhere and came out differently.
+    """
+    others = [record.shard for record in records if record.made_with != wanted]
+    if others:
+        what = f"shard {others[0]} ({len(others)} in all) was encoded with other channel scales than {SCALES} holds now"
+        fix = f"put the old {SCALES} back, or remove the records of those shards to capture them again"
+        raise DamagedData(what, where=artifact.url, fix=fix)
+
+
+def _any_record(artifact: Artifact) -> Record | None:
+    shards = artifact.record_shards()
+    return artifact.record(shards[0]) if shards else None
+
+
 class FirstStates(NamedTuple):
+    """Tokens spread over the first samples: those the scales are made from, and others that the codecs are measured on."""
+
     context: Tensor  # [N, m, D] bfloat16
     last: Tensor  # [N, 1, D] bfloat16, after the final norm
-
-    @property
-    def half(self) -> int:
-        return len(self.context) // 2
+    half: int  # tokens before this one are for the scales; no sample is on both sides
 
 
 def first_states(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target) -> FirstStates:
-    """The states of the first `2 * SCALE_TOKENS` tokens (or all there are) of the cache, captured row by row."""
-    contexts, lasts, count = [], [], 0
-    for row in _first_rows(config, stage, chat):
+    """Up to `2 * SCALE_TOKENS` tokens, at most `ROW_TOKENS` of any sample: one long answer is not what the rest is like."""
+    sides: tuple[list[TargetOutput], list[TargetOutput]] = ([], [])
+    for number, row in enumerate(_first_rows(config, stage, chat)):
         output = target.forward(torch.tensor([row.input_ids], device=target.device))
-        contexts.append(output.context[0].bfloat16())
-        lasts.append(output.last_hidden[0].bfloat16())
-        count += len(row.input_ids)
-        if count >= 2 * SCALE_TOKENS:
+        places = torch.linspace(0, len(row.input_ids) - 1, min(ROW_TOKENS, len(row.input_ids)), device=target.device).long()
+        sides[number % 2].append(TargetOutput(output.context[0, places].bfloat16(), output.last_hidden[0, places].bfloat16()))
+        if all(sum(len(part.last_hidden) for part in side) >= SCALE_TOKENS for side in sides):
             break
-    layers = len(config.target.layer_ids)
-    context, last = torch.cat(contexts)[: 2 * SCALE_TOKENS], torch.cat(lasts)[: 2 * SCALE_TOKENS]
-    return FirstStates(context.unflatten(1, (layers, -1)), last[:, None])
+    layers, size = len(config.target.layer_ids), int(target.text_config.hidden_size)
+    nothing = torch.zeros(0, layers * size, dtype=torch.bfloat16, device=target.device)
+    context = torch.cat([nothing, *(part.context for side in sides for part in side)])
+    last = torch.cat([nothing[:, :size], *(part.last_hidden for side in sides for part in side)])
+    return FirstStates(context.unflatten(1, (layers, size)), last[:, None], sum(len(part.last_hidden) for part in sides[0]))
 
 
 def _first_rows(config: RunConfig, stage: ShardedStage, chat: Chat) -> Iterator[CaptureRow]:
+    """The samples of the first shards, in an order that knows nothing of their length."""
     for record in stage.upstream.records().values():
         answers = read_table(stage.upstream.fetch_shard(record)).to_pylist()
-        yield from reversed(capture_rows(answers, chat, config.hidden).rows)  # longest first: more than the same few openings
+        yield from sorted(capture_rows(answers, chat, config.hidden).rows, key=lambda row: row.sample_id)
 
 
-def measure_codecs(layout: Layout, first: FirstStates, target: Target) -> Fidelity:
+def measure_codecs(config: RunConfig, layout: Layout, first: FirstStates, target: Target) -> Fidelity:
     """How much the codecs keep of tokens that the scales were not made from."""
     context, last = first.context[first.half :], first.last[first.half :]
+    kept = config.hidden.last_hidden != "none"
     return measure(
         context, layout.context.dequantize(layout.context.quantize(context)),
-        last=last.flatten(1), decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)),
+        last=last.flatten(1) if kept else None,
+        decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)) if kept else None,
         logits=lambda states: target.logits(states.to(target.dtype)),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from deepspec.data.disk_cache import DiskCache
 from deepspec.data.index import INDEX, ShardFiles, map_index
 from deepspec.data.layout import HiddenSample, Layout
 from deepspec.data.read_ahead import BufferPool, read_ahead
+from deepspec.disk import read_into
 from deepspec.errors import ArtifactMismatch, DamagedData
 
 # Decoded tensors share memory that must not be written to; nothing here does.
@@ -37,7 +38,8 @@ MAX_OPEN_FILES = 128  # of 10,000 shards; a process may often hold no more than 
 class HiddenCache:
     """A sealed cache, opened by its manifest and index alone; `cache[i]` reads sample i of the index.
 
-    May be sent to a spawned process and inherited by a forked one: what each has open, it opened itself (trap C9).
+    May be sent to a spawned process and inherited by a forked one (trap C9): clients of a bucket are made anew in each. What
+    stands beside the shards is checked here, each sample when it is read; the index is not, its samples' checksums are in it.
     """
 
     def __init__(self, artifact: Artifact, *, cache_gb: float = 0.0, check_reads: Literal["first", "always"] = "first") -> None:
@@ -46,8 +48,8 @@ class HiddenCache:
             fix = "run `python -m deepspec hidden` until nothing is missing"
             raise ArtifactMismatch("the hidden states are not finished", where=artifact.url, fix=fix)
         self.artifact, self.manifest, self.cache_gb, self.check_reads = artifact, manifest, cache_gb, check_reads
-        self.schema = pa.ipc.read_schema(pa.py_buffer(artifact.store.read(artifact.path(SCHEMA))))
-        scales = load_tensors(artifact.store.read(artifact.path(SCALES))) if SCALES in manifest.files else {}
+        self.schema = pa.ipc.read_schema(pa.py_buffer(artifact.fetch_file(SCHEMA).read_bytes()))
+        scales = load_tensors(artifact.fetch_file(SCALES).read_bytes()) if SCALES in manifest.files else {}
         self.layout = Layout.of(self.schema, scales)
         self.index = map_index(artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum))
         self.files = ShardFiles(artifact.store.fetch(artifact.path(RECORDS), manifest.records.checksum))
@@ -79,28 +81,29 @@ class HiddenCache:
         """
         shard, offset, num_bytes = (int(column[number]) for column in (self.index.shard, self.index.offset, self.index.num_bytes))
         checksum = int(self.index.checksum[number])
-        if self.artifact.store.is_local:
-            message = self._local(shard, offset, num_bytes, buffer)
-            whole = len(message) == num_bytes and bool(self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
-            self._checked[number] = whole and self.check_reads == "first"
-        else:
-            message, whole = self._remote(self.files[shard], offset, num_bytes, checksum)
+        reason = ""
+        try:
+            if self.artifact.store.is_local:
+                message = self._local(shard, offset, num_bytes, buffer)
+                whole = len(message) == num_bytes and bool(self._checked[number] or xxhash.xxh3_64_intdigest(message) == checksum)
+                self._checked[number] = whole and self.check_reads == "first"
+            else:
+                message, whole = self._remote(self.files[shard], offset, num_bytes, checksum)
+        except OSError as error:  # the file is gone, or a sector is bad
+            whole, reason = False, f" ({type(error).__name__}: {error})"
         if not whole:
             fix = f"run `python -m deepspec verify` and then the stage 'hidden' again: it captures shard {shard} once more"
-            what = f"row {int(self.index.row[number])} of shard {shard} is damaged"
+            what = f"row {int(self.index.row[number])} of shard {shard} is damaged{reason}"
             raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
         return self.layout.decode(message, self.schema)
 
     def _local(self, shard: int, offset: int, num_bytes: int, buffer: np.ndarray) -> memoryview:
         """The bytes of a message, as many as the file has of them."""
-        try:
-            opened = self._open(shard)  # held here, or it might be closed before it is read
-        except FileNotFoundError:
-            return memoryview(b"")
+        opened = self._open(shard)  # held here, or it might be closed before it is read
         if self.mapped:
             return opened.view[offset : offset + num_bytes]
         room = buffer.data[:num_bytes]
-        return room[: os.preadv(opened.fd, [room], offset)]
+        return room[: read_into(opened.fd, room, offset)]
 
     def _remote(self, file: str, offset: int, num_bytes: int, checksum: int) -> tuple[memoryview, bool]:
         """The bytes from the local copies if they are there and whole, else from the store; and whether they are whole."""
@@ -137,7 +140,8 @@ class _OpenFile:
     @cached_property
     def view(self) -> memoryview:
         """The mapped file; lives as long as anything that was decoded from it."""
-        return memoryview(mmap.mmap(self.fd, 0, prot=mmap.PROT_READ))
+        empty = os.fstat(self.fd).st_size == 0  # which mmap refuses
+        return memoryview(b"" if empty else mmap.mmap(self.fd, 0, prot=mmap.PROT_READ))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

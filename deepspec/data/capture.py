@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from deepspec.artifact import Artifact
+from deepspec.aside import put_rejects
 from deepspec.config import RunConfig
-from deepspec.data.beside import files_beside, lacks_files, prepare
+from deepspec.data.beside import check_made_with, files_beside, lacks_files, made_with, prepare
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.index import INDEX, write_index
 from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
@@ -28,8 +29,8 @@ from deepspec.data.state_checks import StateChecks, kept_positions
 from deepspec.data.tables import read_table
 from deepspec.events import Report, silent
 from deepspec.generate import pad_right
-from deepspec.records import Counts
-from deepspec.stages import ShardedStage, open_sharded, seal_if_whole, stage_status
+from deepspec.records import Counts, Record
+from deepspec.stages import ShardedStage, open_sharded, seal_if_whole
 from deepspec.target import Target, TargetOutput, load_target
 from deepspec.work import Work, work_through
 
@@ -45,9 +46,12 @@ def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, repor
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
         layout = prepare(config, stage, chat, target, report)
         work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)
-    if not stage_status(config, "hidden").missing:
-        write_index(stage.artifact, list(stage.artifact.records().values()))
-        seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX))
+
+    def finish(records: list[Record]) -> None:
+        check_made_with(stage.artifact, made_with(config, stage.artifact), records)
+        write_index(stage.artifact, records)
+
+    seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
     return stage.artifact
 
 
@@ -56,7 +60,8 @@ class Capture:
 
     def __init__(self, config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, layout: Layout) -> None:
         self.config, self.stage, self.chat, self.target, self.layout = config, stage, chat, target, layout
-        self.host = HostCopy(target.device)
+        self.host, self.made_with = HostCopy(target.device), made_with(config, stage.artifact)
+        self.checks = StateChecks(target, config.resources)
 
     def shard(self, work: Work, local: Path) -> Counts:
         """Write one shard.
@@ -67,23 +72,23 @@ class Capture:
         resources = self.config.resources
         answers = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
         rows, left_out = capture_rows(answers, self.chat, self.config.hidden)
-        checks = StateChecks(self.target, resources)
+        self.checks.begin(len(rows))
         with ShardWriter(local, self.layout, work.shard, writes=resources.writes) as writer:
             # Several samples are encoded at a time, and written in their order; the bytes that wait at either place are counted.
             with ThreadPoolExecutor(resources.encode_threads) as encoders, Background(resources.write_buffer_mb * 1_000_000) as background:
                 for row, states in self.states(rows):
                     sample = self.sample(row, states)
-                    checks.look(row, states, sample)
+                    self.checks.look(row, states, sample)
                     encoded = encoders.submit(self.encoding(writer, sample, held_out=row.held_out))
                     background.submit(partial(_write, writer, encoded), num_bytes=sample.num_bytes)
             written = writer.finish()
-        checks.settle()
-        self.stage.artifact.put_rejects(work.shard, left_out)
+        self.checks.settle()
+        put_rejects(self.stage.artifact, work.shard, left_out)
         log.info("shard=%d the target waited %.2f s for the disk", work.shard, background.stalled_s)
         tokens, supervised = (sum(len(row.input_ids) for row in rows), sum(sum(row.loss_mask) for row in rows))
         return Counts(
             rows=len(rows), tokens=tokens, rejected=len(left_out), extra={"supervised": supervised}, checksum=written.checksum,
-            index_rows=written.index_rows,
+            index_rows=written.index_rows, made_with=self.made_with,
         )  # fmt: skip
 
     def encoding(self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool) -> Callable[[], Encoded]:

@@ -55,7 +55,7 @@ def _require_demo(config: RunConfig) -> None:
 
 
 def _missing_share(config: RunConfig) -> float:
-    hidden, prompts = artifact_of(config, "hidden").records(), artifact_of(config, "prompts").records()
+    hidden, prompts = artifact_of(config, "hidden").record_shards(), artifact_of(config, "prompts").record_shards()
     return 1 - len(hidden) / max(len(prompts), len(hidden), 1)
 
 

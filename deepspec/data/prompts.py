@@ -19,6 +19,7 @@ import fsspec
 import pyarrow as pa
 
 from deepspec.artifact import Artifact
+from deepspec.aside import put_rejects
 from deepspec.config import DatasetSource, DemoSource, FileSource, PromptsConfig, RunConfig
 from deepspec.data.tables import write_table
 from deepspec.errors import DataError
@@ -71,7 +72,7 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
         started = time.monotonic()
         totals = {"rows": totals["rows"] + len(prompts), "rejected": totals["rejected"] + len(rejects)}
         if shard not in committed:
-            artifact.put_rejects(shard, rejects)
+            put_rejects(artifact, shard, rejects)
             with artifact.store.staged() as local:
                 write_table(pa.Table.from_pylist([prompt._asdict() for prompt in prompts], SCHEMA), local)
                 counts = Counts(rows=len(prompts), rejected=len(rejects))

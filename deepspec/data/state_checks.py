@@ -23,14 +23,20 @@ EXACT = ("raw", "lossless")
 
 
 class StateChecks:
-    """Collects what one shard's samples show; flags stay on the device, so that looking does not make the target wait."""
+    """Collects what a shard's samples show; flags stay on the device, so that looking does not make the target wait.
+
+    Predictions are counted on from shard to shard until there are enough of them to judge by.
+    """
 
     def __init__(self, target: Target, resources: ResourcesConfig) -> None:
         self.target, self.every, self.limits = target, resources.check_every, resources.fidelity
-        self._ids: list[int] = []
-        self._flags: list[Tensor] = []
+        self._num_rows, self._ids, self._flags = 0, list[int](), list[Tensor]()
         self._positions = self._agreeing = 0
         self._min_agreement = 0.0
+
+    def begin(self, num_rows: int) -> None:
+        """A shard of so many samples comes next, shortest first."""
+        self._num_rows, self._ids, self._flags = num_rows, [], []
 
     def look(self, row: CaptureRow, states: TargetOutput, sample: HiddenSample) -> None:
         """Take note of one sample: `states` as captured ([T, m * D] and [T, D]), `sample` as it will be stored.
@@ -40,7 +46,7 @@ class StateChecks:
         """
         finite = torch.isfinite(states.context).all() & torch.isfinite(states.last_hidden).all()
         empty = (states.context == 0).all(dim=-1).any()
-        if len(self._ids) % self.every == 0:
+        if (self._num_rows - 1 - len(self._ids)) % self.every == 0:  # the last and longest of a shard in any case
             self._compare_alone(row, states)
             self._compare_stored(row, states, sample)
         self._ids.append(row.sample_id)
@@ -55,11 +61,13 @@ class StateChecks:
                 )
             if empty:
                 raise DamagedData("a token has no hidden state (all zeros)", where=_name(sample_id), fix="check the model's weights")
-        agreement = self._agreeing / max(self._positions, 1)
-        if self._positions >= MIN_POSITIONS and agreement < self._min_agreement:
-            what = f"only {agreement:.1%} of the target's predictions come back out of the stored states"
-            fix = "the final norm is missing or applied twice, or the codec is too coarse; report this with the model's name"
-            raise DamagedData(what, where=f"{self._positions} positions, from {_name(self._ids[0])}", fix=fix)
+        if self._positions >= MIN_POSITIONS:
+            positions, agreement = self._positions, self._agreeing / self._positions
+            self._positions = self._agreeing = 0
+            if agreement < self._min_agreement:
+                what = f"only {agreement:.1%} of the target's predictions come back out of the stored states"
+                fix = "the final norm is missing or applied twice, or the codec is too coarse; report this with the model's name"
+                raise DamagedData(what, where=f"{positions} positions, the last in {_name(self._ids[-1])}", fix=fix)
 
     def _compare_alone(self, row: CaptureRow, states: TargetOutput) -> None:
         alone = self.target.forward(torch.tensor([row.input_ids], device=self.target.device))

@@ -145,7 +145,7 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     if cache.layout.context.width != wanted:
         what = f"the cache holds {cache.layout.context.width} context features a token, the draft reads {wanted}"
         raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
-    frozen = load_file(artifact.store.fetch(artifact.path("frozen.safetensors")))
+    frozen = load_file(artifact.fetch_file("frozen.safetensors"))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
     draft.configure_loss(config.loss)
     return draft

@@ -146,3 +146,19 @@ def test_the_samples_stay_good_when_a_buffer_is_used_again(artifact: Artifact):
     kept = [sample.context.decode(out=torch.empty(len(sample.input_ids), LAYOUT.context.width, dtype=torch.bfloat16))
             for sample in cache.stream(range(12), max_bytes=1, threads=1)]  # fmt: skip
     assert all(torch.equal(context, sample.context.decode()) for context, sample in zip(kept, FLAT, strict=True))
+
+
+def test_an_emptied_shard_is_damage_in_a_mapped_cache_too(artifact: Artifact):
+    cache = HiddenCache(artifact)
+    assert cache.mapped
+    Path(artifact.store.path(artifact.path(cache.files[1]))).write_bytes(b"")
+    with pytest.raises(DamagedData, match="row 1 of shard 1"):
+        cache[5]
+
+
+def test_a_cache_larger_than_memory_is_read_and_not_mapped(artifact: Artifact, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deepspec.data.cache.physical_memory", lambda: 1)
+    cache = HiddenCache(artifact)
+    assert not cache.mapped
+    for number, sample in enumerate(cache.stream(range(12), max_bytes=3000, threads=3)):
+        assert same(sample, FLAT[number])

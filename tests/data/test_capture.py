@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepspec.aside import failures
 from deepspec.data.beside import files_beside
 from deepspec.data.cache import HiddenCache
 from deepspec.data.capture import Capture, HostCopy, run_capture
@@ -217,8 +218,8 @@ def spoil(kind: str, rows, states):
     """What a broken kernel, a wrong mask or a bad weight would hand to capture."""
     found = list(states)
     if kind == "rows mixed up":
-        found[0], found[-1] = (found[0][0], found[-1][1]), (found[-1][0], found[0][1])
-        found = [(row, TargetOutput(*(part[: len(row.input_ids)] for part in output))) for row, output in found]
+        row, output = found[-1]
+        found[-1] = (row, TargetOutput(output.context.flip(0), output.last_hidden.flip(0)))
     elif kind == "not finite":
         found[1][1].context[0, 0] = float("nan")
     elif kind == "an empty row":
@@ -244,7 +245,7 @@ def test_a_shard_of_wrong_states_is_set_aside_and_the_others_are_captured(
     assert artifact.store.names(artifact.path("quarantine")) == ["00002.arrow"]
     monkeypatch.undo()
     assert run_capture(config).manifest() is not None
-    assert artifact.failures() == {}
+    assert failures(artifact) == {}
 
 
 def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(captured: Path, cache: HiddenCache):
@@ -263,6 +264,7 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(capture
         last_hidden=Stored(layout.last_hidden, layout.last_hidden.quantize(unnormed)),
         last_spans=torch.tensor([[0, len(ids)]]),
     )
+    checks.begin(1)
     checks.look(row, TargetOutput(states.context[0], states.last_hidden[0]), sample)
     with pytest.raises(DamagedData, match="of the target's predictions come back"):
         checks.settle()
@@ -277,3 +279,34 @@ def test_states_come_to_the_host_while_the_gpu_goes_on(cache: HiddenCache):
     ready = host.ready()
     torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")
     assert torch.equal(host.bring(stored, ready).parts[0], stored.parts[0].cpu())
+
+
+def test_shards_are_never_read_with_other_scales_than_they_were_encoded_with(answered: Path, tmp_path: Path):
+    """Without the very scales an int8 shard means something else, and no checksum of its own bytes would tell."""
+    shutil.copytree(answered, tmp_path / "store")
+    config = tiny_run(tmp_path / "store", "hidden.codec=int8")
+    artifact = run_capture(config, shards=[0, 1, 2])
+    path = Path(artifact.store.path(artifact.path("scales.safetensors")))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedData, match="encoded with other channel scales"):
+        run_capture(config)
+    path.unlink()  # lost: made again from the same samples, they come out the same here
+    assert run_capture(config).manifest() is not None
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedData, match=r"scales.safetensors is damaged"):
+        HiddenCache(artifact)
+
+
+def test_the_longest_sample_of_every_shard_is_looked_at(captured: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(captured)
+    checks = StateChecks(load_target(config.target, folder=target_folder(config)), config.resources)
+    compared: list[int] = []
+    monkeypatch.setattr(checks, "_compare_alone", lambda row, states: compared.append(row.sample_id))
+    monkeypatch.setattr(checks, "_compare_stored", lambda row, states, sample: None)
+    states = TargetOutput(torch.ones(1, 4), torch.ones(1, 4))
+    checks.begin(130)
+    for number in range(130):
+        checks.look(CaptureRow(number, False, [1], [True]), states, None)  # type: ignore[arg-type]
+    assert compared == [1, 65, 129]

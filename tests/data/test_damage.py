@@ -121,3 +121,38 @@ def test_a_changed_manifest_is_found(artifact: Artifact, tmp_path: Path):
     path.write_text(json.dumps(fields))
     assert "manifest.json is damaged" in problems(artifact, tmp_path)[0]
     assert len(artifact.records()) == 3
+
+
+def test_a_shard_made_anew_while_it_was_being_judged_keeps_its_record(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Hashing takes hours at tens of terabytes; what another run commits meanwhile is not what was found damaged."""
+    record = artifact.records()[1]
+    flip(artifact, record.file, record.num_bytes // 2)
+    newer = record.model_copy(update={"host": "another"})
+    original = artifact.store.checksum
+
+    def slow(relative: str) -> str:
+        if relative == artifact.path(record.file):
+            artifact.store.write(artifact.path("records/00001.json"), newer.model_dump_json().encode())
+        return original(relative)
+
+    monkeypatch.setattr(artifact.store, "checksum", slow)
+    assert problems(artifact, tmp_path) == []
+    assert artifact.read_records([1])[1] == newer
+
+
+def test_a_bad_sector_is_damage_like_any_other(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import errno
+    import os
+
+    original, bad = artifact.store.checksum, artifact.path(artifact.records()[2].file)
+
+    def unreadable(relative: str) -> str:
+        if relative == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(relative)
+
+    monkeypatch.setattr(artifact.store, "checksum", unreadable)
+    (problem,) = problems(artifact, tmp_path)
+    assert "shard 2" in problem
+    assert "Input/output error" in problem
+    assert list(artifact.records()) == [0, 1]
