@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Literal, TypeVar
 
 import fsspec
@@ -112,24 +113,25 @@ class Calls:
 
 
 def within(seconds: float, call: Callable[[], bool], *, where: str) -> bool:
-    """What `call` returns; StoreError if the server does not answer in so many seconds (the call is then left to itself)."""
-    results: list[bool] = []
-    errors: list[StoreError] = []
-    fix = "check AWS_ENDPOINT_URL and the network, or choose another with --store"
+    """What `call` returns, or whatever it raises.
+
+    Raises:
+        TransientError: the server cannot be reached, or does not answer in so many seconds (the call is then left to itself).
+            Not a StoreError: every child of a lane begins with this check, and one that meets a restarting server must be tried again.
+    """
+    done: Future[bool] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
-        except TransientError as error:
-            errors.append(StoreError(f"cannot reach the store: {error.what}", where=where, fix=fix))
-        except StoreError as error:
-            errors.append(error)
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
+            done.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0] from None
-    if not results:
-        raise StoreError(f"cannot reach the store: no answer in {seconds:g} s", where=where, fix=fix)
-    return results[0]
+    threading.Thread(target=run, daemon=True).start()
+    fix = "check AWS_ENDPOINT_URL and the network, or choose another with --store"
+    if not wait([done], seconds).done:
+        raise TransientError(f"cannot reach the store: no answer in {seconds:g} s", where=where, fix=fix)
+    try:
+        return done.result()
+    except TransientError as error:
+        raise TransientError(f"cannot reach the store: {error.what}", where=where, fix=fix) from None

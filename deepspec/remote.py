@@ -228,7 +228,10 @@ class Remote:
         self.calls.by_fsspec("abort", upload.key, lambda bucket: bucket.abort(upload))
 
     def check_writable(self) -> None:
-        """Raise StoreError if nothing can be written: soon in the first check of a process, after an outage's length later on."""
+        """Raise StoreError if nothing can be written, TransientError if the server is away.
+
+        That is said soon in the first check of a process, after an outage's length later on.
+        """
         if os.getpid() in self._checked_in:
             key = f".probe-{uuid.uuid4().hex}"
             self.write(key, b"deepspec")

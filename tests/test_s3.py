@@ -18,7 +18,7 @@ import pytest
 import xxhash
 
 from deepspec import bucket, bucket_calls, gc, remote
-from deepspec.errors import DamagedData, StoreError, TransientError
+from deepspec.errors import EXIT_TRANSIENT, DamagedData, DeepSpecError, StoreError, TransientError
 from deepspec.store import Store, file_checksum
 from tests.conftest import REPOSITORY
 from tests.faulty import Answer, FaultyProxy, Request, answer, cut_body, flip_byte, lose_answer, times
@@ -321,9 +321,9 @@ def test_a_server_that_ignores_the_condition_gets_one_warning(store: Store, prox
     assert store.names("") == []
 
 
-def refused(store: Store) -> str:
+def refused(store: Store, kind: type[DeepSpecError] = StoreError) -> str:
     started = time.monotonic()
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(kind) as caught:
         store.check_writable()
     assert time.monotonic() - started < 12
     return str(caught.value)
@@ -350,8 +350,8 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
     for name, value in {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    messages.append(refused(Store(s3_url, scratch=str(tmp_path))))
-    assert "cannot reach the store" in messages[-1]
+    messages.append(refused(Store(s3_url, scratch=str(tmp_path)), TransientError))
+    assert "cannot reach the store" in messages[-1] and "check AWS_ENDPOINT_URL" in messages[-1]
     with pytest.raises(StoreError, match="GB are free"):
         Store("memory://x", scratch=str(tmp_path)).check_writable(min_free_gb=1e9)
     for text in [*messages, caplog.text]:
@@ -367,7 +367,33 @@ def test_a_server_that_takes_connections_and_says_nothing_is_given_up_in_time(s3
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("DEEPSPEC_S3_CLIENT", "s3fs")
         monkeypatch.setattr(remote, "CHECK_S", 2.0)
-        assert "no answer in" in refused(Store(s3_url, scratch=str(tmp_path)))
+        assert "no answer in" in refused(Store(s3_url, scratch=str(tmp_path)), TransientError)
+
+
+def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(s3_url, radosgw, tmp_path, monkeypatch):
+    """Every child of a lane begins with this check: a 15 s restart during one of 313 must not fail its group for good."""
+    monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
+    store = Store(s3_url, scratch=str(tmp_path))
+    radosgw.kill()
+    try:
+        with pytest.raises(TransientError, match="cannot reach the store") as caught:
+            store.check_writable()
+    finally:
+        radosgw.restart()
+    assert caught.value.exit_code == EXIT_TRANSIENT
+    store.check_writable()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no threads left"), StoreError("no such bucket")])
+def test_the_quick_check_hands_on_what_went_wrong(error: Exception):
+    """Anything but a StoreError once came out as "no answer in 10 s", which nobody had waited for."""
+
+    def call() -> bool:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        bucket_calls.within(10.0, call, where="here")
+    assert caught.value is error
 
 
 def test_a_server_that_stays_away_is_a_transient_error(store: Store, monkeypatch):

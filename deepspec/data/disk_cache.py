@@ -73,10 +73,10 @@ class DiskCache:
             total = self.num_bytes()
             if total <= self.max_bytes:
                 return
-            for ranges in sorted(self.folder.glob("*.ranges"), key=_last_used):
-                data = ranges.with_suffix(".data")
+            # Not by the lists: a process killed between its two files leaves bytes that no list names, and they take room, too.
+            for data in sorted(self.folder.glob("*.data"), key=_last_used):
                 total -= _disk_bytes(data)
-                ranges.unlink(missing_ok=True)  # first: what is listed should be there
+                data.with_suffix(".ranges").unlink(missing_ok=True)  # first: what is listed should be there
                 data.unlink(missing_ok=True)
                 if total <= KEPT * self.max_bytes:
                     return
@@ -88,7 +88,8 @@ def _disk_bytes(path: Path) -> int:
     return 0
 
 
-def _last_used(path: Path) -> float:
+def _last_used(data: Path) -> float:
+    """When its list was last read or written; before everything else for bytes without a list, which nobody can read."""
     with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_mtime
+        return data.with_suffix(".ranges").stat().st_mtime
     return 0.0

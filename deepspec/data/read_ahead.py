@@ -16,6 +16,7 @@ import numpy as np
 
 MAX_JOBS_AHEAD = 1024  # of tiny samples a budget in bytes alone would let thousands queue before the first one is used
 SMALLEST_BUFFER = 1 << 16
+FREE_BYTES = 512 << 20
 
 T = TypeVar("T")
 
@@ -42,19 +43,35 @@ def read_ahead(jobs: Iterable[tuple[int, Callable[[], T]]], *, max_bytes: int, t
 
 
 class BufferPool:
-    """Memory that is used again: fresh pages cost more than the copy into them."""
+    """Memory that is used again: fresh pages cost more than the copy into them.
 
-    def __init__(self) -> None:
-        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    What nobody uses takes `max_bytes` at most. Without a bound each size would keep as many buffers as ever were in use at once,
+    and sizes have their peaks at different times: real lengths under a budget of 512 MB left 3.6 GB lying.
+    """
+
+    def __init__(self, max_bytes: int = FREE_BYTES) -> None:
+        self.max_bytes, self.free_bytes = max_bytes, 0
+        # By size, and in each size those given back last on the right, with the count of buffers given back before.
+        self._free: defaultdict[int, deque[tuple[int, np.ndarray]]] = defaultdict(deque)
+        self._num_given = 0
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> np.ndarray:
         size = max(SMALLEST_BUFFER, 1 << max(0, num_bytes - 1).bit_length()) if num_bytes else 0
         with self._lock:
             if free := self._free[size]:
-                return free.pop()
+                self.free_bytes -= size
+                return free.pop()[1]
         return np.empty(size, dtype=np.uint8)
 
     def give(self, buffer: np.ndarray) -> None:
+        """Leave the buffer for the next one who asks for its size; those that lay unused longest go if there are too many."""
+        if len(buffer) > self.max_bytes:
+            return
         with self._lock:
-            self._free[len(buffer)].append(buffer)
+            self._free[len(buffer)].append((self._num_given, buffer))
+            self._num_given += 1
+            self.free_bytes += len(buffer)
+            while self.free_bytes > self.max_bytes:
+                oldest = min((free for free in self._free.values() if free), key=lambda free: free[0][0])
+                self.free_bytes -= len(oldest.popleft()[1])

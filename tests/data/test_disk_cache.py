@@ -45,6 +45,17 @@ def test_the_shards_used_longest_ago_make_room(tmp_path: Path):
     assert cache.get("shard 1", 0, MB) is None
 
 
+def test_bytes_that_no_list_names_go_first(tmp_path: Path):
+    """A process killed between its two files left them: counted but never evicted, in the end they pushed out every good copy."""
+    for number in range(9):
+        (tmp_path / f"{number:032x}.data").write_bytes(content(number))
+    cache = DiskCache(tmp_path, 10 * MB)
+    for number in range(6):
+        cache.put(f"shard {number}", 0, memoryview(content(number)))
+    assert cache.num_bytes() <= 10 * MB
+    assert [number for number in range(6) if cache.get(f"shard {number}", 0, MB) is None] == []
+
+
 def fill(folder: Path, first: int) -> None:
     cache = DiskCache(folder, 20 * MB)
     for number in range(first, first + 60):
