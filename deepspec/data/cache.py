@@ -119,7 +119,7 @@ class HiddenCache:
 
     def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
         """Samples in the order asked, read ahead by threads; a sample's tensors are good until the next one is asked for."""
-        pool = BufferPool()
+        pool = BufferPool(max_bytes)
 
         def read(number: int) -> tuple[HiddenSample, np.ndarray]:
             buffer = pool.take(self.room(number))
