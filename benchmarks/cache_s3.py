@@ -157,7 +157,7 @@ def outage(server: Radosgw, url: str, client: str) -> float:
 def main() -> dict[str, object]:
     if missing := ceph_missing():
         raise SystemExit(missing)
-    with tempfile.TemporaryDirectory() as folder, Radosgw(Path(folder) / "ceph") as server, server.environment():
+    with tempfile.TemporaryDirectory() as folder, Radosgw.start(Path(folder) / "ceph") as server, server.environment():
         url = f"s3://{server.new_bucket()}/hidden"
         uploads = {client: upload(url, folder, client) for client in CPU_LIMITS}
         sides = {name: Side(name, url) for name in SIDES}

@@ -50,7 +50,7 @@ class DataError(UserError):
 
 
 class StoreError(UserError):
-    """The artifact store cannot be used: not writable, too small, not reachable."""
+    """The artifact store cannot be used: not writable, too small, no such bucket, wrong keys."""
 
 
 class ArtifactMismatch(UserError):

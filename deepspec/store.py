@@ -144,7 +144,7 @@ class Store:
             self._place.abort_upload(upload)
 
     def check_writable(self, min_free_gb: float = 0.0) -> None:
-        """Raise StoreError now, rather than after hours of work, if nothing can be written here.
+        """Raise StoreError now, rather than after hours of work, if nothing can be written here; TransientError if nobody answers.
 
         A remote store gets 10 s for the first check of a process; once one went well, a server that is away is waited for.
         """

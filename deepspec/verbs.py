@@ -102,7 +102,7 @@ def gc(
     for orphan in found:
         typer.echo(f"{orphan.kind:10} {human_bytes(orphan.num_bytes):>8}  {orphan.age_s / 3600:7.1f} h  {orphan.path}")
     if remove:
-        typer.echo(f"removed {len(found)}: {human_bytes(collector.remove(place, found))} are free again")
+        typer.echo(f"{human_bytes(collector.remove(place, found))} are free again; what is in use by now was kept")
     else:
         typer.echo(f"{len(found)} found; `--remove` takes them away" if found else "nothing was left behind")
 

@@ -89,7 +89,7 @@ def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Radosgw]:
     """A real S3 server for the session: `endpoint`, `kill()`, `restart()`, `new_bucket()`, `client()`; skips without Ceph."""
     if missing := ceph_missing():
         pytest.skip(missing)
-    with Radosgw(tmp_path_factory.mktemp("ceph")) as server:
+    with Radosgw.start(tmp_path_factory.mktemp("ceph")) as server:
         yield server
 
 

@@ -20,7 +20,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +29,7 @@ PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmapt
 INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw ceph-common"
 ACCESS_KEY, SECRET_KEY, REGION = "DEEPSPECTESTKEY00001", "deepspec-test-secret-of-forty-characters", "us-east-1"
 START_S = 60.0
+TRIES = 3
 REAPER = 'while read -r pids; do last=$pids; done; [ -z "$last" ] || kill -9 $last'  # the last line is what runs now
 
 CONFIG = """
@@ -104,6 +105,14 @@ class Radosgw:
         except BaseException:  # Ctrl-C included: no daemon may outlive the attempt
             self.stop()
             raise
+
+    @classmethod
+    def start(cls, folder: Path) -> Self:
+        """A server that is up; tried again because another Ceph on this machine may take a port between finding and using it."""
+        for attempt in range(TRIES - 1):
+            with suppress(RuntimeError, subprocess.TimeoutExpired):
+                return cls(folder / str(attempt))
+        return cls(folder / str(TRIES - 1))
 
     def __enter__(self) -> Self:
         return self
