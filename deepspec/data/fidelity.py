@@ -6,11 +6,12 @@ T tokens, T' tokens whose final hidden state is kept, L layers, D hidden size, V
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepspec.config import FidelityConfig
 from deepspec.errors import FidelityTooLow
 
 
@@ -23,24 +24,6 @@ class Fidelity(NamedTuple):
     min_cosine: float  # of the worst token of any layer
     total_variation: float | None  # mean distance of the next-token distributions; None where no final state was given
     argmax_agreement: float | None  # share of tokens whose likeliest next token stays the same
-
-
-class Limits(Protocol):
-    @property
-    def max_relative_error(self) -> float: ...
-    @property
-    def min_cosine(self) -> float: ...
-    @property
-    def max_total_variation(self) -> float: ...
-    @property
-    def min_argmax_agreement(self) -> float: ...
-
-
-class FidelityLimits(NamedTuple):
-    max_relative_error: float = 0.04
-    min_cosine: float = 0.995  # of the worst token
-    max_total_variation: float = 0.02
-    min_argmax_agreement: float = 0.97
 
 
 class _Vectors:
@@ -98,7 +81,7 @@ def measure(
     )
 
 
-def refuse(fidelity: Fidelity, limits: Limits, *, where: str = "") -> None:
+def refuse(fidelity: Fidelity, limits: FidelityConfig, *, where: str = "") -> None:
     """Let pass what keeps every limit; a number that is not one keeps none.
 
     Raises:

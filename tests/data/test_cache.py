@@ -30,6 +30,14 @@ def artifact(tmp_path: Path) -> Artifact:
     return make_cache(Artifact(Store(str(tmp_path / "store")), KEY), SAMPLES)
 
 
+def flip_a_bit(cache: HiddenCache, number: int) -> None:
+    """In the stored message of a sample."""
+    path = Path(cache.artifact.store.path(cache.artifact.path(cache.files[int(cache.index.shard[number])])))
+    data = bytearray(path.read_bytes())
+    data[int(cache.index.offset[number]) + 300] ^= 1
+    path.write_bytes(data)
+
+
 def test_every_sample_comes_back_by_its_number(artifact: Artifact):
     cache = HiddenCache(artifact)
     assert len(cache) == 12
@@ -59,10 +67,7 @@ def test_opening_looks_at_no_shard(artifact: Artifact):
 
 def test_a_flipped_bit_is_found_before_decoding_and_names_shard_and_row(artifact: Artifact):
     cache = HiddenCache(artifact)
-    path = Path(artifact.store.path(artifact.path(cache.files[1])))
-    data = bytearray(path.read_bytes())
-    data[int(cache.index.offset[6]) + 300] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(cache, 6)
     with pytest.raises(DamagedData, match="row 2 of shard 1 is damaged"):
         cache[6]
     assert same(cache[5], FLAT[5])
@@ -71,10 +76,7 @@ def test_a_flipped_bit_is_found_before_decoding_and_names_shard_and_row(artifact
 def test_damage_that_came_after_the_first_read_is_found_when_every_read_is_checked(artifact: Artifact):
     always = HiddenCache(artifact, check_reads="always")
     assert same(always[6], FLAT[6])
-    path = Path(artifact.store.path(artifact.path(always.files[1])))
-    data = bytearray(path.read_bytes())
-    data[int(always.index.offset[6]) + 300] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(always, 6)
     with pytest.raises(DamagedData, match="row 2 of shard 1"):
         always[6]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepspec.config import FidelityConfig
 from deepspec.data.codec import channel_scale, make_codec
-from deepspec.data.fidelity import Fidelity, FidelityLimits, measure, refuse
+from deepspec.data.fidelity import Fidelity, measure, refuse
 from deepspec.errors import FidelityTooLow, UserError
 
 PERFECT = Fidelity(0.0, 0.0, 1.0, 1.0, 0.0, 1.0)
@@ -89,19 +90,19 @@ def test_every_codec_passes_on_ordinary_states(name: str):
         made = make_codec(codec, tensor=kind, **sizes)  # type: ignore[arg-type]
         decoded.append(made.dequantize(made.quantize(values)))
     found = measure(context, decoded[0], last=last[:, 0], decoded_last=decoded[1], logits=lambda states: states.float() @ head.T)
-    refuse(found, FidelityLimits())
+    refuse(found, FidelityConfig())
     assert (found.relative_error == 0) == (name == "lossless")
 
 
 def test_what_keeps_its_limits_passes():
-    refuse(PERFECT, FidelityLimits())
-    refuse(Fidelity(0.04, 9.0, 1.0, 0.995, 0.02, 0.97), FidelityLimits())
-    refuse(PERFECT._replace(total_variation=None, argmax_agreement=None), FidelityLimits())
+    refuse(PERFECT, FidelityConfig())
+    refuse(Fidelity(0.04, 9.0, 1.0, 0.995, 0.02, 0.97), FidelityConfig())
+    refuse(PERFECT._replace(total_variation=None, argmax_agreement=None), FidelityConfig())
 
 
 def test_a_refusal_names_every_broken_limit_with_its_value_and_a_way_out():
     with pytest.raises(FidelityTooLow) as caught:
-        refuse(Fidelity(0.06, 0.1, 0.99, 0.98, 0.05, 0.9), FidelityLimits(), where="hidden.codec fp8")
+        refuse(Fidelity(0.06, 0.1, 0.99, 0.98, 0.05, 0.9), FidelityConfig(), where="hidden.codec fp8")
     for part in (
         "relative_error is 0.06, max_relative_error is 0.04",
         "min_cosine is 0.98, min_cosine is 0.995",
@@ -116,14 +117,14 @@ def test_a_refusal_names_every_broken_limit_with_its_value_and_a_way_out():
 
 def test_only_the_broken_limit_is_named():
     with pytest.raises(FidelityTooLow) as caught:
-        refuse(PERFECT._replace(argmax_agreement=0.5), FidelityLimits())
+        refuse(PERFECT._replace(argmax_agreement=0.5), FidelityConfig())
     assert "relative_error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["relative_error", "min_cosine", "total_variation", "argmax_agreement"])
 def test_a_number_that_is_none_keeps_no_limit(field: str):
     with pytest.raises(FidelityTooLow, match=field):
-        refuse(PERFECT._replace(**{field: math.nan}), FidelityLimits())
+        refuse(PERFECT._replace(**{field: math.nan}), FidelityConfig())
 
 
 @pytest.mark.parametrize("where", ["context", "last"])
@@ -134,4 +135,4 @@ def test_states_that_are_not_finite_are_refused(where: str):
     found = measure(context, broken["context"], last=last, decoded_last=broken["last"], logits=lambda states: states)
     assert math.isnan(found.relative_error) and math.isnan(found.worst_channel_error)
     with pytest.raises(FidelityTooLow, match="relative_error is nan"):
-        refuse(found, FidelityLimits())
+        refuse(found, FidelityConfig())
