@@ -23,8 +23,9 @@ from deepspec.draft_config import (
 from deepspec.resources_config import FidelityConfig, ResourcesConfig
 
 __all__ = [
-    "AnswersConfig", "BenchmarkConfig", "BlockDraftConfig", "ConfidenceConfig", "DatasetSource", "DemoConfig", "DemoSource",
-    "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FidelityConfig", "FileSource", "HiddenConfig", "LossConfig", "MarkovConfig",
+    "AnswerSamplingConfig", "AnswersConfig", "BenchmarkConfig", "BlockDraftConfig", "ConfidenceConfig", "DatasetSource", "DemoConfig",
+    "DemoSource", "DraftConfig", "Eagle3DraftConfig", "EvaluateConfig", "FidelityConfig", "FileSource",
+    "HiddenConfig", "LossConfig", "MarkovConfig",
     "PromptsConfig", "ResourcesConfig", "RunConfig", "SamplingConfig", "Section", "TargetConfig", "TrainConfig",
 ]  # fmt: skip
 
@@ -126,10 +127,17 @@ class SamplingConfig(Section):
     """Tokens below this share of the likeliest one are dropped."""
 
 
+class AnswerSamplingConfig(SamplingConfig):
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens that came before; 1 leaves them. Only servers compute it."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from the logits of tokens that came before; 0 leaves them. Only servers compute it."""
+
+
 class AnswersConfig(Section):
-    engine: str = Field(default="transformers", pattern=r"^(transformers|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
-    """`transformers` (in process), or `package.module:Class` of an engine of your own."""
-    sampling: SamplingConfig = SamplingConfig()
+    engine: str = Field(default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """`transformers` (in process), `openai` (servers at `resources.endpoints`), or `package.module:Class` of an engine of your own."""
+    sampling: AnswerSamplingConfig = AnswerSamplingConfig()
     """How the target draws its answers."""
     max_new_tokens: PositiveInt = 4096
     """Tokens per answer at most."""
@@ -207,6 +215,15 @@ class RunConfig(Section):
         uses_demo = self.prompts.source.kind == "demo" or any(b.name.startswith("demo/") for b in self.evaluate.benchmarks)
         if uses_demo and self.demo is None:
             raise ValueError("demo prompts and demo benchmarks need the section `demo`")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_do_it(self) -> Self:
+        sampling = self.answers.sampling
+        if self.answers.engine == "openai" and not self.resources.endpoints:
+            raise ValueError("answers.engine `openai` needs servers: resources.endpoints, e.g. [http://127.0.0.1:8000/v1]")
+        if self.answers.engine == "transformers" and (sampling.repetition_penalty, sampling.presence_penalty) != (1.0, 0.0):
+            raise ValueError("answers.sampling.repetition_penalty and presence_penalty need a server: answers.engine `openai`")
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from deepspec.draft_config import Section
 
@@ -22,6 +23,18 @@ class FidelityConfig(Section):
     """Share of positions whose likeliest next token stays the same."""
 
 
+def _endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("an endpoint is a URL such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("keys do not belong into an endpoint's URL: name the variable that holds one in resources.api_key_env")
+    return url.rstrip("/")
+
+
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+
+
 class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` takes the GPU if there is one."""
@@ -31,6 +44,24 @@ class ResourcesConfig(Section):
     """Shards dealt to a lane at a time."""
     answer_rows: PositiveInt = 64
     """Prompts decoded together by the in-process engine."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """OpenAI-compatible servers of the target (vLLM, SGLang, TGI, transformers serve, ...), each with its `/v1`."""
+    served_model: str | None = None
+    """Name under which the servers know the target; null is `target.model`."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the servers' key; the key itself is written nowhere."""
+    endpoint_requests: PositiveInt = 32
+    """Requests in flight per server at most; fewer while it is overloaded."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Seconds that one answer may take."""
+    request_tries: PositiveInt = 6
+    """Attempts per answer and run, at any of the servers."""
+    row_runs: PositiveInt = 3
+    """Runs in which all attempts at a row may fail before it goes to the rejects."""
+    lost_s: PositiveFloat = 120.0
+    """Seconds without any server after which a shard fails, to be tried again later."""
+    token_ids: Literal["none", "ask"] = "none"
+    """Whether servers are asked for the tokens they drew (`return_token_ids`, vLLM); others may refuse the field."""
     evaluate_threads: PositiveInt | None = None
     """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
     batch_tokens: PositiveInt = 8192

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.config import RunConfig
-from deepspec.data.answers import Refused, Request, Turn
+from deepspec.data.answers import Outcome, Refused, Request, Turn
 from deepspec.errors import DataError, TransientError
 
 
 class Echo:
     """Answers with the user's message turned round; refuses the word `refuse`."""
 
+    keeps_journal = False
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> list[Turn | Refused]:
-        return [self._one(request.messages[-1].content) for request in requests]
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        for request in requests:
+            yield request, self._one(request)
 
-    def _one(self, said: str) -> Turn | Refused:
+    def _one(self, request: Request) -> Outcome:
+        said = request.messages[-1].content
         if "refuse" in said:
             return Refused("refused", "the test asked for it")
-        return Turn(said[::-1][:40], None, "length" if "truncate" in said else "stop", 5, 3)
+        return Turn(said[::-1][:40], None, "length" if "truncate" in said else "stop", 5, 3, request.seed)
 
 
 class Flaky(Echo):
@@ -32,7 +36,7 @@ class Flaky(Echo):
     Every call is noted in FLAKY_DIR/calls, so that a test can see which shards were worked on.
     """
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> list[Turn | Refused]:
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
         notes = Path(os.environ["FLAKY_DIR"])
         with (notes / "calls").open("a") as calls:
             calls.write(f"{shard}\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
-from deepspec.config import AnswersConfig, RunConfig
-from deepspec.data.chat import Message, parse_messages
+from deepspec.config import RunConfig
+from deepspec.data.chat import Message, parse_messages, parse_tools
+from deepspec.data.journal import Journal, open_journal, remove_journal
 from deepspec.data.tables import read_table, write_table
-from deepspec.errors import ConfigError
+from deepspec.errors import ConfigError, TransientError
 from deepspec.events import Report, silent
 from deepspec.records import Counts
 from deepspec.stages import open_sharded, seal_if_whole
@@ -35,6 +36,9 @@ TURN = pa.struct(
         pa.field("finish_reason", pa.string(), nullable=False),  # stop: the target ended the turn; length: the limit did
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("endpoint", pa.string()),  # the server; null in process
+        pa.field("served_model", pa.string()),  # what the server says that it is
     ]
 )
 SCHEMA = pa.schema(
@@ -43,7 +47,8 @@ SCHEMA = pa.schema(
         pa.field("held_out", pa.bool_(), nullable=False),
         pa.field("domain", pa.string()),
         pa.field("messages", pa.large_string(), nullable=False),  # JSON, as in the prompts
-        pa.field("turns", pa.large_list(TURN), nullable=False),  # one for each user message
+        pa.field("tools", pa.large_string()),  # JSON, as in the prompts; null where there are none
+        pa.field("turns", pa.large_list(TURN), nullable=False),  # one for each answer that the conversation waits for
     ]
 )
 
@@ -55,6 +60,7 @@ class Request(NamedTuple):
     turn: int
     messages: list[Message]
     seed: int
+    tools: list[dict[str, Any]] | None = None
 
 
 class Turn(NamedTuple):
@@ -63,6 +69,9 @@ class Turn(NamedTuple):
     finish_reason: str
     num_tokens: int
     num_prompt_tokens: int
+    seed: int
+    endpoint: str | None = None
+    served_model: str | None = None
 
 
 class Refused(NamedTuple):
@@ -72,11 +81,24 @@ class Refused(NamedTuple):
     detail: str
 
 
+class Failed(NamedTuple):
+    """A request that got no answer this time, after every attempt; the row is tried again in a later run."""
+
+    detail: str
+
+
+Outcome = Turn | Refused | Failed
+
+
 class Engine(Protocol):
     """Where answers come from; made as `Class(config)`."""
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> list[Turn | Refused]:
-        """One outcome per request, in their order; raises TransientError if the shard should be tried again."""
+    keeps_journal: bool
+    """Whether answers are kept as they come, for a run that is killed. An engine whose batches follow from the whole shard
+    says no: with some of the rows gone it would batch, and so round, the others differently."""
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterable[tuple[Request, Outcome]]:
+        """Each request with its outcome, in whatever order they come; raises TransientError if the shard should be tried again."""
 
 
 def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
@@ -87,12 +109,17 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
 
         def make(work: Work, local: Path) -> Counts:
             rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
-            answered, rejects = answer_rows(rows, engine, config.answers, shard=work.shard)
+            journal = open_journal(stage.artifact, work.shard) if engine.keeps_journal else None
+            answered, rejects = answer_rows(rows, engine, config, shard=work.shard, journal=journal)
             put_rejects(stage.artifact, work.shard, rejects)
             write_table(pa.Table.from_pylist(answered, SCHEMA), local)
             return _counts(answered, rejects)
 
-        work_through(config, stage.artifact, stage.todo, make, report)
+        try:
+            work_through(config, stage.artifact, stage.todo, make, report)
+        finally:
+            for shard in stage.artifact.records([work.shard for work in stage.todo]):
+                remove_journal(stage.artifact, shard)
     seal_if_whole(config, "answers")
     return stage.artifact
 
@@ -103,6 +130,10 @@ def make_engine(config: RunConfig) -> Engine:
         from deepspec.data.engines import TransformersEngine
 
         return TransformersEngine(config)
+    if name == "openai":
+        from deepspec.data.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(config)
     module, _, attribute = name.partition(":")
     try:
         engine: Engine = getattr(importlib.import_module(module), attribute)(config)
@@ -112,48 +143,83 @@ def make_engine(config: RunConfig) -> Engine:
 
 
 def answer_rows(
-    rows: Sequence[Mapping[str, Any]], engine: Engine, settings: AnswersConfig, *, shard: int
+    rows: Sequence[Mapping[str, Any]], engine: Engine, config: RunConfig, *, shard: int, journal: Journal | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows with all their turns answered, and the rows that were refused or dropped, with the reason."""
-    users = {row["id"]: parse_messages(row["messages"]) for row in rows}
+    """Rows with all their turns answered, and the rows that were refused or dropped, with the reason.
+
+    What the journal knows from a run that was killed is not asked again.
+
+    Raises:
+        TransientError: rows got no answer this time; all that did are in the journal.
+    """
+    settings, conversations = config.answers, {row["id"]: parse_messages(row["messages"]) for row in rows}
+    tools = {row["id"]: parse_tools(row.get("tools")) for row in rows}
     turns: dict[int, list[Turn]] = {row["id"]: [] for row in rows}
     rejects: dict[int, Refused] = {}
+    failed: dict[int, Failed] = {}
     number = 0
-    while requests := _requests(users, turns, rejects, seed=settings.seed, turn=number):
-        for request, outcome in zip(requests, engine.answer(requests, shard=shard), strict=True):
-            if isinstance(outcome, Turn) and outcome.finish_reason == "length" and settings.truncated == "drop":
-                outcome = Refused("truncated", f"the answer of turn {number} ran into {settings.max_new_tokens} tokens")
-            if isinstance(outcome, Refused):
+    while requests := [
+        Request(row, number, conversation, stream_seed(settings.seed, row, number), tools[row])
+        for row, messages in conversations.items()
+        if row not in rejects
+        and row not in failed
+        and (conversation := conversation_so_far(messages, [done.text for done in turns[row]])) is not None
+    ]:
+        for request, outcome in _outcomes(requests, engine, shard, journal, row_runs=config.resources.row_runs):
+            if isinstance(outcome, Failed):
+                failed[request.id] = outcome
+            elif isinstance(outcome, Refused):
                 rejects[request.id] = outcome
+            elif outcome.finish_reason == "length" and settings.truncated == "drop":
+                rejects[request.id] = Refused("truncated", f"the answer of turn {number} ran into {settings.max_new_tokens} tokens")
             else:
                 turns[request.id].append(outcome)
         number += 1
+    if failed:
+        what = f"{len(failed)} of {len(rows)} rows got no answer, the first because {next(iter(failed.values())).detail}"
+        raise TransientError(what, where=f"shard {shard}", fix="it is tried again by itself; rows that were answered are kept")
     answered = [{**row, "turns": [turn._asdict() for turn in turns[row["id"]]]} for row in rows if row["id"] not in rejects]
-    return answered, [{"id": f"{row:016x}", "reason": refused.reason, "detail": refused.detail} for row, refused in rejects.items()]
+    left_out = [(row["id"], rejects[row["id"]]) for row in rows if row["id"] in rejects]
+    return answered, [{"id": f"{row:016x}", "reason": refused.reason, "detail": refused.detail} for row, refused in left_out]
 
 
-def _requests(
-    users: Mapping[int, Sequence[Mapping[str, Any]]],
-    turns: Mapping[int, Sequence[Turn]],
-    rejects: Mapping[int, Refused],
-    *,
-    seed: int,
-    turn: int,
-) -> list[Request]:
-    requests = []
-    for row, messages in users.items():
-        conversation = conversation_so_far(messages, [done.text for done in turns[row]])
-        if row not in rejects and conversation is not None:
-            requests.append(Request(row, turn, conversation, stream_seed(seed, row, turn)))
-    return requests
+def _outcomes(
+    requests: Sequence[Request], engine: Engine, shard: int, journal: Journal | None, *, row_runs: int
+) -> Iterable[tuple[Request, Outcome]]:
+    """What the journal knows, then what the engine says, noted in the journal as it comes."""
+    if journal is None:
+        yield from engine.answer(requests, shard=shard)
+        return
+    keys = {request.id: journal.key(request) for request in requests}
+    known = {request.id: outcome for request in requests if (outcome := _known(journal, keys[request.id], row_runs)) is not None}
+    yield from ((request, known[request.id]) for request in requests if request.id in known)
+    for request, told in engine.answer([request for request in requests if request.id not in known], shard=shard):
+        journal.note(keys[request.id], type(told).__name__, told._asdict())
+        yield request, told
 
 
-def conversation_so_far(messages: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[Message] | None:
-    """The messages up to the first unanswered user message, answers in their places; None when all are answered."""
+def _known(journal: Journal, key: str, row_runs: int) -> Turn | Refused | None:
+    """The outcome of an earlier run, if it was final: a row that failed in `row_runs` runs is refused in the next one."""
+    for kind, fields in journal.notes(key):
+        if kind == Turn.__name__:
+            return Turn(**fields)
+        if kind == Refused.__name__:
+            return Refused(**fields)
+    failures = [fields["detail"] for _, fields in journal.notes(key)]
+    if len(failures) < row_runs:
+        return None
+    return Refused("failed", f"no answer in {len(failures)} runs, the last time because {failures[-1]}")
+
+
+def conversation_so_far(messages: Sequence[Message], answers: Sequence[str]) -> list[Message] | None:
+    """The messages up to the first place that waits for an answer, answers in the places before; None when all are answered.
+
+    An answer belongs behind a user's message or a tool's result, unless the source's own call of a tool follows there.
+    """
     conversation, given = [], iter(answers)
-    for message in messages:
-        conversation.append(Message(message["role"], message["content"]))
-        if message["role"] == "user":
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
+        conversation.append(message)
+        if message.role in ("user", "tool") and (following is None or following.role == "user"):
             answer = next(given, None)
             if answer is None:
                 return conversation

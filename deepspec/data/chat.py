@@ -21,6 +21,13 @@ END_OF_TURN = {"qwen": "<|im_end|>", "gemma4": "<turn|>"}
 class Message(NamedTuple):
     role: str
     content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """The message as templates and servers take it: only the keys that it has."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 class Sample(NamedTuple):
@@ -53,12 +60,13 @@ class Chat:
         texts = {"tokenizer": json.dumps(self.tokenizer.get_vocab(), sort_keys=True), "chat_template": str(self.tokenizer.chat_template)}
         return {f"{name}_digest": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
-    def render(self, messages: Sequence[Message | dict[str, Any]]) -> list[int]:
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of the conversation so far, the generation prompt of the next answer included."""
-        entries = [message._asdict() if isinstance(message, Message) else message for message in messages]
+        entries = [message.entry() for message in messages]
         ids = self.tokenizer.apply_chat_template(
-            entries, add_generation_prompt=True, enable_thinking=self.thinking, tokenize=True, return_dict=False
-        )
+            entries, tools=list(tools) if tools else None, add_generation_prompt=True, enable_thinking=self.thinking,
+            tokenize=True, return_dict=False,
+        )  # fmt: skip
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -111,5 +119,10 @@ def build_samples(turns: Sequence[tuple[list[int], list[int]]]) -> list[Sample]:
     return samples
 
 
-def parse_messages(text: str) -> list[dict[str, Any]]:
-    return list(json.loads(text))
+def parse_messages(text: str) -> list[Message]:
+    return [Message(**{field: entry.get(field) for field in Message._fields}) for entry in json.loads(text)]
+
+
+def parse_tools(text: str | None) -> list[dict[str, Any]] | None:
+    """The tools that a conversation may call; None where there are none."""
+    return list(json.loads(text)) if text else None

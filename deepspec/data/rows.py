@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deepspec.config import HiddenConfig
 from deepspec.data.answers import conversation_so_far, stream_seed
-from deepspec.data.chat import Chat, build_samples, parse_messages
+from deepspec.data.chat import Chat, build_samples, parse_messages, parse_tools
 
 
 class CaptureRow(NamedTuple):
@@ -32,11 +32,11 @@ def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: Hidden
     rejects: list[dict[str, Any]] = []
     for answer in answers:
         messages, texts = parse_messages(answer["messages"]), [turn["text"] for turn in answer["turns"]]
-        turns = []
+        turns, tools = [], parse_tools(answer.get("tools"))
         for number, turn in enumerate(answer["turns"]):
             conversation = conversation_so_far(messages, texts[:number])
             ids = turn["token_ids"] or chat.answer_ids(turn["text"], finished=turn["finish_reason"] == "stop")
-            turns.append((chat.render(conversation or []), list(ids)))
+            turns.append((chat.render(conversation or [], tools), list(ids)))
         for number, sample in enumerate(build_samples(turns)):
             input_ids, mask = sample.input_ids[: settings.max_length], sample.loss_mask[: settings.max_length]
             if any(first and second for first, second in pairwise(mask)):

@@ -33,7 +33,7 @@ class StandIns:
         self.origin = "as long as in the source" if source_answers else f"assumed {assumed} tokens each"
 
     def answered(self, row_id: int, messages: str, texts: Sequence[str]) -> dict[str, Any]:
-        users = [message for message in parse_messages(messages) if message["role"] == "user"]
+        users = [message for message in parse_messages(messages) if message.role == "user"]
         answers = [*texts[: len(users)], *islice(self.spare, max(0, len(users) - len(texts)))]
         return {"id": row_id, "held_out": False, "messages": messages, "turns": [self._turn(text) for text in answers]}
 

@@ -8,6 +8,7 @@ import pytest
 
 from deepspec.artifact import Artifact
 from deepspec.data.answers import Request, answer_rows, conversation_so_far, run_answers, stream_seed
+from deepspec.data.chat import Message
 from deepspec.data.prompts import run_prompts
 from deepspec.data.tables import read_table
 from deepspec.errors import ConfigError, ShardsFailed
@@ -46,14 +47,14 @@ def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
             return super().answer(requests, shard=shard)
 
     config = tiny_run(store)
-    answered, _ = answer_rows([row(1, "abc", "def")], Spy(config), config.answers, shard=0)
+    answered, _ = answer_rows([row(1, "abc", "def")], Spy(config), config, shard=0)
     assert [turn["text"] for turn in answered[0]["turns"]] == ["cba", "fed"]
     assert [message.content for message in seen[1].messages] == ["abc", "cba", "def"]
 
 
 def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
-    answered, rejects = answer_rows([row(1, "fine"), row(2, "refuse this")], Echo(config), config.answers, shard=0)
+    answered, rejects = answer_rows([row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0)
     assert [answer["id"] for answer in answered] == [1]
     assert rejects == [{"id": f"{2:016x}", "reason": "refused", "detail": "the test asked for it"}]
 
@@ -61,7 +62,7 @@ def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
 @pytest.mark.parametrize(("setting", "kept", "rejected"), [("keep", 2, 0), ("drop", 1, 1)])
 def test_truncated_answers_are_kept_or_dropped_as_set(store: Path, setting: str, kept: int, rejected: int):
     config = tiny_run(store, f"answers.truncated={setting}")
-    answered, rejects = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config.answers, shard=0)
+    answered, rejects = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config, shard=0)
     assert (len(answered), len(rejects)) == (kept, rejected)
 
 
@@ -131,7 +132,7 @@ def test_streams_differ_by_row_turn_and_seed():
 
 
 def test_the_conversation_ends_at_the_first_unanswered_user_message():
-    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    messages = [Message("user", "a"), Message("user", "b")]
     assert [message.content for message in conversation_so_far(messages, []) or []] == ["a"]
     assert [message.content for message in conversation_so_far(messages, ["x"]) or []] == ["a", "x", "b"]
     assert conversation_so_far(messages, ["x", "y"]) is None

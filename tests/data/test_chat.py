@@ -55,7 +55,7 @@ def test_a_turn_whose_history_is_rendered_anew_starts_a_sequence_of_its_own():
 
 def test_every_supervised_token_has_the_context_it_was_generated_in(chat):
     """The tokens before each turn's answer are those that the engine was given (trap B3)."""
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    messages = [Message("system", "be brief"), Message("user", "one"), Message("user", "two")]
     texts, turns = ["first answer", "second answer"], []
     for number, text in enumerate(texts):
         conversation = conversation_so_far(messages, texts[:number])

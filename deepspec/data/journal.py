@@ -1,0 +1,81 @@
+"""What was answered of a shard that is not committed yet, a line an answer, so that a killed run asks nothing twice.
+
+A file on the local disk (beside the artifact, or under `scratch` where that is in a bucket) which a line is appended to
+with one write: a kill can tear the last line only, and a torn line is an answer that is asked for again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+from deepspec.artifact import Artifact
+from deepspec.data.chat import Message
+from deepspec.store import canonical_json
+
+
+class Asked(Protocol):
+    """What of a request decides its answer."""
+
+    @property
+    def messages(self) -> list[Message]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def tools(self) -> list[dict[str, Any]] | None: ...
+
+
+class Journal:
+    """Notes by request. Of two that answer the same request the first counts, whoever wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._notes: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        torn = False
+        if path.exists():
+            with path.open("rb") as lines:
+                for line in lines:
+                    torn = not line.endswith(b"\n")
+                    with suppress(ValueError, KeyError, TypeError):
+                        entry = json.loads(line)
+                        self._notes[entry["key"]].append((entry["kind"], entry["fields"]))
+        if torn:  # the next line must not be glued to half of one
+            self._append(b"\n")
+
+    @staticmethod
+    def key(request: Asked) -> str:
+        """Names a request by all that decides its answer: an answer to another conversation is never taken for it."""
+        entries = [message.entry() for message in request.messages]
+        return xxhash.xxh3_64_hexdigest(canonical_json([entries, request.seed, request.tools]))
+
+    def notes(self, key: str) -> list[tuple[str, dict[str, Any]]]:
+        """(kind, fields) of what was noted about a request, oldest first."""
+        return self._notes.get(key, [])
+
+    def note(self, key: str, kind: str, fields: dict[str, Any]) -> None:
+        self._append(canonical_json({"key": key, "kind": kind, "fields": fields}) + b"\n")
+
+    def _append(self, data: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(data)
+
+
+def journal_path(artifact: Artifact, shard: int) -> Path:
+    store = artifact.store
+    root = Path(store.root) / artifact.folder if store.is_local else store.scratch / "journal" / artifact.folder
+    return root / "journal" / f"{shard:05d}.jsonl"
+
+
+def open_journal(artifact: Artifact, shard: int) -> Journal:
+    return Journal(journal_path(artifact, shard))
+
+
+def remove_journal(artifact: Artifact, shard: int) -> None:
+    """For a shard that is committed: its answers are in the store now."""
+    journal_path(artifact, shard).unlink(missing_ok=True)

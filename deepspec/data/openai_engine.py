@@ -1,0 +1,202 @@
+"""The engine `openai`: answers from any number of OpenAI-compatible servers of the target, in parallel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import openai
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletion
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from deepspec.config import RunConfig
+from deepspec.data.answers import Failed, Outcome, Refused, Request, Turn
+from deepspec.data.pool import Endpoint, Pool
+from deepspec.data.request_body import messages_as_sent, request_body
+from deepspec.errors import ConfigError, TransientError
+
+log = logging.getLogger(__name__)
+
+RETRIED = (408, 409, 425, 429)  # and every 5xx
+OVERLOADED = (429, 503)
+KEY_REFUSED = (401, 403)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
+CHECK_S = 10.0  # that a server may take to say which models it serves
+THINK = "<think>\n{reasoning}\n</think>\n\n{content}"  # how Qwen3 writes what a server's reasoning parser takes apart
+SEEDS = 2**31  # servers take seeds of 31 bits
+
+
+class Again(Exception):
+    """An attempt that failed in a way that the next one need not."""
+
+
+class OpenAIEngine:
+    """`resources.endpoints` behind a pool; one event loop, which runs while somebody waits for an outcome."""
+
+    keeps_journal = True
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.resources = config, config.resources
+        self.model = self.resources.served_model or config.target.model
+        self.key = os.environ.get(self.resources.api_key_env) or "none"
+        self.runner = asyncio.Runner()
+        self.clients = {
+            url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=self.resources.request_timeout_s)
+            for url in self.resources.endpoints
+        }
+        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s)
+        self.body = request_body(config, self.model)
+        self.runner.run(self._check_models())
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        """All requests at once, as far as the pool lets them; each outcome as it comes."""
+        self.pool.starts()
+        done: asyncio.Queue[tuple[Request, Outcome | TransientError | ConfigError]] = asyncio.Queue()
+
+        async def one(request: Request) -> None:
+            try:
+                done.put_nowait((request, await self._ask(request)))
+            except (TransientError, ConfigError) as error:
+                done.put_nowait((request, error))
+
+        loop = self.runner.get_loop()
+        tasks = [loop.create_task(one(request)) for request in requests]
+        try:
+            for _ in requests:
+                request, outcome = loop.run_until_complete(done.get())
+                if isinstance(outcome, TransientError | ConfigError):
+                    raise outcome
+                yield request, outcome
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.runner.run(_ended(tasks))
+
+    async def _ask(self, request: Request) -> Outcome:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Again), stop=stop_after_attempt(self.resources.request_tries), reraise=True,
+            wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
+        )  # fmt: skip
+        try:
+            return await retrying(self._try, request)
+        except Again as error:
+            return Failed(f"of {self.resources.request_tries} attempts the last one ended with: {error}")
+
+    async def _try(self, request: Request) -> Turn | Refused:
+        """One attempt at one server, which is told apart by how it went."""
+        async with self.pool.lent() as endpoint:
+            try:
+                completion = await self._complete(endpoint, request)
+                turn = self._turn(completion, endpoint, request)
+            except openai.APITimeoutError as error:
+                endpoint.overloaded()
+                endpoint.failed()
+                raise Again(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s") from error
+            except openai.APIStatusError as error:
+                return self._refusal(endpoint, error)
+            except (openai.APIError, ValueError) as error:  # lost in the middle, or not what an answer looks like
+                endpoint.failed()
+                raise Again(f"{endpoint.url}: {self._scrub(str(error))} ({type(error).__name__})") from error
+            self.pool.answered(endpoint)
+            return turn
+
+    async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
+        extra: dict[str, Any] = {"tools": request.tools} if request.tools else {}
+        completion = await self.clients[endpoint.url].chat.completions.create(
+            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, **self.body, **extra
+        )
+        if not isinstance(completion, ChatCompletion):  # the client hands on a body of another type as text
+            raise ValueError("the body is not JSON")
+        return completion
+
+    def _refusal(self, endpoint: Endpoint, error: openai.APIStatusError) -> Refused:
+        """The rejection of a request that this server will never answer.
+
+        Raises:
+            Again: it may answer later.
+            ConfigError: the key is refused.
+        """
+        status, said = error.status_code, self._scrub(error.message)
+        if status in KEY_REFUSED:
+            raise self._key_refused(endpoint.url, status) from None
+        if status in RETRIED or status >= 500:
+            if status in OVERLOADED:
+                endpoint.overloaded(_seconds(error.response.headers.get("retry-after")))
+            else:
+                endpoint.failed()
+            raise Again(f"{endpoint.url}: {status}: {said}") from error
+        self.pool.answered(endpoint)
+        return Refused(f"http_{status}", said[:1000])
+
+    def _turn(self, completion: ChatCompletion, endpoint: Endpoint, request: Request) -> Turn | Refused:
+        """What the server said, as one answer.
+
+        Raises:
+            ValueError: the answer has no choice, or none that ended.
+        """
+        choice = completion.choices[0] if completion.choices else None
+        if choice is None or choice.message is None or not choice.finish_reason:
+            raise ValueError("an answer without a choice")
+        if choice.message.tool_calls:
+            return Refused("tool_call", "the server took the target's call of a tool apart; start it without a tool parser")
+        if choice.finish_reason not in ("stop", "length"):
+            return Refused(choice.finish_reason, "the server ended the answer for this reason")
+        text, more = choice.message.content or "", choice.message.model_extra or {}
+        reasoning = more.get("reasoning_content") or more.get("reasoning")
+        ids = (choice.model_extra or {}).get("token_ids")
+        if reasoning and self.config.target.chat_family != "qwen":
+            return Refused("reasoning", "the server took the thinking apart; start it without a reasoning parser")
+        if reasoning:
+            text = THINK.format(reasoning=reasoning.strip("\n"), content=text.lstrip("\n"))
+        used = completion.usage
+        num_tokens, num_prompt = (used.completion_tokens, used.prompt_tokens) if used else (len(ids or ()), 0)
+        return Turn(text, ids or None, choice.finish_reason, num_tokens, num_prompt, request.seed % SEEDS, endpoint.url, completion.model)
+
+    async def _check_models(self) -> None:
+        """Refuse servers of another model, and a key that is not taken, before the first prompt.
+
+        A server that does not list its models, or is not up yet, is taken as it is: `transformers serve` answers 500 here
+        when it has no cache folder.
+        """
+        found = await asyncio.gather(*(self._models(url) for url in self.clients))
+        for url, names in zip(self.clients, found, strict=True):
+            if names and self.model not in names:
+                what = f"the server serves {', '.join(sorted(names))}, not {self.model}"
+                raise ConfigError(what, where=f"resources.endpoints {url}", fix="correct the endpoint, or set resources.served_model")
+
+    async def _models(self, url: str) -> list[str]:
+        try:
+            listed = await self.clients[url].with_options(timeout=CHECK_S).models.list()
+            return [model.id for model in listed.data or ()]
+        except openai.APIStatusError as error:
+            if error.status_code in KEY_REFUSED:
+                raise self._key_refused(url, error.status_code) from None
+            return []
+        except (openai.APIError, ValueError, AttributeError) as error:
+            log.warning("endpoint=%s does not list its models: %s", url, self._scrub(str(error)))
+            return []
+
+    def _key_refused(self, url: str, status: int) -> ConfigError:
+        variable = self.resources.api_key_env
+        held = "is refused" if os.environ.get(variable) else "is not set"
+        return ConfigError(f"the server asks for a key ({status}), and {variable} {held}", where=url, fix=f"set {variable} to its key")
+
+    def _scrub(self, text: str) -> str:
+        """A server's words, which may repeat the key that it was sent."""
+        return text.replace(self.key, "***") if self.key != "none" else text
+
+
+def _seconds(header: str | None) -> float:
+    """Retry-After in seconds; 0 for none, and for the form that gives a date."""
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        return 0.0
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)

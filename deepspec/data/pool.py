@@ -1,0 +1,95 @@
+"""A pool of servers: each request goes to the one with the fewest in flight, and what a server can take is found by trying.
+
+Additive increase, multiplicative decrease, as in TCP (Chiu and Jain 1989): a round of good answers allows one request
+more, a 429, 503 or time-out halves what is allowed. A server that fails again and again rests, longer each time, and is
+then probed with one request. With 8 servers and one dying every minute, work flows to the other seven.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from deepspec.errors import TransientError
+
+log = logging.getLogger(__name__)
+
+RESTS_AFTER = 3  # failures in a row
+REST_S, LONGEST_REST_S = 1.0, 60.0
+LOOK_S = 0.05  # between two looks at who rests no longer
+
+
+class Endpoint:
+    """One server, and what is known of it."""
+
+    def __init__(self, url: str, most: int) -> None:
+        self.url, self.most = url, most
+        self.allowed = float(most)
+        self.in_flight, self.failures, self.rests_until = 0, 0, 0.0
+
+    @property
+    def room(self) -> int:
+        """Requests that it may be given now."""
+        if time.monotonic() < self.rests_until:
+            return 0
+        return (1 if self.failures >= RESTS_AFTER else int(self.allowed)) - self.in_flight
+
+    def answered(self) -> None:
+        self.failures = 0
+        self.allowed = min(self.most, self.allowed + 1 / self.allowed)
+
+    def overloaded(self, retry_after_s: float = 0.0) -> None:
+        """It said that it has too much to do, and perhaps until when."""
+        self.allowed = max(1.0, self.allowed / 2)
+        self.rests_until = max(self.rests_until, time.monotonic() + min(retry_after_s, LONGEST_REST_S))
+
+    def failed(self) -> None:
+        self.failures += 1
+        if self.failures >= RESTS_AFTER:
+            rest_s = min(LONGEST_REST_S, REST_S * 2.0 ** (self.failures - RESTS_AFTER)) * random.uniform(0.8, 1.2)
+            self.rests_until = time.monotonic() + rest_s
+            log.warning("endpoint=%s failed %d times in a row and rests for %.1f s", self.url, self.failures, rest_s)
+
+
+class Pool:
+    """The servers of one stage, for one event loop."""
+
+    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float) -> None:
+        self.endpoints = [Endpoint(url, most) for url in urls]
+        self.lost_s = lost_s
+        self._last_answer = time.monotonic()
+
+    def starts(self) -> None:
+        """Begin a shard: how long nobody has answered is counted from now."""
+        self._last_answer = time.monotonic()
+
+    def answered(self, endpoint: Endpoint) -> None:
+        endpoint.answered()
+        self._last_answer = time.monotonic()
+
+    @asynccontextmanager
+    async def lent(self) -> AsyncIterator[Endpoint]:
+        """The least busy server that takes a request now; waits for one.
+
+        Raises:
+            TransientError: for `lost_s` none has answered, and all of them rest after failing.
+        """
+        while not (ready := [endpoint for endpoint in self.endpoints if endpoint.room > 0]):
+            self._refuse_if_lost()
+            await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))
+        endpoint = min(ready, key=lambda found: (found.in_flight, random.random()))
+        endpoint.in_flight += 1
+        try:
+            yield endpoint
+        finally:
+            endpoint.in_flight -= 1
+
+    def _refuse_if_lost(self) -> None:
+        if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) and time.monotonic() - self._last_answer > self.lost_s:
+            names = ", ".join(endpoint.url for endpoint in self.endpoints)
+            what = f"no server has answered for {self.lost_s:g} s"
+            raise TransientError(what, where=f"resources.endpoints {names}", fix="start them again; rows that were answered are kept")

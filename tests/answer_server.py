@@ -1,0 +1,128 @@
+"""A scripted OpenAI-compatible server: answers that can be foreseen, and every way of not giving one."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Plan = Callable[[dict[str, Any], int], str]  # (request body, how often this conversation was asked here before) -> what to do
+
+
+def always(what: str) -> Plan:
+    return lambda body, before: what
+
+
+ANSWERS = always("answer")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: AnswerServer
+
+    def log_message(self, *args: object) -> None: ...
+
+    def do_GET(self) -> None:
+        if self.refuses_key():
+            return
+        self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+
+    def refuses_key(self) -> bool:
+        wanted, given = self.server.key, self.headers.get("Authorization", "")
+        if wanted and given != f"Bearer {wanted}":
+            self.send(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
+            return True
+        return False
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refuses_key():
+            return
+        asked = json.dumps(body["messages"])
+        with self.server.lock:
+            before = self.server.asked[asked]
+            self.server.asked[asked] += 1
+            self.server.bodies.append(body)
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        try:
+            time.sleep(random.uniform(0, 2 * self.server.latency_s))
+            self.act(self.server.plan(body, before), body)
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def act(self, what: str, body: dict[str, Any]) -> None:
+        text = body["messages"][-1]["content"][::-1]
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        answer = {
+            "id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": "length" if what == "truncate" else "stop"}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        }  # fmt: skip
+        match what:
+            case "answer" | "truncate":
+                self.send(200, answer)
+            case "reason":
+                self.send(200, {**answer, "choices": [{**answer["choices"][0], "message": {**message, "reasoning_content": "hm"}}]})
+            case "no choices":
+                self.send(200, {**answer, "choices": []})
+            case "bad json":
+                self.raw(200, b'{"id": "x", ')
+            case "not json":
+                self.raw(200, b"<html>", kind="text/html")
+            case "hang up":
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"id": ')
+                self.close_connection = True
+            case "hang":
+                time.sleep(3)
+                self.close_connection = True
+            case _:  # a status, perhaps with seconds to wait
+                status, _, seconds = what.partition(" ")
+                self.send(int(status), {"error": {"message": f"status {status}"}}, **({"Retry-After": seconds} if seconds else {}))
+
+    def send(self, status: int, value: object, **headers: str) -> None:
+        self.raw(status, json.dumps(value).encode(), **headers)
+
+    def raw(self, status: int, data: bytes, *, kind: str = "application/json", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class AnswerServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, plan: Plan, *, models: tuple[str, ...], key: str | None, latency_s: float) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.models, self.key, self.latency_s = plan, models, key, latency_s
+        self.lock, self.asked, self.bodies = threading.Lock(), Counter[str](), list[dict[str, Any]]()
+        self.in_flight = self.most_in_flight = 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *args: object) -> None: ...  # a client that was killed
+
+
+@contextmanager
+def answer_server(
+    plan: Plan = ANSWERS, *, models: tuple[str, ...] = ("demo",), key: str | None = None, latency_s: float = 0.0
+) -> Iterator[AnswerServer]:
+    with AnswerServer(plan, models=models, key=key, latency_s=latency_s) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
