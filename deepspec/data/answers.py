@@ -19,7 +19,7 @@ from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
 from deepspec.config import RunConfig
 from deepspec.data.chat import Message, parse_messages, parse_tools
-from deepspec.data.journal import Journal, open_journal, remove_journal
+from deepspec.data.journal import Journal, open_journal, remove_committed
 from deepspec.data.tables import read_table, write_table
 from deepspec.errors import ConfigError, TransientError
 from deepspec.events import Report, silent
@@ -118,8 +118,7 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
         try:
             work_through(config, stage.artifact, stage.todo, make, report)
         finally:
-            for shard in stage.artifact.records([work.shard for work in stage.todo]):
-                remove_journal(stage.artifact, shard)
+            remove_committed(stage.artifact)
     seal_if_whole(config, "answers")
     return stage.artifact
 

@@ -76,6 +76,8 @@ def open_journal(artifact: Artifact, shard: int) -> Journal:
     return Journal(journal_path(artifact, shard))
 
 
-def remove_journal(artifact: Artifact, shard: int) -> None:
-    """For a shard that is committed: its answers are in the store now."""
-    journal_path(artifact, shard).unlink(missing_ok=True)
+def remove_committed(artifact: Artifact) -> None:
+    """Take away the journals of shards that are committed, by whichever run: their answers are in the store now."""
+    left = {int(path.stem): path for path in journal_path(artifact, 0).parent.glob("*.jsonl")}
+    for shard in artifact.records(left) if left else ():
+        left[shard].unlink(missing_ok=True)

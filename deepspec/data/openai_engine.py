@@ -44,6 +44,8 @@ class OpenAIEngine:
         self.model = self.resources.served_model or config.target.model
         self.key = os.environ.get(self.resources.api_key_env) or "none"
         self.runner = asyncio.Runner()
+        for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
+            logging.getLogger(client).setLevel(logging.WARNING)
         self.clients = {
             url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=self.resources.request_timeout_s)
             for url in self.resources.endpoints
@@ -65,12 +67,16 @@ class OpenAIEngine:
 
         loop = self.runner.get_loop()
         tasks = [loop.create_task(one(request)) for request in requests]
+        left = len(requests)
         try:
-            for _ in requests:
-                request, outcome = loop.run_until_complete(done.get())
-                if isinstance(outcome, TransientError | ConfigError):
-                    raise outcome
-                yield request, outcome
+            while left:
+                # All that came meanwhile at once: one a turn of the loop would fall behind, and be lost by a kill.
+                ready = [loop.run_until_complete(done.get()), *(done.get_nowait() for _ in range(done.qsize()))]
+                for request, outcome in ready:
+                    if isinstance(outcome, TransientError | ConfigError):
+                        raise outcome
+                    yield request, outcome
+                left -= len(ready)
         finally:
             for task in tasks:
                 task.cancel()
