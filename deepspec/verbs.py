@@ -1,4 +1,4 @@
-"""The verbs that look at what is there, or will be, rather than add to it: status, plan, verify, gc, lineage."""
+"""The verbs that look at what is there, or will be, rather than add to it: status, plan, show, verify, gc, lineage."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ def plan(  # noqa: PLR0913 - a command line's options are independent of each ot
         show(found, is_terminal=sys.stdout.isatty())
     if not force:
         require_plan_fits(found)
+
+
+@app.command()
+def show(
+    run: Run,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    shard: Annotated[int, typer.Option(metavar="N", min=0, help="shard of the answers")] = 0,
+    row: Annotated[int, typer.Option(metavar="N", min=0, help="row in that shard, from 0")] = 0,
+) -> None:
+    """Print a training sample with its supervised tokens in green (between marks where that is no terminal)."""
+    from deepspec.data.show import show_sample
+
+    console = Console(highlight=False)
+    for text in show_sample(load_run(run, sets or (), store=store), shard=shard, row=row, colours=console.is_terminal):
+        console.print(text, soft_wrap=True)
 
 
 @app.command()
