@@ -112,8 +112,10 @@ class PromptsConfig(Section):
     """Share of the prompts that training never sees."""
     seed: int = 42
     """Seed of the held-out split."""
+    decontaminate: tuple[str, ...] = ()
+    """Benchmark files (`turns` on each line): prompts that are one of theirs are dropped."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
-    """Share of rejected rows above which the stage fails."""
+    """Share of unusable rows above which the stage fails."""
 
 
 class SamplingConfig(Section):

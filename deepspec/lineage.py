@@ -24,7 +24,7 @@ from deepspec.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.store import Store, canonical_json, file_checksum
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
-FORMAT_VERSION = {"demo": 1, "prompts": 1, "answers": 1, "hidden": 1, "train": 1, "evaluate": 1}
+FORMAT_VERSION = {"demo": 1, "prompts": 2, "answers": 2, "hidden": 1, "train": 1, "evaluate": 1}
 SAMPLED_BLOCK = 1 << 20
 
 
@@ -149,7 +149,8 @@ def _folder_digest(folder: str) -> str:
 
 def _source_digests(config: RunConfig) -> dict[str, str]:
     source = config.prompts.source
-    return {Path(path).name: file_digest(path) for path in source.paths} if isinstance(source, FileSource) else {}
+    paths = [*(source.paths if isinstance(source, FileSource) else ()), *config.prompts.decontaminate]
+    return {Path(path).name: file_digest(path) for path in paths}
 
 
 def _benchmark_digests(config: RunConfig) -> dict[str, str]:

@@ -15,8 +15,9 @@ import fsspec
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.data.chat import Chat
 from deepspec.data.layout import last_hidden_spans
-from deepspec.data.prompts import Prompt, make_prompt, read_source
+from deepspec.data.prompts import Prompt, make_prompt
 from deepspec.data.rows import capture_rows
+from deepspec.data.sources import read_source
 from deepspec.data.stand_ins import StandIns, assistant_texts
 from deepspec.data.tables import read_table
 from deepspec.errors import DataError

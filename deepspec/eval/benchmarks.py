@@ -12,7 +12,7 @@ import xxhash
 
 from deepspec.config import BenchmarkConfig, RunConfig
 from deepspec.data.chat import Chat, Message
-from deepspec.data.prompts import read_file
+from deepspec.data.sources import read_file
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_of
 

@@ -143,3 +143,45 @@ def test_too_many_rejected_rows_stop_the_stage(store: Path, tmp_path: Path):
     rows = [conversation(0), {"messages": []}]
     with pytest.raises(DataError, match="max_rejected"):
         run_files(store, write_jsonl(tmp_path / "p.jsonl", rows))
+
+
+def test_calls_of_tools_and_their_results_are_kept_and_other_answers_are_not():
+    call = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    messages = [
+        {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "2", "tool_call_id": "1"}, {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "thanks"},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    made = [make_prompt({"messages": messages, "tools": given}, SETTINGS) for given in (tools, json.dumps(tools))]
+    assert made[0] == made[1]
+    assert isinstance(made[0], Prompt)
+    assert json.loads(made[0].tools or "") == tools
+    assert [message["role"] for message in json.loads(made[0].messages)] == ["user", "assistant", "tool", "user"]
+    bare = make_prompt({"messages": messages}, SETTINGS)
+    assert isinstance(bare, Prompt)
+    assert bare.id != made[0].id
+
+
+@pytest.mark.parametrize("tools", ["{", "3", [1], {"a": 1}])
+def test_tools_that_are_none_are_rejected(tools: object):
+    outcome = make_prompt({"prompt": "x", "tools": tools}, SETTINGS)
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == "bad_tools"
+
+
+def test_benchmark_prompts_are_dropped_and_counted_and_are_no_fault_of_the_source(store: Path, tmp_path: Path):
+    """Trap A7: case, punctuation and spacing do not hide a benchmark's prompt."""
+    benchmark = write_jsonl(tmp_path / "b.jsonl", [{"turns": ["How many ducks, Janet?", "And eggs?"]}])
+    rows = [
+        conversation(1),
+        {"prompt": "  how many DUCKS -- janet"},
+        {"messages": [{"role": "user", "content": "And  eggs!"}]},
+        conversation(1),
+    ]
+    artifact = run_files(store, write_jsonl(tmp_path / "p.jsonl", rows), decontaminate=json.dumps([str(benchmark)]), max_rejected=0)
+    (record,) = artifact.records().values()
+    assert (record.rows, record.rejected, record.counts) == (1, 3, {"benchmark": 2, "duplicate": 1})
+    rejects = [json.loads(line) for line in artifact.store.read(artifact.path("rejects/00000.jsonl")).decode().splitlines()]
+    assert [reject["reason"] for reject in rejects] == ["benchmark", "benchmark", "duplicate"]
+    assert str(benchmark) in rejects[0]["detail"]

@@ -1,0 +1,84 @@
+"""Where prompts come from: rows of files and data sets, streamed, in an order that never changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.errors import DataError
+from deepspec.lineage import artifact_of
+
+
+def read_source(config: RunConfig) -> Iterator[Mapping[str, Any]]:
+    """The source's rows, one at a time, in an order that never changes."""
+    match config.prompts.source:
+        case DemoSource():
+            demo = artifact_of(config, "demo")
+            return read_file(str(demo.store.fetch(demo.path("prompts.jsonl"))))
+        case FileSource(paths=paths):
+            return (row for path in paths for row in read_file(path))
+        case DatasetSource() as source:
+            return _read_dataset(source)
+
+
+def read_file(path: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a JSONL or Parquet file, streamed.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not a JSON object (its number is named).
+    """
+    if path.endswith(".parquet"):
+        yield from _read_parquet(path)
+        return
+    number = 0
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_row(line, f"{path}, line {number}")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", where=path, fix="check the path and that the file is UTF-8 text") from None
+    if number == 0:
+        raise DataError("the file is empty", where=path, fix="give a file with one JSON object per line")
+
+
+def _json_row(line: str, where: str) -> Mapping[str, Any]:
+    fix = "every line must be one JSON object with `messages`, `conversations`, `turns` or `prompt`"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where, fix=fix) from None
+    if not isinstance(row, dict):
+        raise DataError(f"the line holds a {type(row).__name__}, not an object", where=where, fix=fix)
+    return row
+
+
+def _read_parquet(path: str) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise DataError(f"cannot be read as Parquet: {error}", where=path, fix="check the path and the file") from None
+
+
+def _read_dataset(source: DatasetSource) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    where = f"data set {source.name}, split {source.split}, revision {source.revision}"
+    try:
+        if Path(source.name).is_dir():
+            rows = datasets.load_dataset(source.name, source.subset, split=source.split)
+        else:
+            rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision") from None
+    yield from rows
