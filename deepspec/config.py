@@ -86,6 +86,8 @@ class FileSource(Section):
     """JSONL or Parquet files."""
     paths: tuple[str, ...] = Field(min_length=1)
     """Files (local paths or URLs); rows carry `messages`, `conversations`, `turns` or `prompt`."""
+    column: str | None = None
+    """Column that holds the conversation or the prompt; null looks for one of those four."""
 
 
 class DatasetSource(Section):
@@ -99,6 +101,8 @@ class DatasetSource(Section):
     """Split to read."""
     revision: str | None = None
     """Commit or tag to read."""
+    column: str | None = None
+    """Column that holds the conversation or the prompt; null looks for `messages`, `conversations`, `turns` or `prompt`."""
 
 
 class PromptsConfig(Section):

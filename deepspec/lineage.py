@@ -150,12 +150,12 @@ def _folder_digest(folder: str) -> str:
 def _source_digests(config: RunConfig) -> dict[str, str]:
     source = config.prompts.source
     paths = [*(source.paths if isinstance(source, FileSource) else ()), *config.prompts.decontaminate]
-    return {Path(path).name: file_digest(path) for path in paths}
+    return {path: file_digest(path) for path in paths}
 
 
 def _benchmark_digests(config: RunConfig) -> dict[str, str]:
     files = [benchmark.name for benchmark in config.evaluate.benchmarks if not benchmark.name.startswith("demo/")]
-    return {Path(path).name: file_digest(path) for path in files}
+    return {path: file_digest(path) for path in files}
 
 
 @lru_cache
@@ -163,7 +163,8 @@ def file_digest(path: str) -> str:
     """What a file holds, as hex: its checksum locally, the server's word (etag and size) elsewhere."""
     filesystem, location = fsspec.core.url_to_fs(path)
     if not filesystem.exists(location):
-        raise DataError("the file does not exist", where=path, fix="check the path in prompts.source.paths or evaluate.benchmarks")
+        fix = "check the path in prompts.source.paths, prompts.decontaminate or evaluate.benchmarks"
+        raise DataError("the file does not exist", where=path, fix=fix)
     if Path(location).is_file():
         return file_checksum(Path(location))
     return str(filesystem.ukey(location))

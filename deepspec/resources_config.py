@@ -55,11 +55,11 @@ class ResourcesConfig(Section):
     request_timeout_s: PositiveFloat = 600.0
     """Seconds that one answer may take."""
     request_tries: PositiveInt = 6
-    """Attempts per answer and run, at any of the servers."""
+    """Attempts per answer and run that a server was reached by, at any of them; one that is away or overloaded is not counted."""
     row_runs: PositiveInt = 3
     """Runs in which all attempts at a row may fail before it goes to the rejects."""
     lost_s: PositiveFloat = 120.0
-    """Seconds without any server after which a shard fails, to be tried again later."""
+    """Seconds without an answer, all servers failing, after which a shard fails, to be tried again later."""
     token_ids: Literal["none", "ask"] = "none"
     """Whether servers are asked for the tokens they drew (`return_token_ids`, vLLM); others may refuse the field."""
     evaluate_threads: PositiveInt | None = None

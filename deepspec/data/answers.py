@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
 from deepspec.config import RunConfig
 from deepspec.data.chat import Message, parse_messages, parse_tools
-from deepspec.data.journal import Journal, open_journal, remove_committed
+from deepspec.data.journal import Journal, open_journal, remove_committed, request_key
 from deepspec.data.tables import read_table, write_table
 from deepspec.errors import ConfigError, TransientError
 from deepspec.events import Report, silent
@@ -156,14 +156,15 @@ def answer_rows(
     turns: dict[int, list[Turn]] = {row["id"]: [] for row in rows}
     rejects: dict[int, Refused] = {}
     failed: dict[int, Failed] = {}
+
+    def waiting(turn: int) -> Iterator[Request]:
+        for row in (row for row in conversations if row not in rejects and row not in failed):
+            conversation = conversation_so_far(conversations[row], [done.text for done in turns[row]])
+            if conversation is not None:
+                yield Request(row, turn, conversation, stream_seed(settings.seed, row, turn), tools[row])
+
     number = 0
-    while requests := [
-        Request(row, number, conversation, stream_seed(settings.seed, row, number), tools[row])
-        for row, messages in conversations.items()
-        if row not in rejects
-        and row not in failed
-        and (conversation := conversation_so_far(messages, [done.text for done in turns[row]])) is not None
-    ]:
+    while requests := list(waiting(number)):
         for request, outcome in _outcomes(requests, engine, shard, journal, row_runs=config.resources.row_runs):
             if isinstance(outcome, Failed):
                 failed[request.id] = outcome
@@ -189,7 +190,7 @@ def _outcomes(
     if journal is None:
         yield from engine.answer(requests, shard=shard)
         return
-    keys = {request.id: journal.key(request) for request in requests}
+    keys = {request.id: request_key(request.messages, seed=request.seed, tools=request.tools) for request in requests}
     known = {request.id: outcome for request in requests if (outcome := _known(journal, keys[request.id], row_runs)) is not None}
     yield from ((request, known[request.id]) for request in requests if request.id in known)
     for request, told in engine.answer([request for request in requests if request.id not in known], shard=shard):

@@ -28,6 +28,7 @@ class BenchmarkPrompts:
                 if not isinstance(turns, Sequence) or isinstance(turns, str):
                     raise DataError("the row has no turns", where=f"{file}, row {number}", fix="see prompts.decontaminate")
                 self._file_of.update({normalised(str(turn)): file for turn in turns})
+        self._file_of.pop("", None)  # a turn without a word in it would match every other such message
 
     def match(self, messages: str) -> str | None:
         """The file that holds one of the users' messages of a prompt, if any does."""

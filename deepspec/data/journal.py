@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 
 from deepspec.artifact import Artifact
 from deepspec.data.chat import Message
 from deepspec.store import canonical_json
-
-
-class Asked(Protocol):
-    """What of a request decides its answer."""
-
-    @property
-    def messages(self) -> list[Message]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def tools(self) -> list[dict[str, Any]] | None: ...
 
 
 class Journal:
@@ -47,12 +37,6 @@ class Journal:
         if torn:  # the next line must not be glued to half of one
             self._append(b"\n")
 
-    @staticmethod
-    def key(request: Asked) -> str:
-        """Names a request by all that decides its answer: an answer to another conversation is never taken for it."""
-        entries = [message.entry() for message in request.messages]
-        return xxhash.xxh3_64_hexdigest(canonical_json([entries, request.seed, request.tools]))
-
     def notes(self, key: str) -> list[tuple[str, dict[str, Any]]]:
         """(kind, fields) of what was noted about a request, oldest first."""
         return self._notes.get(key, [])
@@ -64,6 +48,11 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             file.write(data)
+
+
+def request_key(messages: Sequence[Message], *, seed: int, tools: Sequence[dict[str, Any]] | None) -> str:
+    """Names a request by all that decides its answer: an answer to another conversation is never taken for it."""
+    return xxhash.xxh3_64_hexdigest(canonical_json([[message.entry() for message in messages], seed, tools]))
 
 
 def journal_path(artifact: Artifact, shard: int) -> Path:

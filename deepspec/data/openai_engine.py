@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import openai
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.config import RunConfig
 from deepspec.data.answers import Failed, Outcome, Refused, Request, Turn
@@ -34,6 +35,10 @@ class Again(Exception):
     """An attempt that failed in a way that the next one need not."""
 
 
+class NotItsFault(Again):
+    """The server was not there, or had too much to do: no reason ever to give the request up."""
+
+
 class OpenAIEngine:
     """`resources.endpoints` behind a pool; one event loop, which runs while somebody waits for an outcome."""
 
@@ -50,7 +55,8 @@ class OpenAIEngine:
             url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=self.resources.request_timeout_s)
             for url in self.resources.endpoints
         }
-        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s)
+        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s,
+                         answer_s=self.resources.request_timeout_s)  # fmt: skip
         self.body = request_body(config, self.model)
         self.runner.run(self._check_models())
 
@@ -83,30 +89,45 @@ class OpenAIEngine:
             self.runner.run(_ended(tasks))
 
     async def _ask(self, request: Request) -> Outcome:
+        """Attempts until one is told apart; TransientError where no server answers anybody."""
+        spent = 0
+
+        async def attempt() -> Turn | Refused:
+            nonlocal spent
+            try:
+                return await self._try(request)
+            except NotItsFault:
+                self.pool.refuse_if_lost()
+                raise
+            except Again:
+                spent += 1
+                raise
+
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Again), stop=stop_after_attempt(self.resources.request_tries), reraise=True,
+            retry=retry_if_exception_type(Again), stop=lambda state: spent >= self.resources.request_tries, reraise=True,
             wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         )  # fmt: skip
         try:
-            return await retrying(self._try, request)
+            return await retrying(attempt)
         except Again as error:
             return Failed(f"of {self.resources.request_tries} attempts the last one ended with: {error}")
 
     async def _try(self, request: Request) -> Turn | Refused:
         """One attempt at one server, which is told apart by how it went."""
         async with self.pool.lent() as endpoint:
+            began = time.monotonic()
             try:
                 completion = await self._complete(endpoint, request)
                 turn = self._turn(completion, endpoint, request)
             except openai.APITimeoutError as error:
-                endpoint.overloaded()
-                endpoint.failed()
-                raise Again(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s") from error
+                endpoint.overloaded(began)
+                endpoint.failed(began)
+                raise _kind(error)(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s") from error
             except openai.APIStatusError as error:
-                return self._refusal(endpoint, error)
+                return self._refusal(endpoint, error, began)
             except (openai.APIError, ValueError) as error:  # lost in the middle, or not what an answer looks like
-                endpoint.failed()
-                raise Again(f"{endpoint.url}: {self._scrub(str(error))} ({type(error).__name__})") from error
+                endpoint.failed(began)
+                raise _kind(error)(f"{endpoint.url}: {self._scrub(str(error))} ({type(error).__name__})") from error
             self.pool.answered(endpoint)
             return turn
 
@@ -119,7 +140,7 @@ class OpenAIEngine:
             raise ValueError("the body is not JSON")
         return completion
 
-    def _refusal(self, endpoint: Endpoint, error: openai.APIStatusError) -> Refused:
+    def _refusal(self, endpoint: Endpoint, error: openai.APIStatusError, began: float) -> Refused:
         """The rejection of a request that this server will never answer.
 
         Raises:
@@ -131,9 +152,9 @@ class OpenAIEngine:
             raise self._key_refused(endpoint.url, status) from None
         if status in RETRIED or status >= 500:
             if status in OVERLOADED:
-                endpoint.overloaded(_seconds(error.response.headers.get("retry-after")))
-            else:
-                endpoint.failed()
+                endpoint.overloaded(began, _seconds(error.response.headers.get("retry-after")))
+                raise NotItsFault(f"{endpoint.url}: {status}: {said}") from error
+            endpoint.failed(began)
             raise Again(f"{endpoint.url}: {status}: {said}") from error
         self.pool.answered(endpoint)
         return Refused(f"http_{status}", said[:1000])
@@ -194,6 +215,11 @@ class OpenAIEngine:
     def _scrub(self, text: str) -> str:
         """A server's words, which may repeat the key that it was sent."""
         return text.replace(self.key, "***") if self.key != "none" else text
+
+
+def _kind(error: Exception) -> type[Again]:
+    """Whether the server was reached at all; the HTTP client's own classes differ with the version of `openai`."""
+    return NotItsFault if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout") else Again
 
 
 def _seconds(header: str | None) -> float:

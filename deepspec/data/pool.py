@@ -30,6 +30,7 @@ class Endpoint:
         self.url, self.most = url, most
         self.allowed = float(most)
         self.in_flight, self.failures, self.rests_until = 0, 0, 0.0
+        self._halved_at = self._rested_at = 0.0
 
     @property
     def room(self) -> int:
@@ -42,44 +43,53 @@ class Endpoint:
         self.failures = 0
         self.allowed = min(self.most, self.allowed + 1 / self.allowed)
 
-    def overloaded(self, retry_after_s: float = 0.0) -> None:
-        """It said that it has too much to do, and perhaps until when."""
-        self.allowed = max(1.0, self.allowed / 2)
+    def overloaded(self, began: float, retry_after_s: float = 0.0) -> None:
+        """It told a request sent at `began` (monotonic seconds) that it has too much to do, and perhaps until when."""
+        if began >= self._halved_at:  # what was sent before the last halving tells nothing new
+            self.allowed, self._halved_at = max(1.0, self.allowed / 2), time.monotonic()
         self.rests_until = max(self.rests_until, time.monotonic() + min(retry_after_s, LONGEST_REST_S))
 
-    def failed(self) -> None:
+    def failed(self, began: float) -> None:
+        """A request sent at `began` (monotonic seconds) failed; those that one outage takes down together lengthen no rest."""
+        if began < self._rested_at:
+            return
         self.failures += 1
         if self.failures >= RESTS_AFTER:
             rest_s = min(LONGEST_REST_S, REST_S * 2.0 ** (self.failures - RESTS_AFTER)) * random.uniform(0.8, 1.2)
-            self.rests_until = time.monotonic() + rest_s
+            self._rested_at = time.monotonic()
+            self.rests_until = self._rested_at + rest_s
             log.warning("endpoint=%s failed %d times in a row and rests for %.1f s", self.url, self.failures, rest_s)
 
 
 class Pool:
     """The servers of one stage, for one event loop."""
 
-    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float) -> None:
+    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float, answer_s: float) -> None:
         self.endpoints = [Endpoint(url, most) for url in urls]
-        self.lost_s = lost_s
-        self._last_answer = time.monotonic()
+        self.lost_s, self.answer_s = lost_s, answer_s
+        self._last_answer, self._lost = time.monotonic(), False
 
     def starts(self) -> None:
-        """Begin a shard: how long nobody has answered is counted from now."""
-        self._last_answer = time.monotonic()
+        """Begin a shard: how long nobody has answered is counted from now, unless the shard before ended for it.
+
+        Of a lane's shards only the first then waits for servers that are gone; the others fail at once, to be tried later.
+        """
+        if not self._lost:
+            self._last_answer = time.monotonic()
 
     def answered(self, endpoint: Endpoint) -> None:
         endpoint.answered()
-        self._last_answer = time.monotonic()
+        self._last_answer, self._lost = time.monotonic(), False
 
     @asynccontextmanager
     async def lent(self) -> AsyncIterator[Endpoint]:
         """The least busy server that takes a request now; waits for one.
 
         Raises:
-            TransientError: for `lost_s` none has answered, and all of them rest after failing.
+            TransientError: none has answered for too long.
         """
         while not (ready := [endpoint for endpoint in self.endpoints if endpoint.room > 0]):
-            self._refuse_if_lost()
+            self.refuse_if_lost()
             await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))
         endpoint = min(ready, key=lambda found: (found.in_flight, random.random()))
         endpoint.in_flight += 1
@@ -88,8 +98,11 @@ class Pool:
         finally:
             endpoint.in_flight -= 1
 
-    def _refuse_if_lost(self) -> None:
-        if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) and time.monotonic() - self._last_answer > self.lost_s:
+    def refuse_if_lost(self) -> None:
+        """Raise TransientError where no server has answered for `lost_s` although all were tried, or for what an answer may take."""
+        patience_s = self.lost_s if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) else self.lost_s + self.answer_s
+        if time.monotonic() - self._last_answer > patience_s:
+            self._lost = True
             names = ", ".join(endpoint.url for endpoint in self.endpoints)
-            what = f"no server has answered for {self.lost_s:g} s"
+            what = f"no server has answered for {patience_s:g} s"
             raise TransientError(what, where=f"resources.endpoints {names}", fix="start them again; rows that were answered are kept")

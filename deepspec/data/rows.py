@@ -40,12 +40,16 @@ def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: Hidden
         for number, sample in enumerate(build_samples(turns)):
             input_ids, mask = sample.input_ids[: settings.max_length], sample.loss_mask[: settings.max_length]
             if any(first and second for first, second in pairwise(mask)):
-                sample_id = stream_seed(0, answer["id"], number) if number else answer["id"]
-                rows.append(CaptureRow(sample_id, answer["held_out"], input_ids, mask))
+                rows.append(CaptureRow(sequence_id(answer["id"], number), answer["held_out"], input_ids, mask))
             else:
                 detail = f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
                 rejects.append({"id": answer["id"], "sequence": number, "reason": "too_little_supervised", "detail": detail})
     return CaptureRows(sorted(rows, key=lambda row: (len(row.input_ids), row.sample_id)), rejects)
+
+
+def sequence_id(row: int, number: int) -> int:
+    """The sample id of a row's n-th training sequence; the first has the row's own."""
+    return stream_seed(0, row, number) if number else row
 
 
 def token_batches(rows: Sequence[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:

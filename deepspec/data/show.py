@@ -9,7 +9,7 @@ from rich.text import Text
 
 from deepspec.config import RunConfig
 from deepspec.data.chat import Chat, load_chat
-from deepspec.data.rows import CaptureRow, capture_rows
+from deepspec.data.rows import CaptureRow, capture_rows, sequence_id
 from deepspec.data.tables import read_table
 from deepspec.errors import ConfigError
 from deepspec.lineage import artifact_of
@@ -35,17 +35,18 @@ def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> It
     (answer,) = read_table(artifact.fetch_shard(record)).slice(row, 1).to_pylist()
     chat = load_chat(config)
     found = capture_rows([answer], chat, config.hidden)
-    for sample in sorted(found.rows, key=lambda sample: sample.sample_id != answer["id"]):  # the first turn's sequence first
-        yield Text(_headline(answer, sample), style="bold")
+    numbers = {sequence_id(answer["id"], number): number for number in range(len(answer["turns"]))}
+    for sample in sorted(found.rows, key=lambda sample: numbers[sample.sample_id]):  # capture wants them by length
+        yield Text(_headline(answer, sample, numbers[sample.sample_id]), style="bold")
         yield _marked(sample, chat, colours=colours)
     for reject in found.rejects:
         yield Text(f"sequence {reject['sequence']} is left out: {reject['reason']} ({reject['detail']})", style="bold red")
 
 
-def _headline(answer: dict[str, object], sample: CaptureRow) -> str:
+def _headline(answer: dict[str, object], sample: CaptureRow, number: int) -> str:
     tokens, supervised = len(sample.input_ids), sum(sample.loss_mask)
     place = "held out" if sample.held_out else "for training"
-    row = f"row {answer['id']:016x}, {answer['domain'] or 'no domain'}, {place}"
+    row = f"row {answer['id']:016x}, {answer['domain'] or 'no domain'}, {place}, sequence {number}"
     return f"{row}: {tokens} tokens, {supervised} supervised ({supervised / tokens:.0%})"
 
 

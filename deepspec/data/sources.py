@@ -14,9 +14,31 @@ from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_of
 
+COLUMNS = ("messages", "conversations", "turns", "prompt")  # that a conversation is looked for in
+
 
 def read_source(config: RunConfig) -> Iterator[Mapping[str, Any]]:
-    """The source's rows, one at a time, in an order that never changes."""
+    """The source's rows, one at a time, in an order that never changes; a `column` that was named stands under a known name.
+
+    Raises:
+        DataError: the source cannot be read, or its first row has no conversation in a column that is known.
+    """
+    source = config.prompts.source
+    column = None if isinstance(source, DemoSource) else source.column
+    for number, row in enumerate(_rows(config)):
+        if number == 0 and not (row.keys() & ({column} if column else {*COLUMNS})):
+            what = f"the first row has no column {column or ' or '.join(COLUMNS)}, only {', '.join(sorted(row)) or 'none'}"
+            raise DataError(what, where=f"prompts.source {source}", fix="name the one that holds the conversation in prompts.source.column")
+        yield _renamed(row, column) if column else row
+
+
+def _renamed(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    value = row.get(column)
+    rest = {key: row[key] for key in row if key not in COLUMNS and key != column}
+    return {**rest, "prompt" if isinstance(value, str) else "messages": value}
+
+
+def _rows(config: RunConfig) -> Iterator[Mapping[str, Any]]:
     match config.prompts.source:
         case DemoSource():
             demo = artifact_of(config, "demo")
@@ -79,6 +101,6 @@ def _read_dataset(source: DatasetSource) -> Iterator[Mapping[str, Any]]:
             rows = datasets.load_dataset(source.name, source.subset, split=source.split)
         else:
             rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        yield from rows  # read as it is asked for, so this may fail as well
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision") from None
-    yield from rows

@@ -95,7 +95,7 @@ def test_what_max_length_cuts_is_counted(store: Path, tmp_path: Path):
 
 
 def test_rows_that_cannot_be_used_are_not_counted(store: Path, tmp_path: Path):
-    rows = [chat_row(n, "yes") if n % 4 else {"nothing": 1} for n in range(40)]
+    rows = [chat_row(n, "yes") if n % 4 else {"messages": []} for n in range(40)]
     found = workload(of_file(store, write_jsonl(tmp_path / "rows.jsonl", rows)), num_rows=9)
     assert found.prompts is not None
     assert found.prompts.value == pytest.approx(30, abs=1)
@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_used_are_not_counted(store: Path, tmp_path: Path):
 
 
 def test_a_source_without_a_usable_row_is_refused(store: Path, tmp_path: Path):
-    config = of_file(store, write_jsonl(tmp_path / "rows.jsonl", [{"nothing": 1}] * 3))
+    config = of_file(store, write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 3))
     with pytest.raises(DataError, match="none of the source's first 3 rows is usable"):
         workload(config)
 

@@ -191,6 +191,29 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
     assert Counter(body["messages"][-1]["content"] for body in server.bodies) == {"a": 1, "b": 1, "poison": 4}
 
 
+def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Path):
+    """Only what a server said about the row itself is counted: an outage must not send rows to the rejects."""
+    with answer_server(lambda body, before: "answer" if before > 8 else "429 0.01") as server:
+        settings = ("resources.request_tries=2", "resources.endpoint_requests=1")
+        answered, rejects = ask(server_run(tmp_path, server.url, settings=settings), row(1, "abc"))
+    assert (len(answered), rejects) == (1, [])
+
+
+def test_once_every_server_is_lost_the_next_shard_fails_at_once(tmp_path: Path):
+    """A lane of 32 shards must not wait for each of them."""
+    with answer_server() as server:
+        pass  # it is gone again, its port closed
+    config = server_run(tmp_path, server.url, settings=("resources.lost_s=4",))
+    engine = OpenAIEngine(config)
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(TransientError, match="no server has answered"):
+            answer_rows([row(1, "x")], engine, config, shard=0)
+        seconds.append(time.monotonic() - started)
+    assert seconds[1] < seconds[0] / 2
+
+
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
     path = tmp_path / "journal"
     with answer_server() as server:
@@ -205,14 +228,17 @@ def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
 
 def test_an_overloaded_server_is_given_less_and_by_and_by_more():
     endpoint = Endpoint("http://x/v1", 32)
-    endpoint.overloaded()
+    sent = time.monotonic()
+    for _ in range(32):  # all of one volley: one sign of overload, not 32
+        endpoint.overloaded(sent)
     assert endpoint.room == 16
     for _ in range(600):
         endpoint.answered()
     assert endpoint.room == 32
-    for _ in range(3):
-        endpoint.failed()
+    for _ in range(32):
+        endpoint.failed(sent)
     assert endpoint.room == 0  # rests
+    assert endpoint.rests_until < time.monotonic() + 2  # not for a minute, as after 32 failures one by one
     endpoint.rests_until = 0
     assert endpoint.room == 1  # is probed
     endpoint.answered()

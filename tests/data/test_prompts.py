@@ -13,7 +13,8 @@ from deepspec.config import PromptsConfig
 from deepspec.data.prompts import Prompt, Rejected, make_prompt, run_prompts
 from deepspec.data.tables import read_table
 from deepspec.errors import DataError
-from tests.conftest import tiny_run, write_jsonl
+from deepspec.lineage import artifact_key, file_digest
+from tests.conftest import SHARED, tiny_run, write_jsonl
 
 SETTINGS = PromptsConfig.model_validate({"source": {"kind": "demo"}, "held_out": 0.5})
 
@@ -185,3 +186,62 @@ def test_benchmark_prompts_are_dropped_and_counted_and_are_no_fault_of_the_sourc
     rejects = [json.loads(line) for line in artifact.store.read(artifact.path("rejects/00000.jsonl")).decode().splitlines()]
     assert [reject["reason"] for reject in rejects] == ["benchmark", "benchmark", "duplicate"]
     assert str(benchmark) in rejects[0]["detail"]
+
+
+def test_a_benchmark_turn_without_a_word_matches_nothing(store: Path, tmp_path: Path):
+    benchmark = write_jsonl(tmp_path / "b.jsonl", [{"turns": ["?!"]}])
+    artifact = run_files(store, write_jsonl(tmp_path / "p.jsonl", [{"prompt": "..."}]), decontaminate=json.dumps([str(benchmark)]))
+    assert artifact.records()[0].rows == 1
+
+
+def test_real_benchmarks_find_their_own_prompts(store: Path, tmp_path: Path):
+    files = sorted((SHARED / "eval_datasets").glob("*.jsonl"))
+    if not files:
+        pytest.skip("no benchmark files beside the repository")
+    first = [json.loads(path.read_text().splitlines()[0])["turns"][0] for path in files]
+    rows = [{"prompt": text.upper()} for text in first] + [conversation(1)]
+    source, names = write_jsonl(tmp_path / "p.jsonl", rows), json.dumps([str(path) for path in files])
+    record = run_files(store, source, shard_rows=100, decontaminate=names).records()[0]
+    assert (record.rows, record.counts["benchmark"]) == (1, len(files))
+
+
+def test_files_of_one_name_in_two_folders_each_decide_the_fingerprint(tmp_path: Path):
+    """They were told apart by their names alone, so a changed source could be taken for the old one."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    source = write_jsonl(tmp_path / "a" / "x.jsonl", [conversation(1)])
+    benchmark = write_jsonl(tmp_path / "b" / "x.jsonl", [{"turns": ["q"]}])
+    files = json.dumps({"kind": "files", "paths": [str(source)]})
+    overrides = [f"prompts.source={files}", f"prompts.decontaminate={json.dumps([str(benchmark)])}"]
+    found = []
+    for number in (1, 2):
+        write_jsonl(source, [conversation(number)])
+        file_digest.cache_clear()
+        found.append(artifact_key(tiny_run(tmp_path, *overrides), "prompts").fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_column_of_any_name_can_be_read(store: Path, tmp_path: Path):
+    rows = [{"q": "a question", "messages": "of something else"}, {"q": [{"role": "user", "content": "another"}]}]
+    source = json.dumps({"kind": "files", "paths": [str(write_jsonl(tmp_path / "p.jsonl", rows))], "column": "q"})
+    artifact = run_prompts(tiny_run(store, f"prompts.source={source}", "prompts.limit=null"))
+    assert [json.loads(row["messages"])[0]["content"] for row in all_rows(artifact)] == ["a question", "another"]
+
+
+@pytest.mark.parametrize(("column", "said"), [({}, "no column messages or"), ({"column": "q"}, "no column q, only other, text")])
+def test_a_source_without_the_column_is_refused_at_its_first_row(store: Path, tmp_path: Path, column: dict, said: str):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"text": "x", "other": 1}] * 3)
+    source = json.dumps({"kind": "files", "paths": [str(path)], **column})
+    with pytest.raises(DataError, match=said):
+        run_prompts(tiny_run(store, f"prompts.source={source}"))
+
+
+@pytest.mark.parametrize("settings", [{"name": "nobody/no-such-set"}, {"split": "no-such-split"}, {"subset": "no-such-subset"}])
+def test_a_data_set_split_or_subset_that_does_not_exist_is_refused_by_name(store: Path, tmp_path: Path, settings: dict):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [conversation(1)])
+    source = json.dumps({"kind": "dataset", "name": str(folder), **settings})
+    with pytest.raises(DataError) as caught:
+        run_prompts(tiny_run(store, f"prompts.source={source}"))
+    assert next(iter(settings.values())) in str(caught.value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from deepspec.__main__ import app
 from deepspec.data.chat import load_chat
+from deepspec.data.rows import CaptureRow, CaptureRows, sequence_id
 from deepspec.data.show import show_sample
 from deepspec.data.tables import read_table
 from deepspec.errors import ConfigError
@@ -43,3 +45,14 @@ def test_the_verb_prints_the_sample(captured: Path):
 def test_a_shard_or_row_that_is_not_there_is_refused(captured: Path, shard: int, row: int, said: str):
     with pytest.raises(ConfigError, match=said):
         list(show_sample(tiny_run(captured), shard=shard, row=row, colours=False))
+
+
+def test_sequences_come_in_the_order_of_their_turns(captured: Path, monkeypatch: pytest.MonkeyPatch):
+    """Capture wants them by length; here the first turn's is the longest."""
+    lengths = (30, 20, 10)
+    made = [CaptureRow(sequence_id(7, number), False, [5] * n, [False] + [True] * (n - 1)) for number, n in enumerate(lengths)]
+    answer = pa.Table.from_pylist([{"id": 7, "domain": "chat", "turns": [{"text": "x"}] * 3}])
+    monkeypatch.setattr("deepspec.data.show.capture_rows", lambda *_: CaptureRows(made[::-1], []))
+    monkeypatch.setattr("deepspec.data.show.read_table", lambda _: answer)
+    headlines = [text.plain for text in show_sample(tiny_run(captured), shard=0, row=0, colours=True)][::2]
+    assert [re.findall(r"sequence (\d): (\d+) tokens", line)[0] for line in headlines] == [("0", "30"), ("1", "20"), ("2", "10")]
