@@ -193,7 +193,7 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
 
 def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Path):
     """Only what a server said about the row itself is counted: an outage must not send rows to the rejects."""
-    with answer_server(lambda body, before: "answer" if before > 8 else "429 0.01") as server:
+    with answer_server(lambda body, before: "answer" if before > 3 else "429 0.01") as server:
         settings = ("resources.request_tries=2", "resources.endpoint_requests=1")
         answered, rejects = ask(server_run(tmp_path, server.url, settings=settings), row(1, "abc"))
     assert (len(answered), rejects) == (1, [])
@@ -203,7 +203,7 @@ def test_once_every_server_is_lost_the_next_shard_fails_at_once(tmp_path: Path):
     """A lane of 32 shards must not wait for each of them."""
     with answer_server() as server:
         pass  # it is gone again, its port closed
-    config = server_run(tmp_path, server.url, settings=("resources.lost_s=4",))
+    config = server_run(tmp_path, server.url, settings=("resources.lost_s=2",))
     engine = OpenAIEngine(config)
     seconds = []
     for _ in range(2):
