@@ -58,6 +58,8 @@ class ResourcesConfig(Section):
     """Attempts per answer and run that a server was reached by, at any of them; one that is away or overloaded is not counted."""
     row_runs: PositiveInt = 3
     """Runs in which all attempts at a row may fail before it goes to the rejects."""
+    max_refused: float = Field(default=0.2, ge=0, le=1)
+    """Share of a shard's rows that servers may refuse or fail for good; above it the shard fails and is not committed."""
     lost_s: PositiveFloat = 120.0
     """Seconds without an answer, all servers failing, after which a shard fails, to be tried again later."""
     token_ids: Literal["none", "ask"] = "none"

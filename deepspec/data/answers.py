@@ -21,13 +21,15 @@ from deepspec.config import RunConfig
 from deepspec.data.chat import Message, parse_messages, parse_tools
 from deepspec.data.journal import Journal, open_journal, remove_committed, request_key
 from deepspec.data.tables import read_table, write_table
-from deepspec.errors import ConfigError, TransientError
+from deepspec.errors import ConfigError, DataError, TransientError
 from deepspec.events import Report, silent
 from deepspec.records import Counts
 from deepspec.stages import open_sharded, seal_if_whole
 from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
+
+FAILED = "failed"  # the reason of a row that no run got an answer to
 
 TURN = pa.struct(
     [
@@ -111,6 +113,7 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
             rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
             journal = open_journal(stage.artifact, work.shard) if engine.keeps_journal else None
             answered, rejects = answer_rows(rows, engine, config, shard=work.shard, journal=journal)
+            _check_share(rejects, len(rows), config)
             put_rejects(stage.artifact, work.shard, rejects)
             write_table(pa.Table.from_pylist(answered, SCHEMA), local)
             return _counts(answered, rejects)
@@ -194,8 +197,18 @@ def _outcomes(
     known = {request.id: outcome for request in requests if (outcome := _known(journal, keys[request.id], row_runs)) is not None}
     yield from ((request, known[request.id]) for request in requests if request.id in known)
     for request, told in engine.answer([request for request in requests if request.id not in known], shard=shard):
-        journal.note(keys[request.id], type(told).__name__, told._asdict())
+        if not isinstance(told, Refused):  # it costs the server nothing to refuse again, and it may have been set up wrongly
+            journal.note(keys[request.id], type(told).__name__, told._asdict())
         yield request, told
+
+
+def _check_share(rejects: Sequence[Mapping[str, Any]], num_rows: int, config: RunConfig) -> None:
+    """A server that refuses nearly everything is set up wrongly; its shard must not count as done."""
+    refused = [reject for reject in rejects if reject["reason"].startswith(("http_", FAILED))]
+    if len(refused) > config.resources.max_refused * num_rows:
+        what = f"{len(refused)} of {num_rows} rows were refused, the first because: {refused[0]['detail']}"
+        fix = "correct resources.endpoints and served_model, or raise resources.max_refused"
+        raise DataError(what, where="answers", fix=fix)
 
 
 def _known(journal: Journal, key: str, row_runs: int) -> Turn | Refused | None:
@@ -203,12 +216,10 @@ def _known(journal: Journal, key: str, row_runs: int) -> Turn | Refused | None:
     for kind, fields in journal.notes(key):
         if kind == Turn.__name__:
             return Turn(**fields)
-        if kind == Refused.__name__:
-            return Refused(**fields)
     failures = [fields["detail"] for _, fields in journal.notes(key)]
     if len(failures) < row_runs:
         return None
-    return Refused("failed", f"no answer in {len(failures)} runs, the last time because {failures[-1]}")
+    return Refused(FAILED, f"no answer in {len(failures)} runs, the last time because {failures[-1]}")
 
 
 def conversation_so_far(messages: Sequence[Message], answers: Sequence[str]) -> list[Message] | None:

@@ -21,7 +21,7 @@ from deepspec.data.openai_engine import OpenAIEngine
 from deepspec.data.pool import Endpoint
 from deepspec.data.prompts import run_prompts
 from deepspec.data.tables import read_table
-from deepspec.errors import ConfigError, TransientError
+from deepspec.errors import ConfigError, ShardsFailed, TransientError
 from tests.answer_server import always, answer_server
 from tests.conftest import tiny_run, write_jsonl
 
@@ -212,6 +212,18 @@ def test_once_every_server_is_lost_the_next_shard_fails_at_once(tmp_path: Path):
             answer_rows([row(1, "x")], engine, config, shard=0)
         seconds.append(time.monotonic() - started)
     assert seconds[1] < seconds[0] / 2
+
+
+def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: Path):
+    """A server pinned to a model of another name said 400 to every row, and the shard was committed empty."""
+    plans = ["400"]
+    with answer_server(lambda body, before: plans[0], models=()) as server:
+        config = server_run(store, server.url)
+        run_prompts(config)
+        with pytest.raises(ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"):
+            run_answers(config, shards=[0])
+        plans[0] = "answer"
+        assert run_answers(config, shards=[0]).records()[0].rows == 4
 
 
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
