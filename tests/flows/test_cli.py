@@ -101,7 +101,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(run_
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(everyone) >= 5, "the run, the server, the child and their guards"
     process.send_signal(number)
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=60)[1]  # Prefect takes its time to close on a busy machine; who is left is counted below
     wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in everyone), seconds=15)
     assert "Traceback" not in stderr
     if number == signal.SIGINT:
