@@ -62,6 +62,8 @@ class ResourcesConfig(Section):
     """Share of a shard's rows that servers may refuse or fail for good; above it the shard fails and is not committed."""
     lost_s: PositiveFloat = 120.0
     """Seconds without an answer, all servers failing, after which a shard fails, to be tried again later."""
+    progress_s: PositiveFloat = 5.0
+    """Seconds between two reports of how far the answers are."""
     token_ids: Literal["none", "ask"] = "none"
     """Whether servers are asked for the tokens they drew (`return_token_ids`, vLLM); others may refuse the field."""
     evaluate_threads: PositiveInt | None = None

@@ -11,16 +11,16 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from deepspec.artifact import Artifact
 from deepspec.aside import put_failure, quarantine
 from deepspec.config import RunConfig
-from deepspec.errors import DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
+from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
 from deepspec.events import Report
 from deepspec.records import Counts, Record, describe
 from deepspec.store import Store
@@ -41,19 +41,30 @@ class Work(NamedTuple):
 Make = Callable[[Work, Path], Counts]
 
 
-def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], make: Make, report: Report) -> None:
+class Todo(Protocol):
+    """The shards to make; an iterator may wait until the next one can be made."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Work]: ...
+
+
+def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, report: Report, *, repeatable: bool = True) -> None:
     """Make and commit each shard.
+
+    Where a shard made twice is not `repeatable` (sampled by servers), of two workers at the same shard the first one's
+    stands, and the other's is dropped; otherwise a difference between the two is an error.
 
     Raises:
         ShardsFailed: at the end, naming every shard that is still missing and why.
     """
-    shift, pending = _Shift(config, artifact, len(todo), report), deque[tuple[Work, Future[Record]]]()
+    shift, pending = _Shift(config, artifact, len(todo), report, repeatable=repeatable), deque[tuple[Work, Future[Record]]]()
+    started = time.monotonic()
     with ThreadPoolExecutor(max_workers=1) as committer:
         for work in todo:
-            started = time.monotonic()
             with shift.noting_failure(work):
                 local, counts, staged = shift.made(work, make)
                 pending.append((work, committer.submit(shift.commit, work, local, counts, started, staged)))
+            started = time.monotonic()
             while len(pending) > COMMITS_IN_FLIGHT:
                 shift.settle(*pending.popleft())
         while pending:
@@ -65,7 +76,8 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Sequence[Work], ma
 class _Shift:
     """What one call of `work_through` keeps count of."""
 
-    def __init__(self, config: RunConfig, artifact: Artifact, total: int, report: Report) -> None:
+    def __init__(self, config: RunConfig, artifact: Artifact, total: int, report: Report, *, repeatable: bool) -> None:
+        self.repeatable = repeatable
         self.resources, self.artifact, self.total, self.report = config.resources, artifact, total, report
         self.failures: dict[int, dict[str, Any]] = {}
         self.ended, self.rows, self.tokens = 0, 0, 0
@@ -94,6 +106,12 @@ class _Shift:
             while True:
                 try:
                     return self.artifact.put(record, local, counts.index_rows)
+                except ArtifactMismatch:
+                    first = self.artifact.record(work.shard)
+                    if self.repeatable or first is None:
+                        raise
+                    log.info("stage=%s shard=%d: another worker was first, and its shard stands", self.artifact.key.stage, work.shard)
+                    return first
                 except OSError as error:
                     if error.errno not in FULL:
                         raise

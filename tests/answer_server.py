@@ -67,7 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
         }  # fmt: skip
         match what:
-            case "answer" | "truncate":
+            case "answer" | "truncate" | "slow":
+                time.sleep(1.0 if what == "slow" else 0.0)
                 self.send(200, answer)
             case "reason":
                 self.send(200, {**answer, "choices": [{**answer["choices"][0], "message": {**message, "reasoning_content": "hm"}}]})

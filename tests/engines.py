@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.config import RunConfig
-from deepspec.data.answers import Outcome, Refused, Request, Turn
+from deepspec.data.turns import Outcome, Refused, Request, Turn
 from deepspec.errors import DataError, TransientError
 
 
 class Echo:
     """Answers with the user's message turned round; refuses the word `refuse`."""
-
-    keeps_journal = False
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -27,7 +25,9 @@ class Echo:
         said = request.messages[-1].content
         if "refuse" in said:
             return Refused("refused", "the test asked for it")
-        return Turn(said[::-1][:40], None, "length" if "truncate" in said else "stop", 5, 3, request.seed)
+        if "truncate" in said and len(said) > request.max_new_tokens:
+            return Turn(said[::-1][: request.max_new_tokens], None, "length", request.max_new_tokens, 3, request.seed)
+        return Turn(said[::-1][:40], None, "stop", 5, 3, request.seed)
 
 
 class Flaky(Echo):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import xxhash
 
 from deepspec.artifact import Artifact
-from deepspec.data.chat import Message
+from deepspec.data.turns import Request
 from deepspec.store import canonical_json
 
 
@@ -50,9 +49,10 @@ class Journal:
             file.write(data)
 
 
-def request_key(messages: Sequence[Message], *, seed: int, tools: Sequence[dict[str, Any]] | None) -> str:
+def request_key(request: Request) -> str:
     """Names a request by all that decides its answer: an answer to another conversation is never taken for it."""
-    return xxhash.xxh3_64_hexdigest(canonical_json([[message.entry() for message in messages], seed, tools]))
+    decides = [[message.entry() for message in request.messages], request.seed, request.tools, request.max_new_tokens]
+    return xxhash.xxh3_64_hexdigest(canonical_json(decides))
 
 
 def journal_path(artifact: Artifact, shard: int) -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 import openai
 from openai import AsyncOpenAI
@@ -15,10 +18,11 @@ from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.config import RunConfig
-from deepspec.data.answers import Failed, Outcome, Refused, Request, Turn
+from deepspec.data.meter import Meter
 from deepspec.data.pool import Endpoint, Pool
 from deepspec.data.request_body import messages_as_sent, request_body
-from deepspec.errors import ConfigError, TransientError
+from deepspec.data.turns import Failed, Outcome, Refused, Request, Turn
+from deepspec.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 CHECK_S = 10.0  # that a server may take to say which models it serves
 THINK = "<think>\n{reasoning}\n</think>\n\n{content}"  # how Qwen3 writes what a server's reasoning parser takes apart
 SEEDS = 2**31  # servers take seeds of 31 bits
+T = TypeVar("T")
 
 
 class Again(Exception):
@@ -40,67 +45,70 @@ class NotItsFault(Again):
 
 
 class OpenAIEngine:
-    """`resources.endpoints` behind a pool; one event loop, which runs while somebody waits for an outcome."""
+    """`resources.endpoints` behind a pool, on an event loop of its own thread; to be closed."""
 
-    keeps_journal = True
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.resources = config, config.resources
+    def __init__(self, config: RunConfig, meter: Meter) -> None:
+        self.config, self.resources, self.meter = config, config.resources, meter
         self.model = self.resources.served_model or config.target.model
         self.key = os.environ.get(self.resources.api_key_env) or "none"
-        self.runner = asyncio.Runner()
+        self.body = request_body(config, self.model)
         for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
             logging.getLogger(client).setLevel(logging.WARNING)
+        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s,
+                         answer_s=self.resources.request_timeout_s)  # fmt: skip
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
+        self._thread.start()
         self.clients = {
             url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=self.resources.request_timeout_s)
             for url in self.resources.endpoints
         }
-        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s,
-                         answer_s=self.resources.request_timeout_s)  # fmt: skip
-        self.body = request_body(config, self.model)
-        self.runner.run(self._check_models())
-
-    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
-        """All requests at once, as far as the pool lets them; each outcome as it comes."""
-        self.pool.starts()
-        done: asyncio.Queue[tuple[Request, Outcome | TransientError | ConfigError]] = asyncio.Queue()
-
-        async def one(request: Request) -> None:
-            try:
-                done.put_nowait((request, await self._ask(request)))
-            except (TransientError, ConfigError) as error:
-                done.put_nowait((request, error))
-
-        loop = self.runner.get_loop()
-        tasks = [loop.create_task(one(request)) for request in requests]
-        left = len(requests)
         try:
-            while left:
-                # All that came meanwhile at once: one a turn of the loop would fall behind, and be lost by a kill.
-                ready = [loop.run_until_complete(done.get()), *(done.get_nowait() for _ in range(done.qsize()))]
-                for request, outcome in ready:
-                    if isinstance(outcome, TransientError | ConfigError):
-                        raise outcome
-                    yield request, outcome
-                left -= len(ready)
-        finally:
-            for task in tasks:
-                task.cancel()
-            self.runner.run(_ended(tasks))
+            self.start(self._check_models()).result()
+        except BaseException:
+            self.close()
+            raise
 
-    async def _ask(self, request: Request) -> Outcome:
-        """Attempts until one is told apart; TransientError where no server answers anybody."""
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(function)
+
+    def close(self) -> None:
+        """End whatever is under way, and the thread."""
+        self.start(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for client in self.clients.values():
+            await client.close()
+
+    async def ask(self, request: Request) -> Outcome:
+        """Attempts until one is told apart.
+
+        Raises:
+            TransientError: no server answers anybody.
+            ConfigError: the key is refused.
+        """
         spent = 0
 
         async def attempt() -> Turn | Refused:
             nonlocal spent
             try:
                 return await self._try(request)
-            except NotItsFault:
-                self.pool.refuse_if_lost()
-                raise
-            except Again:
-                spent += 1
+            except Again as error:
+                self.meter.errors += 1
+                if isinstance(error, NotItsFault):
+                    self.pool.refuse_if_lost()
+                else:
+                    spent += 1
                 raise
 
         retrying = AsyncRetrying(
@@ -116,6 +124,7 @@ class OpenAIEngine:
         """One attempt at one server, which is told apart by how it went."""
         async with self.pool.lent() as endpoint:
             began = time.monotonic()
+            self.meter.in_flight = self.pool.in_flight
             try:
                 completion = await self._complete(endpoint, request)
                 turn = self._turn(completion, endpoint, request)
@@ -134,7 +143,7 @@ class OpenAIEngine:
     async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
         extra: dict[str, Any] = {"tools": request.tools} if request.tools else {}
         completion = await self.clients[endpoint.url].chat.completions.create(
-            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, **self.body, **extra
+            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, max_tokens=request.max_new_tokens, **self.body, **extra
         )
         if not isinstance(completion, ChatCompletion):  # the client hands on a body of another type as text
             raise ValueError("the body is not JSON")
@@ -223,12 +232,14 @@ def _kind(error: Exception) -> type[Again]:
 
 
 def _seconds(header: str | None) -> float:
-    """Retry-After in seconds; 0 for none, and for the form that gives a date."""
+    """Retry-After in seconds, from either of its forms; 0 for none."""
+    if not header:
+        return 0.0
     try:
-        return max(0.0, float(header or 0))
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)

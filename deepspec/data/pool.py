@@ -69,8 +69,12 @@ class Pool:
         self.lost_s, self.answer_s = lost_s, answer_s
         self._last_answer, self._lost = time.monotonic(), False
 
+    @property
+    def in_flight(self) -> int:
+        return sum(endpoint.in_flight for endpoint in self.endpoints)
+
     def starts(self) -> None:
-        """Begin a shard: how long nobody has answered is counted from now, unless the shard before ended for it.
+        """Work comes after none: how long nobody has answered is counted from now, unless the work before ended for it.
 
         Of a lane's shards only the first then waits for servers that are gone; the others fail at once, to be tried later.
         """

@@ -11,7 +11,7 @@ from deepspec.data.chat import Message
 
 
 def request_body(config: RunConfig, model: str) -> dict[str, Any]:
-    """What every request carries; messages, seed and tools come with each.
+    """What every request carries; messages, seed, limit and tools come with each.
 
     What is at its neutral value and not in OpenAI's own schema is left out: servers that do not know such a field refuse it.
     """
@@ -24,7 +24,7 @@ def request_body(config: RunConfig, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p, "extra_body": extra}
     if sampling.presence_penalty:
         body["presence_penalty"] = sampling.presence_penalty
-    return {**body, "max_tokens": config.answers.max_new_tokens}
+    return body
 
 
 def messages_as_sent(messages: Sequence[Message]) -> Any:

@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from deepspec.config import HiddenConfig
-from deepspec.data.answers import conversation_so_far, stream_seed
 from deepspec.data.chat import Chat, build_samples, parse_messages, parse_tools
+from deepspec.data.turns import conversation_so_far, stream_seed
 
 
 class CaptureRow(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig, SamplingConfig
-from deepspec.data.answers import stream_seed
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.tables import read_table, write_table
+from deepspec.data.turns import stream_seed
 from deepspec.errors import ArtifactMismatch
 from deepspec.eval.acceptance import summarise
 from deepspec.eval.benchmarks import RenderedPrompt, Unit, load_benchmarks, make_units, render

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifact import Artifact
-from deepspec.data.answers import Request, answer_rows, conversation_so_far, run_answers, stream_seed
+from deepspec.data.answers import answer_rows, run_answers
 from deepspec.data.chat import Message
 from deepspec.data.prompts import run_prompts
 from deepspec.data.tables import read_table
+from deepspec.data.turns import Refused, Request, conversation_so_far, stream_seed
 from deepspec.errors import ConfigError, ShardsFailed
 from tests.conftest import tiny_run
 from tests.engines import Echo
@@ -47,23 +48,37 @@ def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
             return super().answer(requests, shard=shard)
 
     config = tiny_run(store)
-    answered, _ = answer_rows([row(1, "abc", "def")], Spy(config), config, shard=0)
-    assert [turn["text"] for turn in answered[0]["turns"]] == ["cba", "fed"]
+    (conversation,) = answer_rows([row(1, "abc", "def")], Spy(config), config, shard=0)
+    assert [turn.text for turn in conversation.turns] == ["cba", "fed"]
     assert [message.content for message in seen[1].messages] == ["abc", "cba", "def"]
 
 
 def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
-    answered, rejects = answer_rows([row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0)
-    assert [answer["id"] for answer in answered] == [1]
-    assert rejects == [{"id": f"{2:016x}", "reason": "refused", "detail": "the test asked for it"}]
+    fine, refused = answer_rows([row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0)
+    assert (fine.ended, len(fine.turns)) == (None, 1)
+    assert refused.ended == Refused("refused", "the test asked for it")
 
 
-@pytest.mark.parametrize(("setting", "kept", "rejected"), [("keep", 2, 0), ("drop", 1, 1)])
-def test_truncated_answers_are_kept_or_dropped_as_set(store: Path, setting: str, kept: int, rejected: int):
-    config = tiny_run(store, f"answers.truncated={setting}")
-    answered, rejects = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config, shard=0)
-    assert (len(answered), len(rejects)) == (kept, rejected)
+@pytest.mark.parametrize(("setting", "texts"), [("keep", ["enif", "siht eta"]), ("drop", ["enif"]), ("retry", ["enif", "siht etacnurt"])])
+def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(store: Path, setting: str, texts: list[str]):
+    """Trap A3; a second try gets more room, the first one's limit decides nothing after it."""
+    config = tiny_run(store, f"answers.truncated={setting}", "answers.max_new_tokens=8")
+    found = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config, shard=0)
+    assert [turn.text for conversation in found for turn in conversation.turns] == texts
+    assert all(conversation.turns or isinstance(conversation.ended, Refused) for conversation in found)
+
+
+def test_an_answer_that_runs_into_the_larger_limit_too_is_kept_as_truncated(store: Path):
+    config = tiny_run(store, "answers.truncated=retry", "answers.max_new_tokens=4", "answers.retry_max_new_tokens=9")
+    (found,) = answer_rows([row(1, "truncate this", "x")], Echo(config), config, shard=0)
+    assert [(turn.text, turn.finish_reason) for turn in found.turns] == [("siht etac", "length"), ("x", "stop")]
+
+
+@pytest.mark.parametrize("settings", [("answers.retry_max_new_tokens=99",), ("answers.truncated=retry", "answers.retry_max_new_tokens=3")])
+def test_a_larger_limit_that_is_none_is_refused(store: Path, settings: tuple[str, ...]):
+    with pytest.raises(ConfigError, match="retry_max_new_tokens goes with"):
+        tiny_run(store, *settings)
 
 
 def test_a_shard_counts_its_turns_and_truncations(store: Path):

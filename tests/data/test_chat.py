@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deepspec.data.answers import conversation_so_far
 from deepspec.data.chat import Message, build_samples, load_chat
+from deepspec.data.turns import conversation_so_far
 from deepspec.errors import DataError
 from tests.conftest import tiny_run
 

@@ -12,22 +12,32 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from deepspec.config import RunConfig
-from deepspec.data.answers import answer_rows, run_answers
-from deepspec.data.journal import Journal
+from deepspec.data import prompts
+from deepspec.data.ahead import Ahead
+from deepspec.data.answers import commit_ready, run_answers
+from deepspec.data.journal import journal_path
+from deepspec.data.meter import Meter
 from deepspec.data.openai_engine import OpenAIEngine
 from deepspec.data.pool import Endpoint
 from deepspec.data.prompts import run_prompts
-from deepspec.data.tables import read_table
+from deepspec.data.tables import read_table, write_table
 from deepspec.errors import ConfigError, ShardsFailed, TransientError
+from deepspec.events import silent
+from deepspec.lineage import artifact_of
+from deepspec.records import Counts
+from deepspec.stages import ShardedStage
+from deepspec.work import Work
 from tests.answer_server import always, answer_server
 from tests.conftest import tiny_run, write_jsonl
 
 
 def server_run(store: Path, *urls: str, settings: tuple[str, ...] = ()) -> RunConfig:
-    return tiny_run(store, "answers.engine=openai", f"resources.endpoints={json.dumps(urls)}", "resources.request_timeout_s=1", *settings)
+    return tiny_run(store, "answers.engine=openai", f"resources.endpoints={json.dumps(urls)}", "resources.request_timeout_s=1",
+                    "resources.max_refused=1", *settings)  # fmt: skip
 
 
 def row(number: int, *said: str) -> dict:
@@ -40,8 +50,32 @@ def row(number: int, *said: str) -> dict:
     }
 
 
-def ask(config: RunConfig, *rows: dict, journal: Journal | None = None):
-    return answer_rows(rows, OpenAIEngine(config), config, shard=0, journal=journal)
+def stage_of(config: RunConfig, *shards: list[dict]) -> ShardedStage:
+    """The stage with these shards of prompts to do."""
+    upstream, todo = artifact_of(config, "prompts"), []
+    for number, rows in enumerate(shards):
+        with upstream.store.staged() as local:
+            write_table(pa.Table.from_pylist(rows, prompts.SCHEMA), local)
+            todo.append(Work(number, upstream.commit(number, local, Counts(rows=len(rows)), upstream=None)))
+    return ShardedStage(artifact_of(config, "answers"), upstream, todo)
+
+
+def ask(config: RunConfig, *rows: dict, keep_journal: bool = False) -> tuple[list[dict], list[dict]]:
+    """One shard with these rows, answered by the run's servers: its rows and its rejects."""
+    stage, rejects = stage_of(config, list(rows)), []
+    if not keep_journal:
+        journal_path(stage.artifact, 0).unlink(missing_ok=True)
+    with Ahead(config, stage, no_meter()) as ahead:
+        (work,) = ahead
+        local = Path(config.store) / "answered"
+        counts = commit_ready(stage.artifact, work, local, ahead.take(work), config)
+        if counts.rejected:
+            rejects = [json.loads(line) for line in stage.artifact.store.read(stage.artifact.path("rejects/00000.jsonl")).splitlines()]
+        return read_table(local).to_pylist(), rejects
+
+
+def no_meter() -> Meter:
+    return Meter([], silent, every_s=60)
 
 
 def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
@@ -141,7 +175,7 @@ def test_thinking_that_the_server_took_apart_is_put_together_as_the_target_wrote
 
 def test_a_server_of_another_model_is_refused_before_the_first_prompt(tmp_path: Path):
     with answer_server(models=("somebody-else",)) as server, pytest.raises(ConfigError, match="serves somebody-else, not demo"):
-        OpenAIEngine(server_run(tmp_path, server.url))
+        OpenAIEngine(server_run(tmp_path, server.url), no_meter())
     assert server.bodies == []
 
 
@@ -149,10 +183,10 @@ def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(tmp_path: Path, m
     with answer_server(key="right") as server:
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-            OpenAIEngine(server_run(tmp_path, server.url))
+            OpenAIEngine(server_run(tmp_path, server.url), no_meter())
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is refused") as caught:
-            OpenAIEngine(server_run(tmp_path, server.url))
+            OpenAIEngine(server_run(tmp_path, server.url), no_meter())
     assert "sk-secret" not in str(caught.value)
 
 
@@ -184,8 +218,8 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
         config = server_run(tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=2"))
         for _ in range(2):
             with pytest.raises(TransientError, match="1 of 3 rows got no answer"):
-                ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), journal=Journal(tmp_path / "journal"))
-        answered, rejects = ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), journal=Journal(tmp_path / "journal"))
+                ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), keep_journal=True)
+        answered, rejects = ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), keep_journal=True)
     assert [found["id"] for found in answered] == [1, 3]
     assert [found["reason"] for found in rejects] == ["failed"]
     assert Counter(body["messages"][-1]["content"] for body in server.bodies) == {"a": 1, "b": 1, "poison": 4}
@@ -199,26 +233,36 @@ def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Pa
     assert (len(answered), rejects) == (1, [])
 
 
-def test_once_every_server_is_lost_the_next_shard_fails_at_once(tmp_path: Path):
+def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
     """A lane of 32 shards must not wait for each of them."""
     with answer_server() as server:
         pass  # it is gone again, its port closed
-    config = server_run(tmp_path, server.url, settings=("resources.lost_s=2",))
-    engine = OpenAIEngine(config)
-    seconds = []
-    for _ in range(2):
-        started = time.monotonic()
-        with pytest.raises(TransientError, match="no server has answered"):
-            answer_rows([row(1, "x")], engine, config, shard=0)
-        seconds.append(time.monotonic() - started)
-    assert seconds[1] < seconds[0] / 2
+    config = server_run(tmp_path, server.url, settings=("resources.lost_s=2", "resources.endpoint_requests=1"))
+    ended = []
+    with Ahead(config, stage_of(config, *([row(number, "x")] for number in range(8))), no_meter()) as ahead:
+        for work in ahead:
+            with pytest.raises(TransientError, match="no server has answered"):
+                ahead.take(work)
+            ended.append(time.monotonic())
+    assert ended[-1] - ended[0] < 1.5
+
+
+def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_path: Path):
+    """One answer of shard 0 comes after a second; the other shards are whole before, in the order in which they end."""
+    with answer_server(lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "answer") as server:
+        config = server_run(tmp_path, server.url, settings=("resources.request_timeout_s=10", "resources.endpoint_requests=4"))
+        shards = [[row(0, "slow")], *([row(number, "a", "b")] for number in range(1, 12))]
+        with Ahead(config, stage_of(config, *shards), no_meter()) as ahead:
+            ended = [(work.shard, len(ahead.take(work)[0].turns)) for work in ahead]
+    assert ended[-1] == (0, 1)
+    assert sorted(ended[:-1]) == [(number, 2) for number in range(1, 12)]
 
 
 def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: Path):
     """A server pinned to a model of another name said 400 to every row, and the shard was committed empty."""
     plans = ["400"]
     with answer_server(lambda body, before: plans[0], models=()) as server:
-        config = server_run(store, server.url)
+        config = server_run(store, server.url, settings=("resources.max_refused=0.2",))
         run_prompts(config)
         with pytest.raises(ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"):
             run_answers(config, shards=[0])
@@ -227,14 +271,14 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
 
 
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
-    path = tmp_path / "journal"
     with answer_server() as server:
         config = server_run(tmp_path, server.url)
-        ask(config, row(1, "a"), row(2, "b"), journal=Journal(path))
+        path = journal_path(artifact_of(config, "answers"), 0)
+        ask(config, row(1, "a"), row(2, "b"))
         path.write_bytes(path.read_bytes()[:-20])
-        answered, _ = ask(config, row(1, "a"), row(2, "b"), journal=Journal(path))
+        answered, _ = ask(config, row(1, "a"), row(2, "b"), keep_journal=True)
         assert (len(answered), len(server.bodies)) == (2, 3)
-        ask(config, row(1, "a"), row(2, "b"), journal=Journal(path))
+        ask(config, row(1, "a"), row(2, "b"), keep_journal=True)
         assert len(server.bodies) == 3
 
 

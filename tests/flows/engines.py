@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepspec.data.answers import Outcome, Request
+from deepspec.data.turns import Outcome, Request
 from tests.engines import Echo
 
 
