@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 Report = Callable[[dict[str, Any]], None]
@@ -18,3 +19,15 @@ def json_lines(event: dict[str, Any]) -> None:
     """One JSON object a line on stdout: how a child process reports to its parent (`DEEPSPEC_EVENTS=1`)."""
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
+
+
+def answering_note(events: Sequence[Mapping[str, Any]]) -> str:
+    """What the newest `answering` events of all lanes say together, in a few words for a bar."""
+    sums = {key: sum(event[key] for event in events) for key in ("rows", "rows_todo", "tokens_per_s", "in_flight", "errors", "refused")}
+    truncated = sum(event["truncated_share"] * event["tokens_per_s"] for event in events) / max(sums["tokens_per_s"], 1e-9)
+    left = [event["left_s"] for event in events if event["left_s"] is not None]
+    words = [f"{sums['rows']:,} of {sums['rows_todo']:,} rows", f"{sums['tokens_per_s']:,.0f} tokens/s", f"{sums['in_flight']} in flight"]
+    words += [f"{sums[name]:,} {name}" for name in ("errors", "refused") if sums[name]]
+    words += [f"{truncated:.1%} truncated"] if truncated else []
+    words += [f"{timedelta(seconds=max(left))} left"] if left else []
+    return ", ".join(words)

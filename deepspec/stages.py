@@ -39,6 +39,8 @@ class StageStatus(NamedTuple):
     sealed: bool
     failures: dict[int, str]
     upstream_sealed: bool
+    truncated_share: float | None = None
+    """Of the answers, those that ran into their limit; None where none are counted."""
 
 
 def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
@@ -78,6 +80,7 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
     elif manifest is None or len(records) < manifest.totals["shards"]:
         missing = [0]
+    turns = sum(record.counts.get("turns", 0) for record in records.values())
     sealed = manifest is not None and not missing and _inputs_match(config, stage, manifest)
     return StageStatus(
         stage=stage,
@@ -93,6 +96,7 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         sealed=sealed,
         failures=failures(artifact),
         upstream_sealed=all(found is not None for found in upstream_manifests),
+        truncated_share=sum(record.counts.get("truncated", 0) for record in records.values()) / turns if turns else None,
     )
 
 

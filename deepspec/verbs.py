@@ -27,11 +27,12 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     from deepspec.stages import stage_status, stages_of
 
     config = load_run(run, sets or (), store=store)
-    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "MB", box=None)
+    table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "truncated", "MB", box=None)
     found = [stage_status(config, stage) for stage in stages_of(config)]
     for part in found:
         state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
-        cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, f"{part.num_bytes / 1e6:.1f}")
+        truncated = "" if part.truncated_share is None else f"{part.truncated_share:.1%}"
+        cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, truncated, f"{part.num_bytes / 1e6:.1f}")
         table.add_row(part.stage, state, *map(str, cells))
     Console().print(table)
     for part in found:

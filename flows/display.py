@@ -80,6 +80,8 @@ class _Rates:
 
     def describe(self, progress: Progress) -> str:
         began, first = self._begun.setdefault(progress.stage, (time.monotonic(), progress.done))
+        if progress.note:
+            return progress.note
         seconds = max(time.monotonic() - began, 1e-3)
         words = [f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers]
         if progress.numbers.get("tokens"):

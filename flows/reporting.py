@@ -26,6 +26,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from deepspec.events import answering_note
 from deepspec.stages import StageStatus
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Progress(NamedTuple):
     total: int
     unit: str
     numbers: Mapping[str, float]
+    note: str = ""
+    """What the children say of the shards under way, in words."""
 
 
 class StageOutcome(NamedTuple):
@@ -84,17 +87,21 @@ class Board:
 
     def __init__(self, run_name: str, before: StageStatus, *, sharded: bool) -> None:
         self._lock = threading.Lock()
+        self._under_way: dict[str, Mapping[str, Any]] = {}
         self._sharded, self._committed, self._seen = sharded, before.committed, set[int]()
         total = before.committed + len(before.missing) if sharded else 0
         self.progress = Progress(before.stage, "running", before.committed if sharded else 0, total, "shards" if sharded else "", {})
         self._artifact = _ProgressArtifact(f"{run_name}-{before.stage}", f"{before.stage}: {before.artifact_url}")
         self._show()
 
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Take in one event of a child; may be called from several threads."""
+    def hear(self, event: Mapping[str, Any], *, lane: str = "") -> None:
+        """Take in one event of a lane's child; may be called from several threads."""
         with self._lock:
             if event["event"] == "shard" and self._sharded:
                 self._hear_shard(event)
+            elif event["event"] == "answering":
+                self._under_way[lane] = event
+                self.progress = self.progress._replace(note=answering_note(list(self._under_way.values())))
             elif event["event"] == "progress" and not self._sharded:
                 numbers = {key: value for key, value in event.items() if key not in ENVELOPE}
                 counted = {"done": event["done"], "total": event["total"] or 0, "unit": event.get("unit", "")}  # total: null while unknown
@@ -114,7 +121,8 @@ class Board:
     def close(self, state: State) -> None:
         with self._lock:
             total = max(self.progress.total, self.progress.done, 1)
-            self.progress = self.progress._replace(state=state, done=self.progress.done if state == "failed" else total, total=total)
+            done = self.progress.done if state == "failed" else total
+            self.progress = self.progress._replace(state=state, done=done, total=total, note="")
             self._show()
             self._artifact.update(self.progress, pause_s=0.0)
 
@@ -135,7 +143,7 @@ class _ProgressArtifact:
         if not hasattr(self, "_id") or time.monotonic() - self._updated < pause_s:
             return
         self._updated = time.monotonic()
-        numbers = ", ".join(f"{key} {value}" for key, value in progress.numbers.items())
+        numbers = ", ".join([*(f"{key} {value}" for key, value in progress.numbers.items()), *filter(None, [progress.note])])
         text = f"{self._description}\n\n{progress.state}: {progress.done} of {progress.total} {progress.unit} ({numbers})"
         with best_effort(retries=0):
             update_progress_artifact(self._id, 100.0 * progress.done / max(progress.total, 1), description=text)
@@ -176,8 +184,10 @@ def stage_row(outcome: StageOutcome) -> dict[str, str]:
         "tokens": status.tokens,
     }  # fmt: skip
     seconds = "already done" if outcome.state == "already done" else f"{outcome.seconds:.1f}"
+    share = status.truncated_share
     counted = {name: f"{number:,}" if number else "" for name, number in numbers.items()}
-    return {"stage": status.stage, "state": outcome.state, **counted, "MB": f"{status.num_bytes / 1e6:.1f}", "seconds": seconds}
+    told = {**counted, "truncated": "" if share is None else f"{share:.1%}", "MB": f"{status.num_bytes / 1e6:.1f}"}
+    return {"stage": status.stage, "state": outcome.state, **told, "seconds": seconds}
 
 
 def publish_failure(run_name: str, error: Exception) -> None:

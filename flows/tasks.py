@@ -7,6 +7,7 @@ nothing but whether it is tried again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,8 @@ def run_group(name: str, run: StageRun, shards: list[int] | None) -> None:
     try:
         with run.lane() as env:
             command = run.request.command(run.stage, todo)
-            run_child(command, on_event=run.board.hear, on_line=forward_warnings(path), env=env, log_path=path)
+            hear = functools.partial(run.board.hear, lane=name)
+            run_child(command, on_event=hear, on_line=forward_warnings(path), env=env, log_path=path)
     except DeepSpecError as error:
         run.note(error, todo)
         raise

@@ -63,7 +63,7 @@ class Ahead:
     def _next(self) -> tuple[Work, list[Conversation] | Exception]:
         while True:
             try:
-                return self._ended.get(timeout=LOOK_S)
+                return self._ended.get(timeout=min(LOOK_S, self.config.resources.progress_s))
             except Empty:
                 self.meter.tell()
                 if self._working is not None and self._working.done():

@@ -68,14 +68,15 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
     if stage.todo:
         meter = Meter(stage.todo, report, every_s=config.resources.progress_s)
         if config.answers.engine == "openai":
-            _ask_servers(config, stage, meter)
+            ask_servers(config, stage, meter)
         else:
-            _ask_engine(config, stage, meter)
+            ask_engine(config, stage, meter)
     seal_if_whole(config, "answers")
     return stage.artifact
 
 
-def _ask_engine(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
+def ask_engine(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
+    """Answer the stage's shards one by one. No journal: with rows left out, an engine would batch, and so round, the others differently."""
     engine = make_engine(config)
 
     def make(work: Work, local: Path) -> Counts:
@@ -85,7 +86,8 @@ def _ask_engine(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
     work_through(config, stage.artifact, stage.todo, make, meter.report)
 
 
-def _ask_servers(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
+def ask_servers(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
+    """Answer the stage's shards with the engine `openai`, and journal what is not committed yet."""
     from deepspec.data.ahead import Ahead
     from deepspec.data.journal import remove_committed
 

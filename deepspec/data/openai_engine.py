@@ -124,7 +124,7 @@ class OpenAIEngine:
         """One attempt at one server, which is told apart by how it went."""
         async with self.pool.lent() as endpoint:
             began = time.monotonic()
-            self.meter.in_flight = self.pool.in_flight
+            self.meter.in_flight += 1
             try:
                 completion = await self._complete(endpoint, request)
                 turn = self._turn(completion, endpoint, request)
@@ -137,6 +137,8 @@ class OpenAIEngine:
             except (openai.APIError, ValueError) as error:  # lost in the middle, or not what an answer looks like
                 endpoint.failed(began)
                 raise _kind(error)(f"{endpoint.url}: {self._scrub(str(error))} ({type(error).__name__})") from error
+            finally:
+                self.meter.in_flight -= 1
             self.pool.answered(endpoint)
             return turn
 

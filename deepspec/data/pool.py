@@ -69,10 +69,6 @@ class Pool:
         self.lost_s, self.answer_s = lost_s, answer_s
         self._last_answer, self._lost = time.monotonic(), False
 
-    @property
-    def in_flight(self) -> int:
-        return sum(endpoint.in_flight for endpoint in self.endpoints)
-
     def starts(self) -> None:
         """Work comes after none: how long nobody has answered is counted from now, unless the work before ended for it.
 

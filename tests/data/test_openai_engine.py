@@ -18,7 +18,7 @@ import pytest
 from deepspec.config import RunConfig
 from deepspec.data import prompts
 from deepspec.data.ahead import Ahead
-from deepspec.data.answers import commit_ready, run_answers
+from deepspec.data.answers import ask_servers, commit_ready, run_answers
 from deepspec.data.journal import journal_path
 from deepspec.data.meter import Meter
 from deepspec.data.openai_engine import OpenAIEngine
@@ -29,7 +29,7 @@ from deepspec.errors import ConfigError, ShardsFailed, TransientError
 from deepspec.events import silent
 from deepspec.lineage import artifact_of
 from deepspec.records import Counts
-from deepspec.stages import ShardedStage
+from deepspec.stages import ShardedStage, open_sharded
 from deepspec.work import Work
 from tests.answer_server import always, answer_server
 from tests.conftest import tiny_run, write_jsonl
@@ -268,6 +268,31 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
             run_answers(config, shards=[0])
         plans[0] = "answer"
         assert run_answers(config, shards=[0]).records()[0].rows == 4
+
+
+def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
+    events = []
+    with answer_server(latency_s=0.2) as server:
+        config = server_run(store, server.url, settings=("resources.progress_s=0.01", "resources.endpoint_requests=2"))
+        run_prompts(config)
+        run_answers(config, report=events.append)
+    told = [event for event in events if event["event"] == "answering"]
+    assert any(0 < event["rows"] < 4 and event["in_flight"] == 2 and event["left_s"] is not None for event in told)
+    assert (told[-1]["rows"], told[-1]["rows_todo"], told[-1]["tokens"], told[-1]["in_flight"]) == (24, 24, 120, 0)
+    assert len(json.dumps(told[-1])) < 300
+
+
+def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store: Path):
+    with answer_server(lambda body, before: "truncate" if before else "answer") as server:
+        config = server_run(store, server.url)
+        run_prompts(config)
+        stages = [open_sharded(config, "answers", [0]) for _ in range(2)]
+        for stage in stages:
+            ask_servers(config, stage, no_meter())
+        (record,) = stages[1].artifact.records().values()
+    assert len(server.bodies) == 8
+    assert record.counts["truncated"] == 0
+    assert {path.name for path in Path(stage.artifact.store.root, stage.artifact.folder, "shards").iterdir()} == {Path(record.file).name}
 
 
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):

@@ -170,3 +170,19 @@ def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_f
         board.close("done")
     assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
     assert seen[-1].numbers == {"rows": 6, "tokens": 30, "num_bytes": 300}
+
+
+@outside_a_flow
+def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
+    seen: list[Progress] = []
+    event = {"event": "answering", "stage": "answers", "rows": 10, "rows_todo": 100, "tokens": 50, "tokens_per_s": 20.0, "in_flight": 8,
+             "errors": 1, "refused": 0, "truncated_share": 0.25, "left_s": 60}  # fmt: skip
+    with watched_by(seen.append):
+        board = Board("answering", stage_status(load_run(str(run_file)), "answers"), sharded=True)
+        board.hear(event, lane="answers 0-2")
+        board.hear({**event, "rows": 30}, lane="answers 0-2")  # later word of the same lane
+        board.hear({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
+        note = seen[-1].note
+        board.close("done")
+    assert note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
+    assert seen[-1].note == ""
