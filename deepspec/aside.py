@@ -25,6 +25,12 @@ def quarantine(artifact: Artifact, shard: int, local: Path) -> str:
     return f"{artifact.url}/quarantine/{shard:05d}.arrow"
 
 
+def folder_beside(artifact: Artifact, name: str) -> Path:
+    """A local folder for what belongs to an artifact but not into it (journals, logs): beside it, or under `scratch` for a bucket."""
+    store = artifact.store
+    return Path(store.root) / artifact.folder / name if store.is_local else store.scratch / name / artifact.folder
+
+
 def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
     """Leave word of why a shard is missing; a later commit of the shard takes it away."""
     fields = {**error.to_json(), "transient": error.transient, "host": socket.gethostname()}

@@ -158,8 +158,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _engine_can_do_it(self) -> Self:
         sampling = self.answers.sampling
-        if self.answers.engine == "openai" and not self.resources.endpoints:
-            raise ValueError("answers.engine `openai` needs servers: resources.endpoints, e.g. [http://127.0.0.1:8000/v1]")
+        if self.answers.engine == "openai" and bool(self.resources.endpoints) == (self.resources.serve != "none"):
+            what = "answers.engine `openai` needs servers: either resources.endpoints, e.g. [http://127.0.0.1:8000/v1], or resources.serve"
+            raise ValueError(what)
+        if sampling.presence_penalty and "transformers" in (self.resources.serve, self.resources.dialect):
+            raise ValueError("answers.sampling.presence_penalty: `transformers serve` does not know it")
         if self.answers.engine == "transformers" and (sampling.repetition_penalty, sampling.presence_penalty) != (1.0, 0.0):
             raise ValueError("answers.sampling.repetition_penalty and presence_penalty need a server: answers.engine `openai`")
         return self

@@ -46,6 +46,14 @@ class ResourcesConfig(Section):
     """Prompts decoded together by the in-process engine."""
     endpoints: tuple[Endpoint, ...] = ()
     """OpenAI-compatible servers of the target (vLLM, SGLang, TGI, transformers serve, ...), each with its `/v1`."""
+    dialect: Literal["auto", "openai", "vllm", "sglang", "transformers"] = "auto"
+    """What those servers understand beyond OpenAI's schema; `auto` sees it in what vLLM and SGLang say of themselves."""
+    serve: Literal["none", "vllm", "sglang", "transformers"] = "none"
+    """Server of the target that the answers stage starts for itself on loopback, one per lane, instead of `endpoints`."""
+    serve_command: tuple[str, ...] = ()
+    """Its command, word by word, where the usual one will not do; {model}, {name}, {host}, {port} and {dtype} are filled in."""
+    serve_deadline_s: PositiveFloat = 900.0
+    """Seconds until a server that was started must answer: loading a large target takes minutes."""
     served_model: str | None = None
     """Name under which the servers know the target; null is `target.model`."""
     api_key_env: str = "OPENAI_API_KEY"

@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import tomllib
 from pathlib import Path
 
 from deepspec.errors import UserError
+from deepspec.ports import free_port
 from deepspec.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
@@ -106,9 +106,3 @@ def _settings(home: Path, port: int) -> dict[str, str]:
         "NO_PROXY": direct,
         "no_proxy": direct,
     }
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,6 +21,7 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
+from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.launch import Request, deal, run_child, scope, shard_list
@@ -105,10 +106,7 @@ class StageRun:
         return self.stage if shards is None else f"{self.stage} {shard_list(shards)}"
 
     def log_path(self, shards: Sequence[int] | None) -> Path:
-        """Beside the artifact, or under ~/.cache where the store is no local folder."""
-        artifact = artifact_of(self.config, self.stage)
-        root = Path(artifact.store.root) if artifact.store.is_local else Path.home() / ".cache" / "deepspec" / "logs"
-        return root / artifact.folder / "logs" / f"{self.name(shards)[:80].replace(' ', '-')}.log"
+        return folder_beside(artifact_of(self.config, self.stage), "logs") / f"{self.name(shards)[:80].replace(' ', '-')}.log"
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -31,7 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refuses_key():
             return
-        self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+        listed = [{"id": name, "object": "model", "created": 1, "owned_by": self.server.owner} for name in self.server.models]
+        self.send(200, {"object": "list", "data": listed})
 
     def refuses_key(self) -> bool:
         wanted, given = self.server.key, self.headers.get("Authorization", "")
@@ -107,9 +109,10 @@ class AnswerServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, plan: Plan, *, models: tuple[str, ...], key: str | None, latency_s: float) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, plan: Plan, *, models: tuple[str, ...], key: str | None, latency_s: float, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.plan, self.models, self.key, self.latency_s = plan, models, key, latency_s
+        self.owner = "somebody"
         self.lock, self.asked, self.bodies = threading.Lock(), Counter[str](), list[dict[str, Any]]()
         self.in_flight = self.most_in_flight = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -127,3 +130,11 @@ def answer_server(
             yield server
         finally:
             server.shutdown()
+
+
+if __name__ == "__main__":  # PORT MODEL [DIES_AFTER]: ends by itself, without a word, when it has been asked so often
+    port, model, *dies_after = sys.argv[1:]
+    with AnswerServer(ANSWERS, models=(model,), key=None, latency_s=0.02, port=int(port)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        while not dies_after or len(server.bodies) < int(dies_after[0]):
+            time.sleep(0.01)

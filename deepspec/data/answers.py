@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,16 +91,18 @@ def ask_servers(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
     """Answer the stage's shards with the engine `openai`, and journal what is not committed yet."""
     from deepspec.data.ahead import Ahead
     from deepspec.data.journal import remove_committed
+    from deepspec.data.serve import serving
 
-    try:
-        with Ahead(config, stage, meter) as ahead:
+    with ExitStack() as stack:
+        stack.callback(remove_committed, stage.artifact)
+        if config.resources.serve != "none":
+            config = stack.enter_context(serving(config, stage.artifact))
+        ahead = stack.enter_context(Ahead(config, stage, meter))
 
-            def make(work: Work, local: Path) -> Counts:
-                return commit_ready(stage.artifact, work, local, ahead.take(work), config)
+        def make(work: Work, local: Path) -> Counts:
+            return commit_ready(stage.artifact, work, local, ahead.take(work), config)
 
-            work_through(config, stage.artifact, ahead, make, meter.report, repeatable=False)
-    finally:
-        remove_committed(stage.artifact)
+        work_through(config, stage.artifact, ahead, make, meter.report, repeatable=False)
 
 
 def make_engine(config: RunConfig) -> Engine:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,9 +69,10 @@ class Chat:
         )  # fmt: skip
         return list(ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer, without the token that ended it."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], stop_ids: Collection[int]) -> str:
+        """The text of an answer, without the token that ended it; other special tokens (the marks of thinking) are part of it."""
+        kept = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
+        return str(self.tokenizer.decode(list(kept), skip_special_tokens=False))
 
     def answer_ids(self, text: str, *, finished: bool) -> list[int]:
         """Token ids of an answer that came as text; `finished` answers get their end-of-turn token back."""

@@ -39,4 +39,4 @@ class TransformersEngine:
                 done = generate(self.target, [prompts[index] for index in batch], settings, seeds=seeds)
                 for index, ids in zip(batch, done, strict=True):
                     finish, request = "stop" if ids[-1] in self.stop_ids else "length", requests[index]
-                    yield request, Turn(self.chat.decode(ids), ids, finish, len(ids), len(prompts[index]), request.seed)
+                    yield request, Turn(self.chat.decode(ids, self.stop_ids), ids, finish, len(ids), len(prompts[index]), request.seed)

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from deepspec.artifact import Artifact
+from deepspec.aside import folder_beside
 from deepspec.data.turns import Request
 from deepspec.store import canonical_json
 
@@ -56,9 +57,7 @@ def request_key(request: Request) -> str:
 
 
 def journal_path(artifact: Artifact, shard: int) -> Path:
-    store = artifact.store
-    root = Path(store.root) / artifact.folder if store.is_local else store.scratch / "journal" / artifact.folder
-    return root / "journal" / f"{shard:05d}.jsonl"
+    return folder_beside(artifact, "journal") / f"{shard:05d}.jsonl"
 
 
 def open_journal(artifact: Artifact, shard: int) -> Journal:

@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 
 import openai
 from openai import AsyncOpenAI
+from openai.types import Model
 from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.config import RunConfig
 from deepspec.data.meter import Meter
 from deepspec.data.pool import Endpoint, Pool
-from deepspec.data.request_body import messages_as_sent, request_body
+from deepspec.data.reply import read_reply
+from deepspec.data.request_body import SEEDS, Dialect, messages_as_sent, request_body
 from deepspec.data.turns import Failed, Outcome, Refused, Request, Turn
 from deepspec.errors import ConfigError
 
@@ -31,8 +33,6 @@ OVERLOADED = (429, 503)
 KEY_REFUSED = (401, 403)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 CHECK_S = 10.0  # that a server may take to say which models it serves
-THINK = "<think>\n{reasoning}\n</think>\n\n{content}"  # how Qwen3 writes what a server's reasoning parser takes apart
-SEEDS = 2**31  # servers take seeds of 31 bits
 T = TypeVar("T")
 
 
@@ -51,7 +51,7 @@ class OpenAIEngine:
         self.config, self.resources, self.meter = config, config.resources, meter
         self.model = self.resources.served_model or config.target.model
         self.key = os.environ.get(self.resources.api_key_env) or "none"
-        self.body = request_body(config, self.model)
+        self.bodies = {url: request_body(config, self.model, self._dialect("")) for url in self.resources.endpoints}
         for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
             logging.getLogger(client).setLevel(logging.WARNING)
         self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s,
@@ -127,7 +127,7 @@ class OpenAIEngine:
             self.meter.in_flight += 1
             try:
                 completion = await self._complete(endpoint, request)
-                turn = self._turn(completion, endpoint, request)
+                turn = read_reply(completion, request, self.config.target, endpoint=endpoint.url)
             except openai.APITimeoutError as error:
                 endpoint.overloaded(began)
                 endpoint.failed(began)
@@ -143,9 +143,9 @@ class OpenAIEngine:
             return turn
 
     async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
-        extra: dict[str, Any] = {"tools": request.tools} if request.tools else {}
+        body = {**self.bodies[endpoint.url], **({"tools": request.tools} if request.tools else {})}
         completion = await self.clients[endpoint.url].chat.completions.create(
-            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, max_tokens=request.max_new_tokens, **self.body, **extra
+            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, max_tokens=request.max_new_tokens, **body
         )
         if not isinstance(completion, ChatCompletion):  # the client hands on a body of another type as text
             raise ValueError("the body is not JSON")
@@ -170,30 +170,6 @@ class OpenAIEngine:
         self.pool.answered(endpoint)
         return Refused(f"http_{status}", said[:1000])
 
-    def _turn(self, completion: ChatCompletion, endpoint: Endpoint, request: Request) -> Turn | Refused:
-        """What the server said, as one answer.
-
-        Raises:
-            ValueError: the answer has no choice, or none that ended.
-        """
-        choice = completion.choices[0] if completion.choices else None
-        if choice is None or choice.message is None or not choice.finish_reason:
-            raise ValueError("an answer without a choice")
-        if choice.message.tool_calls:
-            return Refused("tool_call", "the server took the target's call of a tool apart; start it without a tool parser")
-        if choice.finish_reason not in ("stop", "length"):
-            return Refused(choice.finish_reason, "the server ended the answer for this reason")
-        text, more = choice.message.content or "", choice.message.model_extra or {}
-        reasoning = more.get("reasoning_content") or more.get("reasoning")
-        ids = (choice.model_extra or {}).get("token_ids")
-        if reasoning and self.config.target.chat_family != "qwen":
-            return Refused("reasoning", "the server took the thinking apart; start it without a reasoning parser")
-        if reasoning:
-            text = THINK.format(reasoning=reasoning.strip("\n"), content=text.lstrip("\n"))
-        used = completion.usage
-        num_tokens, num_prompt = (used.completion_tokens, used.prompt_tokens) if used else (len(ids or ()), 0)
-        return Turn(text, ids or None, choice.finish_reason, num_tokens, num_prompt, request.seed % SEEDS, endpoint.url, completion.model)
-
     async def _check_models(self) -> None:
         """Refuse servers of another model, and a key that is not taken, before the first prompt.
 
@@ -201,15 +177,23 @@ class OpenAIEngine:
         when it has no cache folder.
         """
         found = await asyncio.gather(*(self._models(url) for url in self.clients))
-        for url, names in zip(self.clients, found, strict=True):
+        for url, listed in zip(self.clients, found, strict=True):
+            names = [model.id for model in listed]
+            if listed:
+                self.bodies[url] = request_body(self.config, self.model, self._dialect(listed[0].owned_by))
             if names and self.model not in names:
                 what = f"the server serves {', '.join(sorted(names))}, not {self.model}"
                 raise ConfigError(what, where=f"resources.endpoints {url}", fix="correct the endpoint, or set resources.served_model")
 
-    async def _models(self, url: str) -> list[str]:
+    def _dialect(self, owned_by: str) -> Dialect:
+        if self.resources.dialect != "auto":
+            return self.resources.dialect
+        return "vllm" if owned_by == "vllm" else "sglang" if owned_by == "sglang" else "openai"
+
+    async def _models(self, url: str) -> list[Model]:
         try:
             listed = await self.clients[url].with_options(timeout=CHECK_S).models.list()
-            return [model.id for model in listed.data or ()]
+            return list(listed.data or ())
         except openai.APIStatusError as error:
             if error.status_code in KEY_REFUSED:
                 raise self._key_refused(url, error.status_code) from None

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from deepspec.config import RunConfig
 from deepspec.data.chat import Message
 
+Dialect = Literal["openai", "vllm", "sglang", "transformers"]
+SEEDS = 2**31  # servers take seeds of 31 bits
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
-def request_body(config: RunConfig, model: str) -> dict[str, Any]:
-    """What every request carries; messages, seed, limit and tools come with each.
 
-    What is at its neutral value and not in OpenAI's own schema is left out: servers that do not know such a field refuse it.
+def request_body(config: RunConfig, model: str, dialect: Dialect) -> dict[str, Any]:
+    """What every request to a server of this dialect carries; messages, seed, limit and tools come with each.
+
+    What stays unsaid a server takes from the model's own generation_config.json (top_k 20 for Qwen3): everything is said
+    where the server is known to take it. Strict servers refuse fields beyond OpenAI's schema, so those are sent only
+    where they are not neutral.
     """
     sampling = config.answers.sampling
+    beyond = {"top_k": sampling.top_k, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty}
     extra: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": config.target.thinking}}
-    beyond = {"top_k": (sampling.top_k, 0), "min_p": (sampling.min_p, 0.0), "repetition_penalty": (sampling.repetition_penalty, 1.0)}
-    extra |= {name: value for name, (value, neutral) in beyond.items() if value != neutral}
+    if dialect == "transformers":  # it takes them in this field alone, and draws only if told to
+        extra["generation_config"] = json.dumps({**beyond, "do_sample": sampling.temperature > 0})
+    elif dialect == "openai":
+        extra |= {name: value for name, value in beyond.items() if value != NEUTRAL[name]}
+    else:
+        extra |= {**beyond, "top_k": sampling.top_k or -1, "skip_special_tokens": False}  # the marks of thinking are such tokens
     if config.resources.token_ids == "ask":
         extra["return_token_ids"] = True
     body: dict[str, Any] = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p, "extra_body": extra}

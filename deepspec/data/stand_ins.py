@@ -41,5 +41,5 @@ class StandIns:
         ids = self.chat.answer_ids(text, finished=False)
         cut = len(ids) >= self.limit
         if cut:
-            text = self.chat.decode(ids[: self.limit])
+            text = self.chat.decode(ids[: self.limit], ())
         return {"text": text, "token_ids": None, "finish_reason": "length" if cut else "stop"}

@@ -24,7 +24,7 @@ def test_the_rendered_prompt_ends_where_the_answer_begins(chat):
 def test_an_answer_in_text_gets_its_end_of_turn_back_only_if_it_finished(chat):
     finished, cut = chat.answer_ids("four", finished=True), chat.answer_ids("four", finished=False)
     assert finished == [*cut, chat.end_of_turn]
-    assert chat.decode(finished) == "four"
+    assert chat.decode(finished, chat.stop_ids()) == "four"
 
 
 def test_supervised_tokens_decode_to_the_answer_and_its_end_of_turn(chat):

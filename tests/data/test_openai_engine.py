@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -14,17 +16,21 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from openai.types.chat import ChatCompletion
 
 from deepspec.config import RunConfig
 from deepspec.data import prompts
 from deepspec.data.ahead import Ahead
 from deepspec.data.answers import ask_servers, commit_ready, run_answers
+from deepspec.data.chat import Message
 from deepspec.data.journal import journal_path
 from deepspec.data.meter import Meter
 from deepspec.data.openai_engine import OpenAIEngine
 from deepspec.data.pool import Endpoint
 from deepspec.data.prompts import run_prompts
+from deepspec.data.reply import read_reply
 from deepspec.data.tables import read_table, write_table
+from deepspec.data.turns import Refused, Request, Turn
 from deepspec.errors import ConfigError, ShardsFailed, TransientError
 from deepspec.events import silent
 from deepspec.lineage import artifact_of
@@ -113,6 +119,35 @@ def test_every_parameter_is_sent_under_its_own_name_and_alone(tmp_path: Path, se
     assert {key: value for key, value in changed.items() if plain.get(key) != value} == sent
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "transformers", "openai"])
+def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: str):
+    """What is left out vLLM, SGLang and transformers take from the model's generation_config.json: top_k 20 where 0 was asked for."""
+    with answer_server() as server:
+        server.owner = dialect if dialect in ("vllm", "sglang") else "somebody"
+        settings = ("resources.dialect=transformers",) if dialect == "transformers" else ()
+        ask(server_run(tmp_path, server.url, settings=settings), row(1, "a"))
+    body = server.bodies[0]
+    if dialect == "transformers":
+        body = json.loads(body["generation_config"]) | {key: value for key, value in body.items() if key != "generation_config"}
+        assert body["do_sample"] is True
+    expected = {"openai": {}, "transformers": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}}
+    known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+    fields = ("top_k", "min_p", "repetition_penalty", "skip_special_tokens")
+    assert {key: body[key] for key in fields if key in body} == expected.get(dialect, known)
+
+
+def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all(tmp_path: Path):
+    target = tiny_run(tmp_path).target.model_copy(update={"chat_family": "gemma4"})
+    message = {"role": "assistant", "content": "cba", "reasoning": "hm"}
+    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "m",
+             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+    request = Request(1, 0, [Message("user", "abc")], 7, 12)
+    turn = read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1")
+    assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
+    message |= {"content": "thought\nhmcba", "reasoning": None}  # special tokens left out: nobody knows where it ended
+    assert isinstance(read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1"), Refused)
+
+
 def test_the_seed_is_the_rows_own(tmp_path: Path):
     with answer_server() as server:
         ask(server_run(tmp_path, server.url), row(1, "a"), row(2, "b"))
@@ -188,6 +223,26 @@ def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(tmp_path: Path, m
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is refused") as caught:
             OpenAIEngine(server_run(tmp_path, server.url), no_meter())
     assert "sk-secret" not in str(caught.value)
+
+
+def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: Path):
+    """Records, rejects, failures, journal, events and logs, of servers that take the key and of one that repeats it."""
+    key, plans = "sk-secret-of-a-user", itertools.cycle(["answer", "answer", "400", "500"])
+    with answer_server(lambda body, before: next(plans), key=key) as server, answer_server(key="another") as refusing:
+        said = []
+        for url, shards in ((server.url, "0-2"), (refusing.url, "3-5")):
+            config = server_run(store, url, settings=("resources.request_tries=3",))
+            run_prompts(config)
+            (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+            env = {**os.environ, "OPENAI_API_KEY": key, "DEEPSPEC_EVENTS": "1", "DEEPSPEC_LOG": "DEBUG"}
+            command = [sys.executable, "-m", "deepspec", "answers", str(tmp_path / "run.yaml"), "--shards", shards]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            said.append(done.stdout + done.stderr)
+    assert "OPENAI_API_KEY is refused" in said[1]
+    left = [path for path in store.rglob("*") if path.is_file()]
+    assert any("journal" in path.parts or "records" in path.parts for path in left)
+    assert [path for path in left if key.encode() in path.read_bytes()] == []
+    assert [words for words in said if key in words] == []
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x"])

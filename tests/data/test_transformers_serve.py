@@ -27,6 +27,9 @@ pytestmark = [
 ]
 
 
+GREEDY = "answers.sampling.temperature=0"
+
+
 class Served:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
@@ -81,25 +84,58 @@ def turns_of(artifact) -> dict[int, list[dict]]:
     return {row["id"]: row["turns"] for row in rows}
 
 
-def test_at_temperature_0_a_server_answers_as_the_target_in_this_process_and_a_killed_one_loses_nothing(store: Path, served: list[Served]):
-    greedy = "answers.sampling.temperature=0"
-    config = tiny_run(store, greedy)
+def same_answers(ours: dict[int, list[dict]], theirs: dict[int, list[dict]]) -> None:
+    """The server takes white space off both ends of what the target said; the count of tokens tells that they are the same."""
+    assert ours.keys() == theirs.keys()
+    for row, turns in ours.items():
+        for one, other in zip(turns, theirs[row], strict=True):
+            assert one["text"].strip() == other["text"].strip()
+            for field in ("num_tokens", "finish_reason", "num_prompt_tokens"):
+                assert one[field] == other[field]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    """What the target says in this process, at temperature 0."""
+    store = tmp_path_factory.mktemp("greedy") / "store"
+    shutil.copytree(demo_store, store)
+    config = tiny_run(store, GREEDY)
     run_prompts(config)
-    expected = turns_of(run_answers(config))
-    urls = json.dumps([server.url for server in served])
-    name = f"resources.served_model={served[0].model}"
-    pool = tiny_run(store, greedy, "answers.engine=openai", f"resources.endpoints={urls}", name, "resources.request_tries=20")
-    shards = sorted(run_prompts(pool).records())
-    run_answers(pool, shards=shards[:2])
-    served[1].kill()
-    run_answers(pool, shards=shards[2:4])
-    served[1].start()
+    return turns_of(run_answers(config))
+
+
+def test_two_servers_one_killed_amid_its_answers_and_started_again(store: Path, served: list[Served], expected: dict[int, list[dict]]):
+    """Every row once, and each as the target in this process answers it."""
+    urls, name = json.dumps([server.url for server in served]), f"resources.served_model={served[0].model}"
+    settings = (
+        "resources.request_tries=20",
+        "resources.progress_s=0.05",
+        "resources.endpoint_requests=2",
+        "resources.dialect=transformers",
+    )
+    config = tiny_run(store, GREEDY, "answers.engine=openai", f"resources.endpoints={urls}", name, *settings)
+    run_prompts(config)
+    happened: list[str] = []
+
+    def meddle(event: dict) -> None:
+        if event["event"] == "answering" and event["rows"] >= 3 and not happened:
+            served[1].kill()
+            happened.append("killed")
+        if event["event"] == "answering" and event["errors"] and happened == ["killed"]:
+            served[1].start()
+            happened.append("started")
+
+    found = turns_of(run_answers(config, report=meddle))
+    assert happened == ["killed", "started"]
+    same_answers(found, expected)
     served[1].wait()
-    found = turns_of(run_answers(pool))
-    assert found.keys() == expected.keys()
-    for row, turns in expected.items():
-        for ours, theirs in zip(turns, found[row], strict=True):
-            # The server takes white space off both ends of what the target said; the count of tokens tells that they are the same.
-            assert (ours["text"].strip(), ours["num_tokens"]) == (theirs["text"].strip(), theirs["num_tokens"])
-            assert ours["finish_reason"] == theirs["finish_reason"]
-            assert ours["num_prompt_tokens"] == theirs["num_prompt_tokens"]
+
+
+def test_a_server_of_ones_own_answers_the_same(
+    store: Path, expected: dict[int, list[dict]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = tiny_run(store, GREEDY, "answers.engine=openai", "resources.serve=transformers", "resources.device=cpu")
+    run_prompts(config)
+    same_answers(turns_of(run_answers(config)), expected)
