@@ -33,7 +33,7 @@ class DatasetSource(Section):
     split: str = "train"
     """Split to read."""
     revision: str | None = None
-    """Commit or tag to read."""
+    """Commit or tag to read; null reads the newest commit, warns which one that is, and stays with it when it resumes."""
     column: str | None = None
     """Column that holds the conversation or the prompt; null looks for `messages`, `conversations`, `turns` or `prompt`."""
 
@@ -51,6 +51,8 @@ class PromptsConfig(Section):
     """Seed of the held-out split."""
     decontaminate: tuple[str, ...] = ()
     """Benchmark files (`turns` on each line): prompts that are one of theirs are dropped."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What to do with a conversation that came before; one that is kept has an id of its own, and the split of the first."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of unusable rows above which the stage fails."""
 

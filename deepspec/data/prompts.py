@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,9 +20,9 @@ import pyarrow as pa
 
 from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
-from deepspec.config import PromptsConfig, RunConfig
+from deepspec.config import DatasetSource, PromptsConfig, RunConfig
 from deepspec.data.contamination import BenchmarkPrompts
-from deepspec.data.sources import read_source
+from deepspec.data.sources import is_on_hub, newest_revision, read_source
 from deepspec.data.tables import write_table
 from deepspec.errors import DataError
 from deepspec.events import Report, silent
@@ -71,6 +73,7 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     artifact = artifact_of(config, "prompts")
     inputs = require_sealed(config, "prompts")
     artifact.create(config.model_dump(mode="json"))
+    config = _pinned(config, artifact)
     committed = artifact.records()
     totals = {"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0}
     shard = -1
@@ -91,6 +94,25 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     return artifact
 
 
+def _pinned(config: RunConfig, artifact: Artifact) -> RunConfig:
+    """The run with a commit to read: a run that goes on must not read a newer one than its first shards came from."""
+    source = config.prompts.source
+    if not isinstance(source, DatasetSource) or not is_on_hub(source) or source.revision:
+        return config
+    path = artifact.path("source.json")
+    with suppress(FileNotFoundError):
+        return _at(config, source, json.loads(artifact.store.read(path))["revision"])
+    revision = newest_revision(source)
+    log.warning("data set %s is not pinned; its newest commit is read: prompts.source.revision=%s", source.name, revision)
+    artifact.store.write(path, canonical_json({"name": source.name, "revision": revision}))
+    return _at(config, source, revision)
+
+
+def _at(config: RunConfig, source: DatasetSource, revision: str) -> RunConfig:
+    pinned = source.model_copy(update={"revision": revision})
+    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"source": pinned})})
+
+
 def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
     where = f"prompts.source {config.prompts.source}"
     if totals["rows"] == 0:
@@ -103,20 +125,19 @@ def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
 
 
 def _shards(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
-    """Cut the source into shards of `shard_rows` prompts; a row seen before is dropped into the rejects."""
-    limit, kept, seen, benchmarks = config.prompts.limit, 0, set[int](), BenchmarkPrompts(config.prompts.decontaminate)
+    """Cut the source into shards of `shard_rows` prompts."""
+    limit, kept, seen, benchmarks = config.prompts.limit, 0, Seen(config.prompts), BenchmarkPrompts(config.prompts.decontaminate)
     prompts: list[Prompt] = []
     rejects: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         prompt = make_prompt(row, config.prompts)
-        if isinstance(prompt, Prompt) and prompt.id in seen:
-            prompt = Rejected(DUPLICATE, "an equal conversation came before")
+        if isinstance(prompt, Prompt):
+            prompt = seen.named(prompt)
         if isinstance(prompt, Prompt) and (file := benchmarks.match(prompt.messages)):
             prompt = Rejected(BENCHMARK, f"it is a prompt of {file}")
         if isinstance(prompt, Rejected):
             rejects.append({"row": number, "reason": prompt.reason, "detail": prompt.detail})
             continue
-        seen.add(prompt.id)
         prompts.append(prompt)
         kept += 1
         if len(prompts) == config.prompts.shard_rows:
@@ -126,6 +147,24 @@ def _shards(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> Iterator[tu
             break
     if prompts or rejects:
         yield prompts, rejects
+
+
+class Seen:
+    """Which conversations came before, by id: 1.3 million take about 100 MB, whatever they hold."""
+
+    def __init__(self, settings: PromptsConfig) -> None:
+        self._keep = settings.duplicates == "keep"
+        self._ids, self._again = set[int](), Counter[int]()
+
+    def named(self, prompt: Prompt) -> Prompt | Rejected:
+        """The prompt, with an id of its own where an equal one came before and both are kept."""
+        if prompt.id not in self._ids:
+            self._ids.add(prompt.id)
+            return prompt
+        if not self._keep:
+            return Rejected(DUPLICATE, "an equal conversation came before")
+        self._again[prompt.id] += 1
+        return prompt._replace(id=_hash(f"{prompt.id}:{self._again[prompt.id]}".encode()))
 
 
 def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rejected:
@@ -145,10 +184,15 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
         if message["role"] != "assistant" or (following is not None and following["role"] == "tool")
     ]
     content = canonical_json(kept)
-    number = int.from_bytes(hashlib.sha256(content + (tools or "").encode()).digest()[:8], "big")
-    draw = int.from_bytes(hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()[:8], "big") / 2**64
+    number = _hash(content + (tools or "").encode())
+    draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
     return Prompt(number, draw < settings.held_out, str(domain) if domain is not None else None, content.decode(), tools)
+
+
+def _hash(data: bytes) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def _order(messages: Sequence[Mapping[str, Any]]) -> Rejected | None:

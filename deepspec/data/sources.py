@@ -92,15 +92,37 @@ def _read_parquet(path: str) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"cannot be read as Parquet: {error}", where=path, fix="check the path and the file") from None
 
 
+def is_on_hub(source: DatasetSource) -> bool:
+    return not Path(source.name).is_dir()
+
+
+def newest_revision(source: DatasetSource) -> str:
+    """The newest commit of a data set on the hub.
+
+    Raises:
+        DataError: there is no such data set, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.name).sha)
+    except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
+        raise _not_loaded(source, error) from None
+
+
+def _not_loaded(source: DatasetSource, error: Exception) -> DataError:
+    where = f"data set {source.name}, split {source.split}, revision {source.revision}"
+    return DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision")
+
+
 def _read_dataset(source: DatasetSource) -> Iterator[Mapping[str, Any]]:
     import datasets
 
-    where = f"data set {source.name}, split {source.split}, revision {source.revision}"
     try:
-        if Path(source.name).is_dir():
+        if not is_on_hub(source):
             rows = datasets.load_dataset(source.name, source.subset, split=source.split)
         else:
             rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
         yield from rows  # read as it is asked for, so this may fail as well
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision") from None
+        raise _not_loaded(source, error) from None

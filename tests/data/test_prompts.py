@@ -245,3 +245,36 @@ def test_a_data_set_split_or_subset_that_does_not_exist_is_refused_by_name(store
     with pytest.raises(DataError) as caught:
         run_prompts(tiny_run(store, f"prompts.source={source}"))
     assert next(iter(settings.values())) in str(caught.value)
+
+
+def test_duplicates_may_be_kept_each_with_an_id_of_its_own_and_the_split_of_the_first(store: Path, tmp_path: Path):
+    rows = [conversation(n % 3) for n in range(9)]
+    made = [
+        all_rows(run_files(store, write_jsonl(tmp_path / f"{len(more)}.jsonl", [*more, *rows]), duplicates="keep", held_out=0.5))
+        for more in ([], [conversation(7)])
+    ]
+    assert len({row["id"] for row in made[0]}) == 9
+    assert {row["id"] for row in made[0]} < {row["id"] for row in made[1]}
+    for text in {row["messages"] for row in made[0]}:
+        assert len({row["held_out"] for row in made[0] if row["messages"] == text}) == 1
+
+
+def test_a_data_set_that_is_not_pinned_stays_with_the_commit_that_it_began_with(store: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """The hub cannot be reached by a test: what it would say stands in for it."""
+    commits, read = iter(["aaa", "bbb"]), []
+
+    def load_dataset(name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> list[dict]:
+        read.append(revision)
+        return [conversation(n) for n in range(5)]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("deepspec.data.prompts.newest_revision", lambda source: next(commits))
+    source = json.dumps({"kind": "dataset", "name": "somebody/a-set"})
+    artifact = run_prompts(tiny_run(store, f"prompts.source={source}"))
+    artifact.store.remove(artifact.path("records/00001.json"))
+    run_prompts(tiny_run(store, f"prompts.source={source}"))
+    assert read == ["aaa", "aaa"]
+    assert "prompts.source.revision=aaa" in caplog.text
+    pinned = json.dumps({"kind": "dataset", "name": "somebody/a-set", "revision": "v1"})
+    run_prompts(tiny_run(store, f"prompts.source={pinned}"))
+    assert read[2:] == ["v1"]
