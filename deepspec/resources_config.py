@@ -58,6 +58,8 @@ class ResourcesConfig(Section):
     """Name under which the servers know the target; null is `target.model`."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the servers' key; the key itself is written nowhere."""
+    api_key_secret: str | None = None
+    """Prefect Secret block that holds the key; flows put it into that variable of the children that ask servers, and nowhere else."""
     endpoint_requests: PositiveInt = 32
     """Requests in flight per server at most; fewer while it is overloaded."""
     request_timeout_s: PositiveFloat = 600.0

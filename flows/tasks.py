@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from prefect import get_run_logger, task
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -23,7 +24,7 @@ from prefect.tasks import exponential_backoff
 
 from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
-from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.errors import ConfigError, DeepSpecError, ShardsFailed
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
@@ -89,6 +90,7 @@ class StageRun:
         self.lanes: SimpleQueue[str | None] = SimpleQueue()
         for lane in range(self.num_lanes):
             self.lanes.put(devices[lane % len(devices)] if devices and self.sharded else None)
+        self.secrets = api_key(config) if self.stage == "answers" else {}
         self.board = Board(config.name, before, sharded=self.sharded)
 
     def work(self) -> None:
@@ -110,10 +112,10 @@ class StageRun:
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[dict[str, str]]:
-        """The environment that pins a child to its lane's GPU."""
+        """The environment that pins a child to its lane's GPU, and gives it the servers' key."""
         device = self.lanes.get()
         try:
-            yield {"DEEPSPEC_EVENTS": "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+            yield {"DEEPSPEC_EVENTS": "1"} | self.secrets | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
         finally:
             self.lanes.put(device)
 
@@ -181,6 +183,23 @@ def forward_warnings(path: Path) -> Callable[[str], None]:
                 logger.warning(line if remaining else f"more warnings follow in {path}")
 
     return forward
+
+
+def api_key(config: RunConfig) -> dict[str, str]:
+    """The variable that the answers stage reads the servers' key from, if a Prefect block holds it.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+    settings = config.resources
+    if settings.api_key_secret is None:
+        return {}
+    try:
+        secret = Secret.load(settings.api_key_secret)
+    except ValueError:
+        where, fix = f"resources.api_key_secret {settings.api_key_secret}", "make it in the UI under Blocks, or correct the name"
+        raise ConfigError("there is no Secret block of this name on the Prefect server", where=where, fix=fix) from None
+    return {settings.api_key_env: str(secret.get())}
 
 
 def visible_gpus() -> list[str]:

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import openai
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAioHttpClient
 from openai.types import Model
 from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
@@ -59,15 +59,20 @@ class OpenAIEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._thread.start()
-        self.clients = {
-            url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=self.resources.request_timeout_s)
-            for url in self.resources.endpoints
-        }
         try:
+            self.clients = self.start(self._make_clients()).result()
             self.start(self._check_models()).result()
         except BaseException:
             self.close()
             raise
+
+    async def _make_clients(self) -> dict[str, AsyncOpenAI]:
+        """A client per server, on aiohttp: with hundreds of requests in flight it takes half of httpx's time."""
+        timeout_s = self.resources.request_timeout_s
+        return {
+            url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=timeout_s, http_client=DefaultAioHttpClient())
+            for url in self.resources.endpoints
+        }
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -144,9 +149,9 @@ class OpenAIEngine:
 
     async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
         body = {**self.bodies[endpoint.url], **({"tools": request.tools} if request.tools else {})}
-        completion = await self.clients[endpoint.url].chat.completions.create(
-            messages=messages_as_sent(request.messages), seed=request.seed % SEEDS, max_tokens=request.max_new_tokens, **body
-        )
+        body |= {"messages": messages_as_sent(request.messages), "seed": request.seed % SEEDS, "max_tokens": request.max_new_tokens}
+        # And not `chat.completions.create`, which looks every field of the body up in its schema: a quarter of a request's time.
+        completion = await self.clients[endpoint.url].post("/chat/completions", body=body, cast_to=ChatCompletion)
         if not isinstance(completion, ChatCompletion):  # the client hands on a body of another type as text
             raise ValueError("the body is not JSON")
         return completion

@@ -23,16 +23,18 @@ def request_body(config: RunConfig, model: str, dialect: Dialect) -> dict[str, A
     """
     sampling = config.answers.sampling
     beyond = {"top_k": sampling.top_k, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty}
-    extra: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": config.target.thinking}}
+    body: dict[str, Any] = {
+        "model": model, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "chat_template_kwargs": {"enable_thinking": config.target.thinking},
+    }  # fmt: skip
     if dialect == "transformers":  # it takes them in this field alone, and draws only if told to
-        extra["generation_config"] = json.dumps({**beyond, "do_sample": sampling.temperature > 0})
+        body["generation_config"] = json.dumps({**beyond, "do_sample": sampling.temperature > 0})
     elif dialect == "openai":
-        extra |= {name: value for name, value in beyond.items() if value != NEUTRAL[name]}
+        body |= {name: value for name, value in beyond.items() if value != NEUTRAL[name]}
     else:
-        extra |= {**beyond, "top_k": sampling.top_k or -1, "skip_special_tokens": False}  # the marks of thinking are such tokens
+        body |= {**beyond, "top_k": sampling.top_k or -1, "skip_special_tokens": False}  # the marks of thinking are such tokens
     if config.resources.token_ids == "ask":
-        extra["return_token_ids"] = True
-    body: dict[str, Any] = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p, "extra_body": extra}
+        body["return_token_ids"] = True
     if sampling.presence_penalty:
         body["presence_penalty"] = sampling.presence_penalty
     return body

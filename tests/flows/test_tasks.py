@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from prefect import flow
 from prefect.artifacts import Artifact
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
 
 from deepspec import launch
 from deepspec.config import RunConfig
@@ -17,6 +19,7 @@ from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from flows.reporting import Board, Progress, StageOutcome, watched_by
 from flows.tasks import StageRun, run_stages, visible_gpus
+from tests.answer_server import answer_server
 from tests.flows.conftest import flaky_run
 
 outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
@@ -186,3 +189,19 @@ def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
         board.close("done")
     assert note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
     assert seen[-1].note == ""
+
+
+def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(run_file: Path, caplog: pytest.LogCaptureFixture):
+    key = "sk-only-in-the-block"
+    Secret(value=key).save("servers-key", overwrite=True)
+    with answer_server(models=(), key=key) as server:
+        ask = ("answers.engine=openai", f'resources.endpoints=["{server.url}"]')
+        with pytest.raises(ConfigError, match="no Secret block of this name"):
+            prompts_and_answers(str(run_file), (*ask, "resources.api_key_secret=no-such-block"))
+        outcomes = prompts_and_answers(str(run_file), (*ask, "resources.api_key_secret=servers-key"))
+    assert outcomes[1].status.sealed and len(server.bodies) == 12
+    assert [path for path in run_file.parent.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+    assert key not in caplog.text
+    with get_client(sync_client=True) as client:  # parameters, states, artifacts and logs, as anybody can read them
+        kept = [*client.read_flow_runs(), *client.read_task_runs(), *client.read_artifacts(), *client.read_logs()]
+    assert not any(key in item.model_dump_json() for item in kept)
