@@ -96,7 +96,9 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(run_
     (run_file.parent / "slow").touch()
     env, config = environment(PREFECT_HOME=prefect_home), load_run(str(run_file), [SLOW])
     command = flow_command("prepare", run_file, "--set", SLOW)
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # As from a terminal: what a shell runs in the background ignores SIGINT, and so would this process's children.
+    process = subprocess.Popen(command, env=env, cwd=REPOSITORY, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     wait_until(lambda: stage_status(config, "answers").committed == 1)
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(everyone) >= 5, "the run, the server, the child and their guards"
