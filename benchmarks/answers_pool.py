@@ -3,13 +3,14 @@
 The servers are one process with an event loop of bare sockets, so that they cost next to nothing; what is measured is
 the whole stage: conversations, requests, journal, shards, commits. A target's answer takes seconds; at 50 ms the limit
 is 5,120 answers a second, of which one Python process makes as many as its core allows. Goals: 90 % of the limit where
-an answer takes 2 s, and 90 % of what this core makes at best (the highest rate of all latencies) at 50 ms.
+an answer takes 2 s, and memory that does not grow with the number of conversations.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from deepspec.recipe import load_run
 
 SERVERS, IN_FLIGHT = 8, 32
 LATENCIES = {2.0: 2048, 0.5: 8192, 0.05: 8192}  # seconds of an answer: conversations to answer
+GOALS = {"limit at 2 s": 0.9, "peak of 2,048/of 16,384": 0.9}
 
 
 class Answering(asyncio.Protocol):
@@ -68,37 +70,50 @@ async def serve(latency_s: float) -> None:
     await asyncio.Event().wait()
 
 
-def rate(latency_s: float, count: int) -> float:
-    """Answers per second of the stage."""
-    server = subprocess.Popen([sys.executable, "-m", "benchmarks.answers_pool", str(latency_s)], stdout=subprocess.PIPE, text=True)
+def answer(folder: Path, urls: str, count: int) -> None:
+    """The stage over `count` conversations; prints its seconds and this process's peak memory in bytes."""
+    source = folder / "prompts.jsonl"
+    with source.open("w") as lines:
+        lines.writelines(json.dumps({"prompt": f"question {number} " * 20}) + "\n" for number in range(count))
+    files = json.dumps({"kind": "files", "paths": [str(source)]})
+    settings = [f"prompts.source={files}", "prompts.limit=null", "answers.engine=openai", f"resources.endpoints={urls}"]
+    settings += ["resources.served_model=demo", f"resources.endpoint_requests={IN_FLIGHT}", "resources.min_free_gb=0"]
+    config = load_run("dspark-qwen3-4b", settings, store=str(folder / "store"))
+    run_prompts(config)
+    began = time.perf_counter()
+    run_answers(config)
+    print(json.dumps([time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+
+
+def measure(latency_s: float, count: int) -> tuple[float, int]:
+    """Answers per second of the stage, and its peak memory in bytes; servers and stage in processes of their own."""
+    command = [sys.executable, "-m", "benchmarks.answers_pool"]
+    server = subprocess.Popen([*command, str(latency_s)], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
-        urls = server.stdout.readline()
+        urls = server.stdout.readline().strip()
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            source = Path(folder) / "prompts.jsonl"
-            source.write_text("".join(json.dumps({"prompt": f"question {number} " * 20}) + "\n" for number in range(count)))
-            files = json.dumps({"kind": "files", "paths": [str(source)]})
-            settings = [f"prompts.source={files}", "prompts.limit=null", "answers.engine=openai", f"resources.endpoints={urls}"]
-            settings += ["resources.served_model=demo", f"resources.endpoint_requests={IN_FLIGHT}", "resources.min_free_gb=0"]
-            config = load_run("dspark-qwen3-4b", settings, store=str(Path(folder) / "store"))
-            run_prompts(config)
-            began = time.perf_counter()
-            run_answers(config)
-            return count / (time.perf_counter() - began)
+            done = subprocess.run([*command, folder, urls, str(count)], check=True, stdout=subprocess.PIPE, text=True)
     finally:
         server.kill()
         server.wait()
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return count / seconds, peak
 
 
 def main() -> dict[str, object]:
-    rate(0.05, 512)  # imports, and the compiled parts of them
-    rates = {latency_s: rate(latency_s, count) for latency_s, count in LATENCIES.items()}
-    ratios = {f"limit at {latency_s:g} s": found * latency_s / (SERVERS * IN_FLIGHT) for latency_s, found in rates.items()}
-    return result("answers_pool", ratios, {"limit at 2 s": 0.9}, answers_per_s={f"{key:g} s": round(found) for key, found in rates.items()})
+    found = {latency_s: measure(latency_s, count) for latency_s, count in LATENCIES.items()}
+    ratios = {f"limit at {latency_s:g} s": rate * latency_s / (SERVERS * IN_FLIGHT) for latency_s, (rate, _) in found.items()}
+    ratios["peak of 2,048/of 16,384"] = measure(0.05, 2048)[1] / measure(0.05, 16384)[1]
+    rates = {f"{latency_s:g} s": round(rate) for latency_s, (rate, _) in found.items()}
+    return result("answers_pool", ratios, GOALS, answers_per_s=rates)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        asyncio.run(serve(float(sys.argv[1])))
-    else:
-        print(json.dumps(main()))
+    match sys.argv[1:]:
+        case [latency_s]:
+            asyncio.run(serve(float(latency_s)))
+        case [folder, urls, count]:
+            answer(Path(folder), urls, int(count))
+        case _:
+            print(json.dumps(main()))
