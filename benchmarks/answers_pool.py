@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -28,7 +29,7 @@ GOALS = {"limit at 2 s": 0.9, "peak of 2,048/of 16,384": 0.9}
 
 
 class Answering(asyncio.Protocol):
-    """HTTP/1.1 as far as this benchmark needs it: one request at a time per connection, answered after `latency_s`."""
+    """HTTP/1.1 as far as this benchmark needs it: one request at a time per connection, answered after `latency_s` on average."""
 
     latency_s = 0.05
 
@@ -47,7 +48,7 @@ class Answering(asyncio.Protocol):
         if head.startswith(b"GET"):
             self.say({"object": "list", "data": [{"id": "demo", "object": "model", "created": 1, "owned_by": "vllm"}]})
         else:
-            asyncio.get_running_loop().call_later(self.latency_s, self.say, ANSWER)
+            asyncio.get_running_loop().call_later(self.latency_s * random.uniform(0.5, 1.5), self.say, ANSWER)
 
     def say(self, value: object) -> None:
         body = json.dumps(value).encode()
@@ -71,18 +72,25 @@ async def serve(latency_s: float) -> None:
 
 
 def answer(folder: Path, urls: str, count: int) -> None:
-    """The stage over `count` conversations; prints its seconds and this process's peak memory in bytes."""
+    """The stage over `count` conversations; prints its answers per second amid the run and this process's peak memory in bytes."""
     source = folder / "prompts.jsonl"
     with source.open("w") as lines:
         lines.writelines(json.dumps({"prompt": f"question {number} " * 20}) + "\n" for number in range(count))
     files = json.dumps({"kind": "files", "paths": [str(source)]})
     settings = [f"prompts.source={files}", "prompts.limit=null", "answers.engine=openai", f"resources.endpoints={urls}"]
-    settings += ["resources.served_model=demo", f"resources.endpoint_requests={IN_FLIGHT}", "resources.min_free_gb=0"]
+    settings += [
+        "resources.served_model=demo",
+        f"resources.endpoint_requests={IN_FLIGHT}",
+        "resources.min_free_gb=0",
+        "resources.progress_s=0.05",
+    ]
     config = load_run("dspark-qwen3-4b", settings, store=str(folder / "store"))
     run_prompts(config)
-    began = time.perf_counter()
-    run_answers(config)
-    print(json.dumps([time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    seen: list[tuple[float, int]] = []
+    run_answers(config, report=lambda event: seen.append((time.perf_counter(), event["rows"])) if event["event"] == "answering" else None)
+    # Beginning and end, when the servers are not all busy yet or any more, are as long in a run of a day as in one of seconds.
+    amid = [(at, rows) for at, rows in seen if 0.1 * count <= rows <= 0.85 * count]
+    print(json.dumps([(amid[-1][1] - amid[0][1]) / (amid[-1][0] - amid[0][0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 
 
 def measure(latency_s: float, count: int) -> tuple[float, int]:
@@ -97,8 +105,8 @@ def measure(latency_s: float, count: int) -> tuple[float, int]:
     finally:
         server.kill()
         server.wait()
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return count / seconds, peak
+    rate, peak = json.loads(done.stdout.splitlines()[-1])
+    return rate, peak
 
 
 def main() -> dict[str, object]:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -68,6 +69,8 @@ class Pool:
         self.endpoints = [Endpoint(url, most) for url in urls]
         self.lost_s, self.answer_s = lost_s, answer_s
         self._last_answer, self._lost = time.monotonic(), False
+        self._waiting = deque[asyncio.Future[None]]()
+        self._look: asyncio.TimerHandle | None = None
 
     def starts(self) -> None:
         """Work comes after none: how long nobody has answered is counted from now, unless the work before ended for it.
@@ -90,19 +93,50 @@ class Pool:
         """
         while not (ready := [endpoint for endpoint in self.endpoints if endpoint.room > 0]):
             self.refuse_if_lost()
-            await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))
+            await self._next_place()
         endpoint = min(ready, key=lambda found: (found.in_flight, random.random()))
         endpoint.in_flight += 1
         try:
             yield endpoint
         finally:
             endpoint.in_flight -= 1
+            self._wake(1)
+
+    async def _next_place(self) -> None:
+        """Return when a place may be free: one request has ended, or there is more room than before."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        self._look_later()
+        await waiting
+
+    def _wake(self, number: int) -> None:
+        while number and self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():  # it was cancelled otherwise
+                waiting.set_result(None)
+                number -= 1
+
+    def _look_later(self) -> None:
+        """Rests end and limits grow without anybody being told: one look for all who wait, not one each."""
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        self._wake(len(self._waiting) if self._is_lost() else sum(max(0, endpoint.room) for endpoint in self.endpoints))
+        if self._waiting:
+            self._look_later()
+
+    def _patience_s(self) -> float:
+        return self.lost_s if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) else self.lost_s + self.answer_s
+
+    def _is_lost(self) -> bool:
+        return time.monotonic() - self._last_answer > self._patience_s()
 
     def refuse_if_lost(self) -> None:
         """Raise TransientError where no server has answered for `lost_s` although all were tried, or for what an answer may take."""
-        patience_s = self.lost_s if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) else self.lost_s + self.answer_s
-        if time.monotonic() - self._last_answer > patience_s:
+        if self._is_lost():
             self._lost = True
             names = ", ".join(endpoint.url for endpoint in self.endpoints)
-            what = f"no server has answered for {patience_s:g} s"
+            what = f"no server has answered for {self._patience_s():g} s"
             raise TransientError(what, where=f"resources.endpoints {names}", fix="start them again; rows that were answered are kept")
