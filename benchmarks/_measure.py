@@ -64,6 +64,12 @@ def hidden_artifact(folder: Path) -> Artifact:
     return Artifact(Store(str(folder)), ArtifactKey("hidden", "benchmark", "0123456789ab", {}, ()))
 
 
+def peak_bytes() -> int:
+    """Peak memory of this process since it began to run its program; what `getrusage` says includes the parent's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def orders(count: int, length: int) -> Sequence[list[int]]:
     """Random orders of `length` sample numbers, the same for every side."""
     generator = torch.Generator().manual_seed(1)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks._measure import result
+from benchmarks._measure import peak_bytes, result
 from deepspec.data.answers import run_answers
 from deepspec.data.prompts import run_prompts
 from deepspec.recipe import load_run
@@ -90,7 +89,7 @@ def answer(folder: Path, urls: str, count: int) -> None:
     run_answers(config, report=lambda event: seen.append((time.perf_counter(), event["rows"])) if event["event"] == "answering" else None)
     # Beginning and end, when the servers are not all busy yet or any more, are as long in a run of a day as in one of seconds.
     amid = [(at, rows) for at, rows in seen if 0.1 * count <= rows <= 0.85 * count]
-    print(json.dumps([(amid[-1][1] - amid[0][1]) / (amid[-1][0] - amid[0][0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    print(json.dumps([(amid[-1][1] - amid[0][1]) / (amid[-1][0] - amid[0][0]), peak_bytes()]))
 
 
 def measure(latency_s: float, count: int) -> tuple[float, int]:

@@ -15,7 +15,7 @@ import fsspec
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.data.chat import Chat
 from deepspec.data.layout import last_hidden_spans
-from deepspec.data.prompts import Prompt, make_prompt
+from deepspec.data.prompt_rows import Prompt, make_prompt
 from deepspec.data.rows import capture_rows
 from deepspec.data.sources import read_source
 from deepspec.data.stand_ins import StandIns, assistant_texts

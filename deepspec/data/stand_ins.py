@@ -8,7 +8,7 @@ from typing import Any
 
 from deepspec.config import RunConfig
 from deepspec.data.chat import Chat, parse_messages
-from deepspec.data.prompts import SPEAKERS
+from deepspec.data.prompt_rows import SPEAKERS
 
 ASSUMED_ANSWER_TOKENS = 640  # two thirds of the mean length of the published training samples
 FILLER = " the"  # a word that is one token nearly everywhere; answers of an assumed length are made of it

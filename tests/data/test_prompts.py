@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec.config import PromptsConfig
-from deepspec.data.prompts import Prompt, Rejected, make_prompt, run_prompts
+from deepspec.data.prompt_rows import Prompt, Rejected, make_prompt
+from deepspec.data.prompts import run_prompts
 from deepspec.data.tables import read_table
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_key, file_digest
@@ -58,6 +59,7 @@ def test_the_same_conversation_has_the_same_id_in_every_shape():
         ({"messages": "hello"}, "no_messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown_role"),
         ({"messages": ["hello"]}, "unknown_role"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty_message"),
         ({"messages": [{"role": "user", "content": None}]}, "empty_message"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "roles_out_of_order"),
