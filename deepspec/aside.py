@@ -13,10 +13,13 @@ from deepspec.errors import DeepSpecError
 from deepspec.store import pretty_json
 
 
-def put_rejects(artifact: Artifact, shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows that failed for good, each with its `reason`; written before the shard's record."""
+def put_rejects(artifact: Artifact, shard: int, rows: Iterable[Mapping[str, Any]], *, made: str = "") -> None:
+    """Rows that failed for good, each with its `reason`; written before the shard's record.
+
+    Where a shard made twice may differ, `made` is the checksum of the one that they belong to, and part of their name as of its.
+    """
     if lines := "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows):
-        artifact.store.write(artifact.path(f"rejects/{shard:05d}.jsonl"), lines.encode())
+        artifact.store.write(artifact.path(f"rejects/{shard:05d}{made and f'-{made[:12]}'}.jsonl"), lines.encode())
 
 
 def quarantine(artifact: Artifact, shard: int, local: Path) -> str:

@@ -23,6 +23,29 @@ def always(what: str) -> Plan:
 ANSWERS = always("answer")
 
 
+def _choice(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The answer with something else in its choice, or (what the choice does not have) in its message."""
+
+    def change(answer: dict[str, Any]) -> dict[str, Any]:
+        (choice,) = answer["choices"]
+        inside = {key: value for key, value in changes.items() if key not in choice}
+        message = {**choice["message"], **inside}
+        return {**answer, "choices": [{**choice, "message": message, **{key: changes[key] for key in changes if key in choice}}]}
+
+    return change
+
+
+ODD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "reason": _choice(reasoning_content="hm"),
+    "cut thought": _choice(content=None, reasoning="hm, so", finish_reason="length"),
+    "parts": _choice(content=[{"text": "cba"}]),
+    "no message": _choice(message="cba"),
+    "half a character": _choice(content="x\ud83d"),
+    "no counts": lambda answer: {**answer, "usage": {}},
+    "no choices": lambda answer: {**answer, "choices": []},
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: AnswerServer
@@ -72,10 +95,8 @@ class Handler(BaseHTTPRequestHandler):
             case "answer" | "truncate" | "slow":
                 time.sleep(1.0 if what == "slow" else 0.0)
                 self.send(200, answer)
-            case "reason":
-                self.send(200, {**answer, "choices": [{**answer["choices"][0], "message": {**message, "reasoning_content": "hm"}}]})
-            case "no choices":
-                self.send(200, {**answer, "choices": []})
+            case _ if what in ODD:
+                self.send(200, ODD[what](answer))
             case "bad json":
                 self.raw(200, b'{"id": "x", ')
             case "not json":
@@ -86,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(b'{"id": ')
+                self.close_connection = True
+            case "gone":
                 self.close_connection = True
             case "hang":
                 time.sleep(3)

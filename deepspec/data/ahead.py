@@ -8,7 +8,8 @@ shards that are open, whatever the size of the data set; after a kill the journa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -19,9 +20,12 @@ from deepspec.data.journal import Journal, open_journal, request_key
 from deepspec.data.meter import Meter
 from deepspec.data.openai_engine import OpenAIEngine
 from deepspec.data.tables import read_table
-from deepspec.data.turns import Conversation, Outcome, Refused, Request, Turn
+from deepspec.data.turns import Conversation, Failed, Outcome, Refused, Request, Turn
+from deepspec.errors import DataError, DeepSpecError, TransientError
 from deepspec.stages import ShardedStage
-from deepspec.work import Work
+from deepspec.work import FULL, Work
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 2  # open conversations for every request that may be in flight
 OPEN_SHARDS = 8  # at most, where that many hold enough conversations
@@ -31,8 +35,9 @@ LOOK_S = 0.5  # between two looks at whether it is time to report
 class Ahead:
     """The shards to do, as a collection whose iterator yields each once it is answered; `take` then gives its conversations."""
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
-        self.config, self.stage, self.meter = config, stage, meter
+    def __init__(self, config: RunConfig, stage: ShardedStage, meter: Meter, check: Callable[[], None] | None = None) -> None:
+        """`check` is called now and then while nothing is ready, to end the wait by an error."""
+        self.config, self.stage, self.meter, self.check = config, stage, meter, check
         self.engine = OpenAIEngine(config, meter)
         self._most_open = BACKLOG * len(self.engine.pool.endpoints) * config.resources.endpoint_requests
         self._ended: SimpleQueue[tuple[Work, list[Conversation] | Exception]] = SimpleQueue()
@@ -58,6 +63,8 @@ class Ahead:
             work, self._taken[work.shard] = self._next()
             self.meter.tell()
             yield work
+            del self._taken[work.shard]  # not before: after a full disk the shard is taken again, or it may not be taken at all
+            self.engine.call(self._let_go)
         self.meter.tell(now=True)
 
     def _next(self) -> tuple[Work, list[Conversation] | Exception]:
@@ -66,15 +73,26 @@ class Ahead:
                 return self._ended.get(timeout=min(LOOK_S, self.config.resources.progress_s))
             except Empty:
                 self.meter.tell()
+                if self.check is not None:
+                    self.check()
                 if self._working is not None and self._working.done():
                     self._working.result()  # it never ends before the last shard, unless with an error
 
     def take(self, work: Work) -> list[Conversation]:
-        """The conversations of a shard that was yielded, or the error that it ended with."""
-        found = self._taken.pop(work.shard)
-        self.engine.call(self._let_go)
-        if isinstance(found, Exception):
+        """The conversations of the shard that was yielded last.
+
+        Raises:
+            DeepSpecError: what it ended with.
+        """
+        found = self._taken[work.shard]
+        if isinstance(found, DeepSpecError):
             raise found
+        if isinstance(found, OSError):  # of the store or the journal, while it was answered: of no use to take it once more
+            what = f"{type(found).__name__}: {found}"
+            raise TransientError(what, where=f"shard {work.shard}", fix="it is tried again by itself") from found
+        if isinstance(found, Exception):
+            log.error("shard=%d", work.shard, exc_info=found)
+            raise DataError(f"{type(found).__name__}: {found}", where=f"shard {work.shard}", fix="see the log") from found
         return found
 
     def _let_go(self) -> None:
@@ -139,8 +157,19 @@ class Ahead:
         outcome = await self.engine.ask(request)
         self.meter.heard(outcome)
         if not isinstance(outcome, Refused):  # it costs the server nothing to refuse again, and it may have been set up wrongly
-            journal.note(key, type(outcome).__name__, outcome._asdict())
+            await self._note(journal, key, outcome)
         return outcome
+
+    async def _note(self, journal: Journal, key: str, outcome: Turn | Failed) -> None:
+        """Into the journal, as soon as its disk has room for it."""
+        while True:
+            try:
+                return journal.note(key, type(outcome).__name__, outcome._asdict())
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                log.warning("the disk of the journal is full; an answer waits to be noted in %s", journal.path)
+                await asyncio.sleep(self.config.resources.space_poll_s)
 
 
 def known_outcome(journal: Journal, key: str, *, row_runs: int) -> Turn | Refused | None:

@@ -26,6 +26,7 @@ from deepspec.errors import ConfigError, DataError, TransientError
 from deepspec.events import Report, silent
 from deepspec.records import Counts
 from deepspec.stages import ShardedStage, open_sharded, seal_if_whole
+from deepspec.store import file_checksum
 from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,10 @@ def ask_servers(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
 
     with ExitStack() as stack:
         stack.callback(remove_committed, stage.artifact)
+        check = None
         if config.resources.serve != "none":
-            config = stack.enter_context(serving(config, stage.artifact))
-        ahead = stack.enter_context(Ahead(config, stage, meter))
+            config, check = stack.enter_context(serving(config, stage.artifact))
+        ahead = stack.enter_context(Ahead(config, stage, meter, check))
 
         def make(work: Work, local: Path) -> Counts:
             return commit_ready(stage.artifact, work, local, ahead.take(work), config)
@@ -152,9 +154,10 @@ def commit_ready(artifact: Artifact, work: Work, local: Path, conversations: Seq
         what = f"{len(faults)} of {len(conversations)} rows were refused, the first because: {faults[0].detail}"
         fix = "correct resources.endpoints and served_model, or raise resources.max_refused"
         raise DataError(what, where="answers", fix=fix)
-    put_rejects(artifact, work.shard, [{"id": f"{found.row['id']:016x}", **ended._asdict()} for found, ended in refused])
     answered = [{**found.row, "turns": [turn._asdict() for turn in found.turns]} for found in conversations if found.ended is None]
     write_table(pa.Table.from_pylist(answered, SCHEMA), local)
+    rejects = [{"id": f"{found.row['id']:016x}", **ended._asdict()} for found, ended in refused]
+    put_rejects(artifact, work.shard, rejects, made=file_checksum(local))
     turns = [turn for row in answered for turn in row["turns"]]
     extra = {"turns": len(turns), "truncated": sum(turn["finish_reason"] == "length" for turn in turns)}
     return Counts(rows=len(answered), tokens=sum(turn["num_tokens"] for turn in turns), rejected=len(refused), extra=extra)

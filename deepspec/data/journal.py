@@ -6,7 +6,9 @@ with one write: a kill can tear the last line only, and a torn line is an answer
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -26,28 +28,33 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._notes: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-        torn = False
+        self._torn = False
         if path.exists():
             with path.open("rb") as lines:
                 for line in lines:
-                    torn = not line.endswith(b"\n")
+                    self._torn = not line.endswith(b"\n")
                     with suppress(ValueError, KeyError, TypeError):
                         entry = json.loads(line)
                         self._notes[entry["key"]].append((entry["kind"], entry["fields"]))
-        if torn:  # the next line must not be glued to half of one
-            self._append(b"\n")
 
     def notes(self, key: str) -> list[tuple[str, dict[str, Any]]]:
         """(kind, fields) of what was noted about a request, oldest first."""
         return self._notes.get(key, [])
 
     def note(self, key: str, kind: str, fields: dict[str, Any]) -> None:
-        self._append(canonical_json({"key": key, "kind": kind, "fields": fields}) + b"\n")
+        """Append one line.
 
-    def _append(self, data: bytes) -> None:
+        Raises:
+            OSError: it could not be written, or not whole; it may be tried again.
+        """
+        data = canonical_json({"key": key, "kind": kind, "fields": fields}) + b"\n"
+        if self._torn:  # this line must not be glued to half of one
+            data = b"\n" + data
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
-            file.write(data)
+            self._torn = file.write(data) < len(data)
+        if self._torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def request_key(request: Request) -> str:

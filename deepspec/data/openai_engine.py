@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
@@ -19,6 +21,7 @@ from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.config import RunConfig
+from deepspec.data.attempts import KEY_REFUSED, OVERLOADED, RETRIED, Again, NotItsFault, retry_after_s, what_broke
 from deepspec.data.meter import Meter
 from deepspec.data.pool import Endpoint, Pool
 from deepspec.data.reply import read_reply
@@ -28,20 +31,9 @@ from deepspec.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-RETRIED = (408, 409, 425, 429)  # and every 5xx
-OVERLOADED = (429, 503)
-KEY_REFUSED = (401, 403)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 CHECK_S = 10.0  # that a server may take to say which models it serves
 T = TypeVar("T")
-
-
-class Again(Exception):
-    """An attempt that failed in a way that the next one need not."""
-
-
-class NotItsFault(Again):
-    """The server was not there, or had too much to do: no reason ever to give the request up."""
 
 
 class OpenAIEngine:
@@ -54,8 +46,7 @@ class OpenAIEngine:
         self.bodies = {url: request_body(config, self.model, self._dialect("")) for url in self.resources.endpoints}
         for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
             logging.getLogger(client).setLevel(logging.WARNING)
-        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s,
-                         answer_s=self.resources.request_timeout_s)  # fmt: skip
+        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._thread.start()
@@ -70,7 +61,13 @@ class OpenAIEngine:
         """A client per server, on aiohttp: with hundreds of requests in flight it takes half of httpx's time."""
         timeout_s = self.resources.request_timeout_s
         return {
-            url: AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=timeout_s, http_client=DefaultAioHttpClient())
+            url: AsyncOpenAI(
+                base_url=url,
+                api_key=self.key,
+                max_retries=0,
+                timeout=timeout_s,
+                http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),  # a proxy knows nothing of this machine's servers
+            )
             for url in self.resources.endpoints
         }
 
@@ -133,15 +130,10 @@ class OpenAIEngine:
             try:
                 completion = await self._complete(endpoint, request)
                 turn = read_reply(completion, request, self.config.target, endpoint=endpoint.url)
-            except openai.APITimeoutError as error:
-                endpoint.overloaded(began)
-                endpoint.failed(began)
-                raise _kind(error)(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s") from error
             except openai.APIStatusError as error:
                 return self._refusal(endpoint, error, began)
-            except (openai.APIError, ValueError) as error:  # lost in the middle, or not what an answer looks like
-                endpoint.failed(began)
-                raise _kind(error)(f"{endpoint.url}: {self._scrub(str(error))} ({type(error).__name__})") from error
+            except (openai.APIError, ValueError, TypeError, AttributeError) as error:
+                raise self._broken(endpoint, error, began) from error
             finally:
                 self.meter.in_flight -= 1
             self.pool.answered(endpoint)
@@ -156,6 +148,16 @@ class OpenAIEngine:
             raise ValueError("the body is not JSON")
         return completion
 
+    def _broken(self, endpoint: Endpoint, error: Exception, began: float) -> Again:
+        endpoint.failed(began)
+        kind, reason = what_broke(error)
+        if kind == "away":
+            return NotItsFault(f"{endpoint.url}: it cannot be reached ({reason})")
+        if kind == "late":
+            endpoint.overloaded(began)
+            return Again(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s")
+        return Again(f"{endpoint.url}: {self._scrub(str(error))} ({type(reason).__name__})")
+
     def _refusal(self, endpoint: Endpoint, error: openai.APIStatusError, began: float) -> Refused:
         """The rejection of a request that this server will never answer.
 
@@ -168,7 +170,7 @@ class OpenAIEngine:
             raise self._key_refused(endpoint.url, status) from None
         if status in RETRIED or status >= 500:
             if status in OVERLOADED:
-                endpoint.overloaded(began, _seconds(error.response.headers.get("retry-after")))
+                endpoint.overloaded(began, retry_after_s(error.response.headers.get("retry-after")))
                 raise NotItsFault(f"{endpoint.url}: {status}: {said}") from error
             endpoint.failed(began)
             raise Again(f"{endpoint.url}: {status}: {said}") from error
@@ -217,20 +219,8 @@ class OpenAIEngine:
         return text.replace(self.key, "***") if self.key != "none" else text
 
 
-def _kind(error: Exception) -> type[Again]:
-    """Whether the server was reached at all; the HTTP client's own classes differ with the version of `openai`."""
-    return NotItsFault if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout") else Again
-
-
-def _seconds(header: str | None) -> float:
-    """Retry-After in seconds, from either of its forms; 0 for none."""
-    if not header:
-        return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"

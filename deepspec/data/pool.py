@@ -65,9 +65,9 @@ class Endpoint:
 class Pool:
     """The servers of one stage, for one event loop."""
 
-    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float, answer_s: float) -> None:
+    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float) -> None:
         self.endpoints = [Endpoint(url, most) for url in urls]
-        self.lost_s, self.answer_s = lost_s, answer_s
+        self.lost_s = lost_s
         self._last_answer, self._lost = time.monotonic(), False
         self._waiting = deque[asyncio.Future[None]]()
         self._look: asyncio.TimerHandle | None = None
@@ -127,16 +127,15 @@ class Pool:
         if self._waiting:
             self._look_later()
 
-    def _patience_s(self) -> float:
-        return self.lost_s if all(endpoint.failures >= RESTS_AFTER for endpoint in self.endpoints) else self.lost_s + self.answer_s
-
     def _is_lost(self) -> bool:
-        return time.monotonic() - self._last_answer > self._patience_s()
+        """Nothing is on its way that may still be answered, and for `lost_s` nothing was."""
+        on_its_way = any(endpoint.in_flight for endpoint in self.endpoints)
+        return not on_its_way and time.monotonic() - self._last_answer > self.lost_s
 
     def refuse_if_lost(self) -> None:
-        """Raise TransientError where no server has answered for `lost_s` although all were tried, or for what an answer may take."""
+        """Raise TransientError where the servers are lost."""
         if self._is_lost():
             self._lost = True
             names = ", ".join(endpoint.url for endpoint in self.endpoints)
-            what = f"no server has answered for {self._patience_s():g} s"
+            what = f"no server has answered for {self.lost_s:g} s"
             raise TransientError(what, where=f"resources.endpoints {names}", fix="start them again; rows that were answered are kept")

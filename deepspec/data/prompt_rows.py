@@ -64,7 +64,10 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
         # What the assistant said is said anew, but for its calls of tools: their results are theirs alone.
         if message["role"] != "assistant" or (following is not None and following["role"] == "tool")
     ]
-    content = canonical_json(kept)
+    try:
+        content = canonical_json(kept)
+    except UnicodeEncodeError as error:  # legal in JSON, and no text: half of a surrogate pair
+        return Rejected("bad_text", str(error))
     number = _hash(content + (tools or "").encode())
     draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
@@ -96,17 +99,19 @@ def _tools(value: Any) -> str | Rejected | None:
         return Rejected("bad_tools", f"tools are not JSON: {error.msg}")
     if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
         return Rejected("bad_tools", "tools are not a list of objects")
-    return canonical_json(tools).decode() if tools else None
+    try:
+        return canonical_json(tools).decode() if tools else None
+    except UnicodeEncodeError as error:
+        return Rejected("bad_tools", str(error))
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | Rejected:
     """The conversation of a row in any of the four shapes that sources use."""
-    if isinstance(row.get("prompt"), str):
-        entries: Any = [{"role": "user", "content": row["prompt"]}]
-    elif isinstance(row.get("turns"), Sequence):
+    entries: Any = row.get("messages") or row.get("conversations")
+    if not entries and isinstance(row.get("turns"), list | tuple):
         entries = [part for turn in row["turns"] for part in ({"role": "user", "content": turn}, {"role": "assistant", "content": "-"})]
-    else:
-        entries = row.get("messages", row.get("conversations"))
+    if not entries and isinstance(row.get("prompt"), str):
+        entries = [{"role": "user", "content": row["prompt"]}]
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         return Rejected("no_messages", f"columns are {sorted(row)}")
     messages = []

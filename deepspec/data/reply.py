@@ -8,9 +8,9 @@ from deepspec.config import TargetConfig
 from deepspec.data.request_body import SEEDS
 from deepspec.data.turns import Refused, Request, Turn
 
-THINKING = {  # by chat family: how the target writes its thinking before its answer
-    "qwen": "<think>\n{reasoning}\n</think>\n\n{content}",
-    "gemma4": "<|channel>thought\n{reasoning}\n<channel|>{content}",
+THINKING = {  # by chat family: what the target writes before and behind its thinking
+    "qwen": ("<think>\n", "\n</think>\n\n"),
+    "gemma4": ("<|channel>thought\n", "\n<channel|>"),
 }
 MARKS_LOST = "thought\n"  # what is left of Gemma4's mark where a server leaves special tokens out of the text
 
@@ -19,7 +19,7 @@ def read_reply(reply: ChatCompletion, request: Request, target: TargetConfig, *,
     """One answer (trap A5: what the model generated is what the cache renders).
 
     Raises:
-        ValueError: the reply has no choice, or none that ended.
+        ValueError: the reply has no choice, none that ended, or one without text.
     """
     choice = reply.choices[0] if reply.choices else None
     if choice is None or choice.message is None or not choice.finish_reason:
@@ -29,11 +29,16 @@ def read_reply(reply: ChatCompletion, request: Request, target: TargetConfig, *,
     if choice.finish_reason not in ("stop", "length"):
         return Refused(choice.finish_reason, "the server ended the answer for this reason")
     text, more = choice.message.content or "", choice.message.model_extra or {}
+    if not isinstance(text, str):
+        raise ValueError("an answer whose content is no text")
     reasoning = more.get("reasoning_content") or more.get("reasoning")
     if reasoning:
-        text = THINKING[target.chat_family].format(reasoning=reasoning.strip("\n"), content=text.lstrip("\n"))
+        begins, ends = THINKING[target.chat_family]
+        cut = choice.finish_reason == "length" and not text  # amid the thinking: its end was never written
+        text = begins + (reasoning.lstrip("\n") if cut else reasoning.strip("\n") + ends + text.lstrip("\n"))
     elif target.chat_family == "gemma4" and text.startswith(MARKS_LOST):
         return Refused("reasoning", "the server left out the marks of the thinking; start it with a reasoning parser")
+    text.encode()  # half of a surrogate pair is no text, and could not be stored
     ids, used = (choice.model_extra or {}).get("token_ids"), reply.usage
-    num_tokens, num_prompt = (used.completion_tokens, used.prompt_tokens) if used else (len(ids or ()), 0)
+    num_tokens, num_prompt = (used.completion_tokens or 0, used.prompt_tokens or 0) if used else (len(ids or ()), 0)
     return Turn(text, ids or None, choice.finish_reason, num_tokens, num_prompt, request.seed % SEEDS, endpoint, reply.model)

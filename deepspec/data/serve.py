@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -24,7 +24,7 @@ from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
 from deepspec.data.chat import target_folder
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
-from deepspec.launch import run_child, scope
+from deepspec.launch import Scope, run_child, scope
 from deepspec.ports import LOOPBACK, free_port
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,13 @@ COMMANDS = {
     "transformers": "transformers serve {model} --host {host} --port {port} --dtype {dtype}",
 }
 LOOK_S = 0.2
+Check = Callable[[], None]
 RESTARTS = 5  # of one server, by one lane
 
 
 @contextlib.contextmanager
-def serving(config: RunConfig, artifact: Artifact) -> Iterator[RunConfig]:
-    """The run with a server of its own as its only endpoint, up for the length of this block.
+def serving(config: RunConfig, artifact: Artifact) -> Iterator[tuple[RunConfig, Check]]:
+    """The run with a server of its own as its only endpoint, up for the length of this block, and a look at whether it still is.
 
     Raises:
         ConfigError: its program is not installed.
@@ -53,11 +54,12 @@ def serving(config: RunConfig, artifact: Artifact) -> Iterator[RunConfig]:
     command = serve_command(config, model=name, port=port)
     path = folder_beside(artifact, "logs") / f"serve-{port}.log"
     log.info("starting a server: %s (its log is %s)", shlex.join(command), path)
-    with scope():
-        server = _Server(command, path)
+    with scope() as mine:
+        server = _Server(command, path, mine)
         server.wait(f"http://{LOOPBACK}:{port}/health", settings.serve_deadline_s)
-        mine = {"endpoints": (f"http://{LOOPBACK}:{port}/v1",), "served_model": name, "dialect": settings.serve}
-        yield config.model_copy(update={"resources": settings.model_copy(update=mine)})
+        at = {"endpoints": (f"http://{LOOPBACK}:{port}/v1",), "served_model": name, "dialect": settings.serve}
+        patience = {"lost_s": max(settings.lost_s, settings.serve_deadline_s)}  # one that is started again takes as long as the first
+        yield config.model_copy(update={"resources": settings.model_copy(update={**at, **patience})}), server.check
 
 
 def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
@@ -87,10 +89,10 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
 class _Server:
     """One server in a thread of its own, started again when it dies; ends with the scope that it was made in."""
 
-    def __init__(self, command: list[str], log_path: Path) -> None:
-        self.command, self.log_path = command, log_path
+    def __init__(self, command: list[str], log_path: Path, owner: Scope) -> None:
+        self.command, self.log_path, self.owner = command, log_path, owner
         self.error: DeepSpecError | None = None
-        self.up = False
+        self.up = self.given_up = False
         context = contextvars.copy_context()  # the scope is found by context, and a thread begins without one
         threading.Thread(target=context.run, args=(self._run,), name="server", daemon=True).start()
 
@@ -101,9 +103,19 @@ class _Server:
                 self.error = ChildFailed("the server ended by itself", where=f"its log is {self.log_path}", fix="see its log")
             except DeepSpecError as error:
                 self.error = error
-            if not self.up or type(self.error).__name__ == "Stopped":
+            except OSError as error:  # its log cannot be written
+                self.error = ChildFailed(f"{type(error).__name__}: {error}", where=f"its log is {self.log_path}", fix="see that disk")
+            if not self.up or self.owner.closed:
                 return
-            log.warning("the server died (%s) and is started again, %d of %d times", self.error.what, restart + 1, RESTARTS)
+            if restart < RESTARTS:
+                log.warning("the server died (%s) and is started again, %d of %d times", self.error.what, restart + 1, RESTARTS)
+        self.given_up = True
+
+    def check(self) -> None:
+        """Raise TransientError if the server died too often to be started again: nobody should wait for it."""
+        if self.given_up and self.error is not None:
+            what = f"the server died {RESTARTS + 1} times, the last time because {self.error.what}"
+            raise TransientError(what, where=f"its log is {self.log_path}", fix="see its log; rows that were answered are kept")
 
     def wait(self, url: str, deadline_s: float) -> None:
         """Return once the server says that it is well."""

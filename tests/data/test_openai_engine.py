@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pyarrow as pa
 import pytest
@@ -71,12 +73,13 @@ def ask(config: RunConfig, *rows: dict, keep_journal: bool = False) -> tuple[lis
     stage, rejects = stage_of(config, list(rows)), []
     if not keep_journal:
         journal_path(stage.artifact, 0).unlink(missing_ok=True)
+    local = Path(config.store) / "answered"
     with Ahead(config, stage, no_meter()) as ahead:
-        (work,) = ahead
-        local = Path(config.store) / "answered"
-        counts = commit_ready(stage.artifact, work, local, ahead.take(work), config)
+        for work in ahead:
+            counts = commit_ready(stage.artifact, work, local, ahead.take(work), config)
         if counts.rejected:
-            rejects = [json.loads(line) for line in stage.artifact.store.read(stage.artifact.path("rejects/00000.jsonl")).splitlines()]
+            (written,) = Path(config.store, stage.artifact.folder, "rejects").iterdir()
+            rejects = [json.loads(line) for line in written.read_text().splitlines()]
         return read_table(local).to_pylist(), rejects
 
 
@@ -170,7 +173,24 @@ def test_tools_and_their_results_reach_the_server(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "trouble", ["500", "502", "503", "429 0.2", "408", "409", "425", "hang up", "bad json", "not json", "no choices", "hang"]
+    "trouble",
+    [
+        "500",
+        "502",
+        "503",
+        "429 0.2",
+        "408",
+        "409",
+        "425",
+        "hang up",
+        "bad json",
+        "not json",
+        "no choices",
+        "hang",
+        "parts",
+        "no message",
+        "half a character",
+    ],
 )
 def test_what_may_pass_is_tried_again(tmp_path: Path, trouble: str):
     with answer_server(lambda body, before: "answer" if before else trouble) as server:
@@ -206,6 +226,94 @@ def test_thinking_that_the_server_took_apart_is_put_together_as_the_target_wrote
     with answer_server(always("reason")) as server:
         answered, _ = ask(server_run(tmp_path, server.url), row(1, "abc"))
     assert answered[0]["turns"][0]["text"] == "<think>\nhm\n</think>\n\ncba"
+
+
+def test_a_thought_that_the_limit_cut_off_gets_no_end_that_the_target_never_wrote(tmp_path: Path):
+    with answer_server(always("cut thought")) as server:
+        answered, _ = ask(server_run(tmp_path, server.url), row(1, "abc"))
+    assert answered[0]["turns"][0]["text"] == "<think>\nhm, so"
+
+
+def test_a_server_that_counts_no_tokens_is_taken_at_its_word(tmp_path: Path):
+    with answer_server(always("no counts")) as server:
+        answered, _ = ask(server_run(tmp_path, server.url), row(1, "abc"))
+    assert answered[0]["turns"][0]["num_tokens"] == 0
+
+
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with answer_server() as server:
+        assert len(ask(server_run(tmp_path, server.url), row(1, "abc"))[0]) == 1
+
+
+def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(store: Path, monkeypatch: pytest.MonkeyPatch):
+    full = iter([True, True])
+    for name in ("deepspec.data.answers.write_table", "deepspec.data.journal.Journal.note"):
+        real = resolve_name(name.replace(".answers.", ".answers:").replace(".journal.", ".journal:"))
+
+        def fails_once(*args, real=real):
+            if next(full, False):
+                raise OSError(errno.ENOSPC, "no space left")
+            return real(*args)
+
+        monkeypatch.setattr(name, fails_once)
+    with answer_server() as server:
+        config = server_run(store, server.url, settings=("resources.space_poll_s=0.05",))
+        run_prompts(config)
+        assert run_answers(config).manifest() is not None
+    assert next(full, None) is None and len(server.bodies) == 24
+
+
+def test_a_disk_that_takes_nothing_fails_every_shard_and_hangs_on_none(store: Path, monkeypatch: pytest.MonkeyPatch):
+    with answer_server() as server:
+        config = server_run(store, server.url, settings=("prompts.shard_rows=1", "resources.endpoint_requests=1"))
+        stage = artifact_of(config, "prompts")
+        run_prompts(config)
+
+        def staged(self):
+            raise OSError(errno.EIO, "input/output error")
+
+        monkeypatch.setattr(type(stage.store), "staged", staged)
+        with pytest.raises(ShardsFailed, match="24 of 24 shards failed"):
+            run_answers(config)
+
+
+def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
+    """Row 1 probes; that there is no place for row 2 meanwhile must not end them both."""
+    plans = ["503"]
+    with answer_server(lambda body, before: plans[0]) as server:
+        config = server_run(tmp_path, server.url, settings=("resources.lost_s=0.3", "resources.endpoint_requests=2"))
+        with Ahead(config, stage_of(config, *([row(4 * n + i, "x") for i in range(4)] for n in range(30))), no_meter()) as ahead:
+            outcomes = []
+            for work in ahead:
+                try:
+                    outcomes.append(len(ahead.take(work)))
+                except TransientError:
+                    outcomes.append(0)
+                    plans[0] = "answer"
+                    time.sleep(0.2)
+    assert outcomes[0] == 0 and outcomes[-1] == 4
+
+
+def test_a_slow_server_is_not_lost_while_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Row 2 fails again and again while row 1 takes longer than `lost_s`: its answer is on its way."""
+    monkeypatch.setattr("deepspec.data.pool.REST_S", 0.02)
+    plan = lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "500" if before < 3 else "answer"  # noqa: E731
+    with answer_server(plan) as server:
+        settings = ("resources.lost_s=0.2", "resources.request_timeout_s=10", "resources.request_tries=20")
+        answered, _ = ask(server_run(tmp_path, server.url, settings=settings), row(1, "slow"), row(2, "x"))
+    assert len(answered) == 2
+
+
+def test_a_row_that_makes_its_server_hang_up_is_given_up_like_any_other(tmp_path: Path):
+    plan = lambda body, before: "gone" if body["messages"][-1]["content"] == "poison" else "answer"  # noqa: E731
+    with answer_server(plan) as server:
+        config = server_run(tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=1"))
+        with pytest.raises(TransientError, match="1 of 2 rows got no answer"):
+            ask(config, row(1, "a"), row(2, "poison"))
+        answered, rejects = ask(config, row(1, "a"), row(2, "poison"), keep_journal=True)
+    assert (len(answered), [reject["reason"] for reject in rejects]) == (1, ["failed"])
 
 
 def test_a_server_of_another_model_is_refused_before_the_first_prompt(tmp_path: Path):

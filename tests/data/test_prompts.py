@@ -59,6 +59,9 @@ def test_the_same_conversation_has_the_same_id_in_every_shape():
         ({"messages": "hello"}, "no_messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown_role"),
         ({"messages": ["hello"]}, "unknown_role"),
+        ({"turns": "abc"}, "no_messages"),
+        ({"prompt": "half a pair: \ud83d"}, "bad_text"),
+        ({"prompt": "x", "tools": [{"name": "\ud83d"}]}, "bad_tools"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty_message"),
         ({"messages": [{"role": "user", "content": None}]}, "empty_message"),
@@ -280,3 +283,11 @@ def test_a_data_set_that_is_not_pinned_stays_with_the_commit_that_it_began_with(
     pinned = json.dumps({"kind": "dataset", "name": "somebody/a-set", "revision": "v1"})
     run_prompts(tiny_run(store, f"prompts.source={pinned}"))
     assert read[2:] == ["v1"]
+
+
+@pytest.mark.parametrize("also", [{"prompt": "one"}, {"prompt": "one", "turns": []}, {"conversations": None}])
+def test_a_row_with_several_columns_keeps_its_whole_conversation(also: dict):
+    said = [("user", "one"), ("assistant", "1"), ("user", "two")]
+    prompt = make_prompt({"messages": [{"role": role, "content": text} for role, text in said], **also}, SETTINGS)
+    assert isinstance(prompt, Prompt)
+    assert [message["content"] for message in json.loads(prompt.messages)] == ["one", "two"]

@@ -48,10 +48,21 @@ def test_a_server_is_started_used_and_taken_down(store: Path):
 
 
 def test_a_server_that_dies_is_started_again_and_nothing_is_lost(store: Path):
-    config = serving_run(store, [*SCRIPTED, "10"])  # 24 answers in all
+    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")  # 24 answers in all
     run_prompts(config)
     assert run_answers(config).manifest() is not None
     assert left_over("tests.answer_server") == []
+
+
+def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes_on(store: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody waits `lost_s` for what will not come; what was answered between its deaths is kept."""
+    monkeypatch.setattr("deepspec.data.serve.RESTARTS", 1)
+    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")
+    run_prompts(config)
+    with pytest.raises(TransientError, match="the server died 2 times"):
+        run_answers(config)
+    assert left_over("tests.answer_server") == []
+    assert run_answers(config).manifest() is not None
 
 
 @pytest.mark.parametrize(
