@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deepspec.config import LossConfig
 from deepspec.eval.cases import Case, Check, relative, worst
+from deepspec.model.linear_loss import Targets
 from deepspec.model.loss import LossOutput, Slots, terms
 
 LOSS, GRADIENT = 1e-5, 1e-4  # relative
@@ -48,7 +49,7 @@ def _given_slots(tensors: dict[str, Tensor], settings: LossConfig, confidence: T
         states=torch.empty(0),
         features=None,
         confidence=None if confidence is None else confidence[counted],
-        target_states=torch.ones(int(counted.sum()), 1),
+        targets=Targets(torch.ones(1, 1), torch.zeros(int(counted.sum()), dtype=torch.long)),
         labels=tensors["target_ids"].long()[counted],
         weights=by_slot.expand(counted.shape)[counted],
         counted=counted.flatten(0, 1),

@@ -32,9 +32,13 @@ class BlockPlan(NamedTuple):
         return torch.cat([self.anchor_tokens[..., None], self.labels[..., :-1]], dim=-1)
 
     def of_slots(self, values: Tensor) -> Tensor:
-        """`values` [B, T, D] at the position before each counted slot's label [N, D]: the anchor's for slot 0."""
+        """`values` [B, T, D] at those places [N, D]."""
+        return values.flatten(0, 1)[self.places(values.shape[1])]
+
+    def places(self, num_tokens: int) -> Tensor:
+        """Where in [B * T] the position before each counted slot's label is [N]: the anchor's for slot 0."""
         rows, blocks, slots = self.counted.nonzero(as_tuple=True)
-        return values[rows, self.anchors.positions[rows, blocks] + slots]
+        return rows * num_tokens + self.anchors.positions[rows, blocks] + slots
 
 
 def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:

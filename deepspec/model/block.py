@@ -18,7 +18,8 @@ from deepspec.model.backbone import DecoderLayer, Extend, Layers, RMSNorm, Rotar
 from deepspec.model.draft import DraftCache, Proposal, TrainBatch
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.kv import LayerCache
-from deepspec.model.loss import LossOutput, Slots, Vocabulary, block_loss, zero_loss
+from deepspec.model.linear_loss import Targets, Vocabulary
+from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 
@@ -89,7 +90,7 @@ class BlockDraft(nn.Module):
             states=states[counted],
             features=features,
             confidence=self._confidence_logits(states[counted], previous),
-            target_states=plan.of_slots(batch.last_hidden),
+            targets=Targets.gathered(batch.last_hidden.flatten(0, 1), plan.places(batch.last_hidden.shape[1])),
             labels=plan.labels[counted],
             weights=plan.weights[counted],
             counted=counted.flatten(0, 1),

@@ -18,7 +18,8 @@ from deepspec.config import LossConfig, SamplingConfig
 from deepspec.model.backbone import DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
 from deepspec.model.draft import DraftCache, Proposal, TrainBatch
 from deepspec.model.kv import LayerCache
-from deepspec.model.loss import LossOutput, Scored, Vocabulary, step_losses, zero_loss
+from deepspec.model.linear_loss import Vocabulary
+from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 
@@ -103,10 +104,11 @@ class Eagle3Draft(nn.Module):
             counted = plan.counted[step]
             of_row, at = rows[counted], plan.positions[counted]
             # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token, so it is there.
-            targets = batch.last_hidden[of_row, at + 1 + step]
-            scored.append(Scored(self.norm(states[counted]), targets, plan.weights[of_row], counted))
+            places = of_row * batch.last_hidden.shape[1] + at + 1 + step
+            scored.append(Scored(self.norm(states[counted]), places, plan.weights[of_row], counted))
         vocabulary = Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
-        return step_losses(scored, vocabulary, self.loss_weights, plan.weights.new_tensor(len(plan.weights)))
+        hidden = batch.last_hidden.flatten(0, 1)
+        return step_losses(scored, vocabulary, hidden, self.loss_weights, plan.weights.new_tensor(len(plan.weights)))
 
     def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
         """The layer's raw output [B, P, D] at the plan's positions, step by step; each step reads the one before."""

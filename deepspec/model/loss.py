@@ -13,26 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config import LossConfig
-from deepspec.model.backbone import softcap
+from deepspec.model.linear_loss import Coefficients, Targets, Vocabulary, score
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-
-
-class Vocabulary(NamedTuple):
-    """What turns states into logits: softcap(lm_head n) + W2 f."""
-
-    lm_head: Tensor  # [V, D], frozen
-    markov_w2: Tensor | None  # [V, r]
-    softcap: float | None
-
-    def draft_logits(self, states: Tensor, features: Tensor | None) -> Tensor:
-        """Raw float32 logits [N, V] of normed draft states [N, D] and Markov features [N, r]."""
-        logits = softcap(F.linear(states, self.lm_head), self.softcap).float()
-        return logits if self.markov_w2 is None or features is None else logits + F.linear(features, self.markov_w2)
-
-    def target_logits(self, states: Tensor) -> Tensor:
-        """Raw float32 logits [N, V] of the target's final states [N, D]; carries no gradient."""
-        return softcap(F.linear(states.detach().to(self.lm_head.dtype), self.lm_head.detach()), self.softcap).float()
 
 
 class Slots(NamedTuple):
@@ -41,7 +24,7 @@ class Slots(NamedTuple):
     states: Tensor  # [N, D] the draft's final-normed states
     features: Tensor | None  # [N, r] what W2 turns into the Markov bias
     confidence: Tensor | None  # [N] logits of the confidence head
-    target_states: Tensor  # [N, D] z at the position before the predicted token; zeros where not stored
+    targets: Targets  # z at the position before the predicted token; zeros where not stored
     labels: Tensor  # [N] long
     weights: Tensor  # [N] float32
     counted: Tensor  # [M, g] bool, N of them True, in the order of the slots
@@ -52,7 +35,7 @@ class LossOutput(NamedTuple):
 
     numerator: Tensor  # all terms by their weights, with graph
     denominator: Tensor  # what every term is divided by, float32
-    numerators: dict[str, Tensor]  # by term, without their weights, with graph
+    numerators: dict[str, Tensor]  # by term, without their weights, detached
     metrics: Metrics  # (sum, count) float32 each, detached
 
 
@@ -70,27 +53,33 @@ def deviation(draft_logits: Tensor, target_logits: Tensor, labels: Tensor) -> De
 
 def block_loss(slots: Slots, vocabulary: Vocabulary, settings: LossConfig) -> LossOutput:
     """CE, TV and CONF numerators and metrics of the counted slots; a term of weight 0 is left out."""
-    logits = vocabulary.draft_logits(slots.states, slots.features)
-    return terms(slots, logits, vocabulary.target_logits(slots.target_states), settings)
+    coefficients = Coefficients(
+        hard=settings.ce * slots.weights if settings.ce > 0 else None, distance=settings.tv * slots.weights if settings.tv > 0 else None
+    )
+    scores = score(slots.states, slots.features, vocabulary, slots.targets, labels=slots.labels, coefficients=coefficients)
+    return _put_together(slots, scores.total, Deviation(scores.cross_entropy, scores.total_variation), settings)
 
 
 def terms(slots: Slots, draft_logits: Tensor, target_logits: Tensor, settings: LossConfig) -> LossOutput:
-    """The loss of given logits [N, V]; the one place where the terms are put together."""
-    needs_distance = settings.tv > 0
+    """The same loss of given logits [N, V], by the plain formula."""
     slot = deviation(draft_logits, target_logits, slots.labels)
-    if not needs_distance:  # still measured, but nothing to learn from
-        slot = slot._replace(total_variation=slot.total_variation.detach())
+    total = settings.ce * slot.cross_entropy + settings.tv * slot.total_variation
+    return _put_together(slots, (slots.weights * total).sum(), slot, settings)
+
+
+def _put_together(slots: Slots, total: Tensor, slot: Deviation, settings: LossConfig) -> LossOutput:
+    """`total` is the sum of CE and TV by their weights, with graph; what was measured at the slots is used without one."""
     acceptance = 1.0 - 0.5 * slot.total_variation.detach()  # eq. 8
     by_slot = {"ce": (settings.ce, slot.cross_entropy), "tv": (settings.tv, slot.total_variation)}
-    if slots.confidence is not None:
+    if slots.confidence is not None and settings.confidence > 0:
         logits = slots.confidence.float()
         by_slot["confidence"] = (settings.confidence, F.binary_cross_entropy_with_logits(logits, acceptance, reduction="none"))
-    numerators = {name: (slots.weights * loss).sum() for name, (weight, loss) in by_slot.items() if weight > 0}
-    numerator = draft_logits.new_zeros(()) + sum(by_slot[name][0] * total for name, total in numerators.items())
+        total = total + settings.confidence * (slots.weights * by_slot["confidence"][1]).sum()
+    numerators = {name: (slots.weights * loss.detach()).sum() for name, (weight, loss) in by_slot.items() if weight > 0}
     denominator = slots.weights.sum()
-    metrics: Metrics = {name: (total.detach(), denominator) for name, total in numerators.items()}
+    metrics: Metrics = {name: (numerator, denominator) for name, numerator in numerators.items()}
     metrics |= acceptance_metrics(acceptance, slots)
-    return LossOutput(numerator, denominator, numerators, metrics)
+    return LossOutput(total, denominator, numerators, metrics)
 
 
 def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
@@ -98,7 +87,7 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
 
     Slots whose target state is not stored are left out.
     """
-    known = slots.target_states.any(-1)
+    known = slots.targets.states.any(-1)[slots.targets.of_slot]
     rates = torch.zeros(slots.counted.shape, device=acceptance.device)
     rates[slots.counted] = acceptance * known
     counts = torch.zeros_like(rates)
@@ -118,30 +107,37 @@ class Scored(NamedTuple):
     """The positions that one training-time-test step of Eagle3 is scored at."""
 
     states: Tensor  # [N, D] the draft's normed states
-    target_states: Tensor  # [N, D] z whose distribution they are to match
+    places: Tensor  # [N] long, which of the target's final states its distribution is to match
     weights: Tensor  # [N] float32
     counted: Tensor  # [B, P] bool, N of them True, in their order
 
 
-def step_losses(steps: Sequence[Scored], vocabulary: Vocabulary, weights: Mapping[str, float], denominator: Tensor) -> LossOutput:
-    """Soft cross-entropy to the target's distribution, step by step, and how often the target would accept."""
+def step_losses(
+    steps: Sequence[Scored], vocabulary: Vocabulary, hidden: Tensor, weights: Mapping[str, float], denominator: Tensor
+) -> LossOutput:
+    """Soft cross-entropy to the target's distribution, step by step, and how often the target would accept.
+
+    Steps look at the same positions of `hidden` [P, D], one shifted against the other, so that they are scored together.
+    """
+    targets = Targets.gathered(hidden, torch.cat([scored.places for scored in steps]))
+    soft = torch.cat([weight * scored.weights for weight, scored in zip(weights.values(), steps, strict=True)])
+    states = torch.cat([scored.states for scored in steps])
+    scores = score(states, None, vocabulary, targets, labels=None, coefficients=Coefficients(soft=soft))
+    sizes = [len(scored.places) for scored in steps]
     numerators: dict[str, Tensor] = {}
     metrics: Metrics = {}
     rates = []
-    for number, (name, scored) in enumerate(zip(weights, steps, strict=True)):
-        logits = vocabulary.draft_logits(scored.states, None)
-        log_probs, target = logits.log_softmax(-1), vocabulary.target_logits(scored.target_states).softmax(-1)
-        numerators[name] = -(scored.weights * (target * log_probs).sum(-1)).sum()
-        metrics[name] = (numerators[name].detach(), denominator)
-        accepted = 1.0 - 0.5 * (log_probs.detach().exp() - target).abs().sum(-1)
-        hits, count = (logits.argmax(-1) == target.argmax(-1)).float(), scored.counted.float().sum()
+    by_step = zip(*(part.split(sizes) for part in (scores.soft_cross_entropy, scores.total_variation, scores.hits)), strict=True)
+    for number, (name, scored, (entropy, distance, hits)) in enumerate(zip(weights, steps, by_step, strict=True)):
+        numerators[name] = (scored.weights * entropy).sum()
+        metrics[name] = (numerators[name], denominator)
+        accepted, count = 1.0 - 0.5 * distance, scored.counted.float().sum()
         metrics |= {f"accept@{number}": (accepted.sum(), count), f"accuracy@{number}": (hits.sum(), count)}
         rates.append(torch.zeros(scored.counted.shape, device=accepted.device).masked_scatter(scored.counted, accepted))
     starts = steps[0].counted
     tau = starts + torch.stack(rates).cumprod(0).sum(0)
     metrics["tau"] = ((tau * starts).sum(), starts.float().sum())
-    total = torch.stack([weights[name] * numerator for name, numerator in numerators.items()]).sum()
-    return LossOutput(total, denominator, numerators, metrics)
+    return LossOutput(scores.total, denominator, numerators, metrics)
 
 
 def zero_loss(draft: nn.Module, names: Iterable[str]) -> LossOutput:

@@ -1,0 +1,86 @@
+"""The loss over the vocabulary in chunks against the plain PyTorch formula, forward and backward, on a CPU.
+
+3,584 slots (512 anchors of 7) at 1,024 target positions, vocabulary 32,768, hidden size 256, Markov rank 64: DSpark's
+three terms, and Eagle3's soft cross-entropy. Goals: an eighth of the memory at most, and no more time, in float32 and bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import alternate, peak_bytes, result
+from deepspec.model.linear_loss import Coefficients, Targets, Vocabulary, score
+
+SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
+ROUNDS = 3
+
+
+def made() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"states": (SLOTS, HIDDEN), "features": (SLOTS, RANK), "w2": (VOCABULARY, RANK), "hidden": (POSITIONS, HIDDEN)}
+    parts = {name: torch.randn(shape, generator=generator).requires_grad_(name != "hidden") for name, shape in shapes.items()}
+    return parts | {
+        "lm_head": torch.randn(VOCABULARY, HIDDEN, generator=generator) * HIDDEN**-0.5,
+        "places": torch.randint(POSITIONS, (SLOTS,), generator=generator),
+        "labels": torch.randint(VOCABULARY, (SLOTS,), generator=generator),
+        "weights": torch.rand(SLOTS, generator=generator),
+    }
+
+
+def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
+    vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
+    features = parts["features"] if algorithm == "dspark" else None
+    log_p = vocabulary.draft_logits(parts["states"], features).log_softmax(-1)
+    q = vocabulary.target_logits(parts["hidden"][parts["places"]]).softmax(-1)
+    if algorithm == "eagle3":
+        return -(parts["weights"] * (q * log_p).sum(-1)).sum()
+    cross_entropy = -log_p.gather(-1, parts["labels"][:, None])[:, 0]
+    return (parts["weights"] * (0.1 * cross_entropy + 0.9 * (log_p.exp() - q).abs().sum(-1))).sum()
+
+
+def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
+    dspark, weights = algorithm == "dspark", parts["weights"]
+    coefficients = Coefficients(hard=0.1 * weights, distance=0.9 * weights) if dspark else Coefficients(soft=weights)
+    features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
+    targets = Targets.gathered(parts["hidden"], parts["places"])
+    vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
+    return score(parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients).total
+
+
+def step(loss: Callable[[dict[str, Tensor], str], Tensor], parts: dict[str, Tensor], algorithm: str, *, bf16: bool) -> tuple[float, int]:
+    """Seconds of forward and backward, and the memory (bytes) that they needed beside the inputs."""
+    for part in parts.values():
+        part.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before, began = peak_bytes(), time.perf_counter()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        total = loss(parts, algorithm)
+    total.backward()
+    return time.perf_counter() - began, peak_bytes() - before
+
+
+def main() -> dict[str, object]:
+    parts, ratios, goals = made(), {}, {}
+    seconds: dict[str, float] = {}
+    for algorithm in ("dspark", "eagle3"):
+        for bf16 in (False, True):
+            sides = {"chunked": chunked, "plain": plain}
+            memory = {name: step(side, parts, algorithm, bf16=bf16)[1] for name, side in sides.items()}
+            timed = {name: (lambda side=side, on=bf16: step(side, parts, algorithm, bf16=on)[0]) for name, side in sides.items()}  # noqa: B023
+            taken = alternate(timed, rounds=ROUNDS)
+            name = f"{algorithm} {'bf16' if bf16 else 'float32'}"
+            ratios |= {f"{name}: memory, plain/ours": memory["plain"] / memory["chunked"]}
+            ratios |= {f"{name}: time, plain/ours": taken["plain"] / taken["chunked"]}
+            goals |= {f"{name}: memory, plain/ours": 8.0, f"{name}: time, plain/ours": 1.0}
+            seconds |= {f"{name} {side}": round(value, 2) for side, value in taken.items()}
+    return result("loss", ratios, goals, seconds=seconds)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
