@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepspec.model.backbone import softcap
 
-CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MB of float32, three times
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}  # logits in memory at a time: 16 or 128 MB of float32, three times
 MIN_CHUNK = 16  # slots, below which a matrix product is no longer worth its name
 
 
@@ -98,7 +98,7 @@ class _Score(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         with torch.autocast(kind, enabled=False):
             chunks = _Chunks(states, features, w2, lm_head, work, dtype=dtype, needs_gradient=any(ctx.needs_input_grad[:3]))
-            rows = max(MIN_CHUNK, CHUNK_ELEMENTS // len(lm_head))
+            rows = max(MIN_CHUNK, CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"]) // len(lm_head))
             for first in range(0, len(states), rows):
                 chunks.add(work.order[first : first + rows])
         ctx.save_for_backward(chunks.to_states, chunks.to_features, chunks.to_w2)

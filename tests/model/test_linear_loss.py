@@ -67,7 +67,7 @@ def learning(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("markov", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_sum_terms_and_gradients_are_those_of_the_plain_formula(case: str, markov: bool, cap: float | None, rows: int, monkeypatch):
-    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", {"cpu": rows * V, "cuda": 0})
     monkeypatch.setattr(linear_loss, "MIN_CHUNK", 1)
     parts, terms = made(0, markov=markov), CASES[case]
     ours, theirs = learning(parts), learning(parts)
@@ -105,7 +105,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_slots_times_vocabulary_is_ever_made(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", {"cpu": 4 * V, "cuda": 0})
     monkeypatch.setattr(linear_loss, "MIN_CHUNK", 1)
     parts = learning(made(2, markov=True))
     with Largest() as ours:
