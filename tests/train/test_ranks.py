@@ -27,7 +27,7 @@ from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import assert_close, weights
 
 TWO = ["resources.train_ranks=2", "resources.device=cpu"]
-LONG = ["train.max_steps=60", "train.epochs=50", "train.checkpoint_steps=10"]
+LONG = ["train.max_steps=100", "train.epochs=50", "train.checkpoint_steps=10"]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def write(code: str) -> None:
         (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text(FAULTS + textwrap.indent(textwrap.dedent(code), " " * 4))
+        (tmp_path / "site" / "sitecustomize.py").write_text(FAULTS + textwrap.dedent(code))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]))
 
     return write
@@ -61,8 +61,6 @@ if "LOCAL_RANK" in os.environ:
         return original(self, step)
 
     StepData.batches = batches
-
-def fault(step):
 """
 
 
@@ -123,9 +121,10 @@ def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, tmp_p
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
     faulty("""
-        if rank == 1 and step == 2:
-            from deepspec.errors import TrainingFailed
-            raise TrainingFailed("rank 1 has had enough", where="here", fix="that")
+        def fault(step):
+            if rank == 1 and step == 2:
+                from deepspec.errors import TrainingFailed
+                raise TrainingFailed("rank 1 has had enough", where="here", fix="that")
     """)
     with pytest.raises(TrainingFailed, match="rank 1 has had enough") as caught:
         launched(ready)
@@ -136,8 +135,9 @@ def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Pat
 @pytest.mark.slow
 def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
     faulty("""
-        if rank == 1 and step == 2:
-            raise ZeroDivisionError("a bug on rank 1")
+        def fault(step):
+            if rank == 1 and step == 2:
+                raise ZeroDivisionError("a bug on rank 1")
     """)
     with pytest.raises(ranks.ChildFailed, match="ZeroDivisionError: a bug on rank 1"):
         launched(ready)
@@ -149,8 +149,9 @@ def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
     faulty("""
-        if rank == 1 and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        def fault(step):
+            if rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
     """)
     with pytest.raises(TransientError, match="rank 1 was killed by SIGKILL"):
         launched(ready)
@@ -158,25 +159,53 @@ def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready: Path, tmp_path: Path, number: int):
-    shutil.copytree(ready, tmp_path / "alone")
-    config = tiny_run(ready, *LONG)
-    artifact = artifact_of(config, "train")
-    command = arguments(ready, *LONG).command("train")
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    """Rank 0 waits for rank 1 and is the one to say so; the culprit's stack must be in the log by then."""
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                stalled_read()
+
+        def stalled_read():
+            import time
+            time.sleep(600)
+    """)
+    with pytest.raises(TransientError, match="no training step was finished"):
+        launched(ready, "resources.stall_minutes=0.1")
+    shown = capfd.readouterr().err
+    assert "in stalled_read" in shown
+    assert "in sum" in shown, "rank 0, in the collective"
+
+
+def interrupt(store: Path, number: int) -> int:
+    """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
+    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
         limit = time.monotonic() + 60
         while not checkpoint_steps(artifact):
             assert time.monotonic() < limit
             time.sleep(0.02)
-        found = ranks_of(parent.pid)
-        assert len(found) == 2
+        ranks_found = ranks_of(parent.pid)
+        assert len(ranks_found) == 2
         parent.send_signal(number)
-        assert parent.wait(40) == (EXIT_TRANSIENT if number == signal.SIGTERM else -number)
-    psutil.wait_procs(found, timeout=20)
-    assert [one for one in found if one.is_running()] == []
-    stopped = checkpoint_steps(artifact)
+        code = parent.wait(40)
+    assert psutil.wait_procs(ranks_found, timeout=0 if number == signal.SIGTERM else 20)[1] == []
     assert not artifact.store.exists(artifact.path("manifest.json"))
-    assert stopped[-1] % 10 or len(stopped) > 1, "a checkpoint of its own was written"
-    subprocess.run(command, check=True, cwd=REPOSITORY, timeout=120)
-    assert_close(weights(run_train(tiny_run(tmp_path / "alone", *LONG))), weights(artifact))
+    return code
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready: Path, tmp_path: Path):
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
+    artifact = artifact_of(tiny_run(ready, *LONG), "train")
+    assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
+    launched(ready, *LONG)
+    launched(straight, *LONG)
+    assert_close(weights(artifact), weights(artifact_of(tiny_run(straight, *LONG), "train")))
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
+    assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
