@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +18,13 @@ import typer
 from rich.console import Console
 
 from deepspec.config import RunConfig
-from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, DeepSpecError, ShardsFailed
+from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
 from deepspec.events import Report, json_lines
+from deepspec.launch import Request
 from deepspec.recipe import load_run, recipe_names, to_yaml
 from deepspec.stages import parse_shards
 from deepspec.terminal import TerminalReport
+from deepspec.train.ranks import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
 from deepspec.verbs import Run, Sets, Shards, StoreUrl
 from deepspec.verbs import app as looking
 
@@ -87,10 +90,14 @@ def hidden(
 
 @app.command()
 def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Stage 4: train the draft, from the newest checkpoint if there is one."""
+    """Stage 4: train the draft on every visible GPU, from the newest checkpoint if there is one."""
+    config, report = _open(run, sets, store)
+    ranks = 1 if is_rank() else num_ranks(config)
+    if ranks > 1:
+        launch_ranks(Request(run, tuple(sets or ()), store), ranks, report=report, stop_s=config.resources.stop_s)
+        return
     from deepspec.train.loop import run_train
 
-    config, report = _open(run, sets, store)
     run_train(config, report)
 
 
@@ -157,9 +164,8 @@ def main(run_app: Callable[[], Any] = app) -> None:
     # OpenMP's threads spin while they wait; beside other busy processes that made a training step over ten times slower.
     # A short spin costs nothing on a quiet machine. It is read when PyTorch is loaded, which no verb has done yet.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    logging.basicConfig(
-        level=os.environ.get("DEEPSPEC_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    level = os.environ.get("DEEPSPEC_LOG", "INFO" if is_first_rank() else "WARNING")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         run_app()
     except DeepSpecError as error:
@@ -169,6 +175,13 @@ def main(run_app: Callable[[], Any] = app) -> None:
         else:
             typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_TRANSIENT if transient else error.exit_code)
+    except Exception as error:
+        if not (is_rank() and _speaks_json()):
+            raise
+        time.sleep(ECHO_S)  # a lost connection is the echo of another rank's end: then torchrun ends this one before it speaks
+        logging.exception("this rank failed")
+        json_lines({"event": "error", **ChildFailed(f"{type(error).__name__}: {error}").to_json(), "transient": False})
+        sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ def shard_list(shards: Sequence[int]) -> str:
 
 
 class Scope:
-    """The children that are to end together."""
+    """The children that are to end together, each within `GRACE_S + patience_s` of being asked to."""
 
-    def __init__(self) -> None:
-        self.closed = False
+    def __init__(self, patience_s: float = 0.0) -> None:
+        self.closed, self.patience_s = False, patience_s
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
@@ -91,7 +91,7 @@ class Scope:
         Raises:
             Stopped: the scope is closed; nothing is started in it any more, not even by a retry.
         """
-        guarded = [sys.executable, "-m", "deepspec.guard", str(GRACE_S), *command]
+        guarded = [sys.executable, "-m", "deepspec.guard", str(GRACE_S + self.patience_s), *command]
         with self._lock:
             if self.closed:
                 raise Stopped(f"{name_of(command)} was not started: the run is being ended")
@@ -104,7 +104,7 @@ class Scope:
         """Cut the child's lifeline and return when nothing of it runs any more."""
         cut_lifeline(child)
         try:
-            child.wait(GRACE_S + SWEEP_S)
+            child.wait(GRACE_S + self.patience_s + SWEEP_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -118,7 +118,7 @@ class Scope:
             children = list(self._children)
         for child in children:  # each is waited for by the thread that runs it, in `end`
             cut_lifeline(child)
-        deadline = time.monotonic() + GRACE_S + SWEEP_S
+        deadline = time.monotonic() + GRACE_S + self.patience_s + SWEEP_S
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
@@ -128,9 +128,9 @@ _scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039  
 
 
 @contextlib.contextmanager
-def scope() -> Iterator[Scope]:
+def scope(patience_s: float = 0.0) -> Iterator[Scope]:
     """However this block is left, no child that was started in it runs any more (threads: those that copied its context)."""
-    inner = Scope()
+    inner = Scope(patience_s)
     token = _scope.set(inner)
     try:
         yield inner
@@ -202,7 +202,7 @@ class _Ear:
         *lines, heard[:] = (heard + data).split(b"\n")
         for raw in lines:
             line = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # a bar redrawn in place: its last state
-            if line.strip():
+            if line.strip() and self.failure is None:  # what follows an error is its echo: other ranks, a launcher's stack trace
                 self.hear_line(line)
 
     def hear_line(self, line: str) -> None:

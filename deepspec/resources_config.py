@@ -103,6 +103,12 @@ class ResourcesConfig(Section):
     check_every: PositiveInt = 64
     """Every n-th sample is captured a second time by itself and compared, before its shard is committed."""
     fidelity: FidelityConfig = FidelityConfig()
+    train_ranks: PositiveInt | None = None
+    """Processes that train together; null is one per visible GPU, or one."""
+    stop_s: float = Field(default=25.0, ge=0)
+    """Seconds beyond the usual five that a stage which is asked to stop has to end: training finishes its step and saves it."""
+    stall_minutes: PositiveFloat = 30.0
+    """Minutes without a finished training step after which the process dumps its threads' stacks and ends, to be tried again."""
     prefetch_mb: PositiveInt = 512
     """Stored samples (MB) read ahead of training."""
     read_threads: PositiveInt = 4

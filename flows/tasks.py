@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from prefect.tasks import exponential_backoff
 from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
 from deepspec.errors import ConfigError, DeepSpecError, ShardsFailed
+from deepspec.gpus import visible_gpus
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
@@ -101,7 +101,7 @@ class StageRun:
             retry_jitter_factor=JITTER, retry_condition_fn=worth_another_try,
         )  # fmt: skip
         # The scope is left first: with its children ended, the runner's threads come to their end as well.
-        with ThreadPoolTaskRunner(max_workers=self.num_lanes) as runner, scope():
+        with ThreadPoolTaskRunner(max_workers=self.num_lanes) as runner, scope(settings.stop_s):
             wait([runner.submit(attempt, {"name": self.name(group), "run": self, "shards": group}) for group in self.groups])
 
     def name(self, shards: Sequence[int] | None) -> str:
@@ -200,11 +200,3 @@ def api_key(config: RunConfig) -> dict[str, str]:
         where, fix = f"resources.api_key_secret {settings.api_key_secret}", "make it in the UI under Blocks, or correct the name"
         raise ConfigError("there is no Secret block of this name on the Prefect server", where=where, fix=fix) from None
     return {settings.api_key_env: str(secret.get())}
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA numbers them, found without loading CUDA."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [device for device in chosen.split(",") if device.strip()]
-    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

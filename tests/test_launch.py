@@ -87,6 +87,23 @@ def test_events_and_lines_arrive_apart_and_the_log_holds_everything(tmp_path: Pa
     assert "a library that prints" in log.read_text() and "50%" in log.read_text() and '"done": 1' in log.read_text()
 
 
+def test_the_first_error_is_raised_and_its_echo_is_not_handed_on(tmp_path: Path):
+    """Other ranks lose their connection to the one that failed, and torchrun adds a stack trace."""
+    lines, log = [], tmp_path / "train.log"
+    child = python("""
+        import json, sys, time
+        print(json.dumps({"event": "error", "error": "ConfigError", "what": "the cause", "transient": False}), flush=True)
+        time.sleep(0.5)
+        print(json.dumps({"event": "error", "error": "ChildFailed", "what": "an echo", "transient": False}), flush=True)
+        print("Traceback", file=sys.stderr)
+        sys.exit(1)
+    """)
+    with pytest.raises(ConfigError, match="the cause"):
+        run_child(child, on_event=lines.append, on_line=lines.append, log_path=log)
+    assert lines == []
+    assert "Traceback" in log.read_text()
+
+
 def test_lines_longer_than_a_pipe_arrive_whole():
     heard = run(python("print('x' * 300_000)"))
     assert [len(line) for line in heard.lines] == [300_000]

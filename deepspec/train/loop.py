@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
-from deepspec.errors import ArtifactMismatch, TrainingFailed
+from deepspec.errors import ArtifactMismatch, TrainingFailed, TransientError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
 from deepspec.model.checkpoint import build_draft, save_draft
@@ -24,9 +26,12 @@ from deepspec.model.draft import TrainBatch
 from deepspec.model.spec import DraftSpec
 from deepspec.stages import require_sealed
 from deepspec.train.data import StepData
+from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
 from deepspec.train.optim import apply_step, learning_rate, make_optimizer
+from deepspec.train.ranks import on_sigterm
 from deepspec.train.state import append_metrics, read_metrics, resume, save_checkpoint, trainable
+from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import World, join_world
 
 log = logging.getLogger(__name__)
@@ -38,16 +43,23 @@ COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class StepResult(NamedTuple):
     loss: float
     gradient_norm: float
+    stop: bool  # some rank was asked to stop; all ranks know it after the same step
 
 
 def run_train(config: RunConfig, report: Report = silent) -> Artifact:
-    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal."""
+    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal.
+
+    Raises:
+        TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
+    """
     artifact = artifact_of(config, "train")
     inputs = require_sealed(config, "train")
-    world = join_world(config.resources.device)
+    resources = config.resources
+    # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
+    world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
+    report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
-    resources = config.resources
     cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
@@ -56,7 +68,9 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
-    train(Trainer(config, artifact, world, draft, optimizer), data, first, report)
+    stop = threading.Event()
+    with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
+        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog), data, first, report)
     if world.is_first:
         seal_draft(artifact, draft, data.total_steps, inputs)
     world.wait()
@@ -71,28 +85,37 @@ class Trainer(NamedTuple):
     world: World
     draft: Any
     optimizer: torch.optim.Optimizer
+    stop: threading.Event  # set when this process is asked to stop
+    watchdog: Watchdog
 
 
 def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
-    """Optimizer steps `first` to the last, logging and saving on the way."""
+    """Optimizer steps `first` to the last, logging and saving on the way, and before it stops because it was asked to."""
     meter, total = Meter(), data.total_steps
     history = read_metrics(trainer.artifact, first)
     started, tokens = time.monotonic(), 0
     trainer.draft.train()
     for step in range(first, total):
         tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
-        result = train_step(trainer, data, step, meter)
+        with knobs_named(trainer.config):
+            result = train_step(trainer, data, step, meter)
         done = step + 1
-        if done % LOG_STEPS == 0 or done == total:
+        if logged := done % LOG_STEPS == 0 or done == total:
             line = {"step": done, "loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world)}
             rate = tokens / (time.monotonic() - started)
             history.append({**line, "tokens_per_s": round(rate, 1)})
-            shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
-            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
-        if trainer.world.is_first and (done % trainer.config.train.checkpoint_steps == 0 or done == total):
+        if trainer.world.is_first and (done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop):
             save_checkpoint(trainer.artifact, done, trainer.draft, trainer.optimizer)
             append_metrics(trainer.artifact, history)
             log.info("stage=train step=%d loss=%.4f checkpoint saved", done, result.loss)
+        if logged:
+            shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
+            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
+        if result.stop and done < total:
+            trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
+            fix = "run it again: it goes on from there"
+            raise TransientError(f"training was asked to stop, and did after step {done}", where=trainer.artifact.url, fix=fix)
+        trainer.watchdog.beat()
 
 
 def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> StepResult:
@@ -108,7 +131,8 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
     for batch in data.batches(step):
         totals += accumulate(trainer, batch, meter)
     trainer.world.sum_gradients(list(trainable(trainer.draft).values()))
-    numerator, denominator = trainer.world.sum(totals.to(trainer.world.device)).tolist()
+    asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
+    numerator, denominator, stops = trainer.world.sum(torch.cat([totals, asked]).to(trainer.world.device)).tolist()
     loss = numerator / denominator if denominator else 0.0
     settings = trainer.config.train
     lr = learning_rate(step, total=data.total_steps, settings=settings)
@@ -118,7 +142,7 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
         trainer.artifact.store.write(trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode())
         what = f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids are in bad_step_{step:08d}.json"
         raise TrainingFailed(what, where=trainer.artifact.url, fix="lower train.lr, or look at those samples; the last checkpoint is whole")
-    return StepResult(loss, norm)
+    return StepResult(loss, norm, stops > 0)
 
 
 def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -43,13 +44,13 @@ class World(NamedTuple):
             dist.barrier()
 
 
-def join_world(device: str) -> World:
-    """Join the ranks that torchrun started; without torchrun, a world of one."""
+def join_world(device: str, *, timeout: timedelta) -> World:
+    """Join the ranks that torchrun started, each other rank waited for until `timeout`; without torchrun, a world of one."""
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     return World(int(os.environ.get("RANK", "0")), size, chosen)

@@ -14,11 +14,12 @@ from prefect.client.orchestration import get_client
 from deepspec import launch
 from deepspec.config import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.gpus import visible_gpus
 from deepspec.launch import Request
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from flows.reporting import Board, Progress, StageOutcome, watched_by
-from flows.tasks import StageRun, run_stages, visible_gpus
+from flows.tasks import StageRun, run_stages
 from tests.answer_server import answer_server
 from tests.flows.conftest import flaky_run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from deepspec.artifact import Artifact
 from deepspec.data.cache import HiddenCache
 from deepspec.data.index import Index
-from deepspec.errors import TrainingFailed
+from deepspec.errors import TrainingFailed, TransientError
 from deepspec.lineage import artifact_of
 from deepspec.train import loop
 from deepspec.train.data import StepData, sample_seed
@@ -63,6 +64,28 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
     undisturbed = weights(run_train(tiny_run(straight)))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in weights(resumed).items())
     assert checkpoint_steps(resumed) == [4, 6]
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bit_like_one_that_was_not(ready, tmp_path, monkeypatch):
+    """SIGTERM arrives amid the third step, far from any checkpoint."""
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    original = loop.accumulate
+
+    def interrupted(trainer, batch, meter):
+        if trainer.optimizer.state and next(iter(trainer.optimizer.state.values()))["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(trainer, batch, meter)
+
+    rare = "train.checkpoint_steps=100"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "accumulate", interrupted)
+        with pytest.raises(TransientError, match="asked to stop, and did after step 3"):
+            run_train(tiny_run(ready, rare))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert checkpoint_steps(artifact_of(tiny_run(ready, rare), "train")) == [3]
+    resumed, undisturbed = weights(run_train(tiny_run(ready, rare))), weights(run_train(tiny_run(straight, rare)))
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
 
 def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Path):

@@ -1,0 +1,211 @@
+"""One command trains on every GPU: torchrun's ranks are started, spoken for, stopped and ended by it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.launch import Request
+from deepspec.lineage import artifact_of
+from deepspec.train import ranks
+from deepspec.train.loop import run_train
+from deepspec.train.ranks import is_rank, launch_ranks, num_ranks
+from deepspec.train.state import checkpoint_steps
+from tests.conftest import REPOSITORY, TINY, tiny_run
+from tests.train.test_loop import assert_close, weights
+
+TWO = ["resources.train_ranks=2", "resources.device=cpu"]
+LONG = ["train.max_steps=100", "train.epochs=50", "train.checkpoint_steps=10"]
+
+
+@pytest.fixture
+def ready(captured: Path, tmp_path: Path) -> Path:
+    shutil.copytree(captured, tmp_path / "ready")
+    return tmp_path / "ready"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Has every rank run this code before each step: `sitecustomize` is imported by any Python that finds it."""
+
+    def write(code: str) -> None:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(FAULTS + textwrap.dedent(code))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]))
+
+    return write
+
+
+FAULTS = """
+import os, signal
+
+if "LOCAL_RANK" in os.environ:
+    from deepspec.train.data import StepData
+
+    original, rank = StepData.batches, int(os.environ["RANK"])
+
+    def batches(self, step):
+        fault(step)
+        return original(self, step)
+
+    StepData.batches = batches
+"""
+
+
+def arguments(store: Path, *overrides: str) -> Request:
+    return Request("demo", (*TINY, *TWO, *overrides), str(store))
+
+
+def launched(store: Path, *overrides: str) -> SimpleNamespace:
+    heard = SimpleNamespace(events=[])
+    launch_ranks(arguments(store, *overrides), 2, report=heard.events.append, stop_s=5)
+    return heard
+
+
+def ranks_of(parent: int) -> list[psutil.Process]:
+    return [one for one in psutil.Process(parent).children(recursive=True) if "LOCAL_RANK" in environment_of(one)]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
+
+
+def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert num_ranks(tiny_run(tmp_path)) == 3
+    assert num_ranks(tiny_run(tmp_path, "resources.train_ranks=2")) == 2
+    assert num_ranks(tiny_run(tmp_path, "train.global_batch=2")) == 2, "a third rank would have no sample"
+    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu")) == 1
+    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu", "resources.train_ranks=4")) == 4
+    with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
+        num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert num_ranks(tiny_run(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
+def test_a_process_that_torchrun_started_starts_no_ranks(name: str, monkeypatch: pytest.MonkeyPatch):
+    assert not is_rank()
+    monkeypatch.setenv(name, "2")
+    assert is_rank()
+
+
+@pytest.mark.slow
+def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, tmp_path: Path):
+    shutil.copytree(ready, tmp_path / "alone")
+    command = arguments(ready, "train.global_batch=7").command("train")
+    environment = {**os.environ, "DEEPSPEC_EVENTS": "1"}
+    done = subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=120, capture_output=True, text=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(event["stage"], event["done"]) for event in events] == [("train", 6)]
+    assert done.stderr.count("steps=0 of 6") == 1, done.stderr
+    assert "ranks=2" in done.stderr
+    alone = tiny_run(tmp_path / "alone", "train.global_batch=7")
+    assert_close(weights(run_train(alone)), weights(artifact_of(tiny_run(ready, "train.global_batch=7"), "train")))
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                from deepspec.errors import TrainingFailed
+                raise TrainingFailed("rank 1 has had enough", where="here", fix="that")
+    """)
+    with pytest.raises(TrainingFailed, match="rank 1 has had enough") as caught:
+        launched(ready)
+    assert (caught.value.where, caught.value.fix) == ("here", "that")
+    assert "ChildFailedError" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                raise ZeroDivisionError("a bug on rank 1")
+    """)
+    with pytest.raises(ranks.ChildFailed, match="ZeroDivisionError: a bug on rank 1"):
+        launched(ready)
+    shown = capfd.readouterr().err
+    assert "in batches" in shown, "where the bug is, is in the log"
+    assert "ChildFailedError" not in shown
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    with pytest.raises(TransientError, match="rank 1 was killed by SIGKILL"):
+        launched(ready)
+    assert "ChildFailedError" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    """Rank 0 waits for rank 1 and is the one to say so; the culprit's stack must be in the log by then."""
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                stalled_read()
+
+        def stalled_read():
+            import time
+            time.sleep(600)
+    """)
+    with pytest.raises(TransientError, match="no training step was finished"):
+        launched(ready, "resources.stall_minutes=0.1")
+    shown = capfd.readouterr().err
+    assert "in stalled_read" in shown
+    assert "in sum" in shown, "rank 0, in the collective"
+
+
+def interrupt(store: Path, number: int) -> int:
+    """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
+    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+        limit = time.monotonic() + 60
+        while not checkpoint_steps(artifact):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        ranks_found = ranks_of(parent.pid)
+        assert len(ranks_found) == 2
+        parent.send_signal(number)
+        code = parent.wait(40)
+    assert psutil.wait_procs(ranks_found, timeout=0 if number == signal.SIGTERM else 20)[1] == []
+    assert not artifact.store.exists(artifact.path("manifest.json"))
+    return code
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready: Path, tmp_path: Path):
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
+    artifact = artifact_of(tiny_run(ready, *LONG), "train")
+    assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
+    launched(ready, *LONG)
+    launched(straight, *LONG)
+    assert_close(weights(artifact), weights(artifact_of(tiny_run(straight, *LONG), "train")))
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
+    assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
