@@ -100,3 +100,13 @@ class TrainConfig(Section):
     """Number format of the forward pass; master weights are float32."""
     checkpoint_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints."""
+    acceptance_samples: int = Field(default=64, ge=0)
+    """Held-out samples that the draft drafts along at every checkpoint, so that the best one is kept; 0 keeps the last one."""
+    patience: PositiveInt | None = None
+    """Checkpoints in a row without a better acceptance after which training ends; null goes on to the last step."""
+
+    @model_validator(mode="after")
+    def _patience_has_a_measure(self) -> Self:
+        if self.patience is not None and self.acceptance_samples == 0:
+            raise ValueError("train.patience needs train.acceptance_samples: without it nothing tells which checkpoint is better")
+        return self

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -25,12 +26,23 @@ from deepspec.model.checkpoint import build_draft, save_draft
 from deepspec.model.draft import TrainBatch
 from deepspec.model.spec import DraftSpec
 from deepspec.stages import require_sealed
+from deepspec.train.acceptance import acceptance_length
 from deepspec.train.data import StepData
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
 from deepspec.train.optim import apply_step, learning_rate, make_optimizer
 from deepspec.train.ranks import on_sigterm
-from deepspec.train.state import append_metrics, read_metrics, resume, save_checkpoint, trainable
+from deepspec.train.state import (
+    CheckpointRecord,
+    append_metrics,
+    best_checkpoint,
+    checkpoint_records,
+    load_draft_weights,
+    read_metrics,
+    resume,
+    save_checkpoint,
+    trainable,
+)  # fmt: skip
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import World, join_world
 
@@ -72,7 +84,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
         train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog), data, first, report)
     if world.is_first:
-        seal_draft(artifact, draft, data.total_steps, inputs)
+        seal_draft(artifact, draft, inputs)
     world.wait()
     return artifact
 
@@ -95,7 +107,10 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     history = read_metrics(trainer.artifact, first)
     started, tokens = time.monotonic(), 0
     trainer.draft.train()
+    checkpoints = Checkpoints(trainer, data)
     for step in range(first, total):
+        if checkpoints.no_better():
+            break
         tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
         with knobs_named(trainer.config):
             result = train_step(trainer, data, step, meter)
@@ -104,10 +119,12 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             line = {"step": done, "loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world)}
             rate = tokens / (time.monotonic() - started)
             history.append({**line, "tokens_per_s": round(rate, 1)})
-        if trainer.world.is_first and (done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop):
-            save_checkpoint(trainer.artifact, done, trainer.draft, trainer.optimizer)
-            append_metrics(trainer.artifact, history)
-            log.info("stage=train step=%d loss=%.4f checkpoint saved", done, result.loss)
+        if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
+            record = checkpoints.save(done, result)
+            if record.acceptance_length is not None:
+                history.append({"step": done, "held_out_acceptance_length": round(record.acceptance_length, 4)})
+            if trainer.world.is_first:
+                append_metrics(trainer.artifact, history)
         if logged:
             shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
             report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
@@ -116,6 +133,46 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             fix = "run it again: it goes on from there"
             raise TransientError(f"training was asked to stop, and did after step {done}", where=trainer.artifact.url, fix=fix)
         trainer.watchdog.beat()
+
+
+class Checkpoints:
+    """Which checkpoints there are, how far the draft was accepted at each, and whether it still gets better."""
+
+    def __init__(self, trainer: Trainer, data: StepData) -> None:
+        self.trainer, self.cache, settings = trainer, data.cache, trainer.config.train
+        index = data.cache.index
+        held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
+        by_id = held_out[np.argsort(index.sample_id[held_out])]  # whatever order the shards were captured in
+        self.numbers: list[int] = by_id[: settings.acceptance_samples].tolist()
+        self.records = checkpoint_records(trainer.artifact)
+
+    def save(self, step: int, result: StepResult) -> CheckpointRecord:
+        """Measure (on all ranks, unless training is to stop now) and save (on the first)."""
+        trainer, accepted = self.trainer, None
+        if self.numbers and not result.stop:
+            accepted = acceptance_length(trainer.draft, self.cache, self.numbers, trainer.world)
+            self._warn_if_worse(step, result.loss, accepted)
+        record = CheckpointRecord(step=step, files={}, loss=result.loss, acceptance_length=accepted)
+        if trainer.world.is_first:
+            record = save_checkpoint(
+                trainer.artifact, trainer.draft, trainer.optimizer, step=step, loss=result.loss, acceptance_length=accepted
+            )
+            log.info("stage=train step=%d loss=%.4f held_out_acceptance_length=%s checkpoint saved", step, result.loss, accepted)
+        self.records[step] = record
+        return record
+
+    def no_better(self) -> bool:
+        """Whether the last `train.patience` checkpoints were all worse than one before them."""
+        best, patience = best_checkpoint(self.records), self.trainer.config.train.patience
+        return best is not None and patience is not None and sum(step > best.step for step in self.records) >= patience
+
+    def _warn_if_worse(self, step: int, loss: float, accepted: float) -> None:
+        best = best_checkpoint(self.records)
+        if best is not None and best.acceptance_length is not None and accepted < best.acceptance_length and loss < best.loss:
+            log.warning(
+                "stage=train step=%d: the loss falls (%.4f to %.4f) and so does held-out acceptance (%.3f to %.3f); step %d stays the best",
+                step, best.loss, loss, best.acceptance_length, accepted, best.step,
+            )  # fmt: skip
 
 
 def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> StepResult:
@@ -175,11 +232,15 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     return draft
 
 
-def seal_draft(artifact: Artifact, draft: Any, steps: int, inputs: dict[str, str]) -> None:
+def seal_draft(artifact: Artifact, draft: Any, inputs: dict[str, str]) -> None:
+    """Write the best checkpoint's draft (the last one's, where none was measured) and the manifest."""
+    records = checkpoint_records(artifact)
+    chosen = best_checkpoint(records) or records[max(records)]
+    load_draft_weights(artifact, chosen, draft)
     with tempfile.TemporaryDirectory() as scratch:
         save_draft(draft, Path(scratch))
         names = sorted(path.name for path in Path(scratch).iterdir())
         for name in names:
             artifact.put_file(Path(scratch) / name, f"draft/{name}")
     artifact.seal(files=[*(f"draft/{name}" for name in names), "metrics.jsonl"], inputs=inputs)
-    log.info("stage=train sealed after %d steps: %s/draft", steps, artifact.url)
+    log.info("stage=train sealed with the draft of step %d of %d: %s/draft", chosen.step, max(records), artifact.url)

@@ -21,7 +21,7 @@ from deepspec.gpus import visible_gpus
 from deepspec.launch import OnLine, Request, Stopped, run_child, scope
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
-TORCHRUN_FAILED = re.compile(r"^E\d.* torch/distributed/elastic/")
+TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")
 KILLED_RANK = re.compile(r"rank +: (\d+).*Signal \d+ \((\w+)\) received", re.DOTALL)
 
 

@@ -19,7 +19,7 @@ from deepspec.model.checkpoint import save_draft
 from deepspec.store import file_checksum, pretty_json
 from deepspec.train.optim import optimizer_tensors, restore_optimizer
 
-KEEP = 2  # the newest one, and one to fall back on should it turn out damaged
+KEEP = 2  # the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
 
 
 class CheckpointRecord(BaseModel):
@@ -27,9 +27,14 @@ class CheckpointRecord(BaseModel):
 
     step: int
     files: dict[str, str]
+    loss: float = 0.0
+    acceptance_length: float | None = None
+    """Over held-out samples; None where it was not measured."""
 
 
-def save_checkpoint(artifact: Artifact, step: int, draft: Any, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer, *, step: int, loss: float, acceptance_length: float | None
+) -> CheckpointRecord:
     """Write the state after `step` optimizer steps; it counts once its record is there."""
     folder = f"checkpoints/{step:08d}"
     with tempfile.TemporaryDirectory() as scratch:
@@ -39,9 +44,29 @@ def save_checkpoint(artifact: Artifact, step: int, draft: Any, optimizer: torch.
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
             artifact.put_file(local / name, f"{folder}/{name}")
-    artifact.store.write(artifact.path(f"{folder}/record.json"), pretty_json(CheckpointRecord(step=step, files=files).model_dump()))
-    for old in checkpoint_steps(artifact)[:-KEEP]:
-        artifact.store.remove(artifact.path(f"checkpoints/{old:08d}"))
+    record = CheckpointRecord(step=step, files=files, loss=loss, acceptance_length=acceptance_length)
+    artifact.store.write(artifact.path(f"{folder}/record.json"), pretty_json(record.model_dump()))
+    records = checkpoint_records(artifact)
+    best = best_checkpoint(records)
+    for old in list(records)[:-KEEP]:
+        if best is None or old != best.step:
+            artifact.store.remove(artifact.path(f"checkpoints/{old:08d}"))
+    return record
+
+
+def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
+    """All complete checkpoints by step, ascending."""
+    return {step: _record(artifact, step) for step in checkpoint_steps(artifact)}
+
+
+def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord | None:
+    """The one with the longest acceptance, of equal ones the latest; None where none was measured (trap D9)."""
+    measured = [record for record in records.values() if record.acceptance_length is not None]
+    return max(measured, key=lambda record: (record.acceptance_length or 0.0, record.step), default=None)
+
+
+def _record(artifact: Artifact, step: int) -> CheckpointRecord:
+    return CheckpointRecord.model_validate_json(artifact.store.read(artifact.path(f"checkpoints/{step:08d}/record.json")))
 
 
 def checkpoint_steps(artifact: Artifact) -> list[int]:
@@ -59,16 +84,29 @@ def resume(artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer) -> 
     steps = checkpoint_steps(artifact)
     if not steps:
         return 0
-    folder = f"checkpoints/{steps[-1]:08d}"
-    record = CheckpointRecord.model_validate_json(artifact.store.read(artifact.path(f"{folder}/record.json")))
-    local = {name: artifact.store.fetch(artifact.path(f"{folder}/{name}")) for name in record.files}
-    for name, checksum in record.files.items():
-        if file_checksum(local[name]) != checksum:
-            fix = "remove that folder to go on from the checkpoint before it"
-            raise DamagedData(f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix)
-    draft.load_state_dict(load_file(local["model.safetensors"], device=str(next(draft.parameters()).device)), strict=True)
-    restore_optimizer(optimizer, trainable(draft), load_file(local["optimizer.safetensors"]))
+    record = _record(artifact, steps[-1])
+    load_draft_weights(artifact, record, draft)
+    restore_optimizer(optimizer, trainable(draft), load_file(_whole(artifact, record, "optimizer.safetensors")))
     return record.step
+
+
+def load_draft_weights(artifact: Artifact, record: CheckpointRecord, draft: Any) -> None:
+    """The checkpoint's weights into the draft, on the device that it is on.
+
+    Raises:
+        DamagedData: they are not those that were saved.
+    """
+    weights = load_file(_whole(artifact, record, "model.safetensors"), device=str(next(draft.parameters()).device))
+    draft.load_state_dict(weights, strict=True)
+
+
+def _whole(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
+    folder = f"checkpoints/{record.step:08d}"
+    local = artifact.store.fetch(artifact.path(f"{folder}/{name}"))
+    if file_checksum(local) != record.files[name]:
+        fix = "remove that folder to go on from the checkpoint before it"
+        raise DamagedData(f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix)
+    return local
 
 
 def trainable(draft: nn.Module) -> Mapping[str, nn.Parameter]:

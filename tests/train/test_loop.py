@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,11 +17,11 @@ from safetensors.torch import load_file
 from deepspec.artifact import Artifact
 from deepspec.data.cache import HiddenCache
 from deepspec.data.index import Index
-from deepspec.errors import TrainingFailed, TransientError
+from deepspec.errors import ConfigError, TrainingFailed, TransientError
 from deepspec.lineage import artifact_of
 from deepspec.train import loop
 from deepspec.train.data import StepData, sample_seed
-from deepspec.train.loop import run_train
+from deepspec.train.loop import StepResult, run_train
 from deepspec.train.state import checkpoint_steps
 from deepspec.train.world import World
 from tests.conftest import REPOSITORY, TINY, tiny_run
@@ -91,10 +92,10 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
 def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(ready, other)
-    config = tiny_run(other, "resources.batch_tokens=60")
+    config = tiny_run(other, "train.max_steps=20", "resources.batch_tokens=60")
     cache = HiddenCache(artifact_of(config, "hidden"))
     assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2
-    assert_close(weights(run_train(tiny_run(ready))), weights(run_train(config)))
+    assert_close(weights(run_train(tiny_run(ready, "train.max_steps=20"))), weights(run_train(config)))
 
 
 @pytest.mark.slow
@@ -147,3 +148,40 @@ def test_a_cache_without_a_training_sample_is_refused(captured: Path):
     cache.index = Index(*(column[:0] for column in cache.index))
     with pytest.raises(TrainingFailed, match="no training sample"):
         StepData(cache, config, ALONE)
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, lengths: list[float]) -> None:
+    """The acceptance that each checkpoint is found to have, in turn; how it is measured has tests of its own."""
+    found = iter(lengths)
+    monkeypatch.setattr(loop, "acceptance_length", lambda *_: next(found))
+
+
+def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(ready: Path, monkeypatch, caplog):
+    """Trap D9: the loss falls all the way, acceptance does not."""
+    measured(monkeypatch, [1.5, 3.0, 2.0, 2.5, 2.0])
+    falling = iter(range(99, 0, -1))
+    monkeypatch.setattr(loop, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop))
+    artifact = run_train(tiny_run(ready, "train.max_steps=10"))
+    assert checkpoint_steps(artifact) == [4, 8, 10]
+    best = load_file(artifact.store.path(artifact.path("checkpoints/00000004/model.safetensors")))
+    assert all(torch.equal(best[name], tensor) for name, tensor in weights(artifact).items())
+    assert "the loss falls" in caplog.text and "step 4 stays the best" in caplog.text
+    lines = [json.loads(line) for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()]
+    assert [line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line] == [1.5, 3.0, 2.0, 2.5, 2.0]
+
+
+def test_training_ends_early_where_acceptance_gets_no_better_and_stays_ended(ready: Path, monkeypatch):
+    measured(monkeypatch, [1.5, 3.0, 2.0, 2.5])
+    config = tiny_run(ready, "train.max_steps=20", "train.patience=2")
+    artifact = run_train(config)
+    assert checkpoint_steps(artifact)[-1] == 8
+    artifact.store.remove(artifact.path("manifest.json"))  # killed before it was sealed
+    assert checkpoint_steps(run_train(config))[-1] == 8
+
+
+def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
+    config = tiny_run(ready, "train.acceptance_samples=0")
+    artifact = run_train(config)
+    assert artifact.manifest() is not None
+    with pytest.raises(ConfigError, match="patience needs"):
+        tiny_run(ready, "train.acceptance_samples=0", "train.patience=1")
