@@ -107,6 +107,8 @@ class ResourcesConfig(Section):
     """Processes that train together; null is one per visible GPU, or one."""
     stop_s: float = Field(default=25.0, ge=0)
     """Seconds beyond the usual five that a stage which is asked to stop has to end: training finishes its step and saves it."""
+    preflight: Literal["refuse", "warn"] = "refuse"
+    """What to do where masks, features or one sample's loss, looked at before the first step, are wrong."""
     stall_minutes: PositiveFloat = 30.0
     """Minutes without a finished training step after which the process dumps its threads' stacks and ends, to be tried again."""
     prefetch_mb: PositiveInt = 512

@@ -5,44 +5,41 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
-from deepspec.errors import ArtifactMismatch, TrainingFailed, TransientError
+from deepspec.errors import TrainingFailed, TransientError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
-from deepspec.model.checkpoint import build_draft, save_draft
 from deepspec.model.draft import TrainBatch
-from deepspec.model.spec import DraftSpec
 from deepspec.stages import require_sealed
 from deepspec.train.acceptance import acceptance_length
 from deepspec.train.data import StepData
+from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
 from deepspec.train.optim import apply_step, learning_rate, make_optimizer
+from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import on_sigterm
 from deepspec.train.state import (
     CheckpointRecord,
     append_metrics,
     best_checkpoint,
     checkpoint_records,
-    load_draft_weights,
     read_metrics,
     resume,
     save_checkpoint,
     trainable,
 )  # fmt: skip
+from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import World, join_world
 
@@ -80,9 +77,16 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
+    if first == 0:
+        try:
+            check_before_training(config, data, draft)
+        except TrainingFailed as error:
+            if resources.preflight == "refuse":
+                raise
+            log.warning("stage=train preflight: %s", error.what)
     stop = threading.Event()
     with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog), data, first, report)
+        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
     if world.is_first:
         seal_draft(artifact, draft, inputs)
     world.wait()
@@ -99,6 +103,7 @@ class Trainer(NamedTuple):
     optimizer: torch.optim.Optimizer
     stop: threading.Event  # set when this process is asked to stop
     watchdog: Watchdog
+    vitals: Vitals
 
 
 def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
@@ -116,7 +121,13 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             result = train_step(trainer, data, step, meter)
         done = step + 1
         if logged := done % LOG_STEPS == 0 or done == total:
-            line = {"step": done, "loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world)}
+            line = {
+                "step": done,
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
+                **meter.read(trainer.world),
+                **trainer.vitals.read(),
+            }
             rate = tokens / (time.monotonic() - started)
             history.append({**line, "tokens_per_s": round(rate, 1)})
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
@@ -185,7 +196,7 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
         TrainingFailed: the loss or its gradient is not finite; the parameters are those of the step before.
     """
     totals = torch.zeros(2, dtype=torch.float64)
-    for batch in data.batches(step):
+    for batch in trainer.vitals.waiting(data.batches(step)):
         totals += accumulate(trainer, batch, meter)
     trainer.world.sum_gradients(list(trainable(trainer.draft).values()))
     asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
@@ -211,36 +222,3 @@ def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tenso
     output.numerator.backward()
     meter.add(output.metrics)
     return torch.tensor([float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64)
-
-
-def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
-    """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards.
-
-    Raises:
-        ArtifactMismatch: the cache was captured from another target or other layers than the draft reads.
-    """
-    artifact = cache.artifact
-    target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
-    spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
-    wanted = spec.hidden_size * len(spec.target_layer_ids)
-    if cache.layout.context.width != wanted:
-        what = f"the cache holds {cache.layout.context.width} context features a token, the draft reads {wanted}"
-        raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
-    frozen = load_file(artifact.fetch_file("frozen.safetensors"))
-    draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
-    draft.configure_loss(config.loss)
-    return draft
-
-
-def seal_draft(artifact: Artifact, draft: Any, inputs: dict[str, str]) -> None:
-    """Write the best checkpoint's draft (the last one's, where none was measured) and the manifest."""
-    records = checkpoint_records(artifact)
-    chosen = best_checkpoint(records) or records[max(records)]
-    load_draft_weights(artifact, chosen, draft)
-    with tempfile.TemporaryDirectory() as scratch:
-        save_draft(draft, Path(scratch))
-        names = sorted(path.name for path in Path(scratch).iterdir())
-        for name in names:
-            artifact.put_file(Path(scratch) / name, f"draft/{name}")
-    artifact.seal(files=[*(f"draft/{name}" for name in names), "metrics.jsonl"], inputs=inputs)
-    log.info("stage=train sealed with the draft of step %d of %d: %s/draft", chosen.step, max(records), artifact.url)

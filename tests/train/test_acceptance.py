@@ -20,7 +20,7 @@ from deepspec.generate import Decode
 from deepspec.lineage import artifact_of
 from deepspec.target import load_target
 from deepspec.train.acceptance import Answers, Rounds, acceptance_length, draft_along, load_answers
-from deepspec.train.loop import make_draft
+from deepspec.train.drafts import make_draft
 from deepspec.train.world import World
 from tests.conftest import tiny_run
 

@@ -1,0 +1,82 @@
+"""Before the first step: what cannot be learnt from is refused at once, and named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepspec.data.cache import HiddenCache
+from deepspec.errors import TrainingFailed
+from deepspec.lineage import artifact_of
+from deepspec.train import preflight
+from deepspec.train.data import StepData
+from deepspec.train.drafts import make_draft
+from deepspec.train.loop import run_train
+from deepspec.train.preflight import check_before_training
+from deepspec.train.vitals import Vitals
+from deepspec.train.world import World
+from tests.conftest import tiny_run
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def parts(captured: Path):
+    config = tiny_run(captured)
+    cache = HiddenCache(artifact_of(config, "hidden"))
+    return config, StepData(cache, config, ALONE), make_draft(config, cache)
+
+
+def test_a_sound_cache_passes_and_the_draft_is_left_as_it_was(parts):
+    config, data, draft = parts
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    check_before_training(config, data, draft)
+    assert all(torch.equal(before[name], tensor) for name, tensor in draft.state_dict().items())
+    assert all(parameter.grad is None for parameter in draft.parameters())
+
+
+@pytest.mark.parametrize("supervised", [0.001, 1.0])
+def test_masks_that_cover_nothing_or_everything_are_refused(parts, supervised: float):
+    """Trap B1."""
+    config, data, draft = parts
+    index = data.cache.index
+    data.cache.index = index._replace(num_supervised=np.ceil(index.num_tokens * supervised * (supervised == 1.0)))
+    with pytest.raises(TrainingFailed, match="of the training tokens are supervised"):
+        check_before_training(config, data, draft)
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [("context", 0.0, "all zero"), ("last_hidden", float("nan"), "not finite")])
+def test_features_that_are_nothing_are_refused(parts, monkeypatch: pytest.MonkeyPatch, field: str, value: float, said: str):
+    config, data, draft = parts
+    real = StepData.load
+
+    def load(self, group):
+        batch = real(self, group)
+        return batch._replace(**{field: torch.full_like(getattr(batch, field), value)})
+
+    monkeypatch.setattr(StepData, "load", load)
+    with pytest.raises(TrainingFailed, match=said):
+        check_before_training(config, data, draft)
+
+
+def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "OVERFIT_LR", 0.0)
+    store = tmp_path / "store"
+    shutil.copytree(captured, store)
+    with pytest.raises(TrainingFailed, match="trained on one sample alone, its loss does not fall"):
+        run_train(tiny_run(store))
+    assert run_train(tiny_run(store, "resources.preflight=warn")).manifest() is not None
+
+
+def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 7.0, 10.0])  # made; 3 s of waiting, 2 of work; 1, 1; the end; read
+    monkeypatch.setattr("deepspec.train.vitals.time.perf_counter", lambda: next(clock))
+    vitals = Vitals(torch.device("cpu"))
+    assert list(vitals.waiting(iter(["a", "b"]))) == ["a", "b"]
+    read = vitals.read()
+    assert read["data_wait_share"] == 0.4
+    assert read["peak_memory_bytes"] > 1e7
