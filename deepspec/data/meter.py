@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from deepspec.data.turns import Outcome, Turn
+from deepspec.data.turns import Outcome, Refused, Turn
 from deepspec.events import Report
 from deepspec.work import Work
 
@@ -20,8 +20,8 @@ class Meter:
         self._began = self._told = time.monotonic()
 
     def heard(self, outcome: Outcome) -> None:
+        self.refused += isinstance(outcome, Refused)
         if not isinstance(outcome, Turn):
-            self.refused += 1
             return
         self.answers += 1
         self.tokens += outcome.num_tokens

@@ -50,6 +50,7 @@ class OpenAIEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._thread.start()
+        self.clients: dict[str, AsyncOpenAI] = {}
         try:
             self.clients = self.start(self._make_clients()).result()
             self.start(self._check_models()).result()

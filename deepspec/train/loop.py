@@ -34,6 +34,7 @@ from deepspec.train.state import (
     append_metrics,
     best_checkpoint,
     checkpoint_records,
+    put_record,
     read_metrics,
     resume,
     save_checkpoint,
@@ -79,7 +80,8 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     )
     if first == 0:
         try:
-            check_before_training(config, data, draft)
+            with knobs_named(config):
+                check_before_training(config, data, draft)
         except TrainingFailed as error:
             if resources.preflight == "refuse":
                 raise
@@ -113,6 +115,7 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     started, tokens = time.monotonic(), 0
     trainer.draft.train()
     checkpoints = Checkpoints(trainer, data)
+    checkpoints.resumed(first)
     for step in range(first, total):
         if checkpoints.no_better():
             break
@@ -156,26 +159,45 @@ class Checkpoints:
         by_id = held_out[np.argsort(index.sample_id[held_out])]  # whatever order the shards were captured in
         self.numbers: list[int] = by_id[: settings.acceptance_samples].tolist()
         self.records = checkpoint_records(trainer.artifact)
+        self.total, self.every = data.total_steps, settings.checkpoint_steps
+
+    def resumed(self, step: int) -> None:
+        """Measure the checkpoint that training goes on from, if it is one of those that count and there was no time when it was saved."""
+        if step % self.every == 0 and step in self.records and self.records[step].acceptance_length is None:
+            self.records[step] = self._measured(self.records.pop(step))
+            if self.trainer.world.is_first:
+                put_record(self.trainer.artifact, self.records[step])
 
     def save(self, step: int, result: StepResult) -> CheckpointRecord:
-        """Measure (on all ranks, unless training is to stop now) and save (on the first)."""
-        trainer, accepted = self.trainer, None
-        if self.numbers and not result.stop:
-            accepted = acceptance_length(trainer.draft, self.cache, self.numbers, trainer.world)
-            self._warn_if_worse(step, result.loss, accepted)
-        record = CheckpointRecord(step=step, files={}, loss=result.loss, acceptance_length=accepted)
+        """Measure (on all ranks, unless training is to stop before its end) and save (on the first)."""
+        trainer = self.trainer
+        record = CheckpointRecord(step=step, loss=result.loss, since_best=self._newest().since_best)
+        if step == self.total or not result.stop:
+            record = self._measured(record)
         if trainer.world.is_first:
-            record = save_checkpoint(
-                trainer.artifact, trainer.draft, trainer.optimizer, step=step, loss=result.loss, acceptance_length=accepted
-            )
+            save_checkpoint(trainer.artifact, trainer.draft, trainer.optimizer, record)
+            accepted = record.acceptance_length
             log.info("stage=train step=%d loss=%.4f held_out_acceptance_length=%s checkpoint saved", step, result.loss, accepted)
         self.records[step] = record
         return record
 
     def no_better(self) -> bool:
         """Whether the last `train.patience` checkpoints were all worse than one before them."""
-        best, patience = best_checkpoint(self.records), self.trainer.config.train.patience
-        return best is not None and patience is not None and sum(step > best.step for step in self.records) >= patience
+        patience = self.trainer.config.train.patience
+        return patience is not None and self._newest().since_best >= patience
+
+    def _newest(self) -> CheckpointRecord:
+        return self.records[max(self.records)] if self.records else CheckpointRecord(step=0)
+
+    def _measured(self, record: CheckpointRecord) -> CheckpointRecord:
+        """The record with the acceptance of the draft as it is now."""
+        if not self.numbers:
+            return record
+        accepted = acceptance_length(self.trainer.draft, self.cache, self.numbers, self.trainer.world)
+        self._warn_if_worse(record.step, record.loss, accepted)
+        best = best_checkpoint(self.records)
+        better = best is None or accepted >= (best.acceptance_length or 0.0)
+        return record.model_copy(update={"acceptance_length": accepted, "since_best": 0 if better else self._newest().since_best + 1})
 
     def _warn_if_worse(self, step: int, loss: float, accepted: float) -> None:
         best = best_checkpoint(self.records)

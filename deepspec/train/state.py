@@ -26,17 +26,18 @@ class CheckpointRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     step: int
-    files: dict[str, str]
+    files: dict[str, str] = {}
+    """Checksum of each file beside the record."""
     loss: float = 0.0
     acceptance_length: float | None = None
     """Over held-out samples; None where it was not measured."""
+    since_best: int = 0
+    """Measured checkpoints in a row, this one included, that were no better than one before them."""
 
 
-def save_checkpoint(
-    artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer, *, step: int, loss: float, acceptance_length: float | None
-) -> CheckpointRecord:
-    """Write the state after `step` optimizer steps; it counts once its record is there."""
-    folder = f"checkpoints/{step:08d}"
+def save_checkpoint(artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer, record: CheckpointRecord) -> None:
+    """Write the state after `record.step` optimizer steps; it counts once its record is there, completed with its files."""
+    folder = f"checkpoints/{record.step:08d}"
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
         save_draft(draft, local)
@@ -44,14 +45,16 @@ def save_checkpoint(
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
             artifact.put_file(local / name, f"{folder}/{name}")
-    record = CheckpointRecord(step=step, files=files, loss=loss, acceptance_length=acceptance_length)
-    artifact.store.write(artifact.path(f"{folder}/record.json"), pretty_json(record.model_dump()))
+    put_record(artifact, record.model_copy(update={"files": files}))
     records = checkpoint_records(artifact)
     best = best_checkpoint(records)
     for old in list(records)[:-KEEP]:
         if best is None or old != best.step:
             artifact.store.remove(artifact.path(f"checkpoints/{old:08d}"))
-    return record
+
+
+def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
+    artifact.store.write(artifact.path(f"checkpoints/{record.step:08d}/record.json"), pretty_json(record.model_dump()))
 
 
 def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:

@@ -22,7 +22,7 @@ from deepspec.lineage import artifact_of
 from deepspec.train import loop
 from deepspec.train.data import StepData, sample_seed
 from deepspec.train.loop import StepResult, run_train
-from deepspec.train.state import checkpoint_steps
+from deepspec.train.state import checkpoint_records, checkpoint_steps
 from deepspec.train.world import World
 from tests.conftest import REPOSITORY, TINY, tiny_run
 
@@ -185,3 +185,40 @@ def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
     assert artifact.manifest() is not None
     with pytest.raises(ConfigError, match="patience needs"):
         tiny_run(ready, "train.acceptance_samples=0", "train.patience=1")
+
+
+def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready: Path, monkeypatch):
+    """Of old checkpoints only a few are kept: how many were no better is in the record."""
+    measured(monkeypatch, [3.0, 2.0, 2.0, 2.0, 2.0])
+    config = tiny_run(ready, "train.max_steps=20", "train.patience=4")
+    original = loop.train_step
+
+    def stopping(trainer, data, step, meter):
+        result = original(trainer, data, step, meter)
+        return result._replace(stop=step == 4)  # after step 5, which is no checkpoint of its own
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(TransientError, match="asked to stop"):
+        run_train(config)
+    monkeypatch.setattr(loop, "train_step", original)
+    artifact = run_train(config)
+    assert checkpoint_steps(artifact)[-1] == 10  # 3.0 at step 2, then 2.0 at 4, 6, 8 and 10
+
+
+def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_on_from_it(ready: Path, monkeypatch):
+    measured(monkeypatch, [1.0, 3.0, 2.0])
+    original = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 3))
+    with pytest.raises(TransientError, match="asked to stop"):
+        run_train(tiny_run(ready))
+    monkeypatch.setattr(loop, "train_step", original)
+    artifact = run_train(tiny_run(ready))
+    assert [record.acceptance_length for record in checkpoint_records(artifact).values()] == [3.0, 2.0]
+
+
+def test_a_stop_at_the_last_step_does_not_cost_the_last_draft(ready: Path, monkeypatch):
+    measured(monkeypatch, [1.0, 1.5, 2.0])
+    original = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 5))
+    artifact = run_train(tiny_run(ready))
+    assert {step: record.acceptance_length for step, record in checkpoint_records(artifact).items()} == {4: 1.5, 6: 2.0}
