@@ -19,10 +19,11 @@ from deepspec.data.cache import HiddenCache
 from deepspec.data.index import Index
 from deepspec.errors import ConfigError, TrainingFailed, TransientError
 from deepspec.lineage import artifact_of
-from deepspec.train import loop
+from deepspec.train import checkpoints, loop, step
 from deepspec.train.data import StepData, sample_seed
-from deepspec.train.loop import StepResult, run_train
+from deepspec.train.loop import run_train
 from deepspec.train.state import checkpoint_records, checkpoint_steps
+from deepspec.train.step import StepResult
 from deepspec.train.world import World
 from tests.conftest import REPOSITORY, TINY, tiny_run
 
@@ -71,7 +72,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     """SIGTERM arrives amid the third step, far from any checkpoint."""
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
-    original = loop.accumulate
+    original = step.accumulate
 
     def interrupted(trainer, batch, meter):
         if trainer.optimizer.state and next(iter(trainer.optimizer.state.values()))["step"] == 2:
@@ -80,7 +81,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
 
     rare = "train.checkpoint_steps=100"
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "accumulate", interrupted)
+        patched.setattr(step, "accumulate", interrupted)
         with pytest.raises(TransientError, match="asked to stop, and did after step 3"):
             run_train(tiny_run(ready, rare))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -153,14 +154,14 @@ def test_a_cache_without_a_training_sample_is_refused(captured: Path):
 def measured(monkeypatch: pytest.MonkeyPatch, lengths: list[float]) -> None:
     """The acceptance that each checkpoint is found to have, in turn; how it is measured has tests of its own."""
     found = iter(lengths)
-    monkeypatch.setattr(loop, "acceptance_length", lambda *_: next(found))
+    monkeypatch.setattr(checkpoints, "acceptance_length", lambda *_: next(found))
 
 
 def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(ready: Path, monkeypatch, caplog):
     """Trap D9: the loss falls all the way, acceptance does not."""
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5, 2.0])
     falling = iter(range(99, 0, -1))
-    monkeypatch.setattr(loop, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop))
+    monkeypatch.setattr(step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop))
     artifact = run_train(tiny_run(ready, "train.max_steps=10"))
     assert checkpoint_steps(artifact) == [4, 8, 10]
     best = load_file(artifact.store.path(artifact.path("checkpoints/00000004/model.safetensors")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepspec.errors import TrainingFailed
-from deepspec.train import loop
+from deepspec.train import step
 from deepspec.train.loop import run_train
 from deepspec.train.memory import knobs_named
 from tests.conftest import tiny_run
@@ -30,7 +30,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(error: Except
     def too_large(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "accumulate", too_large)
+    monkeypatch.setattr(step, "accumulate", too_large)
     with pytest.raises(TrainingFailed, match="does not fit into memory") as caught:
         run_train(tiny_run(tmp_path / "store", "resources.batch_tokens=4321"))
     assert str(error).splitlines()[0] in caught.value.what

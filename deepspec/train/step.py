@@ -1,0 +1,81 @@
+"""One optimizer step over the global batch, whatever the ranks and micro-batches it was split into."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from typing import Any, NamedTuple
+
+import torch
+
+from deepspec.artifact import Artifact
+from deepspec.config import RunConfig
+from deepspec.errors import TrainingFailed
+from deepspec.model.draft import TrainBatch
+from deepspec.train.data import StepData
+from deepspec.train.metrics import Meter
+from deepspec.train.optim import apply_step, learning_rate
+from deepspec.train.state import trainable
+from deepspec.train.vitals import Vitals
+from deepspec.train.watchdog import Watchdog
+from deepspec.train.world import World
+
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Trainer(NamedTuple):
+    """What every step works with."""
+
+    config: RunConfig
+    artifact: Artifact
+    world: World
+    draft: Any
+    optimizer: torch.optim.Optimizer
+    stop: threading.Event  # set when this process is asked to stop
+    watchdog: Watchdog
+    vitals: Vitals
+
+
+class StepResult(NamedTuple):
+    loss: float
+    gradient_norm: float
+    stop: bool  # some rank was asked to stop; all ranks know it after the same step
+
+
+def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> StepResult:
+    """One optimizer step over the global batch.
+
+    Numerators are summed over micro-batches and ranks with their gradients, and divided once by the denominator of the
+    whole global batch: how the samples were split leaves no trace (algorithms: Loss).
+
+    Raises:
+        TrainingFailed: the loss or its gradient is not finite; the parameters are those of the step before.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in trainer.vitals.waiting(data.batches(step)):
+        totals += accumulate(trainer, batch, meter)
+    trainer.world.sum_gradients(list(trainable(trainer.draft).values()))
+    asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
+    numerator, denominator, stops = trainer.world.sum(torch.cat([totals, asked]).to(trainer.world.device)).tolist()
+    loss = numerator / denominator if denominator else 0.0
+    settings = trainer.config.train
+    lr = learning_rate(step, total=data.total_steps, settings=settings)
+    norm = apply_step(trainer.optimizer, lr=lr, denominator=denominator, clip=settings.clip) if denominator else 0.0
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        samples = [f"{int(data.cache.index.sample_id[drawn.number]):016x}" for drawn in data.drawn(step)]
+        trainer.artifact.store.write(trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode())
+        what = f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids are in bad_step_{step:08d}.json"
+        raise TrainingFailed(what, where=trainer.artifact.url, fix="lower train.lr, or look at those samples; the last checkpoint is whole")
+    return StepResult(loss, norm, stops > 0)
+
+
+def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tensor:
+    """Add one micro-batch's summed gradients; returns its (loss numerator, denominator) as float64 [2]."""
+    plan = trainer.draft.plan(batch)
+    dtype = COMPUTE_DTYPES[trainer.config.train.compute_dtype]
+    with torch.autocast(trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        output = trainer.draft.loss(batch, plan)
+    output.numerator.backward()
+    meter.add(output.metrics)
+    return torch.tensor([float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64)
