@@ -79,7 +79,11 @@ class ResourcesConfig(Section):
     evaluate_threads: PositiveInt | None = None
     """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
     batch_tokens: PositiveInt = 8192
-    """Tokens per forward pass in capture and per micro-batch in training."""
+    """Tokens per forward pass in capture and per micro-batch in training, where samples are packed one behind the other."""
+    compile: bool = False
+    """Whether training compiles what a draft computes position by position; its attention on a GPU is compiled in any case."""
+    recompute: bool = False
+    """Whether a training step computes each layer once more in its backward pass: less memory for about a third more time."""
     retries: int = Field(default=3, ge=0)
     """Times that a group of shards is tried again after a transient failure."""
     retry_delay_s: float = Field(default=2.0, ge=0)

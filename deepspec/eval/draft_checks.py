@@ -17,7 +17,6 @@ from deepspec.eval.cases import Check, distance
 from deepspec.eval.speculate import speculate
 from deepspec.eval.training_vectors import block_outputs
 from deepspec.generate import Decode, generate
-from deepspec.model.anchors import Anchors
 from deepspec.model.backbone import softcap
 from deepspec.model.block import BlockDraft
 from deepspec.model.checkpoint import Draft, build_draft
@@ -44,8 +43,9 @@ def check_draft(target: Target, config: dict[str, Any], rows: Sequence[Sequence[
     draft = build_draft(spec, embed=embed.cpu(), lm_head=lm_head.cpu(), seed=0).to(target.device)
     batch = _captured(target, rows)
     checks = _learning(draft, batch)
-    ids, mask, lengths, context, last, seeds = batch
-    single = TrainBatch(ids[:1], mask[:1], lengths[:1], context[:1], last[:1], seeds[:1])
+    first = int(batch.lengths[0])
+    ids, mask, context, last = (part[:first] for part in (batch.input_ids, batch.loss_mask, batch.context, batch.last_hidden))
+    single = TrainBatch(ids, mask, batch.lengths[:1], context, last, batch.seeds[:1])
     with torch.inference_mode():
         checks += [*_visibility(draft, single), _cached_drafting(draft, single), _lossless(target, draft, rows)]
     return checks
@@ -58,10 +58,11 @@ def _captured(target: Target, rows: Sequence[Sequence[int]]) -> TrainBatch:
     output = target.forward(ids)
     lengths = torch.full((num_rows,), num_tokens, device=ids.device)
     lengths[-1] -= 3
-    places = torch.arange(num_tokens, device=ids.device)
-    mask = (places >= num_tokens // 2) & (places < lengths[:, None])
-    context, last = output.context.clone(), output.last_hidden.clone()  # out of inference mode: they meet a graph
-    return TrainBatch(ids, mask, lengths, context, last, tuple(range(num_rows)))
+    places = torch.arange(num_tokens, device=ids.device).expand(num_rows, -1)
+    real = places < lengths[:, None]
+    # What a mask takes out of inference mode's tensors is a copy, which may meet a graph.
+    context, last = output.context.clone()[real], output.last_hidden.clone()[real]
+    return TrainBatch(ids[real], (places >= num_tokens // 2)[real], lengths, context, last, tuple(range(num_rows)))
 
 
 def _learning(draft: Draft, batch: TrainBatch) -> list[Check]:
@@ -78,23 +79,22 @@ def _learning(draft: Draft, batch: TrainBatch) -> list[Check]:
 
 
 def uncached_logits(draft: Draft, batch: TrainBatch, *, verified: int) -> Tensor:
-    """Logits [g, V] as training computes them, for the block behind the first `verified` tokens of the batch's only row."""
+    """Logits [g, V] as training computes them, for the block behind the first `verified` tokens of the batch's only sample."""
     if isinstance(draft, BlockDraft):
-        at = torch.tensor([[verified]], device=batch.input_ids.device)
-        plan = draft.plan_for(batch, Anchors(at, torch.ones_like(at, dtype=torch.bool)))
-        return block_outputs(draft, plan, batch.context).logits[0, 0]
+        plan = draft.plan_for(batch, torch.tensor([verified], device=batch.input_ids.device))
+        return block_outputs(draft, plan, batch.context).logits[0]
     plan_of_all = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
-    states = torch.cat([states[:, verified - 1] for states in draft.step_states(batch, plan_of_all)])
+    states = torch.stack([states[verified - 1] for states in draft.step_states(batch, plan_of_all)])
     return softcap(draft.lm_head(draft.norm(states)), draft.spec.logit_softcap)
 
 
 def _visibility(draft: Draft, batch: TrainBatch) -> list[Check]:
     """Trap D1: what is not known when a block is drafted must not move it, and what is known must."""
-    verified = batch.input_ids.shape[1] - 1 - BLOCK
+    verified = len(batch.input_ids) - 1 - BLOCK
     base, moved = uncached_logits(draft, batch, verified=verified), []
     for first in (verified, verified - 1):
         context = batch.context.clone()
-        context[:, first:] += 1.0
+        context[first:] += 1.0
         moved.append(distance(uncached_logits(draft, batch._replace(context=context), verified=verified), base))
     blind = float(moved[1] == 0.0)
     return [Check("moved by states at or behind its anchor", moved[0]), Check("blind to the state before its anchor", blind)]
@@ -102,15 +102,15 @@ def _visibility(draft: Draft, batch: TrainBatch) -> list[Check]:
 
 def _cached_drafting(draft: Draft, batch: TrainBatch) -> Check:
     """The context arrives in two parts with a proposal in between; the distributions are those of one uncached pass."""
-    verified = batch.input_ids.shape[1] - 1 - BLOCK
+    verified = len(batch.input_ids) - 1 - BLOCK
     cache, sampling = draft.new_cache(1, verified), SamplingConfig(temperature=1.0)
-    uniforms, ids = torch.linspace(0.1, 0.9, BLOCK, device=batch.input_ids.device)[None], batch.input_ids
-    first = verified - 3
-    draft.prefill(cache, batch.context[:, :first], ids[:, 1 : first + 1], [first])
+    uniforms, ids = torch.linspace(0.1, 0.9, BLOCK, device=batch.input_ids.device)[None], batch.input_ids[None]
+    first, context = verified - 3, batch.context[None]
+    draft.prefill(cache, context[:, :first], ids[:, 1 : first + 1], [first])
     draft.propose(cache, ids[:, first], sampling, uniforms)
-    draft.accept(cache, batch.context[:, first:verified], ids[:, first + 1 : verified + 1], [3])
+    draft.accept(cache, context[:, first:verified], ids[:, first + 1 : verified + 1], [3])
     proposal = draft.propose(cache, ids[:, verified], sampling, uniforms)
-    drafted = torch.cat([ids[:, : verified + 1], proposal.tokens], 1)
+    drafted = torch.cat([ids[0, : verified + 1], proposal.tokens[0]])
     wanted = uncached_logits(draft, batch._replace(input_ids=drafted), verified=verified).softmax(-1)
     found = torch.zeros_like(wanted) if proposal.probs is None else proposal.probs[0]
     return Check("cached and uncached drafting", distance(found, wanted), PROBABILITY)

@@ -1,6 +1,7 @@
 """Training cases of the reference vectors: masks, labels, forward states and logits; the losses are in `loss_vectors.py`.
 
-B batch, T tokens, A anchors, g block size, S training-time-test steps, D hidden size, V vocabulary.
+The reference pads its rows; here they are packed. `Rows` says which of its places are real.
+B batch, W padded width, A anchors a row, K anchors kept, g block size, S training-time-test steps, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,20 +14,16 @@ import torch
 from torch import Tensor
 
 from deepspec.eval.cases import Case, Check, distance, regret, relative, worst
-from deepspec.eval.loss_vectors import LOSS, gradient_checks, loss_check, loss_settings, metrics_check
-from deepspec.model.anchors import Anchors, BlockPlan, block_mask
+from deepspec.eval.loss_vectors import LOSS, ROUNDING_FACTOR, gradient_checks, loss_check, loss_settings, metrics_check
+from deepspec.model.anchors import BlockPlan, Samples
 from deepspec.model.backbone import softcap
 from deepspec.model.block import BlockDraft
-from deepspec.model.draft import TrainBatch
-from deepspec.model.eagle3 import Eagle3Draft
+from deepspec.model.checkpoint import Draft
+from deepspec.model.draft import Drafter, TrainBatch
+from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
 from deepspec.model.loss import deviation
 
 OUTPUT = 1e-5  # absolute
-# Where float32 rounds more than that, no two orders of summation agree to 1e-5 (Gemma's unscaled attention, Eagle3's
-# residual stream over seven steps). How much it rounds is measured on the case itself, against our own float64 pass,
-# so that a wrong number gains nothing by it; two results that are each that far off differ by twice as much, and a half
-# more is for the order of summation of another machine.
-ROUNDING_FACTOR = 3.0
 
 
 def check_block_case(case: Case) -> list[Check]:
@@ -36,9 +33,11 @@ def check_block_case(case: Case) -> list[Check]:
     if not isinstance(draft, BlockDraft):
         return [Check("algorithm", 1.0, note=f"the config describes {draft.spec.algorithm}")]
     draft.configure_loss(loss_settings(fields["loss_args"]))
-    batch = batch_of(tensors)
-    plan = draft.plan_for(batch, Anchors(tensors["anchor_positions"].long(), tensors["block_keep_mask"].bool()))
-    checks = [*_plan_checks(draft, plan, batch, tensors), *_forward_checks(draft, plan, batch, tensors)]
+    rows = Rows.of(tensors)
+    batch, keep = batch_of(tensors, rows), tensors["block_keep_mask"].bool()
+    starts = Samples.of(batch.lengths).starts[:, None]
+    plan = draft.plan_for(batch, (starts + tensors["anchor_positions"].long())[keep])
+    checks = [*_plan_checks(draft, plan, rows, tensors), *_forward_checks(draft, plan, batch, tensors)]
     output = draft.loss(batch, plan)
     loss = output.numerator / output.denominator.clamp(min=1e-9)
     loss.backward()
@@ -49,7 +48,7 @@ def check_block_case(case: Case) -> list[Check]:
         *checks,
         loss_check(output, loss, fields["scalars"]),
         metrics_check(output.metrics, fields, names),
-        *gradient_checks(draft, case),
+        *gradient_checks(draft, _exactly(draft, batch, plan), case),
     ]
 
 
@@ -59,10 +58,11 @@ def check_eagle3_case(case: Case) -> list[Check]:
     draft = case.draft(fields["config"], fields["weights"], fields["state_dict"])
     if not isinstance(draft, Eagle3Draft):
         return [Check("algorithm", 1.0, note=f"the config describes {draft.spec.algorithm}")]
-    batch = batch_of(tensors)
+    rows = Rows.of(tensors)
+    batch = batch_of(tensors, rows)
     plan = draft.plan(batch)
-    # The reference divides by the padded width of its batch; here padding leaves no trace, each sample has its own length.
-    plan = plan._replace(weights=torch.full_like(plan.weights, 1.0 / batch.input_ids.shape[1]))
+    # The reference divides by the padded width of its batch; here there is no padding, each sample has its own length.
+    plan = plan._replace(weights=torch.full_like(plan.weights, 1.0 / rows.real.shape[1]))
     output = draft.loss(batch, plan)
     loss = output.numerator / output.denominator.clamp(min=1e-9)
     loss.backward()
@@ -71,43 +71,65 @@ def check_eagle3_case(case: Case) -> list[Check]:
     steps = range(draft.spec.ttt_length)
     names = {f"accept@{step}": f"accept_rate@{step}" for step in steps} | {f"accuracy@{step}": f"accuracy@{step}" for step in steps}
     return [
-        *_step_checks(draft, batch, tensors),
+        *_step_checks(draft, batch, rows, tensors),
         worst("loss terms", {name: relative(found[name], value) for name, value in wanted.items()}, LOSS),
         metrics_check(output.metrics, fields, names | {"tau": "tau_probabilistic"}),
-        *gradient_checks(draft, case),
+        *gradient_checks(draft, _exactly(draft, batch, plan), case),
     ]
 
 
-def batch_of(tensors: dict[str, Tensor]) -> TrainBatch:
-    """The case's inputs; a mask [B, T] says where rows end, any other shape is the blocks' own."""
-    input_ids, mask = tensors["input_ids"].long(), tensors.get("attention_mask")
-    full = torch.full((len(input_ids),), input_ids.shape[1])
+class Rows(NamedTuple):
+    real: Tensor  # [B, W] bool, which of the padded places hold a token
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Rows:
+        """A mask [B, W] says where rows end, any other shape is the blocks' own."""
+        ids, mask = tensors["input_ids"], tensors.get("attention_mask")
+        return cls(mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool))
+
+
+def batch_of(tensors: dict[str, Tensor], rows: Rows) -> TrainBatch:
+    """The case's inputs, packed."""
+    real = rows.real
     return TrainBatch(
-        input_ids=input_ids,
-        loss_mask=tensors["loss_mask"].bool(),
-        lengths=mask.sum(-1).long() if mask is not None and mask.shape == input_ids.shape else full,
-        context=tensors["target_hidden_states"].float(),
-        last_hidden=tensors["target_last_hidden_states"].float(),
-        seeds=tuple(range(len(input_ids))),
+        input_ids=tensors["input_ids"][real].long(),
+        loss_mask=tensors["loss_mask"][real].bool(),
+        lengths=real.sum(-1),
+        context=tensors["target_hidden_states"][real].float(),
+        last_hidden=tensors["target_last_hidden_states"][real].float(),
+        seeds=tuple(range(len(real))),
     )
 
 
-def _plan_checks(draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tensors: dict[str, Tensor]) -> list[Check]:
-    counted, keep = tensors["eval_mask"].bool(), plan.anchors.keep.repeat_interleave(draft.block_size, 1)
-    mask = block_mask(plan.anchors, num_tokens=batch.input_ids.shape[1], block_size=draft.block_size)
-    seen = tensors["attention_mask"][:, 0].bool()
+def _exactly(draft: Draft, batch: TrainBatch, plan: BlockPlan | Eagle3Plan) -> Draft:
+    """The draft in float64, with the gradients of the same loss."""
+    exact = copy.deepcopy(draft).double()
+    exact.zero_grad()
+    drafter: Drafter = exact
+    output = drafter.loss(batch._replace(context=batch.context.double(), last_hidden=batch.last_hidden.double()), plan)
+    (output.numerator / output.denominator.clamp(min=1e-9)).backward()
+    return exact
+
+
+def _plan_checks(draft: BlockDraft, plan: BlockPlan, rows: Rows, tensors: dict[str, Tensor]) -> list[Check]:
+    keep, counted = tensors["block_keep_mask"].bool(), tensors["eval_mask"].bool()
+    width, size = rows.real.shape[1], draft.block_size
+    context, blocks = tensors["attention_mask"][:, 0].bool().unflatten(1, (-1, size)).split([width, keep.shape[1] * size], -1)
+    positions = torch.arange(width)
+    sees = (positions < (plan.anchors - plan.samples.starts)[:, None])[:, None]  # [K, 1, W]
+    own = torch.eye(keep.shape[1], dtype=torch.bool).repeat_interleave(size, 1)[:, None].expand_as(blocks[0])
     wrong = {
-        "counted slots": int((plan.counted != counted).sum()),
-        "labels": int((plan.labels != tensors["target_ids"].long())[counted].sum()),
-        "attention mask": int((mask[:, 0] != seen)[keep].sum()),
+        "counted slots": int((plan.counted != counted[keep]).sum()) + int(counted[~keep].sum()),
+        "labels": int((plan.labels != tensors["target_ids"].long()[keep])[plan.counted].sum()),
+        "attention mask": int((sees != context[keep]).sum()) + int((own != blocks)[keep].sum()),
     }
     return [worst("masks and labels that differ", {name: float(count) for name, count in wrong.items()}, 0.0)]
 
 
 class BlockOutputs(NamedTuple):
-    states: Tensor  # [B, A, g, D]
-    logits: Tensor  # [B, A, g, V]
-    confidence: Tensor | None  # [B, A, g]
+    states: Tensor  # [K, g, D]
+    logits: Tensor  # [K, g, V]
+    confidence: Tensor | None  # [K, g]
 
 
 def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockOutputs:
@@ -122,48 +144,47 @@ def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockO
 @torch.no_grad()
 def _forward_checks(draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tensors: dict[str, Tensor]) -> list[Check]:
     found, exact = block_outputs(draft, plan, batch.context), block_outputs(copy.deepcopy(draft).double(), plan, batch.context.double())
-    keep, logits = plan.anchors.keep, found.logits
-    states = _output("output states", found.states[keep], tensors["output_hidden"].view_as(found.states)[keep], exact.states[keep])
-    rounding = distance(logits[keep], exact.logits[keep])
-    target, counted = draft.vocabulary().target_logits(plan.of_slots(batch.last_hidden)), plan.counted
+    keep, logits = tensors["block_keep_mask"].bool(), found.logits
+    wanted_states = tensors["output_hidden"].unflatten(1, (-1, draft.block_size))[keep]
+    states = _output("output states", found.states, wanted_states, exact.states)
+    rounding = distance(logits, exact.logits)
+    target, counted = draft.vocabulary().target_logits(batch.last_hidden[plan.places]), plan.counted
     rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
+    in_row0 = int(keep[0].sum())
     compared: dict[str, Callable[[Tensor], float]] = {
-        "draft_logits": lambda wanted: distance(logits[keep], wanted[keep]),
-        "draft_logits_row0": lambda wanted: distance(logits[:1][keep[:1]], wanted[keep[:1]]),
-        "draft_logsumexp": lambda wanted: distance(logits.logsumexp(-1)[keep], wanted[keep]),
-        "draft_argmax": lambda wanted: regret(logits[keep], wanted[keep]),
-        "aligned_target_logsumexp": lambda wanted: distance(target.logsumexp(-1), wanted[counted]),
-        "aligned_target_argmax": lambda wanted: regret(target, wanted[counted]),
+        "draft_logits": lambda wanted: distance(logits, wanted[keep]),
+        "draft_logits_row0": lambda wanted: distance(logits[:in_row0], wanted[0][keep[0]]),
+        "draft_logsumexp": lambda wanted: distance(logits.logsumexp(-1), wanted[keep]),
+        "draft_argmax": lambda wanted: regret(logits, wanted[keep]),
+        "aligned_target_logsumexp": lambda wanted: distance(target.logsumexp(-1), wanted[keep][counted]),
+        "aligned_target_argmax": lambda wanted: regret(target, wanted[keep][counted]),
     }
     errors = {name: measure(tensors[name]) for name, measure in compared.items() if name in tensors}
     checks = [states, worst("logits", errors, _allowed(rounding))]
-    checks += [Check("acceptance rates", distance(rates, tensors["accept_rate"][counted]), OUTPUT)]
+    checks += [Check("acceptance rates", distance(rates, tensors["accept_rate"][keep][counted]), OUTPUT)]
     if found.confidence is not None and exact.confidence is not None:
-        checks += [_output("confidence", found.confidence[keep], tensors["confidence_pred"][keep], exact.confidence[keep])]
+        checks += [_output("confidence", found.confidence, tensors["confidence_pred"][keep], exact.confidence)]
     return checks
 
 
 @torch.no_grad()
-def _step_checks(draft: Eagle3Draft, batch: TrainBatch, tensors: dict[str, Tensor]) -> list[Check]:
+def _step_checks(draft: Eagle3Draft, batch: TrainBatch, rows: Rows, tensors: dict[str, Tensor]) -> list[Check]:
     every, exact = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask))), copy.deepcopy(draft).double()
     doubled = exact.step_states(batch._replace(context=batch.context.double()), every)
     cap, rounding = draft.spec.logit_softcap, {"states": 0.0, "logits": 0.0}
     errors: dict[str, dict[str, float]] = {"states": {}, "logits": {}}
     for step, (states, more_exact) in enumerate(zip(draft.step_states(batch, every), doubled, strict=True)):
-        counted, at = every.counted[step], every.positions[every.counted[step]]
-        rows = counted.nonzero()[:, 0]
+        counted, at = every.counted[step], every.places[every.counted[step]]
         logits = softcap(draft.lm_head(draft.norm(states[counted])), cap)
         precise = softcap(exact.lm_head(exact.norm(more_exact[counted])), cap)
         rounding["states"] = max(rounding["states"], distance(states[counted], more_exact[counted]))
         rounding["logits"] = max(rounding["logits"], distance(logits, precise))
-        errors["states"][f"step {step}"] = distance(states[counted], tensors["step_hidden"][step][rows, at])
-        of_step = [
-            distance(logits.logsumexp(-1), tensors["step_logsumexp"][step][rows, at]),
-            regret(logits, tensors["step_argmax"][step][rows, at]),
-        ]
-        for row in range(len(batch.input_ids)):
-            stored = tensors.get(f"step{step}_logits_row{row}")
-            of_step += [] if stored is None else [distance(logits[rows == row], stored[at[rows == row]])]
+        wanted = {name: tensors[f"step_{name}"][step][rows.real][at] for name in ("hidden", "logsumexp", "argmax")}
+        errors["states"][f"step {step}"] = distance(states[counted], wanted["hidden"])
+        of_step = [distance(logits.logsumexp(-1), wanted["logsumexp"]), regret(logits, wanted["argmax"])]
+        for row, (start, end) in enumerate(zip(*(bounds.tolist() for bounds in Samples.of(batch.lengths)), strict=True)):
+            stored, in_row = tensors.get(f"step{step}_logits_row{row}"), (at >= start) & (at < end)
+            of_step += [] if stored is None else [distance(logits[in_row], stored[at[in_row] - start])]
         errors["logits"][f"step {step}"] = max(of_step)
     return [worst(f"step {kind}", errors[kind], _allowed(rounding[kind])) for kind in errors]
 

@@ -1,6 +1,6 @@
-"""Where training blocks start, what they predict, and what they may see.
+"""Where training blocks start and what they predict.
 
-B batch, T tokens, A anchors, g block size. Rows are padded on the right.
+The samples of a batch lie one behind the other in one packed row: T tokens in all, S samples, K anchors, g block size.
 """
 
 from __future__ import annotations
@@ -9,79 +9,103 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-class Anchors(NamedTuple):
-    positions: Tensor  # [B, A] long, ascending in each row; 0 where not kept
-    keep: Tensor  # [B, A] bool, False fills up rows with fewer anchors
+class Samples(NamedTuple):
+    """Where each sample lies in the row."""
+
+    starts: Tensor  # [S] long
+    ends: Tensor  # [S] long, exclusive
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Samples:
+        ends = lengths.cumsum(0)
+        return cls(ends - lengths, ends)
+
+    def holding(self, places: Tensor) -> Samples:
+        """The bounds of the sample that each of these places [N] is in; fill behind the last sample counts to it."""
+        numbers = torch.searchsorted(self.ends, places, right=True).clamp(max=len(self.ends) - 1)
+        return Samples(self.starts[numbers], self.ends[numbers])
 
 
 class BlockPlan(NamedTuple):
-    """Everything about a batch's blocks that needs no forward pass."""
+    """Everything about a batch's blocks that needs no forward pass; one block per anchor."""
 
-    anchors: Anchors
-    anchor_tokens: Tensor  # [B, A] long
-    labels: Tensor  # [B, A, g] long, what slot j of block a predicts: the token at a + 1 + j
-    counted: Tensor  # [B, A, g] bool, a contiguous prefix of each block
-    weights: Tensor  # [B, A, g] float32, 0 where not counted
+    anchors: Tensor  # [K] long, where in the row each is, ascending
+    samples: Samples  # [K] of the sample that it belongs to; all zero for fill, of which nothing counts
+    positions: Tensor  # [T] long, of every token within its own sample
+    anchor_tokens: Tensor  # [K] long
+    labels: Tensor  # [K, g] long, what slot j of a block predicts: the token at its anchor + 1 + j
+    counted: Tensor  # [K, g] bool, a contiguous prefix of each block
+    weights: Tensor  # [K, g] float32, 0 where not counted
 
     @property
     def previous(self) -> Tensor:
-        """Token [B, A, g] before each slot's own, as the Markov head is taught with."""
-        return torch.cat([self.anchor_tokens[..., None], self.labels[..., :-1]], dim=-1)
+        """Token [K, g] before each slot's own, as the Markov head is taught with."""
+        return torch.cat([self.anchor_tokens[:, None], self.labels[:, :-1]], dim=-1)
 
-    def of_slots(self, values: Tensor) -> Tensor:
-        """`values` [B, T, D] at those places [N, D]."""
-        return values.flatten(0, 1)[self.places(values.shape[1])]
-
-    def places(self, num_tokens: int) -> Tensor:
-        """Where in [B * T] the position before each counted slot's label is [N]: the anchor's for slot 0."""
-        rows, blocks, slots = self.counted.nonzero(as_tuple=True)
-        return rows * num_tokens + self.anchors.positions[rows, blocks] + slots
+    @property
+    def places(self) -> Tensor:
+        """Where in the row the position before each counted slot's label is [N]: the anchor's for slot 0."""
+        blocks, slots = self.counted.nonzero(as_tuple=True)
+        return self.anchors[blocks] + slots
 
 
 def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Positions [B, T] that may be anchors: they and the token after them belong to an answer (mask [B, T] bool)."""
-    positions = torch.arange(loss_mask.shape[1] - 1, device=loss_mask.device)
-    pairs = loss_mask[:, :-1] & loss_mask[:, 1:] & (positions + 1 < lengths[:, None])
-    return torch.nn.functional.pad(pairs, (0, 1))
+    """Places [T] that may be anchors: they and the token after them belong to an answer of one sample (mask [T] bool)."""
+    pairs = F.pad(loss_mask[:-1] & loss_mask[1:], (0, 1))
+    pairs[lengths.cumsum(0) - 1] = False  # a sample's last token: the one after it is another sample's
+    return pairs
 
 
-def sample_anchors(loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]) -> Anchors:
-    """Up to `num_anchors` anchors per sample, uniformly without replacement, ascending; row b draws from seeds[b] alone."""
-    drawn = []
-    for candidates, seed in zip(anchor_candidates(loss_mask, lengths).cpu(), seeds, strict=True):
-        positions = candidates.nonzero()[:, 0]
+def sample_anchors(loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]) -> Tensor:
+    """Up to `num_anchors` anchors [K] per sample, uniformly without replacement, ascending; sample s draws from seeds[s] alone."""
+    drawn, sizes = [], lengths.tolist()
+    candidates = anchor_candidates(loss_mask, lengths).cpu()[: sum(sizes)].split(sizes)
+    start = 0
+    for of_sample, seed in zip(candidates, seeds, strict=True):
+        positions = of_sample.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
-        drawn.append(positions[torch.randperm(len(positions), generator=generator)[:num_anchors]].sort().values)
-    filled = torch.nn.utils.rnn.pad_sequence(drawn or [torch.empty(0, dtype=torch.long)], batch_first=True)[: len(drawn)]
-    counts = torch.tensor([len(positions) for positions in drawn])
-    keep = torch.arange(filled.shape[1]) < counts[:, None]
-    return Anchors(filled.to(loss_mask.device), keep.to(loss_mask.device))
+        chosen = positions[torch.randperm(len(positions), generator=generator)[:num_anchors]]
+        drawn.append(start + chosen.sort().values)
+        start += len(of_sample)
+    return torch.cat(drawn or [torch.empty(0, dtype=torch.long)]).to(loss_mask.device)
+
+
+def positions_within(lengths: Tensor, num_tokens: int) -> Tensor:
+    """The position [T] of every token within its own sample; fill goes on counting behind the last one."""
+    places = torch.arange(num_tokens, device=lengths.device)
+    return places - Samples.of(lengths).holding(places).starts
 
 
 def plan_blocks(
-    input_ids: Tensor, loss_mask: Tensor, lengths: Tensor, *, anchors: Anchors, block_size: int, decay: float | None
+    input_ids: Tensor, loss_mask: Tensor, lengths: Tensor, *, anchors: Tensor, block_size: int, decay: float | None
 ) -> BlockPlan:
     """What each slot predicts, and which count: inside the sample, in an answer, and all slots before it count.
 
     Slot j weighs exp(-j / decay), or 1 where `decay` is None.
     """
     slots = torch.arange(block_size, device=input_ids.device)
-    wanted = anchors.positions[:, :, None] + 1 + slots  # [B, A, g]
-    inside = (wanted < lengths[:, None, None]) & anchors.keep[:, :, None]
-    places = wanted.clamp(max=input_ids.shape[1] - 1).flatten(1)
-    labels = input_ids.gather(1, places).view_as(wanted)
-    counted = (loss_mask.gather(1, places).view_as(wanted) & inside).cumprod(-1).bool()
+    samples = Samples.of(lengths).holding(anchors)
+    wanted = anchors[:, None] + 1 + slots  # [K, g]
+    places = wanted.minimum(samples.ends[:, None] - 1)
+    counted = (loss_mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
     weights = counted.float() if decay is None else counted * torch.exp(-slots / decay)
-    return BlockPlan(anchors, input_ids.gather(1, anchors.positions), labels, counted, weights)
+    positions = positions_within(lengths, len(input_ids))
+    return BlockPlan(anchors, samples, positions, input_ids[anchors], input_ids[places], counted, weights)
 
 
-def block_mask(anchors: Anchors, *, num_tokens: int, block_size: int) -> Tensor:
-    """What each block slot sees (DSpark eq. 3) [B, 1, A * g, T + A * g] bool: context before its anchor, and its own block."""
-    num_rows, num_blocks = anchors.positions.shape
-    before = torch.arange(num_tokens, device=anchors.positions.device) < anchors.positions[:, :, None]  # [B, A, T]
-    own = torch.eye(num_blocks, dtype=torch.bool, device=before.device).repeat_interleave(block_size, 1)  # [A, A * g]
-    seen = torch.cat([before, own.expand(num_rows, -1, -1)], dim=-1)
-    return seen.repeat_interleave(block_size, 1)[:, None]
+def filled(plan: BlockPlan, multiple: int) -> BlockPlan:
+    """The plan with blocks that count nothing behind the others, up to a multiple of so many: shapes then repeat."""
+    room = -len(plan.anchors) % multiple
+    if room == 0:
+        return plan
+    longer = {
+        name: F.pad(value, (0,) * (2 * value.ndim - 1) + (room,))
+        for name, value in plan._asdict().items()
+        if name not in ("samples", "positions")
+    }
+    samples = Samples(*(F.pad(bound, (0, room)) for bound in plan.samples))
+    return BlockPlan(samples=samples, positions=plan.positions, **longer)

@@ -1,107 +1,177 @@
-"""Attention of training blocks: compiled flex attention where it works, dense masks with SDPA elsewhere.
+"""Attention of training: each query sees a run of its own sample's tokens, and the other slots of its own block.
 
-Dense masks cost A * g * (T + A * g) bytes a sample and compute every score; flex skips what no slot sees.
-B batch, T tokens, A anchors, g block size, H heads, K key-value heads, E head dimension, n queries, L keys.
+All samples of a batch lie in one packed row; what separates them is where a query's run starts. Compiled flex attention
+where it works, with tiles that no query sees left out; elsewhere plain PyTorch, sample by sample.
+T tokens, K blocks, g block size, n = K * g queries, c keys and values per query of its own, H heads, G key-value heads, E head size.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from deepspec.families import HeadGeometry
-from deepspec.model.anchors import Anchors, block_mask
-
-log = logging.getLogger(__name__)
-
-Mask = Tensor | BlockMask
-PROBE_TOKENS, PROBE_BLOCK = 128, 8
+KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
+TILE = 128  # queries and keys that flex attention works on at a time
 
 
-def visibility(anchors: Anchors, *, num_tokens: int, block_size: int, path: Literal["flex", "dense"]) -> Mask:
-    """What each block slot sees (DSpark eq. 3), as the path's attention takes it."""
-    if path == "dense":
-        return block_mask(anchors, num_tokens=num_tokens, block_size=block_size)
-    starts = anchors.positions
-    # A number captured as such would be compiled in, and every new length would compile again.
-    width = torch.tensor(num_tokens, device=starts.device)
+class Sight(NamedTuple):
+    """What the queries of each block see of the row's tokens, besides their own block: `first` up to before `last`."""
 
-    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        own = (key >= width) & ((key - width) // block_size == block)
-        return (key < starts[row, block]) | own  # an anchor lies within the context, so the first half never reaches the blocks
-
-    num_rows, num_blocks = starts.shape
-    num_queries = num_blocks * block_size
-    # Anchors ascend: neighbouring blocks see almost the same context, and most 128 x 128 tiles are seen whole or not at all.
-    return create_block_mask(sees, B=num_rows, H=None, Q_LEN=num_queries, KV_LEN=num_tokens + num_queries, device=starts.device)
+    first: Tensor  # [K] long, where the block's sample starts
+    last: Tensor  # [K] long
+    block_size: int
+    path: Literal["flex", "dense"]
 
 
-def flex(queries: Tensor, keys: Tensor, values: Tensor, *, mask: BlockMask, scale: float) -> Tensor:
-    """Attention output [B, H, n, E] of queries [B, H, n, E] over keys and values [B, K, L, E]."""
-    device = values.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
-    # Autocast knows SDPA but not flex, and rotated queries come in the tables' float32.
-    cast_inputs = (x.to(dtype) for x in (queries, keys, values))
-    kernel: Any = _compiled() if values.is_cuda else flex_attention
-    shares = queries.shape[1] != keys.shape[1]
-    return cast("Tensor", kernel(*cast_inputs, block_mask=mask, scale=scale, enable_gqa=shares))
+def attend(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float) -> Tensor:
+    """Attention output [1, n, H * E] of queries [1, n, H, E].
+
+    Args:
+        queries: of all blocks, one behind the other.
+        context: keys and values of the row's tokens.
+        own: keys and values of the slots themselves (n each): those of its own block are seen, of each entry.
+        sight: what a query sees of `context`.
+        scale: factor on the scores.
+    """
+    if sight.path == "flex":
+        return flex(queries, context, own, sight, scale=scale)
+    with torch.autocast(queries.device.type, enabled=False):  # scores are as exact as the rotated queries and keys
+        return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, sight)
+
+
+class SampleSight(NamedTuple):
+    """What the blocks of one sample see."""
+
+    start: int  # of the run of tokens that some of them see
+    end: int
+    last: Tensor  # of each block
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    def unseen(self, block_size: int) -> Tensor:
+        """[n, t] bool, which tokens of the run each query does not see."""
+        places = torch.arange(self.start, self.end, device=self.last.device)
+        return (places >= self.last[:, None]).repeat_interleave(block_size, 0)
+
+
+def by_sample(sight: Sight) -> list[SampleSight]:
+    """The samples that have blocks."""
+    firsts, counts = (values.tolist() for values in torch.unique_consecutive(sight.first, return_counts=True))
+    samples: list[SampleSight] = []
+    for first, last in zip(firsts, sight.last.split(counts), strict=True):
+        start = max(first, samples[-1].end if samples else 0)  # fill stands behind the samples and says 0
+        samples.append(SampleSight(start, max(start, int(last.max())), last))
+    return samples
+
+
+def sample_by_sample(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight) -> Tensor:
+    """[1, n, H * E], sample by sample; `queries` [H, n, E] are scaled.
+
+    Tensors are split once for all samples: the gradient of a slice would be a tensor as large as all of them together.
+    """
+    samples, size = by_sample(sight), sight.block_size
+    num_slots = [len(sample.last) * size for sample in samples]
+    ends = [0, *(sample.end for sample in samples)]
+    runs = [length for end, sample in zip(ends, samples, strict=False) for length in (sample.start - end, sample.num_tokens)]
+    runs.append(context[0].shape[2] - ends[-1])
+
+    def of_tokens(x: Tensor) -> tuple[Tensor, ...]:
+        return x[0].to(queries.dtype).split(runs, 1)[1::2]
+
+    def of_slots(x: Tensor) -> tuple[Tensor, ...]:
+        return x[0].to(queries.dtype).split(num_slots, 1)
+
+    keys, values = (of_tokens(x) for x in context)
+    of_own = [tuple(zip(of_slots(own_keys), of_slots(own_values), strict=True)) for own_keys, own_values in own]
+    parts = [
+        _attend_sample(slots, (keys[number], values[number]), [pairs[number] for pairs in of_own], samples[number].unseen(size), size)
+        for number, slots in enumerate(queries.split(num_slots, 1))
+    ]
+    return torch.cat(parts, 1).transpose(0, 1).flatten(1)[None]
+
+
+def _attend_sample(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], unseen: Tensor, size: int) -> Tensor:
+    """[H, n, E] of one sample's queries [H, n, E] over its run of tokens [G, t, E] twice and its slots [G, n, E] twice each."""
+    keys, values = context
+    num_groups, num_tokens, _ = keys.shape
+    grouped = queries.unflatten(0, (num_groups, -1))  # heads that share keys are further queries
+    by_block = grouped.unflatten(2, (-1, size))
+    scores = (grouped.flatten(1, 2) @ keys.transpose(1, 2)).view(*grouped.shape[:3], num_tokens).masked_fill(unseen, -torch.inf)
+    own_scores = [(by_block @ _blocks(own_keys, size).transpose(-1, -2)).flatten(2, 3) for own_keys, _ in own]
+    weights = torch.cat([scores, *own_scores], -1).softmax(-1)
+    of_tokens, *of_own = weights.split([num_tokens, *[size] * len(own)], -1)
+    out = (of_tokens.flatten(1, 2) @ values).view(grouped.shape)
+    for seen, (_, own_values) in zip(of_own, own, strict=True):
+        out = out + (seen.unflatten(2, (-1, size)) @ _blocks(own_values, size)).flatten(2, 3)
+    return out.flatten(0, 1)
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """[G, n, E] -> [G, 1, K, g, E]."""
+    return x.unflatten(1, (-1, size))[:, None]
+
+
+def flex(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float) -> Tensor:
+    """The same by flex attention."""
+    device = queries.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+    keys, values = (torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1))
+    # Autocast does not know flex attention, and rotated queries come in the tables' float32.
+    mask = tiles(sight, num_tokens=context[0].shape[2], copies=len(own))
+    kernel: Any = _compiled() if queries.is_cuda else flex_attention
+    shares = queries.shape[2] != keys.shape[1]
+    out = kernel(queries.transpose(1, 2).to(dtype), keys, values, block_mask=mask, scale=scale, enable_gqa=shares)
+    return cast("Tensor", out).transpose(1, 2).flatten(2)
+
+
+def tiles(sight: Sight, *, num_tokens: int, copies: int) -> BlockMask:
+    """The tiles of 128 queries x 128 keys in which something is seen, worked out without looking at single keys.
+
+    Keys are the row's tokens, then `copies` times the slots. Asking of every key whether it is seen, as PyTorch's own
+    helper does, would take a gigabyte for 8,192 tokens with 512 anchors a sample.
+    """
+    first, last, size = sight.first, sight.last, sight.block_size
+    num_queries, device = len(first) * size, first.device
+    num_keys = num_tokens + copies * num_queries
+    # Numbers captured as such would be compiled in, and every new length would compile again.
+    width, period = (torch.tensor(value, device=device) for value in (num_tokens, num_queries))
+
+    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // size
+        in_own = (key >= width) & ((key - width) % period // size == block)
+        return ((key >= first[block]) & (key < last[block])) | in_own  # `last` lies within the tokens
+
+    low = torch.arange(0, num_keys, TILE, device=device)
+    rows = torch.arange(0, num_queries, TILE, device=device)
+    bounds = torch.stack([first, last]).repeat_interleave(size, 1)
+    bounds = torch.cat([bounds, bounds[:, -1:].expand(-1, -num_queries % TILE)], 1).view(2, len(rows), TILE)
+    (first_min, last_min), (first_max, last_max) = bounds.amin(-1), bounds.amax(-1)
+    some = (low < last_max[:, None]) & (low + TILE > first_min[:, None])
+    whole = (low >= first_max[:, None]) & (low + TILE <= last_min[:, None])
+    slots = rows // size * size, (rows + TILE + size - 1) // size * size  # of all blocks that the tile has a query of
+    for copy in range(copies):
+        start, end = (num_tokens + copy * num_queries + bound.clamp(max=num_queries)[:, None] for bound in slots)
+        some |= (low < end) & (low + TILE > start)
+    (counts, order), (whole_counts, whole_order) = (_listed(chosen) for chosen in (some & ~whole, whole))
+    return BlockMask.from_kv_blocks(
+        counts, order, whole_counts, whole_order, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(num_queries, num_keys)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of a row's tiles are chosen, and their numbers in front of the others'; [1, 1, rows] and [1, 1, rows, tiles]."""
+    order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None]
 
 
 @lru_cache
 def _compiled() -> Callable[..., Tensor]:
     # Not compiled, flex attention computes dense scores and saves nothing (trap D10). Lengths differ from batch to batch.
     return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))
-
-
-def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
-    """Which attention training takes on this device, for the dtype it computes in; probed and logged once."""
-    device = weight.device
-    if device.type != "cuda":
-        return _dense(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-    return _choose(device.type, dtype, heads)
-
-
-@lru_cache
-def _dense(device: str) -> Literal["dense"]:
-    log.info("training attention=dense device=%s (flex attention has no backward pass there)", device)
-    return "dense"
-
-
-@lru_cache
-def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
-    try:
-        probe(device, dtype, heads)
-    except _kernel_errors() as error:
-        reason = str(error).strip().partition("\n")[0]
-        log.warning("training attention=dense device=cuda FALLBACK: compiled flex attention fails here, memory grows: %s", reason)
-        return "dense"
-    log.info("training attention=flex (compiled) device=cuda dtype=%s head_dim=%d", dtype, heads.head_dim)
-    return "flex"
-
-
-def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
-    """One small forward and backward pass of flex attention; raises what its compiler or its kernel raises."""
-    anchors = Anchors(torch.tensor([[3, 60]], device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
-    mask = visibility(anchors, num_tokens=PROBE_TOKENS, block_size=PROBE_BLOCK, path="flex")
-    shapes = ((heads.num_heads, 2 * PROBE_BLOCK), *[(heads.num_kv_heads, PROBE_TOKENS + 2 * PROBE_BLOCK)] * 2)
-    with torch.enable_grad():
-        tensors = [torch.ones(1, *shape, heads.head_dim, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
-        flex(*tensors, mask=cast("BlockMask", mask), scale=1.0).sum().backward()
-
-
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What a kernel that does not fit the device raises: torch's compiler a RuntimeError, Triton an error of its own."""
-    try:
-        triton = importlib.import_module("triton.runtime.errors")
-    except ImportError:
-        return (RuntimeError,)
-    return (RuntimeError, cast("type[Exception]", triton.TritonError))

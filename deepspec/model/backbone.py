@@ -1,26 +1,24 @@
 """Transformer layers of a draft; a family is a record, so there is one class for all of them.
 
-B batch, n new positions, L all positions, D hidden size, H heads, K key-value heads, E head dimension.
+B batch, n new positions, L all positions, T context tokens, D hidden size, H heads, K key-value heads, E head dimension.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from deepspec.families import RopeSettings
-from deepspec.model.attention import Mask, flex
+from deepspec.model.attention import Sight, attend
+from deepspec.model.execution import Execution
+from deepspec.model.kv import LayerCache
 from deepspec.model.spec import DraftSpec
-
-# (layer number, keys, values of the new positions [B, K, n, E]) -> all keys and values these positions may see [B, K, L, E]
-Extend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rotation(NamedTuple):
@@ -28,6 +26,10 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+    def at(self, positions: Tensor) -> Rotation:
+        """Those of `positions` [n], out of a table [L, 1, E]."""
+        return Rotation(self.cos[positions], self.sin[positions])
 
 
 class RotaryTable:
@@ -105,22 +107,13 @@ class Attention(nn.Module):
             values = F.rms_norm(values, size[1:], eps=self.eps)
         return rotate(self.k_norm(keys), rotation).transpose(1, 2), values.transpose(1, 2)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask | None) -> Tensor:
-        """Attention output [B, n, D]; `mask` [B, 1, n or 1, L] is True where a key is seen, None where all are."""
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention output [B, n, D] of a row's new positions, which all see the same keys: `mask` [B, 1, 1, L], None is all."""
         num_rows, num_new, num_heads, head_dim = queries.shape
-        if isinstance(mask, BlockMask):
-            out = flex(queries.transpose(1, 2), keys, values, mask=mask, scale=self.scale)
-        elif mask is None or mask.shape[2] == 1:
-            # Heads that share keys become further queries: no copies of the keys, and one matmul for the group.
-            grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4)
-            out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
-            out = out.view(num_rows, num_heads, num_new, head_dim)
-        else:
-            if keys.is_cuda and num_heads != keys.shape[1]:  # with a mask, CUDA's memory-efficient kernel wants a key per query head
-                keys, values = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (keys, values))
-            shares = num_heads != keys.shape[1]
-            out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask, scale=self.scale, enable_gqa=shares)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        # Heads that share keys become further queries: no copies of the keys, and one matmul for the group.
+        grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4)
+        out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
+        return self.o_proj(out.view(num_rows, num_heads, num_new, head_dim).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -166,11 +159,21 @@ class DecoderLayer(nn.Module):
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x * self.layer_scalar if self.has_scalar else x
 
-    def forward(self, x: Tensor, rotation: Rotation, *, number: int, extend: Extend, mask: Mask | None) -> Tensor:
-        """One pre-norm layer over `x` [B, n, D]."""
+    def forward(self, x: Tensor, rotation: Rotation, stored: LayerCache, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
+        """Decoding: the layer over the next positions `x` [B, n, D], whose keys and values are written behind `lengths`."""
         normed = self.input_layernorm(x)
-        keys, values = extend(number, *self.self_attn.keys_values(normed, rotation))
+        keys, values = stored.write(*self.self_attn.keys_values(normed, rotation), lengths)
         return self.after_attention(x, self.self_attn.attend(self.self_attn.queries(normed, rotation), keys, values, mask))
+
+    def over_blocks(self, x: Tensor, fused: Tensor, rotations: tuple[Rotation, Rotation], sight: Sight, execution: Execution) -> Tensor:
+        """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused context [1, T, D] as well."""
+        of_context, of_slots = rotations
+        run, attention = execution.positionwise, self.self_attn
+        context = run(Attention.keys_values, attention, fused, of_context)
+        normed = run(RMSNorm.forward, self.input_layernorm, x)
+        own = run(Attention.keys_values, attention, normed, of_slots)
+        attended = attend(run(Attention.queries, attention, normed, of_slots), context, [own], sight, scale=attention.scale)
+        return run(type(self).after_attention, self, x, attention.o_proj(attended))
 
 
 class Layers(nn.ModuleList):

@@ -1,6 +1,6 @@
 """Block drafters: DFlash is the backbone alone, DSpark the same with a Markov and a confidence head.
 
-B batch, T tokens, A anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov rank, E head dimension.
+B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov rank, E head dimension.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config import LossConfig, SamplingConfig
-from deepspec.model.anchors import Anchors, BlockPlan, plan_blocks, sample_anchors
-from deepspec.model.attention import Mask, training_path, visibility
-from deepspec.model.backbone import DecoderLayer, Extend, Layers, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
+from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
+from deepspec.model.attention import Sight
+from deepspec.model.attention_path import training_path
+from deepspec.model.backbone import DecoderLayer, Layers, RMSNorm, RotaryTable, embedding_scale, softcap
 from deepspec.model.draft import DraftCache, Proposal, TrainBatch
+from deepspec.model.execution import FILL_BLOCKS, Execution
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.kv import LayerCache
 from deepspec.model.linear_loss import Targets, Vocabulary
@@ -30,7 +32,7 @@ class BlockDraft(nn.Module):
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
         size = spec.hidden_size
-        self.spec = spec
+        self.spec, self.execution = spec, Execution()
         self.embed_tokens = nn.Embedding(spec.vocab_size, size)
         self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
         self.fc = nn.Linear(spec.num_context_features, size, bias=False)
@@ -69,17 +71,18 @@ class BlockDraft(nn.Module):
         drawn = sample_anchors(batch.loss_mask, batch.lengths, num_anchors=self.spec.num_anchors, seeds=batch.seeds)
         return self.plan_for(batch, drawn)
 
-    def plan_for(self, batch: TrainBatch, anchors: Anchors) -> BlockPlan:
-        """The plan for anchors that are already chosen."""
+    def plan_for(self, batch: TrainBatch, anchors: Tensor) -> BlockPlan:
+        """The plan for anchors that are already chosen: their places [K] in the packed row, ascending."""
         ids, mask, lengths = batch.input_ids, batch.loss_mask, batch.lengths
-        return plan_blocks(ids, mask, lengths, anchors=anchors, block_size=self.block_size, decay=self.loss_settings.decay)
+        plan = plan_blocks(ids, mask, lengths, anchors=anchors, block_size=self.block_size, decay=self.loss_settings.decay)
+        return filled(plan, FILL_BLOCKS) if self.execution.compile else plan
 
     def denominators(self, plan: BlockPlan) -> dict[str, Tensor]:
         return dict.fromkeys(self.loss_weights, plan.weights.sum())
 
     def loss(self, batch: TrainBatch, plan: BlockPlan) -> LossOutput:
         """Loss sums over the counted slots (eq. 9-12)."""
-        if plan.counted.shape[1] == 0:
+        if len(plan.anchors) == 0:
             return zero_loss(self, self.loss_weights)
         states, counted = self.block_states(batch.context, plan), plan.counted
         features = previous = None
@@ -90,10 +93,10 @@ class BlockDraft(nn.Module):
             states=states[counted],
             features=features,
             confidence=self._confidence_logits(states[counted], previous),
-            targets=Targets.gathered(batch.last_hidden.flatten(0, 1), plan.places(batch.last_hidden.shape[1])),
+            targets=Targets.gathered(batch.last_hidden, plan.places),
             labels=plan.labels[counted],
             weights=plan.weights[counted],
-            counted=counted.flatten(0, 1),
+            counted=counted,
         )
         return block_loss(slots, self.vocabulary(), self.loss_settings)
 
@@ -105,28 +108,16 @@ class BlockDraft(nn.Module):
         return self.confidence_head(states, previous)
 
     def block_states(self, context: Tensor, plan: BlockPlan) -> Tensor:
-        """Final-normed states [B, A, g, D] of the block behind each anchor; `context` [B, T, m * D]."""
-        size, num_tokens = self.block_size, context.shape[1]
-        table = self.rotary(num_tokens + size, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
-        fused = self._fuse(context)
-        of_context = Rotation(table.cos[:num_tokens], table.sin[:num_tokens])
-        context_pairs = [layer.self_attn.keys_values(fused, of_context) for layer in self.layers]
-
-        def extend(number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            context_keys, context_values = context_pairs[number]
-            return torch.cat([context_keys, keys], 2), torch.cat([context_values, values], 2)
-
-        positions = (plan.anchors.positions[..., None] + torch.arange(size, device=fused.device)).flatten(1)
-        rotation = Rotation(table.cos[positions], table.sin[positions])
-        path = training_path(self.fc.weight, self.spec.heads)
-        mask = visibility(plan.anchors, num_tokens=num_tokens, block_size=size, path=path)
-        states = self._backbone(self._embed_blocks(plan.anchor_tokens).flatten(1, 2), rotation, extend, mask)
-        return states.unflatten(1, (-1, size))
-
-    def _backbone(self, x: Tensor, rotation: Rotation, extend: Extend, mask: Mask | None) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotation, number=number, extend=extend, mask=mask)
-        return self.norm(x)
+        """Final-normed states [K, g, D] of the block behind each anchor; `context` [T, m * D]."""
+        size, first, weight = self.block_size, plan.samples.starts, self.fc.weight
+        table = self.rotary(len(context) + size, device=weight.device, dtype=weight.dtype)
+        positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
+        rotations = table.at(plan.positions), table.at(positions.flatten())
+        sight = Sight(first, plan.anchors, size, training_path(weight, self.spec.heads))  # the anchor's own state is not known yet
+        fused, x = self._fuse(context[None]), self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None]
+        for layer in self.layers:
+            x = self.execution.layer(layer.over_blocks, x, fused, rotations, sight, self.execution)
+        return self.norm(x)[0].unflatten(0, (-1, size))
 
     def _fuse(self, context: Tensor) -> Tensor:
         """Fused context RMSNorm(W_c h) [B, T, D] of the captured layers [B, T, m * D] (eq. 2)."""
@@ -167,12 +158,10 @@ class BlockDraft(nn.Module):
     @torch.no_grad()
     def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
         """One backbone pass, then tokens left to right; `anchor` [B] long, `uniforms` [B, g] unless greedy."""
-        rotation, mask = cache.rotation(self.block_size), cache.mask(self.block_size)
-
-        def extend(number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            return cache.layers[number].write(keys, values, cache.lengths)  # overwritten by the next accept
-
-        states = self._backbone(self._embed_blocks(anchor), rotation, extend, mask)
+        rotation, mask, x = cache.rotation(self.block_size), cache.mask(self.block_size), self._embed_blocks(anchor)
+        for layer, stored in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, rotation, stored, cache.lengths, mask)  # what it writes is overwritten by the next accept
+        states = self.norm(x)
         logits = softcap(self.lm_head(states), self.spec.logit_softcap)
         drawn = None if uniforms is None or sampling.temperature == 0 else uniforms
         if self.markov_head is not None:

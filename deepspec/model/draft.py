@@ -1,6 +1,6 @@
 """What every draft is to the training loop and to decoding, and the tensors that pass between them.
 
-B batch (rows), T tokens, g block size, m captured layers, D hidden size, V vocabulary.
+B batch (rows), T tokens, S samples, g block size, m captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from deepspec.config import LossConfig, SamplingConfig
 from deepspec.model.backbone import Rotation
+from deepspec.model.execution import Execution
 from deepspec.model.kv import LayerCache
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
 
 
 class TrainBatch(NamedTuple):
-    """Samples of one micro-batch, padded on the right."""
+    """Samples of one micro-batch, packed one behind the other; behind the last there may be fill, which no loss counts."""
 
-    input_ids: Tensor  # [B, T] long
-    loss_mask: Tensor  # [B, T] bool
-    lengths: Tensor  # [B] long, tokens of each sample
-    context: Tensor  # [B, T, m * D]
-    last_hidden: Tensor  # [B, T, D] after the target's final norm; zeros where not stored
+    input_ids: Tensor  # [T] long
+    loss_mask: Tensor  # [T] bool
+    lengths: Tensor  # [S] long, tokens of each sample
+    context: Tensor  # [T, m * D]
+    last_hidden: Tensor  # [T, D] after the target's final norm; zeros where not stored
     seeds: tuple[int, ...]  # of each sample's random choices
 
 
@@ -84,6 +85,7 @@ class Drafter(Protocol):
     """The protocol that DFlash, DSpark and Eagle3 satisfy."""
 
     spec: DraftSpec
+    execution: Execution
 
     @property
     def block_size(self) -> int: ...

@@ -1,8 +1,7 @@
 """Eagle3 (arXiv 2503.01840): one decoder layer that goes on from its own outputs, token by token.
 
 Position t (RoPE position t) reads the target's fused state g_t and token t + 1, and predicts token t + 2.
-B batch, T tokens, S training-time-test steps, P scored positions of a sample, g block size, m captured layers, D hidden
-size, V vocabulary, H heads, K key-value heads, E head dimension.
+B batch, T tokens, S training-time-test steps, P scored places, g block size, m captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config import LossConfig, SamplingConfig
-from deepspec.model.backbone import DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
+from deepspec.model.anchors import Samples
+from deepspec.model.attention import KeysValues, Sight, attend
+from deepspec.model.attention_path import training_path
+from deepspec.model.backbone import Attention, DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
 from deepspec.model.draft import DraftCache, Proposal, TrainBatch
+from deepspec.model.execution import FILL_TOKENS, Execution
 from deepspec.model.kv import LayerCache
 from deepspec.model.linear_loss import Vocabulary
 from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
@@ -25,9 +28,12 @@ from deepspec.model.spec import DraftSpec
 
 
 class Eagle3Plan(NamedTuple):
-    positions: Tensor  # [B, P] long, ascending: the positions that some step is scored at (then fill, which no step counts)
-    counted: Tensor  # [S, B, P] bool, which of them step s is scored at
-    weights: Tensor  # [B] float32, one over each sample's length: the loss is a mean per sample, not per token
+    places: Tensor  # [P] long, where in the packed row some step is scored at, ascending (then fill, which no step counts)
+    starts: Tensor  # [P] long, where the sample of each begins
+    positions: Tensor  # [T] long, of every token within its own sample
+    counted: Tensor  # [S, P] bool, which of the places step s is scored at
+    weights: Tensor  # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
+    num_samples: Tensor  # float32
 
 
 class Eagle3Layer(DecoderLayer):
@@ -48,7 +54,7 @@ class Eagle3Draft(nn.Module):
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
         size = spec.hidden_size
-        self.spec = spec
+        self.spec, self.execution = spec, Execution()
         self.embed_tokens = nn.Embedding(spec.vocab_size, size)
         self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
         self.fc = nn.Linear(spec.num_context_features, size, bias=False)
@@ -81,56 +87,55 @@ class Eagle3Draft(nn.Module):
 
     def plan(self, batch: TrainBatch) -> Eagle3Plan:
         """Step s scores position t where t + s is supervised and not the sample's last token; no chance involved."""
-        num_tokens = batch.input_ids.shape[1]
-        before_last = torch.arange(num_tokens, device=batch.lengths.device) < batch.lengths[:, None] - 1
-        supervised = batch.loss_mask & before_last
-        steps = range(self.spec.ttt_length)
-        counted = torch.stack([F.pad(supervised, (0, step))[:, step : step + num_tokens] for step in steps])  # [S, B, T]
-        scored = counted.any(0)
-        most = int(scored.sum(-1).max()) if len(scored) else 0
-        positions = (~scored).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
-        return Eagle3Plan(positions, counted.gather(2, positions.expand(len(counted), -1, -1)), 1.0 / batch.lengths)
+        num_tokens = len(batch.input_ids)
+        places = torch.arange(num_tokens, device=batch.lengths.device)
+        samples = Samples.of(batch.lengths).holding(places)
+        ahead = places + torch.arange(self.spec.ttt_length, device=places.device)[:, None]  # [S, T]
+        counted = batch.loss_mask[ahead.clamp(max=num_tokens - 1)] & (ahead < samples.ends - 1)
+        scored = counted.any(0).nonzero()[:, 0]
+        fill = (0, -len(scored) % FILL_TOKENS if self.execution.compile else 0)
+        starts, weights = F.pad(samples.starts[scored], fill), F.pad(1.0 / (samples.ends - samples.starts)[scored], fill)
+        num_samples = weights.new_tensor(len(batch.lengths))
+        return Eagle3Plan(F.pad(scored, fill), starts, places - samples.starts, F.pad(counted[:, scored], fill), weights, num_samples)
 
     def denominators(self, plan: Eagle3Plan) -> dict[str, Tensor]:
-        return dict.fromkeys(self.loss_weights, plan.weights.new_tensor(len(plan.weights)))
+        return dict.fromkeys(self.loss_weights, plan.num_samples)
 
     def loss(self, batch: TrainBatch, plan: Eagle3Plan) -> LossOutput:
         """Soft cross-entropy to the target's distribution at every step of the training-time test."""
-        if plan.positions.shape[1] == 0:
+        if len(plan.places) == 0:
             return zero_loss(self, self.loss_weights)
-        rows = torch.arange(len(plan.positions), device=plan.positions.device)[:, None].expand_as(plan.positions)
         scored = []
-        for step, states in enumerate(self.step_states(batch, plan)):
-            counted = plan.counted[step]
-            of_row, at = rows[counted], plan.positions[counted]
+        for step, (states, counted) in enumerate(zip(self.step_states(batch, plan), plan.counted, strict=True)):
             # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token, so it is there.
-            places = of_row * batch.last_hidden.shape[1] + at + 1 + step
-            scored.append(Scored(self.norm(states[counted]), places, plan.weights[of_row], counted))
+            scored.append(Scored(self.norm(states[counted]), plan.places[counted] + 1 + step, plan.weights[counted], counted))
         vocabulary = Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
-        hidden = batch.last_hidden.flatten(0, 1)
-        return step_losses(scored, vocabulary, hidden, self.loss_weights, plan.weights.new_tensor(len(plan.weights)))
+        return step_losses(scored, vocabulary, batch.last_hidden, self.loss_weights, plan.num_samples)
 
     def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
-        """The layer's raw output [B, P, D] at the plan's positions, step by step; each step reads the one before."""
-        layer, num_tokens = self.layer, batch.input_ids.shape[1]
+        """The layer's raw output [P, D] at the plan's places, step by step; each step reads the one before."""
+        run, attention, num_tokens = self.execution.positionwise, self.layer.self_attn, len(batch.input_ids)
         table = self.rotary(num_tokens + self.spec.ttt_length, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
-        fused = self.fc(batch.context.to(self.fc.weight.dtype))
-        x = layer.attention_input(self._embed(F.pad(batch.input_ids, (0, 1))[:, 1:]), fused)
-        keys, values = layer.self_attn.keys_values(x, Rotation(table.cos[:num_tokens], table.sin[:num_tokens]))
-        visible = torch.arange(num_tokens, device=x.device) <= plan.positions[:, :, None]  # [B, P, T]
-        x, states = _take(x, plan.positions), _take(fused, plan.positions)
-        own: list[tuple[Tensor, Tensor]] = []
+        fused = self.fc(batch.context[None].to(self.fc.weight.dtype))
+        x = run(Eagle3Layer.attention_input, self.layer, self._embed(batch.input_ids.roll(-1))[None], fused)
+        context = run(Attention.keys_values, attention, x, table.at(plan.positions))
+        sight = Sight(plan.starts, plan.places + 1, 1, training_path(self.fc.weight, self.spec.heads))
+        own: list[KeysValues] = []
+        x, states = x[:, plan.places], fused[:, plan.places]
         for step in range(self.spec.ttt_length):
-            places = plan.positions + step
-            rotation = Rotation(table.cos[places], table.sin[places])
+            rotation = table.at(plan.places - plan.starts + step)
             if step > 0:
-                tokens = batch.input_ids.gather(1, (places + 1).clamp(max=num_tokens - 1))
-                x = layer.attention_input(self._embed(tokens), states)
-                own.append(layer.self_attn.keys_values(x, rotation))
-            queries = layer.self_attn.queries(x, rotation)
-            attended = attend_own(queries, (keys, values), own, visible=visible, scale=layer.self_attn.scale)
-            states = layer.after_attention(states, layer.self_attn.o_proj(attended))
-            yield states
+                tokens = batch.input_ids[(plan.places + 1 + step).clamp(max=num_tokens - 1)]
+                x = run(Eagle3Layer.attention_input, self.layer, self._embed(tokens)[None], states)
+                own.append(run(Attention.keys_values, attention, x, rotation))
+            states = self.execution.layer(self._step, x, states, context, tuple(own), rotation, sight)
+            yield states[0]
+
+    def _step(self, x: Tensor, states: Tensor, context: KeysValues, own: Sequence[KeysValues], rotation: Rotation, sight: Sight) -> Tensor:
+        """The layer's output [1, P, D]: attention reads `x` [1, P, 2 D], the residual stream is `states`."""
+        run, attention = self.execution.positionwise, self.layer.self_attn
+        attended = attend(run(Attention.queries, attention, x, rotation), context, own, sight, scale=attention.scale)
+        return run(Eagle3Layer.after_attention, self.layer, states, attention.o_proj(attended))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedded = self.embed_tokens(tokens)
@@ -197,35 +202,3 @@ class Eagle3Draft(nn.Module):
         keys, values = stored.read(max(cache.lengths) + 1)
         attended = attention.attend(attention.queries(x, cache.rotation(1)), keys, values, cache.mask(1))
         return self.layer.after_attention(residual, attended)[:, 0]
-
-
-def _take(x: Tensor, positions: Tensor) -> Tensor:
-    """`x` [B, T, D] at `positions` [B, P] -> [B, P, D]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-def attend_own(
-    queries: Tensor, context: tuple[Tensor, Tensor], own: Sequence[tuple[Tensor, Tensor]], *, visible: Tensor, scale: float
-) -> Tensor:
-    """Attention of one training-time-test step: over step 0's keys, and the same position's keys of the later steps.
-
-    Args:
-        queries: [B, P, H, E].
-        context: step 0's keys and values [B, K, T, E].
-        own: keys and values of steps 1 to s at the same positions, [B, K, P, E] each.
-        visible: [B, P, T] bool, which of step 0's keys a query sees.
-        scale: factor on the scores.
-
-    Returns:
-        [B, P, H * E].
-    """
-    keys, values = context
-    num_rows, num_positions, _, head_dim = queries.shape
-    grouped = queries.view(num_rows, num_positions, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4) * scale  # [B, K, H/K, P, E]
-    scores = torch.einsum("bkhpe,bkte->bkhpt", grouped, keys).masked_fill(~visible[:, None, None], -torch.inf)
-    own_scores = [(grouped * own_keys[:, :, None]).sum(-1, keepdim=True) for own_keys, _ in own]
-    weights = torch.cat([scores, *own_scores], -1).softmax(-1, dtype=torch.float32).to(values.dtype)
-    attended = torch.einsum("bkhpt,bkte->bkhpe", weights[..., : keys.shape[2]], values)
-    for step, (_, own_values) in enumerate(own, start=keys.shape[2]):
-        attended = attended + weights[..., step : step + 1] * own_values[:, :, None]
-    return attended.permute(0, 3, 1, 2, 4).flatten(2)

@@ -109,7 +109,7 @@ class Scored(NamedTuple):
     states: Tensor  # [N, D] the draft's normed states
     places: Tensor  # [N] long, which of the target's final states its distribution is to match
     weights: Tensor  # [N] float32
-    counted: Tensor  # [B, P] bool, N of them True, in their order
+    counted: Tensor  # [P] bool, N of them True, in their order
 
 
 def step_losses(

@@ -22,6 +22,7 @@ from deepspec.data.order import WindowedOrder
 from deepspec.data.read_ahead import read_ahead
 from deepspec.errors import TrainingFailed
 from deepspec.model.draft import TrainBatch
+from deepspec.model.execution import FILL_TOKENS
 from deepspec.train.world import World
 
 BATCHES_AHEAD = 2  # the one in use and the next
@@ -65,12 +66,15 @@ class StepData:
         return sorted(samples, key=lambda sample: (sample.num_tokens, sample.number))
 
     def micro_batches(self, step: int) -> list[list[Drawn]]:
-        """What this rank trains on at the step, in groups that fit `resources.batch_tokens` once padded."""
+        """What this rank trains on at the step, packed into rows of at most `resources.batch_tokens` (or one long sample)."""
         groups: list[list[Drawn]] = []
+        room = 0
         for sample in self.drawn(step)[self.world.rank :: self.world.size]:
-            if not groups or (len(groups[-1]) + 1) * sample.num_tokens > self.resources.batch_tokens:
+            if not groups or sample.num_tokens > room:
                 groups.append([])
+                room = self.resources.batch_tokens
             groups[-1].append(sample)
+            room -= sample.num_tokens
         return groups
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
@@ -93,22 +97,24 @@ class StepData:
         return self._batch(group, (self.cache[drawn.number] for drawn in group))
 
     def _batch(self, group: Sequence[Drawn], samples: Iterator[HiddenSample]) -> TrainBatch:
-        """The next samples as right-padded tensors on the training device, to which they go as they are stored."""
+        """The next samples packed one behind the other on the training device, to which they go as they are stored."""
         layout, device = self.cache.layout, self.world.device
-        rows, length = len(group), max(drawn.num_tokens for drawn in group)
-        input_ids = torch.zeros(rows, length, dtype=torch.long)
-        loss_mask = torch.zeros(rows, length, dtype=torch.bool)
-        context = torch.zeros(rows, length, layout.context.width, dtype=torch.bfloat16, device=device)
-        last_hidden = torch.zeros(rows, length, layout.last_hidden.width, dtype=torch.bfloat16, device=device)
-        for row, sample in enumerate(islice(samples, rows)):
-            end = len(sample.input_ids)
-            input_ids[row, :end] = sample.input_ids
-            loss_mask[row, :end] = sample.loss_mask.bool()
-            sample.context.decode(device=device, out=context[row, :end])
-            sample.place_last_hidden(last_hidden[row])
-        lengths = torch.tensor([drawn.num_tokens for drawn in group])
+        lengths = [drawn.num_tokens for drawn in group]
+        total = sum(lengths)
+        room = total + (-total % FILL_TOKENS if self.resources.compile else 0)
+        input_ids = torch.zeros(room, dtype=torch.long)
+        loss_mask = torch.zeros(room, dtype=torch.bool)
+        context = torch.zeros(room, layout.context.width, dtype=torch.bfloat16, device=device)
+        last_hidden = torch.zeros(room, layout.last_hidden.width, dtype=torch.bfloat16, device=device)
+        end = 0
+        for length, sample in zip(lengths, islice(samples, len(group)), strict=True):
+            start, end = end, end + length
+            input_ids[start:end] = sample.input_ids
+            loss_mask[start:end] = sample.loss_mask.bool()
+            sample.context.decode(device=device, out=context[start:end])
+            sample.place_last_hidden(last_hidden[start:end])
         seeds = tuple(drawn.seed for drawn in group)
-        return TrainBatch(input_ids.to(device), loss_mask.to(device), lengths.to(device), context, last_hidden, seeds)
+        return TrainBatch(input_ids.to(device), loss_mask.to(device), torch.tensor(lengths, device=device), context, last_hidden, seeds)
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:

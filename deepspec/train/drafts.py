@@ -15,6 +15,7 @@ from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
 from deepspec.errors import ArtifactMismatch
 from deepspec.model.checkpoint import build_draft, save_draft
+from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
 from deepspec.train.state import best_checkpoint, checkpoint_records, load_draft_weights
 
@@ -37,6 +38,7 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     frozen = load_file(artifact.fetch_file("frozen.safetensors"))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
     draft.configure_loss(config.loss)
+    draft.execution = Execution(compile=config.resources.compile, recompute=config.resources.recompute)
     return draft
 
 

@@ -29,5 +29,7 @@ def knobs_named(config: RunConfig) -> Iterator[None]:
         draft = config.draft.model_dump()
         knobs = [f"draft.{name} (now {draft[name]})" for name in KNOBS if name in draft]
         what = f"a training step does not fit into memory: {str(error).splitlines()[0]}"
-        fix = f"lower resources.batch_tokens (now {config.resources.batch_tokens}), which changes no result; then {' or '.join(knobs)}"
+        resources = config.resources
+        free = f"resources.batch_tokens (now {resources.batch_tokens}) or set resources.recompute (now {resources.recompute})"
+        fix = f"lower {free}, which change no result; then {' or '.join(knobs)}"
         raise TrainingFailed(what, where=f"run {config.name}", fix=fix) from error

@@ -1,4 +1,7 @@
-"""Cases in the format of the reference vectors, made from drafts of this project: other heads, families and paddings."""
+"""Cases in the format of the reference vectors, made from drafts of this project: other heads, families and paddings.
+
+B rows, W padded width, A anchors a row, K anchors in all.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.config import LossConfig
-from deepspec.eval.training_vectors import block_outputs
-from deepspec.model.anchors import block_mask
+from deepspec.eval.training_vectors import Rows, batch_of, block_outputs
 from deepspec.model.backbone import softcap
 from deepspec.model.block import BlockDraft
 from deepspec.model.checkpoint import Draft
@@ -22,21 +25,34 @@ from deepspec.model.loss import deviation
 
 
 def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig, folder: Path) -> None:
+    """The format does not say where rows of blocks end: they are read as tokens without loss up to the padded width."""
     draft.configure_loss(settings)
+    inputs = _inputs(batch)
+    batch = batch_of(inputs, Rows.of(inputs))
     plan = draft.plan(batch)
     states, logits, confidence = block_outputs(draft, plan, batch.context)
-    counted, keep = plan.counted, plan.anchors.keep
-    target = draft.vocabulary().target_logits(plan.of_slots(batch.last_hidden))
+    counted = plan.counted
+    target = draft.vocabulary().target_logits(batch.last_hidden[plan.places])
     output = draft.loss(batch, plan)
     rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
-    tensors = _inputs(batch) | {
-        "anchor_positions": plan.anchors.positions.int(), "block_keep_mask": keep.byte(), "output_hidden": states.flatten(1, 2),
-        "attention_mask": block_mask(plan.anchors, num_tokens=batch.input_ids.shape[1], block_size=draft.block_size).byte(),
-        "draft_logits_row0": logits[:1], "draft_logsumexp": logits.logsumexp(-1), "draft_argmax": logits.argmax(-1).int(),
-        "target_ids": plan.labels.int(), "eval_mask": counted.byte(),
-        "accept_rate": torch.zeros(counted.shape).masked_scatter(counted, rates),
+    width, size, positions = len(batch.input_ids) // len(batch.lengths), draft.block_size, plan.anchors - plan.samples.starts
+    per_row = torch.bincount(plan.anchors // width, minlength=len(batch.lengths))
+
+    def by_row(values: Tensor) -> Tensor:
+        return pad_sequence(values.detach().split(per_row.tolist()), batch_first=True)
+
+    keep = by_row(torch.ones_like(positions)).bool()
+    num_rows, num_blocks = keep.shape
+    before = torch.arange(width) < by_row(positions)[..., None]
+    own = torch.eye(num_blocks, dtype=torch.bool).repeat_interleave(size, 1).expand(num_rows, -1, -1)
+    tensors = inputs | {
+        "anchor_positions": by_row(positions).int(), "block_keep_mask": keep.byte(), "output_hidden": by_row(states).flatten(1, 2),
+        "attention_mask": torch.cat([before, own], -1).repeat_interleave(size, 1)[:, None].byte(),
+        "draft_logits_row0": by_row(logits)[:1], "draft_logsumexp": by_row(logits.logsumexp(-1)),
+        "draft_argmax": by_row(logits.argmax(-1)).int(), "target_ids": by_row(plan.labels).int(), "eval_mask": by_row(counted).byte(),
+        "accept_rate": by_row(torch.zeros(counted.shape).masked_scatter(counted, rates)),
     }  # fmt: skip
-    tensors |= {} if confidence is None else {"confidence_pred": confidence}
+    tensors |= {} if confidence is None else {"confidence_pred": by_row(confidence)}
     arguments = {"loss_decay_gamma": settings.decay, "ce_loss_alpha": settings.ce, "l1_loss_alpha": settings.tv}
     names = {"ce": "ce_loss", "tv": "l1_loss", "confidence": "confidence_loss"}
     scalars = {f"{names[name]}_num": value.item() for name, value in output.numerators.items()}
@@ -47,12 +63,14 @@ def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig,
 
 def write_eagle3_case(draft: Eagle3Draft, batch: TrainBatch, folder: Path) -> None:
     """As the reference does, the loss is divided by the padded width."""
-    num_rows, num_tokens = batch.input_ids.shape
+    num_rows, num_tokens = len(batch.lengths), int(batch.lengths.max())
     every = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
-    steps = [torch.zeros(num_rows, num_tokens, draft.spec.hidden_size) for _ in every.counted]
+    steps = []
     with torch.no_grad():
-        for stored, states in zip(steps, draft.step_states(batch, every), strict=True):
-            stored[torch.arange(num_rows)[:, None], every.positions] = states
+        for states in draft.step_states(batch, every):
+            stored = torch.zeros(len(batch.input_ids), draft.spec.hidden_size)
+            stored[every.places] = states
+            steps.append(_padded(stored, batch.lengths))
     logits = softcap(draft.lm_head(draft.norm(torch.stack(steps))), draft.spec.logit_softcap)
     plan = draft.plan(batch)
     output = draft.loss(batch, plan._replace(weights=torch.full_like(plan.weights, 1 / num_tokens)))
@@ -64,11 +82,17 @@ def write_eagle3_case(draft: Eagle3Draft, batch: TrainBatch, folder: Path) -> No
     _write(draft, output.numerator / num_rows, fields, tensors, folder)
 
 
+def _padded(values: Tensor, lengths: Tensor) -> Tensor:
+    """[T, ...] packed -> [B, W, ...]."""
+    return pad_sequence(values.split(lengths.tolist()), batch_first=True)
+
+
 def _inputs(batch: TrainBatch) -> dict[str, Tensor]:
-    return {
+    tensors = {
         "input_ids": batch.input_ids.int(), "loss_mask": batch.loss_mask.byte(),
         "target_hidden_states": batch.context, "target_last_hidden_states": batch.last_hidden,
     }  # fmt: skip
+    return {name: _padded(tensor, batch.lengths) for name, tensor in tensors.items()}
 
 
 def _write(draft: Draft, loss: Tensor, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:

@@ -83,17 +83,24 @@ def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> D
 def make_batch(lengths: tuple[int, ...] = (14, 9), *, seed: int = 0) -> TrainBatch:
     """Random samples whose second half is an answer."""
     generator = torch.Generator().manual_seed(seed)
-    rows, longest = len(lengths), max(lengths)
-    real = torch.tensor(lengths)
-    positions = torch.arange(longest)
+    num_tokens = sum(lengths)
     return TrainBatch(
-        input_ids=torch.randint(0, VOCAB - 1, (rows, longest), generator=generator),
-        loss_mask=(positions >= real[:, None] // 2) & (positions < real[:, None]),
-        lengths=real,
-        context=torch.randn(rows, longest, len(LAYERS) * SIZE, generator=generator),
-        last_hidden=torch.randn(rows, longest, SIZE, generator=generator),
-        seeds=tuple(range(rows)),
+        input_ids=torch.randint(0, VOCAB - 1, (num_tokens,), generator=generator),
+        loss_mask=torch.cat([torch.arange(length) >= length // 2 for length in lengths]),
+        lengths=torch.tensor(lengths),
+        context=torch.randn(num_tokens, len(LAYERS) * SIZE, generator=generator),
+        last_hidden=torch.randn(num_tokens, SIZE, generator=generator),
+        seeds=tuple(range(len(lengths))),
     )
+
+
+def taken(batch: TrainBatch, sample: int) -> TrainBatch:
+    """One sample of a batch by itself."""
+    ends = batch.lengths.cumsum(0)
+    part = slice(int(ends[sample] - batch.lengths[sample]), int(ends[sample]))
+    tensors = (tensor[part] for tensor in (batch.input_ids, batch.loss_mask))
+    states = (tensor[part] for tensor in (batch.context, batch.last_hidden))
+    return TrainBatch(*tensors, batch.lengths[sample : sample + 1], *states, batch.seeds[sample : sample + 1])
 
 
 def total_loss(draft: Draft, batch: TrainBatch) -> Tensor:

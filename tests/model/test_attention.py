@@ -9,26 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.model import attention, block
-from deepspec.model.anchors import Anchors
-from deepspec.model.attention import training_path, visibility
-from deepspec.model.block import BlockDraft
+from deepspec.model import attention_path, block, eagle3
+from deepspec.model.attention import TILE, Sight, tiles
+from deepspec.model.attention_path import training_path
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Any:
-    for choice in (attention._choose, attention._dense):
+    for choice in (attention_path._choose, attention_path._dense):
         choice.cache_clear()
     yield
-    attention._choose.cache_clear()
+    attention_path._choose.cache_clear()
 
 
-def outcome(draft: BlockDraft, path: str, device: str, monkeypatch: pytest.MonkeyPatch, *, backward: bool) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients of one batch on a path."""
-    monkeypatch.setattr(block, "training_path", lambda *_: path)
-    batch = make_batch((14, 9))
+def outcome(name: str, target: str, device: str, path: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
+    """Loss of one batch of three samples on a path, and, on a GPU, its gradients."""
+    for module in (block, eagle3):
+        monkeypatch.setattr(module, "training_path", lambda *_: path)
+    draft, batch = make_draft(CONFIGS[name], target=target).to(device), make_batch((14, 9, 150))
     moved = batch._replace(**{name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, Tensor)})
+    backward = device == "cuda"
     with torch.set_grad_enabled(backward):
         output = draft.loss(moved, draft.plan(moved))
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
@@ -37,37 +38,78 @@ def outcome(draft: BlockDraft, path: str, device: str, monkeypatch: pytest.Monke
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("target", TARGETS)
-def test_flex_and_dense_attention_give_the_same_loss(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_flex_and_dense_attention_give_the_same_loss(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU flex attention has a forward pass only; grouped heads, V = K and unscaled attention included."""
-    draft = make_draft(CONFIGS["vanilla"], target=target)
-    assert isinstance(draft, BlockDraft)
-    dense, flex = (outcome(draft, path, "cpu", monkeypatch, backward=False)[0] for path in ("dense", "flex"))
+    dense, flex = (outcome(name, target, "cpu", path, monkeypatch)[0] for path in ("dense", "flex"))
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiled_flex_attention_has_the_gradients_of_dense_attention(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft = make_draft(CONFIGS["vanilla"], target=target).to("cuda")
-    assert isinstance(draft, BlockDraft)
-    (dense, dense_grads), (flex, flex_grads) = (outcome(draft, path, "cuda", monkeypatch, backward=True) for path in ("dense", "flex"))
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_compiled_flex_attention_has_the_gradients_of_dense_attention(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dense, dense_grads), (flex, flex_grads) = (outcome(name, target, "cuda", path, monkeypatch) for path in ("dense", "flex"))
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=0)
     for found, wanted in zip(flex_grads, dense_grads, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
 
 
-def test_both_masks_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    anchors = Anchors(torch.tensor([[3, 7, 7], [1, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool))
-    dense = visibility(anchors, num_tokens=9, block_size=4, path="dense")
-    sparse: Any = visibility(anchors, num_tokens=9, block_size=4, path="flex")
-    rows, queries, keys = torch.meshgrid(torch.arange(2), torch.arange(12), torch.arange(21), indexing="ij")
-    assert torch.equal(sparse.mask_mod(rows, None, queries, keys), dense[:, 0])
+def seen_by_hand(sight: Sight, *, num_tokens: int, copies: int) -> Tensor:
+    """[n, L] bool, from what `Sight` says, one query and key at a time."""
+    num_queries = len(sight.first) * sight.block_size
+    seen = torch.zeros(num_queries, num_tokens + copies * num_queries, dtype=torch.bool)
+    for query in range(num_queries):
+        block = query // sight.block_size
+        seen[query, int(sight.first[block]) : int(sight.last[block])] = True
+        for copy in range(copies):
+            start = num_tokens + copy * num_queries + block * sight.block_size
+            seen[query, start : start + sight.block_size] = True
+    return seen
+
+
+def listed(tiles_of: Tensor, counts: Tensor | None, order: Tensor | None) -> Tensor:
+    """The tiles [rows, columns] bool that a mask's lists name."""
+    assert counts is not None
+    assert order is not None
+    named = torch.zeros_like(tiles_of, dtype=torch.bool)
+    for row, count in enumerate(counts[0, 0].tolist()):
+        named[row, order[0, 0, row, :count].long()] = True
+    return named
+
+
+# Samples of 200, 3 and 300 tokens, then fill.
+LONG = Sight(torch.tensor([0] * 30 + [200] + [203] * 40 + [0]), torch.tensor([*range(5, 185, 6), 201, *range(210, 490, 7), 0]), 7, "flex")
+EAGLE = Sight(torch.tensor([0] * 9 + [12] * 3), torch.tensor([*range(4, 13), 14, 15, 16]), 1, "flex")
+
+
+@pytest.mark.parametrize(("sight", "num_tokens", "copies"), [(LONG, 512, 1), (LONG, 505, 1), (EAGLE, 20, 0), (EAGLE, 20, 3)])
+def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missing(sight: Sight, num_tokens: int, copies: int) -> None:
+    wanted = seen_by_hand(sight, num_tokens=num_tokens, copies=copies)
+    mask = tiles(sight, num_tokens=num_tokens, copies=copies)
+    queries, keys = torch.meshgrid(*(torch.arange(size) for size in wanted.shape), indexing="ij")
+    assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), queries, keys), wanted)
+    room = torch.nn.functional.pad(wanted, (0, -wanted.shape[1] % TILE, 0, -wanted.shape[0] % TILE))
+    by_tile = room.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).sum((1, 3))
+    partial = listed(by_tile, mask.kv_num_blocks, mask.kv_indices)
+    whole = listed(by_tile, mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & whole).any()
+    assert torch.equal((partial | whole) & (by_tile > 0), by_tile > 0)
+    assert (by_tile[whole] == TILE * TILE).all()
+    assert (partial & (by_tile == 0)).float().mean() < 0.1  # tiles of two samples may span more than either sees
+
+
+def test_whole_tiles_are_found() -> None:
+    sight = Sight(torch.zeros(64, dtype=torch.long), torch.full((64,), 300), 4, "flex")
+    counts = tiles(sight, num_tokens=512, copies=1).full_kv_num_blocks
+    assert counts is not None
+    assert counts.sum() == 4
 
 
 def test_the_path_taken_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     draft, other = make_draft(CONFIGS["dflash"]), make_draft(target="gemma4")
-    with caplog.at_level(logging.INFO, logger="deepspec.model.attention"):
+    with caplog.at_level(logging.INFO, logger="deepspec.model.attention_path"):
         assert [training_path(each.fc.weight, each.spec.heads) for each in (draft, draft, other)] == ["dense"] * 3
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "attention=dense device=cpu" in caplog.text
@@ -79,12 +121,12 @@ def test_a_fallback_on_a_gpu_is_a_warning_by_name(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise RuntimeError("no kernel image\nlong story")
 
-    monkeypatch.setattr(attention, "probe", fail)
+    monkeypatch.setattr(attention_path, "probe", fail)
     heads = make_draft(CONFIGS["dflash"]).spec.heads
-    assert attention._choose("cuda", torch.bfloat16, heads) == "dense"
+    assert attention_path._choose("cuda", torch.bfloat16, heads) == "dense"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "FALLBACK: compiled flex attention fails here" in record.message
     assert record.message.endswith("no kernel image")
-    monkeypatch.setattr(attention, "probe", lambda *_: None)
-    assert attention._choose("cuda", torch.float32, heads) == "flex"
+    monkeypatch.setattr(attention_path, "probe", lambda *_: None)
+    assert attention_path._choose("cuda", torch.float32, heads) == "flex"

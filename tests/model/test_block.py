@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from deepspec.config import ConfidenceConfig, LossConfig
-from deepspec.model.anchors import Anchors
 from deepspec.model.block import BlockDraft
 from deepspec.model.draft import TrainBatch
-from tests.model.drafts import CONFIGS, TARGETS, dspark, make_batch, make_draft, total_loss
+from tests.model.drafts import CONFIGS, TARGETS, dspark, make_batch, make_draft, taken, total_loss
 
-ANCHORS = Anchors(torch.tensor([[3, 7]]), torch.ones(1, 2, dtype=torch.bool))
+ANCHORS = torch.tensor([3, 7])
 
 
 def states_of(draft: BlockDraft, batch: TrainBatch) -> Tensor:
@@ -28,14 +27,14 @@ def test_a_block_sees_the_context_before_its_anchor_and_nothing_else(target: str
     states = states_of(draft, batch)
     for position, moved in ((2, [True, True]), (3, [False, True]), (6, [False, True]), (7, [False, False]), (9, [False, False])):
         context = batch.context.clone()
-        context[0, position] += 1.0
+        context[position] += 1.0
         changed = states_of(draft, batch._replace(context=context))
-        assert [not torch.equal(changed[0, block], states[0, block]) for block in (0, 1)] == moved
+        assert [not torch.equal(changed[block], states[block]) for block in (0, 1)] == moved
     for position, moved in ((3, [True, False]), (7, [False, True]), (8, [False, False])):
         input_ids = batch.input_ids.clone()
-        input_ids[0, position] = (input_ids[0, position] + 1) % 50
+        input_ids[position] = (input_ids[position] + 1) % 50
         changed = states_of(draft, batch._replace(input_ids=input_ids))
-        assert [not torch.equal(changed[0, block], states[0, block]) for block in (0, 1)] == moved
+        assert [not torch.equal(changed[block], states[block]) for block in (0, 1)] == moved
 
 
 def test_slots_of_a_block_see_each_other_in_both_directions() -> None:
@@ -45,9 +44,9 @@ def test_slots_of_a_block_see_each_other_in_both_directions() -> None:
     x = draft._embed_blocks(plan.anchor_tokens)
     embedded: list[Tensor] = []
     draft._embed_blocks = lambda tokens: embedded.append(x.clone().requires_grad_()) or embedded[0]  # type: ignore[method-assign,func-returns-value]
-    draft.block_states(batch.context, plan)[0, 0, 0].sum().backward()
+    draft.block_states(batch.context, plan)[0, 0].sum().backward()
     assert embedded[0].grad is not None
-    reached = embedded[0].grad[0].abs().sum(-1) > 0
+    reached = embedded[0].grad.abs().sum(-1) > 0
     assert reached[0].all() and not reached[1].any()
 
 
@@ -68,23 +67,21 @@ def test_a_batch_with_nothing_to_learn_from_gives_a_zero_loss_with_a_graph(name:
 def test_a_sample_without_candidates_changes_nothing_for_the_others(name: str) -> None:
     draft, batch = make_draft(CONFIGS[name]), make_batch((14, 9))
     mask = batch.loss_mask.clone()
-    mask[1] = False
+    mask[14:] = False
     both = draft.loss(batch._replace(loss_mask=mask), draft.plan(batch._replace(loss_mask=mask)))
-    alone = TrainBatch(*(value[:1] for value in batch))
+    alone = taken(batch, 0)
     torch.testing.assert_close(both.numerator, draft.loss(alone, draft.plan(alone)).numerator)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_does_not_depend_on_how_samples_are_split(name: str) -> None:
-    """Trap D4, and D11: padding and neighbours leave no trace in loss or gradients."""
+    """Traps D4 and D11: a sample packed among others is a sample alone, in loss and gradients."""
     draft, batch = make_draft(CONFIGS[name]), make_batch((14, 9, 11))
     together = draft.loss(batch, draft.plan(batch))
     wanted = torch.autograd.grad(together.numerator, draft.fc.weight)[0]
     numerator, denominator, gradient = 0.0, 0.0, torch.zeros_like(wanted)
-    for row, length in enumerate(batch.lengths.tolist()):
-        tensors = (tensor[row : row + 1, :length] for tensor in (batch.input_ids, batch.loss_mask, batch.context, batch.last_hidden))
-        ids, mask, context, last = tensors
-        single = TrainBatch(ids, mask, batch.lengths[row : row + 1], context, last, batch.seeds[row : row + 1])
+    for sample in range(3):
+        single = taken(batch, sample)
         output = draft.loss(single, draft.plan(single))
         numerator, denominator = numerator + output.numerator.item(), denominator + output.denominator.item()
         gradient += torch.autograd.grad(output.numerator, draft.fc.weight)[0]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from deepspec.config import SamplingConfig
-from deepspec.model.anchors import Anchors
 from deepspec.model.block import BlockDraft
 from deepspec.model.draft import DraftCache, Proposal
 from deepspec.model.eagle3 import Eagle3Draft
@@ -26,27 +25,26 @@ def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None
     """The context arrives in three parts, with a rejected proposal in between; the logits are those of one pass."""
     draft, batch = make_draft(CONFIGS[name], target=target), make_batch((12,))
     assert isinstance(draft, BlockDraft)
-    cache, anchor = draft.new_cache(1, 12), batch.input_ids[:, 9]
-    for part in (batch.context[:, :5], batch.context[:, 5:6], torch.cat([batch.context[:, 6:9], batch.context[:, :2]], 1)):
-        draft.propose(cache, batch.input_ids[:, cache.lengths[0]], GREEDY, None)
-        draft.accept(cache, part, batch.input_ids[:, : part.shape[1]], [min(part.shape[1], 3) if cache.lengths[0] else 5])
+    tokens, context = batch.input_ids[None], batch.context[None]
+    cache, anchor = draft.new_cache(1, 12), tokens[:, 9]
+    for part in (context[:, :5], context[:, 5:6], torch.cat([context[:, 6:9], context[:, :2]], 1)):
+        draft.propose(cache, tokens[:, cache.lengths[0]], GREEDY, None)
+        draft.accept(cache, part, tokens[:, : part.shape[1]], [min(part.shape[1], 3) if cache.lengths[0] else 5])
     assert cache.lengths == [9]
     proposal = draft.propose(cache, anchor, SAMPLED, UniformStream([1]).take(4))
 
-    ids = batch.input_ids.clone()
-    ids[0, 9:12] = torch.cat([anchor, proposal.tokens[0, :2]])
-    ids = torch.cat([ids, proposal.tokens[:, 2:3]], 1)  # the plan reads the drafted tokens as the labels
+    ids = torch.cat([batch.input_ids[:9], anchor, proposal.tokens[0, :3]])  # the plan reads the drafted tokens as the labels
     long = batch._replace(input_ids=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool), lengths=torch.tensor([13]))
-    plan = draft.plan_for(long, Anchors(torch.tensor([[9]]), torch.ones(1, 1, dtype=torch.bool)))
-    states = draft.block_states(batch.context, plan)
+    plan = draft.plan_for(long, torch.tensor([9]))
+    states = draft.block_states(torch.nn.functional.pad(batch.context, (0, 0, 0, 1)), plan)
     previous = features = None
     if draft.markov_head is not None:
         previous = draft.markov_head.markov_w1(plan.previous)
         features = draft.markov_head.features(states, previous)
-    logits = draft.vocabulary().draft_logits(states, features)[0]
+    logits = draft.vocabulary().draft_logits(states, features)
     torch.testing.assert_close(proposal.probs, logits.softmax(-1), rtol=1e-4, atol=1e-6)
     if draft.confidence_head is not None:
-        torch.testing.assert_close(proposal.confidence, draft.confidence_head(states, previous)[0].sigmoid())
+        torch.testing.assert_close(proposal.confidence, draft.confidence_head(states, previous).sigmoid())
 
 
 @pytest.mark.parametrize("target", ["qwen3", "gemma4"])
@@ -56,20 +54,21 @@ def test_eagle3_drafts_what_its_training_time_test_scores(target: str) -> None:
     draft, batch = make_draft(CONFIGS["eagle3"], target=target), make_batch((12,))
     assert isinstance(draft, Eagle3Draft)
     cache, start = draft.new_cache(1, 12), 6
-    draft.prefill(cache, batch.context[:, :4], batch.input_ids[:, 1:5], [4])
-    draft.propose(cache, batch.input_ids[:, 4], GREEDY, None)
-    draft.accept(cache, batch.context[:, 4:9], batch.input_ids[:, 5:10], [3])
-    proposal = draft.propose(cache, batch.input_ids[:, start + 1], SAMPLED, UniformStream([1]).take(4))
+    tokens, context = batch.input_ids[None], batch.context[None]
+    draft.prefill(cache, context[:, :4], tokens[:, 1:5], [4])
+    draft.propose(cache, tokens[:, 4], GREEDY, None)
+    draft.accept(cache, context[:, 4:9], tokens[:, 5:10], [3])
+    proposal = draft.propose(cache, tokens[:, start + 1], SAMPLED, UniformStream([1]).take(4))
     assert proposal.probs is not None
 
     ids = batch.input_ids.clone()
-    ids[0, start + 2 : start + 6] = proposal.tokens[0]
+    ids[start + 2 : start + 6] = proposal.tokens[0]
     plan = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
     for step, states in enumerate(draft.step_states(batch._replace(input_ids=ids), plan)):
-        vocabulary_logits = draft.lm_head(draft.norm(states[:, start]))
+        vocabulary_logits = draft.lm_head(draft.norm(states[start]))
         cap = draft.spec.logit_softcap
         logits = vocabulary_logits if cap is None else cap * torch.tanh(vocabulary_logits / cap)
-        torch.testing.assert_close(proposal.probs[:, step], logits.softmax(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(proposal.probs[0, step], logits.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
 def rounds(
@@ -109,16 +108,18 @@ def test_rows_of_different_lengths_draft_as_if_alone(name: str, target: str) -> 
 @torch.inference_mode()
 def test_a_row_can_be_given_to_another_prompt(name: str) -> None:
     draft, first, second = make_draft(CONFIGS[name]), make_batch((9, 9)), make_batch((6,), seed=4)
+    two_rows = first.context.unflatten(0, (2, 9)), first.input_ids.unflatten(0, (2, 9))
+    one_row = second.context[None], second.input_ids[None]
     cache = draft.new_cache(2, 12)
-    draft.prefill(cache, first.context, first.input_ids, [9, 8])
+    draft.prefill(cache, *two_rows, [9, 8])
     cache.reset_row(0)
     single = cache.row(0)
-    draft.prefill(single, second.context, second.input_ids, [6])
+    draft.prefill(single, *one_row, [6])
     cache.adopt(0, single)
     fresh = draft.new_cache(2, 12)
-    draft.prefill(fresh, first.context, first.input_ids, [0, 8])
+    draft.prefill(fresh, *two_rows, [0, 8])
     alone = draft.new_cache(1, 12)
-    draft.prefill(alone, second.context, second.input_ids, [6])
+    draft.prefill(alone, *one_row, [6])
     anchor = torch.tensor([1, 2])
     both = draft.propose(cache, anchor, SAMPLED, torch.full((2, 4), 0.5))
     wanted = draft.propose(alone, anchor[:1], SAMPLED, torch.full((1, 4), 0.5))

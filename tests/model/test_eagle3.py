@@ -16,7 +16,7 @@ AT = 5  # the position looked at: it reads the states up to 5 and token 6, and p
 def steps_at(draft: Eagle3Draft, batch: TrainBatch) -> list[Tensor]:
     plan = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
     with torch.no_grad():
-        return [states[0, AT] for states in draft.step_states(batch, plan)]
+        return [states[AT] for states in draft.step_states(batch, plan)]
 
 
 def moved(draft: Eagle3Draft, batch: TrainBatch, changed: TrainBatch) -> list[bool]:
@@ -30,7 +30,7 @@ def test_no_step_sees_a_state_that_is_not_known_when_it_drafts(target: str) -> N
     assert isinstance(draft, Eagle3Draft)
     for position, expected in ((AT - 2, True), (AT, True), (AT + 1, False), (AT + 3, False)):
         context = batch.context.clone()
-        context[0, position] += 1.0
+        context[position] += 1.0
         assert moved(draft, batch, batch._replace(context=context)) == [expected] * 3
 
 
@@ -41,5 +41,5 @@ def test_each_step_sees_one_token_more(target: str) -> None:
     assert isinstance(draft, Eagle3Draft)
     for ahead, expected in ((1, [True] * 3), (2, [False, True, True]), (3, [False, False, True]), (4, [False] * 3)):
         ids = batch.input_ids.clone()
-        ids[0, AT + ahead] = (ids[0, AT + ahead] + 1) % 50
+        ids[AT + ahead] = (ids[AT + ahead] + 1) % 50
         assert moved(draft, batch, batch._replace(input_ids=ids)) == expected

@@ -23,11 +23,11 @@ def copies(rows: int, frozen: Tensor, seed: int) -> TrainBatch:
     first = torch.randint(0, VOCAB - 1, (rows, PERIOD), generator=torch.Generator().manual_seed(seed))
     ids = first.repeat(1, NUM_TOKENS // PERIOD + 1)[:, : NUM_TOKENS + 1]
     return TrainBatch(
-        input_ids=ids[:, :-1],
-        loss_mask=(torch.arange(NUM_TOKENS) >= PERIOD - 1).repeat(rows, 1),
+        input_ids=ids[:, :-1].flatten(),
+        loss_mask=(torch.arange(NUM_TOKENS) >= PERIOD - 1).repeat(rows),
         lengths=torch.full((rows,), NUM_TOKENS),
-        context=frozen[ids[:, :-1]].repeat(1, 1, len(LAYERS)),
-        last_hidden=3.0 * frozen[ids[:, 1:]],
+        context=frozen[ids[:, :-1].flatten()].repeat(1, len(LAYERS)),
+        last_hidden=3.0 * frozen[ids[:, 1:].flatten()],
         seeds=tuple(range(seed, seed + rows)),
     )
 
@@ -59,10 +59,11 @@ def test_a_draft_of_a_copying_target_is_accepted_at_every_position(name: str) ->
     """Trap D2: were a label one off, what is learnt in training would be wrong in every slot of decoding."""
     draft, frozen = trained(name)
     fresh = copies(ROWS, frozen, seed=7)
+    ids, context = (tensor.unflatten(0, (ROWS, NUM_TOKENS)) for tensor in (fresh.input_ids, fresh.context))
     with torch.inference_mode():
         cache = draft.new_cache(ROWS, NUM_TOKENS)
-        draft.prefill(cache, fresh.context[:, :VERIFIED], fresh.input_ids[:, 1 : VERIFIED + 1], [VERIFIED] * ROWS)
-        proposal = draft.propose(cache, fresh.input_ids[:, VERIFIED], SamplingConfig(temperature=0), None)
-    right = (proposal.tokens == fresh.input_ids[:, VERIFIED + 1 : VERIFIED + 1 + BLOCK]).cumprod(1).sum(0)
+        draft.prefill(cache, context[:, :VERIFIED], ids[:, 1 : VERIFIED + 1], [VERIFIED] * ROWS)
+        proposal = draft.propose(cache, ids[:, VERIFIED], SamplingConfig(temperature=0), None)
+    right = (proposal.tokens == ids[:, VERIFIED + 1 : VERIFIED + 1 + BLOCK]).cumprod(1).sum(0)
     reached = torch.cat([torch.tensor([ROWS]), right[:-1]])
     assert ((right / reached) > 0.95).all()

@@ -1,0 +1,36 @@
+"""How a training pass is run: compiled, or with layers computed once more in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+FILL_TOKENS, FILL_BLOCKS = 128, 16  # what a compiled pass rounds its numbers of tokens and blocks up to: shapes then repeat
+
+
+class Execution(NamedTuple):
+    """Nothing of it changes a result beyond rounding."""
+
+    compile: bool = False  # what is computed position by position; attention has a compiled kernel of its own
+    recompute: bool = False  # a layer's inputs are kept for the backward pass, and nothing of what it computes
+
+    def positionwise(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """What `function` returns; compiled where asked for."""
+        return (_compiled(function) if self.compile else function)(*inputs)
+
+    def layer(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """What `function` returns; computed once more in the backward pass where asked for."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return function(*inputs)
+        return cast("Tensor", checkpoint(function, *inputs, use_reentrant=False))
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Once for all layers, which are an input like any other, and for all lengths.
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,84 @@
+"""Compiled, and computed once more in the backward pass: the same training, however it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepspec.model import execution
+from deepspec.model.checkpoint import Draft
+from deepspec.model.execution import Execution
+from tests.model.drafts import CONFIGS, make_batch, make_draft
+
+LENGTHS = [(14, 9), (30,), (5, 61, 8), (40, 41), (12, 13, 14, 15), (100,), (7, 8, 90)]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compile with a backend that needs no C++ compiler; what it returns grows by one with every graph."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        graphs.append(len(graphs))
+        return graph.forward
+
+    monkeypatch.setattr(execution, "_compiled", lru_cache(lambda function: torch.compile(function, dynamic=True, backend=backend)))
+    torch._dynamo.reset()
+    return graphs
+
+
+def gradients(draft: Draft, lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    batch = make_batch(lengths)
+    output = draft.loss(batch, draft.plan(batch))
+    parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    return output.numerator.detach(), list(torch.autograd.grad(output.numerator, parameters))
+
+
+@pytest.mark.parametrize("name", ["gated", "dflash", "eagle3"])
+def test_layers_computed_once_more_give_the_same_gradients(name: str) -> None:
+    plain, recomputing = make_draft(CONFIGS[name]), make_draft(CONFIGS[name])
+    recomputing.execution = Execution(recompute=True)
+    (loss, wanted), (other, found) = gradients(plain, (14, 9)), gradients(recomputing, (14, 9))
+    assert torch.equal(loss, other)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_a_layer_that_is_computed_once_more_is_not_kept(name: str) -> None:
+    def kept(*, recompute: bool) -> int:
+        """Bytes that the graph of one loss holds."""
+        draft, batch, sizes = make_draft(CONFIGS[name]), make_batch((200, 200)), {}
+        draft.execution = Execution(recompute=recompute)
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = draft.loss(batch, draft.plan(batch)).numerator
+        assert loss.requires_grad
+        return sum(sizes.values())
+
+    assert kept(recompute=True) < 0.5 * kept(recompute=False)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_a_compiled_pass_is_the_same_and_is_compiled_once_for_all_lengths(name: str, compiled: list[int]) -> None:
+    plain, draft = make_draft(CONFIGS[name]), make_draft(CONFIGS[name])
+    draft.execution = Execution(compile=True)
+    counts = []
+    for lengths in LENGTHS:
+        (loss, wanted), (other, found) = gradients(plain, lengths), gradients(draft, lengths)
+        torch.testing.assert_close(loss, other)
+        for one, two in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert counts[1] == counts[-1]
