@@ -20,8 +20,10 @@ from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
 from deepspec.train.optim import make_optimizer
+from deepspec.train.pace import Pace
 from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import on_sigterm
+from deepspec.train.scalars import can_write_scalars, write_scalars
 from deepspec.train.state import append_metrics, read_metrics, resume, trainable
 from deepspec.train.step import Trainer, train_step
 from deepspec.train.vitals import Vitals
@@ -75,37 +77,33 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
 def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     """Optimizer steps `first` to the last, logging and saving on the way, and before it stops because it was asked to."""
     meter, total = Meter(), data.total_steps
-    history = read_metrics(trainer.artifact, first)
-    started, tokens = time.monotonic(), 0
+    history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
+    scalars = trainer.world.is_first and can_write_scalars()
     trainer.draft.train()
     checkpoints = Checkpoints(trainer, data)
     checkpoints.resumed(first)
     for step in range(first, total):
         if checkpoints.no_better():
             break
-        tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
+        pace.add(sum(drawn.num_tokens for drawn in data.drawn(step)))
         with knobs_named(trainer.config):
             result = train_step(trainer, data, step, meter)
         done = step + 1
         if logged := done % LOG_STEPS == 0 or done == total:
-            line = {
-                "step": done,
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-                **meter.read(trainer.world),
-                **trainer.vitals.read(),
-            }
-            rate = tokens / (time.monotonic() - started)
-            history.append({**line, "tokens_per_s": round(rate, 1)})
+            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world), **trainer.vitals.read()}
+            speed = pace.read(done)
+            history.append({"step": done, "time": time.time(), **numbers, "tokens_per_s": speed["tokens_per_s"]})
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
             record = checkpoints.save(done, result)
             if record.acceptance_length is not None:
-                history.append({"step": done, "held_out_acceptance_length": round(record.acceptance_length, 4)})
+                history.append({"step": done, "time": time.time(), "held_out_acceptance_length": round(record.acceptance_length, 4)})
             if trainer.world.is_first:
                 append_metrics(trainer.artifact, history)
+            if scalars:
+                write_scalars(trainer.artifact, history)
         if logged:
-            shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
-            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
+            shown = {"loss": round(result.loss, 4), "acceptance_length": round(numbers.get("acceptance_length", 0.0), 3), **speed}
+            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": pace.tokens, **shown})
         if result.stop and done < total:
             trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
             fix = "run it again: it goes on from there"
