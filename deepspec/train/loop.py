@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
 from deepspec.stages import require_sealed
 from deepspec.train.checkpoints import Checkpoints
+from deepspec.train.checks import check_cache
 from deepspec.train.data import StepData
 from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
@@ -22,7 +24,7 @@ from deepspec.train.metrics import Meter
 from deepspec.train.optim import make_optimizer
 from deepspec.train.pace import Pace
 from deepspec.train.preflight import check_before_training
-from deepspec.train.ranks import on_sigterm
+from deepspec.train.ranks import check_batch, on_sigterm
 from deepspec.train.scalars import can_write_scalars, write_scalars
 from deepspec.train.state import append_metrics, read_metrics, resume, trainable
 from deepspec.train.step import Trainer, train_step
@@ -39,6 +41,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal.
 
     Raises:
+        ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not this run's; no weight was loaded.
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
     artifact = artifact_of(config, "train")
@@ -46,10 +49,14 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     resources = config.resources
     # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
+    check_batch(config, world.size)
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
     cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
+    if world.is_first:
+        check_cache(config, cache)
+    world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     optimizer = make_optimizer(trainable(draft), config.train)
@@ -66,8 +73,15 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
                 raise
             log.warning("stage=train preflight: %s", error.what)
     stop = threading.Event()
-    with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+    try:
+        with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
+            train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+    except RuntimeError:
+        if world.size > 1 and stop.is_set():
+            # torchrun asks the ranks that are left to end, once: what fails after that is the echo of the one that died.
+            log.exception("stage=train ends as it was asked to")
+            signal.raise_signal(signal.SIGTERM)
+        raise
     if world.is_first:
         seal_draft(artifact, draft, inputs)
     world.wait()
