@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_who_looks_on_sees_new_steps_and_no_step_twice(ready: Path):
 
 
 def test_without_tensorboard_training_works_and_says_once_how_to_get_it(ready: Path, monkeypatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr(scalars.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with caplog.at_level(logging.INFO):
         artifact = run_train(tiny_run(ready))
     assert artifact.manifest() is not None
