@@ -31,3 +31,10 @@ def answering_note(events: Sequence[Mapping[str, Any]]) -> str:
     words += [f"{truncated:.1%} truncated"] if truncated else []
     words += [f"{timedelta(seconds=max(left))} left"] if left else []
     return ", ".join(words)
+
+
+def words_of(numbers: Mapping[str, Any]) -> list[str]:
+    """What a stage's `progress` event counts, in a few words each."""
+    forms = {"tokens_per_s": "{:,.0f} tokens/s", "left_s": "{} left"}
+    values = {name: timedelta(seconds=value) if name == "left_s" else value for name, value in numbers.items()}
+    return [forms.get(name, f"{name} {{}}").format(value) for name, value in values.items()]

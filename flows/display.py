@@ -12,10 +12,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from deepspec.events import words_of
+from deepspec.terminal import TimeLeftColumn
 from flows.reporting import Progress, StageOutcome, Watcher, result_row, stage_row, watched_by
 
 PLAIN_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal
@@ -35,7 +37,7 @@ def shown_on_terminal(stages: Sequence[str]) -> Iterator[None]:
         return
     columns = (
         TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]:6}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeLeftColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Bars(*columns, console=console, refresh_per_second=4) as bars, watched_by(_bar_per_stage(bars, stages)):
         yield
@@ -50,7 +52,8 @@ def _bar_per_stage(bars: Bars, stages: Sequence[str]) -> Watcher:
         note = rate.describe(progress) if progress.state in ("running", "done") else progress.state
         if progress.state == "running":
             bars.start_task(task)
-        bars.update(task, completed=progress.done, total=progress.total or None, unit=progress.unit, note=note)
+        left_s = progress.numbers.get("left_s")
+        bars.update(task, completed=progress.done, total=progress.total or None, unit=progress.unit, note=note, left_s=left_s)
         if progress.state != "running":
             bars.stop_task(task)
 
@@ -66,7 +69,9 @@ def _plain_lines() -> Watcher:
         if progress.state != state or time.monotonic() - at >= PLAIN_PAUSE_S:
             last[progress.stage] = (progress.state, time.monotonic())
             how_far = f"{progress.done} of {progress.total} {progress.unit}" if progress.total else ""
-            sys.stderr.write(f"{progress.stage}: {progress.state} {how_far} {rate.describe(progress)}".rstrip() + "\n")
+            left = words_of({"left_s": progress.numbers["left_s"]}) if progress.numbers.get("left_s") else []
+            words = [f"{progress.stage}: {progress.state} {how_far} {rate.describe(progress)}".rstrip(), *left]
+            sys.stderr.write("  ".join(words) + "\n")
             sys.stderr.flush()
 
     return show
@@ -84,7 +89,9 @@ class _Rates:
             return progress.note
         seconds = max(time.monotonic() - began, 1e-3)
         words = [f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers]
-        if progress.numbers.get("tokens"):
+        if "tokens_per_s" in progress.numbers:
+            words += words_of({"tokens_per_s": progress.numbers["tokens_per_s"]})
+        elif progress.numbers.get("tokens"):
             words.append(f"{progress.numbers['tokens'] / seconds:,.0f} tokens/s")
         elif progress.done > first:
             words.append(f"{(progress.done - first) / seconds:.2f} {progress.unit}/s")

@@ -26,7 +26,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from deepspec.events import answering_note
+from deepspec.events import answering_note, words_of
 from deepspec.stages import StageStatus
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class _ProgressArtifact:
         if not hasattr(self, "_id") or time.monotonic() - self._updated < pause_s:
             return
         self._updated = time.monotonic()
-        numbers = ", ".join([*(f"{key} {value}" for key, value in progress.numbers.items()), *filter(None, [progress.note])])
+        numbers = ", ".join([*words_of(progress.numbers), *filter(None, [progress.note])])
         text = f"{self._description}\n\n{progress.state}: {progress.done} of {progress.total} {progress.unit} ({numbers})"
         with best_effort(retries=0):
             update_progress_artifact(self._id, 100.0 * progress.done / max(progress.total, 1), description=text)

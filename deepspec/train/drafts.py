@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
-from deepspec.errors import ArtifactMismatch
 from deepspec.model.checkpoint import build_draft, save_draft
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
@@ -23,18 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
-    """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards.
-
-    Raises:
-        ArtifactMismatch: the cache was captured from another target or other layers than the draft reads.
-    """
+    """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards (`checks`: it is the run's)."""
     artifact = cache.artifact
     target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
     spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
-    wanted = spec.hidden_size * len(spec.target_layer_ids)
-    if cache.layout.context.width != wanted:
-        what = f"the cache holds {cache.layout.context.width} context features a token, the draft reads {wanted}"
-        raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
     frozen = load_file(artifact.fetch_file("frozen.safetensors"))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
     draft.configure_loss(config.loss)

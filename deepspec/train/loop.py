@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -15,13 +16,16 @@ from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
 from deepspec.stages import require_sealed
 from deepspec.train.checkpoints import Checkpoints
+from deepspec.train.checks import check_cache
 from deepspec.train.data import StepData
 from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
 from deepspec.train.optim import make_optimizer
+from deepspec.train.pace import Pace
 from deepspec.train.preflight import check_before_training
-from deepspec.train.ranks import on_sigterm
+from deepspec.train.ranks import check_batch, on_sigterm
+from deepspec.train.scalars import can_write_scalars, write_scalars
 from deepspec.train.state import append_metrics, read_metrics, resume, trainable
 from deepspec.train.step import Trainer, train_step
 from deepspec.train.vitals import Vitals
@@ -37,6 +41,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal.
 
     Raises:
+        ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not this run's; no weight was loaded.
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
     artifact = artifact_of(config, "train")
@@ -44,10 +49,14 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     resources = config.resources
     # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
+    check_batch(config, world.size)
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
     cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
+    if world.is_first:
+        check_cache(config, cache)
+    world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     optimizer = make_optimizer(trainable(draft), config.train)
@@ -64,8 +73,15 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
                 raise
             log.warning("stage=train preflight: %s", error.what)
     stop = threading.Event()
-    with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+    try:
+        with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
+            train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+    except RuntimeError:
+        if world.size > 1 and stop.is_set():
+            # torchrun asks the ranks that are left to end, once: what fails after that is the echo of the one that died.
+            log.exception("stage=train ends as it was asked to")
+            signal.raise_signal(signal.SIGTERM)
+        raise
     if world.is_first:
         seal_draft(artifact, draft, inputs)
     world.wait()
@@ -75,37 +91,33 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
 def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     """Optimizer steps `first` to the last, logging and saving on the way, and before it stops because it was asked to."""
     meter, total = Meter(), data.total_steps
-    history = read_metrics(trainer.artifact, first)
-    started, tokens = time.monotonic(), 0
+    history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
+    scalars = trainer.world.is_first and can_write_scalars()
     trainer.draft.train()
     checkpoints = Checkpoints(trainer, data)
     checkpoints.resumed(first)
     for step in range(first, total):
         if checkpoints.no_better():
             break
-        tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
+        pace.add(sum(drawn.num_tokens for drawn in data.drawn(step)))
         with knobs_named(trainer.config):
             result = train_step(trainer, data, step, meter)
         done = step + 1
         if logged := done % LOG_STEPS == 0 or done == total:
-            line = {
-                "step": done,
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-                **meter.read(trainer.world),
-                **trainer.vitals.read(),
-            }
-            rate = tokens / (time.monotonic() - started)
-            history.append({**line, "tokens_per_s": round(rate, 1)})
+            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world), **trainer.vitals.read()}
+            speed = pace.read(done)
+            history.append({"step": done, "time": time.time(), **numbers, "tokens_per_s": speed["tokens_per_s"]})
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
             record = checkpoints.save(done, result)
             if record.acceptance_length is not None:
-                history.append({"step": done, "held_out_acceptance_length": round(record.acceptance_length, 4)})
+                history.append({"step": done, "time": time.time(), "held_out_acceptance_length": round(record.acceptance_length, 4)})
             if trainer.world.is_first:
                 append_metrics(trainer.artifact, history)
+            if scalars:
+                write_scalars(trainer.artifact, history)
         if logged:
-            shown = {"loss": round(result.loss, 4), "acceptance_length": round(line.get("acceptance_length", 0.0), 3)}
-            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": tokens, **shown})
+            shown = {"loss": round(result.loss, 4), "acceptance_length": round(numbers.get("acceptance_length", 0.0), 3), **speed}
+            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": pace.tokens, **shown})
         if result.stop and done < total:
             trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
             fix = "run it again: it goes on from there"

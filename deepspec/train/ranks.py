@@ -39,7 +39,7 @@ def num_ranks(config: RunConfig) -> int:
     """How many processes are to train together on this machine.
 
     Raises:
-        ConfigError: more than there are GPUs for.
+        ConfigError: more than there are GPUs for, or that a step's samples cannot be dealt to evenly.
     """
     resources = config.resources
     gpus = visible_gpus() if resources.device != "cpu" else []
@@ -47,7 +47,24 @@ def num_ranks(config: RunConfig) -> int:
     if gpus and wanted > len(gpus):
         what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
         raise ConfigError(what, where="resources.train_ranks", fix="lower it, or leave it null; resources.device=cpu trains without GPUs")
-    return min(wanted, config.train.global_batch)  # a rank without a sample would only be waited for
+    check_batch(config, wanted)
+    return wanted
+
+
+def check_batch(config: RunConfig, num_ranks: int) -> None:
+    """Refuse a batch of which some ranks would get more samples than others, or none, and be waited for at every step.
+
+    Raises:
+        ConfigError: names the nearest batches that can be dealt evenly.
+    """
+    batch = config.train.global_batch
+    below = batch - batch % num_ranks
+    if below == batch:
+        return
+    nearest = " or ".join(str(value) for value in (below, below + num_ranks) if value)
+    fewer = next(ranks for ranks in range(num_ranks, 0, -1) if batch % ranks == 0)
+    fix = f"set it to {nearest}; or train on {fewer} (resources.train_ranks), which changes no result"
+    raise ConfigError(f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks", where="train.global_batch", fix=fix)
 
 
 def launch_ranks(request: Request, ranks: int, *, report: Report, stop_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -34,6 +35,29 @@ def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(capsys
     assert len(lines) == 2
     assert lines[0].startswith("train: running 0 of 100 steps") and "loss 2.35" in lines[0]
     assert lines[1].startswith("train: done 100 of 100 steps") and "tokens/s" in lines[1]
+
+
+RESUMED = {"loss": 2.345678, "acceptance_length": 1.83, "tokens": 5000, "tokens_per_s": 1234.5, "left_s": 95}
+
+
+def test_a_training_says_its_own_speed_and_the_time_left(capsys: pytest.CaptureFixture[str]):
+    """Of one resumed at step 900, what was done before would make both far too good."""
+    with shown_on_terminal(["train"]):
+        show(Progress("train", "running", 910, 1000, "steps", RESUMED))
+        show(Progress("train", "done", 1000, 1000, "steps", {**RESUMED, "left_s": 0}))
+    running, done = capsys.readouterr().err.splitlines()
+    assert running == "train: running 910 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s  0:01:35 left"
+    assert done == "train: done 1000 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s"
+
+
+def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take it for a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with shown_on_terminal(["train"]):
+        show(Progress("train", "running", 910, 1000, "steps", RESUMED))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    for words in ("910/1000", "left 0:01:35", "loss 2.35", "acceptance_length 1.83", "1,234 tokens/s"):
+        assert words in shown
 
 
 def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixture[str]):
