@@ -121,6 +121,16 @@ class EvaluateConfig(Section):
     """Prompts to decode."""
     temperatures: tuple[float, ...] = Field(default=(1.0,), min_length=1)
     """Each benchmark is decoded at each of these."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Smallest set of tokens with this probability mass is kept."""
+    top_k: int = Field(default=0, ge=0)
+    """Tokens kept; 0 keeps all."""
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
+    """Prompts decoded together; each benchmark is decoded at each of these, plainly and speculatively."""
+    verify: Literal["full", "threshold", "scheduled"] = "full"
+    """How much of a proposed block the target verifies: all, up to the first low confidence, or what the prefix scheduler admits."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Confidence below which `verify: threshold` cuts a block."""
     max_new_tokens: PositiveInt = 2048
     """Tokens per answer at most."""
     dtype: Literal["bfloat16", "float32"] | None = None
