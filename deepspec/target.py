@@ -46,6 +46,23 @@ class TargetCache:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self.layers[layer_idx].write(keys, values, self.lengths)
 
+    def put(self, rows: Sequence[int], fresh: TargetCache) -> None:
+        """Give these rows to other sequences, prefilled in a cache of their own."""
+        for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
+            layer.put(rows, of_fresh, max(fresh.lengths))
+        for row, length in zip(rows, fresh.lengths, strict=True):
+            self.lengths[row] = length
+
+    def reset(self) -> None:
+        """Forget all rows: what is written next overwrites them."""
+        self.lengths = [0] * len(self.lengths)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        for layer in self.layers:
+            layer.keep(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths)
 

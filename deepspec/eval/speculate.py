@@ -1,32 +1,35 @@
 """Speculative decoding, batched: the draft proposes a block, the target verifies it in one pass, losslessly.
 
-Every row keeps its own length in both caches; taking back rejected tokens is not moving a length forward. B rows, g
-block size, m captured layers, D hidden size, V vocabulary.
+Every row keeps its own length in both caches; taking back rejected tokens is not moving a length forward. Rows whose
+answers are finished take the prompts that wait. B rows, g block size, m captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from deepspec.config import SamplingConfig
-from deepspec.generate import Decode, choose_tokens, prefill
+from deepspec.generate import Decode, Rows, Seats, Started, pad_right
 from deepspec.model.draft import Proposal
-from deepspec.model.sampling import UniformStream, Verdict, verify
+from deepspec.model.sampling import Verdict, verify
 from deepspec.target import Target, TargetOutput
+
+# (confidence [B, g] float32, running [B] bool) -> how many of each row's tokens the target is to verify [B], 0 to g
+Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Trace(NamedTuple):
-    """What became of one prompt: its new tokens, and per round how many were proposed and accepted."""
+    """What became of one prompt: its new tokens, and per round what was proposed and accepted."""
 
     token_ids: list[int]
-    proposed: list[int]
+    proposed: list[int]  # tokens that the target verified
     accepted: list[int]
     committed: list[int]  # tokens each round added; one more than accepted unless the round ended on an accepted stop token
+    confidence: list[list[float]]  # of every token that was drafted, verified or not; empty where the draft has no such head
 
 
 class Seconds(NamedTuple):
@@ -38,90 +41,131 @@ class Seconds(NamedTuple):
 
 
 class Decoding:
-    """The state of one batch while it is decoded."""
+    """The answers of all prompts, as the rows at work add to them."""
 
-    def __init__(self, rows: int, settings: Decode) -> None:
-        self.max_new_tokens, self.stop_ids = settings.max_new_tokens, settings.stop_ids
-        self.traces = [Trace([], [], [], []) for _ in range(rows)]
-        self.running = [True] * rows
+    def __init__(self, seats: Seats, settings: Decode) -> None:
+        self.max_new_tokens, self.stop_ids, self.seats = settings.max_new_tokens, settings.stop_ids, seats
+        self.traces = [Trace([], [], [], [], []) for _ in seats.waiting]
 
-    def start(self, tokens: Sequence[int]) -> None:
-        """The first token of each row comes from the prompt's own forward pass and belongs to no round."""
-        for row, token in enumerate(tokens):
-            self._extend(row, [token])
+    def start(self, tokens: Sequence[int], admitted: Mapping[int, int]) -> None:
+        """The first token of each newly seated prompt comes from its own forward pass and belongs to no round."""
+        for token, (row, prompt) in zip(tokens, admitted.items(), strict=True):
+            self._extend(row, prompt, [token])
 
-    def commit(self, proposal: Sequence[Sequence[int]], accepted: Sequence[int], following: Sequence[int]) -> list[int]:
-        """Add a round's tokens to every running row; returns how many positions of each row's cache stay."""
-        counts = [0] * len(self.running)
-        for row, (tokens, num_accepted) in enumerate(zip(proposal, accepted, strict=True)):
-            if not self.running[row]:
-                continue
-            trace, kept = self.traces[row], list(tokens[:num_accepted])
+    def note(self, confidence: Sequence[list[float]]) -> None:
+        """Keep what the draft said of a round's tokens, before they are verified."""
+        for row, prompt in self.seats.running.items():
+            self.traces[prompt].confidence.append(confidence[row])
+
+    def commit(self, proposal: Sequence[list[int]], lengths: Sequence[int], accepted: Sequence[int], following: Sequence[int]) -> list[int]:
+        """Add a round's tokens to every running row, lengths[row] of whose proposal were verified.
+
+        Returns:
+            how many positions of each row's cache stay; 0 where the row has finished.
+        """
+        counts = [0] * len(accepted)
+        for row, prompt in list(self.seats.running.items()):
+            trace, num_accepted = self.traces[prompt], accepted[row]
+            kept = proposal[row][:num_accepted]
             stop = next((index for index, token in enumerate(kept) if token in self.stop_ids), None)
             if stop is None:
                 added = [*kept, following[row]]
             else:  # an accepted stop token ends the answer: what follows it is dropped, and there is no bonus token
                 kept = added = kept[: stop + 1]
-            trace.proposed.append(len(tokens))
+            trace.proposed.append(lengths[row])
             trace.accepted.append(len(kept))
             trace.committed.append(len(added))
-            self._extend(row, added)
-            counts[row] = num_accepted + 1 if self.running[row] else 0
+            if self._extend(row, prompt, added):
+                counts[row] = num_accepted + 1
         return counts
 
-    def _extend(self, row: int, tokens: Sequence[int]) -> None:
-        ids = self.traces[row].token_ids
+    def _extend(self, row: int, prompt: int, tokens: Sequence[int]) -> bool:
+        """Whether the row goes on."""
+        ids = self.traces[prompt].token_ids
         ids.extend(tokens[: self.max_new_tokens - len(ids)])
-        self.running[row] = len(ids) < self.max_new_tokens and ids[-1] not in self.stop_ids
+        goes_on = len(ids) < self.max_new_tokens and ids[-1] not in self.stop_ids
+        if not goes_on:
+            del self.seats.running[row]
+        return goes_on
 
 
 @torch.inference_mode()
 def speculate(
-    target: Target, draft: Any, prompts: Sequence[Sequence[int]], settings: Decode, *, seeds: Sequence[int]
+    target: Target, draft: Any, prompts: Sequence[Sequence[int]], settings: Decode, *, seeds: Sequence[int], policy: Policy | None = None
 ) -> tuple[list[Trace], Seconds]:
-    """Decode the prompts; at temperature 0 the tokens are those of greedy decoding, else distributed as the target's.
+    """Decode the prompts; `policy` says how much of a block is verified, None all of it.
 
-    Row b draws from its own stream `seeds[b]`.
+    At temperature 0 the tokens are those of greedy decoding, else distributed as the target's. Prompt b draws from its own
+    stream `seeds[b]`, of which every round takes the same number: nothing depends on who shares its batch.
     """
-    clock, sampling = _Clock(target.device), settings.sampling
-    uniforms = None if sampling.temperature == 0 else UniformStream(seeds)
-    rows, block = len(prompts), draft.block_size
-    capacity = max(map(len, prompts)) + settings.max_new_tokens + block + 1
-    cache, draft_cache = target.new_cache(rows, capacity), draft.new_cache(rows, capacity)
-    decoding = Decoding(rows, settings)
-
-    context, last_hidden = prefill(target, cache, prompts)
-    anchor = choose_tokens(target.logits(last_hidden), sampling, uniforms)
-    decoding.start(anchor.tolist())
-    draft.prefill(draft_cache, context, _shifted(prompts, anchor), [len(prompt) for prompt in prompts])
-    while any(decoding.running):
+    clock, seats = _Clock(target.device), Seats(len(prompts), settings.batch_size)
+    rows, block = Rows(target, seats, prompts, seeds, settings), draft.block_size
+    decoding, cache = Decoding(seats, settings), rows.new_cache(room=block + 1)
+    draft_cache = draft.new_cache(seats.num_rows, rows.capacity + block + 1)
+    while True:
+        while admitted := seats.admit():
+            started = rows.start(admitted, cache)
+            _start_draft(draft, draft_cache, started, alone=len(admitted) == seats.num_rows)
+            decoding.start(started.first.tolist(), admitted)
+        if not seats.running:
+            return decoding.traces, clock.read()
+        if kept := seats.spare():
+            for part in (cache, draft_cache, rows):
+                part.keep(kept)
         clock.lap()
-        proposal = draft.propose(draft_cache, anchor, sampling, uniforms.take(block) if uniforms else None)
+        proposal = draft.propose(draft_cache, rows.tokens, rows.sampling, rows.uniforms.take(block) if rows.uniforms else None)
         clock.draft += clock.lap()
-        inputs = torch.cat([anchor[:, None], proposal.tokens], dim=1)
+        lengths = _lengths(proposal, policy, decoding)
+        inputs = torch.cat([rows.tokens[:, None], proposal.tokens[:, : max(lengths)]], dim=1)
+        clock.lap()
         output = target.forward(inputs, cache)
-        verdict = _verify(target, output, proposal, sampling, uniforms)
+        verdict = _verify(rows, output, proposal, lengths)
         clock.verify += clock.lap()
-        counts = decoding.commit(proposal.tokens.tolist(), verdict.num_accepted.tolist(), verdict.next_token.tolist())
-        following = inputs.roll(-1, dims=1).scatter_(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
-        draft.accept(draft_cache, output.context, following, counts)
+        counts = decoding.commit(proposal.tokens.tolist(), lengths, verdict.num_accepted.tolist(), verdict.next_token.tolist())
         cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
-        anchor = verdict.next_token
-    return decoding.traces, clock.read()
+        following = inputs.roll(-1, dims=1).scatter_(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+        clock.lap()
+        draft.accept(draft_cache, output.context, following, counts)
+        clock.draft += clock.lap()
+        rows.tokens = verdict.next_token
 
 
-def _verify(target: Target, output: TargetOutput, proposal: Proposal, sampling: SamplingConfig, uniforms: UniformStream | None) -> Verdict:
-    logits = target.logits(output.last_hidden)
-    draws = uniforms.take(logits.shape[1]) if uniforms else None
-    return verify(proposal.tokens, proposal.probs, logits, sampling, draws)
+def _start_draft(draft: Any, draft_cache: Any, started: Started, *, alone: bool) -> None:
+    """Give the draft the features of newly seated prompts, and of each position the token that follows it."""
+    counts = [len(prompt) for prompt in started.prompts]
+    shifted = [[*prompt[1:], token] for prompt, token in zip(started.prompts, started.first.tolist(), strict=True)]
+    following = pad_right(shifted, started.first.device)
+    if alone:
+        draft_cache.reset()
+        draft.prefill(draft_cache, started.context, following, counts)
+    else:
+        fresh = draft.new_cache(len(counts), max(counts))
+        draft.prefill(fresh, started.context, following, counts)
+        draft_cache.put(started.rows, fresh)
 
 
-def _shifted(prompts: Sequence[Sequence[int]], anchor: Tensor) -> Tensor:
-    """The token that follows each prompt position [B, T]; behind the last one comes the anchor."""
-    shifted = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    for row, (prompt, token) in enumerate(zip(prompts, anchor.tolist(), strict=True)):
-        shifted[row, : len(prompt)] = torch.tensor([*prompt[1:], token])
-    return shifted.to(anchor.device)
+def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> list[int]:
+    """How many of each row's tokens the target is to verify [B]; what the draft says of them is kept on the way."""
+    num_rows, block = proposal.tokens.shape
+    if proposal.confidence is None:
+        return [block] * num_rows
+    decoding.note(proposal.confidence.tolist())
+    if policy is None:
+        return [block] * num_rows
+    running = np.zeros(num_rows, dtype=bool)
+    running[list(decoding.seats.running)] = True
+    lengths: list[int] = policy(proposal.confidence.float().cpu().numpy(), running).tolist()
+    return lengths
+
+
+def _verify(rows: Rows, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]) -> Verdict:
+    logits, block, width = rows.target.logits(output.last_hidden), proposal.tokens.shape[1], max(lengths)
+    draws = rows.uniforms.take(block + 1) if rows.uniforms else None
+    if draws is not None:  # the last number is for the token that follows, however few are verified
+        draws = torch.cat([draws[:, :width], draws[:, block:]], 1)
+    probs = proposal.probs[:, :width] if proposal.probs is not None else None
+    limits = None if min(lengths) == width else torch.tensor(lengths, device=logits.device)
+    return verify(proposal.tokens[:, :width], probs, logits, rows.sampling, draws, limits)
 
 
 class _Clock:

@@ -46,19 +46,26 @@ class DraftCache:
         self.layers, self.lengths, self.table = layers, lengths, table
         self.last_output: Tensor | None = None  # [B, D] Eagle3 goes on from its own last output
 
-    def reset_row(self, row: int) -> None:
-        """Forget a row, for another prompt to take its place."""
-        self.lengths[row] = 0
+    def put(self, rows: Sequence[int], fresh: DraftCache) -> None:
+        """Give these rows to other prompts, prefilled in a cache of their own."""
+        for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
+            layer.put(rows, of_fresh, max(fresh.lengths))
+        for row, length in zip(rows, fresh.lengths, strict=True):
+            self.lengths[row] = length
+        if self.last_output is not None and fresh.last_output is not None:
+            self.last_output = self.last_output.clone()  # it may have been made in inference mode, or be somebody's view
+            self.last_output[rows] = fresh.last_output
 
-    def row(self, row: int) -> DraftCache:
-        """One row by itself, sharing this cache's memory; to prefill it: `reset_row`, then prefill and `adopt` this."""
-        return DraftCache([layer.row(row) for layer in self.layers], [self.lengths[row]], self.table)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        for layer in self.layers:
+            layer.keep(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.last_output = self.last_output[rows] if self.last_output is not None else None
 
-    def adopt(self, row: int, single: DraftCache) -> None:
-        """Take over the length and the last output of a row that was worked on by itself."""
-        self.lengths[row] = single.lengths[0]
-        if self.last_output is not None and single.last_output is not None:
-            self.last_output[row] = single.last_output[0]
+    def reset(self) -> None:
+        """Forget all rows: what is written next overwrites them."""
+        self.lengths = [0] * len(self.lengths)
 
     def rotation(self, num_new: int) -> Rotation:
         """Of the next `num_new` positions of every row: [n, 1, E], or [B, n, 1, E] where rows differ in length."""

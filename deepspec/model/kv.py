@@ -54,12 +54,20 @@ class LayerCache:
             raise DeepSpecError("nothing has been written to this cache", fix="prefill before drafting")
         return self.keys[:, :, :num_positions], self.values[:, :, :num_positions]
 
-    def row(self, row: int) -> LayerCache:
-        """A cache of one row that shares this one's memory (which must have been written to before)."""
-        shared = LayerCache(1, self.capacity)
+    def put(self, rows: Sequence[int], fresh: LayerCache, num_positions: int) -> None:
+        """Take over the first `num_positions` of all rows of another cache into these rows."""
+        if fresh.keys is None or fresh.values is None:
+            return
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._allocate(fresh.keys), self._allocate(fresh.values)
+        self.keys[rows, :, :num_positions] = fresh.keys[:, :, :num_positions]
+        self.values[rows, :, :num_positions] = fresh.values[:, :, :num_positions]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.rows = len(rows)
         if self.keys is not None and self.values is not None:
-            shared.keys, shared.values = self.keys[row : row + 1], self.values[row : row + 1]
-        return shared
+            self.keys, self.values = self.keys[rows], self.values[rows]
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros: a masked slot's weight is 0, and 0 times uninitialised memory may be NaN.

@@ -139,11 +139,20 @@ class UniformStream:
         self._next += num
         return torch.from_numpy(self._numbers[:, self._next - num : self._next])
 
-    def replace(self, row: int, seed: int) -> None:
-        """Start row `row` anew with another seed."""
-        self._sources[row] = _source(seed)
+    def start(self, rows: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Start rows anew with other seeds; returns the first number of each [n] float64, which the others do not wait for."""
         self._numbers = self._numbers.copy()  # numbers already handed out are views of the old array
-        self._numbers[row, self._next :] = self._sources[row].random(self._numbers.shape[1] - self._next)
+        first = np.empty(len(rows))
+        for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+            self._sources[row] = _source(seed)
+            first[place] = self._sources[row].random()
+            self._numbers[row, self._next :] = self._sources[row].random(self._numbers.shape[1] - self._next)
+        return torch.from_numpy(first)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self._sources = [self._sources[row] for row in rows]
+        self._numbers = self._numbers[list(rows)]
 
 
 def _source(seed: int) -> np.random.Generator:

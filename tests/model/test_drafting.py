@@ -112,10 +112,9 @@ def test_a_row_can_be_given_to_another_prompt(name: str) -> None:
     one_row = second.context[None], second.input_ids[None]
     cache = draft.new_cache(2, 12)
     draft.prefill(cache, *two_rows, [9, 8])
-    cache.reset_row(0)
-    single = cache.row(0)
+    single = draft.new_cache(1, 6)
     draft.prefill(single, *one_row, [6])
-    cache.adopt(0, single)
+    cache.put([0], single)
     fresh = draft.new_cache(2, 12)
     draft.prefill(fresh, *two_rows, [0, 8])
     alone = draft.new_cache(1, 12)
@@ -128,3 +127,7 @@ def test_a_row_can_be_given_to_another_prompt(name: str) -> None:
     assert both.probs is not None
     torch.testing.assert_close(both.probs[0], wanted.probs[0])  # type: ignore[index]
     torch.testing.assert_close(both.probs[1], other.probs[1])  # type: ignore[index]
+    cache.keep([1])
+    last = draft.propose(cache, anchor[1:], SAMPLED, torch.full((1, 4), 0.5))
+    assert last.probs is not None
+    torch.testing.assert_close(last.probs[0], both.probs[1])

@@ -60,10 +60,12 @@ def test_streams_depend_on_their_seed_and_on_how_many_were_taken_only() -> None:
     assert (taken >= 0).all() and (taken < 1).all()
     kept = stream.take(3)
     before = kept.clone()
-    stream.replace(0, seed=9)
+    first, nine = stream.start([0], [9]), UniformStream([9]).take(601)[0]
     assert torch.equal(kept, before)
-    assert torch.equal(stream.take(600)[0], UniformStream([9]).take(600)[0])
+    assert torch.equal(torch.cat([first, stream.take(600)[0]]), nine)
     assert torch.equal(stream.take(1)[1:], UniformStream([4]).take(1414)[:, -1:])
+    stream.keep([1])
+    assert torch.equal(stream.take(5), UniformStream([4]).take(1419)[:, -5:])
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> float:
