@@ -19,11 +19,11 @@ from deepspec.train.data import StepData
 from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
-from deepspec.train.optim import make_optimizer
 from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import on_sigterm
-from deepspec.train.state import append_metrics, read_metrics, resume, trainable
+from deepspec.train.state import append_metrics, read_metrics, resume_draft, resume_optimizer
 from deepspec.train.step import Trainer, train_step
+from deepspec.train.strategy import make_strategy
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import join_world
@@ -50,8 +50,8 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
-    optimizer = make_optimizer(trainable(draft), config.train)
-    first = resume(artifact, draft, optimizer)
+    record = resume_draft(artifact, draft)
+    first = record.step if record else 0
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
@@ -63,11 +63,15 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
             if resources.preflight == "refuse":
                 raise
             log.warning("stage=train preflight: %s", error.what)
+    strategy = make_strategy(config, artifact, world, draft=draft, filler=data.load(data.drawn(first)[:1]))
+    del draft  # its parts are the strategy's now
+    if record:
+        resume_optimizer(artifact, record, strategy)
     stop = threading.Event()
     with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-        train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+        train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device)), data, first, report)
     if world.is_first:
-        seal_draft(artifact, draft, inputs)
+        seal_draft(artifact, inputs)
     world.wait()
     return artifact
 
@@ -77,7 +81,6 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     meter, total = Meter(), data.total_steps
     history = read_metrics(trainer.artifact, first)
     started, tokens = time.monotonic(), 0
-    trainer.draft.train()
     checkpoints = Checkpoints(trainer, data)
     checkpoints.resumed(first)
     for step in range(first, total):
