@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -64,7 +65,6 @@ class Zero:
         self.is_partitioned = config.resources.zero_stage == 3
         for name, tensor in begun.items():  # in bfloat16 they would be what was left after rounding
             self._set(name, tensor, key=None)
-        self._scale(1.0)
 
     def rounds(self, own: int) -> int:
         return self.world.largest(own)
@@ -85,13 +85,21 @@ class Zero:
     def apply(self, *, lr: float, denominator: float) -> float:
         for group in self.zero.param_groups:
             group["lr"] = lr if denominator else 0.0
-        self._scale((denominator or 1.0) / self.world.size)  # what arrives is the ranks' mean
-        self.engine.step()
-        self._scale(1.0)
+        with self._divided(by=(denominator or 1.0) / self.world.size):  # what arrives is the ranks' mean
+            self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def _scale(self, by: float) -> None:
-        self.zero.override_loss_scale(by)
+    @contextlib.contextmanager
+    def _divided(self, *, by: float) -> Iterator[None]:
+        """Within the block, a step divides the gradients by this."""
+        if hasattr(self.zero, "override_loss_scale"):
+            self.zero.override_loss_scale(by)
+            yield
+            self.zero.override_loss_scale(1.0)  # the next backward passes multiply by it
+            return
+        for gradients in self.zero.fp32_groups_gradients_flat:  # stage 1 in bfloat16 is a class of its own
+            gradients.div_(by)
+        yield
 
     def whole(self) -> Any:
         draft = empty_draft(self.draft.spec)
@@ -102,7 +110,7 @@ class Zero:
     def optimizer_state(self, name: str) -> Iterator[Piece]:
         states = [state for flat in self._flat() if (state := self.zero.optimizer.state.get(flat))]
         if states:
-            yield Piece("step", torch.as_tensor(states[0]["step"]).detach())
+            yield Piece("step", torch.tensor(float(states[0]["step"])))
             yield from (Piece(key, self._get(name, key=key)) for key in MOMENTS)
 
     def restore(self, name: str, piece: Piece) -> None:
@@ -119,7 +127,8 @@ class Zero:
 
     def _flat(self) -> list[Tensor]:
         """The rank's part of the float32 weights, in the pieces that the optimizer knows."""
-        return list(self.zero.fp32_partitioned_groups_flat if self.is_partitioned else self.zero.single_partition_of_fp32_groups)
+        kinds = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return list(next(getattr(self.zero, kind) for kind in kinds if hasattr(self.zero, kind)))
 
     def _get(self, name: str, *, key: str | None) -> Tensor:
         """A parameter (or its moment `key`) put together from all ranks, float32."""
@@ -207,6 +216,7 @@ def load_deepspeed(device: torch.device) -> Any:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET if logging.getLogger().isEnabledFor(logging.DEBUG) else logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a shortcut on CPUs that would need gcc
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
