@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
@@ -23,7 +24,7 @@ from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import on_sigterm
 from deepspec.train.state import append_metrics, read_metrics, resume_draft, resume_optimizer
 from deepspec.train.step import Trainer, train_step
-from deepspec.train.strategy import make_strategy
+from deepspec.train.strategy import check_strategy, make_strategy
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import join_world
@@ -44,6 +45,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     resources = config.resources
     # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
+    check_strategy(config, world)
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
@@ -63,7 +65,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
             if resources.preflight == "refuse":
                 raise
             log.warning("stage=train preflight: %s", error.what)
-    strategy = make_strategy(config, artifact, world, draft=draft, filler=data.load(data.drawn(first)[:1]))
+    strategy = make_strategy(config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1]))
     del draft  # its parts are the strategy's now
     if record:
         resume_optimizer(artifact, record, strategy)

@@ -48,7 +48,7 @@ def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, dra
     folder, share = f"checkpoints/{record.step:08d}", f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
-        save_file(_share(strategy, world), local / share)
+        save_file(optimizer_share(strategy, world), local / share)
         if world.is_first:
             save_draft(draft, local)
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
@@ -61,7 +61,7 @@ def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, dra
         _remove_old(artifact)
 
 
-def _share(strategy: Strategy, world: World) -> dict[str, Tensor]:
+def optimizer_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
     """The rank's share of the optimizer's state, in host memory, ready for safetensors."""
     loads = [0] * world.size
     share: dict[str, Tensor] = {}

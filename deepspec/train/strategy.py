@@ -7,7 +7,7 @@ from the other's checkpoints, on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -108,16 +108,25 @@ class Replicated:
         self.optimizer.state[parameter][piece.key] = tensor
 
 
-def make_strategy(config: RunConfig, artifact: Artifact, world: World, *, draft: Any, filler: TrainBatch) -> Strategy:
-    """The one that `train.strategy` names, with the draft as it is now and an optimizer that has not begun.
-
-    `filler` is any small batch with something to learn from: what a rank without one of its own goes through.
+def check_strategy(config: RunConfig, world: World) -> None:
+    """See to it, before anything is read, that `train.strategy` can be had.
 
     Raises:
         ConfigError: DeepSpeed is asked for, and is not installed.
     """
+    if config.train.strategy == "deepspeed":
+        from deepspec.train.zero import load_deepspeed
+
+        load_deepspeed(world.device)
+
+
+def make_strategy(config: RunConfig, artifact: Artifact, world: World, *, draft: Any, filler: Callable[[], TrainBatch]) -> Strategy:
+    """The one that `train.strategy` names, with the draft as it is now and an optimizer that has not begun.
+
+    `filler` gives any small batch with something to learn from: what a rank without one of its own goes through.
+    """
     if config.train.strategy == "ddp":
         return Replicated(draft, config.train, world)
-    from deepspec.train.zero import Zero  # loads DeepSpeed, which nobody else needs
+    from deepspec.train.zero import Zero
 
-    return Zero(config, artifact, world, draft=draft, filler=filler)
+    return Zero(config, artifact, world, draft=draft, filler=filler())

@@ -200,7 +200,7 @@ def derived_config(config: RunConfig, hidden_size: int, *, num_parameters: int, 
 
 
 def load_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, logging where we do, compiling nothing, and with a process group even for one process.
+    """DeepSpeed, logging where we do, compiling nothing, and with a process group even for one process; again and again the same.
 
     Raises:
         ConfigError: it is not installed.

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
 from deepspec.launch import Request
@@ -177,16 +178,18 @@ def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready
     assert "in sum" in shown, "rank 0, in the collective"
 
 
-def interrupt(store: Path, number: int) -> int:
+def interrupt(store: Path, number: int, *overrides: str, ranks: int = 2) -> int:
     """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
-    artifact = artifact_of(tiny_run(store, *LONG), "train")
-    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+    overrides = (*LONG, *overrides)
+    artifact = artifact_of(tiny_run(store, *overrides), "train")
+    command = arguments(store, *overrides, f"resources.train_ranks={ranks}").command("train")
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
         limit = time.monotonic() + 60
         while not checkpoint_steps(artifact):
             assert time.monotonic() < limit
             time.sleep(0.02)
         ranks_found = ranks_of(parent.pid)
-        assert len(ranks_found) == 2
+        assert len(ranks_found) == (2 if ranks == 2 else 0)
         parent.send_signal(number)
         code = parent.wait(40)
     assert psutil.wait_procs(ranks_found, timeout=0 if number == signal.SIGTERM else 20)[1] == []
@@ -209,3 +212,22 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready
 @pytest.mark.slow
 def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
     assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
+def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready: Path, tmp_path: Path, before: int, after: int):
+    """Amid an epoch (21 samples, checkpoints after 50, 100, ...), by kill -9; to the last bit on the same number of ranks."""
+    run = ["train.max_steps=40", "train.global_batch=5", "loss.tv=0", "loss.ce=1"]
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    assert interrupt(ready, signal.SIGKILL, *run, ranks=before) == -signal.SIGKILL
+    artifact = artifact_of(tiny_run(ready, *LONG, *run), "train")
+    if after == 2:
+        launched(ready, *LONG, *run)
+    else:
+        run_train(tiny_run(ready, *LONG, *run))
+    resumed, undisturbed = weights(artifact), weights(run_train(tiny_run(straight, *LONG, *run)))
+    assert_close(undisturbed, resumed)
+    if before == after:
+        assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
