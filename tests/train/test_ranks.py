@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.events import silent
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.train import ranks
@@ -178,18 +179,16 @@ def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready
     assert "in sum" in shown, "rank 0, in the collective"
 
 
-def interrupt(store: Path, number: int, *overrides: str, ranks: int = 2) -> int:
+def interrupt(store: Path, number: int) -> int:
     """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
-    overrides = (*LONG, *overrides)
-    artifact = artifact_of(tiny_run(store, *overrides), "train")
-    command = arguments(store, *overrides, f"resources.train_ranks={ranks}").command("train")
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
         limit = time.monotonic() + 60
         while not checkpoint_steps(artifact):
             assert time.monotonic() < limit
             time.sleep(0.02)
         ranks_found = ranks_of(parent.pid)
-        assert len(ranks_found) == (2 if ranks == 2 else 0)
+        assert len(ranks_found) == 2
         parent.send_signal(number)
         code = parent.wait(40)
     assert psutil.wait_procs(ranks_found, timeout=0 if number == signal.SIGTERM else 20)[1] == []
@@ -216,18 +215,24 @@ def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
-def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready: Path, tmp_path: Path, before: int, after: int):
-    """Amid an epoch (21 samples, checkpoints after 50, 100, ...), by kill -9; to the last bit on the same number of ranks."""
-    run = ["train.max_steps=40", "train.global_batch=5", "loss.tv=0", "loss.ce=1"]
+def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready, faulty, tmp_path: Path, before: int, after: int):
+    """Kill -9 in the sixth step, amid an epoch as the fourth step's checkpoint is; bit for bit on the same number of ranks."""
+    faulty(f"""
+        def fault(step):
+            marker = {str(tmp_path / "killed")!r}
+            if rank == 0 and step == 5 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    run = ["train.max_steps=12", "train.checkpoint_steps=4", "train.global_batch=7", "loss.tv=0", "loss.ce=1"]
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
-    assert interrupt(ready, signal.SIGKILL, *run, ranks=before) == -signal.SIGKILL
-    artifact = artifact_of(tiny_run(ready, *LONG, *run), "train")
-    if after == 2:
-        launched(ready, *LONG, *run)
-    else:
-        run_train(tiny_run(ready, *LONG, *run))
-    resumed, undisturbed = weights(artifact), weights(run_train(tiny_run(straight, *LONG, *run)))
+    artifact = artifact_of(tiny_run(ready, *run), "train")
+    with pytest.raises(TransientError, match="killed by SIGKILL"):
+        launch_ranks(arguments(ready, *run), before, report=silent, stop_s=5)
+    assert checkpoint_steps(artifact) == [4]
+    launch_ranks(arguments(ready, *run), after, report=silent, stop_s=5)
+    resumed, undisturbed = weights(artifact), weights(run_train(tiny_run(straight, *run)))
     assert_close(undisturbed, resumed)
     if before == after:
         assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
