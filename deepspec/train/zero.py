@@ -58,8 +58,8 @@ class Zero:
         begun = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         frozen_as_buffers(draft)
         self.module = _Loss(draft, world.device, COMPUTE_DTYPES[config.train.compute_dtype])
+        self.deepspeed = load_deepspeed(world.device)
         with contextlib.redirect_stdout(sys.stderr):  # events go to standard output, one JSON object a line
-            self.deepspeed = load_deepspeed(world.device)
             self.engine = self.deepspeed.initialize(model=self.module, model_parameters=list(self.parameters.values()), config=derived)[0]
         self.zero = self.engine.optimizer
         self.is_partitioned = config.resources.zero_stage == 3
@@ -74,7 +74,7 @@ class Zero:
         idle = plan is None or not any(bool(part) for part in self.draft.denominators(plan).values())
         if idle or batch is None:
             loss = self.engine(batch=self.filler, plan=self.draft.plan(self.filler)) * 0.0
-            output = LossOutput(loss, loss.detach(), {}, {})
+            output = LossOutput(loss.detach(), loss.detach(), {}, {})
         else:
             loss = self.engine(batch=batch, plan=plan)
             output = cast("LossOutput", self.module.output)
@@ -208,7 +208,8 @@ def load_deepspeed(device: torch.device) -> Any:
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        deepspeed: Any = importlib.import_module("deepspeed")
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed: Any = importlib.import_module("deepspeed")
     except ImportError as error:
         fix = "pip install '.[deepspeed]' after torch (README, Training on several GPUs), or leave train.strategy at ddp"
         raise ConfigError(f"DeepSpeed cannot be loaded: {error}", where="train.strategy", fix=fix) from None
