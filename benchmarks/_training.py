@@ -15,9 +15,8 @@ from deepspec.data.cache import HiddenCache
 from deepspec.events import silent
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
-from deepspec.train.optim import make_optimizer
-from deepspec.train.state import trainable
 from deepspec.train.step import Trainer
+from deepspec.train.strategy import Replicated
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import World
@@ -49,7 +48,8 @@ def make_trainer(config: RunConfig, cache: HiddenCache, target: Mapping[str, Any
     ids = {"layer_ids": config.target.layer_ids, "mask_token_id": config.target.mask_token_id}
     spec = DraftSpec.from_target(target, config.draft, **ids)
     frozen = torch.randn(spec.vocab_size, spec.hidden_size, generator=torch.Generator().manual_seed(0)) * spec.hidden_size**-0.5
-    draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0).to(device).train()
+    draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0).to(device)
     draft.configure_loss(config.loss)
-    optimizer, world = make_optimizer(trainable(draft), config.train), World(0, 1, device)
-    return Trainer(config, cache.artifact, world, draft, optimizer, threading.Event(), Watchdog(3600.0, silent), Vitals(device))
+    world = World(0, 1, device)
+    strategy = Replicated(draft, config.train, world)
+    return Trainer(config, cache.artifact, world, strategy, threading.Event(), Watchdog(3600.0, silent), Vitals(device))

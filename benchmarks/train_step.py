@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,8 @@ from deepspec.model.draft import TrainBatch
 from deepspec.recipe import load_run
 from deepspec.train.data import StepData
 from deepspec.train.metrics import Meter
-from deepspec.train.step import COMPUTE_DTYPES, Trainer, train_step
+from deepspec.train.step import train_step
+from deepspec.train.strategy import COMPUTE_DTYPES, Replicated
 
 GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared
@@ -57,7 +58,8 @@ class Steps:
     def __init__(self, shape: Shape, cache: HiddenCache, folder: Path, *, batch_tokens: int, device: torch.device) -> None:
         sizes = (f"resources.batch_tokens={batch_tokens}", f"train.global_batch={batch_tokens // shape.num_tokens}", "train.max_steps=null")
         config = load_run(shape.recipe, [*shape.overrides, *sizes, "train.epochs=1000"], store=str(folder))
-        self.trainer: Trainer = make_trainer(config, cache, shape.target, device)
+        self.trainer = make_trainer(config, cache, shape.target, device)
+        self.strategy = cast("Replicated", self.trainer.strategy)
         self.data, self.meter, self.numbers = StepData(cache, config, self.trainer.world), Meter(), count()
         (self.group,) = self.data.micro_batches(0)
         self.batch = self.data.load(self.group)
@@ -67,7 +69,7 @@ class Steps:
 
     def bare(self, batch: TrainBatch | None = None) -> None:
         batch = batch or self.batch
-        draft, optimizer, settings = self.trainer.draft, self.trainer.optimizer, self.trainer.config.train
+        draft, optimizer, settings = self.strategy.draft, self.strategy.optimizer, self.trainer.config.train
         dtype = COMPUTE_DTYPES[settings.compute_dtype]
         with torch.autocast(self.trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
             output = draft.loss(batch, draft.plan(batch))

@@ -166,6 +166,8 @@ def main(run_app: Callable[[], Any] = app) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     level = os.environ.get("DEEPSPEC_LOG", "INFO" if is_first_rank() else "WARNING")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if is_rank() and len(sys.argv) > 1 and sys.argv[1].startswith("--local_rank="):
+        del sys.argv[1]  # DeepSpeed's launcher says it before the verb; it is in LOCAL_RANK, too
     try:
         run_app()
     except DeepSpecError as error:

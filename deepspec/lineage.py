@@ -97,8 +97,10 @@ def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
         case "hidden":
             return {"hidden": section_of(config.hidden), "target": {**spoken, "layer_ids": target["layer_ids"]}}
         case "train":
-            sections = {"draft": config.draft, "loss": config.loss, "train": config.train}
-            return {"mask_token_id": config.target.mask_token_id, **{name: section_of(part) for name, part in sections.items()}}
+            settings = section_of(config.train)
+            del settings["strategy"]  # how the ranks share the work: a training may go on with another one
+            sections = {"draft": section_of(config.draft), "loss": section_of(config.loss), "train": settings}
+            return {"mask_token_id": config.target.mask_token_id, **sections}
         case _:
             return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config)}
 

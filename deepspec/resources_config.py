@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from deepspec.draft_config import Section
 
@@ -109,6 +109,10 @@ class ResourcesConfig(Section):
     fidelity: FidelityConfig = FidelityConfig()
     train_ranks: PositiveInt | None = None
     """Processes that train together; null is one per visible GPU, or one."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What `train.strategy: deepspeed` deals out to the ranks: the optimizer's state (1), gradients too (2), parameters too (3)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What it keeps in the host's memory: the optimizer, which then also steps there, or (stage 3 only) the parameters too."""
     stop_s: float = Field(default=25.0, ge=0)
     """Seconds beyond the usual five that a stage which is asked to stop has to end: training finishes its step and saves it."""
     preflight: Literal["refuse", "warn"] = "refuse"
@@ -123,3 +127,9 @@ class ResourcesConfig(Section):
     """When a stored sample is compared with its checksum: the first time that a process reads it, or every time."""
     cache_gb: float = Field(default=0.0, ge=0)
     """Local copies (GB) of samples read from a remote store, under `scratch`; the least recently used shards go first."""
+
+    @model_validator(mode="after")
+    def _only_what_is_dealt_out_is_offloaded(self) -> Self:
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("resources.offload `all` needs resources.zero_stage 3: the other stages keep the parameters on every rank")
+        return self

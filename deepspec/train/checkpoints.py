@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -29,18 +30,18 @@ class Checkpoints:
     def resumed(self, step: int) -> None:
         """Measure the checkpoint that training goes on from, if it is one of those that count and there was no time when it was saved."""
         if step % self.every == 0 and step in self.records and self.records[step].acceptance_length is None:
-            self.records[step] = self._measured(self.records.pop(step))
+            self.records[step] = self._measured(self.records.pop(step), self.trainer.strategy.whole())
             if self.trainer.world.is_first:
                 put_record(self.trainer.artifact, self.records[step])
 
     def save(self, step: int, result: StepResult) -> CheckpointRecord:
-        """Measure (on all ranks, unless training is to stop before its end) and save (on the first)."""
-        trainer = self.trainer
+        """Measure (unless training is to stop before its end) and save, on all ranks."""
+        trainer, draft = self.trainer, self.trainer.strategy.whole()
         record = CheckpointRecord(step=step, loss=result.loss, since_best=self._newest().since_best)
         if step == self.total or not result.stop:
-            record = self._measured(record)
+            record = self._measured(record, draft)
+        save_checkpoint(trainer.artifact, trainer.strategy, trainer.world, draft=draft, record=record)
         if trainer.world.is_first:
-            save_checkpoint(trainer.artifact, trainer.draft, trainer.optimizer, record)
             accepted = record.acceptance_length
             log.info("stage=train step=%d loss=%.4f held_out_acceptance_length=%s checkpoint saved", step, result.loss, accepted)
         self.records[step] = record
@@ -54,11 +55,11 @@ class Checkpoints:
     def _newest(self) -> CheckpointRecord:
         return self.records[max(self.records)] if self.records else CheckpointRecord(step=0)
 
-    def _measured(self, record: CheckpointRecord) -> CheckpointRecord:
+    def _measured(self, record: CheckpointRecord, draft: Any) -> CheckpointRecord:
         """The record with the acceptance of the draft as it is now."""
         if not self.numbers:
             return record
-        accepted = acceptance_length(self.trainer.draft, self.cache, self.numbers, self.trainer.world)
+        accepted = acceptance_length(draft, self.cache, self.numbers, self.trainer.world)
         self._warn_if_worse(record.step, record.loss, accepted)
         best = best_checkpoint(self.records)
         better = best is None or accepted >= (best.acceptance_length or 0.0)

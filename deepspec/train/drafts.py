@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -13,12 +11,14 @@ from safetensors.torch import load_file
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
-from deepspec.model.checkpoint import build_draft, save_draft
+from deepspec.model.checkpoint import build_draft
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
-from deepspec.train.state import best_checkpoint, checkpoint_records, load_draft_weights
+from deepspec.train.state import best_checkpoint, checkpoint_records, whole_file
 
 log = logging.getLogger(__name__)
+
+DRAFT_FILES = ("config.json", "model.safetensors")
 
 
 def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
@@ -33,15 +33,15 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     return draft
 
 
-def seal_draft(artifact: Artifact, draft: Any, inputs: dict[str, str]) -> None:
-    """Write the best checkpoint's draft (the last one's, where none was measured) and the manifest."""
+def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:
+    """Make the best checkpoint's draft (the last one's, where none was measured) the artifact's, and write the manifest.
+
+    Raises:
+        DamagedData: its bytes are not those that were saved.
+    """
     records = checkpoint_records(artifact)
     chosen = best_checkpoint(records) or records[max(records)]
-    load_draft_weights(artifact, chosen, draft)
-    with tempfile.TemporaryDirectory() as scratch:
-        save_draft(draft, Path(scratch))
-        names = sorted(path.name for path in Path(scratch).iterdir())
-        for name in names:
-            artifact.put_file(Path(scratch) / name, f"draft/{name}")
-    artifact.seal(files=[*(f"draft/{name}" for name in names), "metrics.jsonl"], inputs=inputs)
+    for name in DRAFT_FILES:
+        artifact.put_file(whole_file(artifact, chosen, name), f"draft/{name}")
+    artifact.seal(files=[*(f"draft/{name}" for name in DRAFT_FILES), "metrics.jsonl"], inputs=inputs)
     log.info("stage=train sealed with the draft of step %d of %d: %s/draft", chosen.step, max(records), artifact.url)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
@@ -21,13 +22,13 @@ from deepspec.train.data import StepData
 from deepspec.train.drafts import make_draft, seal_draft
 from deepspec.train.memory import knobs_named
 from deepspec.train.metrics import Meter
-from deepspec.train.optim import make_optimizer
 from deepspec.train.pace import Pace
 from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import check_batch, on_sigterm
 from deepspec.train.scalars import can_write_scalars, write_scalars
-from deepspec.train.state import append_metrics, read_metrics, resume, trainable
+from deepspec.train.state import append_metrics, read_metrics, resume_draft, resume_optimizer
 from deepspec.train.step import Trainer, train_step
+from deepspec.train.strategy import check_strategy, make_strategy
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import join_world
@@ -50,6 +51,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
     check_batch(config, world.size)
+    check_strategy(config, world)
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
@@ -59,8 +61,8 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
-    optimizer = make_optimizer(trainable(draft), config.train)
-    first = resume(artifact, draft, optimizer)
+    record = resume_draft(artifact, draft)
+    first = record.step if record else 0
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
@@ -72,10 +74,14 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
             if resources.preflight == "refuse":
                 raise
             log.warning("stage=train preflight: %s", error.what)
+    strategy = make_strategy(config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1]))
+    del draft  # its parts are the strategy's now
+    if record:
+        resume_optimizer(artifact, record, strategy)
     stop = threading.Event()
     try:
         with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-            train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+            train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device)), data, first, report)
     except RuntimeError:
         if world.size > 1 and stop.is_set():
             # torchrun asks the ranks that are left to end, once: what fails after that is the echo of the one that died.
@@ -83,7 +89,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
             signal.raise_signal(signal.SIGTERM)
         raise
     if world.is_first:
-        seal_draft(artifact, draft, inputs)
+        seal_draft(artifact, inputs)
     world.wait()
     return artifact
 
@@ -93,7 +99,6 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     meter, total = Meter(), data.total_steps
     history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
     scalars = trainer.world.is_first and can_write_scalars()
-    trainer.draft.train()
     checkpoints = Checkpoints(trainer, data)
     checkpoints.resumed(first)
     for step in range(first, total):

@@ -24,11 +24,14 @@ class Meter:
     def read(self, world: World) -> dict[str, float]:
         """Means over all ranks; clears the meter. `acceptance_length` is what the acceptance rates promise per round."""
         names = sorted(self.totals)
-        if not names:
+        known = world.largest(len(names))
+        if not known:
             return {}
-        sums = world.sum(torch.stack([self.totals[name] for name in names]).to(world.device)).cpu()
+        # A rank that had nothing to train on knows no names, and must take part nevertheless (trap D3).
+        pairs = torch.stack([self.totals[name] for name in names]) if names else torch.zeros(known, 2, dtype=torch.float64)
+        sums = world.sum(pairs.to(world.device)).cpu()
         self.totals = {}
-        means = {name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, sums, strict=True)}
+        means = {name: float(total / count) if count else 0.0 for name, (total, count) in zip(names, sums, strict=bool(names))}
         rates = [means[name] for name in sorted((n for n in names if n.startswith("accept@")), key=lambda n: int(n[7:]))]
         if rates:
             means["acceptance_length"] = 1.0 + float(torch.tensor(rates).cumprod(0).sum())

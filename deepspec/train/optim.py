@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deepspec.config import TrainConfig
 
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+    return torch.optim.AdamW(
+        list(parameters.values()), lr=settings.lr, betas=BETAS, eps=EPS, weight_decay=settings.weight_decay, foreach=True
+    )
 
 
 def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:
@@ -38,20 +42,5 @@ def apply_step(optimizer: torch.optim.Optimizer, *, lr: float, denominator: floa
     return norm
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state under the parameters' names, ready for safetensors."""
-    return {
-        f"{name}:{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    states: dict[str, dict[str, Any]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition(":")
-        states.setdefault(name, {})[key] = tensor
-    for name, state in states.items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {key: tensor if tensor.ndim == 0 else tensor.to(parameter.device) for key, tensor in state.items()}
+def trainable(draft: nn.Module) -> Mapping[str, nn.Parameter]:
+    return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}

@@ -12,7 +12,7 @@ from deepspec.config import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.draft import TrainBatch
 from deepspec.train.data import StepData
-from deepspec.train.state import trainable
+from deepspec.train.optim import trainable
 
 log = logging.getLogger(__name__)
 

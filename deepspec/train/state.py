@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from deepspec.artifact import Artifact
 from deepspec.errors import DamagedData
 from deepspec.model.checkpoint import save_draft
 from deepspec.store import file_checksum, pretty_json
-from deepspec.train.optim import optimizer_tensors, restore_optimizer
+from deepspec.train.strategy import Piece, Strategy
+from deepspec.train.world import World
 
 KEEP = 2  # the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
 
@@ -35,17 +36,45 @@ class CheckpointRecord(BaseModel):
     """Measured checkpoints in a row, this one included, that were no better than one before them."""
 
 
-def save_checkpoint(artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer, record: CheckpointRecord) -> None:
-    """Write the state after `record.step` optimizer steps; it counts once its record is there, completed with its files."""
-    folder = f"checkpoints/{record.step:08d}"
+def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, draft: Any, record: CheckpointRecord) -> None:
+    """Write the state after `record.step` optimizer steps, on all ranks; it counts once its record is there, with all files' checksums.
+
+    The first rank writes the draft, as whole as any reader wants it; each rank writes its share of the optimizer's state,
+    dealt out by whole parameters. Of 2 billion trained parameters in float32 the draft takes 8 GB (embedding and lm_head
+    come on top) in the first rank's host memory and scratch folder, the state 16 GB: 250 MB of it on each of 64 ranks, which
+    write at the same time. A parameter is put together on all ranks, one after the other, so that beside their own shares
+    they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until it is saved.
+    """
+    folder, share = f"checkpoints/{record.step:08d}", f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
-        save_draft(draft, local)
-        save_file(optimizer_tensors(optimizer, trainable(draft)), local / "optimizer.safetensors")
+        save_file(optimizer_share(strategy, world), local / share)
+        if world.is_first:
+            save_draft(draft, local)
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
             artifact.put_file(local / name, f"{folder}/{name}")
-    put_record(artifact, record.model_copy(update={"files": files}))
+    shares = world.words(files[share])  # once a rank has all of them, all are there
+    if world.is_first:
+        files |= {f"optimizer-{number:05d}-of-{world.size:05d}.safetensors": checksum for number, checksum in enumerate(shares, 1)}
+        put_record(artifact, record.model_copy(update={"files": files}))
+        _remove_old(artifact)
+
+
+def optimizer_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
+    """The rank's share of the optimizer's state, in host memory, ready for safetensors."""
+    loads = [0] * world.size
+    share: dict[str, Tensor] = {}
+    for name, size in strategy.sizes.items():
+        owner = loads.index(min(loads))
+        loads[owner] += size
+        for key, tensor in strategy.optimizer_state(name):
+            if owner == world.rank:
+                share[f"{name}:{key}"] = tensor.cpu().contiguous()
+    return share
+
+
+def _remove_old(artifact: Artifact) -> None:
     records = checkpoint_records(artifact)
     best = best_checkpoint(records)
     for old in list(records)[:-KEEP]:
@@ -78,42 +107,49 @@ def checkpoint_steps(artifact: Artifact) -> list[int]:
     return [int(name) for name in names if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))]
 
 
-def resume(artifact: Artifact, draft: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest complete checkpoint into draft and optimizer; returns the steps done (0: there is none).
+def resume_draft(artifact: Artifact, draft: Any) -> CheckpointRecord | None:
+    """Load the newest complete checkpoint's weights into the draft, on the device that it is on; None if there is no checkpoint.
 
     Raises:
         DamagedData: its bytes are not those that were saved.
     """
     steps = checkpoint_steps(artifact)
     if not steps:
-        return 0
+        return None
     record = _record(artifact, steps[-1])
-    load_draft_weights(artifact, record, draft)
-    restore_optimizer(optimizer, trainable(draft), load_file(_whole(artifact, record, "optimizer.safetensors")))
-    return record.step
+    weights = load_file(whole_file(artifact, record, "model.safetensors"), device=str(next(draft.parameters()).device))
+    draft.load_state_dict(weights, strict=True)
+    return record
 
 
-def load_draft_weights(artifact: Artifact, record: CheckpointRecord, draft: Any) -> None:
-    """The checkpoint's weights into the draft, on the device that it is on.
+def resume_optimizer(artifact: Artifact, record: CheckpointRecord, strategy: Strategy) -> None:
+    """Load its optimizer state, tensor by tensor, whatever the number of ranks and the strategy that saved it.
+
+    Every rank reads all of the files (from a bucket: each fetches them, unless they are in its scratch folder already).
 
     Raises:
-        DamagedData: they are not those that were saved.
+        DamagedData: the bytes are not those that were saved.
     """
-    weights = load_file(_whole(artifact, record, "model.safetensors"), device=str(next(draft.parameters()).device))
-    draft.load_state_dict(weights, strict=True)
+    for name in record.files:
+        if name.startswith("optimizer"):
+            with safe_open(whole_file(artifact, record, name), framework="pt") as file:
+                for full_name in file.keys():  # noqa: SIM118 - it is no mapping
+                    parameter, _, key = full_name.rpartition(":")
+                    strategy.restore(parameter, Piece(key, file.get_tensor(full_name)))
 
 
-def _whole(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
+def whole_file(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
+    """A local copy of one of a checkpoint's files.
+
+    Raises:
+        DamagedData: its bytes are not those that were saved.
+    """
     folder = f"checkpoints/{record.step:08d}"
     local = artifact.store.fetch(artifact.path(f"{folder}/{name}"))
     if file_checksum(local) != record.files[name]:
         fix = "remove that folder to go on from the checkpoint before it"
         raise DamagedData(f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix)
     return local
-
-
-def trainable(draft: nn.Module) -> Mapping[str, nn.Parameter]:
-    return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
 
 
 def append_metrics(artifact: Artifact, history: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,13 +15,11 @@ from deepspec.errors import TrainingFailed
 from deepspec.model.draft import TrainBatch
 from deepspec.train.data import StepData
 from deepspec.train.metrics import Meter
-from deepspec.train.optim import apply_step, learning_rate
-from deepspec.train.state import trainable
+from deepspec.train.optim import learning_rate
+from deepspec.train.strategy import Strategy
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
 from deepspec.train.world import World
-
-COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Trainer(NamedTuple):
@@ -30,8 +28,7 @@ class Trainer(NamedTuple):
     config: RunConfig
     artifact: Artifact
     world: World
-    draft: Any
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     stop: threading.Event  # set when this process is asked to stop
     watchdog: Watchdog
     vitals: Vitals
@@ -53,15 +50,17 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
         TrainingFailed: the loss or its gradient is not finite; the parameters are those of the step before.
     """
     totals = torch.zeros(2, dtype=torch.float64)
+    own = len(data.micro_batches(step))
+    rounds = trainer.strategy.rounds(own)
     for batch in trainer.vitals.waiting(data.batches(step)):
         totals += accumulate(trainer, batch, meter)
-    trainer.world.sum_gradients(list(trainable(trainer.draft).values()))
+    for _ in range(rounds - own):
+        trainer.strategy.backward(None)
     asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
     numerator, denominator, stops = trainer.world.sum(torch.cat([totals, asked]).to(trainer.world.device)).tolist()
     loss = numerator / denominator if denominator else 0.0
-    settings = trainer.config.train
-    lr = learning_rate(step, total=data.total_steps, settings=settings)
-    norm = apply_step(trainer.optimizer, lr=lr, denominator=denominator, clip=settings.clip) if denominator else 0.0
+    lr = learning_rate(step, total=data.total_steps, settings=trainer.config.train)
+    norm = trainer.strategy.apply(lr=lr, denominator=denominator)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         samples = [f"{int(data.cache.index.sample_id[drawn.number]):016x}" for drawn in data.drawn(step)]
         trainer.artifact.store.write(trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode())
@@ -72,10 +71,6 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
 
 def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tensor:
     """Add one micro-batch's summed gradients; returns its (loss numerator, denominator) as float64 [2]."""
-    plan = trainer.draft.plan(batch)
-    dtype = COMPUTE_DTYPES[trainer.config.train.compute_dtype]
-    with torch.autocast(trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        output = trainer.draft.loss(batch, plan)
-    output.numerator.backward()
+    output = trainer.strategy.backward(batch)
     meter.add(output.metrics)
     return torch.tensor([float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64)

@@ -29,6 +29,20 @@ class World(NamedTuple):
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def words(self, word: str) -> list[str]:
+        """Every rank's word, all of them ASCII and of one length, in the order of the ranks."""
+        table = torch.zeros(self.size, len(word), dtype=torch.long, device=self.device)
+        table[self.rank] = torch.tensor(list(word.encode()), device=self.device)
+        return [bytes(row).decode() for row in self.sum(table).tolist()]
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all ranks; a rank that had nothing to train on counts as zero instead of being waited for."""
         if self.size == 1:

@@ -75,7 +75,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     original = step.accumulate
 
     def interrupted(trainer, batch, meter):
-        if trainer.optimizer.state and next(iter(trainer.optimizer.state.values()))["step"] == 2:
+        if trainer.strategy.optimizer.state and next(iter(trainer.strategy.optimizer.state.values()))["step"] == 2:
             signal.raise_signal(signal.SIGTERM)
         return original(trainer, batch, meter)
 

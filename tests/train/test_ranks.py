@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.events import silent
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.train import ranks
@@ -210,3 +212,28 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready
 @pytest.mark.slow
 def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
     assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
+def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready, faulty, tmp_path: Path, before: int, after: int):
+    """Kill -9 in the sixth step, amid an epoch as the fourth step's checkpoint is; bit for bit on the same number of ranks."""
+    faulty(f"""
+        def fault(step):
+            marker = {str(tmp_path / "killed")!r}
+            if rank == 0 and step == 5 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    run = ["train.max_steps=12", "train.checkpoint_steps=4", "train.global_batch=7", "loss.tv=0", "loss.ce=1"]
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    artifact = artifact_of(tiny_run(ready, *run), "train")
+    with pytest.raises(TransientError, match="killed by SIGKILL"):
+        launch_ranks(arguments(ready, *run), before, report=silent, stop_s=5)
+    assert checkpoint_steps(artifact) == [4]
+    launch_ranks(arguments(ready, *run), after, report=silent, stop_s=5)
+    resumed, undisturbed = weights(artifact), weights(run_train(tiny_run(straight, *run)))
+    assert_close(undisturbed, resumed)
+    if before == after:
+        assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
