@@ -111,6 +111,8 @@ class ResourcesConfig(Section):
     """What to do where masks, features or one sample's loss, looked at before the first step, are wrong."""
     stall_minutes: PositiveFloat = 30.0
     """Minutes without a finished training step after which the process dumps its threads' stacks and ends, to be tried again."""
+    source: Literal["cache", "rolling", "online"] = "cache"
+    """Where training reads hidden states: the sealed cache; shards captured ahead of it and deleted behind it; or the target itself."""
     prefetch_mb: PositiveInt = 512
     """Stored samples (MB) read ahead of training."""
     read_threads: PositiveInt = 4

@@ -54,6 +54,16 @@ def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
     return [shard for shard, upstream in wanted.items() if shard not in records or records[shard].upstream != upstream]
 
 
+def trains_without_cache(config: RunConfig) -> bool:
+    """Whether training makes the hidden states that it needs; a cache that is sealed is read whatever `resources.source` says."""
+    return config.resources.source != "cache" and artifact_of(config, "hidden").manifest() is None
+
+
+def inputs_of(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """The stages that `stage` reads: those before it, or before the hidden states where training makes them by itself."""
+    return upstream_of(config, "hidden" if stage == "train" and trains_without_cache(config) else stage)
+
+
 def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
     """The manifest digests of everything that `stage` reads, by `stage/fingerprint`.
 
@@ -61,7 +71,7 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
         ArtifactMismatch: one of them is not finished.
     """
     digests = {}
-    for upstream in upstream_of(config, stage):
+    for upstream in inputs_of(config, stage):
         artifact = artifact_of(config, upstream)
         manifest = artifact.manifest()
         if manifest is None:
@@ -101,10 +111,14 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
 
 
 def _inputs_match(config: RunConfig, stage: str, manifest: Manifest) -> bool:
-    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale."""
+    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale.
+
+    A draft that was trained without a cache names what its hidden states were made from; a cache made since changes nothing.
+    """
+    without_cache = stage == "train" and not any(name.startswith("hidden/") for name in manifest.inputs)
     return all(
         (found := artifact_of(config, name)).manifest() is None or manifest.inputs.get(f"{name}/{found.key.fingerprint}") == _digest(found)
-        for name in upstream_of(config, stage)
+        for name in upstream_of(config, "hidden" if without_cache else stage)
     )
 
 

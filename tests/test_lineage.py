@@ -38,6 +38,7 @@ def fingerprints(*overrides: str, recipe: str = "demo", store: str = "store") ->
         ("loss.decay=2.0", "train"),
         ("train.lr=1.0", "train"),
         ("train.seed=1", "train"),
+        ("train.window_epochs=2", "train"),
         ("evaluate.seed=1", "evaluate"),
         ("evaluate.max_new_tokens=5", "evaluate"),
     ],

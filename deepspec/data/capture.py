@@ -21,7 +21,8 @@ from deepspec.config import RunConfig
 from deepspec.data.beside import check_made_with, files_beside, lacks_files, made_with, prepare
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.index import INDEX, write_index
-from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
+from deepspec.data.layout import HiddenSample, Layout, Stored
+from deepspec.data.planned import kept_spans
 from deepspec.data.planning import check_cache_fits
 from deepspec.data.rows import CaptureRow, capture_rows, token_batches
 from deepspec.data.shard_writer import Background, Encoded, ShardWriter
@@ -113,8 +114,7 @@ class Capture:
 
     def sample(self, row: CaptureRow, states: TargetOutput) -> HiddenSample:
         """The row as it will be stored, quantized where the target runs: a GPU then sends half the bytes to the host."""
-        keep_last = self.config.hidden.last_hidden == "supervised"
-        spans = torch.from_numpy(last_hidden_spans(row.loss_mask if keep_last else []))
+        spans = torch.from_numpy(kept_spans(row, self.config.hidden))
         last = states.last_hidden[kept_positions(spans).to(states.last_hidden.device)]
         context, last_hidden = self.layout.context, self.layout.last_hidden
         return HiddenSample(

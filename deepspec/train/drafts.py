@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
+from deepspec.data.source import Source
 from deepspec.errors import ArtifactMismatch
 from deepspec.model.checkpoint import build_draft, save_draft
 from deepspec.model.spec import DraftSpec
@@ -21,7 +21,7 @@ from deepspec.train.state import best_checkpoint, checkpoint_records, load_draft
 log = logging.getLogger(__name__)
 
 
-def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
+def make_draft(config: RunConfig, cache: Source) -> Any:
     """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards.
 
     Raises:
@@ -34,7 +34,7 @@ def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
     if cache.layout.context.width != wanted:
         what = f"the cache holds {cache.layout.context.width} context features a token, the draft reads {wanted}"
         raise ArtifactMismatch(what, where=artifact.url, fix="capture again with this run's target.layer_ids")
-    frozen = load_file(artifact.fetch_file("frozen.safetensors"))
+    frozen = load_file(cache.file("frozen.safetensors"))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
     draft.configure_loss(config.loss)
     return draft

@@ -1,15 +1,15 @@
-"""The train stage: a draft learns from the hidden-state cache; no rank ever loads the target."""
+"""The train stage: a draft learns from hidden states, read from a cache or made while it trains (`source`)."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
 from deepspec.errors import TrainingFailed, TransientError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
@@ -22,6 +22,7 @@ from deepspec.train.metrics import Meter
 from deepspec.train.optim import make_optimizer
 from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import on_sigterm
+from deepspec.train.source import open_source
 from deepspec.train.state import append_metrics, read_metrics, resume, trainable
 from deepspec.train.step import Trainer, train_step
 from deepspec.train.vitals import Vitals
@@ -39,6 +40,11 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     Raises:
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
+    with ExitStack() as at_end:
+        return _run(config, report, at_end)
+
+
+def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     artifact = artifact_of(config, "train")
     inputs = require_sealed(config, "train")
     resources = config.resources
@@ -47,11 +53,13 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
-    cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
+    cache = open_source(config, world, report)
+    at_end.callback(cache.close)
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     optimizer = make_optimizer(trainable(draft), config.train)
     first = resume(artifact, draft, optimizer)
+    data.begin(first)
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
