@@ -80,12 +80,13 @@ def hidden(
     shards: Shards = None,
     *,
     force: Annotated[bool, typer.Option("--force", help="begin even where the store cannot hold all of it")] = False,
+    rolling: Annotated[bool, typer.Option("--rolling", help="for a training that uses the shards up: nothing is sealed")] = False,
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.data.capture import run_capture
 
     config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
-    run_capture(config, shards=_chosen(shards), report=report)
+    run_capture(config, shards=_chosen(shards), purpose="rolling" if rolling else "cache", report=report)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from deepspec.artifact import RECORDS, Artifact
 from deepspec.data.disk_cache import DiskCache
 from deepspec.data.index import INDEX, Index, ShardFiles, map_index
 from deepspec.data.layout import HiddenSample, Layout
-from deepspec.data.read_ahead import BufferPool, read_ahead
+from deepspec.data.read_ahead import read_buffered
 from deepspec.data.source import Source
 from deepspec.disk import read_into
 from deepspec.errors import ArtifactMismatch, DamagedData
@@ -124,16 +124,8 @@ class HiddenCache(Source):
 
     def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
         """Samples in the order asked, read ahead by threads; a sample's tensors are good until the next one is asked for."""
-        pool = BufferPool(max_bytes)
-
-        def read(number: int) -> tuple[HiddenSample, np.ndarray]:
-            buffer = pool.take(self.room(number))
-            return self.read(number, buffer), buffer
-
-        jobs = ((int(self.index.num_bytes[number]), partial(read, number)) for number in numbers)
-        for sample, buffer in read_ahead(jobs, max_bytes=max_bytes, threads=threads):
-            yield sample
-            pool.give(buffer)
+        reads = ((int(self.index.num_bytes[number]), self.room(number), partial(self.read, number)) for number in numbers)
+        return read_buffered(reads, max_bytes=max_bytes, threads=threads)
 
 
 class _OpenFile:

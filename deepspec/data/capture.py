@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,12 +39,18 @@ from deepspec.work import Work, work_through
 log = logging.getLogger(__name__)
 
 
-def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
-    """Capture the missing shards (all, or of those asked for), and seal when none is missing."""
+def run_capture(
+    config: RunConfig, *, shards: Sequence[int] | None = None, purpose: Literal["cache", "rolling"] = "cache", report: Report = silent
+) -> Artifact:
+    """Capture the missing shards (all, or of those asked for), and seal when none is missing.
+
+    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there is never sealed.
+    """
     stage = open_sharded(config, "hidden", shards)
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
-        check_cache_fits(config, chat)
+        if purpose == "cache":
+            check_cache_fits(config, chat)
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
         layout = prepare(config, stage, chat, target, report)
         work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)
@@ -52,7 +59,8 @@ def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, repor
         check_made_with(stage.artifact, made_with(config, stage.artifact), records)
         write_index(stage.artifact, records)
 
-    seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
+    if purpose == "cache":
+        seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
     return stage.artifact
 
 

@@ -70,8 +70,13 @@ def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineS
     Raises:
         FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
     """
-    stage, chat = open_unsealed(config), load_chat(config)
-    index = shared_plan(config, stage, is_first=is_first)
+    stage = open_unsealed(config)
+    return compute_online(config, stage, shared_plan(config, stage, is_first=is_first), is_first=is_first, report=report)
+
+
+def compute_online(config: RunConfig, stage: ShardedStage, index: Planned, *, is_first: bool, report: Report) -> OnlineStates:
+    """The source over an index that is known, the target loaded; the first process writes what stands beside the shards."""
+    chat = load_chat(config)
     target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
     if is_first:
         prepare(config, stage, chat, target, report)

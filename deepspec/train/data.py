@@ -62,6 +62,10 @@ class StepData:
         samples = self.settings.global_batch
         self.cache.follow(Course(self._order, first * samples, self.total_steps * samples, samples))
 
+    def finish(self) -> None:
+        """Tell the source that no more samples are asked for."""
+        self.cache.reached(self.total_steps * self.settings.global_batch)
+
     def drawn(self, step: int) -> list[Drawn]:
         """All samples of a step, over all ranks, shortest first."""
         samples = []

@@ -74,6 +74,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     stop = threading.Event()
     with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
         train(Trainer(config, artifact, world, draft, optimizer, stop, watchdog, Vitals(world.device)), data, first, report)
+    data.finish()
     if world.is_first:
         seal_draft(artifact, draft, inputs)
     world.wait()

@@ -19,6 +19,7 @@ from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.events import Report
 from deepspec.gpus import visible_gpus
 from deepspec.launch import OnLine, Request, Stopped, run_child, scope
+from deepspec.stages import trains_without_cache
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")
@@ -43,11 +44,21 @@ def num_ranks(config: RunConfig) -> int:
     """
     resources = config.resources
     gpus = visible_gpus() if resources.device != "cpu" else []
+    if gpus and trains_without_cache(config) and resources.source == "rolling":
+        gpus = _left_by_capture(gpus, resources.rolling_gpus)
     wanted = resources.train_ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
         raise ConfigError(what, where="resources.train_ranks", fix="lower it, or leave it null; resources.device=cpu trains without GPUs")
     return min(wanted, config.train.global_batch)  # a rank without a sample would only be waited for
+
+
+def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
+    if captures >= len(gpus):
+        what = f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train on"
+        fix = "lower it (0 captures on the GPU that trains), or use resources.source=online"
+        raise ConfigError(what, where="resources.rolling_gpus", fix=fix)
+    return gpus[: len(gpus) - captures]
 
 
 def launch_ranks(request: Request, ranks: int, *, report: Report, stop_s: float) -> None:

@@ -6,10 +6,13 @@ import logging
 
 from deepspec.config import RunConfig
 from deepspec.data.cache import HiddenCache
+from deepspec.data.online import open_online
+from deepspec.data.rolling import open_rolling
 from deepspec.data.source import Source
 from deepspec.events import Report
 from deepspec.lineage import artifact_of
 from deepspec.stages import trains_without_cache
+from deepspec.train.acceptance import acceptance_numbers, own_share
 from deepspec.train.world import World
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,9 @@ def open_source(config: RunConfig, world: World, report: Report) -> Source:
         if resources.source != "cache":
             log.info("stage=train the cache is sealed: it is read as it is, whatever resources.source says (%s)", resources.source)
         return HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
-    from deepspec.data.online import open_online
-
+    if resources.source == "rolling":
+        count = config.train.acceptance_samples
+        return open_rolling(
+            config, share=lambda index: own_share(acceptance_numbers(index, count), world), is_first=world.is_first, report=report
+        )
     return open_online(config, is_first=world.is_first, report=report)

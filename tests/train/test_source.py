@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from deepspec.artifact import Artifact
 from deepspec.data.cache import HiddenCache
 from deepspec.data.chat import load_chat
+from deepspec.data.feeder import shard_bytes
 from deepspec.data.online import OnlineStates, open_online, open_unsealed
 from deepspec.data.planned import Planned, plan_samples, read_planned
 from deepspec.events import silent
@@ -107,3 +111,71 @@ def test_online_training_ends_like_that_from_the_cache_but_for_rounding(captured
     print(difference(cached, online), losses(cached), losses(online))
     assert losses(online) == pytest.approx(losses(cached), rel=1e-3)
     assert difference(cached, online) < 1e-2
+
+
+# Three windows of two shards each epoch, and a disk that holds two windows and not three.
+ROLLING = ["resources.source=rolling", "train.window_shards=2", "train.max_steps=null", "train.epochs=2"]
+
+
+def budget_gb(store: Path, shards: int) -> float:
+    """What the largest `shards` shards of the run take at most."""
+    config = tiny_run(store)
+    online = opened(store)
+    sizes = sorted(shard_bytes(online.index, online.layout).values())
+    assert config.prompts.shard_rows == 4
+    return sum(sizes[-shards:]) / 1e9
+
+
+class Watched:
+    """The bytes of shards, index rows and staged files under a store, looked at all the time; and which shards came when."""
+
+    def __init__(self, store: Path) -> None:
+        self.store, self.most, self.captures = store, 0, 0
+        self._seen: set[tuple[str, int]] = set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.002):
+            total = 0
+            for path in [*self.store.glob("hidden/*/shards/*"), *self.store.glob("hidden/*/rows/*"), *self.store.glob(".staged/*")]:
+                if f"-{os.getpid()}-" in path.name:  # a checkpoint of this process, no hidden states
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    total += status.st_size
+                    if path.parent.name == "shards":
+                        self._seen.add((path.name, status.st_mtime_ns))
+            self.most, self.captures = max(self.most, total), len(self._seen)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def cached_twice(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Two epochs from the sealed cache, every sample by itself."""
+    from deepspec.data.capture import run_capture
+
+    store = tmp_path_factory.mktemp("cached") / "store"
+    shutil.copytree(answered, store)
+    config = tiny_run(store, ALONE, *ROLLING[1:])
+    run_capture(config)
+    return run_train(config)
+
+
+def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_to_its_bytes(fresh: Path, cached_twice: Artifact):
+    held = budget_gb(fresh, 4)
+    with Watched(fresh) as watched:
+        rolling = run_train(tiny_run(fresh, ALONE, *ROLLING, f"resources.rolling_gb={held}"))
+    print(watched.most, held * 1e9, watched.captures)
+    assert losses(rolling) == losses(cached_twice)
+    assert difference(cached_twice, rolling) == 0
+    assert 0.3 * held < watched.most / 1e9 <= held
+    assert watched.captures > 6, "some shards were captured in both epochs"
+    assert not list(fresh.glob("hidden/*/records/*")) + list(fresh.glob("hidden/*/shards/*")) + list(fresh.glob(".staged/*"))
