@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -18,11 +21,16 @@ from deepspec.data.chat import load_chat
 from deepspec.data.feeder import shard_bytes
 from deepspec.data.online import OnlineStates, open_online, open_unsealed
 from deepspec.data.planned import Planned, plan_samples, read_planned
+from deepspec.data.shelf import Shelf
+from deepspec.errors import StoreError, TransientError
 from deepspec.events import silent
+from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.train.loop import run_train
-from tests.conftest import tiny_run
-from tests.train.test_loop import weights
+from deepspec.train.ranks import launch_ranks
+from deepspec.train.state import checkpoint_steps
+from tests.conftest import REPOSITORY, TINY, tiny_run
+from tests.train.test_loop import assert_close, weights
 
 ALONE = "resources.batch_tokens=1"  # every sample by itself, in capture and in training: then the arithmetic is the same to the last bit
 
@@ -114,7 +122,7 @@ def test_online_training_ends_like_that_from_the_cache_but_for_rounding(captured
 
 
 # Three windows of two shards each epoch, and a disk that holds two windows and not three.
-ROLLING = ["resources.source=rolling", "train.window_shards=2", "train.max_steps=null", "train.epochs=2"]
+ROLLING = ["resources.source=rolling", "train.window_shards=2", "train.max_steps=null", "train.epochs=2", "resources.shards_per_task=6"]
 
 
 def budget_gb(store: Path, shards: int) -> float:
@@ -169,13 +177,104 @@ def cached_twice(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Ar
     return run_train(config)
 
 
-def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_to_its_bytes(fresh: Path, cached_twice: Artifact):
-    held = budget_gb(fresh, 4)
+DYING = """
+import glob, os, signal, sys, threading, time
+
+def die():
+    while not (glob.glob("{store}/hidden/*/records/*") and glob.glob(f"{store}/.staged/*-{{os.getpid()}}-*")):
+        time.sleep(0.001)
+    open("{mark}", "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if "--rolling" in sys.orig_argv and "deepspec.guard" not in sys.orig_argv and not os.path.exists("{mark}"):
+    threading.Thread(target=die, daemon=True).start() if {late} else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def dying(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Has capture lanes killed: the first one `late`, with a shard committed and another one half written, or each at its start."""
+
+    def write(*, late: bool) -> Path:
+        mark = tmp_path / "died"
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(DYING.format(store=fresh, mark=mark, late=late))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]))
+        return mark
+
+    return write
+
+
+@pytest.mark.slow
+def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_to_its_bytes(fresh: Path, cached_twice: Artifact, dying):
+    """Over two epochs, and though its first capture lane is killed."""
+    held, mark = budget_gb(fresh, 4), dying(late=True)
     with Watched(fresh) as watched:
         rolling = run_train(tiny_run(fresh, ALONE, *ROLLING, f"resources.rolling_gb={held}"))
-    print(watched.most, held * 1e9, watched.captures)
+    assert mark.exists()
     assert losses(rolling) == losses(cached_twice)
     assert difference(cached_twice, rolling) == 0
     assert 0.3 * held < watched.most / 1e9 <= held
     assert watched.captures > 6, "some shards were captured in both epochs"
-    assert not list(fresh.glob("hidden/*/records/*")) + list(fresh.glob("hidden/*/shards/*")) + list(fresh.glob(".staged/*"))
+    assert not [path for part in ("records", "shards", "rows") for path in fresh.glob(f"hidden/*/{part}/*")] + list(fresh.glob(".staged/*"))
+
+
+@pytest.mark.slow
+def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_needs(fresh: Path, cached_twice: Artifact):
+    sets = (*TINY, ALONE, *ROLLING, f"resources.rolling_gb={budget_gb(fresh, 4)}")
+    two = Request("demo", (*sets, "resources.train_ranks=2", "resources.device=cpu"), str(fresh))
+    artifact = artifact_of(tiny_run(fresh, *sets), "train")
+    with subprocess.Popen(two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as training:
+        limit = time.monotonic() + 120
+        while not checkpoint_steps(artifact):
+            assert time.monotonic() < limit and training.poll() is None
+            time.sleep(0.01)
+        family = psutil.Process(training.pid).children(recursive=True)
+        training.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    hidden = Path(artifact_of(tiny_run(fresh), "hidden").url)
+    (hidden / "shards" / "00009-0123456789ab.arrow").write_bytes(b"what a crash left of a shard that was being deleted")
+    with Watched(fresh) as watched:
+        run_train(tiny_run(fresh, *sets))
+    assert watched.most / 1e9 <= budget_gb(fresh, 4)
+    assert_close(weights(cached_twice), weights(artifact))
+    assert not list(hidden.glob("shards/*"))
+
+
+def test_a_lane_that_always_dies_fails_the_training_with_its_own_error(fresh: Path, dying):
+    dying(late=False)
+    with pytest.raises(TransientError, match="hidden was killed by SIGKILL"):
+        run_train(tiny_run(fresh, *ROLLING, "resources.retries=1", "resources.retry_delay_s=0", "train.acceptance_samples=0"))
+
+
+def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anything_is_captured(fresh: Path):
+    with pytest.raises(StoreError, match=r"rolling_gb holds 100 kB \(train.window_shards 2, prompts.shard_rows 4\)") as caught:
+        run_train(tiny_run(fresh, *ROLLING, "resources.rolling_gb=0.0001"))
+    enough = float(caught.value.fix.split()[3])
+    assert budget_gb(fresh, 3) < enough <= 1.01 * budget_gb(fresh, 5)
+
+
+def test_two_trainings_never_use_up_the_same_shards(fresh: Path):
+    stage = open_unsealed(tiny_run(fresh))
+    first = Shelf(stage)
+    first.open()
+    with pytest.raises(StoreError, match="another training uses up the shards"):
+        Shelf(stage).open()
+    first.close()
+
+
+def test_a_sealed_cache_is_read_whatever_the_source(captured: Path, fresh: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    shutil.copytree(captured, tmp_path / "sealed")
+    caplog.set_level("INFO")
+    run_train(tiny_run(tmp_path / "sealed", "resources.source=rolling", "train.max_steps=1"))
+    assert "the cache is sealed: it is read as it is" in caplog.text
+    assert artifact_of(tiny_run(tmp_path / "sealed"), "hidden").manifest() is not None
+
+
+@pytest.mark.slow
+def test_online_training_on_two_ranks_ends_where_one_does(fresh: Path, tmp_path: Path, captured: Path):
+    shutil.copytree(captured, tmp_path / "cached")
+    alone = run_train(tiny_run(tmp_path / "cached", "train.global_batch=7"))
+    sets = (*TINY, "train.global_batch=7", "resources.source=online", "resources.train_ranks=2", "resources.device=cpu")
+    launch_ranks(Request("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
+    assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=7"), "train")) < 1e-3
