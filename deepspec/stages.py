@@ -41,6 +41,8 @@ class StageStatus(NamedTuple):
     upstream_sealed: bool
     truncated_share: float | None = None
     """Of the answers, those that ran into their limit; None where none are counted."""
+    in_training: bool = False
+    """Whether training makes what it needs of this stage by itself: nothing is missing, and nothing will be sealed."""
 
 
 def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
@@ -84,11 +86,11 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
 def stage_status(config: RunConfig, stage: str) -> StageStatus:
     artifact = artifact_of(config, stage)
     manifest, records = artifact.manifest(), artifact.records()
-    upstream_manifests = [artifact_of(config, name).manifest() for name in upstream_of(config, stage)]
-    missing: list[int] = []
-    if stage in SHARDED:
+    upstream_manifests = [artifact_of(config, name).manifest() for name in inputs_of(config, stage)]
+    missing, in_training = list[int](), stage == "hidden" and trains_without_cache(config)
+    if stage in SHARDED and not in_training:
         missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
-    elif manifest is None or len(records) < manifest.totals["shards"]:
+    elif not in_training and (manifest is None or len(records) < manifest.totals["shards"]):
         missing = [0]
     turns = sum(record.counts.get("turns", 0) for record in records.values())
     sealed = manifest is not None and not missing and _inputs_match(config, stage, manifest)
@@ -107,6 +109,7 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         failures=failures(artifact),
         upstream_sealed=all(found is not None for found in upstream_manifests),
         truncated_share=sum(record.counts.get("truncated", 0) for record in records.values()) / turns if turns else None,
+        in_training=in_training,
     )
 
 

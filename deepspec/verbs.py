@@ -30,7 +30,17 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "truncated", "MB", box=None)
     found = [stage_status(config, stage) for stage in stages_of(config)]
     for part in found:
-        state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
+        state = (
+            "sealed"
+            if part.sealed
+            else "in training"
+            if part.in_training
+            else "failed"
+            if part.failures
+            else "to do"
+            if not part.committed
+            else "part done"
+        )
         truncated = "" if part.truncated_share is None else f"{part.truncated_share:.1%}"
         cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, truncated, f"{part.num_bytes / 1e6:.1f}")
         table.add_row(part.stage, state, *map(str, cells))

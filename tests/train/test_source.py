@@ -22,10 +22,11 @@ from deepspec.data.feeder import shard_bytes
 from deepspec.data.online import OnlineStates, open_online, open_unsealed
 from deepspec.data.planned import Planned, plan_samples, read_planned
 from deepspec.data.shelf import Shelf
-from deepspec.errors import StoreError, TransientError
+from deepspec.errors import ArtifactMismatch, StoreError, TransientError
 from deepspec.events import silent
 from deepspec.launch import Request
-from deepspec.lineage import artifact_of
+from deepspec.lineage import artifact_of, describe
+from deepspec.stages import stage_status
 from deepspec.train.loop import run_train
 from deepspec.train.ranks import launch_ranks
 from deepspec.train.state import checkpoint_steps
@@ -111,6 +112,27 @@ def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches
     assert losses(online) == losses(cached)
     assert difference(cached, online) == 0
     assert not list(fresh.glob("hidden/*/shards/*"))
+
+
+def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_its_prompts(fresh: Path):
+    """Nothing is left to do, whatever becomes of the cache afterwards."""
+    from deepspec.data.capture import run_capture
+
+    config = tiny_run(fresh, "resources.source=online", "train.max_steps=1")
+    with pytest.raises(ArtifactMismatch, match="'train' reads 'hidden', which is not finished"):
+        run_train(tiny_run(fresh, "train.max_steps=1"))
+    assert (stage_status(config, "hidden").in_training, stage_status(config, "hidden").missing) == (True, [])
+    assert stage_status(config, "train").upstream_sealed and not stage_status(config, "train").sealed
+    draft = run_train(config)
+    answers = artifact_of(config, "answers")
+    assert draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
+    said = "\n".join(describe(draft.url))
+    assert all(artifact_of(config, stage).key.fingerprint in said for stage in ("train", "hidden", "answers", "prompts", "demo"))
+    assert "(made in training)" in said
+    for later in (config, tiny_run(fresh, "train.max_steps=1")):
+        assert stage_status(later, "train").sealed
+    run_capture(config)
+    assert stage_status(config, "hidden").sealed and stage_status(config, "train").sealed
 
 
 def test_online_training_ends_like_that_from_the_cache_but_for_rounding(captured: Path, fresh: Path, tmp_path: Path):
