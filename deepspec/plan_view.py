@@ -109,7 +109,7 @@ def _source_lines(plan: Plan) -> Iterator[Line]:
     part = plan.sources
     for option in part.options:
         mark = " <- this run" if option.name == part.chosen else ""
-        said = f"{human_bytes(option.num_bytes)}, {option.captures:.3g} captures{mark}"
+        said = f"{human_bytes(option.num_bytes)}, captured {option.captures:.3g} x{mark}"
         fits = "" if option.fits is None else ", fits" if option.fits else ", does NOT fit"
         yield option.name, said, f"{human_hours(option.capture_gpu_hours)} of capture, {human_hours(option.hours)} in all{fits}"
     yield "cheapest", f"resources.source={part.best}", ""

@@ -117,6 +117,8 @@ class ResourcesConfig(Section):
     """Hidden states (GB) that a rolling training has on the disk at most; two windows of shards must fit."""
     rolling_gpus: int = Field(default=1, ge=0)
     """GPUs, the last of the visible ones, on which a rolling training captures and does not train; 0 shares the first one."""
+    render_processes: PositiveInt | None = None
+    """Processes that render all answers once before a training without a cache; null is one per CPU core."""
     prefetch_mb: PositiveInt = 512
     """Stored samples (MB) read ahead of training."""
     read_threads: PositiveInt = 4

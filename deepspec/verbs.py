@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,8 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
 StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
 Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
+
+Purpose = Literal["cache", "rolling", "index"]
 
 
 @app.command()

@@ -23,7 +23,7 @@ from deepspec.data.beside import check_made_with, files_beside, lacks_files, mad
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.index import INDEX, write_index
 from deepspec.data.layout import HiddenSample, Layout, Stored
-from deepspec.data.planned import kept_spans
+from deepspec.data.planned import kept_spans, plan_samples
 from deepspec.data.planning import check_cache_fits
 from deepspec.data.rows import CaptureRow, capture_rows, token_batches
 from deepspec.data.shard_writer import Background, Encoded, ShardWriter
@@ -40,13 +40,21 @@ log = logging.getLogger(__name__)
 
 
 def run_capture(
-    config: RunConfig, *, shards: Sequence[int] | None = None, purpose: Literal["cache", "rolling"] = "cache", report: Report = silent
+    config: RunConfig,
+    *,
+    shards: Sequence[int] | None = None,
+    purpose: Literal["cache", "rolling", "index"] = "cache",
+    report: Report = silent,
 ) -> Artifact:
     """Capture the missing shards (all, or of those asked for), and seal when none is missing.
 
-    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there is never sealed.
+    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there is never sealed. Only which
+    samples there are is an `index`, which trainings without a cache need first.
     """
     stage = open_sharded(config, "hidden", shards)
+    if purpose == "index":
+        plan_samples(config, stage, load_chat(config), shards=shards)
+        return stage.artifact
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
         if purpose == "cache":

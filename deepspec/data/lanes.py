@@ -1,11 +1,14 @@
-"""Capture for a rolling training: `python -m deepspec hidden --rolling` in guarded children, tried again where that may help."""
+"""What a training without a cache has children do: `python -m deepspec hidden` for shards to use up, or for the index alone."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import count
 from typing import Any
 
@@ -14,11 +17,15 @@ from deepspec.artifact import Artifact
 from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.events import silent
 from deepspec.gpus import visible_gpus
-from deepspec.launch import Request, run_child, shard_list
+from deepspec.launch import Request, deal, run_child, scope, shard_list
+from deepspec.lineage import artifact_of
 from deepspec.recipe import to_yaml
 
 log = logging.getLogger(__name__)
+
+SHARDS_A_PROCESS = 64  # a process takes seconds to start, and renders a shard of 128 rows in less than one
 
 
 def lane_gpus(config: RunConfig) -> list[str | None]:
@@ -34,10 +41,7 @@ class Lane:
     def __init__(self, config: RunConfig, artifact: Artifact, gpu: str | None, *, number: int) -> None:
         self.config, self.artifact = config, artifact
         self.env = {"DEEPSPEC_EVENTS": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        logs = folder_beside(artifact, "logs")
-        logs.mkdir(parents=True, exist_ok=True)
-        self.run_file, self.log_path = logs / f"rolling-{number}.yaml", logs / f"rolling-{number}.log"
-        self.run_file.write_text(to_yaml(config), encoding="utf-8")
+        self.request, self.log_path = run_as_file(config, artifact), folder_beside(artifact, "logs") / f"rolling-{number}.log"
 
     def capture(self, missing: Callable[[], Sequence[int]], on_event: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
         """Capture what is `missing`, until nothing is.
@@ -45,12 +49,12 @@ class Lane:
         Raises:
             DeepSpecError: the child's own error, when it was tried `resources.retries` times more or trying is no use.
         """
-        resources, request = self.config.resources, Request(str(self.run_file))
+        resources = self.config.resources
         for attempt in count(1):
             shards = missing()
             try:
                 return run_child(
-                    [*request.command("hidden", shards), "--rolling"],
+                    [*self.request.command("hidden", shards), "--for", "rolling"],
                     on_event=on_event,
                     on_line=_warnings,
                     env=self.env,
@@ -62,6 +66,32 @@ class Lane:
                     raise
                 log.warning("stage=hidden shards=%s failed, and are tried again (%d): %s", shard_list(shards), attempt, error.what)
             stop.wait(resources.retry_delay_s * 2 ** (attempt - 1))
+
+
+def run_as_file(config: RunConfig, artifact: Artifact) -> Request:
+    """The run as a file of its own, for children: how its options were given is not known here."""
+    path = folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return Request(str(path))
+
+
+def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[int]) -> None:
+    """Have as many processes as are worth their start write the planned index of these shards; few shards are left to the caller."""
+    resources = config.resources
+    processes = min(resources.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS)
+    if processes < 2:
+        return
+    request, env = run_as_file(config, artifact), {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)
+
+    def render(group: Sequence[int]) -> None:
+        run_child([*request.command("hidden", group), "--for", "index"], on_event=silent, on_line=_warnings, env=env)
+
+    with scope(), ThreadPoolExecutor(processes) as pool:
+        # Each thread in a context of its own, in which it finds the scope that ends its child.
+        for done in [pool.submit(copy_context().run, render, group) for group in deal(shards, -(-len(shards) // processes))]:
+            done.result()
 
 
 def _worth_another_try(error: DeepSpecError) -> bool:

@@ -21,8 +21,9 @@ from deepspec.data.beside import beside_codec, lacks_files, prepare
 from deepspec.data.cache import SCALES, SCHEMA, read_schema
 from deepspec.data.capture import Capture
 from deepspec.data.chat import load_chat, target_folder
+from deepspec.data.lanes import render_in_children
 from deepspec.data.layout import HiddenSample, Layout
-from deepspec.data.planned import POLL_S, Planned, Rows, await_planned, plan_samples, read_planned
+from deepspec.data.planned import POLL_S, Planned, Rows, await_planned, plan_samples, read_planned, unplanned
 from deepspec.data.read_ahead import read_ahead
 from deepspec.data.rows import CaptureRow, token_batches
 from deepspec.data.source import Source
@@ -95,6 +96,7 @@ def open_unsealed(config: RunConfig) -> ShardedStage:
 def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> Planned:
     """The index of samples, which the first process makes where it is missing and all others wait for."""
     if is_first:
+        render_in_children(config, stage.artifact, [record.shard for record in unplanned(stage.artifact, stage.upstream.records())])
         plan_samples(config, stage, load_chat(config))
     await_planned(stage)
     return read_planned(stage)

@@ -16,16 +16,18 @@ import pytest
 import torch
 
 from deepspec.artifact import Artifact
+from deepspec.data import lanes
 from deepspec.data.cache import HiddenCache
 from deepspec.data.chat import load_chat
 from deepspec.data.feeder import shard_bytes
-from deepspec.data.online import OnlineStates, open_online, open_unsealed
-from deepspec.data.planned import Planned, plan_samples, read_planned
+from deepspec.data.online import OnlineStates, open_online, open_unsealed, read_layout
+from deepspec.data.planned import Planned, plan_samples, read_planned, unplanned
 from deepspec.data.shelf import Shelf
 from deepspec.errors import ArtifactMismatch, StoreError, TransientError
 from deepspec.events import silent
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of, describe
+from deepspec.records import index_file
 from deepspec.stages import stage_status
 from deepspec.train.loop import run_train
 from deepspec.train.ranks import launch_ranks
@@ -81,6 +83,38 @@ def test_the_planned_index_is_that_of_the_sealed_cache(captured: Path, fresh: Pa
     for name in set(Planned._fields) - {"answer"}:
         assert getattr(planned, name).tolist() == getattr(index, name).tolist(), name
     assert made.items() <= {path.name: path.stat().st_mtime_ns for path in (fresh / stage.artifact.folder / "planned").iterdir()}.items()
+
+
+def test_many_shards_are_rendered_in_several_processes(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(fresh, "resources.render_processes=2")
+    stage = open_unsealed(config)
+    monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
+    lanes.render_in_children(config, stage.artifact, range(6))
+    assert unplanned(stage.artifact, stage.upstream.records()) == []
+    planned = Path(stage.artifact.url) / "planned"
+    together = {path.name: path.read_bytes() for path in planned.iterdir()}
+    shutil.rmtree(planned)
+    plan_samples(config, stage, load_chat(config))
+    assert {path.name: path.read_bytes() for path in planned.iterdir()} == together
+
+
+@pytest.mark.parametrize("codec", [["raw"], ["lossless"], ["int8", "hidden.compression=zstd"], ["fp8", "hidden.compression=zstd"]])
+def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(fresh: Path, codec: list[str]):
+    from deepspec.data.capture import run_capture
+
+    config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
+    artifact = run_capture(config, purpose="rolling")
+    reserved = shard_bytes(read_planned_of(config), read_layout(config, artifact))
+    for shard, record in artifact.records().items():
+        on_disk = record.num_bytes + artifact.store.size(artifact.path(index_file(record)))
+        assert on_disk <= reserved[shard] <= on_disk + (1 << 17) + (on_disk if codec[0] != "raw" else 0)
+    assert len(artifact.records()) == 6 and artifact.manifest() is None
+
+
+def read_planned_of(config) -> Planned:
+    stage = open_unsealed(config)
+    plan_samples(config, stage, load_chat(config))
+    return read_planned(stage)
 
 
 def opened(store: Path, *overrides: str) -> OnlineStates:
@@ -208,7 +242,7 @@ def die():
     open("{mark}", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 
-if "--rolling" in sys.orig_argv and "deepspec.guard" not in sys.orig_argv and not os.path.exists("{mark}"):
+if "rolling" in sys.orig_argv and "deepspec.guard" not in sys.orig_argv and not os.path.exists("{mark}"):
     threading.Thread(target=die, daemon=True).start() if {late} else os.kill(os.getpid(), signal.SIGKILL)
 """
 
