@@ -81,8 +81,8 @@ def hidden(
     *,
     force: Annotated[bool, typer.Option("--force", help="begin even where the store cannot hold all of it")] = False,
     purpose: Annotated[
-        Purpose, typer.Option("--for", help="rolling: a training uses the shards up; index: no state, only which samples")
-    ] = ("cache"),
+        Purpose, typer.Option("--for", help="rolling: to be used up, never sealed; index: which samples, no state")
+    ] = "cache",
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.data.capture import run_capture

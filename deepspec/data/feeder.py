@@ -82,6 +82,8 @@ class Feeder:
         """Raise the error for which nothing will be captured any more."""
         if self._error:
             raise self._error[0]
+        if not (self._threads[0].is_alive() or self._ended.is_set() or self.shelf.is_sealed()):
+            raise ChildFailed("the thread that has shards captured has ended; why is in the log", where=self.shelf.artifact.url)
 
     def close(self) -> None:
         """End all lanes; returns when nothing of them runs."""
@@ -191,6 +193,6 @@ class Feeder:
 
 def shard_bytes(index: Planned, layout: Layout) -> dict[int, int]:
     """Bytes that each shard takes at most, with its index rows."""
-    sizes = [layout.most_bytes(int(tokens), int(last)) for tokens, last in zip(index.num_tokens, index.num_last, strict=True)]
+    sizes = layout.most_bytes(index.num_tokens.astype(np.int64), index.num_last.astype(np.int64))
     totals = np.bincount(index.shard, weights=sizes)
     return {shard: int(totals[shard]) + SHARD_BYTES for shard in np.unique(index.shard).tolist()}

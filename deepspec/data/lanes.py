@@ -88,7 +88,7 @@ def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[i
     def render(group: Sequence[int]) -> None:
         run_child([*request.command("hidden", group), "--for", "index"], on_event=silent, on_line=_warnings, env=env)
 
-    with scope(), ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(processes) as pool, scope():
         # Each thread in a context of its own, in which it finds the scope that ends its child.
         for done in [pool.submit(copy_context().run, render, group) for group in deal(shards, -(-len(shards) // processes))]:
             done.result()

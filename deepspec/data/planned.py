@@ -22,7 +22,7 @@ from deepspec.data.index import ROWS_AT_A_TIME, TYPES, column_values, read_rows
 from deepspec.data.layout import last_hidden_spans
 from deepspec.data.rows import CaptureRow, capture_rows, in_order
 from deepspec.data.tables import read_table
-from deepspec.errors import DamagedData
+from deepspec.errors import DamagedData, TransientError
 from deepspec.records import Record
 from deepspec.stages import ShardedStage
 
@@ -74,10 +74,17 @@ def await_planned(stage: ShardedStage) -> None:
 
 
 def read_planned(stage: ShardedStage) -> Planned:
-    """The index over all rendered shards."""
+    """The index over all rendered shards.
+
+    Raises:
+        TransientError: one of them was removed meanwhile.
+    """
     names, tables = [stage.artifact.path(_name(record)) for record in stage.upstream.records().values()], [SCHEMA.empty_table()]
     for start in range(0, len(names), ROWS_AT_A_TIME):
-        tables += [read_rows(data) for data in stage.artifact.store.read_many(names[start : start + ROWS_AT_A_TIME]) if data is not None]
+        for name, data in zip(names[start:], stage.artifact.store.read_many(names[start : start + ROWS_AT_A_TIME]), strict=False):
+            if data is None:
+                raise TransientError("a part of the planned index is gone", where=name, fix="run it again: it is made anew")
+            tables.append(read_rows(data))
     whole = pa.concat_tables(tables).combine_chunks()
     batch = (whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)])[0]
     return Planned(*(column_values(batch, name) for name in Planned._fields))
