@@ -6,6 +6,7 @@ what is on the disk, its file is gone, and the reader waits for it to be capture
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -181,6 +182,7 @@ def open_rolling(config: RunConfig, *, share: Callable[[Planned], Sequence[int]]
         samples = online.stream(iter(numbers), max_bytes=config.resources.prefetch_mb * 1_000_000, threads=config.resources.read_threads)
         kept = {number: _on_host(sample) for number, sample in zip(numbers, samples, strict=True)}
         del online, samples
+        gc.collect()  # the hooks that tap a target refer to it, and it to its model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.info(

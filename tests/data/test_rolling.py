@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from deepspec.data.shelf import Shelf
 from deepspec.errors import TransientError
 from deepspec.events import silent
 from deepspec.lineage import artifact_of, store_of
+from deepspec.target import Target
 from tests.conftest import tiny_run
 
 
@@ -82,6 +84,20 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captu
         with pytest.raises(TransientError, match="training ended while shard 2 was waited for"):
             waiting.result(timeout=20)
     shelf.close()
+
+
+def test_held_out_samples_are_kept_in_memory_and_the_target_is_not(captured: Path, config: RunConfig, source: RollingStates):
+    def targets() -> int:
+        return sum(type(each) is Target for each in gc.get_objects())
+
+    gc.collect()
+    before, cache = targets(), HiddenCache(artifact_of(tiny_run(captured), "hidden"))
+    first = open_rolling(config, share=lambda index: [3, 11], is_first=True, report=silent)
+    assert targets() == before
+    source.artifact.store.remove(source.artifact.path("shards"))
+    for number in (3, 11):
+        assert first[number].sample_id == cache[number].sample_id
+        torch.testing.assert_close(first[number].context.decode(), cache[number].context.decode(), atol=2e-2, rtol=1e-2)
 
 
 def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_answers(config: RunConfig, source: RollingStates):
