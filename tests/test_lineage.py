@@ -49,7 +49,9 @@ def test_a_changed_setting_renames_its_stage_and_those_after_it(override: str, f
     assert changed == list(ORDER[ORDER.index(first_changed) :])
 
 
-@pytest.mark.parametrize("override", ["resources.answer_rows=3", "resources.lanes=2", "resources.batch_tokens=77", "name=other"])
+@pytest.mark.parametrize(
+    "override", ["resources.answer_rows=3", "resources.source=online", "resources.lanes=2", "resources.batch_tokens=77", "name=other"]
+)
 def test_how_the_work_is_done_is_in_no_fingerprint(override: str):
     assert fingerprints(override) == fingerprints()
 
