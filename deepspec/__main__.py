@@ -25,7 +25,7 @@ from deepspec.recipe import load_run, recipe_names, to_yaml
 from deepspec.stages import parse_shards
 from deepspec.terminal import TerminalReport
 from deepspec.train.ranks import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
-from deepspec.verbs import Run, Sets, Shards, StoreUrl
+from deepspec.verbs import Purpose, Run, Sets, Shards, StoreUrl
 from deepspec.verbs import app as looking
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
@@ -80,12 +80,15 @@ def hidden(
     shards: Shards = None,
     *,
     force: Annotated[bool, typer.Option("--force", help="begin even where the store cannot hold all of it")] = False,
+    purpose: Annotated[
+        Purpose, typer.Option("--for", help="rolling: to be used up, never sealed; index: which samples, no state")
+    ] = "cache",
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.data.capture import run_capture
 
     config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
-    run_capture(config, shards=_chosen(shards), report=report)
+    run_capture(config, shards=_chosen(shards), purpose=purpose, report=report)
 
 
 @app.command()

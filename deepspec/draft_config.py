@@ -89,6 +89,8 @@ class TrainConfig(Section):
     """Stop after this many optimizer steps, whatever the epochs say."""
     window_shards: PositiveInt = 64
     """Shards whose samples are shuffled together; the order of the shards is shuffled too. Reads stay within a window."""
+    window_epochs: PositiveInt = 1
+    """Passes over the samples of a window, each in another order, before the next window comes; a divisor of `epochs`."""
     global_batch: PositiveInt = 512
     """Samples per optimizer step, over all ranks and micro-batches."""
     lr: PositiveFloat = 6e-4
@@ -112,4 +114,15 @@ class TrainConfig(Section):
     def _patience_has_a_measure(self) -> Self:
         if self.patience is not None and self.acceptance_samples == 0:
             raise ValueError("train.patience needs train.acceptance_samples: without it nothing tells which checkpoint is better")
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_are_whole_rounds(self) -> Self:
+        left = self.epochs % self.window_epochs
+        if left:
+            below, above = self.epochs - left, self.epochs - left + self.window_epochs
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"train.epochs {self.epochs} is no multiple of train.window_epochs {self.window_epochs}: choose {nearest} epochs"
+            )
         return self

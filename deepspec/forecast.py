@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from deepspec.bucket import part_bytes
+from deepspec.cheapest import Effort, SourcesPart, compare_sources, count_passes
 from deepspec.config import Eagle3DraftConfig, RunConfig
 from deepspec.plan import (
     Codecs,
@@ -109,8 +110,6 @@ class TrainingPart(NamedTuple):
     draft_parameters: Number
     hours: Number
     read_bytes_per_s: Number
-    cached_hours: Number  # capture what is missing once, then train
-    online_hours: Number  # capture again in every pass, no cache
 
 
 class Plan(NamedTuple):
@@ -123,7 +122,8 @@ class Plan(NamedTuple):
     size: SizePart
     capture: CapturePart
     training: TrainingPart
-    fit: Fit | None  # None where the size of the whole is not known
+    sources: SourcesPart
+    fit: Fit | None  # of the source that the run has chosen; None where the size of the whole is not known
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -134,11 +134,22 @@ def compute_plan(config: RunConfig, facts: Facts, *, room: Callable[[float], Fit
     """The plan of these facts; `room` says what the store has for so many bytes."""
     tokens, size = token_part(facts.work), size_part(config, facts)
     capture = capture_part(facts, size)
-    training = training_part(config, facts, size, capture)
-    fit = room(size.missing_bytes.value) if facts.work.prompts else None
+    training = training_part(config, facts, size)
+    known = room if facts.work.prompts else None
+    sources = compare_sources(config, effort_of(facts, size, capture, training), room=known)
+    fit = known(sources.option(sources.chosen).num_bytes) if known else None
     target = "the demo's" if config.demo else config.target.model
     notes = _notes(config, facts, size, capture)
-    return Plan(config.name, target, config.store, tokens, size, capture, training, fit, tuple(notes))
+    return Plan(config.name, target, config.store, tokens, size, capture, training, sources, fit, tuple(notes))
+
+
+def effort_of(facts: Facts, size: SizePart, capture: CapturePart, training: TrainingPart) -> Effort:
+    return Effort(
+        cache_bytes=size.num_bytes.value, missing_bytes=size.missing_bytes.value, beside_bytes=size.frozen_bytes.value,
+        shard_bytes=size.shard_bytes.value, num_shards=int(size.shards.value), capture_hours=capture.hours.value,
+        capture_hours_left=capture.hours_left.value, train_hours=training.hours.value, passes=training.passes.value,
+        lanes=facts.lanes, device=facts.speed.device,
+    )  # fmt: skip
 
 
 def token_part(work: Workload) -> TokenPart:
@@ -197,10 +208,10 @@ def capture_part(facts: Facts, size: SizePart) -> CapturePart:
     )
 
 
-def training_part(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart) -> TrainingPart:
+def training_part(config: RunConfig, facts: Facts, size: SizePart) -> TrainingPart:
     """Training as estimated from its FLOPs at the speed of the measurement, or as long as the user says."""
     kept, counts = 1 - config.prompts.held_out, facts.work.counts
-    passes = _passes(config, kept * counts.samples)
+    passes = count_passes(config, kept * counts.samples)
     per_sample = counts.scaled(1 / max(counts.samples, 1))
     if isinstance(config.draft, Eagle3DraftConfig):
         slots, positions = per_sample.supervised * config.draft.ttt_length, per_sample.tokens * config.draft.ttt_length
@@ -210,22 +221,12 @@ def training_part(config: RunConfig, facts: Facts, size: SizePart, capture: Capt
     flops = training_flops(counts, facts.shape, trainable=facts.draft_parameters, slots=slots, positions=positions)
     estimated = passes.value * kept * flops / (facts.speed.flops_per_s * facts.lanes) / 3600
     hours = estimated if facts.train_hours is None else facts.train_hours
-    # Without a cache only the training samples go through the target, but in every pass.
-    online = hours + passes.value * kept * capture.hours.value
     return TrainingPart(
         passes=passes,
         draft_parameters=Number(facts.draft_parameters, "exact"),
         hours=Number(hours, "assumed from FLOPs" if facts.train_hours is None else "as given"),
         read_bytes_per_s=Number(kept * passes.value * size.num_bytes.value / max(3600 * hours, 1e-9), "to keep up with that"),
-        cached_hours=Number(capture.hours_left.value + hours, "capture once" if facts.missing == 1 else "capture the rest"),
-        online_hours=Number(online, "capture in each pass"),
     )
-
-
-def _passes(config: RunConfig, samples: float) -> Number:
-    steps, epochs = config.train.max_steps, float(config.train.epochs)
-    by_steps = (steps or 0) * config.train.global_batch / max(samples, 1)
-    return Number(by_steps, "train.max_steps") if steps and by_steps < epochs else Number(epochs, "train.epochs")
 
 
 def _notes(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart) -> list[str]:

@@ -70,6 +70,13 @@ def remove(store: Store, found: Iterable[Orphan]) -> int:
     return num_bytes
 
 
+def remove_abandoned(store: Store) -> None:
+    """Take away what processes of this machine that run no more were writing, whatever its age."""
+    for path in store.spool.glob(f"{os.uname().nodename}-*"):
+        if not _is_being_written(path.name):
+            path.unlink(missing_ok=True)
+
+
 class _Modified:
     """When a file of the store was last written: asked of a local file itself, of a listing not older than `RELIST_S` elsewhere."""
 

@@ -189,9 +189,10 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         raise ArtifactMismatch(
             "there is no artifact here", where=artifact.url, fix="give the folder that holds artifact.json, or run it first"
         )
+    unsealed = "not finished"
     for depth, found in chain(artifact.store, info):
         manifest = input_artifact(artifact.store, ArtifactInput.model_validate(found.model_dump())).manifest()
-        seal = (
-            f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else "not finished"
-        )
+        seal = f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else unsealed
+        if found.stage == "train" and manifest and not any(name.startswith("hidden/") for name in manifest.inputs):
+            unsealed = "made in training"
         yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal})"

@@ -23,11 +23,12 @@ def render(plan: Plan) -> RenderableType:
         "cache": _size_lines(plan),
         "capture": _capture_lines(plan),
         "training": _training_lines(plan),
+        "where training reads hidden states": _source_lines(plan),
     }
     parts: list[RenderableType] = [f"plan of {plan.run}: target {plan.target}, store {plan.store}"]
     for title, lines in sections.items():
         parts += ["", title, Padding(_table(lines), (0, 0, 0, 2), expand=False)]
-    parts += ["", _verdict(plan.fit), *(f"note: {note}" for note in plan.notes)]
+    parts += ["", f"{plan.sources.best}: {plan.sources.reason}", _verdict(plan.fit), *(f"note: {note}" for note in plan.notes)]
     return Group(*parts)
 
 
@@ -102,12 +103,16 @@ def _training_lines(plan: Plan) -> Iterator[Line]:
     yield "passes", f"{part.passes.value:.3g}", part.passes.origin
     yield "time", human_hours(part.hours.value), part.hours.origin
     yield "reads", f"{human_bytes(part.read_bytes_per_s.value)}/s", part.read_bytes_per_s.origin
-    cached, online = part.cached_hours, part.online_hours
-    yield "with this cache", f"{human_hours(cached.value)}, {human_bytes(plan.size.num_bytes.value)}", cached.origin
-    yield "online, no cache", f"{human_hours(online.value)}, 0 B", online.origin
-    saved = online.value - cached.value
-    said = f"the cache saves {human_hours(saved)}" if saved > 0 else f"online is {human_hours(-saved)} faster"
-    yield "", said, ""
+
+
+def _source_lines(plan: Plan) -> Iterator[Line]:
+    part = plan.sources
+    for option in part.options:
+        mark = " <- this run" if option.name == part.chosen else ""
+        said = f"{human_bytes(option.num_bytes)}, captured {option.captures:.3g} x{mark}"
+        fits = "" if option.fits is None else ", fits" if option.fits else ", does NOT fit"
+        yield option.name, said, f"{human_hours(option.capture_gpu_hours)} of capture, {human_hours(option.hours)} in all{fits}"
+    yield "cheapest", f"resources.source={part.best}", ""
 
 
 def _verdict(fit: Fit | None) -> str:

@@ -119,6 +119,14 @@ class ResourcesConfig(Section):
     """What to do where masks, features or one sample's loss, looked at before the first step, are wrong."""
     stall_minutes: PositiveFloat = 30.0
     """Minutes without a finished training step after which the process dumps its threads' stacks and ends, to be tried again."""
+    source: Literal["cache", "rolling", "online"] = "cache"
+    """Where training reads hidden states: the sealed cache; shards captured ahead of it and deleted behind it; or the target itself."""
+    rolling_gb: PositiveFloat = 500.0
+    """Hidden states (GB) that a rolling training has on the disk at most; two windows of shards must fit."""
+    rolling_gpus: int = Field(default=1, ge=0)
+    """GPUs, the last of the visible ones, on which a rolling training captures and does not train; 0 shares the first one."""
+    render_processes: PositiveInt | None = None
+    """Processes that render all answers once before a training without a cache; null is one per CPU core."""
     prefetch_mb: PositiveInt = 512
     """Stored samples (MB) read ahead of training."""
     read_threads: PositiveInt = 4

@@ -41,6 +41,8 @@ class StageStatus(NamedTuple):
     upstream_sealed: bool
     truncated_share: float | None = None
     """Of the answers, those that ran into their limit; None where none are counted."""
+    in_training: bool = False
+    """Whether training makes what it needs of this stage by itself: nothing is missing, and nothing will be sealed."""
 
 
 def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
@@ -54,6 +56,16 @@ def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
     return [shard for shard, upstream in wanted.items() if shard not in records or records[shard].upstream != upstream]
 
 
+def trains_without_cache(config: RunConfig) -> bool:
+    """Whether training makes the hidden states that it needs; a cache that is sealed is read whatever `resources.source` says."""
+    return config.resources.source != "cache" and artifact_of(config, "hidden").manifest() is None
+
+
+def inputs_of(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """The stages that `stage` reads: those before it, or before the hidden states where training makes them by itself."""
+    return upstream_of(config, "hidden" if stage == "train" and trains_without_cache(config) else stage)
+
+
 def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
     """The manifest digests of everything that `stage` reads, by `stage/fingerprint`.
 
@@ -61,7 +73,7 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
         ArtifactMismatch: one of them is not finished.
     """
     digests = {}
-    for upstream in upstream_of(config, stage):
+    for upstream in inputs_of(config, stage):
         artifact = artifact_of(config, upstream)
         manifest = artifact.manifest()
         if manifest is None:
@@ -74,11 +86,11 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
 def stage_status(config: RunConfig, stage: str) -> StageStatus:
     artifact = artifact_of(config, stage)
     manifest, records = artifact.manifest(), artifact.records()
-    upstream_manifests = [artifact_of(config, name).manifest() for name in upstream_of(config, stage)]
-    missing: list[int] = []
-    if stage in SHARDED:
+    upstream_manifests = [artifact_of(config, name).manifest() for name in inputs_of(config, stage)]
+    missing, in_training = list[int](), stage == "hidden" and trains_without_cache(config)
+    if stage in SHARDED and not in_training:
         missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
-    elif manifest is None or len(records) < manifest.totals["shards"]:
+    elif not in_training and (manifest is None or len(records) < manifest.totals["shards"]):
         missing = [0]
     turns = sum(record.counts.get("turns", 0) for record in records.values())
     sealed = manifest is not None and not missing and _inputs_match(config, stage, manifest)
@@ -97,14 +109,19 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         failures=failures(artifact),
         upstream_sealed=all(found is not None for found in upstream_manifests),
         truncated_share=sum(record.counts.get("truncated", 0) for record in records.values()) / turns if turns else None,
+        in_training=in_training,
     )
 
 
 def _inputs_match(config: RunConfig, stage: str, manifest: Manifest) -> bool:
-    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale."""
+    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale.
+
+    A draft that was trained without a cache names what its hidden states were made from; a cache made since changes nothing.
+    """
+    without_cache = stage == "train" and not any(name.startswith("hidden/") for name in manifest.inputs)
     return all(
         (found := artifact_of(config, name)).manifest() is None or manifest.inputs.get(f"{name}/{found.key.fingerprint}") == _digest(found)
-        for name in upstream_of(config, stage)
+        for name in upstream_of(config, "hidden" if without_cache else stage)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,8 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", he
 StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
 Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
 
+Purpose = Literal["cache", "rolling", "index"]
+
 
 @app.command()
 def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
@@ -30,7 +32,17 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     table = Table("stage", "state", "shards", "missing", "rows", "rejected", "tokens", "truncated", "MB", box=None)
     found = [stage_status(config, stage) for stage in stages_of(config)]
     for part in found:
-        state = "sealed" if part.sealed else "failed" if part.failures else "to do" if not part.committed else "part done"
+        state = (
+            "sealed"
+            if part.sealed
+            else "in training"
+            if part.in_training
+            else "failed"
+            if part.failures
+            else "to do"
+            if not part.committed
+            else "part done"
+        )
         truncated = "" if part.truncated_share is None else f"{part.truncated_share:.1%}"
         cells = (part.committed, len(part.missing), part.rows, part.rejected_rows, part.tokens, truncated, f"{part.num_bytes / 1e6:.1f}")
         table.add_row(part.stage, state, *map(str, cells))

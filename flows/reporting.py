@@ -35,7 +35,7 @@ ARTIFACT_PAUSE_S = 5.0  # between two updates of a progress artifact
 REQUEST_S = 5.0
 ENVELOPE = ("event", "stage", "done", "total", "unit")
 
-State = Literal["running", "done", "already done", "failed"]
+State = Literal["running", "done", "already done", "in training", "failed"]
 
 
 class Progress(NamedTuple):
@@ -78,8 +78,8 @@ def show(progress: Progress) -> None:
         watcher(progress)
 
 
-def show_already_done(status: StageStatus) -> None:
-    show(Progress(status.stage, "already done", 1, 1, "", {}))
+def show_nothing_to_do(status: StageStatus, state: State) -> None:
+    show(Progress(status.stage, state, 1, 1, "", {}))
 
 
 class Board:
@@ -183,7 +183,7 @@ def stage_row(outcome: StageOutcome) -> dict[str, str]:
         "shards": status.committed, "missing": len(status.missing), "rows": status.rows, "rejected": status.rejected_rows,
         "tokens": status.tokens,
     }  # fmt: skip
-    seconds = "already done" if outcome.state == "already done" else f"{outcome.seconds:.1f}"
+    seconds = outcome.state if outcome.state in ("already done", "in training") else f"{outcome.seconds:.1f}"
     share = status.truncated_share
     counted = {name: f"{number:,}" if number else "" for name, number in numbers.items()}
     told = {**counted, "truncated": "" if share is None else f"{share:.1%}", "MB": f"{status.num_bytes / 1e6:.1f}"}

@@ -28,7 +28,7 @@ from deepspec.gpus import visible_gpus
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
-from flows.reporting import Board, StageOutcome, publish_failure, publish_stages, show_already_done
+from flows.reporting import Board, StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
 from flows.request import open_run
 
 JITTER = 0.3  # share of a retry's delay by which it may vary, so that many tasks do not come back at once
@@ -63,9 +63,10 @@ def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:
         DeepSpecError: the stage could not be run at all.
     """
     started, before = time.monotonic(), stage_status(config, stage)
-    if before.sealed:
-        show_already_done(before)
-        return StageOutcome(before, "already done", 0.0)
+    if before.sealed or before.in_training:
+        state: State = "already done" if before.sealed else "in training"
+        show_nothing_to_do(before, state)
+        return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
     run = StageRun(request, config, before)
     run.work()

@@ -39,17 +39,24 @@ def test_hours_are_tokens_over_the_speed_of_all_lanes():
 
 
 def test_online_training_captures_in_every_pass():
-    part = plan_of(FACTS._replace(train_hours=2.0)).training
-    assert part.passes.value == 4
-    assert part.cached_hours.value == pytest.approx(2 + 1000 / 3600)
-    assert part.online_hours.value == pytest.approx(2 + 4 * 1000 / 3600)
+    plan = plan_of(FACTS._replace(train_hours=2.0))
+    assert plan.training.passes.value == 4
+    assert plan.sources.option("cache").hours == pytest.approx(2 + 1000 / 3600)
+    assert plan.sources.option("online").hours == pytest.approx(2 + 4 * 1000 / 3600)
+
+
+def test_what_must_fit_is_what_the_chosen_source_puts_there():
+    size = plan_of().size
+    for source, needed in (("cache", size.missing_bytes.value), ("online", size.frozen_bytes.value)):
+        found = plan_of(FACTS, f"resources.source={source}", free=1e9)
+        assert (found.sources.chosen, found.fit.needed_bytes) == (source, needed)
 
 
 def test_only_what_is_missing_is_still_captured():
     part = plan_of(FACTS._replace(train_hours=2.0, missing=0.25))
     assert part.capture.hours_left.value == pytest.approx(250 / 3600)
-    assert part.training.cached_hours.value == pytest.approx(2 + 250 / 3600)
-    assert part.training.online_hours.value == pytest.approx(2 + 4 * 1000 / 3600)
+    assert part.sources.option("cache").hours == pytest.approx(2 + 250 / 3600)
+    assert part.sources.option("online").hours == pytest.approx(2 + 4 * 1000 / 3600)
 
 
 def test_reading_keeps_up_with_training():

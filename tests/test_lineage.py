@@ -38,6 +38,7 @@ def fingerprints(*overrides: str, recipe: str = "demo", store: str = "store") ->
         ("loss.decay=2.0", "train"),
         ("train.lr=1.0", "train"),
         ("train.seed=1", "train"),
+        ("train.window_epochs=2", "train"),
         ("evaluate.seed=1", "evaluate"),
         ("evaluate.max_new_tokens=5", "evaluate"),
     ],
@@ -49,7 +50,8 @@ def test_a_changed_setting_renames_its_stage_and_those_after_it(override: str, f
 
 
 @pytest.mark.parametrize(
-    "override", ["resources.answer_rows=3", "resources.lanes=2", "resources.batch_tokens=77", "name=other", "train.strategy=deepspeed"]
+    "override",
+    ["resources.answer_rows=3", "resources.source=online", "resources.batch_tokens=77", "name=other", "train.strategy=deepspeed"],
 )
 def test_how_the_work_is_done_is_in_no_fingerprint(override: str):
     assert fingerprints(override) == fingerprints()

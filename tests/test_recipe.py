@@ -66,6 +66,7 @@ def test_an_override_reads_its_value_as_yaml():
         ("demmo", [], ["'demmo'", "did you mean 'demo'"]),
         ("no-such.yaml", [], ["cannot be read"]),
         ("demo", ["train.lrr=1"], ["train.lrr", "did you mean 'lr'", "warmup"]),
+        ("demo", ["train.epochs=10", "train.window_epochs=4"], ["no multiple of train.window_epochs 4: choose 8 or 12 epochs"]),
         ("demo", ["train.lr=fast"], ["train.lr", "'fast'"]),
         ("demo", ["draft.markov.kind=gatd"], ["draft.markov.kind", "'gated'"]),
         ("demo", ["target.layer_ids=[3, 1]"], ["layer_ids must be ascending"]),

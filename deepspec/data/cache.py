@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +23,10 @@ from safetensors.torch import load as load_tensors
 
 from deepspec.artifact import RECORDS, Artifact
 from deepspec.data.disk_cache import DiskCache
-from deepspec.data.index import INDEX, ShardFiles, map_index
+from deepspec.data.index import INDEX, Index, ShardFiles, map_index
 from deepspec.data.layout import HiddenSample, Layout
-from deepspec.data.read_ahead import BufferPool, read_ahead
+from deepspec.data.read_ahead import read_buffered
+from deepspec.data.source import Source
 from deepspec.disk import read_into
 from deepspec.errors import ArtifactMismatch, DamagedData
 
@@ -35,7 +37,7 @@ MAPPED_SHARE = 0.5  # of the machine's memory: a larger cache would push its own
 MAX_OPEN_FILES = 128  # of 10,000 shards; a process may often hold no more than 1,024
 
 
-class HiddenCache:
+class HiddenCache(Source):
     """A sealed cache, opened by its manifest and index alone; `cache[i]` reads sample i of the index.
 
     May be sent to a spawned process and inherited by a forked one (trap C9): clients of a bucket are made anew in each. What
@@ -48,10 +50,10 @@ class HiddenCache:
             fix = "run `python -m deepspec hidden` until nothing is missing"
             raise ArtifactMismatch("the hidden states are not finished", where=artifact.url, fix=fix)
         self.artifact, self.manifest, self.cache_gb, self.check_reads = artifact, manifest, cache_gb, check_reads
-        self.schema = pa.ipc.read_schema(pa.py_buffer(artifact.fetch_file(SCHEMA).read_bytes()))
+        self.schema = read_schema(artifact.fetch_file(SCHEMA).read_bytes())
         scales = load_tensors(artifact.fetch_file(SCALES).read_bytes()) if SCALES in manifest.files else {}
         self.layout = Layout.of(self.schema, scales)
-        self.index = map_index(artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum))
+        self.index: Index = map_index(artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum))
         self.files = ShardFiles(artifact.store.fetch(artifact.path(RECORDS), manifest.records.checksum))
         self._checked = np.zeros(len(self.index.shard), dtype=bool)  # samples that need no further look
         self.mapped = artifact.store.is_local and manifest.totals["num_bytes"] < MAPPED_SHARE * physical_memory()
@@ -66,6 +68,9 @@ class HiddenCache:
 
     def __getitem__(self, number: int) -> HiddenSample:
         return self.read(number, np.empty(self.room(number), dtype=np.uint8))
+
+    def file(self, name: str) -> Path:
+        return self.artifact.fetch_file(name)
 
     def room(self, number: int) -> int:
         """Bytes of buffer that reading sample `number` takes: none where it is mapped, or a remote store's client has its own."""
@@ -119,16 +124,8 @@ class HiddenCache:
 
     def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
         """Samples in the order asked, read ahead by threads; a sample's tensors are good until the next one is asked for."""
-        pool = BufferPool(max_bytes)
-
-        def read(number: int) -> tuple[HiddenSample, np.ndarray]:
-            buffer = pool.take(self.room(number))
-            return self.read(number, buffer), buffer
-
-        jobs = ((int(self.index.num_bytes[number]), partial(read, number)) for number in numbers)
-        for sample, buffer in read_ahead(jobs, max_bytes=max_bytes, threads=threads):
-            yield sample
-            pool.give(buffer)
+        reads = ((int(self.index.num_bytes[number]), self.room(number), partial(self.read, number)) for number in numbers)
+        return read_buffered(reads, max_bytes=max_bytes, threads=threads)
 
 
 class _OpenFile:
@@ -146,6 +143,10 @@ class _OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
+
+
+def read_schema(data: bytes) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(data))
 
 
 def physical_memory() -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,8 @@ from deepspec.config import RunConfig
 from deepspec.data.beside import check_made_with, files_beside, lacks_files, made_with, prepare
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.index import INDEX, write_index
-from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
+from deepspec.data.layout import HiddenSample, Layout, Stored
+from deepspec.data.planned import kept_spans, plan_samples
 from deepspec.data.planning import check_cache_fits
 from deepspec.data.rows import CaptureRow, capture_rows, token_batches
 from deepspec.data.shard_writer import Background, Encoded, ShardWriter
@@ -37,12 +39,26 @@ from deepspec.work import Work, work_through
 log = logging.getLogger(__name__)
 
 
-def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
-    """Capture the missing shards (all, or of those asked for), and seal when none is missing."""
+def run_capture(
+    config: RunConfig,
+    *,
+    shards: Sequence[int] | None = None,
+    purpose: Literal["cache", "rolling", "index"] = "cache",
+    report: Report = silent,
+) -> Artifact:
+    """Capture the missing shards (all, or of those asked for), and seal when none is missing.
+
+    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there is never sealed. Only which
+    samples there are is an `index`, which trainings without a cache need first.
+    """
     stage = open_sharded(config, "hidden", shards)
+    if purpose == "index":
+        plan_samples(config, stage, load_chat(config), shards=shards)
+        return stage.artifact
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
-        check_cache_fits(config, chat)
+        if purpose == "cache":
+            check_cache_fits(config, chat)
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
         layout = prepare(config, stage, chat, target, report)
         work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)
@@ -51,7 +67,8 @@ def run_capture(config: RunConfig, *, shards: Sequence[int] | None = None, repor
         check_made_with(stage.artifact, made_with(config, stage.artifact), records)
         write_index(stage.artifact, records)
 
-    seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
+    if purpose == "cache":
+        seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
     return stage.artifact
 
 
@@ -113,8 +130,7 @@ class Capture:
 
     def sample(self, row: CaptureRow, states: TargetOutput) -> HiddenSample:
         """The row as it will be stored, quantized where the target runs: a GPU then sends half the bytes to the host."""
-        keep_last = self.config.hidden.last_hidden == "supervised"
-        spans = torch.from_numpy(last_hidden_spans(row.loss_mask if keep_last else []))
+        spans = torch.from_numpy(kept_spans(row, self.config.hidden))
         last = states.last_hidden[kept_positions(spans).to(states.last_hidden.device)]
         context, last_hidden = self.layout.context, self.layout.last_hidden
         return HiddenSample(

@@ -85,7 +85,7 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
 def map_index(local: Path) -> Index:
     """The index over the mapped file; nothing is read until it is looked at."""
     batch = _map_batch(local)
-    return Index(*(_values(batch, name) for name in Index._fields))
+    return Index(*(column_values(batch, name) for name in Index._fields))
 
 
 class ShardFiles:
@@ -93,7 +93,7 @@ class ShardFiles:
 
     def __init__(self, local: Path) -> None:
         batch = _map_batch(local)
-        self._shards = _values(batch, "shard")
+        self._shards = column_values(batch, "shard")
         _, offsets, self._names = batch.column("file").buffers()
         self._offsets = np.frombuffer(offsets, dtype=np.int32)
 
@@ -107,6 +107,7 @@ def _map_batch(local: Path) -> pa.RecordBatch:
         return pa.ipc.open_file(source).get_batch(0)
 
 
-def _values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+def column_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """A column of unsigned integers, without a copy."""
     column = batch.column(name)
     return np.frombuffer(column.buffers()[1] or b"", dtype=f"u{column.type.bit_width // 8}", count=len(column))

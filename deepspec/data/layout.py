@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,10 @@ from deepspec.errors import ArtifactMismatch
 
 FORMAT, VERSION = "deepspec.hidden", 1
 EMPTY = pa.py_buffer(b"")
+TOKEN_BYTES = 4 + 1  # its id, and whether it is supervised
+INCOMPRESSIBLE = 128  # zstd makes what it cannot compress larger by a fraction of this
+FRAME_BYTES = 2048  # of an Arrow message, its padding, its spans and its index row: some 900 where a sample has few spans
+Count = TypeVar("Count", int, np.ndarray)
 PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")  # columns beside the two captured tensors
 
 
@@ -111,6 +115,12 @@ class Layout:
         context = make_codec(**codecs["context"], tensor="context", channel_scale=scales.get("context"))
         last_hidden = make_codec(**codecs["last_hidden"], tensor="last_hidden", channel_scale=scales.get("last_hidden"))
         return cls(context, last_hidden, metadata)
+
+    def most_bytes(self, num_tokens: Count, num_last: Count) -> Count:
+        """Bytes that a sample (or each of several) takes in a shard and its index rows at most, whatever its values compress to."""
+        context, last = (sum(column.token_bytes for column in codec.stored) for codec in (self.context, self.last_hidden))
+        plain = num_tokens * (context + TOKEN_BYTES) + num_last * last
+        return plain + plain // INCOMPRESSIBLE + FRAME_BYTES
 
     def encode(self, sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
         """One row that wraps the sample's tensors without copying them; the codecs' entropy coding is done here."""

@@ -85,6 +85,9 @@ def require_plan_fits(plan: Plan) -> None:
     """Raise the StoreError of a plan whose cache does not fit."""
     if plan.fit is None:
         return
+    if plan.sources.chosen != "cache":
+        require_fit(plan.fit, where=f"store {plan.store}", fix="lower resources.rolling_gb, or choose another store (--store)")
+        return
     missing = plan.size.missing_bytes.value / max(plan.size.num_bytes.value, 1)
     sizes = {name: missing * size for name, size in plan.size.bytes_by_codec.items()}
     require_fit(plan.fit, where=f"store {plan.store}", fix=f"{fit_advice(plan.fit, sizes)}, or --force to be told without being stopped")
@@ -99,4 +102,4 @@ def fit_advice(fit: Fit, sizes: dict[str, float]) -> str:
     if not fitting:
         codecs = f"no hidden.codec fits (the smallest, {smallest}, takes {human_bytes(sizes[smallest])}): "
         codecs += f"plan with {max(0.0, free / max(sizes[smallest], 1)):.1%} of the prompts (prompts.limit)"
-    return f"{codecs}, or another store (--store)"
+    return f"{codecs}, or another store (--store), or train without the whole of it (resources.source; `plan` compares)"

@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -40,6 +41,23 @@ def read_ahead(jobs: Iterable[tuple[int, Callable[[], T]]], *, max_bytes: int, t
             yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_buffered(reads: Iterable[tuple[int, int, Callable[[np.ndarray], T]]], *, max_bytes: int, threads: int) -> Iterator[T]:
+    """Results of reads (size in bytes, room, what to call with a buffer of that room) in their order, read ahead.
+
+    A result may share the memory of its buffer, which is used again once the next one is asked for.
+    """
+    pool = BufferPool(max_bytes)
+
+    def run(room: int, read: Callable[[np.ndarray], T]) -> tuple[T, np.ndarray]:
+        buffer = pool.take(room)
+        return read(buffer), buffer
+
+    jobs = ((num_bytes, partial(run, room, read)) for num_bytes, room, read in reads)
+    for result, buffer in read_ahead(jobs, max_bytes=max_bytes, threads=threads):
+        yield result
+        pool.give(buffer)
 
 
 class BufferPool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -44,7 +44,12 @@ def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: Hidden
             else:
                 detail = f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
                 rejects.append({"id": answer["id"], "sequence": number, "reason": "too_little_supervised", "detail": detail})
-    return CaptureRows(sorted(rows, key=lambda row: (len(row.input_ids), row.sample_id)), rejects)
+    return CaptureRows(sorted(rows, key=in_order), rejects)
+
+
+def in_order(row: CaptureRow) -> tuple[int, int]:
+    """What the rows of a shard are sorted by."""
+    return len(row.input_ids), row.sample_id
 
 
 def sequence_id(row: int, number: int) -> int:
@@ -52,13 +57,14 @@ def sequence_id(row: int, number: int) -> int:
     return stream_seed(0, row, number) if number else row
 
 
-def token_batches(rows: Sequence[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:
-    """Consecutive rows, as many as fit into `batch_tokens` once padded to the longest (the last) of them."""
-    batch: list[CaptureRow] = []
+def token_batches(rows: Iterable[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:
+    """Consecutive rows, as many as fit into `batch_tokens` once padded to the longest of them."""
+    batch, longest = list[CaptureRow](), 0
     for row in rows:
-        if batch and (len(batch) + 1) * len(row.input_ids) > batch_tokens:
+        longest = max(longest, len(row.input_ids))
+        if batch and (len(batch) + 1) * longest > batch_tokens:
             yield batch
-            batch = []
+            batch, longest = [], len(row.input_ids)
         batch.append(row)
     if batch:
         yield batch

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepspec.config import SamplingConfig
-from deepspec.data.cache import HiddenCache
+from deepspec.data.index import Index
+from deepspec.data.planned import Planned
+from deepspec.data.source import Source
 from deepspec.train.world import World
 
 ROWS = 8  # samples drafted along together
@@ -26,6 +29,12 @@ class Rounds(NamedTuple):
     rounds: int
 
 
+def acceptance_numbers(index: Index | Planned, count: int) -> list[int]:
+    """The first `count` held-out samples by their id, so that it does not matter in which order the shards were captured."""
+    held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
+    return held_out[np.argsort(index.sample_id[held_out])][:count].tolist()
+
+
 class Answers(NamedTuple):
     """Held-out samples side by side, padded on the right."""
 
@@ -34,9 +43,9 @@ class Answers(NamedTuple):
     context: Tensor  # [B, T, m * D]
 
 
-def acceptance_length(draft: Any, cache: HiddenCache, numbers: Sequence[int], world: World) -> float:
+def acceptance_length(draft: Any, cache: Source, numbers: Sequence[int], world: World) -> float:
     """Tokens committed per round over these samples of the cache, shared out to all ranks; 0 where there is no round."""
-    own = list(numbers)[world.rank :: world.size]
+    own = own_share(numbers, world)
     total = torch.zeros(2, dtype=torch.float64)
     was_training = draft.training
     draft.eval()
@@ -47,7 +56,12 @@ def acceptance_length(draft: Any, cache: HiddenCache, numbers: Sequence[int], wo
     return committed / rounds if rounds else 0.0
 
 
-def load_answers(cache: HiddenCache, numbers: Sequence[int], device: torch.device) -> Answers:
+def own_share(numbers: Sequence[int], world: World) -> list[int]:
+    """Those that this rank drafts along."""
+    return list(numbers)[world.rank :: world.size]
+
+
+def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) -> Answers:
     length = max(int(cache.index.num_tokens[number]) for number in numbers)
     input_ids = torch.zeros(len(numbers), length, dtype=torch.long)
     context = torch.zeros(len(numbers), length, cache.layout.context.width, dtype=torch.bfloat16, device=device)

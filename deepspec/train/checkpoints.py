@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
-
-from deepspec.train.acceptance import acceptance_length
+from deepspec.train.acceptance import acceptance_length, acceptance_numbers
 from deepspec.train.data import StepData
 from deepspec.train.state import CheckpointRecord, best_checkpoint, checkpoint_records, put_record, save_checkpoint
 from deepspec.train.step import StepResult, Trainer
@@ -20,10 +18,7 @@ class Checkpoints:
 
     def __init__(self, trainer: Trainer, data: StepData) -> None:
         self.trainer, self.cache, settings = trainer, data.cache, trainer.config.train
-        index = data.cache.index
-        held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
-        by_id = held_out[np.argsort(index.sample_id[held_out])]  # whatever order the shards were captured in
-        self.numbers: list[int] = by_id[: settings.acceptance_samples].tolist()
+        self.numbers = acceptance_numbers(data.cache.index, settings.acceptance_samples)
         self.records = checkpoint_records(trainer.artifact)
         self.total, self.every = data.total_steps, settings.checkpoint_steps
 

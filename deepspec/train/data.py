@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
 from deepspec.data.layout import HiddenSample
 from deepspec.data.order import WindowedOrder
 from deepspec.data.read_ahead import read_ahead
+from deepspec.data.source import Course, Source
 from deepspec.errors import TrainingFailed
 from deepspec.model.draft import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
 class StepData:
     """Deals each step's samples to ranks and micro-batches."""
 
-    def __init__(self, cache: HiddenCache, config: RunConfig, world: World) -> None:
+    def __init__(self, cache: Source, config: RunConfig, world: World) -> None:
         self.cache, self.settings, self.resources, self.world = cache, config.train, config.resources, world
         index = cache.index
         self.numbers = np.flatnonzero((index.held_out == 0) & (index.num_supervised > 1))
@@ -47,7 +47,9 @@ class StepData:
             fix = "lower prompts.held_out, or give more prompts"
             raise TrainingFailed("the cache holds no training sample", where=cache.artifact.url, fix=fix)
         shards, settings = index.shard[self.numbers], self.settings
-        self._order = WindowedOrder(self.numbers, shards, window_shards=settings.window_shards, seed=settings.seed)
+        self._order = WindowedOrder(
+            self.numbers, shards, window_shards=settings.window_shards, seed=settings.seed, passes=settings.window_epochs
+        )
         self._ahead: Iterator[TrainBatch] = iter(())
         self._next_step: int | None = None  # the step whose batches come next out of `_ahead`
 
@@ -55,6 +57,15 @@ class StepData:
     def total_steps(self) -> int:
         steps = -(-self.settings.epochs * len(self.numbers) // self.settings.global_batch)
         return min(steps, self.settings.max_steps or steps)
+
+    def begin(self, first: int) -> None:
+        """Tell the source which samples come, from step `first` on."""
+        samples = self.settings.global_batch
+        self.cache.follow(Course(self._order, first * samples, self.total_steps * samples, samples))
+
+    def finish(self) -> None:
+        """Tell the source that no more samples are asked for."""
+        self.cache.reached(self.total_steps * self.settings.global_batch)
 
     def drawn(self, step: int) -> list[Drawn]:
         """All samples of a step, over all ranks, shortest first."""
@@ -79,6 +90,8 @@ class StepData:
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
         """The step's micro-batches; while one is trained on, the next ones are read, whatever step they belong to."""
+        # What ended step - 1 was a sum over all ranks, so each of them has had all its samples.
+        self.cache.reached(step * self.settings.global_batch)
         if step != self._next_step:
             self._ahead = self._batches_from(step)
         yield from islice(self._ahead, len(self.micro_batches(step)))

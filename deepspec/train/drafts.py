@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
+from deepspec.data.source import Source
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 DRAFT_FILES = ("config.json", "model.safetensors")
 
 
-def make_draft(config: RunConfig, cache: HiddenCache) -> Any:
-    """A fresh draft for the cache's target, its embedding and lm_head read from beside the shards (`checks`: it is the run's)."""
-    artifact = cache.artifact
+def make_draft(config: RunConfig, source: Source) -> Any:
+    """A fresh draft for the target whose states are read, its embedding and lm_head from beside them (`checks`: it is the run's)."""
+    artifact = source.artifact
     target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
     spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
-    frozen = load_file(artifact.fetch_file("frozen.safetensors"))
+    frozen = load_file(source.file("frozen.safetensors"))
     draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
     draft.configure_loss(config.loss)
     draft.execution = Execution(compile=config.resources.compile, recompute=config.resources.recompute)

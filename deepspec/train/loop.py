@@ -1,4 +1,4 @@
-"""The train stage: a draft learns from the hidden-state cache; no rank ever loads the target."""
+"""The train stage: a draft learns from hidden states, read from a cache or made while it trains (`source`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 
@@ -26,6 +27,7 @@ from deepspec.train.pace import Pace
 from deepspec.train.preflight import check_before_training
 from deepspec.train.ranks import check_batch, on_sigterm
 from deepspec.train.scalars import can_write_scalars, write_scalars
+from deepspec.train.source import open_source
 from deepspec.train.state import append_metrics, read_metrics, resume_draft, resume_optimizer
 from deepspec.train.step import Trainer, train_step
 from deepspec.train.strategy import check_strategy, make_strategy
@@ -45,6 +47,11 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
         ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not this run's; no weight was loaded.
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
+    with ExitStack() as at_end:
+        return _run(config, report, at_end)
+
+
+def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     artifact = artifact_of(config, "train")
     inputs = require_sealed(config, "train")
     resources = config.resources
@@ -55,14 +62,16 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
     report = report if world.is_first else silent
     if world.is_first:
         artifact.create(config.model_dump(mode="json"))
-    cache = HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
-    if world.is_first:
+    cache = open_source(config, world, report)
+    at_end.callback(cache.close)
+    if world.is_first and isinstance(cache, HiddenCache):
         check_cache(config, cache)
     world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
     record = resume_draft(artifact, draft)
     first = record.step if record else 0
+    data.begin(first)
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
@@ -88,6 +97,7 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
             log.exception("stage=train ends as it was asked to")
             signal.raise_signal(signal.SIGTERM)
         raise
+    data.finish()
     if world.is_first:
         seal_draft(artifact, inputs)
     world.wait()

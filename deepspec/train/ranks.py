@@ -19,6 +19,7 @@ from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.events import Report
 from deepspec.gpus import visible_gpus
 from deepspec.launch import OnLine, Request, Stopped, run_child, scope
+from deepspec.stages import trains_without_cache
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")
@@ -43,6 +44,8 @@ def num_ranks(config: RunConfig) -> int:
     """
     resources = config.resources
     gpus = visible_gpus() if resources.device != "cpu" else []
+    if gpus and trains_without_cache(config) and resources.source == "rolling":
+        gpus = _left_by_capture(gpus, resources.rolling_gpus)
     wanted = resources.train_ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
@@ -65,6 +68,14 @@ def check_batch(config: RunConfig, num_ranks: int) -> None:
     fewer = next(ranks for ranks in range(num_ranks, 0, -1) if batch % ranks == 0)
     fix = f"set it to {nearest}; or train on {fewer} (resources.train_ranks), which changes no result"
     raise ConfigError(f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks", where="train.global_batch", fix=fix)
+
+
+def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
+    if captures >= len(gpus):
+        what = f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train on"
+        fix = "lower it (0 captures on the GPU that trains), or use resources.source=online"
+        raise ConfigError(what, where="resources.rolling_gpus", fix=fix)
+    return gpus[: len(gpus) - captures]
 
 
 def launch_ranks(request: Request, ranks: int, *, report: Report, stop_s: float) -> None:

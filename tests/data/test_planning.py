@@ -21,7 +21,7 @@ def test_the_demo_is_planned_and_nothing_is_left_in_its_store(capsys, store: Pat
     before = sorted(path for path in store.rglob("*") if path.is_file())
     code, out, _ = run(capsys, "plan", "demo", "--store", str(store), *SETS)
     assert code == 0
-    for word in ("tokens per sample", "S3 PUTs", "measured here (cpu)", "online, no cache", "it fits"):
+    for word in ("tokens per sample", "S3 PUTs", "measured here (cpu)", "resources.source=cache", "it fits"):
         assert word in out
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before
 

@@ -9,7 +9,7 @@ import pytest
 
 from deepspec.stages import StageStatus
 from flows.display import show_summary, shown_on_terminal, summary_line
-from flows.reporting import Progress, StageOutcome, artifact_key, result_row, show, show_already_done, stage_row
+from flows.reporting import Progress, StageOutcome, artifact_key, result_row, show, show_nothing_to_do, stage_row
 
 STATUS = StageStatus(
     stage="evaluate", artifact_url="/store/evaluate/dspark-demo-1a2b", fingerprint="1a2b", committed=6, missing=[], rows=1800,
@@ -62,7 +62,7 @@ def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(monkeypatch:
 
 def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixture[str]):
     with shown_on_terminal(["evaluate"]):
-        show_already_done(STATUS)
+        show_nothing_to_do(STATUS, "already done")
     assert capsys.readouterr().err.startswith("evaluate: already done")
 
 

@@ -83,6 +83,18 @@ def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatc
     assert [(progress.stage, progress.state) for progress in seen] == [("prompts", "already done"), ("answers", "already done")]
 
 
+def test_hidden_states_that_training_makes_are_no_stage_to_run(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    outcomes = run_in_flow(str(finished), "resources.source=online")
+    assert [outcome.state for outcome in outcomes] == ["already done", "already done", "in training"]
+    assert (outcomes[2].status.missing, outcomes[2].status.sealed) == ([], False)
+
+
+@flow
+def run_in_flow(source: str, override: str) -> list[StageOutcome]:
+    return run_stages(Request(source, (override,)), ("prompts", "answers", "hidden"))
+
+
 def test_losing_a_record_makes_that_shard_missing_and_no_other(finished: Path):
     (answers_folder(finished) / "records" / "00002.json").unlink()
     prompts_and_answers(str(finished))

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from deepspec.data.lanes import lane_gpus
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
 from deepspec.events import silent
 from deepspec.launch import Request
@@ -96,8 +97,15 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path
     assert num_ranks(tiny_run(tmp_path, "resources.device=cpu", "resources.train_ranks=4")) == 4
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
         num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
+    rolling = tiny_run(tmp_path, "resources.source=rolling")
+    assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
+    shared = tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=0")
+    assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
+    with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
+        num_ranks(tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=3"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert num_ranks(tiny_run(tmp_path)) == 1
+    assert (num_ranks(rolling), lane_gpus(rolling)) == (1, [None])
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])

@@ -1,0 +1,38 @@
+"""Which of the three sources a training reads: as `resources.source` says, but a sealed cache is used where there is one."""
+
+from __future__ import annotations
+
+import logging
+
+from deepspec.config import RunConfig
+from deepspec.data.cache import HiddenCache
+from deepspec.data.online import open_online
+from deepspec.data.rolling import open_rolling
+from deepspec.data.source import Source
+from deepspec.events import Report
+from deepspec.lineage import artifact_of
+from deepspec.stages import trains_without_cache
+from deepspec.train.acceptance import acceptance_numbers, own_share
+from deepspec.train.world import World
+
+log = logging.getLogger(__name__)
+
+
+def open_source(config: RunConfig, world: World, report: Report) -> Source:
+    """The source, ready to be asked for its index, its layout and held-out samples.
+
+    Raises:
+        ArtifactMismatch: the cache is to be read and not finished.
+        FidelityTooLow: the codec loses more of the target's states than `resources.fidelity` allows.
+    """
+    resources = config.resources
+    if not trains_without_cache(config):
+        if resources.source != "cache":
+            log.info("stage=train the cache is sealed: it is read as it is, whatever resources.source says (%s)", resources.source)
+        return HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
+    if resources.source == "rolling":
+        count = config.train.acceptance_samples
+        return open_rolling(
+            config, share=lambda index: own_share(acceptance_numbers(index, count), world), is_first=world.is_first, report=report
+        )
+    return open_online(config, is_first=world.is_first, report=report)
