@@ -53,10 +53,15 @@ def test_a_stream_keeps_the_order_asked_and_reads_each_sample_once(artifact: Art
 def test_a_stream_left_early_leaves_no_thread(artifact: Artifact):
     import threading
 
+    def reading() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")}
+
+    before = reading()  # those of another test's stream, which nobody has collected yet
     stream = HiddenCache(artifact).stream(range(12), max_bytes=3000, threads=3)
     next(stream)
+    assert reading() - before
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not reading() - before
 
 
 def test_opening_looks_at_no_shard(artifact: Artifact):

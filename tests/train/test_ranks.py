@@ -97,9 +97,9 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path
     assert num_ranks(tiny_run(tmp_path, "resources.device=cpu", "resources.train_ranks=4")) == 4
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
         num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
-    rolling = tiny_run(tmp_path, "resources.source=rolling")
+    rolling = tiny_run(tmp_path, "resources.source=rolling", "train.global_batch=6")
     assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
-    shared = tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=0")
+    shared = tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=0", "train.global_batch=6")
     assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
         num_ranks(tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=3"))
@@ -233,7 +233,7 @@ def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready, 
                 open(marker, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
     """)
-    run = ["train.max_steps=12", "train.checkpoint_steps=4", "train.global_batch=7", "loss.tv=0", "loss.ce=1"]
+    run = ["train.max_steps=12", "train.checkpoint_steps=4", "train.global_batch=6", "loss.tv=0", "loss.ce=1"]
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
     artifact = artifact_of(tiny_run(ready, *run), "train")
@@ -241,7 +241,8 @@ def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(ready, 
         launch_ranks(arguments(ready, *run), before, report=silent, stop_s=5)
     assert checkpoint_steps(artifact) == [4]
     launch_ranks(arguments(ready, *run), after, report=silent, stop_s=5)
-    resumed, undisturbed = weights(artifact), weights(run_train(tiny_run(straight, *run)))
+    launch_ranks(arguments(straight, *run), 1, report=silent, stop_s=5)
+    resumed, undisturbed = weights(artifact), weights(artifact_of(tiny_run(straight, *run), "train"))
     assert_close(undisturbed, resumed)
     if before == after:
         assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())

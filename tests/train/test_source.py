@@ -329,7 +329,7 @@ def test_a_sealed_cache_is_read_whatever_the_source(captured: Path, fresh: Path,
 @pytest.mark.slow
 def test_online_training_on_two_ranks_ends_where_one_does(fresh: Path, tmp_path: Path, captured: Path):
     shutil.copytree(captured, tmp_path / "cached")
-    alone = run_train(tiny_run(tmp_path / "cached", "train.global_batch=7"))
-    sets = (*TINY, "train.global_batch=7", "resources.source=online", "resources.train_ranks=2", "resources.device=cpu")
+    alone = run_train(tiny_run(tmp_path / "cached", "train.global_batch=6"))
+    sets = (*TINY, "train.global_batch=6", "resources.source=online", "resources.train_ranks=2", "resources.device=cpu")
     launch_ranks(Request("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
-    assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=7"), "train")) < 1e-3
+    assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=6"), "train")) < 1e-3

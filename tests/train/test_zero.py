@@ -21,10 +21,10 @@ from deepspec.train.state import checkpoint_steps
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import weights
 
-# Unequal shares of unequally many micro-batches. The total variation is left out: its gradient has a jump where draft and
+# Equally many samples in unequally many micro-batches. The total variation is left out: its gradient has a jump where draft and
 # target agree, so that one rounded sum can show as 1e-4 in a row of W2.
 SMOOTH = ["loss.tv=0", "loss.ce=1"]
-RUN = ["train.max_steps=20", "train.checkpoint_steps=10", "train.global_batch=7", "resources.batch_tokens=60", *SMOOTH]
+RUN = ["train.max_steps=20", "train.checkpoint_steps=10", "train.global_batch=6", "resources.batch_tokens=60", *SMOOTH]
 ZERO = "train.strategy=deepspeed"
 
 pytestmark = pytest.mark.slow
@@ -39,15 +39,33 @@ def of_deepspeed() -> list[str]:
     return ["deepspeed.launcher.launch", f"--world_info={hosts}", f"--master_port={free_port()}", "--module"]
 
 
+# The door itself, with steps that are dealt to the first rank alone.
+ONE_SIDED = """
+from deepspec.__main__ import main
+from deepspec.train.data import StepData
+
+dealt = StepData.micro_batches
+
+def to_the_first(self, step):
+    rank, self.world = self.world.rank, self.world._replace(rank=0, size=1)
+    groups = dealt(self, step)
+    self.world = self.world._replace(rank=rank, size=2)
+    return groups if rank == 0 else []
+
+StepData.micro_batches = to_the_first
+main()
+"""
+
+
 def copy(store: Path, to: Path) -> Path:
     shutil.copytree(store, to)
     return to
 
 
-def two_ranks(store: Path, *overrides: str, launcher: Sequence[str] = TORCHRUN) -> str:
-    """Train on two ranks of which each may be without a sample; what they said on standard error."""
+def two_ranks(store: Path, *overrides: str, launcher: Sequence[str] = TORCHRUN, door: Sequence[str] = ("deepspec",)) -> str:
+    """Train on two ranks; what they said on standard error."""
     sets = [part for override in [*TINY, "resources.device=cpu", *overrides] for part in ("--set", override)]
-    command = [sys.executable, "-m", *launcher, "deepspec", "train", "demo", "--store", str(store), *sets]
+    command = [sys.executable, "-m", *launcher, *door, "train", "demo", "--store", str(store), *sets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPSPEC_EVENTS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -102,8 +120,11 @@ def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Pa
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
 def test_a_rank_that_never_has_a_sample_is_not_waited_for(captured: Path, tmp_path: Path, strategy: str):
-    """Trap D3; steps of one sample, of which the second rank gets none."""
-    run = ["train.global_batch=1", "train.max_steps=4", *SMOOTH]
+    """Trap D3; the first rank gets all samples of every step, and the second one none."""
+    run = ["train.max_steps=4", *SMOOTH]
     alone, store = copy(captured, tmp_path / "alone"), copy(captured, tmp_path / "store")
-    two_ranks(store, *run, f"train.strategy={strategy}", "resources.zero_stage=3")
+    (tmp_path / "one_sided.py").write_text(ONE_SIDED)
+    launcher = (*TORCHRUN[:-1], "--no-python")
+    door = (sys.executable, str(tmp_path / "one_sided.py"))
+    two_ranks(store, *run, f"train.strategy={strategy}", "resources.zero_stage=3", launcher=launcher, door=door)
     assert_close(run_train(tiny_run(alone, *run)), artifact_of(tiny_run(store, *run), "train"))
