@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -163,15 +164,17 @@ def read_dataset(source: DatasetSource, *, files: Sequence[str] = ()) -> Iterato
     """
     import datasets
 
-    folder = f"hf://datasets/{source.name}@{source.revision}" if is_on_hub(source) else source.name
+    on_hub = is_on_hub(source)
+    folder = f"hf://datasets/{source.name}@{source.revision}" if on_hub else source.name
     rows: Iterable[Mapping[str, Any]]
-    try:
-        if files:
-            rows = (row for file in files for row in read_file(f"{folder}/{file}"))
-        elif not is_on_hub(source):
-            rows = datasets.load_dataset(source.name, source.subset, split=source.split)
-        else:
-            rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
-        yield from rows  # read as it is asked for, so this may fail as well
-    except _hub_errors() as error:
-        raise _not_loaded(source, error) from None
+    # In the shared cache `datasets` tells folders with a card apart by their last name only, and took one for another.
+    with TemporaryDirectory() as cache:
+        place = {"revision": source.revision} if on_hub else {"cache_dir": cache}
+        try:
+            if files:
+                rows = (row for file in files for row in read_file(f"{folder}/{file}"))
+            else:
+                rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True, **place)
+            yield from rows  # read as it is asked for, so this may fail as well
+        except _hub_errors() as error:
+            raise _not_loaded(source, error) from None
