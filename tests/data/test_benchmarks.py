@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +20,8 @@ from deepspec.data.prompts import run_prompts
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_key, benchmark_key, describe, store_of
 from deepspec.verify import verify_benchmarks
-from tests.conftest import tiny_run, write_jsonl
+from tests.conftest import REPOSITORY, tiny_run, write_jsonl
+from tests.data.hub import COMMIT, hub_of
 
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
@@ -140,6 +144,44 @@ def test_another_folder_of_the_same_name_is_not_taken_for_this_one(gsm8k: Path, 
     assert len(read_benchmark(config, "gsm8k")) == 5
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(dataset=str(other)))
     assert [prompt.problem for prompt in read_benchmark(config, "gsm8k")] == ["Which?"]
+
+
+def benchmarks_verb(endpoint: str, folder: Path, *names: str, offline: str = "0") -> subprocess.CompletedProcess[str]:
+    """`python -m deepspec benchmarks` with another hub, as its own process: the hub's address is read once, on import."""
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_HOME": str(folder / "hf")}
+    chosen = json.dumps([{"name": name} for name in names])
+    command = [sys.executable, "-m", "deepspec", "benchmarks", "demo", "--store", str(folder / "store")]
+    return subprocess.run(
+        [*command, "--set", f"evaluate.benchmarks={chosen}", "--set", "resources.min_free_gb=0"],
+        env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_the_verb_reads_splits_and_files_from_a_hub_at_one_commit_and_then_asks_no_hub(tmp_path: Path):
+    sets = tmp_path / "sets"
+    for folder in ("openai/gsm8k/main", "lmarena-ai/arena-hard-auto/data/arena-hard-v2.0", "CohereLabs/lbpp/python"):
+        (sets / folder).mkdir(parents=True)
+    (sets / "openai/gsm8k/README.md").write_text(CARD)
+    pq.write_table(pa.Table.from_pylist([{"question": "How many?", "answer": "1"}]), sets / "openai/gsm8k/main/test-00000-of-00001.parquet")
+    write_jsonl(sets / "lmarena-ai/arena-hard-auto/data/arena-hard-v2.0/question.jsonl", [{"uid": "x", "prompt": "Write a poem."}] * 2)
+    pq.write_table(pa.Table.from_pylist([{"instruction": "Sort a list.", "completion": ""}]), sets / "CohereLabs/lbpp/python/test.parquet")
+    names = ("gsm8k", "arena-hard-v2", f"lbpp@{'c' * 40}")
+    with hub_of(sets) as (endpoint, asked):
+        done = benchmarks_verb(endpoint, tmp_path, *names)
+        missing = benchmarks_verb(endpoint, tmp_path, "math500")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is in the store") == 3
+    assert f"gsm8k@{COMMIT}" in done.stderr
+    resolved = [line for line in asked if "/resolve/" in line]
+    assert resolved
+    assert all(("c" * 40 if "lbpp" in line else COMMIT) in line for line in resolved)
+    assert missing.returncode == 2
+    assert "benchmark math500: cannot be loaded" in missing.stderr
+    config = tiny_run(tmp_path / "store")
+    assert [prompt.problem for prompt in read_benchmark(config, "gsm8k")] == ["How many?"]
+    assert read_benchmark(config, "arena-hard-v2") == [BenchmarkPrompt(("Write a poem.",))] * 2
+    assert read_benchmark(config, names[2]) == [BenchmarkPrompt(("Sort a list.",))]
+    assert benchmarks_verb("http://127.0.0.1:9", tmp_path, *names, offline="1").returncode == 0
 
 
 def test_a_data_set_of_other_columns_leaves_nothing_that_counts(gsm8k: Path, tmp_path: Path):
