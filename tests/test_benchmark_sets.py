@@ -77,6 +77,7 @@ def test_an_unknown_name_is_refused_when_the_run_is_read(override: str, said: li
     with pytest.raises(ConfigError) as caught:
         load_run("demo", [override])
     assert all(words in str(caught.value) for words in said)
+    assert "at least 1 item" not in str(caught.value)
 
 
 def test_a_benchmark_is_named_by_what_decides_its_prompts():

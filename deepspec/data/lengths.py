@@ -170,7 +170,7 @@ def _source_prompts(config: RunConfig, usable: float) -> Number | None:
 
 
 def count_source_rows(config: RunConfig) -> int | None:
-    """Rows of the source without parsing them; None where that cannot be known."""
+    """Rows of the source, of files without parsing them; None where that cannot be known."""
     match config.prompts.source:
         case DemoSource():
             demo = artifact_of(config, "demo")
