@@ -120,12 +120,8 @@ def _read_run_file(path: Path) -> dict[str, Any]:
 def _causes(error: ValidationError) -> list[Any]:
     """The errors without those that follow from others: a list is no shorter for an entry that is wrong."""
     found = error.errors()
-    wrong = [detail["loc"] for detail in found]
-    return [
-        detail
-        for detail in found
-        if detail["type"] != "too_short" or not any(loc[:-1][: len(detail["loc"])] == detail["loc"] for loc in wrong)
-    ]
+    around = {detail["loc"][:end] for detail in found for end in range(len(detail["loc"]))}
+    return [detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in around]
 
 
 def _explain(detail: Any) -> str:
