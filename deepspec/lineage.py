@@ -191,6 +191,16 @@ def file_digest(path: str) -> str:
     return str(filesystem.ukey(location))
 
 
+def _origin(store: Store, info: ArtifactInfo) -> str:
+    """The data set and the commit that an artifact was read from, in words; nothing for any other."""
+    source = info.recipe if info.stage == "benchmarks" else info.recipe.get("prompts", {}).get("source", {})
+    name, revision = source.get("dataset") or source.get("name"), source.get("revision")
+    if name and not revision:
+        with suppress(FileNotFoundError):  # a local folder has no commit
+            revision = json.loads(store.read(f"{info.stage}/{info.name}-{info.fingerprint}/source.json"))["revision"]
+    return f", data set {name}{f' at {revision}' if revision else ''}" if name else ""
+
+
 def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Iterator[str]:
     """The chain behind an artifact folder (or behind the result of a run), one line per artifact, read from the store.
 
@@ -214,13 +224,3 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
             f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else "not finished"
         )
         yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal}{_origin(artifact.store, found)})"
-
-
-def _origin(store: Store, info: ArtifactInfo) -> str:
-    """The data set and the commit that an artifact was read from, in words; nothing for any other."""
-    source = info.recipe if info.stage == "benchmarks" else info.recipe.get("prompts", {}).get("source", {})
-    name, revision = source.get("dataset") or source.get("name"), source.get("revision")
-    if name and not revision:
-        with suppress(FileNotFoundError):  # a local folder has no commit
-            revision = json.loads(store.read(f"{info.stage}/{info.name}-{info.fingerprint}/source.json"))["revision"]
-    return f", data set {name}{f' at {revision}' if revision else ''}" if name else ""

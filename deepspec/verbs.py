@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import chain
 from typing import Annotated
 
 import typer
@@ -92,7 +91,8 @@ def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 
     config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
     damaged = 0
-    for problem in chain(*(verify_stage(config, stage, locate.get(stage)) for stage in stages_of(config)), verify_benchmarks(config)):
+    checks = [*(verify_stage(config, stage, locate.get(stage)) for stage in stages_of(config)), verify_benchmarks(config)]
+    for problem in (line for check in checks for line in check):
         typer.echo(problem, err=True)  # at once: its record is gone by now, and the rest may take hours
         damaged += 1
     if damaged:
