@@ -42,41 +42,58 @@ PYTHON_PROGRAM = (
     "### Question:\n{question_content}\n\n"
 )
 IN_BACKTICKS = "\n```\n\n### Answer: (use the provided format with backticks)"
-# No revision is filled in: a commit belongs here once somebody has looked it up and run the benchmark with it.
+# A problem's own line breaks (\r\n in livecodebench and swe-bench), drawings (LaTeX in aime25) and examples are the data set's.
 SETS = (
-    BenchmarkSet("gsm8k", "openai/gsm8k", "math", ("{question}" + STEP_BY_STEP,), 500, subset="main", problem="question"),
-    BenchmarkSet("math500", "HuggingFaceH4/MATH-500", "math", ("{problem}" + STEP_BY_STEP,), 500, problem="problem"),
-    BenchmarkSet("aime24", "HuggingFaceH4/aime_2024", "math", ("{problem}" + STEP_BY_STEP,), None, split="train", problem="problem"),
-    # Its problems are LaTeX sources: a drawing (tikzpicture) or line breaks in a prompt are the data set's.
-    BenchmarkSet("aime25", "MathArena/aime_2025", "math", ("{problem}" + STEP_BY_STEP,), 30, split="train", problem="problem"),
     BenchmarkSet(
-        "humaneval",
-        "openai/openai_humaneval",
-        "code",
+        "gsm8k", "openai/gsm8k", "math", ("{question}" + STEP_BY_STEP,), 500, subset="main", problem="question",
+        revision="cc7b047b6e5bb11b4f1af84efc572db110a51b3c",
+    ),
+    BenchmarkSet(
+        "math500", "HuggingFaceH4/MATH-500", "math", ("{problem}" + STEP_BY_STEP,), 500, problem="problem",
+        revision="ff5b20257d8185524591543f8ff5993951537bb8",
+    ),
+    BenchmarkSet(
+        "aime24", "HuggingFaceH4/aime_2024", "math", ("{problem}" + STEP_BY_STEP,), None, split="train", problem="problem",
+        revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+    ),
+    BenchmarkSet(
+        "aime25", "MathArena/aime_2025", "math", ("{problem}" + STEP_BY_STEP,), 30, split="train", problem="problem",
+        revision="c94da77eb22bbd6439e62a323bec18493a421302",
+    ),
+    BenchmarkSet(
+        "humaneval", "openai/openai_humaneval", "code",
         # The column ends with a line break of its own, so an empty line stands before the closing backticks.
         ("Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```",),
-        164,
-        problem="prompt",
+        164, problem="prompt", revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
     ),
-    BenchmarkSet("mbpp", "google-research-datasets/mbpp", "code", ("{prompt}",), 256, subset="sanitized"),
+    BenchmarkSet(
+        "mbpp", "google-research-datasets/mbpp", "code", ("{prompt}",), 256, subset="sanitized",
+        revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+    ),
     BenchmarkSet("lbpp", "CohereLabs/lbpp", "code", ("{instruction}",), None, files=("python/test.parquet",)),
     BenchmarkSet(
-        "livecodebench",
-        "livecodebench/code_generation_lite",
-        "code",
+        "livecodebench", "livecodebench/code_generation_lite", "code",
         (
             PYTHON_PROGRAM + "### Format: Use the following code structure:\n```python\n{starter_code}" + IN_BACKTICKS,
             PYTHON_PROGRAM + "### Format: Write your code in the following format:\n```python\n# YOUR CODE HERE" + IN_BACKTICKS,
         ),
-        500,
-        # release_v6, 1,055 problems: each file has what its release added. The tests beside the problems make them gigabytes.
+        500, problem="question_content", revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+        # release_v6, 1,055 problems: each file has what its release added. The tests beside the problems make them 4.5 GB.
         files=("test.jsonl", *(f"test{release}.jsonl" for release in range(2, 7))),
-        problem="question_content",
     ),
-    BenchmarkSet("swe-bench", "princeton-nlp/SWE-bench_Lite", "code",
-                 ("Problem Statement:\n{problem_statement}\nPlease fix the issue described above.",), None, problem="problem_statement"),
-    BenchmarkSet("mt-bench", "HuggingFaceH4/mt_bench_prompts", "chat", ("{prompt}",), 80, split="train"),  # a list: two turns
-    BenchmarkSet("alpaca", "tatsu-lab/alpaca", "chat", ("{instruction}\n\nInput:\n{input}", "{instruction}"), 500, split="train"),
+    BenchmarkSet(
+        "swe-bench", "princeton-nlp/SWE-bench_Lite", "code",
+        ("Problem Statement:\n{problem_statement}\nPlease fix the issue described above.",), None, problem="problem_statement",
+        revision="6ec7bb89b9342f664a54a6e0a6ea6501d3437cc2",
+    ),
+    BenchmarkSet(
+        "mt-bench", "HuggingFaceH4/mt_bench_prompts", "chat", ("{prompt}",), 80, split="train",  # a list: two turns
+        revision="e3a795c5e9a82ee40611c416b8a7786c73198991",
+    ),
+    BenchmarkSet(
+        "alpaca", "tatsu-lab/alpaca", "chat", ("{instruction}\n\nInput:\n{input}", "{instruction}"), 500, split="train",
+        revision="dce01c9b08f87459cf36a430d809084718273017",
+    ),
     # 500 hard prompts and 250 of creative writing.
     BenchmarkSet("arena-hard-v2", "lmarena-ai/arena-hard-auto", "chat", ("{prompt}",), 500, files=("data/arena-hard-v2.0/question.jsonl",)),
 )  # fmt: skip

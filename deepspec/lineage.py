@@ -118,7 +118,8 @@ def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
             sections = {"draft": config.draft, "loss": config.loss, "train": config.train}
             return {"mask_token_id": config.target.mask_token_id, **{name: section_of(part) for name, part in sections.items()}}
         case _:
-            return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config)}
+            known = {entry.name: [entry.num_prompts, entry.domain] for entry in known_benchmarks(config, "evaluate")}
+            return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config), "known": known}
 
 
 def _name(config: RunConfig, stage: str) -> str:

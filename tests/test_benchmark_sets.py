@@ -10,7 +10,7 @@ import pytest
 from deepspec.benchmark_sets import KNOWN, check_name, columns_of, find_benchmark, turns_of
 from deepspec.data.sources import read_file
 from deepspec.errors import ConfigError, DataError
-from deepspec.lineage import benchmark_key
+from deepspec.lineage import artifact_key, benchmark_key
 from deepspec.recipe import load_run
 from tests.conftest import SHARED
 
@@ -87,3 +87,14 @@ def test_a_benchmark_is_named_by_what_decides_its_prompts():
     others = [pinned, gsm8k._replace(split="train"), gsm8k._replace(wordings=("{question}",)), gsm8k._replace(problem=None)]
     assert len({benchmark_key(benchmark).fingerprint for benchmark in (gsm8k, *others) if benchmark}) == 5
     assert benchmark_key(gsm8k._replace(num_prompts=3, domain="other")) == benchmark_key(gsm8k)
+
+
+def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(monkeypatch: pytest.MonkeyPatch):
+    run = load_run("demo", ["evaluate.benchmarks=[{name: gsm8k}]"])
+    before = artifact_key(run, "evaluate").fingerprint
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(num_prompts=3))
+    assert artifact_key(run, "evaluate").fingerprint != before
+
+
+def test_revisions_are_whole_commits_or_left_open():
+    assert all(benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision) for benchmark in KNOWN.values())

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as reading a data set takes: one folder of data sets, one commit, served on loopback."""
+"""As much of the Hugging Face hub as reading a data set takes: a folder of data sets, alike at every commit, on loopback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer_json([self.entry(place, place / path) for path in paths if (place / path).exists()])
         else:
             files = [{"rfilename": path.relative_to(place).as_posix()} for path in place.rglob("*") if path.is_file()]
-            self.answer_json({"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": files, "tags": [], "private": False})
+            asked = rest[1] if rest[:1] == ["revision"] and len(rest[1]) == len(COMMIT) else COMMIT
+            self.answer_json({"id": "/".join(parts[1:3]), "sha": asked, "siblings": files, "tags": [], "private": False})
 
     do_HEAD = do_POST = do_GET  # noqa: N815
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec.artifact import Artifact
-from deepspec.benchmark_sets import KNOWN
+from deepspec.benchmark_sets import KNOWN, find_benchmark
 from deepspec.data.benchmarks import BenchmarkPrompt, read_benchmark, stored_benchmark
 from deepspec.data.prompts import run_prompts
 from deepspec.errors import DataError
@@ -35,7 +35,7 @@ def gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "README.md").write_text(CARD)
     rows = [{"question": f"What is {number} + {number}?", "answer": "#### 2"} for number in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "main" / "test-00000-of-00001.parquet")
-    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(dataset=str(folder)))
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(dataset=str(folder), revision=None))
     return folder
 
 
@@ -94,11 +94,14 @@ def test_both_turns_of_a_list_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_benchmark(tiny_run(tmp_path / "store"), "mt-bench") == [BenchmarkPrompt(("Write a post.", "Rewrite {it}."))]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(tmp_path: Path):
+@pytest.mark.parametrize("name", ["arena-hard-v2", "lbpp@v1", "math500"])
+def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(tmp_path: Path, name: str):
     """The suite runs with HF_HUB_OFFLINE."""
+    known = find_benchmark(name)
+    assert known is not None
     with pytest.raises(DataError) as caught:
-        read_benchmark(tiny_run(tmp_path / "store"), "arena-hard-v2")
-    for words in ("benchmark arena-hard-v2", "offline", "lmarena-ai/arena-hard-auto", "network", "JSONL file"):
+        read_benchmark(tiny_run(tmp_path / "store"), name)
+    for words in (f"benchmark {known.name}", "ffline", known.dataset, "network", "JSONL file"):
         assert words in str(caught.value)
 
 
@@ -106,8 +109,8 @@ def test_a_network_that_is_down_is_no_stack_trace(tmp_path: Path, monkeypatch: p
     """A lost connection is an error of the hub's HTTP client, and neither an OSError nor a ValueError."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="benchmark humaneval: cannot be loaded"):
-        read_benchmark(tiny_run(tmp_path / "store"), "humaneval")
+    with pytest.raises(DataError, match="benchmark lbpp: cannot be loaded"):
+        read_benchmark(tiny_run(tmp_path / "store"), "lbpp")
 
 
 def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_folder_of_its_own(
@@ -122,6 +125,7 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("deepspec.data.sources.newest_revision", lambda source: next(commits))
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(revision=None))
     config = tiny_run(tmp_path / "store")
     artifact = stored_benchmark(config, KNOWN["gsm8k"])
     artifact.store.remove(artifact.path("records/00000.json"))
@@ -171,10 +175,11 @@ def test_the_verb_reads_splits_and_files_from_a_hub_at_one_commit_and_then_asks_
         missing = benchmarks_verb(endpoint, tmp_path, "math500")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is in the store") == 3
-    assert f"gsm8k@{COMMIT}" in done.stderr
+    assert f"arena-hard-v2@{COMMIT}" in done.stderr
     resolved = [line for line in asked if "/resolve/" in line]
     assert resolved
-    assert all(("c" * 40 if "lbpp" in line else COMMIT) in line for line in resolved)
+    commits = {"openai/gsm8k": KNOWN["gsm8k"].revision or "", "arena-hard": COMMIT, "lbpp": "c" * 40}
+    assert all(any(name in line and commit in line for name, commit in commits.items()) for line in resolved)
     assert missing.returncode == 2
     assert "benchmark math500: cannot be loaded" in missing.stderr
     config = tiny_run(tmp_path / "store")

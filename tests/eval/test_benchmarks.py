@@ -24,7 +24,7 @@ def mt_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "set").mkdir()
     rows = [{"prompt": [f"What is {number} plus 1?", "And what was the question?"]} for number in range(12)]
     write_jsonl(tmp_path / "set" / "train.jsonl", rows)
-    monkeypatch.setitem(KNOWN, "mt-bench", KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"), num_prompts=10))
+    monkeypatch.setitem(KNOWN, "mt-bench", KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"), num_prompts=10, revision=None))
     return str(tmp_path / "set")
 
 
