@@ -30,7 +30,7 @@ class Hub(BaseHTTPRequestHandler):
         if parts[0] != "datasets" or not place.is_dir():
             self.answer(404, X_Error_Code="RepoNotFound")
         elif rest[:1] == ["resolve"]:
-            self.send_file(place / "/".join(rest[2:]))
+            self.send_file(place / "/".join(rest[2:]), commit_of(rest))
         elif rest[:1] == ["tree"]:
             recursive = parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"
             found = sorted((place / "/".join(rest[2:])).glob("**/*" if recursive else "*"))
@@ -41,8 +41,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer_json([self.entry(place, place / path) for path in paths if (place / path).exists()])
         else:
             files = [{"rfilename": path.relative_to(place).as_posix()} for path in place.rglob("*") if path.is_file()]
-            asked = rest[1] if rest[:1] == ["revision"] and len(rest[1]) == len(COMMIT) else COMMIT
-            self.answer_json({"id": "/".join(parts[1:3]), "sha": asked, "siblings": files, "tags": [], "private": False})
+            self.answer_json({"id": "/".join(parts[1:3]), "sha": commit_of(rest), "siblings": files, "tags": [], "private": False})
 
     do_HEAD = do_POST = do_GET  # noqa: N815
 
@@ -50,11 +49,11 @@ class Hub(BaseHTTPRequestHandler):
         kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
         return {**kind, "path": path.relative_to(place).as_posix(), "oid": "b" * 40}
 
-    def send_file(self, path: Path) -> None:
+    def send_file(self, path: Path, commit: str) -> None:
         if not path.is_file():
             self.answer(404, X_Error_Code="EntryNotFound")
             return
-        data, headers = path.read_bytes(), {"ETag": '"x"', "X_Repo_Commit": COMMIT}
+        data, headers = path.read_bytes(), {"ETag": '"x"', "X_Repo_Commit": commit}
         first, _, last = (self.headers.get("Range") or "bytes=").removeprefix("bytes=").partition("-")
         if first:
             end = int(last) + 1 if last else len(data)
@@ -72,6 +71,11 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def commit_of(rest: list[str]) -> str:
+    """The one that is asked for by its whole name behind `revision` or `resolve`, else the newest."""
+    return rest[1] if len(rest) > 1 and len(rest[1]) == len(COMMIT) else COMMIT
 
 
 @contextmanager
