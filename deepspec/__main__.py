@@ -105,6 +105,16 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 
 
 @app.command()
+def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Read the run's known benchmarks into the store now, so that its other stages need no network for them."""
+    from deepspec.data.benchmarks import benchmark_digests
+
+    config, _ = _open(run, sets, store)
+    for name in {**benchmark_digests(config, "prompts"), **benchmark_digests(config, "evaluate")}:
+        typer.echo(f"{name} is in the store")
+
+
+@app.command()
 def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
     from deepspec.eval.run import run_evaluate

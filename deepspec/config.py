@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from deepspec.benchmark_sets import DEMO, Domain, check_name
 from deepspec.data_config import (
     AnswerSamplingConfig,
     AnswersConfig,
@@ -111,9 +112,18 @@ class HiddenConfig(Section):
 
 class BenchmarkConfig(Section):
     name: str
-    """`demo/math`, `demo/code`, `demo/chat`, or the path of a JSONL file with `turns` on each line."""
+    """A known one (`gsm8k`; `gsm8k@COMMIT` pins its data set), `demo/math`, `demo/code`, `demo/chat`, or a JSONL or Parquet file."""
     limit: PositiveInt | None = None
-    """Prompts to take, by a seeded shuffle; null takes all."""
+    """Prompts to take, by a seeded shuffle; null takes the protocol's number of a known one, and all of a file."""
+    turns: Literal["first", "all"] = "first"
+    """User turns of each prompt to decode: the first, or all of them, each on the target's own answers to those before."""
+    domain: Domain | None = None
+    """What the prompts are about; null is a known one's own, and `other` for a file."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        return check_name(name, others=DEMO)
 
 
 class EvaluateConfig(Section):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from deepspec.benchmark_sets import check_name
 from deepspec.draft_config import Section
 
 
@@ -50,11 +51,16 @@ class PromptsConfig(Section):
     seed: int = 42
     """Seed of the held-out split."""
     decontaminate: tuple[str, ...] = ()
-    """Benchmark files (`turns` on each line): prompts that are one of theirs are dropped."""
+    """Benchmarks, known ones by name or files (`turns` on each line): prompts that are one of theirs are dropped."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What to do with a conversation that came before; one that is kept has an id of its own, and the split of the first."""
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of unusable rows above which the stage fails."""
+
+    @field_validator("decontaminate")
+    @classmethod
+    def _benchmarks_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_name, names))
 
 
 class SamplingConfig(Section):

@@ -7,8 +7,10 @@ those their prompts. Resources (lanes, batch sizes, endpoints) are in no fingerp
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import fsspec
 import xxhash
 
 from deepspec.artifact import Artifact
+from deepspec.benchmark_sets import DEMO, BenchmarkSet, find_benchmark
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.recipe import load_run, section_of
@@ -24,7 +27,7 @@ from deepspec.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.store import Store, canonical_json, file_checksum
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
-FORMAT_VERSION = {"demo": 1, "prompts": 2, "answers": 2, "hidden": 1, "train": 1, "evaluate": 1}
+FORMAT_VERSION = {"demo": 1, "prompts": 2, "answers": 2, "hidden": 1, "train": 1, "evaluate": 1, "benchmarks": 1}
 SAMPLED_BLOCK = 1 << 20
 
 
@@ -50,13 +53,28 @@ def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:
     Raises:
         DataError: a prompts or benchmark file that does not exist.
     """
-    recipe = _recipe(config, stage)
-    inputs = tuple(artifact_key(config, upstream).as_input() for upstream in upstream_of(config, stage))
+    upstream = [artifact_key(config, name) for name in upstream_of(config, stage)]
+    inputs = [key.as_input() for key in (*upstream, *map(benchmark_key, known_benchmarks(config, stage)))]
+    return _key(stage, _name(config, stage), _recipe(config, stage), inputs)
+
+
+def benchmark_key(benchmark: BenchmarkSet) -> ArtifactKey:
+    """The key of a known benchmark's prompts: of every run that reads them, whatever its target."""
+    return _key("benchmarks", benchmark.name, benchmark.recipe(), ())
+
+
+def known_benchmarks(config: RunConfig, stage: str) -> list[BenchmarkSet]:
+    """The known benchmarks that this stage reads; files and the demo's own are none."""
+    names = {"prompts": config.prompts.decontaminate, "evaluate": [entry.name for entry in config.evaluate.benchmarks]}.get(stage, ())
+    return [known for name in dict.fromkeys(names) if (known := find_benchmark(name))]
+
+
+def _key(stage: str, name: str, recipe: dict[str, Any], inputs: Sequence[ArtifactInput]) -> ArtifactKey:
     content = {
         "stage": stage, "format": FORMAT_VERSION[stage], "recipe": recipe, "inputs": [entry.fingerprint for entry in inputs],
     }  # fmt: skip
     fingerprint = hashlib.sha256(canonical_json(content)).hexdigest()[:12]
-    return ArtifactKey(stage, _name(config, stage), fingerprint, recipe, inputs, FORMAT_VERSION[stage])
+    return ArtifactKey(stage, name, fingerprint, recipe, tuple(inputs), FORMAT_VERSION[stage])
 
 
 def upstream_of(config: RunConfig, stage: str) -> tuple[str, ...]:
@@ -102,7 +120,8 @@ def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
             sections = {"draft": section_of(config.draft), "loss": section_of(config.loss), "train": settings}
             return {"mask_token_id": config.target.mask_token_id, **sections}
         case _:
-            return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config)}
+            known = {entry.name: [entry.num_prompts, entry.domain] for entry in known_benchmarks(config, "evaluate")}
+            return {"evaluate": section_of(config.evaluate), "target": spoken, "files": _benchmark_digests(config), "known": known}
 
 
 def _name(config: RunConfig, stage: str) -> str:
@@ -151,13 +170,16 @@ def _folder_digest(folder: str) -> str:
 
 def _source_digests(config: RunConfig) -> dict[str, str]:
     source = config.prompts.source
-    paths = [*(source.paths if isinstance(source, FileSource) else ()), *config.prompts.decontaminate]
+    paths = [*(source.paths if isinstance(source, FileSource) else ()), *filter(_is_file, config.prompts.decontaminate)]
     return {path: file_digest(path) for path in paths}
 
 
 def _benchmark_digests(config: RunConfig) -> dict[str, str]:
-    files = [benchmark.name for benchmark in config.evaluate.benchmarks if not benchmark.name.startswith("demo/")]
-    return {path: file_digest(path) for path in files}
+    return {path: file_digest(path) for path in (benchmark.name for benchmark in config.evaluate.benchmarks) if _is_file(path)}
+
+
+def _is_file(benchmark: str) -> bool:
+    return benchmark not in DEMO and find_benchmark(benchmark) is None
 
 
 @lru_cache
@@ -170,6 +192,16 @@ def file_digest(path: str) -> str:
     if Path(location).is_file():
         return file_checksum(Path(location))
     return str(filesystem.ukey(location))
+
+
+def _origin(store: Store, info: ArtifactInfo) -> str:
+    """The data set and the commit that an artifact was read from, in words; nothing for any other."""
+    source = info.recipe if info.stage == "benchmarks" else info.recipe.get("prompts", {}).get("source", {})
+    name, revision = source.get("dataset") or source.get("name"), source.get("revision")
+    if name and not revision:
+        with suppress(FileNotFoundError):  # a local folder has no commit
+            revision = json.loads(store.read(f"{info.stage}/{info.name}-{info.fingerprint}/source.json"))["revision"]
+    return f", data set {name}{f' at {revision}' if revision else ''}" if name else ""
 
 
 def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Iterator[str]:
@@ -195,4 +227,4 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         seal = f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else unsealed
         if found.stage == "train" and manifest and not any(name.startswith("hidden/") for name in manifest.inputs):
             unsealed = "made in training"
-        yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal})"
+        yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal}{_origin(artifact.store, found)})"

@@ -41,7 +41,7 @@ def load_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         return RunConfig.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(
-            f"{source}: " + "; ".join(_explain(detail) for detail in error.errors()),
+            f"{source}: " + "; ".join(_explain(detail) for detail in _causes(error)),
             where=source,
             fix=f"`python -m deepspec show-config {source.split('=')[0]}` prints every field; correct the ones named above",
         ) from None
@@ -115,6 +115,13 @@ def _read_run_file(path: Path) -> dict[str, Any]:
         raise ConfigError("the run file holds no settings", where=str(path), fix="start it with `recipe: demo`")
     recipe = fields.pop("recipe", None)
     return merge(recipe_fields(str(recipe)), fields) if recipe is not None else fields
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """The errors without those that follow from others: a list is no shorter for an entry that is wrong."""
+    found = error.errors()
+    around = {detail["loc"][:end] for detail in found for end in range(len(detail["loc"]))}
+    return [detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in around]
 
 
 def _explain(detail: Any) -> str:

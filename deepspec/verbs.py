@@ -99,14 +99,14 @@ def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
     from deepspec.data.damage import locate_damage
     from deepspec.stages import stages_of
-    from deepspec.verify import verify_stage
+    from deepspec.verify import verify_benchmarks, verify_stage
 
     config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
     damaged = 0
-    for stage in stages_of(config):
-        for problem in verify_stage(config, stage, locate.get(stage)):
-            typer.echo(problem, err=True)  # at once: its record is gone by now, and the rest may take hours
-            damaged += 1
+    checks = [*(verify_stage(config, stage, locate.get(stage)) for stage in stages_of(config)), verify_benchmarks(config)]
+    for problem in (line for check in checks for line in check):
+        typer.echo(problem, err=True)  # at once: its record is gone by now, and the rest may take hours
+        damaged += 1
     if damaged:
         raise typer.Exit(EXIT_FAILED)
     typer.echo("every committed byte is as it was written")

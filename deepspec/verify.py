@@ -15,7 +15,7 @@ import xxhash
 from deepspec.artifact import RECORDS, Artifact
 from deepspec.config import RunConfig
 from deepspec.errors import DamagedData
-from deepspec.lineage import artifact_of
+from deepspec.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
 from deepspec.records import Record, index_file
 
 Locate = Callable[[Artifact, Record], list[str]]
@@ -24,10 +24,19 @@ Locate = Callable[[Artifact, Record], list[str]]
 
 def verify_stage(config: RunConfig, stage: str, locate: Locate | None = None) -> Iterator[str]:
     """One line per damaged or missing file of the stage's artifact."""
-    artifact = artifact_of(config, stage)
+    return verify_artifact(artifact_of(config, stage), locate, num_threads=config.resources.read_threads)
+
+
+def verify_benchmarks(config: RunConfig) -> Iterator[str]:
+    """The same of the known benchmarks that the run reads."""
+    for benchmark in dict.fromkeys([*known_benchmarks(config, "prompts"), *known_benchmarks(config, "evaluate")]):
+        yield from verify_artifact(Artifact(store_of(config), benchmark_key(benchmark)), num_threads=config.resources.read_threads)
+
+
+def verify_artifact(artifact: Artifact, locate: Locate | None = None, *, num_threads: int) -> Iterator[str]:
     yield from _damaged_manifest(artifact)
     yield from _damaged_records(artifact)
-    with ThreadPoolExecutor(config.resources.read_threads) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         yield from filter(None, pool.map(partial(_damaged_shard, artifact, locate), artifact.records().values()))
     yield from _damaged_files(artifact)
 

@@ -17,7 +17,7 @@ from deepspec.data.chat import Chat
 from deepspec.data.layout import last_hidden_spans
 from deepspec.data.prompt_rows import Prompt, make_prompt
 from deepspec.data.rows import capture_rows
-from deepspec.data.sources import read_source
+from deepspec.data.sources import is_on_hub, read_dataset, read_source
 from deepspec.data.stand_ins import StandIns, assistant_texts
 from deepspec.data.tables import read_table
 from deepspec.errors import DataError
@@ -170,7 +170,7 @@ def _source_prompts(config: RunConfig, usable: float) -> Number | None:
 
 
 def count_source_rows(config: RunConfig) -> int | None:
-    """Rows of the source without parsing them; None where that cannot be known."""
+    """Rows of the source, of files without parsing them; None where that cannot be known."""
     match config.prompts.source:
         case DemoSource():
             demo = artifact_of(config, "demo")
@@ -194,6 +194,8 @@ def _count_rows(path: str) -> int:
 def _dataset_rows(source: DatasetSource) -> int | None:
     import datasets
 
+    if not is_on_hub(source):
+        return sum(1 for _ in read_dataset(source))
     try:
         splits = datasets.load_dataset_builder(source.name, source.subset, revision=source.revision).info.splits or {}
     except (OSError, ValueError):

@@ -6,11 +6,9 @@ answers anew. Rows that cannot be used go to the rejects with a reason; nothing 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -18,16 +16,16 @@ import pyarrow as pa
 from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
 from deepspec.config import DatasetSource, RunConfig
+from deepspec.data.benchmarks import benchmark_digests
 from deepspec.data.contamination import BenchmarkPrompts
 from deepspec.data.prompt_rows import DUPLICATE, Prompt, Rejected, Seen, make_prompt
-from deepspec.data.sources import is_on_hub, newest_revision, read_source
+from deepspec.data.sources import pinned, read_source
 from deepspec.data.tables import write_table
 from deepspec.errors import DataError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
 from deepspec.records import Counts
 from deepspec.stages import require_sealed
-from deepspec.store import canonical_json
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +51,14 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     """
     artifact = artifact_of(config, "prompts")
     inputs = require_sealed(config, "prompts")
+    benchmarks = BenchmarkPrompts(config)
+    inputs |= benchmark_digests(config, "prompts")
     artifact.create(config.model_dump(mode="json"))
     config = _pinned(config, artifact)
     committed = artifact.records()
     totals = {"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0}
     shard = -1
-    for shard, (prompts, rejects) in enumerate(_shards(config, read_source(config))):
+    for shard, (prompts, rejects) in enumerate(_shards(config, read_source(config), benchmarks)):
         started = time.monotonic()
         dropped = {reason: sum(reject["reason"] == reason for reject in rejects) for reason in (DUPLICATE, BENCHMARK)}
         for name, number in {"rows": len(prompts), "rejected": len(rejects), **dropped}.items():
@@ -76,22 +76,12 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
 
 
 def _pinned(config: RunConfig, artifact: Artifact) -> RunConfig:
-    """The run with a commit to read: a run that goes on must not read a newer one than its first shards came from."""
+    """The run with a commit to read, where its source is a data set."""
     source = config.prompts.source
-    if not isinstance(source, DatasetSource) or not is_on_hub(source) or source.revision:
+    if not isinstance(source, DatasetSource):
         return config
-    path = artifact.path("source.json")
-    with suppress(FileNotFoundError):
-        return _at(config, source, json.loads(artifact.store.read(path))["revision"])
-    revision = newest_revision(source)
-    log.warning("data set %s is not pinned; its newest commit is read: prompts.source.revision=%s", source.name, revision)
-    artifact.store.write(path, canonical_json({"name": source.name, "revision": revision}))
-    return _at(config, source, revision)
-
-
-def _at(config: RunConfig, source: DatasetSource, revision: str) -> RunConfig:
-    pinned = source.model_copy(update={"revision": revision})
-    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"source": pinned})})
+    found = pinned(source, artifact, setting="prompts.source.revision=")
+    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"source": found})})
 
 
 def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
@@ -105,17 +95,19 @@ def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
         raise DataError(what, where=where, fix="see the rejects beside the artifact; correct the rows or raise the limit")
 
 
-def _shards(config: RunConfig, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
+def _shards(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkPrompts
+) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
     """Cut the source into shards of `shard_rows` prompts."""
-    limit, kept, seen, benchmarks = config.prompts.limit, 0, Seen(config.prompts), BenchmarkPrompts(config.prompts.decontaminate)
+    limit, kept, seen = config.prompts.limit, 0, Seen(config.prompts)
     prompts: list[Prompt] = []
     rejects: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         prompt = make_prompt(row, config.prompts)
         if isinstance(prompt, Prompt):
             prompt = seen.named(prompt)
-        if isinstance(prompt, Prompt) and (file := benchmarks.match(prompt.messages)):
-            prompt = Rejected(BENCHMARK, f"it is a prompt of {file}")
+        if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
+            prompt = Rejected(BENCHMARK, f"it is a prompt of {benchmark}")
         if isinstance(prompt, Rejected):
             rejects.append({"row": number, "reason": prompt.reason, "detail": prompt.detail})
             continue

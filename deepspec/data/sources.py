@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 
+from deepspec.artifact import Artifact
 from deepspec.config import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import DataError
 from deepspec.lineage import artifact_of
+from deepspec.store import canonical_json
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("messages", "conversations", "turns", "prompt")  # that a conversation is looked for in
 
@@ -46,7 +53,7 @@ def _rows(config: RunConfig) -> Iterator[Mapping[str, Any]]:
         case FileSource(paths=paths):
             return (row for path in paths for row in read_file(path))
         case DatasetSource() as source:
-            return _read_dataset(source)
+            return read_dataset(source)
 
 
 def read_file(path: str) -> Iterator[Mapping[str, Any]]:
@@ -55,15 +62,21 @@ def read_file(path: str) -> Iterator[Mapping[str, Any]]:
     Raises:
         DataError: the file is missing or empty, or a line is not a JSON object (its number is named).
     """
+    return (row for _, row in read_places(path))
+
+
+def read_places(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows as `read_file` has them, each with its place in words: the file, and the line or the Parquet row from 1."""
     if path.endswith(".parquet"):
-        yield from _read_parquet(path)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(_read_parquet(path), start=1))
         return
     number = 0
     try:
         with fsspec.open(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _json_row(line, f"{path}, line {number}")
+                    place = f"{path}, line {number}"
+                    yield place, _json_row(line, place)
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", where=path, fix="check the path and that the file is UTF-8 text") from None
     if number == 0:
@@ -96,6 +109,27 @@ def is_on_hub(source: DatasetSource) -> bool:
     return not Path(source.name).is_dir()
 
 
+def pinned(source: DatasetSource, artifact: Artifact, *, setting: str) -> DatasetSource:
+    """The source with a commit to read: a run that goes on must not read a newer one than its artifact began with.
+
+    The commit stands in the artifact's `source.json`; `setting` is what a user would write to name it, up to the commit.
+    """
+    if not is_on_hub(source) or source.revision:
+        return source
+    path = artifact.path("source.json")
+    with suppress(FileNotFoundError):
+        return _at(source, json.loads(artifact.store.read(path))["revision"])
+    revision = newest_revision(source)
+    if not artifact.store.write_new(path, canonical_json({"name": source.name, "revision": revision})):
+        return _at(source, json.loads(artifact.store.read(path))["revision"])  # another worker was first
+    log.warning("data set %s is not pinned; its newest commit is read: %s%s", source.name, setting, revision)
+    return _at(source, revision)
+
+
+def _at(source: DatasetSource, revision: str) -> DatasetSource:
+    return source.model_copy(update={"revision": revision})
+
+
 def newest_revision(source: DatasetSource) -> str:
     """The newest commit of a data set on the hub.
 
@@ -106,23 +140,41 @@ def newest_revision(source: DatasetSource) -> str:
 
     try:
         return str(HfApi().dataset_info(source.name).sha)
-    except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
+    except _hub_errors() as error:
         raise _not_loaded(source, error) from None
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client and `datasets` raise: wrong names, no network, servers that fail."""
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # handed on when it is asked for: that of its own client
+
+    return OSError, ValueError, httpx.HTTPError
 
 
 def _not_loaded(source: DatasetSource, error: Exception) -> DataError:
     where = f"data set {source.name}, split {source.split}, revision {source.revision}"
-    return DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision")
+    return DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision, and the network")
 
 
-def _read_dataset(source: DatasetSource) -> Iterator[Mapping[str, Any]]:
+def read_dataset(source: DatasetSource, *, files: Sequence[str] = ()) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set on the hub, or in a local folder, streamed; with `files` those of these files, whatever the split.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
     import datasets
 
-    try:
-        if not is_on_hub(source):
-            rows = datasets.load_dataset(source.name, source.subset, split=source.split)
-        else:
-            rows = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision, streaming=True)
-        yield from rows  # read as it is asked for, so this may fail as well
-    except (OSError, ValueError) as error:
-        raise _not_loaded(source, error) from None
+    on_hub = is_on_hub(source)
+    folder = f"hf://datasets/{source.name}@{source.revision}" if on_hub else source.name
+    rows: Iterable[Mapping[str, Any]]
+    # In the shared cache `datasets` tells folders with a card apart by their last name only, and took one for another.
+    with TemporaryDirectory() as cache:
+        place = {"revision": source.revision} if on_hub else {"cache_dir": cache}
+        try:
+            if files:
+                rows = (row for file in files for row in read_file(f"{folder}/{file}"))
+            else:
+                rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True, **place)
+            yield from rows  # read as it is asked for, so this may fail as well
+        except _hub_errors() as error:
+            raise _not_loaded(source, error) from None

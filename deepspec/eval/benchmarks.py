@@ -1,27 +1,32 @@
-"""Benchmark prompts: the demo's held-out ones, or any JSONL file with `turns` on each line."""
+"""Benchmarks as an evaluation takes them: so many prompts of each, cut into units, rendered turn by turn."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from deepspec.benchmark_sets import DEMO, Domain, find_benchmark
 from deepspec.config import BenchmarkConfig, RunConfig
+from deepspec.data.benchmarks import read_benchmark
 from deepspec.data.chat import Chat, Message
-from deepspec.data.sources import read_file
-from deepspec.errors import DataError
-from deepspec.lineage import artifact_of
+from deepspec.errors import ConfigError
 
 SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
+DOMAIN_OF_DEMO: dict[str, Domain] = dict(zip(DEMO, ("math", "code", "chat"), strict=True))
+
+Turns = tuple[str, ...]  # what the user says in a conversation, one by one
 
 
 class Benchmark(NamedTuple):
     name: str
-    prompts: list[str]
+    domain: Domain
+    prompts: list[Turns]
 
 
 class Unit(NamedTuple):
@@ -29,9 +34,10 @@ class Unit(NamedTuple):
 
     number: int
     benchmark: str
+    domain: Domain
     temperature: float
     first: int
-    prompts: list[str]
+    prompts: list[Turns]
 
 
 class RenderedPrompt(NamedTuple):
@@ -39,43 +45,71 @@ class RenderedPrompt(NamedTuple):
     digest: str  # of the ids: shows when two runs rendered the same prompt differently
 
 
+class Fitting(NamedTuple):
+    """Prompts by number: those that fit into the target, and why the others do not."""
+
+    usable: dict[int, RenderedPrompt]
+    skipped: dict[int, str]
+
+
 def load_benchmarks(config: RunConfig) -> list[Benchmark]:
-    """All benchmarks of the run, every one checked before the first is used.
+    """All benchmarks of the run, every one checked before the first is used; known ones are put into the store if need be.
 
     Raises:
-        DataError: a file that is missing, empty, or has a line without turns.
+        ConfigError: two that would have the same name in the results.
+        DataError: a file that is missing, empty, or has a line without turns; a data set that is neither stored nor reachable.
     """
+    names = Counter(_short_name(settings) for settings in config.evaluate.benchmarks)
+    if twice := [name for name, count in names.items() if count > 1]:
+        what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
+        raise ConfigError(what, where="evaluate.benchmarks", fix="name each once; rename a file, or leave one out")
     return [_load(config, settings) for settings in config.evaluate.benchmarks]
 
 
+def _short_name(settings: BenchmarkConfig) -> str:
+    known = find_benchmark(settings.name)
+    return known.name if known else Path(settings.name).stem
+
+
 def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
-    path = settings.name
-    if path.startswith("demo/"):
-        demo = artifact_of(config, "demo")
-        path = str(demo.store.fetch(demo.path(f"benchmarks/{path.removeprefix('demo/')}.jsonl")))
-    prompts = []
-    for number, row in enumerate(read_file(path), start=1):
-        turns = row.get("turns")
-        if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns or not isinstance(turns[0], str) or not turns[0].strip():
-            fix = 'each line must be {"turns": ["the first user message", ...]}'
-            raise DataError("the line has no turns", where=f"{path}, row {number}", fix=fix)
-        prompts.append(turns[0])
-    if settings.limit is not None and settings.limit < len(prompts):
-        chosen = np.random.default_rng(config.evaluate.seed).permutation(len(prompts))[: settings.limit]
+    known = find_benchmark(settings.name)
+    prompts = [prompt.turns for prompt in read_benchmark(config, settings.name)]
+    limit = settings.limit or (known.num_prompts if known else None)
+    if limit is not None and limit < len(prompts):
+        chosen = np.random.default_rng(config.evaluate.seed).permutation(len(prompts))[:limit]
         prompts = [prompts[index] for index in sorted(chosen.tolist())]
-    return Benchmark(Path(settings.name).stem, prompts)
+    if settings.turns == "first":
+        prompts = [turns[:1] for turns in prompts]
+    domain = settings.domain or (known.domain if known else DOMAIN_OF_DEMO.get(settings.name, "other"))
+    return Benchmark(_short_name(settings), domain, prompts)
 
 
 def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]:
     """The run's units in a fixed order; their numbers are shard numbers."""
     units: list[Unit] = []
     for temperature in config.evaluate.temperatures:
-        for benchmark in benchmarks:
-            for first in range(0, len(benchmark.prompts), SLICE_PROMPTS):
-                units.append(Unit(len(units), benchmark.name, temperature, first, benchmark.prompts[first : first + SLICE_PROMPTS]))
+        for name, domain, prompts in benchmarks:
+            for first in range(0, len(prompts), SLICE_PROMPTS):
+                units.append(Unit(len(units), name, domain, temperature, first, prompts[first : first + SLICE_PROMPTS]))
     return units
 
 
-def render(chat: Chat, prompt: str) -> RenderedPrompt:
-    ids = chat.render([Message("user", prompt)])
+def render(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
+    """The conversation up to the turn that comes after as many answers; the target's own answers stand in between."""
+    messages = [Message("user", turns[0])]
+    for answer, turn in zip(answers, turns[1:], strict=False):
+        messages += [Message("assistant", answer), Message("user", turn)]
+    ids = chat.render(messages)
     return RenderedPrompt(ids, xxhash.xxh3_64_hexdigest(json.dumps(ids).encode()))
+
+
+def split_fitting(prompts: Mapping[int, RenderedPrompt], *, max_positions: int, max_new_tokens: int) -> Fitting:
+    """Tell the prompts apart that leave room for a whole answer in the target's `max_positions` tokens from those that do not."""
+    limit, usable, skipped = max_positions - max_new_tokens, dict[int, RenderedPrompt](), dict[int, str]()
+    for number, prompt in prompts.items():
+        if (length := len(prompt.input_ids)) <= limit:
+            usable[number] = prompt
+        else:
+            room = f"the target takes {max_positions}, of which evaluate.max_new_tokens keeps {max_new_tokens} for the answer"
+            skipped[number] = f"the prompt has {length} tokens; {room}"
+    return Fitting(usable, skipped)

@@ -12,13 +12,15 @@ import pyarrow as pa
 import torch
 
 from deepspec.artifact import Artifact
+from deepspec.aside import put_rejects
 from deepspec.config import RunConfig, SamplingConfig
+from deepspec.data.benchmarks import benchmark_digests
 from deepspec.data.chat import Chat, load_chat, target_folder
 from deepspec.data.tables import read_table, write_table
 from deepspec.data.turns import stream_seed
 from deepspec.errors import ArtifactMismatch
 from deepspec.eval.acceptance import summarise
-from deepspec.eval.benchmarks import RenderedPrompt, Unit, load_benchmarks, make_units, render
+from deepspec.eval.benchmarks import Fitting, RenderedPrompt, Unit, load_benchmarks, make_units, render, split_fitting
 from deepspec.eval.speculate import Seconds, Trace, speculate
 from deepspec.events import Report, silent
 from deepspec.generate import Decode, generate
@@ -36,7 +38,8 @@ log = logging.getLogger(__name__)
 COUNTS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
-        ("benchmark", pa.string()), ("temperature", pa.float64()), ("prompt", pa.int32()), ("prompt_digest", pa.string()),
+        ("benchmark", pa.string()), ("domain", pa.string()), ("temperature", pa.float64()),
+        ("prompt", pa.int32()), ("turn", pa.int32()), ("prompt_digest", pa.string()),
         ("num_prompt_tokens", pa.int32()), ("num_tokens", pa.int32()), ("plain_tokens", pa.int32()), ("identical", pa.bool_()),
         ("proposed", COUNTS), ("accepted", COUNTS), ("committed", COUNTS), ("token_ids", COUNTS),
         ("seconds", pa.float64()), ("draft_seconds", pa.float64()), ("verify_seconds", pa.float64()), ("plain_seconds", pa.float64()),
@@ -53,7 +56,7 @@ class Models(NamedTuple):
 
 def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
     """Decode the missing units (all, or of those asked for), and write the summary when none is missing."""
-    inputs = require_sealed(config, "evaluate")
+    inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
     draft_artifact = artifact_of(config, "train")
     manifest = draft_artifact.manifest()
     units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
@@ -69,9 +72,10 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
         made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
 
         def make(work: Work, local: Path) -> Counts:
-            rows = evaluate_unit(models, units[work.shard], config)
+            rows, skipped = evaluate_unit(models, units[work.shard], config)
+            put_rejects(artifact, work.shard, skipped)
             write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-            return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows))
+            return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
 
         work_through(config, artifact, [Work(number, made_from) for number in missing], make, report)
     if not missing_shards(artifact, dict.fromkeys(units, digest)):
@@ -110,28 +114,52 @@ def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> Non
 
 def warm_up(models: Models, unit: Unit, config: RunConfig) -> None:
     """Decode one prompt both ways so that no first-call cost lands in a measurement."""
-    prompt = render(models.chat, unit.prompts[0])
-    _both_ways(models, prompt, config, temperature=unit.temperature, seed=0, plain_first=True)
+    prompts = {number: render(models.chat, turns) for number, turns in enumerate(unit.prompts)}
+    for prompt in list(_fitting(models, prompts, config).usable.values())[:1]:
+        _both_ways(models, prompt, config, temperature=unit.temperature, seed=0, plain_first=True)
 
 
-def evaluate_unit(models: Models, unit: Unit, config: RunConfig) -> list[dict[str, Any]]:
-    """One row per prompt; the two ways of decoding alternate, and take turns at going first."""
-    rows = []
-    for number, text in enumerate(unit.prompts, start=unit.first):
-        prompt = render(models.chat, text)
-        seed = stream_seed(config.evaluate.seed, int(prompt.digest, 16), number)
-        plain, plain_seconds, trace, seconds = _both_ways(
-            models, prompt, config, temperature=unit.temperature, seed=seed, plain_first=number % 2 == 0
-        )
-        rows.append(
-            {
-                "benchmark": unit.benchmark, "temperature": unit.temperature, "prompt": number, "prompt_digest": prompt.digest,
-                "num_prompt_tokens": len(prompt.input_ids), "num_tokens": len(trace.token_ids), "plain_tokens": len(plain),
-                "identical": plain == trace.token_ids, **trace._asdict(),
-                "seconds": seconds.total, "draft_seconds": seconds.draft, "verify_seconds": seconds.verify, "plain_seconds": plain_seconds,
-            }
-        )  # fmt: skip
-    return rows
+class UnitResult(NamedTuple):
+    rows: list[dict[str, Any]]  # one per prompt and turn
+    skipped: list[dict[str, Any]]  # turns that do not fit into the target, each with the reason; later ones of that prompt go with it
+
+
+def evaluate_unit(models: Models, unit: Unit, config: RunConfig) -> UnitResult:
+    """Every turn of every prompt; the two ways of decoding alternate, and take turns at going first."""
+    rows, skipped = list[dict[str, Any]](), list[dict[str, Any]]()
+    answers: dict[int, list[str]] = {number: [] for number in range(unit.first, unit.first + len(unit.prompts))}
+    for turn in range(max(map(len, unit.prompts))):
+        waiting = [number for number, given in answers.items() if len(given) == turn < len(unit.prompts[number - unit.first])]
+        prompts = {number: render(models.chat, unit.prompts[number - unit.first], answers[number]) for number in waiting}
+        usable, too_long = _fitting(models, prompts, config)
+        skipped += [{"prompt": number, "turn": turn, "reason": "too_long", "detail": detail} for number, detail in too_long.items()]
+        for number, prompt in usable.items():
+            row, plain = _evaluate_prompt(models, unit, config, number=number, prompt=prompt)
+            rows.append({**row, "turn": turn})
+            answers[number].append(models.chat.decode(plain, models.stop_ids))
+    return UnitResult(rows, skipped)
+
+
+def _fitting(models: Models, prompts: Mapping[int, RenderedPrompt], config: RunConfig) -> Fitting:
+    return split_fitting(prompts, max_positions=models.target.max_positions, max_new_tokens=config.evaluate.max_new_tokens)
+
+
+def _evaluate_prompt(
+    models: Models, unit: Unit, config: RunConfig, *, number: int, prompt: RenderedPrompt
+) -> tuple[dict[str, Any], list[int]]:
+    """A row of the results, and the plainly decoded answer, on which the conversation goes on."""
+    seed = stream_seed(config.evaluate.seed, int(prompt.digest, 16), number)
+    plain, plain_seconds, trace, seconds = _both_ways(
+        models, prompt, config, temperature=unit.temperature, seed=seed, plain_first=number % 2 == 0
+    )
+    row = {
+        "benchmark": unit.benchmark, "domain": unit.domain, "temperature": unit.temperature,
+        "prompt": number, "prompt_digest": prompt.digest,
+        "num_prompt_tokens": len(prompt.input_ids), "num_tokens": len(trace.token_ids), "plain_tokens": len(plain),
+        "identical": plain == trace.token_ids, **trace._asdict(),
+        "seconds": seconds.total, "draft_seconds": seconds.draft, "verify_seconds": seconds.verify, "plain_seconds": plain_seconds,
+    }  # fmt: skip
+    return row, plain
 
 
 def _both_ways(

@@ -273,7 +273,7 @@ def test_a_data_set_that_is_not_pinned_stays_with_the_commit_that_it_began_with(
         return [conversation(n) for n in range(5)]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("deepspec.data.prompts.newest_revision", lambda source: next(commits))
+    monkeypatch.setattr("deepspec.data.sources.newest_revision", lambda source: next(commits))
     source = json.dumps({"kind": "dataset", "name": "somebody/a-set"})
     artifact = run_prompts(tiny_run(store, f"prompts.source={source}"))
     artifact.store.remove(artifact.path("records/00001.json"))

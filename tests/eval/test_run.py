@@ -81,7 +81,7 @@ def test_a_limit_takes_a_seeded_choice(ready: Path):
     assert all(len(benchmarks[0].prompts) == 2 for benchmarks in chosen)
 
 
-@pytest.mark.parametrize(("rows", "said"), [([{"turns": []}], "row 1"), ([{"turns": ["x"]}, {"prompt": "y"}], "row 2"), ([], "empty")])
+@pytest.mark.parametrize(("rows", "said"), [([{"turns": []}], "line 1"), ([{"turns": ["x"]}, {"prompt": "y"}], "line 2"), ([], "empty")])
 def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(ready: Path, tmp_path: Path, rows: list, said: str):
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     with pytest.raises(DataError, match=said):
