@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from deepspec.data.chat import Chat, Message
 from deepspec.errors import ConfigError
 
 SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
+SLICE_BATCHES = 4  # times the batch size, where it is larger than 1: a batch is then full for most of the time
 DOMAIN_OF_DEMO: dict[str, Domain] = dict(zip(DEMO, ("math", "code", "chat"), strict=True))
 
 Turns = tuple[str, ...]  # what the user says in a conversation, one by one
@@ -30,12 +32,13 @@ class Benchmark(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A slice of a benchmark at one temperature: evaluated, recorded and resumed as one shard."""
+    """A slice of a benchmark at one temperature and batch size: evaluated, recorded and resumed as one shard."""
 
     number: int
     benchmark: str
     domain: Domain
     temperature: float
+    batch_size: int
     first: int
     prompts: list[Turns]
 
@@ -87,10 +90,11 @@ def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
 def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]:
     """The run's units in a fixed order; their numbers are shard numbers."""
     units: list[Unit] = []
-    for temperature in config.evaluate.temperatures:
+    for temperature, size in product(config.evaluate.temperatures, config.evaluate.batch_sizes):
+        together = SLICE_PROMPTS if size == 1 else SLICE_BATCHES * size
         for name, domain, prompts in benchmarks:
-            for first in range(0, len(prompts), SLICE_PROMPTS):
-                units.append(Unit(len(units), name, domain, temperature, first, prompts[first : first + SLICE_PROMPTS]))
+            for first in range(0, len(prompts), together):
+                units.append(Unit(len(units), name, domain, temperature, size, first, prompts[first : first + together]))
     return units
 
 

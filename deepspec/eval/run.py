@@ -35,25 +35,6 @@ from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
 
-COUNTS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    [
-        ("benchmark", pa.string()), ("domain", pa.string()), ("temperature", pa.float64()),
-        ("prompt", pa.int32()), ("turn", pa.int32()), ("prompt_digest", pa.string()),
-        ("num_prompt_tokens", pa.int32()), ("num_tokens", pa.int32()), ("plain_tokens", pa.int32()), ("identical", pa.bool_()),
-        ("proposed", COUNTS), ("accepted", COUNTS), ("committed", COUNTS), ("token_ids", COUNTS),
-        ("seconds", pa.float64()), ("draft_seconds", pa.float64()), ("verify_seconds", pa.float64()), ("plain_seconds", pa.float64()),
-    ]
-)  # fmt: skip
-
-
-class Models(NamedTuple):
-    target: Target
-    draft: Any
-    chat: Chat
-    stop_ids: frozenset[int]
-
-
 def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
     """Decode the missing units (all, or of those asked for), and write the summary when none is missing."""
     inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
@@ -110,72 +91,6 @@ def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> Non
     if wrong:
         fix = "evaluate it with the target it was trained for"
         raise ArtifactMismatch(f"the draft was trained for another target ({'; '.join(wrong)})", where="draft/config.json", fix=fix)
-
-
-def warm_up(models: Models, unit: Unit, config: RunConfig) -> None:
-    """Decode one prompt both ways so that no first-call cost lands in a measurement."""
-    prompts = {number: render(models.chat, turns) for number, turns in enumerate(unit.prompts)}
-    for prompt in list(_fitting(models, prompts, config).usable.values())[:1]:
-        _both_ways(models, prompt, config, temperature=unit.temperature, seed=0, plain_first=True)
-
-
-class UnitResult(NamedTuple):
-    rows: list[dict[str, Any]]  # one per prompt and turn
-    skipped: list[dict[str, Any]]  # turns that do not fit into the target, each with the reason; later ones of that prompt go with it
-
-
-def evaluate_unit(models: Models, unit: Unit, config: RunConfig) -> UnitResult:
-    """Every turn of every prompt; the two ways of decoding alternate, and take turns at going first."""
-    rows, skipped = list[dict[str, Any]](), list[dict[str, Any]]()
-    answers: dict[int, list[str]] = {number: [] for number in range(unit.first, unit.first + len(unit.prompts))}
-    for turn in range(max(map(len, unit.prompts))):
-        waiting = [number for number, given in answers.items() if len(given) == turn < len(unit.prompts[number - unit.first])]
-        prompts = {number: render(models.chat, unit.prompts[number - unit.first], answers[number]) for number in waiting}
-        usable, too_long = _fitting(models, prompts, config)
-        skipped += [{"prompt": number, "turn": turn, "reason": "too_long", "detail": detail} for number, detail in too_long.items()]
-        for number, prompt in usable.items():
-            row, plain = _evaluate_prompt(models, unit, config, number=number, prompt=prompt)
-            rows.append({**row, "turn": turn})
-            answers[number].append(models.chat.decode(plain, models.stop_ids))
-    return UnitResult(rows, skipped)
-
-
-def _fitting(models: Models, prompts: Mapping[int, RenderedPrompt], config: RunConfig) -> Fitting:
-    return split_fitting(prompts, max_positions=models.target.max_positions, max_new_tokens=config.evaluate.max_new_tokens)
-
-
-def _evaluate_prompt(
-    models: Models, unit: Unit, config: RunConfig, *, number: int, prompt: RenderedPrompt
-) -> tuple[dict[str, Any], list[int]]:
-    """A row of the results, and the plainly decoded answer, on which the conversation goes on."""
-    seed = stream_seed(config.evaluate.seed, int(prompt.digest, 16), number)
-    plain, plain_seconds, trace, seconds = _both_ways(
-        models, prompt, config, temperature=unit.temperature, seed=seed, plain_first=number % 2 == 0
-    )
-    row = {
-        "benchmark": unit.benchmark, "domain": unit.domain, "temperature": unit.temperature,
-        "prompt": number, "prompt_digest": prompt.digest,
-        "num_prompt_tokens": len(prompt.input_ids), "num_tokens": len(trace.token_ids), "plain_tokens": len(plain),
-        "identical": plain == trace.token_ids, **trace._asdict(),
-        "seconds": seconds.total, "draft_seconds": seconds.draft, "verify_seconds": seconds.verify, "plain_seconds": plain_seconds,
-    }  # fmt: skip
-    return row, plain
-
-
-def _both_ways(
-    models: Models, prompt: RenderedPrompt, config: RunConfig, *, temperature: float, seed: int, plain_first: bool
-) -> tuple[list[int], float, Trace, Seconds]:
-    settings = Decode(SamplingConfig(temperature=temperature), config.evaluate.max_new_tokens, models.stop_ids)
-
-    def plainly() -> tuple[list[int], float]:
-        started = time.perf_counter()
-        tokens = generate(models.target, [prompt.input_ids], settings, seeds=[seed])[0]
-        return tokens, time.perf_counter() - started
-
-    plain = plainly() if plain_first else None
-    traces, seconds = speculate(models.target, models.draft, [prompt.input_ids], settings, seeds=[seed])
-    plain = plain or plainly()
-    return *plain, traces[0], seconds
 
 
 def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
