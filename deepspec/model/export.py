@@ -90,12 +90,15 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     """The confidence temperatures of each slot [g] float32.
 
     Raises:
-        ArtifactMismatch: not one for each slot.
+        ArtifactMismatch: not JSON, or not a positive number for each slot.
     """
-    found = _read_json(calibration).get("temperatures") or []
+    found, fix = _read_json(calibration).get("temperatures") or [], "calibrate this draft again, or remove the file"
     if len(found) != block_size:
         what = f"the calibration holds {len(found)} temperatures, the draft proposes {block_size} tokens"
-        raise ArtifactMismatch(what, where=str(calibration), fix="calibrate this draft again, or remove the file")
+        raise ArtifactMismatch(what, where=str(calibration), fix=fix)
+    wrong = [value for value in found if not isinstance(value, int | float) or not 0 < value < float("inf")]
+    if wrong:
+        raise ArtifactMismatch(f"a temperature is a number above 0, not {wrong[0]}", where=str(calibration), fix=fix)
     return torch.tensor(found, dtype=torch.float32)
 
 
