@@ -22,7 +22,7 @@ from deepspec.store import pretty_json
 log = logging.getLogger(__name__)
 
 BINS = 10  # of equal width, over [0, 1]
-MIN_ROUNDS = 100  # fewer say nothing about g temperatures
+MIN_TESTED = 200  # rounds that reached a slot; the ECE of fewer is mostly noise, and its minimum lies anywhere
 GRID_STEPS, GRID_LIMIT = 161, 5.0  # temperatures tried: 1/5 to 5 in equal ratios
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
 
@@ -117,13 +117,19 @@ def measures(probability: Floats, label: Bools) -> dict[str, Any]:
 
 
 def fit_temperatures(rounds: Rounds) -> tuple[float, ...]:
-    """One temperature per slot: each minimises the ECE of the product up to it, the earlier ones fixed."""
+    """One temperature per slot: each minimises the ECE of the product up to it, the earlier ones fixed.
+
+    A slot that fewer than `MIN_TESTED` rounds reached keeps temperature 1.
+    """
     grid = np.exp(np.linspace(-np.log(GRID_LIMIT), np.log(GRID_LIMIT), GRID_STEPS)).round(6)
     grid = grid[np.argsort(np.abs(np.log(grid)), kind="stable")]  # of equally good ones the nearest to 1 is taken
     found: list[float] = []
     survival = np.ones(len(rounds.accepted))
     for slot, confidence in enumerate(rounds.confidence.T):
         label = rounds.accepted > slot
+        if np.count_nonzero(rounds.accepted >= slot) < MIN_TESTED:
+            found.append(1.0)
+            continue
         errors = [expected_calibration_error(survival * _tempered(confidence, 1.0 / temperature), label) for temperature in grid]
         found.append(float(grid[int(np.argmin(errors))]))
         survival = survival * _tempered(confidence, 1.0 / found[-1])
@@ -133,12 +139,11 @@ def fit_temperatures(rounds: Rounds) -> tuple[float, ...]:
 def fit_calibration(rows: Sequence[Mapping[str, Any]], block_size: int) -> Calibration | None:
     """Temperatures fitted on half of the prompts of a result's rows; None where there is too little to fit, which is logged."""
     chosen = headline(rows)
-    rounds = read_rounds(chosen, block_size)
-    if len(rounds.accepted) < MIN_ROUNDS or rounds.num_prompts < 2:
-        why = "the draft told no confidence" if not any(row.get("confidence") for row in chosen) else "too few whole rounds"
-        log.info("no calibration: %s (rounds=%d prompts=%d)", why, len(rounds.accepted), rounds.num_prompts)
+    fitted, _ = split_by_prompt(read_rounds(chosen, block_size))
+    if len(fitted.accepted) < MIN_TESTED:
+        why = "the draft told no confidence" if not any(row.get("confidence") for row in chosen) else "too few whole rounds to fit on"
+        log.info("no calibration: %s (rounds=%d of %d needed)", why, len(fitted.accepted), MIN_TESTED)
         return None
-    fitted, _ = split_by_prompt(rounds)
     benchmarks = tuple(dict.fromkeys(str(row["benchmark"]) for row in chosen))
     sampling_temperature = float(chosen[0]["temperature"])
     return Calibration(fit_temperatures(fitted), len(fitted.accepted), fitted.num_prompts, benchmarks, sampling_temperature)
