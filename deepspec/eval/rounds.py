@@ -52,7 +52,8 @@ def read_rounds(rows: Sequence[Mapping[str, Any]], block_size: int) -> Rounds:
     Left out are blocks that were cut before verification, and rounds that an accepted stop token ended inside the block:
     what the target would have said of the tokens behind it was dropped. A round that the limit of new tokens cut is
     whole, as its verdict was recorded before the cut. Prompts are told apart by benchmark and number, whatever the
-    temperature and batch size, so that a split by prompt never has the same prompt on both sides.
+    temperature and batch size, so that a split by prompt never has the same prompt on both sides. Of a result decoded
+    with `evaluate.verify` other than `full`, only the blocks the draft was sure of remain: fit on one that was.
     """
     prompts: dict[tuple[str, int], int] = {}
     confidence: list[Sequence[float]] = []
@@ -61,10 +62,12 @@ def read_rounds(rows: Sequence[Mapping[str, Any]], block_size: int) -> Rounds:
     left_out = 0
     for row in rows:
         number = prompts.setdefault((row["benchmark"], row["prompt"]), len(prompts))
-        columns = (row[name] for name in ("proposed", "accepted", "committed"))
-        for told, proposed, kept, committed in zip(row.get("confidence") or (), *columns, strict=False):
+        if not row.get("confidence"):
+            continue
+        columns = (row[name] for name in ("confidence", "proposed", "accepted", "committed"))
+        for told, proposed, kept, committed in zip(*columns, strict=True):
             stopped = committed == kept < block_size
-            if stopped or not told or not proposed == len(told) == block_size:
+            if stopped or not proposed == len(told) == block_size:
                 left_out += 1
                 continue
             confidence.append(told)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _shape(num_tokens: int, block_size: int) -> tuple[int, int]:
     return rows, -(-num_tokens // rows)
 
 
-def _step(target: Target, rows: int, width: int, context_tokens: int) -> Any:
+def _step(target: Target, rows: int, width: int, context_tokens: int) -> Callable[[], float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.text_config.vocab_size, (rows, context_tokens + width), generator=generator).to(target.device)
     cache = target.new_cache(rows, context_tokens + width)

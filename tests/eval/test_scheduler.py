@@ -14,7 +14,9 @@ from deepspec.config import BenchmarkConfig, EvaluateConfig, SamplingConfig
 from deepspec.errors import ConfigError
 from deepspec.eval.scheduler import Full, Scheduled, Threshold, make_policy, schedule
 from deepspec.eval.speed_curve import SpeedCurve
+from deepspec.model.draft import Proposal
 from deepspec.model.sampling import verify
+from tests.model.drafts import CONFIGS, make_batch, make_draft
 
 FLAT = SpeedCurve([1, 1000], [10.0, 10.0])
 STAIRS = SpeedCurve([1, 2, 3, 4, 5, 6, 7], [1.0, 0.7, 0.69, 0.5, 0.49, 0.4, 0.39])
@@ -220,6 +222,25 @@ def test_the_condition_a_confidence_that_looks_at_its_own_token_biases_every_pol
     looking = sound._replace(confidence=lambda drafted: [0.9 if drafted[0] == likely else 0.1, 0.1])
     assert bias([looking], everyone(policy)) > 0.02
     assert bias([sound], everyone(policy)) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].algorithm == "dspark" and CONFIGS[name].confidence])
+def test_the_condition_holds_for_every_draft_with_a_confidence_head(name: str):
+    """Drawn anew from slot j on, a block has the same confidences up to and including slot j's."""
+    draft, batch = make_draft(CONFIGS[name]), make_batch((12,))
+    cache, sampling = draft.new_cache(1, 12), SamplingConfig(temperature=1.0)
+    draft.prefill(cache, batch.context[None], batch.input_ids[None], [12])
+
+    def propose(uniforms: torch.Tensor) -> Proposal:
+        return draft.propose(cache, batch.input_ids[-1:], sampling, uniforms)
+
+    one, other = torch.full((1, 4), 0.1), torch.full((1, 4), 0.9)
+    whole = propose(one)
+    for slot in range(4):
+        again = propose(torch.cat([one[:, :slot], other[:, slot:]], dim=1))
+        assert whole.confidence is not None and again.confidence is not None
+        assert again.tokens[0, slot] != whole.tokens[0, slot]
+        assert torch.equal(again.confidence[:, : slot + 1], whole.confidence[:, : slot + 1])
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
