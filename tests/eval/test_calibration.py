@@ -159,6 +159,18 @@ def test_hidden_temperatures_are_found_and_mend_prompts_that_were_not_fitted_on(
     json.dumps(found, allow_nan=False)
 
 
+def test_what_is_reported_was_not_fitted_on():
+    """Prompts with numbers of rounds of their own show which of them went where."""
+    rows = [{**each, "prompt": number} for number in range(6) for each in made_rows(1, 100 + number, temperatures=(1.0,), seed=number)]
+    fitted, reported = split_by_prompt(read_rounds(rows, 1))
+    found = calibration_summary(rows, 1)
+    assert found is not None
+    assert (found["fitted_on"]["rounds"], found["reported_on"]["rounds"]) == (len(fitted.accepted), len(reported.accepted))
+    assert len(fitted.accepted) != len(reported.accepted)
+    assert found["temperatures"] == list(fit_temperatures(fitted))
+    assert found["positions"][0]["before"] == per_position(reported)[0]
+
+
 def test_only_the_first_temperature_and_batch_size_are_calibrated():
     rows = made_rows(10, 60, temperatures=(1.0, 1.0))
     assert fit_calibration(rows, 2) is not None

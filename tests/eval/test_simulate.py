@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from deepspec.eval.rounds import Rounds
+from deepspec.eval.rounds import Rounds, read_rounds, split_by_prompt
 from deepspec.eval.scheduler import Threshold
 from deepspec.eval.simulate import Fixed, compare_policies, scheduler_summary, simulate
 from deepspec.eval.speed_curve import SpeedCurve
@@ -61,6 +61,13 @@ def test_a_summary_names_every_policy_at_every_number_of_requests():
     for points in found["policies"].values():
         assert [point["requests"] for point in points] == [1, 3]
         assert all(set(point) == {"requests", "throughput", "per_user", "verified_per_round", "lengths"} for point in points)
+
+
+def test_prompts_that_the_temperatures_were_fitted_on_are_not_served():
+    rows = made_rows(4, 10, temperatures=(1.0, 1.0))
+    fitted = set(split_by_prompt(read_rounds(rows, 2))[0].prompt.tolist())
+    perfect = [{**row, "accepted": [2] * 10, "committed": [3] * 10} if row["prompt"] in fitted else row for row in rows]
+    assert scheduler_summary(perfect, 2, CURVE, None, requests=(2,)) == scheduler_summary(rows, 2, CURVE, None, requests=(2,))
 
 
 def test_rows_without_confidence_give_no_summary():

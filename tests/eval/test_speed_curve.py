@@ -10,6 +10,7 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.eval.speed_curve import SpeedCurve, profile, read_curve
+from deepspec.target import TargetCache
 from tests.test_target import make_target
 
 
@@ -53,10 +54,11 @@ def test_a_file_that_holds_no_curve_is_refused(text: str, tmp_path: Path):
 
 def test_a_profile_measures_verification_steps_of_whole_requests(monkeypatch: pytest.MonkeyPatch):
     target = make_target()
-    shapes, forward = [], target.forward
+    shapes, before, forward = [], [], target.forward
 
-    def seen(input_ids: torch.Tensor, cache: object) -> object:
+    def seen(input_ids: torch.Tensor, cache: TargetCache) -> object:
         shapes.append(tuple(input_ids.shape))
+        before.append(set(cache.lengths))
         return forward(input_ids, cache)
 
     monkeypatch.setattr(target, "forward", seen)
@@ -65,4 +67,5 @@ def test_a_profile_measures_verification_steps_of_whole_requests(monkeypatch: py
     assert curve.tokens.tolist() == [1, 4, 6, 8]
     assert shapes[:4] == [(1, 10), (1, 10), (2, 10), (2, 10)]
     assert shapes[4:] == [(1, 1), (1, 4), (2, 3), (2, 4)] * 3
+    assert before == [{0}] * 4 + [{10}] * 12
     assert (curve.steps_per_second > 0).all()
