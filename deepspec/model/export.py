@@ -92,7 +92,10 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     Raises:
         ArtifactMismatch: not JSON, or not a positive number for each slot.
     """
-    found, fix = _read_json(calibration).get("temperatures") or [], "calibrate this draft again, or remove the file"
+    content, fix = _read_json(calibration), "calibrate this draft again, or remove the file"
+    found = content.get("temperatures") if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise ArtifactMismatch("the file holds no list of temperatures", where=str(calibration), fix=fix)
     if len(found) != block_size:
         what = f"the calibration holds {len(found)} temperatures, the draft proposes {block_size} tokens"
         raise ArtifactMismatch(what, where=str(calibration), fix=fix)

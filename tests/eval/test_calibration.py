@@ -217,6 +217,8 @@ def test_a_calibration_is_written_read_and_goes_out_with_the_export(tmp_path: Pa
     ("text", "said"),
     [
         ("no json", "not JSON"),
+        ("[1.0, 1.0]", "no list of temperatures"),
+        ('{"temperatures": 1.0}', "no list of temperatures"),
         ('{"temperatures": [1.0]}', "1 temperatures"),
         ('{"temperatures": [1.0, 0.0]}', "above 0, not 0.0"),
         ('{"temperatures": [1.0, "hot"]}', "above 0, not hot"),
