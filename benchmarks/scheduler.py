@@ -5,8 +5,8 @@ told its confidences. Without an argument: 1,271 rounds of the demo's DSpark dra
 60 held-out prompts), recorded on 2026-11-25. Temperatures are fitted on half of the prompts, the other half is served.
 
 Two curves: the shape of a GPU's (a step takes the same time up to 256 tokens, where reading the weights is the limit, and
-grows with them beyond), and this machine's, with random weights at the demo's size. Goals: at many requests 0.98 of the best
-fixed length, which only hindsight knows; at few 0.98 of verifying whole blocks.
+grows with them beyond), and this machine's with random weights at the demo's size, as `profile` gives it: smoothed. Goals:
+at many requests 0.98 of the best fixed length, which only hindsight knows; at few 0.98 of verifying whole blocks.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def schedule(confidence: Floats, curve: SpeedCurve) -> Ints:
     Every request has one token in the step, the anchor, and is sure of one new one. Candidates join in descending
     survival for as long as each improves tau * SPS(b), tokens expected times steps per second; equal ones join in the order of
     requests, an earlier slot before a later one. Where a step's seconds grow ever faster with b, what the early stop finds is
-    the best of all prefixes; on a curve with stairs it may stop in front of one.
+    the best of all prefixes; on a curve with stairs it may stop in front of one, which `SpeedCurve.smooth` takes away.
     """
     requests, block_size = confidence.shape
     survival = np.cumprod(confidence, axis=1).ravel()

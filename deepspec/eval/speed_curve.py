@@ -6,7 +6,6 @@ b tokens of one forward pass, over all requests together.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from deepspec.target import Target
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT_TOKENS = 256
-ROUNDS = 7
+ROUNDS = 15
 
 
 class SpeedCurve:
@@ -59,6 +58,19 @@ class SpeedCurve:
         found: Floats = 1.0 / self.seconds(num_tokens)
         return found
 
+    def smooth(self) -> SpeedCurve:
+        """The highest curve at or under this one in seconds whose every further token costs at least as much as the last.
+
+        On such a curve the scheduler's early stop gives nothing away. Noise makes stairs in it, in front of which the
+        scheduler would stop; noise also only ever adds time, so that the lower hull is what the machine can do.
+        """
+        kept: list[tuple[float, float]] = []
+        for count, seconds in zip(self.tokens.tolist(), self._seconds.tolist(), strict=True):
+            while len(kept) > 1 and _slope(kept[-2], kept[-1]) >= _slope(kept[-1], (count, seconds)):
+                kept.pop()
+            kept.append((count, seconds))
+        return SpeedCurve([int(count) for count, _ in kept], [1.0 / seconds for _, seconds in kept])
+
     def to_json(self) -> dict[str, Any]:
         return {"tokens": self.tokens.astype(int).tolist(), "steps_per_second": self.steps_per_second.tolist()}
 
@@ -66,6 +78,10 @@ class SpeedCurve:
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(pretty_json(self.to_json()))
         partial.replace(path)
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
 
 
 def read_curve(path: Path) -> SpeedCurve:
@@ -88,8 +104,9 @@ def read_curve(path: Path) -> SpeedCurve:
 def profile(
     target: Target, *, block_size: int, tokens: Sequence[int] = TOKENS, context_tokens: int = CONTEXT_TOKENS, rounds: int = ROUNDS
 ) -> SpeedCurve:
-    """The curve of this target on this machine, its logits included: medians of `rounds` after a warm-up.
+    """The curve of this target on this machine, its logits included, smoothed.
 
+    Of each size the fastest of `rounds` after a warm-up counts: other work on the machine only ever adds time.
     A step of b tokens is one verification: as few rows as hold them at `block_size` + 1 each, all of one length, each
     behind `context_tokens` of its own. Counts that make no such rectangle are measured at the next larger one. The sizes
     take turns, so that a machine busy for a while slows them all alike.
@@ -102,7 +119,7 @@ def profile(
             seconds = steps[count]()
             if number:  # the first is the warm-up
                 taken[count].append(seconds)
-    return SpeedCurve(list(taken), [1.0 / statistics.median(seconds) for seconds in taken.values()])
+    return SpeedCurve(list(taken), [1.0 / min(seconds) for seconds in taken.values()]).smooth()
 
 
 def _shape(num_tokens: int, block_size: int) -> tuple[int, int]:

@@ -12,10 +12,13 @@ import torch
 
 from deepspec.config import BenchmarkConfig, EvaluateConfig, SamplingConfig
 from deepspec.errors import ConfigError
+from deepspec.eval.rounds import read_rounds
 from deepspec.eval.scheduler import Full, Scheduled, Threshold, make_policy, schedule
+from deepspec.eval.simulate import Fixed, simulate
 from deepspec.eval.speed_curve import SpeedCurve
 from deepspec.model.draft import Proposal
 from deepspec.model.sampling import verify
+from tests.eval.rounds import made_rows
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
 FLAT = SpeedCurve([1, 1000], [10.0, 10.0])
@@ -83,6 +86,19 @@ def test_where_each_further_token_costs_more_no_choice_of_prefixes_is_better():
 
         best = max(value(lengths) for lengths in itertools.product(range(4), repeat=3))
         assert value(tuple(schedule(confidence, curve).tolist())) == pytest.approx(best)
+
+
+def test_a_disturbed_measurement_costs_nothing_once_it_is_smoothed():
+    """The scheduler believes a curve with noise, steps take what they truly take."""
+    rng, tokens = np.random.default_rng(7), np.array([1, 2, 4, 8, 16, 32, 64, 128])
+    true, rounds = SpeedCurve(tokens, 1 / (5 + 0.15 * tokens)), read_rounds(made_rows(20, 50, temperatures=(1.0,) * 7), 7)
+    best = {number: max(simulate(rounds, Fixed(k), true, requests=number).throughput for k in range(8)) for number in (2, 8)}
+    reached: dict[str, list[float]] = {"measured": [], "smooth": []}
+    for _ in range(6):
+        measured = SpeedCurve(tokens, true(tokens) * np.exp(-np.abs(rng.normal(0, 0.3, len(tokens)))))
+        for name, curve in (("measured", measured), ("smooth", measured.smooth())):
+            reached[name] += [simulate(rounds, Scheduled(curve), true, requests=number).throughput / best[number] for number in best]
+    assert min(reached["smooth"]) > 0.98 > min(reached["measured"])
 
 
 # Losslessness, by enumeration: two slots, three tokens of output, the confidence of slot 2 follows from the token in slot 1.

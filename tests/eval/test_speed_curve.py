@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,21 @@ def test_seconds_are_interpolated_between_points_flat_in_front_and_proportional_
 def test_a_point_slower_than_a_later_one_was_disturbed():
     curve = SpeedCurve([1, 2, 3, 4], [10.0, 1.0, 8.0, 4.0])
     assert curve([1, 2, 3, 4]) == pytest.approx([10.0, 8.0, 8.0, 4.0])
+
+
+def test_a_smooth_curve_lies_under_the_measured_seconds_and_every_further_token_costs_at_least_as_much():
+    """The stair at 2 goes, as the straight line from 1 to 4 runs under it; the knee at 4 stays."""
+    smooth = SpeedCurve([1, 2, 4, 5], [1 / 1.0, 1 / 1.5, 1 / 1.6, 1 / 3.0]).smooth()
+    assert smooth.tokens.tolist() == [1, 4, 5]
+    assert smooth.seconds([1, 2, 4, 5]) == pytest.approx([1.0, 1.2, 1.6, 3.0])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        tokens = np.cumsum(rng.integers(1, 9, 12))
+        rough = SpeedCurve(tokens, 1 / (1 + np.cumsum(rng.exponential(1.0, 12))))
+        seconds = rough.smooth().seconds(np.arange(tokens[0], tokens[-1] + 1))
+        assert (seconds <= rough.seconds(np.arange(tokens[0], tokens[-1] + 1)) + 1e-12).all()
+        assert (np.diff(seconds, n=2) > -1e-9).all()
+        assert rough.smooth().smooth().tokens.tolist() == rough.smooth().tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +80,7 @@ def test_a_profile_measures_verification_steps_of_whole_requests(monkeypatch: py
     monkeypatch.setattr(target, "forward", seen)
     curve = profile(target, block_size=3, tokens=(1, 4, 5, 8), context_tokens=10, rounds=2)
     # Five tokens are two requests of at most four, which makes six.
-    assert curve.tokens.tolist() == [1, 4, 6, 8]
+    assert {1, 8} <= set(curve.tokens.tolist()) <= {1, 4, 6, 8}  # what is left after smoothing
     assert shapes[:4] == [(1, 10), (1, 10), (2, 10), (2, 10)]
     assert shapes[4:] == [(1, 1), (1, 4), (2, 3), (2, 4)] * 3
     assert before == [{0}] * 4 + [{10}] * 12
