@@ -90,12 +90,18 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     """The confidence temperatures of each slot [g] float32.
 
     Raises:
-        ArtifactMismatch: not one for each slot.
+        ArtifactMismatch: not JSON, or not a positive number for each slot.
     """
-    found = _read_json(calibration).get("temperatures") or []
+    content, fix = _read_json(calibration), "calibrate this draft again, or remove the file"
+    found = content.get("temperatures") if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise ArtifactMismatch("the file holds no list of temperatures", where=str(calibration), fix=fix)
     if len(found) != block_size:
         what = f"the calibration holds {len(found)} temperatures, the draft proposes {block_size} tokens"
-        raise ArtifactMismatch(what, where=str(calibration), fix="calibrate this draft again, or remove the file")
+        raise ArtifactMismatch(what, where=str(calibration), fix=fix)
+    wrong = [value for value in found if not isinstance(value, int | float) or not 0 < value < float("inf")]
+    if wrong:
+        raise ArtifactMismatch(f"a temperature is a number above 0, not {wrong[0]}", where=str(calibration), fix=fix)
     return torch.tensor(found, dtype=torch.float32)
 
 
