@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,12 @@ import torch
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig, SamplingConfig
 from deepspec.data.chat import Chat, load_chat, target_folder
-from deepspec.data.tables import read_table, write_table
+from deepspec.data.tables import write_table
 from deepspec.data.turns import stream_seed
 from deepspec.errors import ArtifactMismatch
-from deepspec.eval.acceptance import summarise
 from deepspec.eval.benchmarks import RenderedPrompt, Unit, load_benchmarks, make_units, render
+from deepspec.eval.results import read_rows as read_rows
+from deepspec.eval.results import summary
 from deepspec.eval.speculate import Seconds, Trace, speculate
 from deepspec.events import Report, silent
 from deepspec.generate import Decode, generate
@@ -148,30 +149,3 @@ def _both_ways(
     traces, seconds = speculate(models.target, models.draft, [prompt.input_ids], settings, seeds=[seed])
     plain = plain or plainly()
     return *plain, traces[0], seconds
-
-
-def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
-    return [row for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline."""
-    rows = read_rows(artifact)
-    pairs = list(dict.fromkeys((row["benchmark"], row["temperature"]) for row in rows))
-    parts: list[dict[str, Any]] = [
-        {"benchmark": name, "temperature": temperature, **summarise(_select(rows, temperature, name))} for name, temperature in pairs
-    ]
-    temperatures = list(dict.fromkeys(part["temperature"] for part in parts))
-    overall = {str(temperature): _overall(rows, parts, temperature) for temperature in temperatures}
-    return {**overall[str(temperatures[0])], "temperature": temperatures[0], "temperatures": overall, "benchmarks": parts}
-
-
-def _overall(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]], temperature: float) -> dict[str, Any]:
-    of_this = [part for part in parts if part["temperature"] == temperature]
-    lengths = {str(part["benchmark"]): part["acceptance_length"] for part in of_this}
-    macro = sum(lengths.values()) / len(lengths)
-    return {**summarise(_select(rows, temperature)), "acceptance_length": {"macro": macro, **lengths}}
-
-
-def _select(rows: Sequence[Mapping[str, Any]], temperature: float, benchmark: str | None = None) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["temperature"] == temperature and benchmark in (None, row["benchmark"])]

@@ -1,0 +1,39 @@
+"""A result read back from its artifact: its rows, and the summary of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deepspec.artifact import Artifact
+from deepspec.data.tables import read_table
+from deepspec.eval.metrics import summarise
+
+DOMAINS = ("math", "code", "chat")
+
+
+def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
+    """All committed rows; a column that an older version did not write has what it would have held."""
+    return [_whole(row) for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    domain = row["benchmark"] if row["benchmark"] in DOMAINS else "other"
+    absent = {"batch_size": 1, "group": row["prompt"], "domain": domain, "turn": 0, "regret": None, "confidence": None}
+    return {**absent, **row}
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline."""
+    rows, info = read_rows(artifact), artifact.info()
+    run = info.run if info else {}
+    dtype = run.get("evaluate", {}).get("dtype") or run.get("target", {}).get("dtype")
+    return summarise(rows, dtype=dtype)
+
+
+def stored_summary(artifact: Artifact) -> dict[str, Any]:
+    """What `summary.json` says; empty where the evaluation has not come to its end."""
+    try:
+        return dict(json.loads(artifact.store.read(artifact.path("summary.json"))))
+    except FileNotFoundError:
+        return {}
