@@ -44,7 +44,7 @@ def pooled(parts: Iterable[SumsT]) -> SumsT:
 
 def interval(values: Array) -> list[float] | None:
     """The middle 95 % of what the resamples gave; None where none of them gave a number."""
-    known = values[~np.isnan(values)]
+    known = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
     return [float(edge) for edge in np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])] if len(known) else None
 
 

@@ -85,7 +85,7 @@ def grouped(rows: Rows, key: Callable[[Mapping[str, Any]], Any]) -> list[tuple[A
 def _overall(parts: Sequence[Part], temperature: float, dtype: str | None) -> dict[str, Any]:
     """All benchmarks: pooled (micro), their mean (macro), and by domain."""
     micro = _metrics(parts, temperature, dtype)
-    lengths = {part.benchmark: float(acceptance.acceptance_length(part.sums)) for part in parts}
+    lengths = {part.benchmark: _number(acceptance.acceptance_length(part.sums)) for part in parts}
     macro = _macro(parts)
     domains = [
         {"domain": domain, "benchmarks": [part.benchmark for part in of_domain], **_metrics(of_domain, temperature, dtype)}
@@ -118,7 +118,7 @@ def _macro(parts: Sequence[Part]) -> dict[str, Any]:
 def mean_of(values: Iterable[Array]) -> Array:
     """The mean of the benchmarks' values, resample by resample; one that has none (nothing was decoded) does not count."""
     known = [value for value in values if not np.isnan(value).all()]
-    return np.asarray(sum(known) / len(known)) if known else np.full(1, np.nan)
+    return np.asarray(sum(known) / len(known)) if known else np.asarray(np.nan)
 
 
 def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> dict[str, Any]:
