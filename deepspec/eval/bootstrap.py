@@ -48,6 +48,10 @@ def interval(values: Array) -> list[float] | None:
     return [float(edge) for edge in np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])] if len(known) else None
 
 
-def intervals(values: Array) -> list[list[float] | None]:
-    """The same for every position: [R, K]."""
-    return [interval(column) for column in values.T]
+def intervals(shares: Array) -> list[list[float] | None]:
+    """The same for the share at each position: [R, K]; None too where all resamples agree.
+
+    They can only repeat what was seen: of one round, or of rounds that all went the same way, they would claim to be certain.
+    """
+    found = [interval(column) for column in shares.T]
+    return [known if known and known[0] < known[1] else None for known in found]

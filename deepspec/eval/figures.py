@@ -199,7 +199,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _stroke(one: Series, x_at: Callable[[float], float], y_at: Callable[[float], float]) -> Stroke:
     edges = [(x_at(point.x), y_at(point.interval[0]), y_at(point.interval[1])) for point in one.points if point.interval]
     around = [*((x, high) for x, _, high in edges), *((x, low) for x, low, _ in reversed(edges))]
-    band = _path(around) + "Z" if len(edges) > 1 and not one.dashed else ""
+    band = _path(around) + "Z" if len(edges) > 1 else ""
     return Stroke(_path([(x_at(point.x), y_at(point.y)) for point in one.points]), band, one.colour, one.dashed, one.faint)
 
 

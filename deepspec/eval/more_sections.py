@@ -23,7 +23,7 @@ def calibration_sections(results: Sequence[Result]) -> Iterator[Section]:
         for title, name in (("each position", "positions"), ("the cumulative product", "cumulative")):
             if found.get(name):
                 keys = [Key("before", BEFORE), Key("after temperature scaling", AFTER)]
-                blocks.append(Gallery(keys, [_reliability(title, part) for part in found[name]], f"Confidence of {title}."))
+                blocks.append(Gallery(f"Reliability of {title}", keys, [_reliability(title, part) for part in found[name]]))
                 blocks.append(_calibration_table(title, found[name], found.get("temperatures") or []))
         text = "How often the target accepted a draft token, against the draft's confidence in it. On the dotted line both are the same."
         yield Section(f"Confidence{of_run}", blocks, text)
@@ -74,8 +74,8 @@ def _threshold_section(results: Sequence[Result], colours: Mapping[str, int]) ->
             rows.append([result.label, f"{at['threshold']:.2f}", *(f"{at[name]:.2f}" for name in measures)])
     keys = [Key(result.label, colours[result.label]) for result in results]
     text = "What cutting each block at the first confidence below a threshold would have done, replayed on recorded full rounds."
-    table = Table("Threshold sweep", ["run", "threshold", *measures.values()], rows)
-    return Section("Thresholds", [Gallery(keys, figures), table], text)
+    table = Table("Threshold sweep, in numbers", ["run", "threshold", *measures.values()], rows)
+    return Section("Thresholds", [Gallery("Threshold sweep", keys, figures), table], text)
 
 
 def scheduler_sections(results: Sequence[Result]) -> Iterator[Section]:
@@ -101,10 +101,10 @@ def scheduler_sections(results: Sequence[Result]) -> Iterator[Section]:
             for name, steps in found["policies"].items()
             for at in steps
         ]
-        table = Table("Policies", ["policy", "requests", "tokens/s", "tokens/s per user", "verified per round"], rows)
+        table = Table("Policies, in numbers", ["policy", "requests", "tokens/s", "tokens/s per user", "verified per round"], rows)
         note = "Thin lines: every fixed length." if len(named) < len(found["policies"]) else ""
         text = "Recorded rounds replayed at several numbers of concurrent requests: further up and to the right is better."
-        yield Section(f"Scheduler{of_run}", [Gallery(keys, [figure], note), table], text)
+        yield Section(f"Scheduler{of_run}", [Gallery("Policies", keys, [figure], note), table], text)
 
 
 def origin_sections(results: Sequence[Result]) -> Iterator[Section]:

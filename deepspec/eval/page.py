@@ -42,6 +42,7 @@ class Key(NamedTuple):
 class Gallery(NamedTuple):
     """Figures that share a legend."""
 
+    title: str
     keys: Sequence[Key]
     figures: Sequence[Figure]
     note: str = ""

@@ -112,7 +112,7 @@ def _intervals(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
             rows.append((line.name.partition(" (")[0], points))
         unit = "tokens per round" if name == "acceptance_length" else "times as fast"
         figures.append(interval_figure(title, rows, label=unit, reference=reference))
-    return Gallery(run_keys(results), figures)
+    return Gallery("By benchmark", run_keys(results), figures)
 
 
 def _lossless_table(results: Sequence[Result], key: str) -> Table:
@@ -133,14 +133,18 @@ def _curves(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
         Key(f"{key.name}: prefix", key.colour, dashed=True) for key in keys
     ]
     note = (
-        "Conditional acceptance at k (solid, with its 95 % interval): of the rounds that accepted the first k - 1 draft tokens, those that "
-        "accepted the k-th. Prefix acceptance at k (dashed): rounds that accepted all of the first k."
+        "Conditional acceptance at k (solid): of the rounds that accepted the first k - 1 draft tokens, those that accepted the k-th. "
+        "Prefix acceptance at k (dashed): rounds that accepted all of the first k. Shaded: 95 % intervals."
     )
-    return Gallery(both, figures, note)
+    return Gallery("Acceptance by position", both, figures, note)
 
 
 def _with_positions(lines: Sequence[Line]) -> list[Line]:
-    return sorted((line for line in lines if any(part and part.get("tried") for part in line.parts)), key=lambda line: not line.is_overall)
+    return sorted((line for line in lines if any(part and part.get("tried") for part in line.parts)), key=_importance)
+
+
+def _importance(line: Line) -> int:
+    return 0 if line.name.startswith("micro") else 1 if line.is_overall else 2
 
 
 def _curve(line: Line, results: Sequence[Result]) -> Figure | None:
@@ -172,21 +176,26 @@ def _position_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
             cells = [ranged(value, known) if count else "–" for value, known, count in found]
             rows.append([*words, name.partition("_")[0], *cells, *["–"] * (longest - len(cells))])
     header = [*_named(results), "acceptance", *(f"k = {k}" for k in range(1, longest + 1))]
-    return Table("Acceptance by position", header, rows, words=len(_named(results)) + 1)
+    return Table("Acceptance by position, in numbers", header, rows, words=len(_named(results)) + 1)
 
 
 def _speed(lines: Sequence[Line], results: Sequence[Result]) -> Iterator[Table | Gallery]:
     """Speed-up against batch size where there are several, seconds by phase, and both as a table."""
-    figures = []
     timed = [line for line in lines if any(part and "batch_sizes" in part for part in line.parts)]
     sizes = sorted({size["batch_size"] for line in timed for part in line.parts if part for size in part["batch_sizes"]})
     if len(sizes) > 1:
-        figures = [_by_batch_size(line, results, sizes) for line in sorted(timed, key=lambda line: not line.is_overall)]
-        yield Gallery(run_keys(results), figures, "Speed-up over plain decoding at the same batch size, with its 95 % interval.")
+        highest = max(
+            max(size["interval"] or [size["speedup"]]) for line in timed for part in line.parts if part for size in part["batch_sizes"]
+        )
+        figures = [_by_batch_size(line, results, sizes, max(1.0, highest) * 1.05) for line in sorted(timed, key=_importance)]
+        note = "Speed-up over plain decoding at the same batch size, with its 95 % interval."
+        yield Gallery("Speed-up by batch size", run_keys(results), figures, note)
     keys = [Key("plain decoding", PLAIN), *(Key(words, colour) for colour, words in enumerate(PHASES.values()))]
     pooled = next(line for line in timed if line.name.startswith("micro"))
     bars = [_phases(result, part) for result, part in zip(results, pooled.parts, strict=True) if part]
-    yield Gallery(keys, bars, "Seconds of plain and of speculative decoding of the same prompts, all benchmarks together.")
+    yield Gallery(
+        "Seconds by phase", keys, bars, "Seconds of plain and of speculative decoding of the same prompts, all benchmarks together."
+    )
     rows = [[*words, *_speed_cells(size)] for words, part, _ in _rows(timed, results) for size in part["batch_sizes"]]
     header = [*_named(results), "batch", "prompts", "groups", "plain tokens/s", "tokens/s", "speed-up", "plain s", "speculative s"]
     header += [f"{name} s" for name in PHASES.values()]
@@ -200,7 +209,7 @@ def _speed_cells(size: Mapping[str, Any]) -> list[str]:
     return [*counts, *speeds, ranged(size["speedup"], size["interval"]), *seconds]
 
 
-def _by_batch_size(line: Line, results: Sequence[Result], sizes: Sequence[int]) -> Figure:
+def _by_batch_size(line: Line, results: Sequence[Result], sizes: Sequence[int], highest: float) -> Figure:
     series = []
     for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
         found = part["batch_sizes"] if part else []
@@ -209,7 +218,7 @@ def _by_batch_size(line: Line, results: Sequence[Result], sizes: Sequence[int]) 
             note = f"{result.label}, batch {size['batch_size']}: {ranged(size['speedup'], size['interval'])}"
             points.append(Point(size["batch_size"], size["speedup"], size["interval"], note))
         series.append(Series(points, colour))
-    return line_figure(line.name, series, labels=("prompts decoded together", "speed-up"), x=powers(sizes), reference=1.0)
+    return line_figure(line.name, series, labels=("prompts decoded together", "speed-up"), x=powers(sizes), y=(0.0, highest), reference=1.0)
 
 
 def _phases(result: Result, part: Part) -> Figure:
@@ -218,7 +227,7 @@ def _phases(result: Result, part: Part) -> Figure:
         rows.append((f"{size['batch_size']} plain", [("plain decoding", size["seconds"]["plain_seconds"], PLAIN)]))
         phases = [(words, size["seconds"][name], colour) for colour, (name, words) in enumerate(PHASES.items())]
         rows.append((f"{size['batch_size']} speculative", phases))
-    return bar_figure(f"Seconds by phase: {result.label}", rows, label="seconds; rows are batch sizes")
+    return bar_figure(result.label, rows, label="seconds")
 
 
 def run_keys(results: Sequence[Result]) -> list[Key]:
