@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepspec.artifact import Artifact
-from deepspec.errors import ArtifactMismatch
+from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.eval.more_sections import calibration_sections, origin_sections, scheduler_sections
 from deepspec.eval.page import Fact, Format, Page, render
 from deepspec.eval.results import stored_summary, summary
@@ -41,6 +42,34 @@ def labels_of(artifacts: Sequence[Artifact]) -> list[str]:
 
 def report(artifacts: Sequence[Artifact], form: Format) -> str:
     """The whole report as text."""
+    return render(_page(artifacts), form)
+
+
+def put_report(artifacts: Sequence[Artifact], forms: Sequence[Format] = ("html",)) -> list[str]:
+    """Write the report beside the first result (it is no part of its seal); returns where."""
+    first, *others = artifacts
+    page, written = _page(artifacts), []
+    for form in forms:
+        name = f"report{''.join(f'-{other.key.fingerprint}' for other in others)}.{ENDINGS[form]}"
+        first.store.write(first.path(name), render(page, form).encode())
+        written.append(f"{first.url}/{name}")
+    return written
+
+
+def save_report(artifacts: Sequence[Artifact], form: Format, output: Path) -> Path:
+    """Write the report to a local file; returns it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        output.write_text(report(artifacts, form), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write: {error.strerror}", where=str(output), fix="give another path with --output") from None
+    return output
+
+
+def _page(artifacts: Sequence[Artifact]) -> Page:
     results = [_result(artifact, label) for artifact, label in zip(artifacts, labels_of(artifacts), strict=True)]
     names = ", ".join(result.label for result in results)
     unfinished = [result.label for result in results if not result.sealed]
@@ -48,15 +77,7 @@ def report(artifacts: Sequence[Artifact], form: Format) -> str:
     if unfinished:
         subtitle += f" Not finished: {', '.join(unfinished)}; what is evaluated so far is shown."
     sections = [*temperature_sections(results), *calibration_sections(results), *scheduler_sections(results), *origin_sections(results)]
-    return render(Page(f"Results of {names}", subtitle, [(result.label, _facts(result)) for result in results], sections), form)
-
-
-def put_report(artifacts: Sequence[Artifact], form: Format) -> str:
-    """Write the report beside the first result (it is no part of its seal); returns where."""
-    first, *others = artifacts
-    name = f"report{''.join(f'-{other.key.fingerprint}' for other in others)}.{ENDINGS[form]}"
-    first.store.write(first.path(name), report(artifacts, form).encode())
-    return f"{first.url}/{name}"
+    return Page(f"Results of {names}", subtitle, [(result.label, _facts(result)) for result in results], sections)
 
 
 def _result(artifact: Artifact, label: str) -> Result:
