@@ -107,7 +107,7 @@ def line_figure(
     y: tuple[float, float] | None = None,
     reference: float | str | None = None,
 ) -> Figure:
-    """Series over a common x axis: `x` is its ticks, or an axis of another kind (see `powers`); `y` the y range, else it follows the data.
+    """Series over a common x axis: `x` is its ticks, or an axis (`powers`, `from_zero`); `y` the y range, else it follows the data.
 
     `reference` is a y value to compare with, or "diagonal".
     """
@@ -115,11 +115,13 @@ def line_figure(
     tops = [value for one in series for point in one.points for value in (point.y, *(point.interval or ()))]
     low, high = y or (0.0, max([*tops, 1e-9]) * 1.05)
     y_axis = Axis(low, high, bottom, top)
-    if isinstance(x, Axis):
-        x_axis, x_values = x, [2.0**power for power in range(round(math.log2(x.low)), round(math.log2(x.high)) + 1)]
-        x_values = x_values[:: 1 + len(x_values) // 8]
-    else:
+    if not isinstance(x, Axis):
         x_axis, x_values = Axis(min(x), max(x), left + 8, right - 8), list(x)
+    elif x.log:
+        every = [2.0**power for power in range(round(math.log2(x.low)), round(math.log2(x.high)) + 1)]
+        x_axis, x_values = x, every[:: 1 + len(every) // 8]
+    else:
+        x_axis, x_values = x, nice_ticks(x.low, x.high)
     y_ticks = [Tick(y_axis.at(value), _short(value)) for value in nice_ticks(low, high)]
     x_ticks = [Tick(x_axis.at(value), _short(value)) for value in x_values]
     marks = [
@@ -139,6 +141,11 @@ def powers(values: Sequence[float]) -> Axis:
     """An x axis in powers of two that holds all values."""
     low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
     return Axis(2.0**low, 2.0 ** max(high, low + 1), LEFT + 8, WIDTH - RIGHT - 8, log=True)
+
+
+def from_zero(highest: float) -> Axis:
+    """An x axis that holds all values up to the highest."""
+    return Axis(0.0, highest * 1.02, LEFT + 8, WIDTH - RIGHT - 8)
 
 
 def interval_figure(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deepspec.eval.figures import Figure, Point, Series, line_figure
+from deepspec.eval.figures import Figure, Point, Series, from_zero, line_figure
 from deepspec.eval.page import Gallery, Key, Listing, Section, Table
 from deepspec.eval.sections import Result
 
 BEFORE, AFTER = 7, 0  # colours
 SIDES = {"before": BEFORE, "after": AFTER}
-TENTHS = [number / 5 for number in range(6)]
+MOST_COLOURS = 8
+FIFTHS = [number / 5 for number in range(6)]
 
 
 def calibration_sections(results: Sequence[Result]) -> Iterator[Section]:
@@ -45,7 +46,7 @@ def _reliability(title: str, part: Mapping[str, Any]) -> Figure:
         ]  # fmt: skip
         series.append(Series(points, colour))
     words = f"Position {part['position']}" + (" (product)" if "product" in title else "")
-    return line_figure(words, series, labels=("confidence", "accepted"), x=TENTHS, y=(0.0, 1.0), reference="diagonal")
+    return line_figure(words, series, labels=("confidence", "accepted"), x=FIFTHS, y=(0.0, 1.0), reference="diagonal")
 
 
 def _calibration_table(title: str, parts: Sequence[Mapping[str, Any]], temperatures: Sequence[float]) -> Table:
@@ -68,7 +69,7 @@ def _threshold_section(results: Sequence[Result], colours: Mapping[str, int]) ->
             sweep = result.summary["calibration"]["thresholds"]
             points = [Point(at["threshold"], at[name], note=f"{result.label}, {at['threshold']:.2f}: {at[name]:.2f}") for at in sweep]
             series.append(Series(points, colours[result.label]))
-        figures.append(line_figure(words[0].upper() + words[1:], series, labels=("threshold", words), x=TENTHS))
+        figures.append(line_figure(words[0].upper() + words[1:], series, labels=("threshold", words), x=FIFTHS))
     for result in results:
         for at in result.summary["calibration"]["thresholds"]:
             rows.append([result.label, f"{at['threshold']:.2f}", *(f"{at[name]:.2f}" for name in measures)])
@@ -83,26 +84,29 @@ def scheduler_sections(results: Sequence[Result]) -> Iterator[Section]:
         if not (found := result.summary.get("scheduler")):
             continue
         of_run = f" of {result.label}" if len(results) > 1 else ""
-        named = [name for name in found["policies"] if not name.startswith("fixed@")]
+        policies = dict(sorted(found["policies"].items(), key=lambda item: item[0].startswith("fixed@")))
+        named = [name for name in policies if not name.startswith("fixed@")]
+        named = named if len(named) <= MOST_COLOURS else [name for name in named if "@" not in name]
         series, keys = [], [Key(name, colour) for colour, name in enumerate(named)]
-        for name, steps in found["policies"].items():
+        for name, steps in policies.items():
             points = [
                 Point(at["per_user"], at["throughput"], note=f"{name}, {at['requests']} requests: {at['throughput']:,.0f} tokens/s")
                 for at in steps
             ]
             faint = name not in named
             series.append(Series(points, 0 if faint else named.index(name), faint=faint))
-        fastest = max((at["per_user"] for steps in found["policies"].values() for at in steps), default=1.0)
-        ticks = [round(fastest * number / 4) for number in range(5)]
+        fastest = max((at["per_user"] for steps in policies.values() for at in steps), default=1.0)
         labels = ("tokens/s of one request", "tokens/s of all")
-        figure = line_figure("Throughput against speed per user", sorted(series, key=lambda one: not one.faint), labels=labels, x=ticks)
+        figure = line_figure(
+            "Throughput against speed per user", sorted(series, key=lambda one: not one.faint), labels=labels, x=from_zero(fastest)
+        )
         rows = [
             [name, f"{at['requests']:,}", f"{at['throughput']:,.1f}", f"{at['per_user']:,.1f}", _score(at.get("verified_per_round"), 2)]
-            for name, steps in found["policies"].items()
+            for name, steps in policies.items()
             for at in steps
         ]
         table = Table("Policies, in numbers", ["policy", "requests", "tokens/s", "tokens/s per user", "verified per round"], rows)
-        note = "Thin lines: every fixed length." if len(named) < len(found["policies"]) else ""
+        note = "Thin lines: the other policies below, fixed lengths among them." if len(named) < len(policies) else ""
         text = "Recorded rounds replayed at several numbers of concurrent requests: further up and to the right is better."
         yield Section(f"Scheduler{of_run}", [Gallery("Policies", keys, [figure], note), table], text)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspec.artifact import Artifact
 from deepspec.errors import ArtifactMismatch, ConfigError
@@ -92,13 +93,18 @@ def _facts(result: Result) -> list[Fact]:
     found = result.summary
     speed, macro = found["batch_sizes"][0], found["macro"]
     at = f"temperature {found['temperature']:g}"
-    exact = found["losslessness"]
     return [
         Fact("Acceptance length", f"{macro['acceptance_length']:.2f}", f"{_range(macro['intervals']['acceptance_length'])}macro, {at}"),
         Fact("Speed-up", f"{speed['speedup']:.2f} ×", f"{_range(speed['interval'])}batch {speed['batch_size']}, {at}"),
         Fact("Tokens per second", f"{speed['tokens_per_s']['speculative']:,.0f}", f"plain decoding {speed['tokens_per_s']['plain']:,.0f}"),
-        Fact("Identical answers", f"{exact['identical']}/{exact['prompts']}", exact["words"]),
+        _lossless_fact(found["temperature"], found["losslessness"]),
     ]
+
+
+def _lossless_fact(temperature: float, found: Mapping[str, Any]) -> Fact:
+    if temperature > 0:
+        return Fact("Lossless", "in distribution", found["words"])
+    return Fact("Identical answers", f"{found['identical']}/{found['prompts']}", found["words"])
 
 
 def _range(interval: Sequence[float] | None) -> str:

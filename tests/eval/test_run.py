@@ -12,12 +12,15 @@ from deepspec.data.capture import run_capture
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.eval import run
 from deepspec.eval.benchmarks import load_benchmarks, make_units
+from deepspec.eval.compare_view import compare_results
 from deepspec.eval.run import read_rows, run_evaluate
 from deepspec.lineage import artifact_of
 from deepspec.model.export import export_draft
-from deepspec.stages import results
+from deepspec.stages import report_text, results, stages_of
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl
+from tests.test_main import SETS
+from tests.test_main import run as command
 
 
 @pytest.fixture
@@ -40,6 +43,23 @@ def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe
     assert set(found["acceptance_length"]) == {"macro", "math", "code", "chat"}
     assert 1.0 <= found["acceptance_length"]["macro"] <= config.draft.block_size + 1
     assert found["speedup"] > 0
+
+
+def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(ready: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_run(ready)
+    run_train(config)
+    code, out, _ = command(capsys, "evaluate", "demo", "--store", str(ready), *SETS)
+    assert code == 0 and set(json.loads(out.splitlines()[-1])) == {"acceptance_length", "lossless", "speedup"}
+    artifact = artifact_of(config, "evaluate")
+    page, text = (artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md"))
+    assert page.startswith("<!DOCTYPE html>") and report_text(config) == text
+    for found in (page, text):
+        assert all(artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)), "the whole lineage"
+        assert "every answer is token for token that of plain greedy decoding" in found
+    macro = results(config)["macro"]
+    assert f"{macro['acceptance_length']:.2f} ({macro['intervals']['acceptance_length'][0]:.2f}" in text
+    compared = compare_results(artifact.url, artifact.url)
+    assert (compared["matched"], compared["unmatched"], compared["settings"]) == (9 + 9, [0, 0], {})
 
 
 def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pytest.MonkeyPatch):
