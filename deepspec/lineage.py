@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import xxhash
@@ -171,24 +171,14 @@ def file_digest(path: str) -> str:
 
 
 def find_artifact(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Artifact:
-    """The artifact in a folder or under a URL, or the result of a run (recipe or run file).
-
-    Raises:
-        ArtifactMismatch: there is no artifact.
-    """
+    """The artifact of a folder or URL, or the result of a run (recipe or run file); whether it is there is not looked at."""
     if (Path(source) / "artifact.json").is_file():
-        source = str(Path(source).resolve())
+        source = str(Path(source).resolve())  # a folder named without its parents is not taken for a recipe
     if source.endswith((".yaml", ".yml")) or "/" not in source:
-        artifact = artifact_of(load_run(source, overrides, store=store), "evaluate")
-    else:
-        root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
-        name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
-        artifact = Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
-    if artifact.info() is None:
-        raise ArtifactMismatch(
-            "there is no artifact here", where=artifact.url, fix="give the folder that holds artifact.json, or run it first"
-        )
-    return artifact
+        return artifact_of(load_run(source, overrides, store=store), "evaluate")
+    root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
+    name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
+    return Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
 
 
 def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Iterator[str]:
@@ -197,22 +187,15 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     Raises:
         ArtifactMismatch: there is no artifact.
     """
-    return (f"{'  ' * link.depth}{link.name}  ({link.seal})" for link in links(find_artifact(source, overrides, store=store)))
-
-
-class Link(NamedTuple):
-    """One artifact of a chain: how far from its end, `stage/name-fingerprint`, and its digest and totals in words."""
-
-    depth: int
-    name: str
-    seal: str
-
-
-def links(artifact: Artifact) -> Iterator[Link]:
-    """The chain behind an artifact, itself first, as its store has it; none where it is not there."""
+    artifact = find_artifact(source, overrides, store=store)
     info = artifact.info()
-    for depth, found in chain(artifact.store, info) if info else ():
+    if info is None:
+        raise ArtifactMismatch(
+            "there is no artifact here", where=artifact.url, fix="give the folder that holds artifact.json, or run it first"
+        )
+    for depth, found in chain(artifact.store, info):
         manifest = input_artifact(artifact.store, ArtifactInput.model_validate(found.model_dump())).manifest()
-        totals = f"{manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else ""
-        seal = f"digest {manifest.digest}, {totals}" if manifest else "not finished"
-        yield Link(depth, f"{found.stage}/{found.name}-{found.fingerprint}", seal)
+        seal = (
+            f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else "not finished"
+        )
+        yield f"{'  ' * depth}{found.stage}/{found.name}-{found.fingerprint}  ({seal})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -167,9 +166,7 @@ def report(
     store: StoreUrl = None,
     *,
     form: Annotated[Literal["html", "markdown"], typer.Option("--format", help="a page, or text for the terminal")] = "html",
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="PATH", help="a local file, instead of beside the first result")
-    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="PATH", help="a local file, instead of beside the result")] = None,
 ) -> None:
     """Show results side by side: acceptance, speed, calibration, scheduler, where they come from, every setting."""
     from deepspec.eval import report as reports

@@ -13,7 +13,7 @@ from deepspec.eval.more_sections import calibration_sections, origin_sections, s
 from deepspec.eval.page import Fact, Format, Page, render
 from deepspec.eval.results import stored_summary, summary
 from deepspec.eval.sections import Result, temperature_sections
-from deepspec.lineage import find_artifact, links
+from deepspec.lineage import describe, find_artifact
 
 ENDINGS = {"html": "html", "markdown": "md"}
 
@@ -22,7 +22,7 @@ def open_results(sources: Sequence[str], overrides: Sequence[str] = (), *, store
     """The results of runs, or those in folders or under URLs.
 
     Raises:
-        ArtifactMismatch: there is none, it is an artifact of another stage, or nothing of it was evaluated yet.
+        ArtifactMismatch: it is an artifact of another stage, or nothing was evaluated yet.
     """
     artifacts = [find_artifact(source, overrides, store=store) for source in sources]
     for artifact in artifacts:
@@ -57,16 +57,16 @@ def put_report(artifacts: Sequence[Artifact], forms: Sequence[Format] = ("html",
     return written
 
 
-def save_report(artifacts: Sequence[Artifact], form: Format, output: Path) -> Path:
+def save_report(artifacts: Sequence[Artifact], form: Format, output: str) -> str:
     """Write the report to a local file; returns it.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     try:
-        output.write_text(report(artifacts, form), encoding="utf-8")
+        Path(output).write_text(report(artifacts, form), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write: {error.strerror}", where=str(output), fix="give another path with --output") from None
+        raise ConfigError(f"cannot write: {error.strerror}", where=output, fix="give another path with --output") from None
     return output
 
 
@@ -82,11 +82,8 @@ def _page(artifacts: Sequence[Artifact]) -> Page:
 
 
 def _result(artifact: Artifact, label: str) -> Result:
-    info = artifact.info()
-    lineage = [f"{'  ' * link.depth}{link.name}  ({link.seal})" for link in links(artifact)]
-    return Result(
-        label, {**stored_summary(artifact), **summary(artifact)}, info.run if info else {}, lineage, artifact.manifest() is not None
-    )
+    info, found = artifact.info(), {**stored_summary(artifact), **summary(artifact)}
+    return Result(label, found, info.run if info else {}, list(describe(artifact.url)), sealed=artifact.manifest() is not None)
 
 
 def _facts(result: Result) -> list[Fact]:

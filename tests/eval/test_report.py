@@ -158,7 +158,7 @@ def test_what_is_evaluated_so_far_is_shown_and_said_to_be(whole: Artifact):
 
 def test_a_run_without_any_result_is_told_what_to_do(capsys, tmp_path: Path, store: Path):
     code, _, err = run(capsys, "report", "demo", "--store", str(store))
-    assert code == 2 and "run it first" in err
+    assert code == 2 and "nothing was evaluated yet" in err
 
 
 def test_an_empty_proposal_and_one_prompt_are_shown(tmp_path: Path):
