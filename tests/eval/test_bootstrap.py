@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspec.eval.acceptance import Tally, acceptance_length, clock, speedup, tally
+from deepspec.eval.acceptance import Tally, acceptance_length, clock, conditional_acceptance, speedup, tally
 from deepspec.eval.bootstrap import RESAMPLES, interval, intervals, pooled, resampled, total, weights
 from tests.eval.made_results import made_rows
 
@@ -64,3 +64,8 @@ def test_what_no_resample_knows_has_no_interval():
     (low, high), unknown = intervals(values)
     assert 0.5 <= low < high <= 0.7
     assert unknown is None
+
+
+def test_shares_that_were_the_same_in_every_round_are_not_called_certain():
+    sums = Tally(*(np.ones(5) for _ in range(3)), *(np.ones((5, 1)) for _ in range(3)))
+    assert intervals(conditional_acceptance(resampled(sums, weights(5, key="x")))) == [None]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifact import Artifact
-from deepspec.eval.figures import Axis, Point, Series, bar_figure, interval_figure, line_figure, nice_ticks, powers
 from deepspec.eval.report import put_report, report
 from deepspec.records import Counts
 from deepspec.verify import verify_stage
@@ -173,29 +172,3 @@ def test_an_empty_proposal_and_one_prompt_are_shown(tmp_path: Path):
         write_table(pa.Table.from_pylist([{**nothing, "benchmark": "empty"}], pa.Table.from_pylist([row]).schema), local)
         artifact.commit(1, local, Counts(rows=1), upstream=None)
     Outline(report([artifact], "html"))
-
-
-def test_ticks_are_round_and_inside():
-    assert nice_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert nice_ticks(0, 5.46) == [0, 2, 4]
-    assert nice_ticks(0, 1.1e-9)[0] == 0
-
-
-def test_an_axis_puts_its_ends_where_they_belong():
-    assert [Axis(0, 10, 100, 0).at(value) for value in (0, 5, 10)] == [100, 50, 0]
-    assert [powers([1, 16]).at(value) for value in (1, 4, 16)] == [54, 196, 338]
-
-
-def test_shapes_stay_inside_their_figures():
-    points = [Point(k, k / 7, (k / 8, min(1, k / 6)), "note") for k in range(1, 8)]
-    for figure in (
-        line_figure("a", [Series(points, 0)], labels=("x", "y"), x=range(1, 8), y=(0.0, 1.0), reference=0.5),
-        interval_figure("b", [("one", [Point(2.0, 0, (1.5, 2.5)), None]), ("two", [None, Point(1.0, 0)])], label="x", reference=1.0),
-        bar_figure("c", [("one", [("draft", 1.0, 0), ("verify", 2.0, 1)])], label="s"),
-    ):
-        left, top, right, bottom = figure.plot
-        for mark in figure.marks:
-            assert left <= mark.x <= right and top <= mark.y <= bottom
-        for bar in figure.bars:
-            assert left <= bar.x and bar.x + bar.width <= right
-        assert figure.alt.startswith(figure.title)
