@@ -27,6 +27,9 @@ def calibration_sections(results: Sequence[Result]) -> Iterator[Section]:
                 blocks.append(Gallery(f"Reliability of {title}", keys, [_reliability(title, part) for part in found[name]]))
                 blocks.append(_calibration_table(title, found[name], found.get("temperatures") or []))
         text = "How often the target accepted a draft token, against the draft's confidence in it. On the dotted line both are the same."
+        if found.get("fitted_on") and found.get("reported_on"):
+            text += " Temperatures were fitted on {prompts:,} prompts ({rounds:,} rounds)".format(**found["fitted_on"])
+            text += " and are told of {prompts:,} others ({rounds:,} rounds).".format(**found["reported_on"])
         yield Section(f"Confidence{of_run}", blocks, text)
     if swept := [result for result in having if result.summary["calibration"].get("thresholds")]:
         yield _threshold_section(swept, colours={result.label: colour for colour, result in enumerate(results)})

@@ -75,7 +75,9 @@ def made_calibration(block: int = 7) -> dict[str, Any]:
         {"threshold": t, "acceptance_length": 4.6 - 3.2 * t**2, "verify_rate": 0.55 + 0.35 * t, "proposed_per_round": 7 - 6 * t}
         for t in np.arange(0, 1, 0.05).tolist()
     ]
-    return {"positions": both, "cumulative": both, "temperatures": [1.1 + 0.1 * k for k in range(block)], "thresholds": sweep}
+    temperatures, split = [1.1 + 0.1 * k for k in range(block)], {"prompts": 36, "rounds": 450}
+    found = {"positions": both, "cumulative": both, "temperatures": temperatures, "thresholds": sweep}
+    return {**found, "fitted_on": split, "reported_on": split}
 
 
 def made_scheduler() -> dict[str, Any]:

@@ -120,6 +120,7 @@ def test_the_same_in_markdown(whole: Artifact):
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == ["Temperature 0", "Temperature 1", "Confidence", "Thresholds", "Scheduler", "Lineage", "Settings"]
     assert len(markdown_tables(text)) == 13
+    assert "fitted on 36 prompts (450 rounds) and are told of 36 others" in text
     assert "| macro (mean of benchmarks) |" in text and whole.key.fingerprint in text
 
 
