@@ -77,13 +77,17 @@ def _page(artifacts: Sequence[Artifact]) -> Page:
     subtitle = "Draft models for speculative decoding, measured against plain decoding of the same target."
     if unfinished:
         subtitle += f" Not finished: {', '.join(unfinished)}; what is evaluated so far is shown."
+    for result in results:
+        if result.left_out:
+            subtitle += f" {result.left_out:,} prompts of {result.label} were not decoded; rejects/ beside its rows says why."
     sections = [*temperature_sections(results), *calibration_sections(results), *scheduler_sections(results), *origin_sections(results)]
     return Page(f"Results of {names}", subtitle, [(result.label, _facts(result)) for result in results], sections)
 
 
 def _result(artifact: Artifact, label: str) -> Result:
     info, found = artifact.info(), {**stored_summary(artifact), **summary(artifact)}
-    return Result(label, found, info.run if info else {}, list(describe(artifact.url)), sealed=artifact.manifest() is not None)
+    left_out = sum(record.rejected for record in artifact.records().values())
+    return Result(label, found, info.run if info else {}, list(describe(artifact.url)), artifact.manifest() is not None, left_out)
 
 
 def _facts(result: Result) -> list[Fact]:

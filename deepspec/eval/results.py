@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspec.artifact import Artifact
 from deepspec.data.tables import read_table
+from deepspec.errors import DataError
 from deepspec.eval.metrics import summarise
 
 DOMAINS = ("math", "code", "chat")
@@ -24,8 +25,15 @@ def _whole(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
-    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline."""
+    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline.
+
+    Raises:
+        DataError: no prompt was decoded.
+    """
     rows, info = read_rows(artifact), artifact.info()
+    if not rows:
+        fix = "its folder rejects/ says why each prompt was left out; choose other benchmarks, or lower evaluate.max_new_tokens"
+        raise DataError("not one prompt was decoded", where=artifact.url, fix=fix)
     run = info.run if info else {}
     dtype = run.get("evaluate", {}).get("dtype") or run.get("target", {}).get("dtype")
     return summarise(rows, dtype=dtype)

@@ -21,6 +21,8 @@ class Result(NamedTuple):
     settings: Mapping[str, Any]
     lineage: Sequence[str]
     sealed: bool
+    left_out: int
+    """Prompts (or turns) that were not decoded, once for each time that they would have been."""
 
 
 def temperature_sections(results: Sequence[Result]) -> Iterator[Section]:

@@ -6,9 +6,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from deepspec.artifact import Artifact
+from deepspec.data.tables import write_table
+from deepspec.errors import DataError
 from deepspec.eval.report import put_report, report
 from deepspec.records import Counts
 from deepspec.verify import verify_stage
@@ -161,15 +164,25 @@ def test_a_run_without_any_result_is_told_what_to_do(capsys, tmp_path: Path, sto
     assert code == 2 and "nothing was evaluated yet" in err
 
 
-def test_an_empty_proposal_and_one_prompt_are_shown(tmp_path: Path):
-    row = made_rows(benchmarks={"gsm8k": ("math", 0.9)}, prompts=1)[0]
-    nothing = {**row, "proposed": [], "accepted": [], "committed": [], "num_tokens": 1, "plain_tokens": 1}
-    artifact = put_result(tiny_run(tmp_path), [row])
+def commit(artifact: Artifact, shard: int, rows: list[dict], *, like: dict, rejected: int = 0) -> None:
     with artifact.store.staged() as local:
-        import pyarrow as pa
+        write_table(pa.Table.from_pylist(rows, pa.Table.from_pylist([like]).schema), local)
+        artifact.commit(shard, local, Counts(rows=len(rows), rejected=rejected), upstream=None)
 
-        from deepspec.data.tables import write_table
 
-        write_table(pa.Table.from_pylist([{**nothing, "benchmark": "empty"}], pa.Table.from_pylist([row]).schema), local)
-        artifact.commit(1, local, Counts(rows=1), upstream=None)
+def test_an_answer_without_a_round_is_shown_beside_a_single_prompt(tmp_path: Path):
+    row = made_rows(benchmarks={"gsm8k": ("math", 0.9)}, prompts=1)[0]
+    artifact = put_result(tiny_run(tmp_path), [row])
+    nothing = {"benchmark": "empty", "proposed": [], "accepted": [], "committed": [], "num_tokens": 1, "plain_tokens": 1}
+    commit(artifact, 1, [{**row, **nothing}], like=row)
     Outline(report([artifact], "html"))
+
+
+def test_prompts_that_were_left_out_are_counted(tmp_path: Path):
+    row = made_rows(prompts=1)[0]
+    artifact = put_result(tiny_run(tmp_path), [row])
+    commit(artifact, 1, [], like=row, rejected=3)
+    assert "3 prompts of dspark-demo were not decoded" in report([artifact], "html")
+    (tmp_path / artifact.folder / "records" / "00000.json").unlink()
+    with pytest.raises(DataError, match="not one prompt was decoded"):
+        report([artifact], "html")
