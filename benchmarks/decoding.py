@@ -19,8 +19,9 @@ import torch
 from benchmarks._measure import result
 from deepspec.config import SamplingConfig
 from deepspec.eval.benchmarks import load_benchmarks, render
-from deepspec.eval.run import Models, load_models
+from deepspec.eval.run import load_models
 from deepspec.eval.speculate import speculate
+from deepspec.eval.units import Models
 from deepspec.generate import Decode, generate
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run

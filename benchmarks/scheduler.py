@@ -24,8 +24,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._measure import result
 from deepspec.eval.calibration import calibrated, fit_calibration
+from deepspec.eval.results import read_rows
 from deepspec.eval.rounds import Rounds, headline, read_rounds, split_by_prompt
-from deepspec.eval.run import read_rows
 from deepspec.eval.scheduler import schedule
 from deepspec.eval.simulate import Simulated, compare_policies
 from deepspec.eval.speed_curve import SpeedCurve, profile

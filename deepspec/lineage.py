@@ -102,6 +102,17 @@ def input_artifact(store: Store, entry: ArtifactInput) -> Artifact:
     return Artifact(store, ArtifactKey(entry.stage, entry.name, entry.fingerprint, {}, ()))
 
 
+def find_artifact(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Artifact:
+    """The artifact of a folder or URL, or the result of a run (recipe or run file); whether it is there is not looked at."""
+    if (Path(source) / "artifact.json").is_file():
+        source = str(Path(source).resolve())  # a folder named without its parents is not taken for a recipe
+    if source.endswith((".yaml", ".yml")) or "/" not in source:
+        return artifact_of(load_run(source, overrides, store=store), "evaluate")
+    root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
+    name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
+    return Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+
+
 def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
     target = section_of(config.target)
     spoken = {key: target[key] for key in ("model", "revision", "chat_family", "thinking", "dtype")} | _local_model(config)
@@ -210,12 +221,7 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     Raises:
         ArtifactMismatch: there is no artifact.
     """
-    if source.endswith((".yaml", ".yml")) or "/" not in source:
-        artifact = artifact_of(load_run(source, overrides, store=store), "evaluate")
-    else:
-        root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
-        name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
-        artifact = Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+    artifact = find_artifact(source, overrides, store=store)
     info = artifact.info()
     if info is None:
         raise ArtifactMismatch(

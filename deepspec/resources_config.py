@@ -76,6 +76,8 @@ class ResourcesConfig(Section):
     """Seconds between two reports of how far the answers are."""
     token_ids: Literal["none", "ask"] = "none"
     """Whether servers are asked for the tokens they drew (`return_token_ids`, vLLM); others may refuse the field."""
+    speed_curve: str | None = None
+    """JSON file with the target's steps per second by tokens in a step, for the prefix scheduler; null measures this machine."""
     evaluate_threads: PositiveInt | None = None
     """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster with a second one."""
     batch_tokens: PositiveInt = 8192

@@ -144,6 +144,15 @@ def results(config: RunConfig) -> dict[str, Any]:
         raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix) from None
 
 
+def report_text(config: RunConfig) -> str:
+    """The evaluation's report as Markdown, or how to get it where an older version evaluated."""
+    artifact = artifact_of(config, "evaluate")
+    try:
+        return artifact.store.read(artifact.path("report.md")).decode()
+    except FileNotFoundError:
+        return f"The results are in `{artifact.url}`; `python -m deepspec report {config.name} --format markdown` shows them.\n"
+
+
 def parse_shards(text: str) -> list[int]:
     """`"17,18,40-52"` as shard numbers."""
     shards: set[int] = set()

@@ -1,4 +1,4 @@
-"""The verbs that look at what is there, or will be, rather than add to it: status, plan, show, verify, gc, lineage."""
+"""The verbs that look at what is there, or will be, rather than add to it: status, plan, show, verify, gc, lineage, compare, report."""
 
 from __future__ import annotations
 
@@ -145,3 +145,48 @@ def lineage(folder: Annotated[str, typer.Argument(help="an artifact's folder (re
 
     for line in describe(folder, sets or (), store=store):
         typer.echo(line)
+
+
+ResultName = Annotated[str, typer.Argument(metavar="RUN", help="a run (recipe or .yaml), or a result's folder or URL")]
+
+
+@app.command()
+def compare(
+    a: ResultName,
+    b: ResultName,
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the tables")] = False,
+) -> None:
+    """Tell how much better the second result is than the first on the prompts that both have, and how sure that is."""
+    from deepspec.eval.compare_view import compare_results, tables
+
+    found = compare_results(a, b, sets or (), store=store)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for table in tables(found):
+        console.print(table)
+
+
+@app.command()
+def report(
+    results: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs (recipes or .yaml), or results' folders or URLs")],
+    sets: Sets = None,
+    store: StoreUrl = None,
+    *,
+    form: Annotated[Literal["html", "markdown"], typer.Option("--format", help="a page, or text for the terminal")] = "html",
+    output: Annotated[str | None, typer.Option("--output", metavar="PATH", help="a local file, instead of beside the result")] = None,
+) -> None:
+    """Show results side by side: acceptance, speed, calibration, scheduler, where they come from, every setting."""
+    from deepspec.eval import report as reports
+
+    artifacts = reports.open_results(results, sets or (), store=store)
+    if output is not None:
+        typer.echo(reports.save_report(artifacts, form, output))
+    elif form == "html":
+        typer.echo("\n".join(reports.put_report(artifacts)))
+    else:
+        typer.echo(reports.report(artifacts, form), nl=False)

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from prefect import flow
 
 from deepspec.launch import Request
-from deepspec.stages import results
+from deepspec.stages import report_text
 from flows.reporting import StageOutcome, publish_results
 from flows.request import open_run
 from flows.tasks import run_stages
@@ -20,7 +20,7 @@ STAGES = ("evaluate",)
 
 @flow(name="evaluate", flow_run_name="evaluate {recipe}", persist_result=False)
 def evaluate(recipe: str = "demo", overrides: list[str] | None = None, store: str | None = None) -> list[StageOutcome]:
-    """Every benchmark decoded plainly and speculatively, and the results table.
+    """Every benchmark decoded plainly and speculatively, and the report of the results.
 
     Args:
         recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.
@@ -30,5 +30,5 @@ def evaluate(recipe: str = "demo", overrides: list[str] | None = None, store: st
     request = Request(recipe, tuple(overrides or ()), store)
     outcomes = run_stages(request, STAGES)
     config = open_run(request)
-    publish_results(config.name, results(config))
+    publish_results(config.name, report_text(config))
     return outcomes

@@ -196,13 +196,8 @@ def publish_failure(run_name: str, error: Exception) -> None:
         create_markdown_artifact(f"## {run_name} failed\n\n```\n{error}\n```\n", key=artifact_key(f"{run_name}-failure"))
 
 
-def publish_results(run_name: str, results: Mapping[str, Any]) -> None:
-    """The results as a markdown table."""
-    rows = [result_row(part) for part in results["benchmarks"]]
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(map(str, row.values())) for row in rows)]
-    macro = f"**macro acceptance length {results['acceptance_length']['macro']:.2f}** at temperature {results['temperature']:g}"
-    identical, prompts = results["lossless"]
-    text = "\n".join(f"| {line} |" for line in lines) + f"\n\n{macro}, {results['speedup']:.2f} x, lossless: {identical}/{prompts}\n"
+def publish_results(run_name: str, text: str) -> None:
+    """The evaluation's report."""
     with best_effort():
         create_markdown_artifact(text, key=artifact_key(f"{run_name}-results"), description="results")
 

@@ -3,66 +3,95 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from deepspec.artifact import Artifact
 from deepspec.aside import put_rejects
-from deepspec.config import RunConfig, SamplingConfig
+from deepspec.config import RunConfig
 from deepspec.data.benchmarks import benchmark_digests
-from deepspec.data.chat import Chat, load_chat, target_folder
-from deepspec.data.tables import read_table, write_table
-from deepspec.data.turns import stream_seed
-from deepspec.errors import ArtifactMismatch
-from deepspec.eval.acceptance import summarise
-from deepspec.eval.benchmarks import Fitting, RenderedPrompt, Unit, load_benchmarks, make_units, render, split_fitting
-from deepspec.eval.speculate import Seconds, Trace, speculate
+from deepspec.data.chat import load_chat, target_folder
+from deepspec.data.tables import write_table
+from deepspec.errors import ArtifactMismatch, DataError
+from deepspec.eval.benchmarks import Unit, load_benchmarks, make_units
+from deepspec.eval.policies import confidence_sections, live_policy
+from deepspec.eval.results import read_rows, summary
+from deepspec.eval.units import SCHEMA, Evaluator, Models
 from deepspec.events import Report, silent
-from deepspec.generate import Decode, generate
 from deepspec.lineage import artifact_of
 from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.model.spec import DraftSpec
 from deepspec.records import Counts, Record
 from deepspec.stages import choose, missing_shards, require_sealed
 from deepspec.store import pretty_json
-from deepspec.target import DTYPES, Target, load_target, read_text_config
+from deepspec.target import DTYPES, load_target, read_text_config
 from deepspec.work import Work, work_through
 
 log = logging.getLogger(__name__)
 
+
 def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
-    """Decode the missing units (all, or of those asked for), and write the summary when none is missing."""
+    """Decode the missing units (all, or of those asked for), and write the summary when none is missing.
+
+    Raises:
+        DataError: not one prompt fits into the target.
+    """
     inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
-    draft_artifact = artifact_of(config, "train")
-    manifest = draft_artifact.manifest()
     units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
-    artifact = artifact_of(config, "evaluate")
+    stage = _Evaluation(config, units)
+    artifact, digest = stage.artifact, stage.digest
     artifact.create(config.model_dump(mode="json"))
-    digest = manifest.digest if manifest else ""
     missing = missing_shards(artifact, dict.fromkeys(choose(shards, units, "evaluate"), digest))
     if missing:
-        if config.resources.evaluate_threads:
-            torch.set_num_threads(config.resources.evaluate_threads)
-        models = load_models(config, draft_artifact)
-        warm_up(models, units[missing[0]], config)
+        stage.begin(units[missing[0]])
         made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
-
-        def make(work: Work, local: Path) -> Counts:
-            rows, skipped = evaluate_unit(models, units[work.shard], config)
-            put_rejects(artifact, work.shard, skipped)
-            write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-            return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
-
-        work_through(config, artifact, [Work(number, made_from) for number in missing], make, report)
-    if not missing_shards(artifact, dict.fromkeys(units, digest)):
-        artifact.store.write(artifact.path("summary.json"), pretty_json(summary(artifact)))
+        work_through(config, artifact, [Work(number, made_from) for number in missing], stage.unit, report)
+    if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
+        artifact.store.write(artifact.path("summary.json"), pretty_json(stage.summary()))
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
     return artifact
+
+
+class _Evaluation:
+    """Of one run: target and draft are loaded when something is to be decoded or profiled."""
+
+    def __init__(self, config: RunConfig, units: dict[int, Unit]) -> None:
+        self.config, self.units = config, units
+        self.artifact, self.draft = artifact_of(config, "evaluate"), artifact_of(config, "train")
+        manifest = self.draft.manifest()
+        self.digest = manifest.digest if manifest else ""
+
+    @cached_property
+    def models(self) -> Models:
+        return load_models(self.config, self.draft)
+
+    def begin(self, first: Unit) -> None:
+        if self.config.resources.evaluate_threads:
+            torch.set_num_threads(self.config.resources.evaluate_threads)
+        policy = live_policy(self.config, self.artifact, self.draft, self.models)
+        self.evaluator = Evaluator(self.models, self.config.evaluate, policy)
+        self.evaluator.warm_up(first)
+
+    def unit(self, work: Work, local: Path) -> Counts:
+        rows, skipped = self.evaluator.evaluate(self.units[work.shard])
+        put_rejects(self.artifact, work.shard, skipped)
+        write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+        return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
+
+    def summary(self) -> dict[str, Any]:
+        rows = read_rows(self.artifact)
+        if not rows:
+            fix = "lower evaluate.max_new_tokens, or choose other benchmarks; rejects/ has the reason for each prompt"
+            raise DataError("not one prompt could be decoded", where=self.artifact.url, fix=fix)
+        sections = {}
+        if any(row["confidence"] for row in rows):
+            sections = confidence_sections(self.config, self.artifact, self.draft, rows, self.models)
+        return {**summary(self.artifact), **sections}
 
 
 def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
@@ -91,30 +120,3 @@ def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> Non
     if wrong:
         fix = "evaluate it with the target it was trained for"
         raise ArtifactMismatch(f"the draft was trained for another target ({'; '.join(wrong)})", where="draft/config.json", fix=fix)
-
-
-def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
-    return [row for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline."""
-    rows = read_rows(artifact)
-    pairs = list(dict.fromkeys((row["benchmark"], row["temperature"]) for row in rows))
-    parts: list[dict[str, Any]] = [
-        {"benchmark": name, "temperature": temperature, **summarise(_select(rows, temperature, name))} for name, temperature in pairs
-    ]
-    temperatures = list(dict.fromkeys(part["temperature"] for part in parts))
-    overall = {str(temperature): _overall(rows, parts, temperature) for temperature in temperatures}
-    return {**overall[str(temperatures[0])], "temperature": temperatures[0], "temperatures": overall, "benchmarks": parts}
-
-
-def _overall(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]], temperature: float) -> dict[str, Any]:
-    of_this = [part for part in parts if part["temperature"] == temperature]
-    lengths = {str(part["benchmark"]): part["acceptance_length"] for part in of_this}
-    macro = sum(lengths.values()) / len(lengths)
-    return {**summarise(_select(rows, temperature)), "acceptance_length": {"macro": macro, **lengths}}
-
-
-def _select(rows: Sequence[Mapping[str, Any]], temperature: float, benchmark: str | None = None) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["temperature"] == temperature and benchmark in (None, row["benchmark"])]

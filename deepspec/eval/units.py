@@ -112,7 +112,12 @@ class Evaluator:
         policy = self.policy.verify_lengths if self.policy else None
         traces, seconds = speculate(target, draft, prompts, decode, seeds=seeds, policy=policy)
         answers, plain_seconds = plain or plainly()
-        clocks = {"seconds": seconds.total, "draft_seconds": seconds.draft, "verify_seconds": seconds.verify, "plain_seconds": plain_seconds}
+        clocks = {
+            "seconds": seconds.total,
+            "draft_seconds": seconds.draft,
+            "verify_seconds": seconds.verify,
+            "plain_seconds": plain_seconds,
+        }
         found = {}
         for (number, prompt), trace, answer in zip(group.items(), traces, answers, strict=True):
             identical = answer == trace.token_ids

@@ -12,7 +12,8 @@ from deepspec.benchmark_sets import KNOWN
 from deepspec.data.chat import Message, load_chat
 from deepspec.errors import ConfigError
 from deepspec.eval.benchmarks import RenderedPrompt, load_benchmarks, make_units, render, split_fitting
-from deepspec.eval.run import read_rows, run_evaluate
+from deepspec.eval.results import read_rows
+from deepspec.eval.run import run_evaluate
 from deepspec.lineage import artifact_of, describe
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl

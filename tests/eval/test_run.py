@@ -7,17 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepspec.data.capture import run_capture
-from deepspec.errors import ArtifactMismatch, DataError
-from deepspec.eval import run
+from deepspec.errors import ArtifactMismatch, ConfigError, DataError
+from deepspec.eval import calibration, run, units
 from deepspec.eval.benchmarks import load_benchmarks, make_units
-from deepspec.eval.run import read_rows, run_evaluate
+from deepspec.eval.compare_view import compare_results
+from deepspec.eval.results import read_rows
+from deepspec.eval.run import run_evaluate
+from deepspec.eval.units import Evaluator
 from deepspec.lineage import artifact_of
 from deepspec.model.export import export_draft
-from deepspec.stages import results
+from deepspec.stages import report_text, results, stages_of
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl
+from tests.test_main import SETS
+from tests.test_main import run as command
 
 
 @pytest.fixture
@@ -42,19 +48,36 @@ def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe
     assert found["speedup"] > 0
 
 
+def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(ready: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_run(ready)
+    run_train(config)
+    code, out, _ = command(capsys, "evaluate", "demo", "--store", str(ready), *SETS)
+    assert code == 0 and set(json.loads(out.splitlines()[-1])) == {"acceptance_length", "lossless", "speedup"}
+    artifact = artifact_of(config, "evaluate")
+    page, text = (artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md"))
+    assert page.startswith("<!DOCTYPE html>") and report_text(config) == text
+    for found in (page, text):
+        assert all(artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)), "the whole lineage"
+        assert "every answer is token for token that of plain greedy decoding" in found
+    macro = results(config)["macro"]
+    assert f"{macro['acceptance_length']:.2f} ({macro['intervals']['acceptance_length'][0]:.2f}" in text
+    compared = compare_results(artifact.url, artifact.url)
+    assert (compared["matched"], compared["unmatched"], compared["settings"]) == (9 + 9, [0, 0], {})
+
+
 def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pytest.MonkeyPatch):
     config = tiny_run(ready)
     run_train(config)
     artifact = run_evaluate(config, shards=[0, 2])
     assert sorted(artifact.records()) == [0, 2]
     assert artifact.manifest() is None
-    units = []
-    original = run.evaluate_unit
-    monkeypatch.setattr(run, "evaluate_unit", lambda models, unit, config: units.append(unit.number) or original(models, unit, config))
+    decoded = []
+    original = Evaluator.evaluate
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self, unit: decoded.append(unit.number) or original(self, unit))
     run_evaluate(config)
-    assert units == [1, 3, 4, 5]
+    assert decoded == [1, 3, 4, 5]
     run_evaluate(config)
-    assert units == [1, 3, 4, 5]
+    assert decoded == [1, 3, 4, 5]
 
 
 def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: Path):
@@ -66,11 +89,76 @@ def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: 
         assert 1 + sum(row["committed"]) >= row["num_tokens"] == len(row["token_ids"])
 
 
+MATH = "evaluate.benchmarks=[{name: demo/math}]"
+
+
+def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
+    config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]")
+    run_train(config)
+    rows = read_rows(run_evaluate(config))
+    alone, together = ({(row["temperature"], row["prompt"]): row for row in rows if row["batch_size"] == size} for size in (1, 2))
+    assert len(alone) == len(together) == 6
+    for key, row in alone.items():
+        assert together[key]["token_ids"] == row["token_ids"]
+        assert together[key]["accepted"] == row["accepted"]
+    assert {row["group"] for row in alone.values()} == {0, 1, 2}
+    assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {(0, together[0.0, 0]["seconds"])}
+    sizes = [speed["batch_size"] for speed in results(config)["benchmarks"][0]["speed"]]
+    assert sizes == [1, 2]
+
+
+def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draft_and_cuts_blocks_of_another_run(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(calibration, "MIN_TESTED", 3)
+    config = tiny_run(ready, MATH, "evaluate.temperatures=[0.0]")
+    draft = run_train(config)
+    uncut = run_evaluate(config)
+    summary = json.loads(uncut.store.read(uncut.path("summary.json")))
+    assert {"positions", "temperatures", "thresholds"} <= set(summary["calibration"])
+    assert {"full", "scheduled"} <= set(summary["scheduler"]["policies"])
+    shipped = json.loads(draft.store.read(draft.path("draft/calibration.json")))
+    assert shipped["temperatures"] == summary["calibration"]["temperatures"]
+    curve = tmp_path / "curve.json"
+    curve.write_text(json.dumps({"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}))
+    wanted = {row["prompt"]: row["token_ids"] for row in read_rows(uncut)}
+    for cut in (["evaluate.verify=threshold", "evaluate.threshold=0.6"], ["evaluate.verify=scheduled", f"resources.speed_curve={curve}"]):
+        artifact = run_evaluate(tiny_run(ready, MATH, "evaluate.temperatures=[0.0]", *cut))
+        rows = read_rows(artifact)
+        assert {row["prompt"]: row["token_ids"] for row in rows} == wanted, "what is verified changes no answer"
+        assert any(length < config.draft.block_size for row in rows for length in row["proposed"])
+        assert json.loads(artifact.store.read(artifact.path("policy.json")))["temperatures"] == shipped["temperatures"]
+
+
+def test_blocks_of_a_draft_without_confidence_cannot_be_cut(ready: Path):
+    config = tiny_run(ready, MATH, "evaluate.verify=threshold", recipe="dflash-demo")
+    run_train(config)
+    with pytest.raises(ConfigError, match="tells no confidence"):
+        run_evaluate(config)
+
+
+def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0]")
+    run_train(config)
+    original = units.generate
+
+    def too_large(target, prompts, settings, **rest):
+        if settings.batch_size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(target, prompts, settings, **rest)
+
+    monkeypatch.setattr(units, "generate", too_large)
+    artifact = run_evaluate(config)
+    assert {row["batch_size"] for row in read_rows(artifact)} == {1}
+    rejected = [record.rejected for record in artifact.records().values()]
+    assert rejected == [0, 3]
+
+
 def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
     config = tiny_run(ready)
-    units = make_units(config, load_benchmarks(config))
-    assert [(unit.temperature, unit.benchmark) for unit in units] == [(t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")]
-    assert [unit.number for unit in units] == list(range(6))
+    made = make_units(config, load_benchmarks(config))
+    assert [(unit.temperature, unit.benchmark) for unit in made] == [(t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")]
+    assert [unit.number for unit in made] == list(range(6))
 
 
 def test_a_limit_takes_a_seeded_choice(ready: Path):
