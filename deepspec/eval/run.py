@@ -17,7 +17,7 @@ from deepspec.config import RunConfig
 from deepspec.data.benchmarks import benchmark_digests
 from deepspec.data.chat import load_chat, target_folder
 from deepspec.data.tables import write_table
-from deepspec.errors import ArtifactMismatch, DataError
+from deepspec.errors import ArtifactMismatch
 from deepspec.eval.benchmarks import Unit, load_benchmarks, make_units
 from deepspec.eval.policies import confidence_sections, live_policy
 from deepspec.eval.results import read_rows, summary
@@ -84,14 +84,10 @@ class _Evaluation:
         return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
 
     def summary(self) -> dict[str, Any]:
-        rows = read_rows(self.artifact)
-        if not rows:
-            fix = "lower evaluate.max_new_tokens, or choose other benchmarks; rejects/ has the reason for each prompt"
-            raise DataError("not one prompt could be decoded", where=self.artifact.url, fix=fix)
-        sections = {}
+        found, rows = summary(self.artifact), read_rows(self.artifact)
         if any(row["confidence"] for row in rows):
-            sections = confidence_sections(self.config, self.artifact, self.draft, rows, self.models)
-        return {**summary(self.artifact), **sections}
+            found |= confidence_sections(self.config, self.artifact, self.draft, rows, self.models)
+        return found
 
 
 def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:

@@ -102,7 +102,7 @@ def test_runs_stand_side_by_side_and_what_was_set_otherwise_stands_out(whole: Ar
 @pytest.mark.parametrize("form", ["html", "markdown"])
 def test_names_of_users_break_nothing(tmp_path: Path, form):
     rows = made_rows(benchmarks={NASTY: ("other", 0.8), "gsm8k": ("math", 0.9)}, prompts=3)
-    text = report([put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: 'demo/{NASTY.replace(chr(39), '')}'}}]"), rows)], form)
+    text = report([put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{NASTY.replace(chr(39), '')}.jsonl'}}]"), rows)], form)
     assert "<script" not in text
     if form == "html":
         Outline(text)

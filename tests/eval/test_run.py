@@ -103,7 +103,7 @@ def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
         assert together[key]["accepted"] == row["accepted"]
     assert {row["group"] for row in alone.values()} == {0, 1, 2}
     assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {(0, together[0.0, 0]["seconds"])}
-    sizes = [speed["batch_size"] for speed in results(config)["benchmarks"][0]["speed"]]
+    sizes = [speed["batch_size"] for speed in results(config)["benchmarks"][0]["batch_sizes"]]
     assert sizes == [1, 2]
 
 
