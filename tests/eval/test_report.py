@@ -15,12 +15,12 @@ from deepspec.errors import DataError
 from deepspec.eval.report import put_report, report
 from deepspec.records import Counts
 from deepspec.verify import verify_stage
-from tests.conftest import tiny_run
+from tests.conftest import tiny_run, write_jsonl
 from tests.eval.made_results import folder_of, made_calibration, made_rows, made_scheduler, put_result
 from tests.test_main import run
 
 VOID = {"meta", "link", "br", "path", "rect", "circle"}
-NASTY = 'x<script>alert("1")</script>|`*_"\'&'
+NASTY = 'x<script>alert("1")<script>|`*_"\'&'
 
 
 class Outline(HTMLParser):
@@ -102,7 +102,8 @@ def test_runs_stand_side_by_side_and_what_was_set_otherwise_stands_out(whole: Ar
 @pytest.mark.parametrize("form", ["html", "markdown"])
 def test_names_of_users_break_nothing(tmp_path: Path, form):
     rows = made_rows(benchmarks={NASTY: ("other", 0.8), "gsm8k": ("math", 0.9)}, prompts=3)
-    text = report([put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{NASTY.replace(chr(39), '')}.jsonl'}}]"), rows)], form)
+    path = write_jsonl(tmp_path / f"{NASTY.replace(chr(39), '')}.jsonl", [{"turns": ["x"]}])
+    text = report([put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{path}'}}]"), rows)], form)
     assert "<script" not in text
     if form == "html":
         Outline(text)
