@@ -32,6 +32,7 @@ TINY = [
     "prompts.held_out=0.1",
     "answers.max_new_tokens=12",
     "draft.num_anchors=4",
+    "evaluate.batch_sizes=[1]",
     "train.max_steps=6",
     "train.global_batch=8",
     "train.checkpoint_steps=2",
