@@ -109,6 +109,12 @@ def find_benchmark(name: str) -> BenchmarkSet | None:
     return known._replace(revision=revision) if known and revision else known
 
 
+def short_name(name: str) -> str:
+    """What a benchmark is called in results: its known name, or its file's."""
+    known = find_benchmark(name)
+    return known.name if known else PurePath(name).stem
+
+
 def check_name(name: str, *, others: Iterable[str] = ()) -> str:
     """The name as it is, if it is known (or one of `others`) or can be a file's.
 

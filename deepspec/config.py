@@ -6,11 +6,12 @@ the result is. How recipes are found, merged and overridden is in `recipe.py`.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections import Counter
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from deepspec.benchmark_sets import DEMO, Domain, check_name
+from deepspec.benchmark_sets import DEMO, Domain, check_name, short_name
 from deepspec.data_config import (
     AnswerSamplingConfig,
     AnswersConfig,
@@ -129,8 +130,8 @@ class BenchmarkConfig(Section):
 class EvaluateConfig(Section):
     benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
     """Prompts to decode."""
-    temperatures: tuple[float, ...] = Field(default=(1.0,), min_length=1)
-    """Each benchmark is decoded at each of these."""
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(default=(1.0,), min_length=1)
+    """Each benchmark is decoded at each of these; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Smallest set of tokens with this probability mass is kept."""
     top_k: int = Field(default=0, ge=0)
@@ -147,6 +148,21 @@ class EvaluateConfig(Section):
     """Number format of target and draft; null follows the target's."""
     seed: int = 0
     """Seed of the shuffle and of each prompt's random stream."""
+
+    @field_validator("temperatures", "batch_sizes")
+    @classmethod
+    def _each_is_there_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("a value is there twice: its prompts would be decoded and counted twice")
+        return values
+
+    @model_validator(mode="after")
+    def _benchmarks_have_names_of_their_own(self) -> Self:
+        names = Counter(short_name(benchmark.name) for benchmark in self.benchmarks)
+        if twice := [name for name, count in names.items() if count > 1]:
+            what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
+            raise ValueError(f"{what}; name each once, rename a file, or leave one out")
+        return self
 
 
 class RunConfig(Section):
@@ -195,4 +211,6 @@ class RunConfig(Section):
             raise ValueError("loss.ce, loss.tv and loss.confidence are all 0 for this draft: there is nothing to learn from")
         if self.draft.algorithm == "eagle3" and self.target.layer_ids[0] < 0:
             raise ValueError("eagle3 cannot read layer -1, the embedding output")
+        if self.evaluate.verify != "full" and not getattr(self.draft, "confidence", None):
+            raise ValueError("evaluate.verify: the draft tells no confidence to cut its blocks by; choose full, or draft.confidence")
         return self

@@ -108,6 +108,7 @@ def find_artifact(source: str, overrides: Sequence[str] = (), *, store: str | No
         source = str(Path(source).resolve())  # a folder named without its parents is not taken for a recipe
     if source.endswith((".yaml", ".yml")) or "/" not in source:
         return artifact_of(load_run(source, overrides, store=store), "evaluate")
+    source = source if "://" in source else str(Path(source).absolute())
     root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
     name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
     return Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))

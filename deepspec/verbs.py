@@ -168,7 +168,7 @@ def compare(
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in tables(found):
-        console.print(table)
+        console.print(table, markup=False)  # a path may hold [brackets]
 
 
 @app.command()

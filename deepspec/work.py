@@ -51,7 +51,7 @@ class Todo(Protocol):
 def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, report: Report, *, repeatable: bool = True) -> None:
     """Make and commit each shard.
 
-    Where a shard made twice is not `repeatable` (sampled by servers), of two workers at the same shard the first one's
+    Where a shard made twice is not `repeatable` (sampled by servers, or timed), of two workers at the same shard the first one's
     stands, and the other's is dropped; otherwise a difference between the two is an error.
 
     Raises:

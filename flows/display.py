@@ -106,7 +106,7 @@ def show_summary(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | 
     rows = [{key: value for key, value in stage_row(outcome).items() if key not in UNSHOWN} for outcome in outcomes]
     console.print(_table("stages", rows))
     for outcome in outcomes:
-        console.print(f"{outcome.status.stage:9} {outcome.status.artifact_url}", soft_wrap=True)
+        console.print(f"{outcome.status.stage:9} {outcome.status.artifact_url}", soft_wrap=True, markup=False)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:

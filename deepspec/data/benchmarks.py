@@ -67,22 +67,27 @@ def stored_benchmark(config: RunConfig, benchmark: BenchmarkSet) -> Artifact:
         DataError: it is not there and the data set cannot be read.
     """
     artifact = Artifact(store_of(config), benchmark_key(benchmark))
-    if artifact.manifest() is None or artifact.record(SHARD) is None:
-        artifact.create(config.model_dump(mode="json"))
-        started = time.monotonic()
-        try:
-            rows = [_stored(benchmark, row) for row in _hub_rows(benchmark, artifact)]
-            if not rows:
-                raise DataError("the data set has no rows", where=f"data set {benchmark.dataset}", fix="check its split and files")
-        except DataError as error:
-            fix = f'{error.fix}; or give its prompts as a JSONL file in its place, {{"turns": [...]}} on each line'
-            raise DataError(f"benchmark {benchmark.name}: {error.what}", where=error.where, fix=fix) from None
-        with artifact.store.staged() as local:
-            write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-            artifact.commit(SHARD, local, Counts(rows=len(rows)), upstream=None, seconds=time.monotonic() - started)
+    if artifact.record(SHARD) is None:
+        _commit(config, benchmark, artifact)
+    if artifact.manifest() is None:  # its prompts are there: a worker that was killed between the two, or `verify`, needs no network
         artifact.seal(inputs={}, shards=[SHARD])
-        log.info("benchmark=%s prompts=%d artifact=%s", benchmark.name, len(rows), artifact.url)
     return artifact
+
+
+def _commit(config: RunConfig, benchmark: BenchmarkSet, artifact: Artifact) -> None:
+    artifact.create(config.model_dump(mode="json"))
+    started = time.monotonic()
+    try:
+        rows = [_stored(benchmark, row) for row in _hub_rows(benchmark, artifact)]
+        if not rows:
+            raise DataError("the data set has no rows", where=f"data set {benchmark.dataset}", fix="check its split and files")
+    except DataError as error:
+        fix = f'{error.fix}; or give its prompts as a JSONL file in its place, {{"turns": [...]}} on each line'
+        raise DataError(f"benchmark {benchmark.name}: {error.what}", where=error.where, fix=fix) from None
+    with artifact.store.staged() as local:
+        write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+        artifact.commit(SHARD, local, Counts(rows=len(rows)), upstream=None, seconds=time.monotonic() - started)
+    log.info("benchmark=%s prompts=%d artifact=%s", benchmark.name, len(rows), artifact.url)
 
 
 def _stored(benchmark: BenchmarkSet, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from deepspec.benchmark_sets import DEMO, Domain, find_benchmark
+from deepspec.benchmark_sets import DEMO, Domain, find_benchmark, short_name
 from deepspec.config import BenchmarkConfig, RunConfig
 from deepspec.data.benchmarks import read_benchmark
 from deepspec.data.chat import Chat, Message
-from deepspec.errors import ConfigError
 
 SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
 SLICE_BATCHES = 4  # times the batch size, where it is larger than 1: a batch is then full for most of the time
@@ -59,19 +56,9 @@ def load_benchmarks(config: RunConfig) -> list[Benchmark]:
     """All benchmarks of the run, every one checked before the first is used; known ones are put into the store if need be.
 
     Raises:
-        ConfigError: two that would have the same name in the results.
         DataError: a file that is missing, empty, or has a line without turns; a data set that is neither stored nor reachable.
     """
-    names = Counter(_short_name(settings) for settings in config.evaluate.benchmarks)
-    if twice := [name for name, count in names.items() if count > 1]:
-        what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
-        raise ConfigError(what, where="evaluate.benchmarks", fix="name each once; rename a file, or leave one out")
     return [_load(config, settings) for settings in config.evaluate.benchmarks]
-
-
-def _short_name(settings: BenchmarkConfig) -> str:
-    known = find_benchmark(settings.name)
-    return known.name if known else Path(settings.name).stem
 
 
 def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
@@ -84,7 +71,7 @@ def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
     if settings.turns == "first":
         prompts = [turns[:1] for turns in prompts]
     domain = settings.domain or (known.domain if known else DOMAIN_OF_DEMO.get(settings.name, "other"))
-    return Benchmark(_short_name(settings), domain, prompts)
+    return Benchmark(short_name(settings.name), domain, prompts)
 
 
 def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]:

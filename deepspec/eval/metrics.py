@@ -1,6 +1,7 @@
 """The summary of a result's rows per benchmark, domain and temperature, with 95 % intervals.
 
-Acceptance is told of the first batch size alone, since it does not depend on it; speed of each batch size by itself.
+Acceptance is told of the first batch size alone, since it does not depend on it; speed of each batch size by itself;
+losslessness of the answers at all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Part(NamedTuple):
     benchmark: str
     domain: str
     rows: Rows  # of the first batch size
+    answers: Rows  # of all batch sizes
     sums: Tally
     drawn: Tally | None  # None of a single prompt: it says nothing of how prompts differ
     speeds: dict[int, Speed]
@@ -62,7 +64,7 @@ def parts_of(rows: Rows, temperature: float) -> list[Part]:
         sums = acceptance.tally(prompts, positions)
         speeds = {size: _speed(of_size, key=(name, temperature, size)) for size, of_size in by_size}
         drawn = resampled(sums, weights(len(prompts), key=(name, temperature))) if len(prompts) > 1 else None
-        found.append(Part(name, first[0]["domain"], first, total(sums), drawn, speeds))
+        found.append(Part(name, first[0]["domain"], first, of_benchmark, total(sums), drawn, speeds))
     return found
 
 
@@ -124,7 +126,7 @@ def mean_of(values: Iterable[Array]) -> Array:
 def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> dict[str, Any]:
     """All metrics of some benchmarks' prompts taken together."""
     sums, drawn = pooled(part.sums for part in parts), _pooled_draws(parts)
-    rows = [row for part in parts for row in part.rows]
+    rows, answers = [row for part in parts for row in part.rows], [row for part in parts for row in part.answers]
     speeds = [_speed_metrics(size, [part.speeds[size] for part in parts if size in part.speeds]) for size in _sizes(parts)]
     first = speeds[0]
     return {
@@ -140,8 +142,8 @@ def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> di
         **{name: first[name] for name in ("tokens_per_s", "speedup", "seconds")},
         "intervals": {**_intervals(drawn, len(sums.reached)), "speedup": first["interval"]},
         "batch_sizes": speeds,
-        "lossless": [sum(bool(row["identical"]) for row in rows), len(rows)],
-        "losslessness": losslessness(rows, temperature, dtype),
+        "lossless": [sum(bool(row["identical"]) for row in answers), len(answers)],
+        "losslessness": losslessness(answers, temperature, dtype),
     }
 
 

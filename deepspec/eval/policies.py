@@ -10,7 +10,6 @@ from typing import Any
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
-from deepspec.errors import ConfigError
 from deepspec.eval.calibration import calibration_summary, fit_calibration
 from deepspec.eval.scheduler import Policy, make_policy
 from deepspec.eval.simulate import scheduler_summary
@@ -26,17 +25,10 @@ CALIBRATION = "calibration.json"  # of a result, and beside the draft that it wa
 
 
 def live_policy(config: RunConfig, artifact: Artifact, draft: Artifact, models: Models) -> Policy | None:
-    """What cuts the blocks of this result: temperatures and curve are those of its first start. None cuts nothing.
-
-    Raises:
-        ConfigError: the draft has no confidence head.
-    """
+    """What cuts the blocks of this result: temperatures and curve are those of its first start. None cuts nothing."""
     settings = config.evaluate
     if settings.verify == "full":
         return None
-    if not getattr(models.draft, "confidence_head", None):
-        fix = "evaluate a draft that was trained with draft.confidence, or choose evaluate.verify=full"
-        raise ConfigError("the draft tells no confidence to cut its blocks by", where="evaluate.verify", fix=fix)
     fields = _read_json(artifact, POLICY)
     if fields is None:
         calibration = _read_json(draft, f"draft/{CALIBRATION}")
@@ -44,7 +36,8 @@ def live_policy(config: RunConfig, artifact: Artifact, draft: Artifact, models: 
             log.warning("stage=evaluate the draft's confidence is not calibrated: an evaluation with evaluate.verify=full does that")
         curve = speed_curve(config, models).to_json() if settings.verify == "scheduled" else None
         fields = {"temperatures": calibration and calibration["temperatures"], "curve": curve}
-        artifact.store.write(artifact.path(POLICY), pretty_json(fields))
+        if not artifact.store.write_new(artifact.path(POLICY), pretty_json(fields)):
+            fields = _read_json(artifact, POLICY) or fields  # another worker was first, and its curve stands for all
     curve_of = SpeedCurve(**fields["curve"], where=POLICY) if fields["curve"] else None
     return make_policy(settings, temperatures=fields["temperatures"], curve=curve_of)
 
@@ -76,10 +69,17 @@ def _made_with(name: str, curve: SpeedCurve) -> dict[str, Any]:
 
 def speed_curve(config: RunConfig, models: Models) -> SpeedCurve:
     """`resources.speed_curve`, or what this machine does with the target."""
-    if config.resources.speed_curve:
-        return read_curve(Path(config.resources.speed_curve))
     target: Target = models.target
-    return profile(target, block_size=models.draft.block_size)
+    return given_curve(config) or profile(target, block_size=models.draft.block_size)
+
+
+def given_curve(config: RunConfig) -> SpeedCurve | None:
+    """The curve in the file `resources.speed_curve`, where one is named.
+
+    Raises:
+        DataError: no such file, or no curve in it.
+    """
+    return read_curve(Path(config.resources.speed_curve)) if config.resources.speed_curve else None
 
 
 def _read_json(artifact: Artifact, name: str) -> dict[str, Any] | None:

@@ -26,6 +26,10 @@ def open_results(sources: Sequence[str], overrides: Sequence[str] = (), *, store
     """
     artifacts = [find_artifact(source, overrides, store=store) for source in sources]
     for artifact in artifacts:
+        if artifact.key.stage != "evaluate" and artifact.info() is None:
+            raise ArtifactMismatch(
+                "there is no artifact here", where=artifact.url, fix="give a run, or a folder under evaluate/ of its store"
+            )
         if artifact.key.stage != "evaluate":
             what = f"this is an artifact of the stage {artifact.key.stage!r}, not a result"
             raise ArtifactMismatch(what, where=artifact.url, fix="give a run, or a folder under evaluate/ of its store")

@@ -19,7 +19,7 @@ from deepspec.data.chat import load_chat, target_folder
 from deepspec.data.tables import write_table
 from deepspec.errors import ArtifactMismatch
 from deepspec.eval.benchmarks import Unit, load_benchmarks, make_units
-from deepspec.eval.policies import confidence_sections, live_policy
+from deepspec.eval.policies import confidence_sections, given_curve, live_policy
 from deepspec.eval.results import read_rows, summary
 from deepspec.eval.units import SCHEMA, Evaluator, Models
 from deepspec.events import Report, silent
@@ -39,8 +39,9 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
     """Decode the missing units (all, or of those asked for), and write the summary when none is missing.
 
     Raises:
-        DataError: not one prompt fits into the target.
+        DataError: not one prompt fits into the target, or `resources.speed_curve` is no curve.
     """
+    given_curve(config)  # it is used at the end, and looked at before the first prompt
     inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
     units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
     stage = _Evaluation(config, units)
@@ -48,9 +49,10 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
     artifact.create(config.model_dump(mode="json"))
     missing = missing_shards(artifact, dict.fromkeys(choose(shards, units, "evaluate"), digest))
     if missing:
-        stage.begin(units[missing[0]])
+        stage.begin()
         made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
-        work_through(config, artifact, [Work(number, made_from) for number in missing], stage.unit, report)
+        todo = [Work(number, made_from) for number in missing]
+        work_through(config, artifact, todo, stage.unit, report, repeatable=False)  # no two workers take the same seconds
     if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
         artifact.store.write(artifact.path("summary.json"), pretty_json(stage.summary()))
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
@@ -70,12 +72,11 @@ class _Evaluation:
     def models(self) -> Models:
         return load_models(self.config, self.draft)
 
-    def begin(self, first: Unit) -> None:
+    def begin(self) -> None:
         if self.config.resources.evaluate_threads:
             torch.set_num_threads(self.config.resources.evaluate_threads)
         policy = live_policy(self.config, self.artifact, self.draft, self.models)
         self.evaluator = Evaluator(self.models, self.config.evaluate, policy)
-        self.evaluator.warm_up(first)
 
     def unit(self, work: Work, local: Path) -> Counts:
         rows, skipped = self.evaluator.evaluate(self.units[work.shard])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -57,16 +58,21 @@ class Evaluator:
 
     def __init__(self, models: Models, settings: EvaluateConfig, policy: Policy | None) -> None:
         self.models, self.settings, self.policy = models, settings, policy
+        self._warm: set[int] = set()  # batch sizes
 
     def warm_up(self, unit: Unit) -> None:
-        """Decode one prompt both ways so that no first-call cost lands in a measurement."""
+        """Decode one batch both ways, the first of its size, so that no first-call cost lands in a measurement."""
+        if unit.batch_size in self._warm:
+            return
+        self._warm.add(unit.batch_size)
         prompts = {number: render(self.models.chat, turns) for number, turns in enumerate(unit.prompts)}
-        if usable := self._fitting(prompts).usable:
-            number = next(iter(usable))
-            self._decode(unit, {number: usable[number]}, plain_first=True)
+        if usable := dict(list(self._fitting(prompts).usable.items())[: unit.batch_size]):
+            with suppress(torch.OutOfMemoryError):  # then the measurement runs out of it as well, and says so
+                self._decode(unit, usable, plain_first=True)
 
     def evaluate(self, unit: Unit) -> UnitResult:
         """Every turn of every prompt; a conversation goes on with the plainly decoded answers."""
+        self.warm_up(unit)
         rows, skipped = list[dict[str, Any]](), list[dict[str, Any]]()
         answers: dict[int, list[str]] = {number: [] for number in range(unit.first, unit.first + len(unit.prompts))}
         for turn in range(max(map(len, unit.prompts))):
@@ -74,12 +80,12 @@ class Evaluator:
             prompts = {number: render(self.models.chat, unit.prompts[number - unit.first], answers[number]) for number in waiting}
             usable, too_long = self._fitting(prompts)
             skipped += [{"prompt": number, "turn": turn, "reason": "too_long", "detail": detail} for number, detail in too_long.items()]
-            together = len(usable) if unit.batch_size > 1 else 1
-            for start in range(0, len(usable), max(together, 1)):
+            together = max(len(usable), 1) if unit.batch_size > 1 else 1
+            for start in range(0, len(usable), together):
                 group = dict(list(usable.items())[start : start + together])
                 first = min(group)
                 try:
-                    found = self._decode(unit, group, plain_first=(first + turn) % 2 == 0)
+                    found = self._decode(unit, group, plain_first=(unit.number + first - unit.first + turn) % 2 == 0)
                 except torch.OutOfMemoryError as error:
                     if unit.batch_size == 1:
                         raise

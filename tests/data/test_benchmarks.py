@@ -74,6 +74,16 @@ def test_damage_is_found_and_the_same_prompts_are_read_again(gsm8k: Path, tmp_pa
     assert list(verify_benchmarks(config)) == []
 
 
+def test_prompts_that_are_stored_but_not_sealed_need_no_network(gsm8k: Path, tmp_path: Path):
+    """A worker killed between commit and seal (or `verify`, which removes a damaged manifest) sent the next one to the hub again."""
+    config = tiny_run(tmp_path / "store")
+    artifact = stored_benchmark(config, KNOWN["gsm8k"])
+    artifact.store.remove(artifact.path("manifest.json"))
+    shutil.rmtree(gsm8k)
+    assert len(read_benchmark(config, "gsm8k")) == 5
+    assert artifact.manifest() is not None
+
+
 def test_a_benchmark_of_files_reads_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "lcb"
     folder.mkdir()

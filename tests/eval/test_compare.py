@@ -85,7 +85,7 @@ def test_results_without_a_common_prompt_are_refused():
 @pytest.fixture
 def two(tmp_path: Path) -> list[str]:
     """The folders of two results in stores of their own."""
-    worse = put_result(tiny_run(tmp_path / "a"), made_rows())
+    worse = put_result(tiny_run(tmp_path / "[a]"), made_rows())  # which `rich` would take for markup
     better = put_result(tiny_run(tmp_path / "b", "draft.num_layers=1", "name=mine"), made_rows(better=0.05))
     return [folder_of(worse), folder_of(better)]
 

@@ -11,8 +11,8 @@ import pytest
 
 from deepspec.artifact import Artifact
 from deepspec.data.tables import write_table
-from deepspec.errors import DataError
-from deepspec.eval.report import put_report, report
+from deepspec.errors import ArtifactMismatch, DataError
+from deepspec.eval.report import open_results, put_report, report
 from deepspec.records import Counts
 from deepspec.verify import verify_stage
 from tests.conftest import tiny_run, write_jsonl
@@ -187,3 +187,14 @@ def test_prompts_that_were_left_out_are_counted(tmp_path: Path):
     (tmp_path / artifact.folder / "records" / "00000.json").unlink()
     with pytest.raises(DataError, match="not one prompt was decoded"):
         report([artifact], "html")
+
+
+def test_a_folder_that_is_not_there_is_named_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`foo/bar` was "an artifact of the stage 'foo'" under /foo, and `evaluate/x` was looked for in the root of the disk."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactMismatch, match="there is no artifact here") as caught:
+        open_results(["foo/bar"])
+    assert str(tmp_path / "foo") in str(caught.value)
+    with pytest.raises(ArtifactMismatch, match="nothing was evaluated yet") as caught:
+        open_results(["evaluate/x-1"])
+    assert str(tmp_path / "evaluate") in str(caught.value)

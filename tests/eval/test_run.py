@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from deepspec.aside import failures
 from deepspec.data.capture import run_capture
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
-from deepspec.eval import calibration, run, units
+from deepspec.eval import benchmarks, calibration, policies, run, units
 from deepspec.eval.benchmarks import load_benchmarks, make_units
 from deepspec.eval.compare_view import compare_results
 from deepspec.eval.results import read_rows
-from deepspec.eval.run import run_evaluate
+from deepspec.eval.run import _Evaluation, run_evaluate
+from deepspec.eval.scheduler import Scheduled
+from deepspec.eval.speed_curve import SpeedCurve
 from deepspec.eval.units import Evaluator
 from deepspec.lineage import artifact_of
 from deepspec.model.export import export_draft
@@ -80,6 +85,23 @@ def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pyt
     assert decoded == [1, 3, 4, 5]
 
 
+def test_of_two_workers_at_the_same_unit_the_first_one_stands(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seconds are part of a row, so no two evaluations are equal: the second worker's whole work was reported as failed."""
+    config = tiny_run(ready, MATH, "evaluate.temperatures=[0.0]")
+    run_train(config)
+    original = Evaluator.evaluate
+
+    def overtaken(self, unit):
+        monkeypatch.setattr(Evaluator, "evaluate", original)
+        run_evaluate(config)
+        return original(self, unit)
+
+    monkeypatch.setattr(Evaluator, "evaluate", overtaken)
+    artifact = run_evaluate(config)
+    assert artifact.manifest() is not None
+    assert not failures(artifact)
+
+
 def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: Path):
     config = tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", "evaluate.temperatures=[0.0]")
     run_train(config)
@@ -107,6 +129,31 @@ def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
     assert sizes == [1, 2]
 
 
+def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_size(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """Above batch size 1 plain decoding always went first, and nothing had been decoded at that size before it was timed."""
+    config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0, 1.0]")
+    run_train(config)
+    order: list[tuple[int, str]] = []
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **rest: Any) -> Any:
+            order.append((given[-1].batch_size, name))
+            return original(*given, **rest)
+
+        return call
+
+    monkeypatch.setattr(benchmarks, "SLICE_BATCHES", 1)
+    for name in ("generate", "speculate"):
+        monkeypatch.setattr(units, name, noted(name, getattr(units, name)))
+    run_evaluate(config)
+    for size in (1, 2):
+        pairs = [name for batch_size, name in order if batch_size == size]
+        assert pairs[:2] == ["generate", "speculate"], "the warm-up"
+        first = pairs[2::2]
+        assert 0 < first.count("generate") < len(first)
+        assert len(first) == {1: 2 * 3, 2: 2 * 2}[size]
+
+
 def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draft_and_cuts_blocks_of_another_run(
     ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -130,10 +177,45 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
         assert json.loads(artifact.store.read(artifact.path("policy.json")))["temperatures"] == shipped["temperatures"]
 
 
-def test_blocks_of_a_draft_without_confidence_cannot_be_cut(ready: Path):
-    config = tiny_run(ready, MATH, "evaluate.verify=threshold", recipe="dflash-demo")
+def test_workers_that_start_together_cut_blocks_by_one_curve(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each measured a curve, cut by its own, and left its own in the result: what half of the blocks were cut by was lost."""
+    config = tiny_run(ready, MATH, "evaluate.verify=scheduled")
     run_train(config)
+    artifact, curve = artifact_of(config, "evaluate"), {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}
+
+    def overtaken(*_: object) -> SpeedCurve:
+        artifact.store.write(artifact.path("policy.json"), json.dumps({"temperatures": None, "curve": curve}).encode())
+        return SpeedCurve([1], [5.0])
+
+    monkeypatch.setattr(policies, "speed_curve", overtaken)
+    stage = _Evaluation(config, {})
+    policy = policies.live_policy(config, artifact, artifact_of(config, "train"), stage.models)
+    assert isinstance(policy, Scheduled) and policy.curve.to_json() == curve
+    assert json.loads(artifact.store.read(artifact.path("policy.json")))["curve"] == curve
+
+
+@pytest.mark.parametrize("recipe", ["dflash-demo", "eagle3-demo"])
+def test_blocks_of_a_draft_without_confidence_cannot_be_cut(tmp_path: Path, recipe: str):
+    """Said before anything runs; it was said once the draft was trained."""
     with pytest.raises(ConfigError, match="tells no confidence"):
+        tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", "evaluate.verify=threshold", recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["temperatures=[-1]", "temperatures=[.nan]", "temperatures=[.inf]", "temperatures=[0, 0.0]", "batch_sizes=[8, 8]"]
+)
+def test_temperatures_and_batch_sizes_that_cannot_be_are_refused_before_anything_runs(tmp_path: Path, wrong: str):
+    """A temperature below 0 ended in a stack trace once the draft was trained; one named twice had every prompt counted twice."""
+    with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+        tiny_run(tmp_path, f"evaluate.{wrong}")
+
+
+def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It was first opened when everything had been decoded, or, where too few rounds told confidence, never."""
+    config = tiny_run(ready, MATH, f"resources.speed_curve={tmp_path / 'none.json'}")
+    run_train(config)
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("a prompt was decoded"))
+    with pytest.raises(DataError, match="the speed curve cannot be read"):
         run_evaluate(config)
 
 
