@@ -75,8 +75,10 @@ def _cache(effort: Effort) -> SourceOption:
 
 
 def _rolling(config: RunConfig, effort: Effort) -> SourceOption:
-    """Capture has GPUs of its own where there are enough: then the slower of the two decides."""
+    """Capture has GPUs of its own where there are enough: then the slower of the two decides. What fits as a whole is never deleted."""
     resources, captures = config.resources, effort.passes / config.train.window_epochs
+    if effort.cache_bytes <= resources.rolling_gb * 1e9:
+        captures = min(captures, 1.0)
     gpu_hours, own = captures * effort.capture_hours * effort.lanes, resources.rolling_gpus
     if effort.device != "cpu" and 0 < own < effort.lanes:
         hours = max(gpu_hours / own, effort.train_hours * effort.lanes / (effort.lanes - own))

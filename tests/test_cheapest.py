@@ -36,6 +36,12 @@ def test_rolling_captures_once_in_window_epochs_on_gpus_of_its_own():
     assert alone.hours == 5 * 2 + 10
 
 
+def test_rolling_captures_once_what_it_may_keep_as_a_whole():
+    assert compared(EFFORT, "resources.rolling_gb=100").option("rolling").captures == 1.0
+    assert compared(EFFORT._replace(passes=0.5), "resources.rolling_gb=100").option("rolling").captures == 0.5
+    assert compared(EFFORT, "resources.rolling_gb=99").option("rolling").captures == 10.0
+
+
 def test_rolling_needs_two_windows_whatever_it_is_allowed():
     assert compared(EFFORT, "train.window_shards=20").option("rolling").num_bytes == 41e9
 

@@ -103,6 +103,8 @@ class Feeder:
     def near(self, place: int) -> dict[int, None]:
         """The shards that are to be on the disk when training is at `place`, in the order in which it needs them."""
         found, total = dict[int, None](), 0
+        if place >= self.course.end:  # which may lie within a window
+            return found
         for window in takewhile(lambda window: window.start < self.course.end, self.course.order.windows(place)):
             for shard in window.shards:
                 if shard in found:

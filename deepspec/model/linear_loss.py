@@ -125,7 +125,8 @@ class _Chunks:
         self.cross_entropy, self.soft, self.distance, self.hits = states.new_zeros(4, len(states), dtype=torch.float32).unbind(0)
         self.to_states = torch.zeros_like(states) if needs_gradient else None
         self.to_features = torch.zeros_like(features) if needs_gradient and features is not None else None
-        self.to_w2 = torch.zeros_like(w2) if needs_gradient and w2 is not None else None
+        # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it anew. Autograd casts it at the end.
+        self.to_w2 = torch.zeros_like(w2, dtype=torch.float32) if needs_gradient and w2 is not None else None
 
     def total(self) -> Tensor:
         found, coefficients = (self.cross_entropy, self.soft, self.distance), self.work.coefficients

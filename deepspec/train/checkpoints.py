@@ -22,17 +22,19 @@ class Checkpoints:
         self.records = checkpoint_records(trainer.artifact)
         self.total, self.every = data.total_steps, settings.checkpoint_steps
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int) -> float | None:
         """Measure the checkpoint that training goes on from, if it is one of those that count and there was no time when it was saved."""
-        if step % self.every == 0 and step in self.records and self.records[step].acceptance_length is None:
-            self.records[step] = self._measured(self.records.pop(step), self.trainer.strategy.whole())
-            if self.trainer.world.is_first:
-                put_record(self.trainer.artifact, self.records[step])
+        if not (self.numbers and step % self.every == 0 and step in self.records and self.records[step].acceptance_length is None):
+            return None
+        self.records[step] = self._measured(self.records.pop(step), self.trainer.strategy.whole())
+        if self.trainer.world.is_first:
+            put_record(self.trainer.artifact, self.records[step])
+        return self.records[step].acceptance_length
 
     def save(self, step: int, result: StepResult) -> CheckpointRecord:
         """Measure (unless training is to stop before its end) and save, on all ranks."""
         trainer, draft = self.trainer, self.trainer.strategy.whole()
-        record = CheckpointRecord(step=step, loss=result.loss, since_best=self._newest().since_best)
+        record = CheckpointRecord(step=step, loss=result.loss, since_best=self._newest().since_best, inputs=trainer.inputs)
         if step == self.total or not result.stop:
             record = self._measured(record, draft)
         save_checkpoint(trainer.artifact, trainer.strategy, trainer.world, draft=draft, record=record)

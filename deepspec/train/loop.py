@@ -16,7 +16,7 @@ from deepspec.data.cache import HiddenCache
 from deepspec.errors import TrainingFailed, TransientError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
-from deepspec.stages import require_sealed
+from deepspec.stages import require_sealed, stage_status
 from deepspec.train.checkpoints import Checkpoints
 from deepspec.train.checks import check_cache
 from deepspec.train.data import StepData
@@ -54,6 +54,9 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
 def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     artifact = artifact_of(config, "train")
     inputs = require_sealed(config, "train")
+    if stage_status(config, "train").sealed:
+        log.info("stage=train nothing is left to do: %s/draft", artifact.url)
+        return artifact
     resources = config.resources
     # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
@@ -69,12 +72,14 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)
-    record = resume_draft(artifact, draft)
+    record = resume_draft(artifact, draft, inputs)
     first = record.step if record else 0
     data.begin(first)
     log.info(
         "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
     )
+    if first == data.total_steps:  # killed before it was sealed: no sample will be needed, nor made
+        return _sealed(artifact, inputs, data)
     if first == 0:
         try:
             with knobs_named(config):
@@ -90,17 +95,22 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     stop = threading.Event()
     try:
         with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-            train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device)), data, first, report)
+            train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs), data, first, report)
     except RuntimeError:
         if world.size > 1 and stop.is_set():
             # torchrun asks the ranks that are left to end, once: what fails after that is the echo of the one that died.
             log.exception("stage=train ends as it was asked to")
             signal.raise_signal(signal.SIGTERM)
         raise
+    return _sealed(artifact, inputs, data)
+
+
+def _sealed(artifact: Artifact, inputs: dict[str, str], data: StepData) -> Artifact:
+    """The artifact, once the first rank has sealed it."""
     data.finish()
-    if world.is_first:
+    if data.world.is_first:
         seal_draft(artifact, inputs)
-    world.wait()
+    data.world.wait()
     return artifact
 
 
@@ -110,7 +120,8 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
     scalars = trainer.world.is_first and can_write_scalars()
     checkpoints = Checkpoints(trainer, data)
-    checkpoints.resumed(first)
+    if (accepted := checkpoints.resumed(first)) is not None:
+        history.append(_held_out(first, accepted))
     for step in range(first, total):
         if checkpoints.no_better():
             break
@@ -125,7 +136,7 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
             record = checkpoints.save(done, result)
             if record.acceptance_length is not None:
-                history.append({"step": done, "time": time.time(), "held_out_acceptance_length": round(record.acceptance_length, 4)})
+                history.append(_held_out(done, record.acceptance_length))
             if trainer.world.is_first:
                 append_metrics(trainer.artifact, history)
             if scalars:
@@ -138,3 +149,8 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             fix = "run it again: it goes on from there"
             raise TransientError(f"training was asked to stop, and did after step {done}", where=trainer.artifact.url, fix=fix)
         trainer.watchdog.beat()
+
+
+def _held_out(step: int, accepted: float) -> dict[str, float]:
+    """The line of metrics that says how far the draft was accepted."""
+    return {"step": step, "time": time.time(), "held_out_acceptance_length": round(accepted, 4)}

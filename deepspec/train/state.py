@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec.artifact import Artifact
-from deepspec.errors import DamagedData
+from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.model.checkpoint import save_draft
 from deepspec.store import file_checksum, pretty_json
 from deepspec.train.strategy import Piece, Strategy
@@ -34,6 +34,8 @@ class CheckpointRecord(BaseModel):
     """Over held-out samples; None where it was not measured."""
     since_best: int = 0
     """Measured checkpoints in a row, this one included, that were no better than one before them."""
+    inputs: dict[str, str] = {}
+    """Manifest digests of what it was trained on, by `stage/fingerprint`."""
 
 
 def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, draft: Any, record: CheckpointRecord) -> None:
@@ -107,16 +109,22 @@ def checkpoint_steps(artifact: Artifact) -> list[int]:
     return [int(name) for name in names if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))]
 
 
-def resume_draft(artifact: Artifact, draft: Any) -> CheckpointRecord | None:
+def resume_draft(artifact: Artifact, draft: Any, inputs: Mapping[str, str] | None = None) -> CheckpointRecord | None:
     """Load the newest complete checkpoint's weights into the draft, on the device that it is on; None if there is no checkpoint.
 
     Raises:
+        ArtifactMismatch: it was trained on another version of one of the `inputs`, of which a shard was made again since.
         DamagedData: its bytes are not those that were saved.
     """
     steps = checkpoint_steps(artifact)
     if not steps:
         return None
     record = _record(artifact, steps[-1])
+    # A training may go on from another source, which names other inputs: those that both name must be the same.
+    changed = [name for name, digest in record.inputs.items() if (inputs or {}).get(name, digest) != digest]
+    if changed:
+        what = f"the checkpoint of step {record.step} was trained on another version of {', '.join(changed)}, which was made again since"
+        raise ArtifactMismatch(what, where=artifact.url, fix="remove the folder 'checkpoints' there to train anew")
     weights = load_file(whole_file(artifact, record, "model.safetensors"), device=str(next(draft.parameters()).device))
     draft.load_state_dict(weights, strict=True)
     return record

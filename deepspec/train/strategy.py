@@ -90,6 +90,9 @@ class Replicated:
         return output
 
     def apply(self, *, lr: float, denominator: float) -> float:
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # in no loss, as a head whose term has no weight: it decays as it does on any number of ranks
+                parameter.grad = torch.zeros_like(parameter)
         self.world.sum_gradients(self.parameters.values())
         if not denominator:
             return 0.0

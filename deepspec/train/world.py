@@ -44,10 +44,10 @@ class World(NamedTuple):
         return [bytes(row).decode() for row in self.sum(table).tolist()]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks; a rank that had nothing to train on counts as zero instead of being waited for."""
+        """Add up the gradients of all ranks, which every parameter has."""
         if self.size == 1:
             return
-        gradients = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = flat.split([gradient.numel() for gradient in gradients])
         for parameter, part in zip(parameters, parts, strict=True):

@@ -116,6 +116,26 @@ def test_nothing_of_slots_times_vocabulary_is_ever_made(monkeypatch: pytest.Monk
     assert ours.numel == max(V * D, V * R)
 
 
+def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch):
+    """Under DeepSpeed the weights are bfloat16; a chunk of 128 rounds the sum of those before it."""
+    generator = torch.Generator().manual_seed(0)
+    states, features, targets = (torch.randn(2048, 32, generator=generator) for _ in range(3))
+    lm_head, w2 = torch.randn(300, 32, generator=generator), torch.randn(300, 32, generator=generator).bfloat16()
+    labels, weights = torch.randint(0, 20, (2048,), generator=generator), torch.ones(2048)
+
+    def gradient(chunks: int) -> Tensor:
+        monkeypatch.setitem(linear_loss.CHUNK_ELEMENTS, "cpu", 2048 // chunks * 300)
+        weight = w2.clone().requires_grad_()
+        found = score(
+            states, features, Vocabulary(lm_head, weight, None), Targets(targets, torch.arange(2048)),
+            labels=labels, coefficients=Coefficients(hard=weights),
+        )  # fmt: skip
+        return torch.autograd.grad(found.total, weight)[0].float()
+
+    whole, parts = gradient(1), gradient(128)
+    assert (parts - whole).norm() < 1e-3 * whole.norm()
+
+
 def test_no_slot_at_all_is_a_sum_of_zero_with_a_gradient():
     parts = made(3, markov=True)
     none = learning({name: part[:0] if name in ("states", "features", "places", "labels") else part for name, part in parts.items()})

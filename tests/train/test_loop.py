@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec.artifact import Artifact
+from deepspec.data import capture
 from deepspec.data.cache import HiddenCache
 from deepspec.data.index import Index
-from deepspec.errors import ConfigError, TrainingFailed, TransientError
+from deepspec.errors import ArtifactMismatch, ConfigError, TrainingFailed, TransientError
 from deepspec.lineage import artifact_of
 from deepspec.train import checkpoints, loop, step
 from deepspec.train.data import StepData, sample_seed
@@ -88,6 +89,26 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     assert checkpoint_steps(artifact_of(tiny_run(ready, rare), "train")) == [3]
     resumed, undisturbed = weights(run_train(tiny_run(ready, rare))), weights(run_train(tiny_run(straight, rare)))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
+
+
+def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_it_knew_the_new_ones(ready: Path, monkeypatch):
+    config = tiny_run(ready, "resources.check_every=1000")
+    hidden, draft = artifact_of(config, "hidden"), run_train(config)
+    states = capture.Capture.states
+
+    def others(self, rows):
+        return ((row, output._replace(context=1.01 * output.context)) for row, output in states(self, rows))
+
+    hidden.store.remove(hidden.path("records/00001.json"))
+    monkeypatch.setattr(capture.Capture, "states", others)
+    capture.run_capture(config)
+    sealed = draft.manifest()
+    with pytest.raises(ArtifactMismatch, match=f"step 6 was trained on another version of hidden/{hidden.key.fingerprint}"):
+        run_train(config)
+    assert draft.manifest() == sealed
+    draft.store.remove(draft.path("checkpoints"))
+    assert hidden.manifest().digest in run_train(config).manifest().inputs.values()
+    assert draft.manifest().files != sealed.files
 
 
 def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Path):
@@ -217,6 +238,8 @@ def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_o
     monkeypatch.setattr(loop, "train_step", original)
     artifact = run_train(tiny_run(ready))
     assert [record.acceptance_length for record in checkpoint_records(artifact).values()] == [3.0, 2.0]
+    lines = [json.loads(line) for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()]
+    assert [line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line] == [1.0, 3.0, 2.0]
 
 
 def test_a_stop_at_the_last_step_does_not_cost_the_last_draft(ready: Path, monkeypatch):

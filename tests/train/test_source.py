@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -29,6 +30,7 @@ from deepspec.launch import Request
 from deepspec.lineage import artifact_of, describe
 from deepspec.records import index_file
 from deepspec.stages import stage_status
+from deepspec.train import loop
 from deepspec.train.loop import run_train
 from deepspec.train.ranks import launch_ranks
 from deepspec.train.state import checkpoint_steps
@@ -294,6 +296,28 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
     assert watched.most / 1e9 <= budget_gb(fresh, 4)
     assert_close(weights(cached_twice), weights(artifact))
     assert not list(hidden.glob("shards/*"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
+def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_it_opens_nothing(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strategy: str
+):
+    """Its one step ends where the epoch's last window does: no shard is near, and a sample would be waited for for ever."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    index = opened(fresh).index
+    count = int(((index.held_out == 0) & (index.num_supervised > 1)).sum())
+    config = tiny_run(fresh, *ROLLING, f"train.global_batch={count}", "train.epochs=1", f"train.strategy={strategy}")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "seal_draft", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run_train(config)
+    caplog.set_level("INFO")
+    assert run_train(config).manifest() is not None
+    assert "capturing" not in caplog.text
+    caplog.clear()
+    run_train(config)
+    assert "target=" not in caplog.text and "capturing" not in caplog.text
 
 
 def test_a_lane_that_always_dies_fails_the_training_with_its_own_error(fresh: Path, dying):

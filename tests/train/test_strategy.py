@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from deepspec.config import LossConfig
 from deepspec.errors import ConfigError, DamagedData
 from deepspec.lineage import artifact_of
 from deepspec.train.state import CheckpointRecord, optimizer_share, resume_draft, resume_optimizer, save_checkpoint
@@ -67,6 +68,18 @@ def test_a_stage_does_to_every_kind_of_draft_what_ddp_does(tmp_path: Path, kind:
     plain = strategy_of(tmp_path, *DDP, draft=make_draft(CONFIGS[kind], target="gemma4"))
     zero = strategy_of(tmp_path, *ZERO[stage], draft=make_draft(CONFIGS[kind], target="gemma4"))
     assert steps(zero, range(4)) == pytest.approx(steps(plain, range(4)), rel=1e-4)
+    assert_close(weights(plain), weights(zero), within=1e-4)
+
+
+def test_a_head_that_is_in_no_loss_decays_alike(tmp_path: Path):
+    drafts = [make_draft(), make_draft()]
+    for draft in drafts:
+        draft.configure_loss(LossConfig(confidence=0.0))
+    plain, zero = (
+        strategy_of(tmp_path, "train.weight_decay=0.5", *kind, draft=draft) for kind, draft in zip((DDP, ZERO[2]), drafts, strict=True)
+    )
+    steps(plain, range(4))
+    steps(zero, range(4))
     assert_close(weights(plain), weights(zero), within=1e-4)
 
 
