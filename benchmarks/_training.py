@@ -52,4 +52,4 @@ def make_trainer(config: RunConfig, cache: HiddenCache, target: Mapping[str, Any
     draft.configure_loss(config.loss)
     world = World(0, 1, device)
     strategy = Replicated(draft, config.train, world)
-    return Trainer(config, cache.artifact, world, strategy, threading.Event(), Watchdog(3600.0, silent), Vitals(device))
+    return Trainer(config, cache.artifact, world, strategy, threading.Event(), Watchdog(3600.0, silent), Vitals(device), {})

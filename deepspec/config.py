@@ -204,6 +204,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _patience_has_samples(self) -> Self:
+        if self.train.patience is not None and self.prompts.held_out == 0:
+            raise ValueError("train.patience needs prompts.held_out: without held-out samples nothing tells which checkpoint is better")
+        return self
+
+    @model_validator(mode="after")
     def _draft_finds_what_it_reads(self) -> Self:
         if self.hidden.last_hidden == "none" and (self.draft.algorithm == "eagle3" or self.loss.tv > 0 or self.draft.confidence):
             raise ValueError("hidden.last_hidden `none` serves only a dflash draft with loss.tv 0")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -53,6 +53,7 @@ class Feeder:
         self._idle = [Lane(config, stage.artifact, gpu, number=number) for number, gpu in enumerate(lane_gpus(config))]
         self._ended, self._error = threading.Event(), list[DeepSpecError]()
         self._children: Scope | None = None
+        self.progress: Callable[[], object] = bool  # called with every shard that is there
         self._threads = [threading.Thread(target=self._run, name="feeder", daemon=True)]
 
     def start(self) -> None:
@@ -174,6 +175,7 @@ class Feeder:
             self._in_capture -= set(shards)
             self._moved = True
             self._news.notify()
+        self.progress()
         if lost:
             raise ChildFailed(f"capture ended well and left no record of shards {shard_list(lost)}", where=self.shelf.artifact.url)
 

@@ -59,6 +59,12 @@ class RollingStates(Source):
         self._shards: dict[int, _Shard] = {}
         self._looking, self._closed = threading.Lock(), threading.Event()
         self._feeder: Feeder | None = None
+        self._progress: Callable[[], object] = bool
+
+    def tell(self, progress: Callable[[], object]) -> None:
+        self._progress = progress
+        if self._feeder:
+            self._feeder.progress = progress
 
     def __getitem__(self, number: int) -> HiddenSample:
         kept = self._kept.get(number)
@@ -131,6 +137,8 @@ class RollingStates(Source):
                 return found
             if self._feeder:
                 self._feeder.check()
+            else:  # the first rank, which has them captured, notices when no more of them come
+                self._progress()
             if self._closed.wait(POLL_S):
                 raise TransientError(f"training ended while shard {shard} was waited for", where=self.artifact.url)
 

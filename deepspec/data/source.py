@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -47,6 +47,10 @@ class Source(Protocol):
 
     def follow(self, course: Course) -> None:
         """Make ready for a training that takes this course; called once, before the first sample is asked for."""
+        return
+
+    def tell(self, progress: Callable[[], object]) -> None:
+        """Call `progress` when something is made that training may wait for: it does not stand still then."""
         return
 
     def reached(self, place: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from deepspec.train.acceptance import acceptance_length, acceptance_numbers
@@ -20,16 +21,20 @@ class Checkpoints:
         self.trainer, self.cache, settings = trainer, data.cache, trainer.config.train
         self.numbers = acceptance_numbers(data.cache.index, settings.acceptance_samples)
         self.records = checkpoint_records(trainer.artifact)
+        if settings.acceptance_samples and not self.numbers:
+            log.warning(
+                "stage=train there is no held-out sample to measure checkpoints on: the last one counts, train.patience does nothing"
+            )
         self.total, self.every = data.total_steps, settings.checkpoint_steps
 
-    def resumed(self, step: int) -> float | None:
+    def resumed(self, step: int) -> list[dict[str, float]]:
         """Measure the checkpoint that training goes on from, if it is one of those that count and there was no time when it was saved."""
         if not (self.numbers and step % self.every == 0 and step in self.records and self.records[step].acceptance_length is None):
-            return None
+            return []
         self.records[step] = self._measured(self.records.pop(step), self.trainer.strategy.whole())
         if self.trainer.world.is_first:
             put_record(self.trainer.artifact, self.records[step])
-        return self.records[step].acceptance_length
+        return held_out(self.records[step])
 
     def save(self, step: int, result: StepResult) -> CheckpointRecord:
         """Measure (unless training is to stop before its end) and save, on all ranks."""
@@ -69,3 +74,10 @@ class Checkpoints:
                 "stage=train step=%d: the loss falls (%.4f to %.4f) and so does held-out acceptance (%.3f to %.3f); step %d stays the best",
                 step, best.loss, loss, best.acceptance_length, accepted, best.step,
             )  # fmt: skip
+
+
+def held_out(record: CheckpointRecord) -> list[dict[str, float]]:
+    """The line of metrics that says how far the draft was accepted; none where it was not measured."""
+    if record.acceptance_length is None:
+        return []
+    return [{"step": record.step, "time": time.time(), "held_out_acceptance_length": round(record.acceptance_length, 4)}]

@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from deepspec.artifact import Artifact
 from deepspec.config import RunConfig
@@ -17,7 +18,7 @@ from deepspec.errors import TrainingFailed, TransientError
 from deepspec.events import Report, silent
 from deepspec.lineage import artifact_of
 from deepspec.stages import require_sealed, stage_status
-from deepspec.train.checkpoints import Checkpoints
+from deepspec.train.checkpoints import Checkpoints, held_out
 from deepspec.train.checks import check_cache
 from deepspec.train.data import StepData
 from deepspec.train.drafts import make_draft, seal_draft
@@ -81,13 +82,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     if first == data.total_steps:  # killed before it was sealed: no sample will be needed, nor made
         return _sealed(artifact, inputs, data)
     if first == 0:
-        try:
-            with knobs_named(config):
-                check_before_training(config, data, draft)
-        except TrainingFailed as error:
-            if resources.preflight == "refuse":
-                raise
-            log.warning("stage=train preflight: %s", error.what)
+        _preflight(config, data, draft)
     strategy = make_strategy(config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1]))
     del draft  # its parts are the strategy's now
     if record:
@@ -95,6 +90,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     stop = threading.Event()
     try:
         with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
+            cache.tell(watchdog.beat)  # until all shards of a window are captured no step may be possible
             train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs), data, first, report)
     except RuntimeError:
         if world.size > 1 and stop.is_set():
@@ -103,6 +99,16 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
             signal.raise_signal(signal.SIGTERM)
         raise
     return _sealed(artifact, inputs, data)
+
+
+def _preflight(config: RunConfig, data: StepData, draft: Any) -> None:
+    try:
+        with knobs_named(config):
+            check_before_training(config, data, draft)
+    except TrainingFailed as error:
+        if config.resources.preflight == "refuse":
+            raise
+        log.warning("stage=train preflight: %s", error.what)
 
 
 def _sealed(artifact: Artifact, inputs: dict[str, str], data: StepData) -> Artifact:
@@ -120,8 +126,7 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
     scalars = trainer.world.is_first and can_write_scalars()
     checkpoints = Checkpoints(trainer, data)
-    if (accepted := checkpoints.resumed(first)) is not None:
-        history.append(_held_out(first, accepted))
+    history += checkpoints.resumed(first)
     for step in range(first, total):
         if checkpoints.no_better():
             break
@@ -134,9 +139,7 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             speed = pace.read(done)
             history.append({"step": done, "time": time.time(), **numbers, "tokens_per_s": speed["tokens_per_s"]})
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
-            record = checkpoints.save(done, result)
-            if record.acceptance_length is not None:
-                history.append(_held_out(done, record.acceptance_length))
+            history += held_out(checkpoints.save(done, result))
             if trainer.world.is_first:
                 append_metrics(trainer.artifact, history)
             if scalars:
@@ -149,8 +152,3 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             fix = "run it again: it goes on from there"
             raise TransientError(f"training was asked to stop, and did after step {done}", where=trainer.artifact.url, fix=fix)
         trainer.watchdog.beat()
-
-
-def _held_out(step: int, accepted: float) -> dict[str, float]:
-    """The line of metrics that says how far the draft was accepted."""
-    return {"step": step, "time": time.time(), "held_out_acceptance_length": round(accepted, 4)}

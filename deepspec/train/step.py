@@ -32,7 +32,7 @@ class Trainer(NamedTuple):
     stop: threading.Event  # set when this process is asked to stop
     watchdog: Watchdog
     vitals: Vitals
-    inputs: dict[str, str] = {}  # manifest digests of what is trained on
+    inputs: dict[str, str]  # manifest digests of what is trained on
 
 
 class StepResult(NamedTuple):

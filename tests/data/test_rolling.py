@@ -75,8 +75,11 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captu
         reading = pool.submit(source.__getitem__, number)
         with pytest.raises(StillWaiting):
             reading.result(timeout=0.5)
+        beats: list[int] = []
+        source.tell(lambda: beats.append(1))
         run_capture(config, shards=[2], purpose="rolling")
         assert same(reading.result(timeout=20), cache[number])
+        assert beats, "whoever waits for a shard that another rank has captured does not stand still"
         assert shelf.add([2, 9]) == [9]
         shelf.delete(2)
         waiting = pool.submit(source.__getitem__, number)

@@ -209,6 +209,14 @@ def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
     assert artifact.manifest() is not None
     with pytest.raises(ConfigError, match="patience needs"):
         tiny_run(ready, "train.acceptance_samples=0", "train.patience=1")
+    with pytest.raises(ConfigError, match="patience needs prompts.held_out"):
+        tiny_run(ready, "prompts.held_out=0", "train.patience=1")
+
+
+def test_a_cache_without_held_out_samples_is_trained_on_and_the_lack_is_told(ready: Path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoints, "acceptance_numbers", lambda *_: [])
+    run_train(tiny_run(ready, "train.max_steps=2", "train.patience=1"))
+    assert "there is no held-out sample to measure checkpoints on" in caplog.text
 
 
 def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready: Path, monkeypatch):
