@@ -120,7 +120,7 @@ class ResourcesConfig(Section):
     preflight: Literal["refuse", "warn"] = "refuse"
     """What to do where masks, features or one sample's loss, looked at before the first step, are wrong."""
     stall_minutes: PositiveFloat = 30.0
-    """Minutes without a finished training step or a captured shard, after which all stacks are dumped and the process ends, to be tried again."""
+    """Minutes without a finished step or a captured shard after which training dumps its threads' stacks and ends, to be tried again."""
     source: Literal["cache", "rolling", "online"] = "cache"
     """Where training reads hidden states: the sealed cache; shards captured ahead of it and deleted behind it; or the target itself."""
     rolling_gb: PositiveFloat = 500.0

@@ -20,7 +20,10 @@ LINGER_S = 2.0  # ranks stall together: all have dumped their stacks before one 
 
 
 class Watchdog:
-    """Ends the process with "try again" when `beat` (a step, or a captured shard) was not called for `limit_s` seconds while the block was in progress."""
+    """Ends the process with "try again" when `beat` was not called for `limit_s` seconds while the block was in progress.
+
+    Called for every step, and for every shard that is captured for one.
+    """
 
     def __init__(self, limit_s: float, report: Report) -> None:
         self.limit_s, self.report = limit_s, report

@@ -71,12 +71,12 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captu
     shelf.delete(2)
     left = source.artifact.store.names(source.artifact.path("shards"))
     assert [name[:5] for name in left] == ["00000", "00001", "00003", "00004", "00005"]
+    beats: list[int] = []
+    source.tell(lambda: beats.append(1))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(source.__getitem__, number)
         with pytest.raises(StillWaiting):
             reading.result(timeout=0.5)
-        beats: list[int] = []
-        source.tell(lambda: beats.append(1))
         run_capture(config, shards=[2], purpose="rolling")
         assert same(reading.result(timeout=20), cache[number])
         assert beats, "whoever waits for a shard that another rank has captured does not stand still"

@@ -209,7 +209,7 @@ def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
     assert artifact.manifest() is not None
     with pytest.raises(ConfigError, match="patience needs"):
         tiny_run(ready, "train.acceptance_samples=0", "train.patience=1")
-    with pytest.raises(ConfigError, match="patience needs prompts.held_out"):
+    with pytest.raises(ConfigError, match=r"patience needs prompts\.held_out"):
         tiny_run(ready, "prompts.held_out=0", "train.patience=1")
 
 
