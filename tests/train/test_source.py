@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -308,8 +307,12 @@ def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_i
     index = opened(fresh).index
     count = int(((index.held_out == 0) & (index.num_supervised > 1)).sum())
     config = tiny_run(fresh, *ROLLING, f"train.global_batch={count}", "train.epochs=1", f"train.strategy={strategy}")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "seal_draft", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(loop, "seal_draft", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_train(config)
     caplog.set_level("INFO")
