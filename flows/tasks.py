@@ -28,6 +28,7 @@ from deepspec.gpus import visible_gpus
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from flows.assets import publish_asset
 from flows.reporting import Board, StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
 from flows.request import open_run
 
@@ -74,6 +75,7 @@ def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:
     run.board.close("done" if after.sealed else "failed")
     if not after.sealed:
         raise run.failure(after).with_traceback(None)
+    publish_asset(artifact_of(config, stage))
     return StageOutcome(after, "done", time.monotonic() - started)
 
 
