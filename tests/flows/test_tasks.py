@@ -21,6 +21,7 @@ from deepspec.stages import stage_status
 from flows.reporting import Board, Progress, StageOutcome, watched_by
 from flows.tasks import StageRun, run_stages
 from tests.answer_server import answer_server
+from tests.conftest import write_jsonl
 from tests.flows.conftest import flaky_run
 
 outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
@@ -72,6 +73,19 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     assert calls(run_file) == [5]
     assert [outcome.state for outcome in outcomes] == ["already done", "done"]
     assert outcomes[1].status.sealed
+
+
+def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_made_is_kept(run_file: Path):
+    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(24)])
+    hopeless = ("answers.engine=tests.flows.engines:Hopeless", "prompts.shard_rows=1", "resources.shards_per_task=6")
+    with pytest.raises(ShardsFailed) as caught:
+        prompts_and_answers(str(run_file), hopeless)
+    said = str(caught.value)
+    assert "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than" in said
+    assert "shard 11: the prompt cannot be rendered" in said and "shard 12" not in said and "--shards 1-23" in said
+    assert calls(run_file) == list(range(12))
+    status = stage_status(load_run(str(run_file), hopeless), "answers")
+    assert (status.committed, status.missing) == (1, list(range(1, 24)))
 
 
 def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatch: pytest.MonkeyPatch):
@@ -158,6 +172,17 @@ def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
     assert run.error is None
     run.note(ChildFailed("no word"), [3])
     assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
+
+
+@outside_a_flow
+def test_a_group_that_fails_as_a_whole_counts_once_and_a_stage_without_groups_keeps_its_childs_word(run_file: Path):
+    run = stage_run(run_file)
+    run.note(ChildFailed("no word"), [0, 1])
+    run.note(ChildFailed("no word"), [0, 1])
+    run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), [2, 3])
+    assert run.lost == {0, 3} and not run.too_many_failed()
+    run.note(ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}), None)
+    assert "the child's word" in str(run.failure(stage_status(run.config, "answers")))
 
 
 @outside_a_flow
