@@ -5,6 +5,7 @@ No pattern has square brackets: Prefect's command line would take them for marku
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from prefect.runtime import flow_run
@@ -33,6 +34,6 @@ def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
 
 
 def run_name() -> str:
-    """What a run does, for lists of runs: `regenerate demo 17,18`."""
+    """What a run does, for lists of runs: `regenerate demo 17,18`, `train my-run.yaml`."""
     asked = flow_run.parameters
-    return " ".join(str(word) for word in (flow_run.flow_name, asked["recipe"], asked.get("shards", "")) if word != "")
+    return f"{flow_run.flow_name} {Path(asked['recipe']).name} {asked.get('shards', '')}".rstrip()
