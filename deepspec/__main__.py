@@ -124,13 +124,12 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
     """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
     from deepspec.eval.report import put_report
     from deepspec.eval.run import run_evaluate
-    from deepspec.lineage import artifact_of
     from deepspec.stages import results
 
     config, report = _open(run, sets, store)
-    run_evaluate(config, shards=_chosen(shards), report=report)
-    if shards is None:
-        put_report([artifact_of(config, "evaluate")], ["html", "markdown"])  # the page for people, the text for the flows
+    artifact = run_evaluate(config, shards=_chosen(shards), report=report)
+    if artifact.manifest() is not None:
+        put_report([artifact], ["html", "markdown"])  # the page for people, the text for the flows
         report({"event": "result", "stage": "evaluate", **results(config)})
 
 

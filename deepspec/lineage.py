@@ -241,9 +241,8 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         ArtifactMismatch: there is no artifact.
     """
     artifact = find_artifact(source, overrides, store=store)
-    info = require_info(artifact)
     unsealed = "not finished"
-    for depth, found in chain(artifact.store, info):
+    for depth, found in chain(artifact.store, require_info(artifact)):
         manifest = input_artifact(artifact.store, ArtifactInput.model_validate(found.model_dump())).manifest()
         seal = f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else unsealed
         if found.stage == "train" and manifest and not any(name.startswith("hidden/") for name in manifest.inputs):

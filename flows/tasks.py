@@ -27,28 +27,34 @@ from deepspec.errors import ConfigError, DeepSpecError, ShardsFailed
 from deepspec.gpus import visible_gpus
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
-from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from deepspec.stages import SHARDED, StageStatus, parse_shards, require_sealed, stage_status, stages_of
 from deepspec.work import TOO_MANY, failures_allowed
 from flows.assets import publish_asset
 from flows.reporting import Board, StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
 from flows.request import open_run
+from flows.selection import SELECTABLE, selected
 
 JITTER = 0.3  # share of a retry's delay by which it may vary, so that many tasks do not come back at once
 MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all
 MAX_NAMED = 20  # failed shards whose reasons are spelt out
 
 
-def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
+def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
     """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends the run.
+
+    With `shards` only these are made, and the stages after one that is not whole by then are left for another run.
 
     Raises:
         DeepSpecError: the request is wrong (before any work), or a stage failed.
     """
-    config = open_run(request)
+    asked, config = parse_shards(str(shards)), open_run(request)
     outcomes: list[StageOutcome] = []
     for stage in (stage for stage in stages_of(config) if stage in chosen):
+        if asked and outcomes and not outcomes[-1].status.sealed:
+            get_run_logger().warning("%s: left out, because shards of %s are still missing", stage, outcomes[-1].status.stage)
+            break
         try:
-            outcomes.append(run_stage(request, config, stage))
+            outcomes.append(run_stage(request, config, stage, asked))
         except DeepSpecError as error:
             publish_failure(config.name, error)
             publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", 0.0)])
@@ -57,36 +63,41 @@ def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
     return outcomes
 
 
-def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:
-    """The stage, with whatever was missing of it made and the artifact sealed.
+def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[int] = ()) -> StageOutcome:
+    """The stage, with whatever was missing of it (or of the asked shards) made, and the artifact sealed if it is whole.
 
     Raises:
         ShardsFailed: shards are still missing; all others are committed.
         DeepSpecError: the stage could not be run at all.
     """
     started, before = time.monotonic(), stage_status(config, stage)
-    if before.sealed or before.in_training:
-        state: State = "already done" if before.sealed else "in training"
+    todo = selected(config, before, asked)
+    if before.sealed or before.in_training or (asked and not todo.missing):
+        state: State = "in training" if before.in_training else "already done"
         show_nothing_to_do(before, state)
         return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
-    run = StageRun(request, config, before)
+    run = StageRun(request, config, todo, some=bool(asked))
     run.work()
     after = stage_status(config, stage)
-    run.board.close("done" if after.sealed else "failed")
-    if not after.sealed:
-        raise run.failure(after).with_traceback(None)
-    publish_asset(artifact_of(config, stage))
+    left = selected(config, after, asked)
+    finished = after.sealed or (bool(asked) and not left.missing)
+    run.board.close("done" if finished else "failed")
+    if not finished:
+        raise run.failure(left).with_traceback(None)
+    if after.sealed:
+        publish_asset(artifact_of(config, stage))
     return StageOutcome(after, "done", time.monotonic() - started)
 
 
 class StageRun:
     """One stage in one flow run: what its tasks share, and why shards of it failed."""
 
-    def __init__(self, request: Request, config: RunConfig, before: StageStatus) -> None:
+    def __init__(self, request: Request, config: RunConfig, before: StageStatus, *, some: bool = False) -> None:
         self.request, self.config, self.stage = request, config, before.stage
         self.sharded = before.stage in SHARDED and bool(before.missing)
-        self.groups = deal(before.missing, config.resources.shards_per_task) if self.sharded else [None]
+        whole = before.missing if some and before.stage in SELECTABLE else None
+        self.groups = deal(before.missing, config.resources.shards_per_task) if self.sharded else [whole]
         self.failures: dict[int, dict[str, Any]] = {}
         self.lost: set[int] = set()  # failed for good; one of a group whose child failed as a whole: one shard may have brought it down
         self.allowed = failures_allowed(config.resources, before.committed + len(before.missing))

@@ -104,6 +104,29 @@ def test_hidden_states_that_training_makes_are_no_stage_to_run(finished: Path, m
     assert (outcomes[2].status.missing, outcomes[2].status.sealed) == ([], False)
 
 
+def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_left_out(finished: Path):
+    for shard in (1, 4):
+        (answers_folder(finished) / "records" / f"0000{shard}.json").unlink()
+    outcomes = some_shards(str(finished), "0-1,2")
+    assert calls(finished) == [1]
+    assert [(outcome.status.stage, outcome.state) for outcome in outcomes] == [("prompts", "already done"), ("answers", "done")]
+    assert outcomes[1].status.missing == [4], "of what is missing nothing is hidden"
+    assert some_shards(str(finished), "0-2")[1].state == "already done" and calls(finished) == []
+    assert prompts_and_answers(str(finished))[1].status.sealed and calls(finished) == [4]
+
+
+@pytest.mark.parametrize(("shards", "said"), [("17", "has no shard 17; there are 0 to 5"), ("5-3", "'5-3' is not a shard")])
+def test_shards_that_cannot_be_are_refused_before_any_work(finished: Path, shards: str, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    with pytest.raises(ConfigError, match=said):
+        some_shards(str(finished), shards)
+
+
+@flow
+def some_shards(source: str, shards: str) -> list[StageOutcome]:
+    return run_stages(Request(source), ("prompts", "answers", "hidden"), shards)
+
+
 @flow
 def run_in_flow(source: str, override: str) -> list[StageOutcome]:
     return run_stages(Request(source, (override,)), ("prompts", "answers", "hidden"))
