@@ -25,7 +25,7 @@ from deepspec.recipe import load_run, recipe_names, to_yaml
 from deepspec.stages import parse_shards
 from deepspec.terminal import TerminalReport
 from deepspec.train.ranks import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
-from deepspec.verbs import Purpose, Run, Sets, Shards, StoreUrl
+from deepspec.verbs import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
 from deepspec.verbs import app as looking
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
@@ -40,9 +40,14 @@ def recipes() -> None:
 
 
 @app.command("show-config")
-def show_config(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Print a run's whole configuration as YAML, ready to be saved, edited and run."""
-    typer.echo(to_yaml(load_run(run, sets or (), store=store)), nl=False)
+def show_config(run: RunOrArtifact, sets: Sets = None, store: StoreUrl = None) -> None:
+    """Print a run's whole configuration as YAML, ready to be saved, edited and run; of an artifact, the run that made it."""
+    from deepspec.provenance import drift, find_run
+
+    config = find_run(run, sets or (), store=store)
+    typer.echo(to_yaml(config), nl=False)
+    if not sets and (what := drift(run, config)):
+        typer.echo(f"warning: {what}", err=True)
 
 
 @app.command()
@@ -119,13 +124,12 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
     """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
     from deepspec.eval.report import put_report
     from deepspec.eval.run import run_evaluate
-    from deepspec.lineage import artifact_of
     from deepspec.stages import results
 
     config, report = _open(run, sets, store)
-    run_evaluate(config, shards=_chosen(shards), report=report)
-    if shards is None:
-        put_report([artifact_of(config, "evaluate")], ["html", "markdown"])  # the page for people, the text for the flows
+    artifact = run_evaluate(config, shards=_chosen(shards), report=report)
+    if artifact.manifest() is not None:
+        put_report([artifact], ["html", "markdown"])  # the page for people, the text for the flows
         report({"event": "result", "stage": "evaluate", **results(config)})
 
 

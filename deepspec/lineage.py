@@ -104,14 +104,32 @@ def input_artifact(store: Store, entry: ArtifactInput) -> Artifact:
 
 def find_artifact(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> Artifact:
     """The artifact of a folder or URL, or the result of a run (recipe or run file); whether it is there is not looked at."""
+    return artifact_at(source) or artifact_of(load_run(source, overrides, store=store), "evaluate")
+
+
+def artifact_at(source: str) -> Artifact | None:
+    """The artifact of a folder or URL, or None where `source` names a run."""
     if (Path(source) / "artifact.json").is_file():
         source = str(Path(source).resolve())  # a folder named without its parents is not taken for a recipe
     if source.endswith((".yaml", ".yml")) or "/" not in source:
-        return artifact_of(load_run(source, overrides, store=store), "evaluate")
+        return None
     source = source if "://" in source else str(Path(source).absolute())
     root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
     name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
     return Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+
+
+def require_info(artifact: Artifact) -> ArtifactInfo:
+    """What `artifact.json` says.
+
+    Raises:
+        ArtifactMismatch: there is no artifact.
+    """
+    info = artifact.info()
+    if info is None:
+        fix = "give the folder that holds artifact.json, or run it first"
+        raise ArtifactMismatch("there is no artifact here", where=artifact.url, fix=fix)
+    return info
 
 
 def _recipe(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -223,13 +241,8 @@ def describe(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         ArtifactMismatch: there is no artifact.
     """
     artifact = find_artifact(source, overrides, store=store)
-    info = artifact.info()
-    if info is None:
-        raise ArtifactMismatch(
-            "there is no artifact here", where=artifact.url, fix="give the folder that holds artifact.json, or run it first"
-        )
     unsealed = "not finished"
-    for depth, found in chain(artifact.store, info):
+    for depth, found in chain(artifact.store, require_info(artifact)):
         manifest = input_artifact(artifact.store, ArtifactInput.model_validate(found.model_dump())).manifest()
         seal = f"digest {manifest.digest}, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else unsealed
         if found.stage == "train" and manifest and not any(name.startswith("hidden/") for name in manifest.inputs):

@@ -33,18 +33,24 @@ def load_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         ConfigError: unknown recipe, key or value; all wrong fields are named at once.
     """
     fields = _read_run_file(Path(source)) if source.endswith((".yaml", ".yml")) else recipe_fields(source)
+    fields = {**fields, "store": store} if store is not None else fields
+    fix = f"`python -m deepspec show-config {source.split('=')[0]}` prints every field; correct the ones named above"
+    return validated(fields, overrides, where=source, fix=fix)
+
+
+def validated(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str, fix: str) -> RunConfig:
+    """The run of these fields, with `key.path=value` overrides applied.
+
+    Raises:
+        ConfigError: unknown key or value; all wrong fields are named at once.
+    """
     for override in overrides:
         fields = merge(fields, parse_override(override))
-    if store is not None:
-        fields["store"] = store
     try:
         return RunConfig.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(
-            f"{source}: " + "; ".join(_explain(detail) for detail in _causes(error)),
-            where=source,
-            fix=f"`python -m deepspec show-config {source.split('=')[0]}` prints every field; correct the ones named above",
-        ) from None
+        what = f"{where}: " + "; ".join(_explain(detail) for detail in _causes(error))
+        raise ConfigError(what, where=where, fix=fix) from None
 
 
 def recipe_fields(name: str) -> dict[str, Any]:

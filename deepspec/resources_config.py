@@ -90,6 +90,8 @@ class ResourcesConfig(Section):
     """Times that a group of shards is tried again after a transient failure."""
     retry_delay_s: float = Field(default=2.0, ge=0)
     """Seconds before the first retry; doubled each time."""
+    max_failed: float = Field(default=0.01, ge=0, le=1)
+    """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more are begun."""
     min_free_gb: float = Field(default=1.0, ge=0)
     """Free disk space (GB) below which a stage refuses to start, and a working one pauses until there is more."""
     space_poll_s: PositiveFloat = 10.0

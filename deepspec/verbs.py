@@ -16,6 +16,7 @@ from deepspec.recipe import load_run
 app = typer.Typer()
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml")]
+RunOrArtifact = Annotated[str, typer.Argument(metavar="RUN", help="a run (recipe or .yaml), or an artifact's folder or URL")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
 StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
 Shards = Annotated[str | None, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]

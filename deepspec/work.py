@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,12 +23,16 @@ from deepspec.aside import put_failure, quarantine
 from deepspec.config import RunConfig
 from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
 from deepspec.events import Report
+from deepspec.lineage import input_artifact
 from deepspec.records import Counts, Record, describe
+from deepspec.resources_config import ResourcesConfig
 from deepspec.store import Store
 
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+TOO_MANY = "more failed for good than resources.max_failed allows"
+FEW_FAILED = 10  # shards that may fail for good whatever their share: a small stage is worked through
 COMMITS_IN_FLIGHT = 1  # beside the shard being made: more would only fill the scratch disk
 
 
@@ -55,7 +60,7 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, 
     stands, and the other's is dropped; otherwise a difference between the two is an error.
 
     Raises:
-        ShardsFailed: at the end, naming every shard that is still missing and why.
+        ShardsFailed: at the end, naming every shard that failed and why; early, where too many have failed for good.
     """
     shift, pending = _Shift(config, artifact, len(todo), report, repeatable=repeatable), deque[tuple[Work, Future[Record]]]()
     started = time.monotonic()
@@ -67,6 +72,8 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, 
             started = time.monotonic()
             while len(pending) > COMMITS_IN_FLIGHT:
                 shift.settle(*pending.popleft())
+            if shift.too_many_failed():
+                break
         while pending:
             shift.settle(*pending.popleft())
     if shift.failures:
@@ -140,6 +147,16 @@ class _Shift:
             self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
             self._progress()
 
+    def too_many_failed(self) -> bool:
+        lost = sum(not failure["transient"] for failure in self.failures.values())
+        return lost > FEW_FAILED and lost > self.allowed
+
+    @cached_property
+    def allowed(self) -> int:
+        """How many shards may fail for good: looked up once the share can matter, for it takes listings of the whole stage."""
+        committed_here = self.ended - len(self.failures)
+        return failures_allowed(self.resources, stage_size(self.artifact, self.total - committed_here))
+
     def _progress(self) -> None:
         self.ended += 1
         counts = {"done": self.ended, "total": self.total, "unit": "shards", "rows": self.rows, "tokens": self.tokens}
@@ -157,9 +174,23 @@ class _Shift:
 
     def failed(self, config: RunConfig) -> ShardsFailed:
         reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items())
-        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.name} --shards {','.join(map(str, self.failures))}`"
-        what = f"{len(self.failures)} of {self.total} shards failed: {reasons}"
+        left = self.total - self.ended
+        shards = "" if left else f" --shards {','.join(map(str, self.failures))}"
+        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.name}{shards}`"
+        early = f"; {left} were not begun, because {TOO_MANY} ({self.allowed})" if left else ""
+        what = f"{len(self.failures)} of {self.total} shards failed{early}: {reasons}"
         return ShardsFailed(what, where=self.artifact.url, fix=fix, failures=self.failures)
+
+
+def failures_allowed(resources: ResourcesConfig, num_shards: int) -> int:
+    """Shards of a stage of `num_shards` that may fail for good before no more are begun."""
+    return max(FEW_FAILED, int(resources.max_failed * num_shards))
+
+
+def stage_size(artifact: Artifact, num_todo: int) -> int:
+    """Shards of the whole stage: a worker that was given some of the missing ones finds the others in the stage before."""
+    before = [len(input_artifact(artifact.store, entry).record_shards()) for entry in artifact.key.inputs[:1]]
+    return max([len(artifact.record_shards()) + num_todo, *before])
 
 
 def free_gb(store: Store) -> float:

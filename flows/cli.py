@@ -17,14 +17,16 @@ import typer
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.launch import Request
 from deepspec.lineage import store_of
-from deepspec.stages import results, stages_of
+from deepspec.stages import parse_shards, results, stages_of
 from flows.request import open_run
 from flows.server import PrivateServer, start_private_server
 
+WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
+Shards = Annotated[str, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
 StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
 
 
@@ -33,8 +35,8 @@ def main(flow_name: str) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @app.command(help=f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice.")
-    def command(run: Run = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
-        run_flow(flow_name, run, sets or [], store)
+    def command(run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None) -> None:
+        run_flow(flow_name, Request(run, tuple(sets or ()), store), shards)
 
     try:
         app(prog_name=f"python -m flows.{flow_name}")
@@ -43,10 +45,12 @@ def main(flow_name: str) -> None:
         sys.exit(exit_code(error))
 
 
-def run_flow(flow_name: str, run: str, sets: list[str], store: str | None) -> None:
+def run_flow(flow_name: str, request: Request, shards: str = "") -> None:
     """Run the flow, then print its tables and, as the last line, its summary as JSON."""
     started = time.monotonic()
-    config = open_run(Request(run, tuple(sets), store))
+    if parse_shards(shards) and flow_name in WHOLE:
+        raise UserError(f"the flow {flow_name!r} has no shards", where="--shards", fix="leave --shards out")
+    config = open_run(request)
     server = start_private_server(store_of(config))
     from flows.display import show_summary, shown_on_terminal, summary_line
 
@@ -54,8 +58,9 @@ def run_flow(flow_name: str, run: str, sets: list[str], store: str | None) -> No
     stages = [stage for stage in stages_of(config) if stage in getattr(module, "STAGES", (stage,))]
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
-        outcomes = getattr(module, flow_name)(run, sets, store)
-    found = results(config) if stages[-1] == "evaluate" else None
+        asked = {"shards": shards} if shards else {}
+        outcomes = getattr(module, flow_name)(recipe=request.source, overrides=request.overrides, store=request.store or "", **asked)
+    found = results(config) if outcomes[-1].status.stage == "evaluate" and outcomes[-1].status.sealed else None
     show_summary(outcomes, found)
     typer.echo(summary_line(outcomes, found, total_s=time.monotonic() - started))
 

@@ -9,16 +9,16 @@ if __name__ == "__main__":  # before Prefect is imported, because it reads its s
 
 from prefect import flow
 
-from deepspec.launch import Request
 from flows.evaluate import evaluate
+from flows.parameters import Overrides, Recipe, request_of, run_name
 from flows.prepare import prepare
 from flows.reporting import StageOutcome
 from flows.request import open_run
 from flows.train import train
 
 
-@flow(name="pipeline", flow_run_name="pipeline {recipe}", persist_result=False)
-def pipeline(recipe: str = "demo", overrides: list[str] | None = None, store: str | None = None) -> list[StageOutcome]:
+@flow(name="pipeline", flow_run_name=run_name, persist_result=False)
+def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: str = "") -> list[StageOutcome]:
     """Prompts, answers, hidden states, draft, results: one after the other, each only where it is missing.
 
     Args:
@@ -26,5 +26,5 @@ def pipeline(recipe: str = "demo", overrides: list[str] | None = None, store: st
         overrides: Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.
         store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
     """
-    open_run(Request(recipe, tuple(overrides or ()), store))
-    return [outcome for part in (prepare, train, evaluate) for outcome in part(recipe, overrides, store)]
+    open_run(request_of(recipe, overrides, store))
+    return [outcome for part in (prepare, train, evaluate) for outcome in part(recipe=recipe, overrides=overrides, store=store)]

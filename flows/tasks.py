@@ -27,26 +27,34 @@ from deepspec.errors import ConfigError, DeepSpecError, ShardsFailed
 from deepspec.gpus import visible_gpus
 from deepspec.launch import Request, deal, run_child, scope, shard_list
 from deepspec.lineage import artifact_of
-from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from deepspec.stages import SHARDED, StageStatus, parse_shards, require_sealed, stage_status, stages_of
+from deepspec.work import TOO_MANY, failures_allowed
+from flows.assets import publish_asset
 from flows.reporting import Board, StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
 from flows.request import open_run
+from flows.selection import SELECTABLE, selected
 
 JITTER = 0.3  # share of a retry's delay by which it may vary, so that many tasks do not come back at once
 MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all
 MAX_NAMED = 20  # failed shards whose reasons are spelt out
 
 
-def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
+def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
     """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends the run.
+
+    With `shards` only these are made, and the stages after one that is not whole by then are left for another run.
 
     Raises:
         DeepSpecError: the request is wrong (before any work), or a stage failed.
     """
-    config = open_run(request)
+    asked, config = parse_shards(str(shards)), open_run(request)
     outcomes: list[StageOutcome] = []
     for stage in (stage for stage in stages_of(config) if stage in chosen):
+        if asked and outcomes and not outcomes[-1].status.sealed:
+            get_run_logger().warning("%s: left out, because shards of %s are still missing", stage, outcomes[-1].status.stage)
+            break
         try:
-            outcomes.append(run_stage(request, config, stage))
+            outcomes.append(run_stage(request, config, stage, asked))
         except DeepSpecError as error:
             publish_failure(config.name, error)
             publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", 0.0)])
@@ -55,36 +63,44 @@ def run_stages(request: Request, chosen: Sequence[str]) -> list[StageOutcome]:
     return outcomes
 
 
-def run_stage(request: Request, config: RunConfig, stage: str) -> StageOutcome:
-    """The stage, with whatever was missing of it made and the artifact sealed.
+def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[int] = ()) -> StageOutcome:
+    """The stage, with whatever was missing of it (or of the asked shards) made, and the artifact sealed if it is whole.
 
     Raises:
         ShardsFailed: shards are still missing; all others are committed.
         DeepSpecError: the stage could not be run at all.
     """
     started, before = time.monotonic(), stage_status(config, stage)
-    if before.sealed or before.in_training:
-        state: State = "already done" if before.sealed else "in training"
+    todo = selected(config, before, asked)
+    if before.sealed or before.in_training or (asked and not todo.missing):
+        state: State = "in training" if before.in_training else "already done"
         show_nothing_to_do(before, state)
         return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
-    run = StageRun(request, config, before)
+    run = StageRun(request, config, todo, some=bool(asked))
     run.work()
     after = stage_status(config, stage)
-    run.board.close("done" if after.sealed else "failed")
-    if not after.sealed:
-        raise run.failure(after).with_traceback(None)
+    left = selected(config, after, asked)
+    finished = after.sealed or (bool(asked) and not left.missing)
+    run.board.close("done" if finished else "failed")
+    if not finished:
+        raise run.failure(left).with_traceback(None)
+    if after.sealed:
+        publish_asset(artifact_of(config, stage))
     return StageOutcome(after, "done", time.monotonic() - started)
 
 
 class StageRun:
     """One stage in one flow run: what its tasks share, and why shards of it failed."""
 
-    def __init__(self, request: Request, config: RunConfig, before: StageStatus) -> None:
+    def __init__(self, request: Request, config: RunConfig, before: StageStatus, *, some: bool = False) -> None:
         self.request, self.config, self.stage = request, config, before.stage
         self.sharded = before.stage in SHARDED and bool(before.missing)
-        self.groups = deal(before.missing, config.resources.shards_per_task) if self.sharded else [None]
+        whole = before.missing if some and before.stage in SELECTABLE else None
+        self.groups = deal(before.missing, config.resources.shards_per_task) if self.sharded else [whole]
         self.failures: dict[int, dict[str, Any]] = {}
+        self.lost: set[int] = set()  # failed for good; one of a group whose child failed as a whole: one shard may have brought it down
+        self.allowed = failures_allowed(config.resources, before.committed + len(before.missing))
         self.error: DeepSpecError | None = None
         devices = visible_gpus() if config.resources.device != "cpu" else []
         self.num_lanes = config.resources.lanes or max(1, len(devices))
@@ -121,27 +137,36 @@ class StageRun:
             self.lanes.put(device)
 
     def note(self, error: DeepSpecError, shards: Sequence[int] | None) -> None:
-        if isinstance(error, ShardsFailed):
+        if isinstance(error, ShardsFailed) and shards is not None:
             self.failures.update(error.failures)
+            self.lost |= set(self.given_up(list(error.failures)))
             return
         reason = {**error.to_json(), "transient": error.transient}
         self.failures.update({shard: reason for shard in shards or ()})
         if shards is None or not error.transient:
             self.error = error
+            self.lost |= set((shards or ())[:1])
 
     def given_up(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Those of the shards that failed for good: trying them again would end the same way."""
         return {shard: self.failures[shard] for shard in shards if shard in self.failures and not self.failures[shard].get("transient")}
 
+    def too_many_failed(self) -> bool:
+        """Whether no more shards are to be begun; those under way are finished."""
+        return len(self.lost) > self.allowed
+
     def failure(self, after: StageStatus) -> DeepSpecError:
         """Why the stage is not finished, naming every missing shard and how to resume."""
         if self.error is not None:
             return self.error
-        unknown = {"what": "its task did not end; see the flow run's log", "transient": True}
+        stopped = self.too_many_failed()
+        unknown = {"what": "it was not begun" if stopped else "its task did not end; see the flow run's log", "transient": True}
         failures = {shard: self.failures.get(shard, unknown) for shard in after.missing}
-        reasons = [f"shard {shard}: {failure['what']}" for shard, failure in list(failures.items())[:MAX_NAMED]]
-        more = [f"and {len(failures) - MAX_NAMED} more"] if len(failures) > MAX_NAMED else []
-        what = f"{len(failures)} of {after.committed + len(failures)} shards of the stage {self.stage!r} failed: "
+        named = [shard for shard in failures if not stopped or shard in self.failures]
+        reasons = [f"shard {shard}: {failures[shard]['what']}" for shard in named[:MAX_NAMED]]
+        more = [f"and {len(named) - MAX_NAMED} more"] if len(named) > MAX_NAMED else []
+        early = f"; {len(failures) - len(named)} were not begun, because {TOO_MANY} ({self.allowed})" if stopped else ""
+        what = f"{len(named)} of {after.committed + len(failures)} shards of the stage {self.stage!r} failed{early}: "
         fix = f"run `{self.request.shown(self.stage, after.missing)}`, or the same run again: it does only what is missing"
         return ShardsFailed(what + "; ".join([*reasons, *more]), where=after.artifact_url, fix=fix, failures=failures)
 
@@ -149,6 +174,8 @@ class StageRun:
 @task(name="shards", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
 def run_group(name: str, run: StageRun, shards: list[int] | None) -> None:
     """One child for a group of shards (None: the stage as a whole); a retry leaves out what failed for good."""
+    if run.too_many_failed():
+        raise ShardsFailed(f"{name}: not begun, because {TOO_MANY}")
     todo = None if shards is None else [shard for shard in shards if shard not in run.given_up(shards)]
     path = run.log_path(shards)
     get_run_logger().info("%s: started, full log in %s", name, path)

@@ -9,15 +9,15 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from deepspec.launch import Request
+from flows.parameters import Overrides, Recipe, request_of, run_name
 from flows.reporting import StageOutcome
 from flows.tasks import run_stages
 
 STAGES = ("train",)
 
 
-@flow(name="train", flow_run_name="train {recipe}", persist_result=False)
-def train(recipe: str = "demo", overrides: list[str] | None = None, store: str | None = None) -> list[StageOutcome]:
+@flow(name="train", flow_run_name=run_name, persist_result=False)
+def train(recipe: Recipe = "demo", overrides: Overrides = (), store: str = "") -> list[StageOutcome]:
     """The draft, trained from its newest checkpoint if there is one.
 
     Args:
@@ -25,4 +25,4 @@ def train(recipe: str = "demo", overrides: list[str] | None = None, store: str |
         overrides: Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.
         store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
     """
-    return run_stages(Request(recipe, tuple(overrides or ()), store), STAGES)
+    return run_stages(request_of(recipe, overrides, store), STAGES)

@@ -14,10 +14,10 @@ import pytest
 
 from deepspec.artifact import Artifact
 from deepspec.aside import failures
-from deepspec.errors import DamagedData, ShardsFailed
+from deepspec.errors import DamagedData, ShardsFailed, TransientError
 from deepspec.records import ArtifactKey, Counts, Record
 from deepspec.store import Store
-from deepspec.work import Work, work_through
+from deepspec.work import Work, failures_allowed, stage_size, work_through
 from tests.conftest import tiny_run
 
 KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())
@@ -73,6 +73,49 @@ def test_a_shard_that_fails_is_noted_and_the_others_are_made(artifact: Artifact,
     assert failures(artifact) == {1: "not finite"}
     assert artifact.store.read(artifact.path("quarantine/00001.arrow")) == b"what there is of it"
     assert artifact.store.names(".staged") == []
+
+
+def hopeless(made: list[int], *, transient: bool = False):
+    """Notes each shard in `made` and fails it, all but every third; the third ones are committed."""
+
+    def make_or_fail(work: Work, local: Path) -> Counts:
+        made.append(work.shard)
+        if work.shard % 3 == 2:
+            return make(work, local)
+        raise TransientError("busy") if transient else DamagedData("not finite")
+
+    return make_or_fail
+
+
+@pytest.mark.parametrize(("override", "allowed"), [("resources.max_failed=0.01", 10), ("resources.max_failed=0.25", 15)])
+def test_where_too_many_shards_fail_for_good_no_more_are_begun(artifact: Artifact, tmp_path: Path, override: str, allowed: int):
+    made: list[int] = []
+    with pytest.raises(ShardsFailed) as caught:
+        work_through(tiny_run(tmp_path, override), artifact, works(60), hopeless(made), lambda event: None)
+    assert len(caught.value.failures) == allowed + 1 and len(made) < 30
+    assert list(artifact.records()) == [shard for shard in made if shard % 3 == 2], "what was made is kept"
+    left = 60 - len(made)
+    assert f"{allowed + 1} of 60 shards failed; {left} were not begun, because more failed for good than" in str(caught.value)
+    assert f"resources.max_failed allows ({allowed})" in str(caught.value) and "--shards" not in str(caught.value)
+
+
+def test_shards_that_may_do_better_next_time_stop_nothing(artifact: Artifact, tmp_path: Path):
+    made: list[int] = []
+    with pytest.raises(ShardsFailed, match="20 of 30 shards failed: "):
+        work_through(tiny_run(tmp_path), artifact, works(30), hopeless(made, transient=True), lambda event: None)
+    assert made == list(range(30))
+
+
+def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_for_a_worker_at_some_of_it(tmp_path: Path):
+    config = tiny_run(tmp_path)
+    assert [failures_allowed(config.resources, shards) for shards in (1, 10, 1000, 1099, 1100, 10_000)] == [10, 10, 10, 10, 11, 100]
+    store = Store(str(tmp_path / "store"))
+    before = Artifact(store, ArtifactKey("prompts", "tiny", "ba9876543210", {}, ()))
+    for shard in range(50):
+        store.write(before.path(f"records/{shard:05d}.json"), b"{}")
+    artifact = Artifact(store, KEY._replace(inputs=(before.key.as_input(),)))
+    assert stage_size(artifact, 4) == 50
+    assert stage_size(artifact, 70) == 70
 
 
 def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

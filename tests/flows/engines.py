@@ -1,4 +1,4 @@
-"""An engine that takes its time, for tests that interrupt a run."""
+"""Engines for tests of whole runs: one that takes its time, one that answers next to nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.data.turns import Outcome, Request
+from deepspec.errors import DataError
 from tests.engines import Echo
 
 
@@ -17,4 +18,15 @@ class Slow(Echo):
     def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
         while shard and (Path(os.environ["FLAKY_DIR"]) / "slow").exists():
             time.sleep(0.1)
+        return super().answer(requests, shard=shard)
+
+
+class Hopeless(Echo):
+    """Answers shard 0, and fails every other one for good."""
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        with (Path(os.environ["FLAKY_DIR"]) / "calls").open("a") as calls:
+            calls.write(f"{shard}\n")
+        if shard:
+            raise DataError("the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt")
         return super().answer(requests, shard=shard)

@@ -52,6 +52,7 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["demo", "--set", "train.lrr=1"], "did you mean 'lr'"),
         (["demo", "--set", "train.lr=fast"], "train.lr"),
         (["nowhere.yaml"], "cannot be read"),
+        (["demo", "--shards", "17"], "has no shards"),
         (["demo", "--store", "/proc/nowhere"], "cannot write"),
         (["demo", "--set", "prompts.source={kind: files, paths: [/nowhere.jsonl]}", "--store", "STORE"], "/nowhere.jsonl"),
     ],

@@ -21,6 +21,7 @@ from deepspec.stages import stage_status
 from flows.reporting import Board, Progress, StageOutcome, watched_by
 from flows.tasks import StageRun, run_stages
 from tests.answer_server import answer_server
+from tests.conftest import write_jsonl
 from tests.flows.conftest import flaky_run
 
 outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
@@ -74,6 +75,19 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     assert outcomes[1].status.sealed
 
 
+def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_made_is_kept(run_file: Path):
+    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(24)])
+    hopeless = ("answers.engine=tests.flows.engines:Hopeless", "prompts.shard_rows=1", "resources.shards_per_task=6")
+    with pytest.raises(ShardsFailed) as caught:
+        prompts_and_answers(str(run_file), hopeless)
+    said = str(caught.value)
+    assert "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than" in said
+    assert "shard 11: the prompt cannot be rendered" in said and "shard 12" not in said and "--shards 1-23" in said
+    assert calls(run_file) == list(range(12))
+    status = stage_status(load_run(str(run_file), hopeless), "answers")
+    assert (status.committed, status.missing) == (1, list(range(1, 24)))
+
+
 def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
     seen: list[Progress] = []
@@ -88,6 +102,29 @@ def test_hidden_states_that_training_makes_are_no_stage_to_run(finished: Path, m
     outcomes = run_in_flow(str(finished), "resources.source=online")
     assert [outcome.state for outcome in outcomes] == ["already done", "already done", "in training"]
     assert (outcomes[2].status.missing, outcomes[2].status.sealed) == ([], False)
+
+
+def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_left_out(finished: Path):
+    for shard in (1, 4):
+        (answers_folder(finished) / "records" / f"0000{shard}.json").unlink()
+    outcomes = some_shards(str(finished), "0-1,2")
+    assert calls(finished) == [1]
+    assert [(outcome.status.stage, outcome.state) for outcome in outcomes] == [("prompts", "already done"), ("answers", "done")]
+    assert outcomes[1].status.missing == [4], "of what is missing nothing is hidden"
+    assert some_shards(str(finished), "0-2")[1].state == "already done" and calls(finished) == []
+    assert prompts_and_answers(str(finished))[1].status.sealed and calls(finished) == [4]
+
+
+@pytest.mark.parametrize(("shards", "said"), [("17", "has no shard 17; there are 0 to 5"), ("5-3", "'5-3' is not a shard")])
+def test_shards_that_cannot_be_are_refused_before_any_work(finished: Path, shards: str, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    with pytest.raises(ConfigError, match=said):
+        some_shards(str(finished), shards)
+
+
+@flow
+def some_shards(source: str, shards: str) -> list[StageOutcome]:
+    return run_stages(Request(source), ("prompts", "answers", "hidden"), shards)
 
 
 @flow
@@ -158,6 +195,17 @@ def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
     assert run.error is None
     run.note(ChildFailed("no word"), [3])
     assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
+
+
+@outside_a_flow
+def test_a_group_that_fails_as_a_whole_counts_once_and_a_stage_without_groups_keeps_its_childs_word(run_file: Path):
+    run = stage_run(run_file)
+    run.note(ChildFailed("no word"), [0, 1])
+    run.note(ChildFailed("no word"), [0, 1])
+    run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), [2, 3])
+    assert run.lost == {0, 3} and not run.too_many_failed()
+    run.note(ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}), None)
+    assert "the child's word" in str(run.failure(stage_status(run.config, "answers")))
 
 
 @outside_a_flow

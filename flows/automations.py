@@ -1,0 +1,72 @@
+"""What the Prefect server does by itself about the runs of these flows; `python -m flows.setup` installs it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+FLOWS = ("pipeline", "prepare", "regenerate", "capture", "train", "evaluate")
+ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
+SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
+SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
+WEBHOOK_BLOCK = "deepspec-notify"
+# Rendered by the server; tojson, because a name may hold quotes.
+MESSAGE = '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ " " ~ flow_run|ui_url) | tojson }}}'
+
+
+def crashed(silence_s: float) -> Any:
+    """An automation: a run that sent a heartbeat and then, for so long, neither another one nor its end, is marked crashed.
+
+    It changes the run's state and nothing else: a run that was only cut off from the server goes on, and says how it ended.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    message = f"no sign of life for {silence_s:g} s: its process or machine is gone. Run it again: it does only what is missing."
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(seconds=silence_s),
+    )
+    return AutomationCore(
+        name="deepspec: mark runs crashed that died without a word",
+        description=f"A run of these flows that is silent for {silence_s:g} s",
+        trigger=trigger,
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
+
+
+def ended(url: str) -> Any:
+    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows) are not told one by one.
+
+    The URL, which may hold a token, is kept in a Prefect block, encrypted there and shown nowhere.
+    """
+    from prefect.blocks.webhook import Webhook
+    from prefect.events.actions import CallWebhook
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"}).save(WEBHOOK_BLOCK, overwrite=True)
+    trigger = EventTrigger(
+        posture=Posture.Reactive,
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=[
+            {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+            {"prefect.resource.role": "deployment"},
+        ],
+        expect={f"prefect.flow-run.{end}" for end in ENDS if end != "Cancelled"},
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(0),
+    )
+    return AutomationCore(
+        name="deepspec: tell a webhook how runs ended",
+        description="Each run of a deployment that finished, failed or crashed",
+        trigger=trigger,
+        actions=[CallWebhook(block_document_id=block, payload=MESSAGE)],
+    )

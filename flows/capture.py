@@ -1,0 +1,29 @@
+"""From answers to hidden states."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from flows.cli import main
+
+    main("capture")
+
+from prefect import flow
+
+from flows.parameters import Overrides, Recipe, Shards, request_of, run_name
+from flows.reporting import StageOutcome
+from flows.tasks import run_stages
+
+STAGES = ("hidden",)
+
+
+@flow(name="capture", flow_run_name=run_name, persist_result=False)
+def capture(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: str = "") -> list[StageOutcome]:
+    """The target's hidden states over answers that are there; only what is missing in the store is made.
+
+    Args:
+        recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.
+        overrides: Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.
+        shards: Only these of the missing shards, e.g. `17,18,40-52`; empty for all that is missing.
+        store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
+    """
+    return run_stages(request_of(recipe, overrides, store), STAGES, shards)

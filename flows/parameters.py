@@ -1,0 +1,39 @@
+"""What every flow can be asked for, as types that a form shows and a server checks before it makes a run.
+
+No pattern has square brackets: Prefect's command line would take them for markup and leave them out of its message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from deepspec.launch import Request
+from deepspec.recipe import recipe_names
+
+NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
+SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
+
+Recipe = Annotated[
+    str, Field(pattern="^(" + "|".join(name.replace(".", r"\.") for name in NAMES) + r"|.+\.ya?ml)$", examples=[*NAMES, "my-run.yaml"])
+]
+Override = Annotated[str, Field(pattern=r"^ *\S+ *=", examples=["train.lr=3e-4"])]
+Overrides = tuple[Override, ...]
+# The command line reads `shards=17` as a number.
+Shards = (
+    Annotated[str, Field(pattern=f"^({SHARD_RANGE}(, ?{SHARD_RANGE})*)?$", examples=["", "17,18,40-52"], title="shards")]
+    | Annotated[int, Field(ge=0, lt=1_000_000, title="one shard")]
+)
+
+
+def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
+    return Request(recipe, overrides, store or None)
+
+
+def run_name() -> str:
+    """What a run does, for lists of runs: `regenerate demo 17,18`, `train my-run.yaml`."""
+    asked = flow_run.parameters
+    return f"{flow_run.flow_name} {Path(asked['recipe']).name} {asked.get('shards', '')}".rstrip()

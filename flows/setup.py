@@ -1,0 +1,163 @@
+"""`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again after every change.
+
+Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs crashed which died without
+a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepspec.errors import DeepSpecError, UserError
+from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
+from flows.cli import talking_to
+
+POOLS = ("deepspec-cpu", "deepspec-gpu")
+OLDEST = (3, 8)  # the first server that has what is set up here
+
+NotifyUrl = Annotated[
+    str | None,
+    typer.Option("--notify", metavar="URL", envvar="DEEPSPEC_NOTIFY_URL", help="webhook to tell of finished, failed and crashed runs"),
+]
+Silence = Annotated[
+    float, typer.Option("--silence", metavar="SECONDS", help="a run that shows no sign of life for so long is marked crashed")
+]
+CpuRuns = Annotated[int | None, typer.Option("--cpu-runs", min=1, metavar="N", help="runs at a time on deepspec-cpu, all workers together")]
+GpuRuns = Annotated[int | None, typer.Option("--gpu-runs", min=1, metavar="N", help="runs at a time on deepspec-gpu, all workers together")]
+
+
+def command(notify: NotifyUrl = None, silence_s: Silence = SILENCE_S, cpu_runs: CpuRuns = None, gpu_runs: GpuRuns = None) -> None:
+    """Set a Prefect server up for the flows; as often as you like, from the repository's folder."""
+    with talking_to(None):
+        setup(notify=notify, silence_s=silence_s, limits=dict(zip(POOLS, (cpu_runs, gpu_runs), strict=True)))
+
+
+def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]) -> None:
+    """Pools, deployments and automations are on the server as described here; each is told in a line.
+
+    Raises:
+        UserError: no server, or one of another version; not the repository's folder; an interval that would end healthy runs.
+    """
+    from prefect.client.orchestration import get_client
+
+    check_folder(Path.cwd())
+    check_silence(silence_s)
+    require_server()
+    with get_client(sync_client=True) as client:
+        check_version(client.api_version())
+        for pool in POOLS:
+            typer.echo(put_pool(client, pool, limits[pool]))
+        typer.echo(deploy(str(client.api_url)))
+        typer.echo(put_automation(client, crashed(silence_s)))
+        if notify:
+            typer.echo(put_automation(client, ended(notify)))
+
+
+def check_folder(folder: Path) -> None:
+    needed = ["prefect.yaml", *(f"deployments/work_pools/{pool}.json" for pool in POOLS)]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(f"{' and '.join(missing)} not found", where=str(folder), fix="run this from the repository's folder")
+
+
+def check_silence(silence_s: float) -> None:
+    """Refuse an interval in which a healthy run may be silent: it sends a heartbeat now and then, and one may get lost."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
+
+    least_s = SILENT_HEARTBEATS * (PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or SILENCE_S / SILENT_HEARTBEATS)
+    if silence_s < least_s:
+        what = f"after {silence_s:g} s of silence healthy runs would be marked crashed: at least {least_s:g} s are needed"
+        fix = "leave --silence out, or set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to a third of it here and wherever flows run (least: 30)"
+        raise UserError(what, where="--silence", fix=fix)
+
+
+def require_server() -> None:
+    """Return when the user's server answers.
+
+    Raises:
+        UserError: none is set, or it does not answer.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if url is None:
+        fix = "`prefect server start` in another terminal, then here `export PREFECT_API_URL=http://127.0.0.1:4200/api`"
+        raise UserError("no Prefect server is set", where="PREFECT_API_URL", fix=fix)
+    problem = get_client(sync_client=True).api_healthcheck()
+    if problem is not None:
+        fix = "start it (`prefect server start`), or correct PREFECT_API_URL"
+        raise UserError(f"the Prefect server does not answer: {problem}", where=str(url), fix=fix)
+
+
+def check_version(server: str) -> None:
+    major, minor = (int(part) for part in server.split(".")[:2])
+    if major != OLDEST[0] or (major, minor) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
+        raise UserError(what, where="PREFECT_API_URL", fix="start the server from this environment: `prefect server start`")
+
+
+def put_pool(client: Any, name: str, limit: int | None) -> str:
+    """The pool with this repository's template; a limit that is not given stays as it is."""
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+
+    template = json.loads(Path("deployments", "work_pools", f"{name}.json").read_text(encoding="utf-8"))
+    limited = {} if limit is None else {"concurrency_limit": limit}
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template, **limited))
+        return f"work pool {name}: made"
+    if found.type != "process":  # a site's own, say of Kubernetes: its template is that of another kind of worker
+        return f"work pool {name}: is of type {found.type!r}, left as it is"
+    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limited))
+    return f"work pool {name}: up to date"
+
+
+def deploy(api_url: str) -> str:
+    """Every deployment of prefect.yaml in this folder, by the command that a user would type.
+
+    Raises:
+        UserError: Prefect refuses one.
+    """
+    line = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    env = {**os.environ, "PREFECT_API_URL": api_url, "PWD": str(Path.cwd())}  # PWD: prefect.yaml takes the runs' folder from it
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        raise UserError(f"the deployments were not made:\n    {said}", where="prefect.yaml", fix="run `prefect --no-prompt deploy --all`")
+    return f"deployments of {Path.cwd() / 'prefect.yaml'}: up to date"
+
+
+def put_automation(client: Any, automation: Any) -> str:
+    """The one automation of its name."""
+    found = client.read_automations_by_name(automation.name)
+    for extra in found[1:]:
+        client.delete_automation(extra.id)
+    if found:
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
+    return f"automation {automation.name!r}: {'up to date' if found else 'made'}"
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        app(prog_name="python -m flows.setup")
+    except DeepSpecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
