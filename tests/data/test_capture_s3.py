@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from deepspec.data.damage import locate_damage
 from deepspec.lineage import artifact_of
 from deepspec.train.loop import run_train
 from deepspec.verify import verify_stage
-from tests.conftest import REPOSITORY, tiny_run
+from tests.conftest import tiny_run
 from tests.data.samples import same
 from tests.data.test_cache import AsDataset
 from tests.radosgw import Radosgw
@@ -101,12 +98,6 @@ def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_noth
 
 def test_forked_workers_read_a_bucket_that_their_parent_has_read(remote, captured: Path):
     """Trap C9: an S3 client does not survive a fork; s3fs raises and obstore hangs."""
-    if "prefect" in sys.modules:  # of another test: what is forked then ends with exit code 1, whatever it did
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        own = [sys.executable, "-m", "pytest", "-q", "-k", "forked_workers_read_a_bucket", __file__]
-        done = subprocess.run(own, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stdout
-        return
     local, cache = HiddenCache(artifact_of(tiny_run(captured), "hidden")), HiddenCache(run_capture(remote))
     assert same(cache[0], local[0])
     loader = DataLoader(AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
