@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import random
+from typing import Annotated, Literal, NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -32,7 +33,34 @@ def _endpoint(url: str) -> str:
     return url.rstrip("/")
 
 
+StageName = Literal["demo", "prompts", "answers", "hidden", "train", "evaluate"]
+LONGEST_DELAY_S = 300.0
+JITTER = 0.3  # share of a delay by which it varies, so that many do not come back at once
+
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
+
+
+class StageLimits(NamedTuple):
+    """How often, and after what pause, a stage's work is tried again, and how long a child of it may take."""
+
+    retries: int
+    retry_delay_s: float
+    deadline_s: float | None
+
+    def delay_s(self, tries: int) -> float:
+        """Seconds before the next try after so many: doubled each time, never the same for two that failed together."""
+        return min(self.retry_delay_s * 2 ** max(tries - 1, 0), LONGEST_DELAY_S) * random.uniform(1 - JITTER, 1 + JITTER)
+
+
+class LimitsConfig(Section):
+    """For one stage; what is left out is as for all."""
+
+    retries: int | None = Field(default=None, ge=0)
+    """Times that its work is tried again after a transient failure."""
+    retry_delay_s: float | None = Field(default=None, ge=0)
+    """Seconds before the first retry."""
+    deadline_minutes: PositiveFloat | None = None
+    """Minutes that one child process may take."""
 
 
 class ResourcesConfig(Section):
@@ -41,7 +69,9 @@ class ResourcesConfig(Section):
     lanes: PositiveInt | None = None
     """Processes working on shards at a time; null is one per visible GPU, or one."""
     shards_per_task: PositiveInt = 32
-    """Shards dealt to a lane at a time."""
+    """Shards dealt to a lane at a time at most."""
+    group_minutes: PositiveFloat = 20.0
+    """Minutes that a group of shards should last: what a lane has managed so far decides how many it is dealt."""
     answer_rows: PositiveInt = 64
     """Prompts decoded together by the in-process engine."""
     endpoints: tuple[Endpoint, ...] = ()
@@ -87,9 +117,13 @@ class ResourcesConfig(Section):
     recompute: bool = False
     """Whether a training step computes each layer once more in its backward pass: less memory for about a third more time."""
     retries: int = Field(default=3, ge=0)
-    """Times that a group of shards is tried again after a transient failure."""
+    """Times that a shard, or a stage without shards, is tried again after a transient failure."""
     retry_delay_s: float = Field(default=2.0, ge=0)
-    """Seconds before the first retry; doubled each time."""
+    """Seconds before the first retry; doubled each time, up to five minutes, give or take a third."""
+    deadline_minutes: PositiveFloat | None = None
+    """Minutes that one child process (a group of shards, or a whole training) may take before it is ended and tried again."""
+    stages: dict[StageName, LimitsConfig] = Field(default_factory=dict)
+    """Other retries, delays and deadlines for single stages, e.g. `{train: {retries: 10}}`."""
     max_failed: float = Field(default=0.01, ge=0, le=1)
     """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more are begun."""
     min_free_gb: float = Field(default=1.0, ge=0)
@@ -139,6 +173,14 @@ class ResourcesConfig(Section):
     """When a stored sample is compared with its checksum: the first time that a process reads it, or every time."""
     cache_gb: float = Field(default=0.0, ge=0)
     """Local copies (GB) of samples read from a remote store, under `scratch`; the least recently used shards go first."""
+
+    def limits(self, stage: str) -> StageLimits:
+        """What holds for a stage: its own settings before those of all."""
+        own = self.stages.get(cast("StageName", stage), LimitsConfig())
+        minutes = own.deadline_minutes or self.deadline_minutes
+        retries = self.retries if own.retries is None else own.retries
+        delay_s = self.retry_delay_s if own.retry_delay_s is None else own.retry_delay_s
+        return StageLimits(retries, delay_s, None if minutes is None else 60 * minutes)
 
     @model_validator(mode="after")
     def _only_what_is_dealt_out_is_offloaded(self) -> Self:

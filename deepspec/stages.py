@@ -22,6 +22,7 @@ from deepspec.work import Work
 __all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of"]
 
 SHARD_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+LAST_SHARD = 999_999  # a typing error must not become a list that fills the memory
 SHARDED = ("answers", "hidden")  # their shard numbers are those of the stage before
 
 
@@ -159,7 +160,7 @@ def parse_shards(text: str) -> list[int]:
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         match = SHARD_RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        if last < first or last > LAST_SHARD:
             raise ConfigError(f"{part!r} is not a shard or a range of shards", where="--shards", fix="for example 17,18,40-52")
         shards.update(range(first, last + 1))
     return sorted(shards)

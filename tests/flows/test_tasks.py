@@ -13,13 +13,17 @@ from prefect.client.orchestration import get_client
 
 from deepspec import launch
 from deepspec.config import RunConfig
+from deepspec.data.prompts import run_prompts
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
 from deepspec.gpus import visible_gpus
 from deepspec.launch import Request
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
+from flows.dealer import Lane
+from flows.hands import LocalHands
 from flows.reporting import Board, Progress, StageOutcome, watched_by
-from flows.tasks import StageRun, run_stages
+from flows.stage_run import StageRun
+from flows.tasks import run_stages
 from tests.answer_server import answer_server
 from tests.conftest import write_jsonl
 from tests.flows.conftest import flaky_run
@@ -181,45 +185,57 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
 def stage_run(run_file: Path, *overrides: str) -> StageRun:
     request = Request(str(run_file), ("resources.device=auto", *overrides))
     config: RunConfig = load_run(request.source, request.overrides)
+    run_prompts(config)
     status = stage_status(config, "answers")._replace(missing=[0, 1, 2, 3])
     return StageRun(request, config, status)
 
 
 @outside_a_flow
 def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
-    run = stage_run(run_file)
-    run.note(ShardsFailed("", failures={1: {"what": "busy", "transient": True}, 2: {"what": "bad", "transient": False}}), [0, 1, 2])
+    run, lane = alone(stage_run(run_file))
+    run.note(ShardsFailed("", failures={1: {"what": "busy", "transient": True}, 2: {"what": "bad", "transient": False}}), lane, [0, 1, 2])
     assert list(run.given_up([0, 1, 2])) == [2]
-    run.note(TransientError("killed"), [0, 1])
+    run.note(TransientError("killed"), lane, [0, 1])
     assert list(run.given_up([0, 1, 2])) == [2]
     assert run.error is None
-    run.note(ChildFailed("no word"), [3])
+    run.note(ChildFailed("no word"), lane, [3])
     assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
 
 
+def alone(run: StageRun) -> tuple[StageRun, Lane]:
+    """The run with its only lane, to which everything was dealt."""
+    run.dealer.lanes = [lane] = LocalHands(run).lanes
+    assert run.dealer.take(lane) == [0, 1, 2] and run.dealer.take(lane) == [3]
+    return run, lane
+
+
 @outside_a_flow
-def test_a_group_that_fails_as_a_whole_counts_once_and_a_stage_without_groups_keeps_its_childs_word(run_file: Path):
-    run = stage_run(run_file)
-    run.note(ChildFailed("no word"), [0, 1])
-    run.note(ChildFailed("no word"), [0, 1])
-    run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), [2, 3])
+def test_a_group_that_fails_as_a_whole_counts_once(run_file: Path):
+    run, lane = alone(stage_run(run_file))
+    run.note(ChildFailed("no word"), lane, [0, 1])
+    run.note(ChildFailed("no word"), lane, [0, 1])
+    run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), lane, [2, 3])
     assert run.lost == {0, 3} and not run.too_many_failed()
-    run.note(ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}), None)
-    assert "the child's word" in str(run.failure(stage_status(run.config, "answers")))
+
+
+@outside_a_flow
+def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
+    config = load_run(str(run_file))
+    run = StageRun(Request(str(run_file)), config, stage_status(config, "train"))
+    run.dealer.lanes = [lane] = LocalHands(run).lanes
+    assert run.dealer.take(lane) == [0]
+    run.note(ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}), lane, [0])
+    assert "the child's word" in str(run.failure(stage_status(run.config, "train")))
 
 
 @outside_a_flow
 def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert visible_gpus() == ["3", "GPU-5"]
-    run = stage_run(run_file)
-    with run.lane() as first, run.lane() as second:
-        assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-5"}
-    assert run.num_lanes == 2
-    on_cpu = stage_run(run_file, "resources.device=cpu", "resources.lanes=3")
-    with on_cpu.lane() as env:
-        assert "CUDA_VISIBLE_DEVICES" not in env
-    assert on_cpu.num_lanes == 3
+    hands = LocalHands(stage_run(run_file))
+    assert [hands.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in hands.lanes] == ["3", "GPU-5"]
+    on_cpu = LocalHands(stage_run(run_file, "resources.device=cpu", "resources.lanes=3"))
+    assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(on_cpu.lanes[0])
 
 
 @outside_a_flow

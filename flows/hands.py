@@ -1,0 +1,84 @@
+"""The hands of one machine: a lane is a GPU (or a share of the CPU), its work a guarded child process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from prefect import get_run_logger
+from prefect.blocks.system import Secret
+
+from deepspec.aside import folder_beside
+from deepspec.config import RunConfig
+from deepspec.errors import ConfigError
+from deepspec.gpus import visible_gpus
+from deepspec.launch import run_child
+from deepspec.lineage import artifact_of
+from flows.dealer import Lane
+from flows.stage_run import StageRun
+
+MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all
+
+
+class LocalHands:
+    """Children of this process: one per visible GPU, each pinned to it, or as many as `resources.lanes` says."""
+
+    def __init__(self, run: StageRun) -> None:
+        settings = run.config.resources
+        devices = visible_gpus() if settings.device != "cpu" and run.sharded else []
+        count = (settings.lanes or max(1, len(devices))) if run.sharded else 1
+        names = [f"GPU {device}" for device in devices] or ["lane"]
+        self.lanes = [
+            Lane(f"{names[number % len(names)]} #{number}", devices[number % len(devices)] if devices else None)
+            for number in range(count)
+        ]  # fmt: skip
+        self.run, self.secrets = run, api_key(run.config) if run.stage == "answers" else {}
+
+    def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
+        run, path = self.run, self.log_path(name)
+        get_run_logger().info("%s: started, full log in %s", name, path)
+        command = run.request.command(run.stage, shards)
+        hear = functools.partial(run.board.hear, lane=lane.name)
+        run_child(
+            command, on_event=hear, on_line=forward_warnings(path), env=self.environment(lane), log_path=path,
+            timeout_s=run.limits.deadline_s,
+        )  # fmt: skip
+
+    def environment(self, lane: Lane) -> dict[str, str]:
+        """What pins a child to its lane's GPU, makes it tell what it does, and gives it the servers' key."""
+        pinned = {} if lane.device is None else {"CUDA_VISIBLE_DEVICES": lane.device}
+        return {"DEEPSPEC_EVENTS": "1", **self.secrets, **pinned}
+
+    def log_path(self, name: str) -> Path:
+        return folder_beside(artifact_of(self.run.config, self.run.stage), "logs") / f"{name[:80].replace(' ', '-')}.log"
+
+
+def forward_warnings(path: Path) -> Callable[[str], None]:
+    """A child's warnings and errors into the run's log, up to a limit."""
+    logger, left = get_run_logger(), iter(range(MAX_FORWARDED, -1, -1))
+
+    def forward(line: str) -> None:
+        if " WARNING " in line or " ERROR " in line:
+            remaining = next(left, None)
+            if remaining is not None:
+                logger.warning(line if remaining else f"more warnings follow in {path}")
+
+    return forward
+
+
+def api_key(config: RunConfig) -> dict[str, str]:
+    """The variable that the answers stage reads the servers' key from, if a Prefect block holds it.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+    settings = config.resources
+    if settings.api_key_secret is None:
+        return {}
+    try:
+        secret = Secret.load(settings.api_key_secret)
+    except ValueError:
+        where, fix = f"resources.api_key_secret {settings.api_key_secret}", "make it in the UI under Blocks, or correct the name"
+        raise ConfigError("there is no Secret block of this name on the Prefect server", where=where, fix=fix) from None
+    return {settings.api_key_env: str(secret.get())}

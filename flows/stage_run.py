@@ -1,0 +1,171 @@
+"""One stage in one flow run: its missing shards dealt to lanes, a task run for each group, and what became of them.
+
+What is missing is read from the store before anything is begun, and again at the end: a task's own state decides nothing
+but whether its shards are tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from contextvars import copy_context
+from typing import Any, Protocol
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from deepspec.config import RunConfig
+from deepspec.errors import DeepSpecError, ShardsFailed, UserError
+from deepspec.launch import Request, scope, shard_list
+from deepspec.lineage import artifact_of, upstream_of
+from deepspec.stages import SHARDED, StageStatus, missing_shards
+from deepspec.work import TOO_MANY, failures_allowed
+from flows.dealer import Dealer, Lane
+from flows.reporting import Board
+from flows.selection import SELECTABLE
+
+END_S = 30.0  # that a lane may take to end once its child is gone: a task run is still to be reported
+MAX_NAMED = 20  # failed shards whose reasons are spelt out
+
+
+class Hands(Protocol):
+    """Where the work is done."""
+
+    lanes: list[Lane]
+
+    def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
+        """Make these shards (None: the stage as a whole) and return when they are committed.
+
+        Raises:
+            DeepSpecError: some were not, or nothing could be made.
+        """
+
+
+class StageRun:
+    """What the tasks of a stage share, and why shards of it failed."""
+
+    def __init__(self, request: Request, config: RunConfig, before: StageStatus, *, some: bool = False) -> None:
+        self.request, self.config, self.stage = request, config, before.stage
+        self.sharded = before.stage in SHARDED and bool(before.missing)
+        self.whole = before.missing if some and before.stage in SELECTABLE else None
+        self.failures: dict[int, dict[str, Any]] = {}
+        self.lost: set[int] = set()  # failed for good; one of a group whose child failed as a whole: one shard may have brought it down
+        self.allowed = failures_allowed(config.resources, before.committed + len(before.missing))
+        self.error: DeepSpecError | None = None
+        self.limits = config.resources.limits(self.stage)
+        self.board = Board(config.name, before, sharded=self.sharded)
+        todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
+        self.dealer = Dealer(todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits)
+
+    def work(self, hands: Hands) -> None:
+        """Keep every lane busy until nothing is left; a group that fails does not stop the others."""
+        self.dealer.lanes = hands.lanes
+        threads = list[threading.Thread]()
+        try:
+            # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes come to their end.
+            with scope(self.config.resources.stop_s), contextlib.closing(self.dealer):
+                for lane in hands.lanes:
+                    threads.append(threading.Thread(target=copy_context().run, args=(self.serve, hands, lane), daemon=True))
+                    threads[-1].start()
+                for thread in threads:
+                    thread.join()
+        finally:
+            for thread in threads:
+                thread.join(END_S)
+
+    def serve(self, hands: Hands, lane: Lane) -> None:
+        """One lane: group after group, each a task run of its own."""
+        while group := self.dealer.take(lane):
+            lane.doing, started, made = self.name(group), time.monotonic(), 0
+            try:
+                work_on.with_options(task_run_name=lane.doing)(lane.doing, self, hands, lane, group, return_state=True)
+                made = len(group) - len(self.missing(group))
+            except (DeepSpecError, OSError) as error:  # the store cannot be asked just now: what became of the group is seen at the end
+                get_run_logger().warning("%s: %s", lane.doing, error)
+            finally:
+                self.dealer.ended(lane, group, made, time.monotonic() - started)
+                lane.doing = ""
+
+    def name(self, group: Sequence[int]) -> str:
+        return f"{self.stage} {shard_list(group)}" if self.sharded else self.stage
+
+    def missing(self, group: Sequence[int]) -> list[int]:
+        """Shards of the group that are not committed, as the store says; a stage without shards says so at its end."""
+        if not self.sharded:
+            return list(group)
+        before = artifact_of(self.config, upstream_of(self.config, self.stage)[0]).records(group)
+        return missing_shards(artifact_of(self.config, self.stage), {shard: record.checksum for shard, record in before.items()})
+
+    def asked(self, group: list[int]) -> list[int] | None:
+        return group if self.sharded else self.whole
+
+    def note(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
+        """A group failed: what may be tried again goes back, the rest is lost, and too much of it ends the stage."""
+        if isinstance(error, ShardsFailed) and self.sharded:
+            lane.failed_in_a_row = 0
+            self.failures.update(error.failures)
+            self.lost |= set(self.given_up(list(error.failures)))
+            self.dealer.give_back(lane, error.retryable)
+        else:
+            self._note_whole(error, lane, group)
+        if self.too_many_failed():
+            self.dealer.close()
+
+    def _note_whole(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
+        """Whether the shards or the lane are to blame, nobody said; where other lanes do well, it may be the lane."""
+        others = [other for other in self.dealer.lanes if other is not lane and not other.dead]
+        again = error.transient or (isinstance(error, ShardsFailed) and bool(error.retryable))
+        if isinstance(error, UserError):
+            again = any(other.shards for other in others)
+        elif not error.transient and self.sharded:
+            again = bool(others)
+        missing = self.missing(group)
+        self.failures.update({shard: {**error.to_json(), "transient": again} for shard in missing} if self.sharded else {})
+        dead = self.dealer.failed(lane)
+        if dead:
+            get_run_logger().warning("lane %s is left out: it failed %d times in a row; others go on", lane.name, lane.failed_in_a_row)
+        spent = self.dealer.give_back(lane, missing, count=not dead) if again else list(missing)
+        if spent and not error.transient:
+            self.error = error
+            self.lost |= set(spent[:1])
+        elif spent and not self.sharded:
+            self.error = error
+        if isinstance(error, UserError) and not again:
+            self.dealer.close()
+
+    def given_up(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Those of the shards that failed for good: trying them again would end the same way."""
+        return {shard: self.failures[shard] for shard in shards if shard in self.failures and not self.failures[shard].get("transient")}
+
+    def too_many_failed(self) -> bool:
+        """Whether no more shards are to be begun; those under way are finished."""
+        return len(self.lost) > self.allowed
+
+    def failure(self, after: StageStatus) -> DeepSpecError:
+        """Why the stage is not finished, naming every missing shard and how to resume."""
+        if self.error is not None:
+            return self.error
+        stopped = self.too_many_failed()
+        unknown = {"what": "it was not begun" if stopped else "its task did not end; see the flow run's log", "transient": True}
+        failures = {shard: self.failures.get(shard, unknown) for shard in after.missing}
+        named = [shard for shard in failures if not stopped or shard in self.failures]
+        reasons = [f"shard {shard}: {failures[shard]['what']}" for shard in named[:MAX_NAMED]]
+        more = [f"and {len(named) - MAX_NAMED} more"] if len(named) > MAX_NAMED else []
+        early = f"; {len(failures) - len(named)} were not begun, because {TOO_MANY} ({self.allowed})" if stopped else ""
+        what = f"{len(named)} of {after.committed + len(failures)} shards of the stage {self.stage!r} failed{early}: "
+        fix = f"run `{self.request.shown(self.stage, after.missing)}`, or the same run again: it does only what is missing"
+        return ShardsFailed(what + "; ".join([*reasons, *more]), where=after.artifact_url, fix=fix, failures=failures)
+
+
+@task(name="shards", persist_result=False, cache_policy=NO_CACHE)
+def work_on(name: str, run: StageRun, hands: Hands, lane: Lane, group: list[int]) -> None:
+    """A group of shards at one lane. It is not tried again here: what failed goes back to all lanes."""
+    try:
+        hands.work(lane, name, run.asked(group))
+    except DeepSpecError as error:
+        run.note(error, lane, group)
+        raise
+    lane.failed_in_a_row = 0
+    get_run_logger().info("%s: done", name)
