@@ -66,8 +66,10 @@ class LimitsConfig(Section):
 class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` takes the GPU if there is one."""
+    runner: Literal["local", "workers", "ray"] = "local"
+    """Where flows do a stage's work: in children on their own machine, as runs on the workers of a pool, or on a Ray cluster."""
     lanes: PositiveInt | None = None
-    """Processes working on shards at a time; null is one per visible GPU, or one."""
+    """Groups of shards under way at a time; null is one per visible GPU (worker, GPU of the cluster), or one."""
     shards_per_task: PositiveInt = 32
     """Shards dealt to a lane at a time at most."""
     group_minutes: PositiveFloat = 20.0

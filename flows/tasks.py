@@ -17,7 +17,7 @@ from flows.hands import LocalHands
 from flows.reporting import StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
 from flows.request import open_run
 from flows.selection import selected
-from flows.stage_run import StageRun
+from flows.stage_run import Hands, StageRun
 
 
 def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
@@ -59,7 +59,7 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
         return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
     run = StageRun(request, config, todo, some=bool(asked))
-    run.work(LocalHands(run))
+    run.work(hands_for(run))
     after = stage_status(config, stage)
     left = selected(config, after, asked)
     finished = after.sealed or (bool(asked) and not left.missing)
@@ -69,3 +69,8 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
     if after.sealed:
         publish_asset(artifact_of(config, stage))
     return StageOutcome(after, "done", time.monotonic() - started)
+
+
+def hands_for(run: StageRun) -> Hands:
+    """Where the stage's work is done, as `resources.runner` says."""
+    return LocalHands(run)
