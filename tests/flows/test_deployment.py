@@ -181,9 +181,9 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     assert "ConfigError: the stage 'answers' has no shard 17; there are 0 to 5" in failed_run["state"]["message"]
     assert stage_status(config, "answers").missing == [0, 2, 3]
     limit = time.monotonic() + 30
-    while len(site.heard) < 2 and time.monotonic() < limit:
+    while len(set(site.heard)) < 2 and time.monotonic() < limit:
         time.sleep(0.2)
-    done, failed = sorted(site.heard)
+    done, failed = sorted(set(site.heard))  # Prefect may send a message twice
     assert done.startswith("regenerate run.yaml 1,4-5: Completed http") and failed.startswith("regenerate run.yaml 17: Failed http")
 
 

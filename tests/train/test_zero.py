@@ -41,16 +41,16 @@ def of_deepspeed() -> list[str]:
 
 # The door itself, with steps that are dealt to the first rank alone.
 ONE_SIDED = """
+import copy
 from deepspec.__main__ import main
 from deepspec.train.data import StepData
 
 dealt = StepData.micro_batches
 
 def to_the_first(self, step):
-    rank, self.world = self.world.rank, self.world._replace(rank=0, size=1)
-    groups = dealt(self, step)
-    self.world = self.world._replace(rank=rank, size=2)
-    return groups if rank == 0 else []
+    alone = copy.copy(self)  # not itself changed: two threads read from it
+    alone.world = self.world._replace(rank=0, size=1)
+    return dealt(alone, step) if self.world.rank == 0 else []
 
 StepData.micro_batches = to_the_first
 main()
