@@ -177,14 +177,16 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
     assert stage_status(config, "answers").missing == [0, 2, 3]
     site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
-    (failed_run,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 17"]}}).json()
+    (failed_run,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 0017"]}}).json()
     assert "ConfigError: the stage 'answers' has no shard 17; there are 0 to 5" in failed_run["state"]["message"]
     assert stage_status(config, "answers").missing == [0, 2, 3]
     limit = time.monotonic() + 30
     while len(site.heard) < 2 and time.monotonic() < limit:
         time.sleep(0.2)
     done, failed = sorted(site.heard)
-    assert done.startswith("regenerate run.yaml 1,4-5: Completed http") and failed.startswith("regenerate run.yaml 17: Failed http")
+    assert done.startswith("regenerate run.yaml 0001,0004-0005: Completed http") and failed.startswith(
+        "regenerate run.yaml 0017: Failed http"
+    )
 
 
 @pytest.mark.slow
