@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from rich.filesize import decimal
+
 from deepspec.curves import Made, throughput, training
 from deepspec.errors import DeepSpecError
 from deepspec.events import answering_note, words_of
@@ -178,7 +180,7 @@ def told(progress: Progress) -> list[str]:
     else:
         lines.append(f"{numbers['rows']:,} rows, {numbers['rows_per_s']:,.1f} rows/s")
         lines.append(f"{numbers['tokens']:,} tokens, {numbers['tokens_per_s']:,.0f} tokens/s")
-        lines.append(f"{numbers['num_bytes'] / 1e9:.3f} GB written")
+        lines.append(f"{decimal(int(numbers['num_bytes']))} written")
     trouble = {"retries": "retries", "rejected": "rejected rows", "failed": "failed shards"}
     lines.append(", ".join(f"{numbers.get(name, 0):,} {words}" for name, words in trouble.items()))
     return [line for line in (*lines, progress.note) if line]

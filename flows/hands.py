@@ -40,9 +40,7 @@ class LocalHands:
         command = run.request.command(run.stage, shards)
         hear = functools.partial(run.board.hear, lane=lane.name)
         with closing(ChildLog(path)) as forward:
-            run_child(
-                command, on_event=hear, on_line=forward, env=self.environment(lane), log_path=path, timeout_s=run.limits.deadline_s
-            )  # fmt: skip
+            run_child(command, on_event=hear, on_line=forward, env=self.environment(lane), log_path=path, timeout_s=run.limits.deadline_s)
 
     def environment(self, lane: Lane) -> dict[str, str]:
         """What pins a child to its lane's GPU, makes it tell what it does, and gives it the servers' key."""

@@ -23,10 +23,11 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 class Browser:
     """One tab, driven by Chromium's own protocol."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: ClientConnection, size: Sequence[int]) -> None:
         self.connection, self.complaints, self._number = connection, list[str](), 0
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
         self._number += 1
@@ -73,10 +74,16 @@ class Browser:
     def click(self, text: str) -> None:
         """Click on the innermost element that says just this."""
         found = (
-            f"[...document.querySelectorAll('a, button, [role=tab], span, div')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
+            f"[...document.body.querySelectorAll('*')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
         )
         self.wait(f"{found}.length")
         self.ask(f"{found}.pop().click()")
+
+    def settle(self) -> None:
+        """Return when the page has said the same for two seconds."""
+        said = ""
+        while said != (said := self.text()):
+            time.sleep(2)
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -84,7 +91,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(profile: Path, *, size: Sequence[int] = (1280, 900)) -> Iterator[Browser]:
-    command = [str(CHROMIUM), *FLAGS, f"--window-size={size[0]},{size[1]}", f"--user-data-dir={profile}", "--remote-debugging-port=0"]
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0"]
     profile.mkdir(parents=True, exist_ok=True)
     with (profile / "log").open("wb") as log:
         process = subprocess.Popen([*command, "about:blank"], stdout=log, stderr=log)
@@ -93,7 +100,7 @@ def browser(profile: Path, *, size: Sequence[int] = (1280, 900)) -> Iterator[Bro
         pages = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=PATIENCE_S, trust_env=False).json()
         url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
         with connect(url, max_size=None, proxy=None, open_timeout=PATIENCE_S) as connection:
-            yield Browser(connection)
+            yield Browser(connection, size)
     finally:
         process.terminate()
         process.wait(30)
