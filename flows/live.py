@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.runtime import flow_run
 
 from flows.reporting import artifact_key, best_effort
 
@@ -25,6 +26,7 @@ class LiveArtifact:
 
     def __init__(self, kind: Literal["progress", "table", "markdown"], name: str, *, pause_s: float) -> None:
         self._kind, self._key, self._pause_s = kind, artifact_key(name), pause_s
+        self._flow_run_id = flow_run.id  # of the flow, not of whichever group's task has the first word
         self._id: Any = None
         self._told = float("-inf")
 
@@ -40,10 +42,11 @@ class LiveArtifact:
         self._told = time.monotonic()  # only now: a server that hangs is not asked again at once
 
     def _put(self, content: Content) -> None:
-        if self._id is None:
-            self._id = Artifact(type=self._kind, key=self._key, description=content.description, data=content.data).create().id
-            return
         with get_client(sync_client=True) as client:
+            if self._id is None:
+                wanted = ArtifactCreate(type=self._kind, key=self._key, flow_run_id=self._flow_run_id, **content._asdict())
+                self._id = client.create_artifact(wanted).id
+                return
             # Prefect's own update also sends an event that holds the whole content: of a long run they would fill its database.
             client.request("PATCH", "/artifacts/{id}", json=content._asdict(), path_params={"id": self._id})
 

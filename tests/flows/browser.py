@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE_S = 120.0
+PORT_NOTE = "DevToolsActivePort"  # written by Chromium into its profile
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-proxy-server")
 
 
@@ -73,9 +74,7 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Click on the innermost element that says just this."""
-        found = (
-            f"[...document.body.querySelectorAll('*')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
-        )
+        found = f"[...document.body.querySelectorAll('*')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
         self.wait(f"{found}.length")
         self.ask(f"{found}.pop().click()")
 
@@ -93,10 +92,11 @@ class Browser:
 def browser(profile: Path, *, size: Sequence[int] = (1280, 900)) -> Iterator[Browser]:
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0"]
     profile.mkdir(parents=True, exist_ok=True)
+    (profile / PORT_NOTE).unlink(missing_ok=True)
     with (profile / "log").open("wb") as log:
         process = subprocess.Popen([*command, "about:blank"], stdout=log, stderr=log)
     try:
-        port = _port(profile / "DevToolsActivePort")
+        port = _port(profile / PORT_NOTE)
         pages = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=PATIENCE_S, trust_env=False).json()
         url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
         with connect(url, max_size=None, proxy=None, open_timeout=PATIENCE_S) as connection:

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY, TINY, write_jsonl
 from tests.flows.browser import Browser, browser
 from tests.flows.test_deployment import Site, opened_site
 
-SMALL = [*TINY, "prompts.limit=96", "train.max_steps=150", "train.checkpoint_steps=30", "resources.shards_per_task=4", "resources.lanes=2"]
+SMALL = [*TINY, "prompts.limit=40", "train.max_steps=100", "train.checkpoint_steps=20", "resources.shards_per_task=2", "resources.lanes=2"]
 
 
 def take_pictures(site: Site, page: Browser, folder: Path) -> None:

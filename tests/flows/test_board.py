@@ -15,8 +15,6 @@ from flows.board import Board, told
 from flows.dealer import Lane
 from flows.reporting import Progress, watched_by
 
-pytestmark = pytest.mark.filterwarnings("ignore:Artifact creation outside")
-
 
 def status(stage: str, committed: int, missing: int) -> StageStatus:
     missing_shards = list(range(committed, committed + missing))
