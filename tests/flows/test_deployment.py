@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -222,7 +223,8 @@ def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them
         page.open(site.page(lanes), "lane #0", "shards/min")
         page.open(site.page(picture), "answers: throughput")
         page.wait("[...document.images].some(it => it.src.startsWith('data:image/svg') && it.naturalWidth > 300 && it.height > 100)")
-        assert [said for said in page.complaints if ".ico" not in said] == []
+        icons = re.compile(r"status of 404 .*\.(ico|svg)$")  # Prefect's own, which its server does not have
+        assert [said for said in page.complaints if not icons.search(said.strip())] == []
     config = load_run(recipe, changed)
     assert stage_status(config, "answers").missing == [0, 1, 2, 5]
     by_worker, here, again = map(shlex.split, commands)
