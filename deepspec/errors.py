@@ -22,6 +22,7 @@ class DeepSpecError(Exception):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
+        self.failures: dict[int, dict[str, Any]] = {}  # the shards that are missing because of it, each with its own error
 
     def __str__(self) -> str:
         parts = [self.what, f"where: {self.where}" if self.where else "", f"fix: {self.fix}" if self.fix else ""]

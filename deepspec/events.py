@@ -37,4 +37,5 @@ def words_of(numbers: Mapping[str, Any]) -> list[str]:
     """What a stage's `progress` event counts, in a few words each."""
     forms = {"tokens_per_s": "{:,.0f} tokens/s", "left_s": "{} left"}
     values = {name: timedelta(seconds=value) if name == "left_s" else value for name, value in numbers.items()}
-    return [forms.get(name, f"{name} {{}}").format(value) for name, value in values.items()]
+    plain = {name: f"{name} {{:.5g}}" if isinstance(value, float) else f"{name} {{}}" for name, value in values.items()}
+    return [forms.get(name, plain[name]).format(value) for name, value in values.items()]

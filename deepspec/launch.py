@@ -66,15 +66,15 @@ def deal(shards: Sequence[int], size: int) -> list[list[int]]:
     return [list(shards[first : first + size]) for first in range(0, len(shards), size)]
 
 
-def shard_list(shards: Sequence[int]) -> str:
-    """Shard numbers in few characters: `17,40-52`."""
+def shard_list(shards: Sequence[int], digits: int = 1) -> str:
+    """Shard numbers in few characters: `17,40-52`, or with leading zeros `0017,0040-0052`."""
     runs: list[list[int]] = []
     for shard in sorted(shards):
         if runs and shard == runs[-1][1] + 1:
             runs[-1][1] = shard
         else:
             runs.append([shard, shard])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ",".join("-".join(f"{end:0{digits}d}" for end in (first, last)[: 1 + (first < last)]) for first, last in runs)
 
 
 class Scope:

@@ -154,6 +154,16 @@ def report_text(config: RunConfig) -> str:
         return f"The results are in `{artifact.url}`; `python -m deepspec report {config.name} --format markdown` shows them.\n"
 
 
+def training_lines(config: RunConfig) -> list[dict[str, Any]]:
+    """What the training logged up to its newest checkpoint; none if there is none."""
+    artifact = artifact_of(config, "train")
+    try:
+        lines = artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
 def parse_shards(text: str) -> list[int]:
     """`"17,18,40-52"` as shard numbers."""
     shards: set[int] = set()

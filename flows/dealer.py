@@ -15,6 +15,7 @@ from deepspec.resources_config import StageLimits
 
 MAX_GROUPS = 500  # of a stage: each is a task run in the Prefect server's database, about 20 kB
 SHORTEST_S = 60.0  # smaller groups at the end would spend their time on loading the target
+SHARD_DIGITS = 4  # of shard numbers in names, so that they sort
 IN_A_ROW = 3  # tries that a lane may fail as a whole, one after the other, before it is left out where there are others
 
 
@@ -32,11 +33,17 @@ class Lane:
     failed_in_a_row: int = 0
     doing: str = ""
     """The group under way."""
+    began: float = 0.0
+    """When it was given to the lane (time.monotonic)."""
     dead: bool = False
 
     @property
     def shards_per_s(self) -> float | None:
         return self.shards / self.busy_s if self.shards and self.busy_s else None
+
+    def busy_until(self, now: float) -> float:
+        """Seconds at work, what is under way included."""
+        return self.busy_s + (now - self.began if self.doing else 0.0)
 
 
 @dataclass
@@ -65,6 +72,8 @@ class Dealer:
     limits: StageLimits
     lanes: list[Lane] = field(default_factory=list)
     stopped: bool = False
+    retried: int = 0
+    """Times that a shard was given out again."""
 
     def __post_init__(self) -> None:
         self._left = [_Shard(shard) for shard in self.shards]
@@ -105,6 +114,7 @@ class Dealer:
                 else:
                     shard.ready_at = time.monotonic() + self.limits.delay_s(shard.tries)
                     self._left.append(shard)
+                    self.retried += count
             self._left.sort(key=lambda shard: shard.number)
             self._changed.notify_all()
         return spent

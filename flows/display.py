@@ -23,6 +23,7 @@ from flows.reporting import Progress, StageOutcome, Watcher, result_row, stage_r
 PLAIN_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal
 PLAIN_WIDTH = 120
 SHOWN = ("loss", "acceptance_length")  # what a bar says beside its rate
+TROUBLE = ("retries", "rejected", "failed")  # said where it is not 0
 UNSHOWN = ("state", "missing")  # columns of the stages' table in Prefect that say nothing after a run that succeeded
 WORDS = ("benchmark", "stage")  # columns that hold words, not numbers
 
@@ -85,8 +86,9 @@ class _Rates:
 
     def describe(self, progress: Progress) -> str:
         began, first = self._begun.setdefault(progress.stage, (time.monotonic(), progress.done))
+        trouble = [f"{progress.numbers[name]:,} {name}" for name in TROUBLE if progress.numbers.get(name)]
         if progress.note:
-            return progress.note
+            return "  ".join([progress.note, *trouble])
         seconds = max(time.monotonic() - began, 1e-3)
         words = [f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers]
         if "tokens_per_s" in progress.numbers:
@@ -95,7 +97,7 @@ class _Rates:
             words.append(f"{progress.numbers['tokens'] / seconds:,.0f} tokens/s")
         elif progress.done > first:
             words.append(f"{(progress.done - first) / seconds:.2f} {progress.unit}/s")
-        return "  ".join(words)
+        return "  ".join([*words, *trouble])
 
 
 def show_summary(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None) -> None:

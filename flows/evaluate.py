@@ -7,9 +7,11 @@ if __name__ == "__main__":
 
     main("evaluate")
 
+import shlex
+
 from prefect import flow
 
-from deepspec.stages import report_text
+from deepspec.stages import report_text, results
 from flows.parameters import Overrides, Recipe, Shards, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
 from flows.request import open_run
@@ -32,5 +34,7 @@ def evaluate(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards 
     outcomes = run_stages(request, STAGES, shards)
     if outcomes[-1].status.sealed:
         config = open_run(request)
-        publish_results(config.name, report_text(config))
+        command = shlex.join(["python", "-m", "deepspec", "report", *request.arguments(), "--output", "report.html"])
+        report_url = f"{outcomes[-1].status.artifact_url}/report.html"
+        publish_results(config.name, report_text(config), results(config)["benchmarks"], report_url, command)
     return outcomes

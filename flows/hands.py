@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -15,10 +15,9 @@ from deepspec.errors import ConfigError
 from deepspec.gpus import visible_gpus
 from deepspec.launch import run_child
 from deepspec.lineage import artifact_of
+from flows.child_log import ChildLog
 from flows.dealer import Lane
 from flows.stage_run import StageRun
-
-MAX_FORWARDED = 100  # log lines of one child that go to the Prefect server; its file has them all
 
 
 class LocalHands:
@@ -40,10 +39,8 @@ class LocalHands:
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
         hear = functools.partial(run.board.hear, lane=lane.name)
-        run_child(
-            command, on_event=hear, on_line=forward_warnings(path), env=self.environment(lane), log_path=path,
-            timeout_s=run.limits.deadline_s,
-        )  # fmt: skip
+        with closing(ChildLog(path)) as forward:
+            run_child(command, on_event=hear, on_line=forward, env=self.environment(lane), log_path=path, timeout_s=run.limits.deadline_s)
 
     def environment(self, lane: Lane) -> dict[str, str]:
         """What pins a child to its lane's GPU, makes it tell what it does, and gives it the servers' key."""
@@ -52,19 +49,6 @@ class LocalHands:
 
     def log_path(self, name: str) -> Path:
         return folder_beside(artifact_of(self.run.config, self.run.stage), "logs") / f"{name[:80].replace(' ', '-')}.log"
-
-
-def forward_warnings(path: Path) -> Callable[[str], None]:
-    """A child's warnings and errors into the run's log, up to a limit."""
-    logger, left = get_run_logger(), iter(range(MAX_FORWARDED, -1, -1))
-
-    def forward(line: str) -> None:
-        if " WARNING " in line or " ERROR " in line:
-            remaining = next(left, None)
-            if remaining is not None:
-                logger.warning(line if remaining else f"more warnings follow in {path}")
-
-    return forward
 
 
 def api_key(config: RunConfig) -> dict[str, str]:

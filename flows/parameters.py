@@ -11,10 +11,15 @@ from typing import Annotated
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from deepspec.launch import Request
+from deepspec.errors import ConfigError
+from deepspec.launch import Request, shard_list
 from deepspec.recipe import recipe_names
+from deepspec.stages import parse_shards
+from flows.dealer import SHARD_DIGITS
 
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
+BEFORE_DRAFTS = ("prepare", "regenerate", "capture")  # what they make is named by the target: every draft of it is trained on that
+LONGEST_SPAN = 60  # characters
 SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
 
 Recipe = Annotated[
@@ -34,6 +39,18 @@ def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
 
 
 def run_name() -> str:
-    """What a run does, for lists of runs: `regenerate demo 17,18`, `train my-run.yaml`."""
-    asked = flow_run.parameters
-    return f"{flow_run.flow_name} {Path(asked['recipe']).name} {asked.get('shards', '')}".rstrip()
+    """What a run does, for lists of runs: `capture qwen3-4b 0017-0042`, `train dspark-qwen3-8b`, `regenerate my-run.yaml`."""
+    asked, flow = flow_run.parameters, str(flow_run.flow_name)
+    name = Path(asked["recipe"]).name
+    if flow in BEFORE_DRAFTS and name in recipe_names():
+        name = name.partition("-")[2]
+    return f"{flow} {name} {_shard_span(str(asked.get('shards', '')))}".rstrip()
+
+
+def _shard_span(text: str) -> str:
+    """Asked shards in a form that `--shards` takes, too, but for the dots where they are too many for a name."""
+    try:
+        span = shard_list(parse_shards(text), digits=SHARD_DIGITS)
+    except ConfigError:  # said by the run itself
+        return text
+    return span if len(span) <= LONGEST_SPAN else span[:LONGEST_SPAN].rpartition(",")[0] + ",..."

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,21 +17,16 @@ import httpx
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
-    create_progress_artifact,
     create_table_artifact,
-    update_progress_artifact,
 )
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from deepspec.events import answering_note, words_of
 from deepspec.stages import StageStatus
 
 log = logging.getLogger(__name__)
 
-ARTIFACT_PAUSE_S = 5.0  # between two updates of a progress artifact
 REQUEST_S = 5.0
-ENVELOPE = ("event", "stage", "done", "total", "unit")
 
 State = Literal["running", "done", "already done", "in training", "failed"]
 
@@ -82,73 +75,6 @@ def show_nothing_to_do(status: StageStatus, state: State) -> None:
     show(Progress(status.stage, state, 1, 1, "", {}))
 
 
-class Board:
-    """Adds up what the children of one stage say, and shows it."""
-
-    def __init__(self, run_name: str, before: StageStatus, *, sharded: bool) -> None:
-        self._lock = threading.Lock()
-        self._under_way: dict[str, Mapping[str, Any]] = {}
-        self._sharded, self._committed, self._seen = sharded, before.committed, set[int]()
-        total = before.committed + len(before.missing) if sharded else 0
-        self.progress = Progress(before.stage, "running", before.committed if sharded else 0, total, "shards" if sharded else "", {})
-        self._artifact = _ProgressArtifact(f"{run_name}-{before.stage}", f"{before.stage}: {before.artifact_url}")
-        self._show()
-
-    def hear(self, event: Mapping[str, Any], *, lane: str = "") -> None:
-        """Take in one event of a lane's child; may be called from several threads."""
-        with self._lock:
-            if event["event"] == "shard" and self._sharded:
-                self._hear_shard(event)
-            elif event["event"] == "answering":
-                self._under_way[lane] = event
-                self.progress = self.progress._replace(note=answering_note(list(self._under_way.values())))
-            elif event["event"] == "progress" and not self._sharded:
-                numbers = {key: value for key, value in event.items() if key not in ENVELOPE}
-                counted = {"done": event["done"], "total": event["total"] or 0, "unit": event.get("unit", "")}  # total: null while unknown
-                self.progress = self.progress._replace(**counted, numbers=numbers)
-            else:
-                return
-            self._show()
-
-    def _hear_shard(self, event: Mapping[str, Any]) -> None:
-        """Children count their own shards from zero, and again after a retry; here every shard counts once."""
-        if event["shard"] in self._seen:
-            return
-        self._seen.add(event["shard"])
-        sums = {key: self.progress.numbers.get(key, 0) + event.get(key, 0) for key in ("rows", "tokens", "num_bytes")}
-        self.progress = self.progress._replace(done=self._committed + len(self._seen), numbers=sums)
-
-    def close(self, state: State) -> None:
-        with self._lock:
-            total = max(self.progress.total, self.progress.done, 1)
-            done = self.progress.done if state == "failed" else total
-            self.progress = self.progress._replace(state=state, done=done, total=total, note="")
-            self._show()
-            self._artifact.update(self.progress, pause_s=0.0)
-
-    def _show(self) -> None:
-        show(self.progress)
-        self._artifact.update(self.progress, pause_s=ARTIFACT_PAUSE_S)
-
-
-class _ProgressArtifact:
-    """A live progress artifact, updated at most every few seconds."""
-
-    def __init__(self, name: str, description: str) -> None:
-        self._description, self._updated = description, time.monotonic()
-        with best_effort():
-            self._id = create_progress_artifact(0.0, key=artifact_key(name), description=description)
-
-    def update(self, progress: Progress, *, pause_s: float) -> None:
-        if not hasattr(self, "_id") or time.monotonic() - self._updated < pause_s:
-            return
-        self._updated = time.monotonic()
-        numbers = ", ".join([*words_of(progress.numbers), *filter(None, [progress.note])])
-        text = f"{self._description}\n\n{progress.state}: {progress.done} of {progress.total} {progress.unit} ({numbers})"
-        with best_effort(retries=0):
-            update_progress_artifact(self._id, 100.0 * progress.done / max(progress.total, 1), description=text)
-
-
 @contextlib.contextmanager
 def best_effort(*, retries: int = 2) -> Iterator[None]:
     """Calls to the server that may fail; they give up soon, because a child is waiting to be heard meanwhile."""
@@ -190,16 +116,20 @@ def stage_row(outcome: StageOutcome) -> dict[str, str]:
     return {"stage": status.stage, "state": outcome.state, **told, "seconds": seconds}
 
 
-def publish_failure(run_name: str, error: Exception) -> None:
-    """Why the run failed and how to go on, in the words that the terminal shows too."""
-    with best_effort():
-        create_markdown_artifact(f"## {run_name} failed\n\n```\n{error}\n```\n", key=artifact_key(f"{run_name}-failure"))
-
-
-def publish_results(run_name: str, text: str) -> None:
-    """The evaluation's report."""
+def publish_results(run_name: str, text: str, benchmarks: Sequence[Mapping[str, Any]], report_url: str, command: str) -> None:
+    """The evaluation's report in words, its numbers as a table, and where the whole report is."""
+    link = report_url if "://" in report_url else Path(report_url).resolve().as_uri()
+    where = [
+        f"[The report with figures]({link})",
+        f"It is at `{report_url}`. A browser may refuse to go there from this page; then open it yourself, or make a copy:",
+        f"```\n{command}\n```",
+    ]
     with best_effort():
         create_markdown_artifact(text, key=artifact_key(f"{run_name}-results"), description="results")
+        create_table_artifact(
+            [result_row(part) for part in benchmarks], key=artifact_key(f"{run_name}-benchmarks"), description="benchmarks"
+        )
+        create_markdown_artifact("\n\n".join(where), key=artifact_key(f"{run_name}-report"), description="the report with figures")
 
 
 def result_row(part: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ but whether its shards are tried again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
 from deepspec.launch import Request, scope, shard_list
 from deepspec.lineage import artifact_of, upstream_of
-from deepspec.stages import SHARDED, StageStatus, missing_shards
+from deepspec.stages import SHARDED, StageStatus, missing_shards, training_lines
 from deepspec.work import TOO_MANY, failures_allowed
-from flows.dealer import Dealer, Lane
-from flows.reporting import Board
+from flows.board import Board
+from flows.dealer import SHARD_DIGITS, Dealer, Lane
 from flows.selection import SELECTABLE
 
 END_S = 30.0  # that a lane may take to end once its child is gone: a task run is still to be reported
@@ -52,16 +53,19 @@ class StageRun:
         self.whole = before.missing if some and before.stage in SELECTABLE else None
         self.failures: dict[int, dict[str, Any]] = {}
         self.lost: set[int] = set()  # failed for good; one of a group whose child failed as a whole: one shard may have brought it down
+        self.failed: set[int] = set()  # not tried again in this run
         self.allowed = failures_allowed(config.resources, before.committed + len(before.missing))
         self.error: DeepSpecError | None = None
         self.limits = config.resources.limits(self.stage)
-        self.board = Board(config.name, before, sharded=self.sharded)
+        history = functools.partial(training_lines, config) if self.stage == "train" else tuple
+        self.board = Board(config.name, before, sharded=self.sharded, history=history)
         todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
         self.dealer = Dealer(todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits)
 
     def work(self, hands: Hands) -> None:
         """Keep every lane busy until nothing is left; a group that fails does not stop the others."""
         self.dealer.lanes = hands.lanes
+        self.board.watch(hands.lanes)
         threads = list[threading.Thread]()
         try:
             # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes come to their end.
@@ -78,18 +82,30 @@ class StageRun:
     def serve(self, hands: Hands, lane: Lane) -> None:
         """One lane: group after group, each a task run of its own."""
         while group := self.dealer.take(lane):
-            lane.doing, started, made = self.name(group), time.monotonic(), 0
+            lane.doing, lane.began, made = self.name(group), time.monotonic(), 0
+            self.board.lanes_changed()
             try:
                 work_on.with_options(task_run_name=lane.doing)(lane.doing, self, hands, lane, group, return_state=True)
-                made = len(group) - len(self.missing(group))
+                made = self.count_made(lane, group)
             except (DeepSpecError, OSError) as error:  # the store cannot be asked just now: what became of the group is seen at the end
                 get_run_logger().warning("%s: %s", lane.doing, error)
             finally:
-                self.dealer.ended(lane, group, made, time.monotonic() - started)
                 lane.doing = ""
+                self.dealer.ended(lane, group, made, time.monotonic() - lane.began)
+                self.board.lanes_changed()
 
     def name(self, group: Sequence[int]) -> str:
-        return f"{self.stage} {shard_list(group)}" if self.sharded else self.stage
+        """What a lane does with the group: `hidden 0017-0042`."""
+        return f"{self.stage} {shard_list(group, digits=SHARD_DIGITS)}" if self.sharded else self.stage
+
+    def count_made(self, lane: Lane, group: Sequence[int]) -> int:
+        """Shards of the group that are committed; of those that no child could tell, the board is told what their records say."""
+        made = set(group) - set(self.missing(group))
+        if unheard := self.board.unheard(made):
+            for record in artifact_of(self.config, self.stage).records(unheard).values():
+                fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "rejected"})
+                self.board.hear({"event": "shard", "stage": self.stage, **fields}, lane=lane.name)
+        return len(made)
 
     def missing(self, group: Sequence[int]) -> list[int]:
         """Shards of the group that are not committed, as the store says; a stage without shards says so at its end."""
@@ -107,9 +123,10 @@ class StageRun:
             lane.failed_in_a_row = 0
             self.failures.update(error.failures)
             self.lost |= set(self.given_up(list(error.failures)))
-            self.dealer.give_back(lane, error.retryable)
+            self.failed |= self.given_up(list(error.failures)).keys() | set(self.dealer.give_back(lane, error.retryable))
         else:
             self._note_whole(error, lane, group)
+        self.board.note(retries=self.dealer.retried, failed=len(self.failed))
         if self.too_many_failed():
             self.dealer.close()
 
@@ -127,6 +144,7 @@ class StageRun:
         if dead:
             get_run_logger().warning("lane %s is left out: it failed %d times in a row; others go on", lane.name, lane.failed_in_a_row)
         spent = self.dealer.give_back(lane, missing, count=not dead) if again else list(missing)
+        self.failed |= set(spent) if self.sharded else set()
         if spent and not error.transient:
             self.error = error
             self.lost |= set(spent[:1])
@@ -145,11 +163,12 @@ class StageRun:
 
     def failure(self, after: StageStatus) -> DeepSpecError:
         """Why the stage is not finished, naming every missing shard and how to resume."""
-        if self.error is not None:
-            return self.error
         stopped = self.too_many_failed()
         unknown = {"what": "it was not begun" if stopped else "its task did not end; see the flow run's log", "transient": True}
         failures = {shard: self.failures.get(shard, unknown) for shard in after.missing}
+        if self.error is not None:
+            self.error.failures = failures if self.sharded else self.error.failures
+            return self.error
         named = [shard for shard in failures if not stopped or shard in self.failures]
         reasons = [f"shard {shard}: {failures[shard]['what']}" for shard in named[:MAX_NAMED]]
         more = [f"and {len(named) - MAX_NAMED} more"] if len(named) > MAX_NAMED else []

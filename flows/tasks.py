@@ -13,8 +13,9 @@ from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.stages import parse_shards, require_sealed, stage_status, stages_of
 from flows.assets import publish_asset
+from flows.failures import publish_failure
 from flows.hands import LocalHands
-from flows.reporting import StageOutcome, State, publish_failure, publish_stages, show_nothing_to_do
+from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
 from flows.request import open_run
 from flows.selection import selected
 from flows.stage_run import Hands, StageRun
@@ -37,7 +38,7 @@ def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") 
         try:
             outcomes.append(run_stage(request, config, stage, asked))
         except DeepSpecError as error:
-            publish_failure(config.name, error)
+            publish_failure(config.name, error, request, stage)
             publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", 0.0)])
             raise
     publish_stages(config.name, outcomes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deepspec.eval.figures import Figure, Point, Series, from_zero, line_figure
-from deepspec.eval.page import Gallery, Key, Listing, Section, Table
+from deepspec.eval.page import Gallery, Listing, Section, Table
 from deepspec.eval.sections import Result
+from deepspec.figures import Figure, Point, Series, from_zero, line_figure
+from deepspec.picture import Key
 
 BEFORE, AFTER = 7, 0  # colours
 SIDES = {"before": BEFORE, "after": AFTER}

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from deepspec.eval.figures import Figure
+from deepspec.figures import Figure
+from deepspec.picture import Key
 
 Format = Literal["html", "markdown"]
 
@@ -29,14 +30,6 @@ class Table(NamedTuple):
     words: int = 1
     strong: frozenset[int] = frozenset()
     note: str = ""
-
-
-class Key(NamedTuple):
-    """What a colour (and a dash) stands for."""
-
-    name: str
-    colour: int
-    dashed: bool = False
 
 
 class Gallery(NamedTuple):
@@ -79,7 +72,7 @@ class Page(NamedTuple):
 def render(page: Page, form: Format) -> str:
     """The page as text; equal pages give equal texts."""
     environment = Environment(
-        loader=PackageLoader("deepspec.eval", "templates"),
+        loader=ChoiceLoader([PackageLoader("deepspec.eval", "templates"), PackageLoader("deepspec", "templates")]),
         autoescape=form == "html",
         undefined=StrictUndefined,
         trim_blocks=True,

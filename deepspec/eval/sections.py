@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.eval.figures import Figure, Point, Series, bar_figure, interval_figure, line_figure, powers
-from deepspec.eval.page import Gallery, Key, Section, Table
+from deepspec.eval.page import Gallery, Section, Table
+from deepspec.figures import Figure, Point, Series, bar_figure, interval_figure, line_figure, powers
+from deepspec.picture import Key
 
 PHASES = {"draft_seconds": "draft", "verify_seconds": "verify", "bookkeeping_seconds": "bookkeeping"}
 PLAIN = 7  # the colour of plain decoding

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from flows.selection import selected
 from flows.server import free_port
 from flows.setup import check_version
 from tests.conftest import REPOSITORY, tiny_run
+from tests.flows.browser import CHROMIUM, browser
 from tests.flows.conftest import QUICK, flaky_run
 
 
@@ -78,14 +80,22 @@ class Site(NamedTuple):
     run_file: Path
     heard: list[str]
 
-    def deployment_run(self, name: str, *, code: int = 0, **parameters: object) -> str:
+    def deployment_run(self, name: str, *, code: int = 0, timeout: float = 240, **parameters: object) -> str:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in parameters.items()]
         asked = [word for parameter in words for word in ("-p", parameter)]
         command = [*readme_command("prefect deployment run"), *asked]
-        return run([name if word == "pipeline/demo" else word for word in command], env=self.env, code=code, timeout=240)
+        return run([name if word == "pipeline/demo" else word for word in command], env=self.env, code=code, timeout=timeout)
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return httpx.post(f"{self.url}/{path}", json=body, timeout=30)
+
+    def artifact(self, key: str) -> dict[str, str]:
+        """The newest of this key."""
+        wanted = {"key": {"any_": [key]}}
+        return self.post("artifacts/filter", artifacts=wanted, sort="CREATED_DESC", limit=1).json()[0]
+
+    def page(self, artifact: dict[str, str]) -> str:
+        return f"{self.url.removesuffix('/api')}/artifacts/artifact/{artifact['id']}"
 
     def deployment(self, name: str) -> dict[str, object]:
         return httpx.get(f"{self.url}/deployments/name/{name}", timeout=30).json()
@@ -112,7 +122,13 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder, port = tmp_path_factory.mktemp("site"), free_port()
+    with opened_site(tmp_path_factory.mktemp("site")) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def opened_site(folder: Path) -> Iterator[Site]:
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     with pytest.MonkeyPatch.context() as monkeypatch, webhook() as (hook, heard):
         run_file = flaky_run(folder, monkeypatch)
@@ -121,7 +137,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             "PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1", "PREFECT_WORKER_QUERY_SECONDS": "2", "PWD": str(REPOSITORY), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        server = [*readme_command("prefect server start"), "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+        server = [*readme_command("prefect server start"), "--host", "127.0.0.1", "--port", str(port)]
         worker = readme_command("prefect worker start --pool deepspec-cpu")
         with running(server, env=env, log=folder / "server.log"):
             wait_for_server(url, folder / "server.log")
@@ -177,14 +193,44 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
     assert stage_status(config, "answers").missing == [0, 2, 3]
     site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
-    (failed_run,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 17"]}}).json()
+    (failed_run,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 0017"]}}).json()
     assert "ConfigError: the stage 'answers' has no shard 17; there are 0 to 5" in failed_run["state"]["message"]
     assert stage_status(config, "answers").missing == [0, 2, 3]
     limit = time.monotonic() + 30
     while len(set(site.heard)) < 2 and time.monotonic() < limit:
         time.sleep(0.2)
     done, failed = sorted(set(site.heard))  # Prefect may send a message twice
-    assert done.startswith("regenerate run.yaml 1,4-5: Completed http") and failed.startswith("regenerate run.yaml 17: Failed http")
+    assert done.startswith("regenerate run.yaml 0001,0004-0005: Completed http") and failed.startswith(
+        "regenerate run.yaml 0017: Failed http"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: `apt-get install chromium`")
+def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them(site: Site, tmp_path: Path):
+    run(Request(str(site.run_file)).command("prompts"), env=site.env)
+    recipe, changed = str(site.run_file), ("answers.max_new_tokens=33",)  # answers of its own, whatever other tests made
+    (site.run_file.parent / "broken").touch()
+    site.deployment_run("regenerate/demo", code=1, recipe=recipe, overrides=list(changed), shards="3-5")
+    (site.run_file.parent / "broken").unlink()
+    failure, lanes, picture = (site.artifact(f"flaky-{name}") for name in ("failure", "answers-lanes", "answers-throughput"))
+    with browser(tmp_path / "profile") as page:
+        page.open(f"{site.url.removesuffix('/api')}/runs/flow-run/{failure['flow_run_id']}", "regenerate run.yaml 0003-0005", "Failed")
+        page.click("Artifacts")
+        page.wait_for("flaky-failure", "flaky-answers", "flaky-answers-lanes", "flaky-answers-throughput", "flaky-stages")
+        page.open(site.page(failure), "may another try help?", "the prompt cannot be rendered", "no, not as it is")
+        commands = page.ask("[...document.querySelectorAll('pre')].map(it => it.innerText.trim())")
+        page.open(site.page(lanes), "lane #0", "shards/min")
+        page.open(site.page(picture), "answers: throughput")
+        page.wait("[...document.images].some(it => it.src.startsWith('data:image/svg') && it.naturalWidth > 300 && it.height > 100)")
+        icons = re.compile(r"status of 404 .*\.(ico|svg)$")  # Prefect's own, which its server does not have
+        assert [said for said in page.complaints if not icons.search(said.strip())] == []
+    config = load_run(recipe, changed)
+    assert stage_status(config, "answers").missing == [0, 1, 2, 5]
+    by_worker, here, again = map(shlex.split, commands)
+    assert here[:4] == ["python", "-m", "deepspec", "answers"] and "shards=3-5" in again
+    run([sys.executable, "-m", *by_worker, "--watch"], env=site.env, timeout=240)
+    assert stage_status(config, "answers").missing == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -193,6 +239,9 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
     assert "Completed" in said
     found = site.post("artifacts/latest/filter").json()
     keys = {artifact["key"] for artifact in found}
+    assert "report.html" in site.artifact("dspark-demo-report")["data"]
+    assert "acceptance length" in site.artifact("dspark-demo-benchmarks")["data"]
+    assert "data:image/svg+xml;base64," in site.artifact("dspark-demo-train-curves")["data"]
     assert {"dspark-demo-results", "dspark-demo-stages", "dspark-demo-answers", "dspark-demo-evaluate-folder"} <= keys
     config = tiny_run(store, *QUICK)
     assert all(stage_status(config, stage).sealed for stage in stages_of(config))

@@ -126,7 +126,7 @@ def line_figure(
     x_ticks = [Tick(x_axis.at(value), _short(value)) for value in x_values]
     marks = [
         Mark(x_axis.at(point.x), y_axis.at(point.y), point.radius, point.note, one.colour)
-        for one in series if not one.faint for point in one.points
+        for one in series if not one.faint for point in one.points if point.radius
     ]  # fmt: skip
     drawn = ""
     if reference == "diagonal":
@@ -215,8 +215,9 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+    scale, letter = next((one for one in ((1e6, "M"), (1e3, "k")) if abs(value) >= 10 * one[0]), (1.0, ""))
+    return f"{value / scale:g}{letter}"
 
 
 def _in_words(title: str, series: Sequence[Series]) -> str:
-    return f"{title}. " + "; ".join(point.note for one in series if not one.faint for point in one.points)
+    return f"{title}. " + "; ".join(point.note for one in series if not one.faint for point in one.points if point.note)

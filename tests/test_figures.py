@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspec.eval.figures import Axis, Point, Series, bar_figure, from_zero, interval_figure, line_figure, nice_ticks, powers
+from deepspec.figures import Axis, Point, Series, bar_figure, from_zero, interval_figure, line_figure, nice_ticks, powers
 
 
 def test_ticks_are_round_and_inside():

@@ -1,0 +1,113 @@
+"""A failed run's artifact: which shards are missing and why, and the commands that go on from there, ready to be copied."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+
+from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.launch import Request, shard_list
+from flows.reporting import artifact_key, best_effort
+from flows.selection import SELECTABLE
+
+FLOW_OF = {"answers": "regenerate", "hidden": "capture", "evaluate": "evaluate"}  # the flow that takes single shards of the stage
+MOST_ROWS = 200  # of the table; a command names every shard
+LONGEST_REASON = 500  # characters
+
+
+class Origin(NamedTuple):
+    """The run that a user started, of which the failed one may be a part."""
+
+    flow: str
+    deployment: str | None
+    """Its deployment's name, `demo` of `regenerate/demo`; None where it was started by hand."""
+    parameters: Mapping[str, Any]
+
+
+def publish_failure(run_name: str, error: DeepSpecError, request: Request, stage: str) -> None:
+    """Why the run failed and how to go on."""
+    with best_effort():
+        text = failure_text(run_name, error, resume_commands(request, stage, error))
+        create_markdown_artifact(text, key=artifact_key(f"{run_name}-failure"), description=f"{stage} failed, and how to go on")
+
+
+def failure_text(run_name: str, error: DeepSpecError, commands: Mapping[str, str]) -> str:
+    """The error as Markdown: a table of the shards that are missing, what else is said, and a block for each command."""
+    parts = [f"## {run_name} failed"]
+    if error.failures:
+        rows = [
+            f"| {shard} | {_cell(failure['what'])} | {'yes' if failure.get('transient') else 'no, not as it is'} |"
+            for shard, failure in sorted(error.failures.items())[:MOST_ROWS]
+        ]
+        parts += ["\n".join(["| shard | why it is missing | may another try help? |", "| ---: | --- | --- |", *rows])]
+        if (more := len(error.failures) - MOST_ROWS) > 0:
+            parts.append(f"and {more:,} more shards.")
+    if not isinstance(error, ShardsFailed):  # that one only repeats the table
+        parts.append(_block(str(error)))
+    parts += [f"### {title}\n\n{_block(command)}" for title, command in commands.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def resume_commands(request: Request, stage: str, error: DeepSpecError) -> dict[str, str]:
+    """By what they do: commands for the missing shards alone, and for the whole run again, as the run itself was started."""
+    missing = sorted(error.failures) if stage in SELECTABLE else []
+    commands = dict[str, str]()
+    with get_client(sync_client=True) as client:
+        origin = find_origin(client)
+        if missing and origin.deployment and stage in FLOW_OF and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}"):
+            commands["Only these shards, by a worker"] = deployment_command(name, {**_asked(request), "shards": shard_list(missing)})
+    if missing:
+        commands["Only these shards, on this machine"] = request.shown(stage, missing)
+    again = "The same run again: it does only what is missing"
+    if origin.deployment:
+        commands[again] = deployment_command(f"{origin.flow}/{origin.deployment}", origin.parameters)
+    else:
+        shards = ["--shards", str(asked)] if (asked := origin.parameters.get("shards")) not in (None, "") else []
+        commands[again] = shlex.join(["python", "-m", f"flows.{origin.flow}", *request.arguments(), *shards])
+    return commands
+
+
+def find_origin(client: SyncPrefectClient) -> Origin:
+    """The outermost run around this one, as the server knows it."""
+    run = client.read_flow_run(flow_run.root_flow_run_id)
+    flow_name = client.read_flow(run.flow_id).name
+    deployment = client.read_deployment(run.deployment_id).name if run.deployment_id else None
+    return Origin(flow_name, deployment, run.parameters)
+
+
+def deployment_command(name: str, parameters: Mapping[str, Any]) -> str:
+    """`prefect deployment run NAME -p ...`, for a shell; parameters at their empty defaults are left out."""
+    given = {key: value for key, value in parameters.items() if value not in ("", None) and value != [] and value != ()}
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return shlex.join(["prefect", "deployment", "run", name, *(word for pair in words for word in ("-p", pair))])
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    return {"recipe": request.source, "overrides": list(request.overrides), "store": request.store or ""}
+
+
+def _has_deployment(client: SyncPrefectClient, name: str) -> bool:
+    try:
+        client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def _block(text: str) -> str:
+    """Lines that stay as they are."""
+    return "```\n" + text.replace("```", "'''") + "\n```"
+
+
+def _cell(text: str) -> str:
+    """Text that breaks no table and starts no HTML."""
+    short = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
+    return re.sub(r"([\\`*_|\[\]<&])", r"\\\1", " ".join(short.split()))

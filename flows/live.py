@@ -1,0 +1,55 @@
+"""Artifacts that change while a run works: made once, then brought up to date in place, each at most every few seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.runtime import flow_run
+
+from flows.reporting import artifact_key, best_effort
+
+
+class Content(NamedTuple):
+    """What an artifact shows: a percentage, rows as JSON, or Markdown; and a description above it."""
+
+    data: float | str
+    description: str
+
+
+class LiveArtifact:
+    """One artifact of the run, the same one from its first content to its last."""
+
+    def __init__(self, kind: Literal["progress", "table", "markdown"], name: str, *, pause_s: float) -> None:
+        self._kind, self._key, self._pause_s = kind, artifact_key(name), pause_s
+        self._flow_run_id = flow_run.id  # of the flow, not of whichever group's task has the first word
+        self._id: Any = None
+        self._told = float("-inf")
+
+    def tell(self, content: Callable[[], Content | None], *, now: bool = False) -> None:
+        """Show the content (None: nothing yet); it is asked for only where the last one has stood for `pause_s`, or `now`."""
+        if not now and time.monotonic() - self._told < self._pause_s:
+            return
+        found = content()
+        if found is None:
+            return
+        with best_effort(retries=2 if now else 0):
+            self._put(found)
+        self._told = time.monotonic()  # only now: a server that hangs is not asked again at once
+
+    def _put(self, content: Content) -> None:
+        with get_client(sync_client=True) as client:
+            if self._id is None:
+                wanted = ArtifactCreate(type=self._kind, key=self._key, flow_run_id=self._flow_run_id, **content._asdict())
+                self._id = client.create_artifact(wanted).id
+                return
+            # Prefect's own update also sends an event that holds the whole content: of a long run they would fill its database.
+            client.request("PATCH", "/artifacts/{id}", json=content._asdict(), path_params={"id": self._id})
+
+
+def table(rows: list[dict[str, Any]], description: str) -> Content:
+    return Content(json.dumps(rows), description)
