@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -35,7 +36,7 @@ from flows.store_watch import watching_store
 
 LOOK_S = 0.5  # between two looks at whether the run is being ended
 OBJECTS_BYTES = 100_000_000  # Ray's shared memory: nothing but names goes through it
-# Ray's own switch for machines where it is to stay on loopback; it is read when Ray is imported.
+# Ray's own switch for machines where it is to stay on loopback, read when Ray is imported; and who knows the token may use it.
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
@@ -128,7 +129,7 @@ def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None:
-        os.environ.update(ON_LOOPBACK)
+        os.environ.update({"RAY_AUTH_TOKEN": secrets.token_hex(32), **ON_LOOPBACK, **os.environ})
         options |= {"num_cpus": settings.lanes, "include_dashboard": False, "object_store_memory": OBJECTS_BYTES}
     with contextlib.ExitStack() as stack:
         try:
