@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -35,6 +36,7 @@ from flows.stage_run import StageRun
 from flows.store_watch import watching_store
 
 LOOK_S = 0.5  # between two looks at whether the run is being ended
+ANSWER_S = 10.0
 OBJECTS_BYTES = 100_000_000  # Ray's shared memory: nothing but names goes through it
 # Ray's own switch for machines where it is to stay on loopback, read when Ray is imported; and who knows the token may use it.
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
@@ -55,7 +57,7 @@ class RayHands:
 
     def __init__(self, run: StageRun, runner: RayTaskRunner[Any]) -> None:
         settings, self.runner = run.config.resources, runner
-        gpus = num_of("GPU", settings) if settings.device != "cpu" else 0
+        gpus = num_gpus(settings)
         count = settings.lanes or max(1, gpus)
         self.lanes = [Lane(f"Ray #{number}") for number in range(count)]
         self.options: dict[str, Any] = {"num_gpus": 1 / -(-count // gpus)} if gpus else {"num_cpus": 1}
@@ -133,13 +135,27 @@ def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
         options |= {"num_cpus": settings.lanes, "include_dashboard": False, "object_store_memory": OBJECTS_BYTES}
     with contextlib.ExitStack() as stack:
         try:
+            if address is not None:
+                check_answers(address)
             with keeping_sigterm():
                 runner = stack.enter_context(RayTaskRunner(address or "local", options))
         except (OSError, RuntimeError, ValueError) as error:
             what = f"Ray cannot be {'reached' if address else 'started'}: {error}"
-            fix = "start it with `ray start --head`, or set resources.ray_address (null: a Ray of this machine alone)"
-            raise UserError(what, where=address or "a local Ray", fix=fix) from None
+            fix = "resources.ray_address is HOST:PORT on a machine of the cluster (`ray status` tells), ray://HOST:10001 from elsewhere"
+            raise UserError(what, where=address or "a Ray of this machine", fix=fix) from None
         yield runner
+
+
+def check_answers(address: str) -> None:
+    """Ray itself would try for minutes to reach a cluster that is not there.
+
+    Raises:
+        OSError, ValueError: nothing listens there, or it is no HOST:PORT.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError(f"{address!r} names no host and port")
+    socket.create_connection((parts.hostname, parts.port), ANSWER_S).close()
 
 
 @contextlib.contextmanager
@@ -153,16 +169,16 @@ def keeping_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def num_of(kind: str, settings: ResourcesConfig) -> int:
-    """How many of Ray's resource the cluster has; GPUs may be none, where the stage then runs on CPUs.
+def num_gpus(settings: ResourcesConfig) -> int:
+    """GPUs of the cluster that the stage may use; where there are none it runs on CPUs.
 
     Raises:
-        ConfigError: none, where they were asked for.
+        ConfigError: there are none, and it must not.
     """
-    found = int(imported_ray().cluster_resources().get(kind, 0))
+    found = int(imported_ray().cluster_resources().get("GPU", 0)) if settings.device != "cpu" else 0
     if not found and settings.device == "cuda":
         fix = "set resources.device to auto, or add a node with GPUs"
-        raise ConfigError(f"the Ray cluster has no {kind}", where="resources.ray_address", fix=fix)
+        raise ConfigError("the Ray cluster has no GPU", where="resources.device", fix=fix)
     return found
 
 

@@ -14,16 +14,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+pytest.importorskip("prefect_ray")
 from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
 
 from deepspec.config import RunConfig
 from deepspec.data.prompts import run_prompts
-from deepspec.errors import ConfigError, ShardsFailed
+from deepspec.errors import ConfigError, ShardsFailed, UserError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
+from deepspec.resources_config import ResourcesConfig
+from flows.ray_hands import connected
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.request import open_run
 from flows.server import free_port
@@ -32,7 +36,6 @@ from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import flaky_run
 
-pytest.importorskip("prefect_ray")
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 120.0
@@ -191,6 +194,13 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(cluster: Path
         running.wait(60)
     assert alive_after(15, [worker, *below]) == []
     assert committed(config) == [0]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address: str):
+    with pytest.raises(UserError, match=r"Ray cannot be reached: .*") as caught, connected(ResourcesConfig(ray_address=address)):
+        pass
+    assert caught.value.where == address
 
 
 def test_a_run_on_ray_is_refused_where_it_is_not_installed(run_file: Path, monkeypatch: pytest.MonkeyPatch):
