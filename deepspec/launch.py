@@ -127,6 +127,11 @@ class Scope:
 _scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039  (the process's own, never closed)
 
 
+def current_scope() -> Scope:
+    """The one that children started here belong to; work done elsewhere for it ends when it is `closed`."""
+    return _scope.get()
+
+
 @contextlib.contextmanager
 def scope(patience_s: float = 0.0) -> Iterator[Scope]:
     """However this block is left, no child that was started in it runs any more (threads: those that copied its context)."""

@@ -68,6 +68,8 @@ class ResourcesConfig(Section):
     """Where models run; `auto` takes the GPU if there is one."""
     runner: Literal["local", "workers", "ray"] = "local"
     """Where flows do a stage's work: in children on their own machine, as runs on the workers of a pool, or on a Ray cluster."""
+    ray_address: str | None = None
+    """Ray cluster of the runner `ray`, e.g. 10.0.0.1:6379; null is RAY_ADDRESS, or a Ray started for the flow on its own machine."""
     lanes: PositiveInt | None = None
     """Groups of shards under way at a time; null is one per visible GPU (worker, GPU of the cluster), or one."""
     shards_per_task: PositiveInt = 32

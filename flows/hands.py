@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.blocks.system import Secret
 
+from deepspec.artifact import Artifact
 from deepspec.aside import folder_beside
 from deepspec.config import RunConfig
 from deepspec.errors import ConfigError
@@ -35,7 +36,7 @@ class LocalHands:
         self.run, self.secrets = run, api_key(run.config) if run.stage == "answers" else {}
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
-        run, path = self.run, self.log_path(name)
+        run, path = self.run, log_path(artifact_of(self.run.config, self.run.stage), name)
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
         hear = functools.partial(run.board.hear, lane=lane.name)
@@ -47,8 +48,10 @@ class LocalHands:
         pinned = {} if lane.device is None else {"CUDA_VISIBLE_DEVICES": lane.device}
         return {"DEEPSPEC_EVENTS": "1", **self.secrets, **pinned}
 
-    def log_path(self, name: str) -> Path:
-        return folder_beside(artifact_of(self.run.config, self.run.stage), "logs") / f"{name[:80].replace(' ', '-')}.log"
+
+def log_path(artifact: Artifact, name: str) -> Path:
+    """Where all that a group's child says is kept, on the machine that it runs on."""
+    return folder_beside(artifact, "logs") / f"{name[:80].replace(' ', '-')}.log"
 
 
 def api_key(config: RunConfig) -> dict[str, str]:

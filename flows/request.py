@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from deepspec.config import RunConfig
+from deepspec.errors import ConfigError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of, store_of
 from deepspec.recipe import load_run
@@ -16,7 +19,21 @@ def open_run(request: Request) -> RunConfig:
         UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
     """
     config = load_run(request.source, request.overrides, store=request.store)
+    if config.resources.runner == "ray":
+        require_ray()
     store_of(config).check_writable(config.resources.min_free_gb)
     for stage in stages_of(config):
         artifact_of(config, stage)  # its name covers every input file, so each must be there
     return config
+
+
+def require_ray() -> None:
+    """Refuse a run on Ray where it is not installed.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    missing = [name for name in ("ray", "prefect_ray") if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"the runner `ray` needs {' and '.join(missing)}, not installed here"
+        raise ConfigError(what, where="resources.runner", fix="pip install 'deepspec[ray]', on every node of the cluster")

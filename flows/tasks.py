@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prefect import get_run_logger
 
@@ -60,7 +61,8 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
         return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
     run = StageRun(request, config, todo, some=bool(asked))
-    run.work(hands_for(run))
+    with hands_for(run) as hands:
+        run.work(hands)
     after = stage_status(config, stage)
     left = selected(config, after, asked)
     finished = after.sealed or (bool(asked) and not left.missing)
@@ -72,6 +74,13 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
     return StageOutcome(after, "done", time.monotonic() - started)
 
 
-def hands_for(run: StageRun) -> Hands:
-    """Where the stage's work is done, as `resources.runner` says."""
-    return LocalHands(run)
+@contextlib.contextmanager
+def hands_for(run: StageRun) -> Iterator[Hands]:
+    """Where the stage's work is done, as `resources.runner` says; a stage without shards is done where the flow runs."""
+    if run.config.resources.runner == "ray" and run.sharded:
+        from flows.ray_hands import ray_hands
+
+        with ray_hands(run) as hands:
+            yield hands
+    else:
+        yield LocalHands(run)

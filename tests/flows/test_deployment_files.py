@@ -84,3 +84,19 @@ def test_the_helm_values_keep_the_server_inside_and_pinned():
     version = server["global"]["prefect"]["image"]["prefectTag"]
     pinned = re.search(r"^prefect==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned and version.startswith(f"{pinned[1]}-") and worker["worker"]["image"]["prefectTag"].startswith(version)
+
+
+def test_the_pods_that_train_together_run_the_documented_line_and_meet_at_the_first_of_them():
+    service, job = yaml.safe_load_all((FOLDER / "kubernetes" / "train_nodes.yaml").read_text())
+    spec, name = job["spec"], job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert spec["completionMode"] == "Indexed" and spec["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    command = spec["template"]["spec"]["containers"][0]["command"]
+    assert command[: command.index("-m")] == [
+        *("torchrun", "--nnodes", str(spec["completions"]), "--nproc-per-node", "8", "--rdzv-backend", "c10d", "--rdzv-id", "draft-1"),
+        *("--rdzv-endpoint", f"{name}-0.{service['metadata']['name']}:29500"),
+    ]
+    assert spec["parallelism"] == spec["completions"]
+    documented = (REPOSITORY / "docs" / "deployments.md").read_text()
+    words = " ".join(command[1 : command.index("--rdzv-endpoint")])
+    assert words in documented

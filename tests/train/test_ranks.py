@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, Transie
 from deepspec.events import silent
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
+from deepspec.ports import free_port
 from deepspec.train import ranks
 from deepspec.train.loop import run_train
 from deepspec.train.ranks import is_rank, launch_ranks, num_ranks
@@ -127,6 +131,49 @@ def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, tmp_p
     assert "ranks=2" in done.stderr
     alone = tiny_run(tmp_path / "alone", "train.global_batch=6")
     assert_close(weights(run_train(alone)), weights(artifact_of(tiny_run(ready, "train.global_batch=6"), "train")))
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, tmp_path: Path):
+    """The line of docs/deployments.md, started twice as on two machines: they find each other at the rendezvous, and one reports."""
+    straight, run = tmp_path / "straight", "train.global_batch=6"
+    shutil.copytree(ready, straight)
+    told = {"--nproc-per-node": "1", "--rdzv-endpoint": f"127.0.0.1:{free_port()}"}
+    words = documented_command("torchrun --nnodes 2")
+    words = [told.get(before, word) for before, word in zip(["", *words], words, strict=False)][1 : words.index("-m")]
+    node = [sys.executable, "-m", "torch.distributed.run", *words, "--local-addr", "127.0.0.1"]
+    command = [*node, *arguments(ready, run).command("train")[1:]]
+    logs = [tmp_path / "node-0.log", tmp_path / "node-1.log"]
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(guarded(command, log)) for log in logs]
+        codes = [one.wait(240) for one in nodes]
+    said = [log.read_text() for log in logs]
+    assert codes == [0, 0], said
+    assert sorted(text.count("steps=0 of 6") for text in said) == [0, 1]
+    artifact = artifact_of(tiny_run(ready, run), "train")
+    assert artifact.manifest() is not None
+    launched(straight, run)
+    assert_close(weights(artifact), weights(artifact_of(tiny_run(straight, run), "train")))
+
+
+@contextlib.contextmanager
+def guarded(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that is gone, with all it started, when the block is left."""
+    command, environment = [sys.executable, "-m", "deepspec.guard", "5", *command], {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+def documented_command(start: str) -> list[str]:
+    """The command of the document on several machines that starts like this."""
+    text = (REPOSITORY / "docs" / "deployments.md").read_text().replace("\\\n", " ")
+    (found,) = [line for line in text.splitlines() if line.startswith(start)]
+    return shlex.split(found)
 
 
 @pytest.mark.slow

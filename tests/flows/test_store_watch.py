@@ -1,0 +1,43 @@
+"""Work that is done elsewhere is seen in the store: each missing shard counts once, when it is committed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from deepspec.data.answers import run_answers
+from deepspec.data.prompts import run_prompts
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from deepspec.stages import stage_status
+from flows.reporting import Board, Progress, watched_by
+from flows.store_watch import watching_store
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside")
+def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Path):
+    config = load_run(str(run_file), ("resources.retries=0", "answers.engine=tests.engines:Echo"))
+    run_prompts(config)
+    run_answers(config, shards=[0])
+    artifact = artifact_of(config, "answers")
+    stale = artifact.records([0])[0]
+    seen, two_seen = list[Progress](), threading.Event()
+
+    def see(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.done == 3:
+            two_seen.set()
+
+    before = stage_status(config, "answers")
+    with watched_by(see):
+        board = Board("elsewhere", before, sharded=True)
+        with watching_store(board, config, "answers", [1, 2, 3], pause_s=0.02):
+            run_answers(config, shards=[1, 2])
+            assert two_seen.wait(60)
+            assert {progress.done for progress in seen} == {1, 2, 3}
+            run_answers(config, shards=[3, 4])
+    assert seen[-1].done == 4, "shard 4 was not asked for"
+    assert seen[-1].numbers["rows"] == 6
+    assert artifact.records([0])[0] == stale
