@@ -30,8 +30,9 @@ from deepspec.launch import GRACE_S, Request, Stopped, current_scope, run_child
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.resources_config import ResourcesConfig
+from flows.child_log import ChildLog
 from flows.dealer import Lane
-from flows.hands import api_key, forward_warnings, log_path
+from flows.hands import api_key, log_path
 from flows.stage_run import StageRun
 from flows.store_watch import watching_store
 
@@ -108,10 +109,9 @@ def work_there(name: str, order: Order, shards: list[int] | None) -> None:
         path = log_path(artifact, name)
         get_run_logger().info("%s: started on %s, full log in %s", name, socket.gethostname(), path)
         env = {"DEEPSPEC_EVENTS": "1", **(api_key(config) if stage == "answers" else {})}
-        run_child(
-            request.command(stage, shards), on_event=silent, on_line=forward_warnings(path), env=env, log_path=path,
-            timeout_s=config.resources.limits(stage).deadline_s,
-        )  # fmt: skip
+        command, deadline_s = request.command(stage, shards), config.resources.limits(stage).deadline_s
+        with contextlib.closing(ChildLog(path)) as forward:
+            run_child(command, on_event=silent, on_line=forward, env=env, log_path=path, timeout_s=deadline_s)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from contextvars import copy_context
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.lineage import artifact_of, upstream_of
-from flows.reporting import Board
+from flows.board import Board
 
 log = logging.getLogger(__name__)
 
@@ -54,5 +54,5 @@ class _Watch:
         for shard, record in found.items():
             if record.upstream == self.wanted[shard]:
                 del self.wanted[shard]
-                counted = {"rows": record.rows, "tokens": record.tokens, "num_bytes": record.num_bytes}
+                counted = record.model_dump(include={"rows", "tokens", "num_bytes", "rejected"})
                 self.board.hear({"event": "shard", "stage": self.artifact.key.stage, "shard": shard, **counted})
