@@ -127,7 +127,7 @@ class ResourcesConfig(Section):
     stages: dict[StageName, LimitsConfig] = Field(default_factory=dict)
     """Other retries, delays and deadlines for single stages, e.g. `{train: {retries: 10}}`."""
     max_failed: float = Field(default=0.01, ge=0, le=1)
-    """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more are begun."""
+    """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more begin. 0: none may."""
     min_free_gb: float = Field(default=1.0, ge=0)
     """Free disk space (GB) below which a stage refuses to start, and a working one pauses until there is more."""
     space_poll_s: PositiveFloat = 10.0

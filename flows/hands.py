@@ -39,7 +39,7 @@ class LocalHands:
         run, path = self.run, self.log_path(name)
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
-        hear = functools.partial(run.board.hear, lane=lane.name)
+        hear = functools.partial(run.hear, lane=lane.name)
         run_child(
             command, on_event=hear, on_line=forward_warnings(path), env=self.environment(lane), log_path=path,
             timeout_s=run.limits.deadline_s,

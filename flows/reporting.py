@@ -89,6 +89,7 @@ class Board:
         self._lock = threading.Lock()
         self._under_way: dict[str, Mapping[str, Any]] = {}
         self._sharded, self._committed, self._seen = sharded, before.committed, set[int]()
+        self._failed = set[int]()
         total = before.committed + len(before.missing) if sharded else 0
         self.progress = Progress(before.stage, "running", before.committed if sharded else 0, total, "shards" if sharded else "", {})
         self._artifact = _ProgressArtifact(f"{run_name}-{before.stage}", f"{before.stage}: {before.artifact_url}")
@@ -99,6 +100,9 @@ class Board:
         with self._lock:
             if event["event"] == "shard" and self._sharded:
                 self._hear_shard(event)
+            elif event["event"] == "failed" and self._sharded and not event["transient"]:
+                self._failed.add(event["shard"])
+                self.progress = self.progress._replace(numbers={**self.progress.numbers, "failed": len(self._failed)})
             elif event["event"] == "answering":
                 self._under_way[lane] = event
                 self.progress = self.progress._replace(note=answering_note(list(self._under_way.values())))
@@ -116,7 +120,7 @@ class Board:
             return
         self._seen.add(event["shard"])
         sums = {key: self.progress.numbers.get(key, 0) + event.get(key, 0) for key in ("rows", "tokens", "num_bytes")}
-        self.progress = self.progress._replace(done=self._committed + len(self._seen), numbers=sums)
+        self.progress = self.progress._replace(done=self._committed + len(self._seen), numbers={**self.progress.numbers, **sums})
 
     def close(self, state: State) -> None:
         with self._lock:

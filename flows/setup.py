@@ -18,9 +18,9 @@ import typer
 from deepspec.errors import DeepSpecError, UserError
 from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
 from flows.cli import talking_to
+from flows.compatible import check_version
 
 POOLS = ("deepspec-cpu", "deepspec-gpu")
-OLDEST = (3, 8)  # the first server that has what is set up here
 
 NotifyUrl = Annotated[
     str | None,
@@ -94,14 +94,6 @@ def require_server() -> None:
     if problem is not None:
         fix = "start it (`prefect server start`), or correct PREFECT_API_URL"
         raise UserError(f"the Prefect server does not answer: {problem}", where=str(url), fix=fix)
-
-
-def check_version(server: str) -> None:
-    major, minor = (int(part) for part in server.split(".")[:2])
-    if major != OLDEST[0] or (major, minor) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
-        raise UserError(what, where="PREFECT_API_URL", fix="start the server from this environment: `prefect server start`")
 
 
 def put_pool(client: Any, name: str, limit: int | None) -> str:

@@ -26,9 +26,9 @@ from deepspec.launch import Request
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
 from flows.automations import FLOWS
+from flows.compatible import check_version
 from flows.selection import selected
 from flows.server import free_port
-from flows.setup import check_version
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.conftest import QUICK, flaky_run
 
