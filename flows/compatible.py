@@ -1,4 +1,4 @@
-"""Whether a Prefect server has what these flows use; asked where a run begins, because a worker's server may be any."""
+"""Whether a Prefect server answers and has what these flows use; asked where a run begins: a worker's server may be any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from deepspec.errors import UserError
 
 OLDEST = (3, 8)  # the first server that has it
+HEALTH_S = 10.0
 
 
 def check_version(server: str) -> None:
@@ -20,6 +21,21 @@ def check_version(server: str) -> None:
         wanted = ".".join(map(str, OLDEST))
         what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
         raise UserError(what, where="PREFECT_API_URL", fix="start the server from this environment: `prefect server start`")
+
+
+def check_answer(*, fix: str) -> None:
+    """Return where the server of this process answers; one that accepts and says nothing is not waited for like a busy one.
+
+    Raises:
+        UserError: it does not.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_API_REQUEST_TIMEOUT: HEALTH_S, PREFECT_CLIENT_MAX_RETRIES: 1}):
+        problem = get_client(sync_client=True).api_healthcheck()
+    if problem is not None:
+        raise UserError(f"the Prefect server does not answer: {problem}", where=str(PREFECT_API_URL.value()), fix=fix)
 
 
 def check_server() -> None:

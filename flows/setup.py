@@ -18,7 +18,7 @@ import typer
 from deepspec.errors import DeepSpecError, UserError
 from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
 from flows.cli import talking_to
-from flows.compatible import check_version
+from flows.compatible import check_answer, check_version
 
 POOLS = ("deepspec-cpu", "deepspec-gpu")
 
@@ -83,17 +83,13 @@ def require_server() -> None:
     Raises:
         UserError: none is set, or it does not answer.
     """
-    from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
     if url is None:
         fix = "`prefect server start` in another terminal, then here `export PREFECT_API_URL=http://127.0.0.1:4200/api`"
         raise UserError("no Prefect server is set", where="PREFECT_API_URL", fix=fix)
-    problem = get_client(sync_client=True).api_healthcheck()
-    if problem is not None:
-        fix = "start it (`prefect server start`), or correct PREFECT_API_URL"
-        raise UserError(f"the Prefect server does not answer: {problem}", where=str(url), fix=fix)
+    check_answer(fix="start it (`prefect server start`), or correct PREFECT_API_URL")
 
 
 def put_pool(client: Any, name: str, limit: int | None) -> str:
