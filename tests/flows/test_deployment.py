@@ -24,27 +24,36 @@ import pytest
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from deepspec import __version__
 from deepspec.errors import ConfigError, UserError
 from deepspec.launch import Request
+from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
+from flows.assets import asset_key
 from flows.automations import FLOWS
 from flows.compatible import check_version
 from flows.parameters import KEY_IN_OVERRIDE, KEY_IN_STORE
+from flows.pipeline import pipeline
 from flows.selection import selected
 from flows.server import free_port
 from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.conftest import QUICK, flaky_run
+from tests.flows.test_assets import chain_in_store, chain_on_server
 from tests.radosgw import SECRET_KEY, Radosgw, ceph_missing
 
 
-def readme_command(start: str) -> list[str]:
-    """The command of the README's section on deployments that starts like this, for the Python that runs the tests."""
+def readme_section() -> tuple[dict[str, str], list[list[str]]]:
+    """The README's block on deployments: what it exports, and its commands for the Python that runs the tests, in order."""
     section = (REPOSITORY / "README.md").read_text().split("## Deployments\n")[1]
-    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines()]
-    (found,) = [line for line in lines if shlex.join(line).startswith(start)]
-    return [sys.executable, *(found[1:] if found[0] == "python" else ["-m", *found])]
+    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines() if line]
+    exports = dict(word.split("=", 1) for line in lines if line[0] == "export" for word in line[1:])
+    commands = [line for line in lines if line[0] != "export"]
+    return exports, [[sys.executable, *(line[1:] if line[0] == "python" else ["-m", *line])] for line in commands]
+
+
+EXPORTS, (SERVER, SETUP, WORKER, RUN) = readme_section()  # a line more or less there, and this says so
 
 
 def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 60) -> str:
@@ -91,7 +100,7 @@ class Site(NamedTuple):
     def deployment_run(self, name: str, *, code: int = 0, **parameters: object) -> str:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in parameters.items()]
         asked = [word for parameter in words for word in ("-p", parameter)]
-        command = [*readme_command("prefect deployment run"), *asked]
+        command = [*RUN, *asked]
         return run([name if word == "pipeline/demo" else word for word in command], env=self.env, code=code, timeout=240)
 
     def post(self, path: str, **body: object) -> httpx.Response:
@@ -135,17 +144,16 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as monkeypatch, webhook() as (hook, heard):
         run_file = flaky_run(folder, monkeypatch)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        env = kept | s3 | {
+        env = kept | s3 | EXPORTS | {
             KEY_VARIABLE: KEY_IN_ENVIRONMENT,
             "PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1", "PREFECT_WORKER_QUERY_SECONDS": "2", "PWD": str(REPOSITORY), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        server = [*readme_command("prefect server start"), "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
-        worker = readme_command("prefect worker start --pool deepspec-cpu")
+        server = [*SERVER, "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
         with running(server, env=env, log=folder / "server.log"):
             wait_for_server(url, folder / "server.log")
-            run([*readme_command("python -m flows.setup"), "--notify", hook], env=env)
-            with running(worker, env=env, log=folder / "worker.log"):
+            run([*SETUP, "--notify", hook], env=env)
+            with running(WORKER, env=env, log=folder / "worker.log"):
                 yield Site(url, env, run_file, heard)
 
 
@@ -154,8 +162,13 @@ def test_setup_can_be_run_again(site: Site):
     assert {(found["name"], found["entrypoint"]) for found in before} == {
         (name, f"flows.{flow}.{flow}") for flow in FLOWS for name in ("demo", "gpu")
     }
-    said = run([*readme_command("python -m flows.setup"), "--gpu-runs", "3"], env=site.env)
+    assert {found["version"] for found in before} == {__version__}
+    place = f"deployment:{site.deployment('train/gpu')['id']}"  # as if its run had been cut off before the server was restarted
+    assert httpx.patch(f"{site.url}/v2/concurrency_limits/{place}", json={"active_slots": 1}, timeout=30).is_success
+    said = run([*SETUP, "--gpu-runs", "3"], env=site.env)
     assert said.count("up to date") == 4 and HOOK_TOKEN not in said
+    assert said.count("freed") == 1 and "gpu (flows.train.train): freed 1 of its places" in said
+    assert httpx.get(f"{site.url}/v2/concurrency_limits/{place}", timeout=30).json()["active_slots"] == 0
     assert {found["id"] for found in site.post("deployments/filter").json()} == {found["id"] for found in before}
     automations = {found["name"]: found for found in site.post("automations/filter").json()}
     assert len(automations) == 2 and len(site.post("automations/filter").json()) == 2
@@ -236,6 +249,11 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
     assert {"dspark-demo-results", "dspark-demo-stages", "dspark-demo-answers", "dspark-demo-evaluate-folder"} <= keys
     config = tiny_run(store, *QUICK)
     assert all(stage_status(config, stage).sealed for stage in stages_of(config))
+    result = artifact_of(config, "evaluate")
+    with temporary_settings({PREFECT_API_URL: site.url}):
+        assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
+    pipeline(recipe="demo", overrides=tuple(QUICK), store=str(store))  # at the tests' own server, which knows nothing of it
+    assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
     status = stage_status(config, "evaluate")
     with pytest.raises(ConfigError, match="the stage 'evaluate' has no shard 99; there are 0 to "):
         selected(config, status, [99])
