@@ -33,11 +33,18 @@ def _endpoint(url: str) -> str:
     return url.rstrip("/")
 
 
+def _variable_name(name: str) -> str:
+    if not name.isidentifier():  # what was given is not repeated: it may be the key
+        raise ValueError("this is the name of an environment variable, such as OPENAI_API_KEY; the key itself belongs into that variable")
+    return name
+
+
 StageName = Literal["demo", "prompts", "answers", "hidden", "train", "evaluate"]
 LONGEST_DELAY_S = 300.0
 JITTER = 0.3  # share of a delay by which it varies, so that many do not come back at once
 
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class StageLimits(NamedTuple):
@@ -90,7 +97,7 @@ class ResourcesConfig(Section):
     """Seconds until a server that was started must answer: loading a large target takes minutes."""
     served_model: str | None = None
     """Name under which the servers know the target; null is `target.model`."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: VariableName = "OPENAI_API_KEY"
     """Environment variable that holds the servers' key; the key itself is written nowhere."""
     api_key_secret: str | None = None
     """Prefect Secret block that holds the key; flows put it into that variable of the children that ask servers, and nowhere else."""
@@ -129,7 +136,7 @@ class ResourcesConfig(Section):
     stages: dict[StageName, LimitsConfig] = Field(default_factory=dict)
     """Other retries, delays and deadlines for single stages, e.g. `{train: {retries: 10}}`."""
     max_failed: float = Field(default=0.01, ge=0, le=1)
-    """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more are begun."""
+    """Share of a stage's shards that may fail for good (not: wait for another try); above it, and above ten, no more begin. 0: none may."""
     min_free_gb: float = Field(default=1.0, ge=0)
     """Free disk space (GB) below which a stage refuses to start, and a working one pauses until there is more."""
     space_poll_s: PositiveFloat = 10.0

@@ -187,7 +187,8 @@ def pretty_json(value: object) -> bytes:
 def _resolve(url: str) -> tuple[bool, str]:
     """Whether the URL is a local folder, and its path or "bucket/prefix"."""
     protocol = fsspec.utils.get_protocol(url)
-    if "@" in url.partition("://")[2].partition("/")[0]:
+    place = url.partition("://")[2].partition("/")[0]  # a key may hold a slash: then the @ is behind it
+    if "@" in place or (protocol in ("s3", "s3a") and ":" in place):
         raise StoreError("keys do not belong into a store's URL", where=f"store {protocol}://", fix="set AWS_ACCESS_KEY_ID or AWS_PROFILE")
     try:
         kind = fsspec.get_filesystem_class(protocol)

@@ -145,11 +145,13 @@ class _Shift:
             with suppress(OSError):  # a full disk must not turn a note about one shard into the end of all
                 put_failure(self.artifact, work.shard, error)
             self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
+            fields = {"shard": work.shard, "what": error.what, "transient": error.transient}
+            self.report({"event": "failed", "stage": self.artifact.key.stage, **fields})
             self._progress()
 
     def too_many_failed(self) -> bool:
         lost = sum(not failure["transient"] for failure in self.failures.values())
-        return lost > FEW_FAILED and lost > self.allowed
+        return lost > few_failed(self.resources) and lost > self.allowed
 
     @cached_property
     def allowed(self) -> int:
@@ -184,7 +186,12 @@ class _Shift:
 
 def failures_allowed(resources: ResourcesConfig, num_shards: int) -> int:
     """Shards of a stage of `num_shards` that may fail for good before no more are begun."""
-    return max(FEW_FAILED, int(resources.max_failed * num_shards))
+    return max(few_failed(resources), int(resources.max_failed * num_shards))
+
+
+def few_failed(resources: ResourcesConfig) -> int:
+    """Shards that may fail for good whatever their share; who allows none is taken at their word."""
+    return FEW_FAILED if resources.max_failed else 0
 
 
 def stage_size(artifact: Artifact, num_todo: int) -> int:

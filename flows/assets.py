@@ -1,7 +1,8 @@
 """Lineage in Prefect: an artifact that a run seals is an asset there, materialized from the assets that it was made from.
 
 The store holds the truth (`python -m deepspec lineage`). The server's events tell the same chain for whoever looks there,
-and may start automations; those that it does not take are lost, and nothing else is.
+and may start automations. What a server does not know yet (made by hand, with another server, or while this one was away)
+is told when a run comes by it, or by something that was made from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from urllib.parse import quote
 
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 
 from deepspec.artifact import Artifact
 from deepspec.provenance import sealed_inputs
@@ -20,13 +23,25 @@ from flows.reporting import best_effort
 
 log = logging.getLogger(__name__)
 
+MATERIALIZED = "prefect.asset.materialization.succeeded"
+_told: set[tuple[str, str, str]] = set()  # server, URL, digest: what this process told of; an event takes seconds until it is found
 MAX_KEY = 512  # characters that Prefect allows
 
 
+def publish_once(artifact: Artifact) -> None:
+    """The server knows this sealed artifact, as it is now, and all that it was made from: what it did not know, it is told."""
+    with best_effort():
+        if not _is_known(artifact):
+            publish_asset(artifact)
+
+
 def publish_asset(artifact: Artifact) -> None:
-    """Tell the server that the sealed artifact was made, from what, and how much it is."""
+    """Tell the server that the sealed artifact was made, from what, and how much it is; first, what it does not know of that."""
+    inputs = list(sealed_inputs(artifact))
+    for made_before in inputs:
+        publish_once(made_before)
     key = asset_key(artifact.url)
-    upstream = [asset_key(found.url) for found in sealed_inputs(artifact)]
+    upstream = [asset_key(found.url) for found in inputs]
     if max(map(len, (key, *upstream))) > MAX_KEY:
         log.warning("%s is no asset in Prefect: its URL is longer than %d characters", artifact.url, MAX_KEY)
         return
@@ -37,6 +52,22 @@ def publish_asset(artifact: Artifact) -> None:
     )(add_asset_metadata)  # fmt: skip
     with best_effort():
         publish(key, metadata(artifact))
+        _told.add(_said(artifact))
+
+
+def _is_known(artifact: Artifact) -> bool:
+    """Whether an artifact of this URL and content was told, by this process or, as far back as events are kept, by any."""
+    if (said := _said(artifact)) in _told:
+        return True
+    wanted = {"event": {"name": [MATERIALIZED]}, "resource": {"id": [asset_key(artifact.url)]}, "order": "DESC"}
+    with get_client(sync_client=True) as client:
+        found = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1}).json()["events"]
+    return bool(found) and found[0]["payload"].get("digest") == said[2]
+
+
+def _said(artifact: Artifact) -> tuple[str, str, str]:
+    manifest = artifact.manifest()
+    return str(PREFECT_API_URL.value()), artifact.url, manifest.digest if manifest else ""
 
 
 def asset_key(url: str) -> str:

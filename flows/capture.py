@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from flows.parameters import Overrides, Recipe, Shards, request_of, run_name
+from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome
 from flows.tasks import run_stages
 
@@ -17,7 +17,7 @@ STAGES = ("hidden",)
 
 
 @flow(name="capture", flow_run_name=run_name, persist_result=False)
-def capture(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: str = "") -> list[StageOutcome]:
+def capture(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
     """The target's hidden states over answers that are there; only what is missing in the store is made.
 
     Args:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Annotated
@@ -18,10 +20,12 @@ from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, Transie
 from deepspec.launch import Request
 from deepspec.lineage import store_of
 from deepspec.stages import parse_shards, results, stages_of
+from flows.compatible import check_answer, check_server
 from flows.request import open_run
 from flows.server import PrivateServer, start_private_server
 
 WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
+END_S = 20.0  # for the last events and log lines
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml")]
@@ -42,7 +46,19 @@ def main(flow_name: str) -> None:
         app(prog_name=f"python -m flows.{flow_name}")
     except DeepSpecError as error:
         typer.echo(f"error: {error}", err=True)
+        end_in_time(exit_code(error))
         sys.exit(exit_code(error))
+    except SystemExit as leaving:
+        end_in_time(leaving.code)
+        raise
+
+
+def end_in_time(code: object, seconds: float = END_S) -> None:
+    """The process is gone by then, with this exit code: Prefect would wait minutes for each event that a hanging server does not take."""
+    sys.stdout.flush()
+    timer = threading.Timer(seconds, os._exit, [code if isinstance(code, int) else bool(code)])
+    timer.daemon = True
+    timer.start()
 
 
 def run_flow(flow_name: str, request: Request, shards: str = "") -> None:
@@ -69,18 +85,13 @@ def wait_for_server(server: PrivateServer | None) -> None:
     """Return when the private server, or the user's own, answers.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or has another version.
     """
     if server is not None:
         server.wait()
         return
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    problem = get_client(sync_client=True).api_healthcheck()
-    if problem is not None:
-        fix = "start it (`prefect server start`), or unset PREFECT_API_URL to use a private one"
-        raise UserError(f"the Prefect server does not answer: {problem}", where=str(PREFECT_API_URL.value()), fix=fix)
+    check_answer(fix="start it (`prefect server start`), or unset PREFECT_API_URL to use a private one")
+    check_server()
 
 
 @contextlib.contextmanager

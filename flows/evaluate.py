@@ -12,7 +12,7 @@ import shlex
 from prefect import flow
 
 from deepspec.stages import report_text, results
-from flows.parameters import Overrides, Recipe, Shards, request_of, run_name
+from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
 from flows.request import open_run
 from flows.tasks import run_stages
@@ -21,7 +21,7 @@ STAGES = ("evaluate",)
 
 
 @flow(name="evaluate", flow_run_name=run_name, persist_result=False)
-def evaluate(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: str = "") -> list[StageOutcome]:
+def evaluate(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
     """Every benchmark decoded plainly and speculatively, and the report of the results.
 
     Args:

@@ -39,7 +39,7 @@ class LocalHands:
         run, path = self.run, log_path(artifact_of(self.run.config, self.run.stage), name)
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
-        hear = functools.partial(run.board.hear, lane=lane.name)
+        hear = functools.partial(run.hear, lane=lane.name)
         with closing(ChildLog(path)) as forward:
             run_child(command, on_event=hear, on_line=forward, env=self.environment(lane), log_path=path, timeout_s=run.limits.deadline_s)
 

@@ -1,6 +1,7 @@
 """What every flow can be asked for, as types that a form shows and a server checks before it makes a run.
 
-No pattern has square brackets: Prefect's command line would take them for markup and leave them out of its message.
+No pattern has square brackets: Prefect's command line would take them for markup and leave them out of its message. Keys in
+a URL are refused by the schema alone (`not`): a run keeps its parameters, so later would be too late.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from flows.dealer import SHARD_DIGITS
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
 BEFORE_DRAFTS = ("prepare", "regenerate", "capture")  # what they make is named by the target: every draft of it is trained on that
 LONGEST_SPAN = 60  # characters
+KEY_IN_URL = r"://(\w|\.|-|%|:|\+|~|!|=)*@"
+KEY_IN_STORE = rf"{KEY_IN_URL}|^s3a?://\w*:"  # a key may hold a slash, before which there is then no @
+KEY_IN_OVERRIDE = rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:|^ *resources\.api_key *=|^ *resources\.api_key_env *=.*-"
 SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
 
 Recipe = Annotated[
     str, Field(pattern="^(" + "|".join(name.replace(".", r"\.") for name in NAMES) + r"|.+\.ya?ml)$", examples=[*NAMES, "my-run.yaml"])
 ]
-Override = Annotated[str, Field(pattern=r"^ *\S+ *=", examples=["train.lr=3e-4"])]
+Override = Annotated[str, Field(pattern=r"^ *\S+ *=", examples=["train.lr=3e-4"], json_schema_extra={"not": {"pattern": KEY_IN_OVERRIDE}})]
 Overrides = tuple[Override, ...]
+StoreUrl = Annotated[str, Field(examples=["", "s3://bucket/prefix"], json_schema_extra={"not": {"pattern": KEY_IN_STORE}})]
 # The command line reads `shards=17` as a number.
 Shards = (
     Annotated[str, Field(pattern=f"^({SHARD_RANGE}(, ?{SHARD_RANGE})*)?$", examples=["", "17,18,40-52"], title="shards")]

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before Prefect is imported, because it reads its s
 from prefect import flow
 
 from flows.evaluate import evaluate
-from flows.parameters import Overrides, Recipe, request_of, run_name
+from flows.parameters import Overrides, Recipe, StoreUrl, request_of, run_name
 from flows.prepare import prepare
 from flows.reporting import StageOutcome
 from flows.request import open_run
@@ -18,7 +18,7 @@ from flows.train import train
 
 
 @flow(name="pipeline", flow_run_name=run_name, persist_result=False)
-def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: str = "") -> list[StageOutcome]:
+def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = "") -> list[StageOutcome]:
     """Prompts, answers, hidden states, draft, results: one after the other, each only where it is missing.
 
     Args:

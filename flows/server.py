@@ -23,6 +23,8 @@ from deepspec.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
 STOP_S = 5.0
+# A server may restart meanwhile; one that hangs is not waited for by each request for six minutes, as Prefect would.
+PATIENCE = {"PREFECT_API_REQUEST_TIMEOUT": "10", "PREFECT_CLIENT_MAX_RETRIES": "4"}
 
 
 class PrivateServer:
@@ -75,6 +77,8 @@ def start_private_server(store: Store) -> PrivateServer | None:
     """
     for handler in ("LOGGING_HANDLERS_CONSOLE_LEVEL", "LOGGING_INTERNAL_LEVEL"):
         os.environ.setdefault(f"PREFECT_{handler}", "CRITICAL")  # the terminal shows bars; the server gets the logs
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL") or _profile_has_server():
         return None
     beside = Path(store.root) / ".prefect" if store.is_local else Path.home() / ".cache" / "deepspec" / "prefect"

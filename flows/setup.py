@@ -1,7 +1,8 @@
 """`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again after every change.
 
 Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs crashed which died without
-a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
+a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date, and places
+that a server forgot to take back from runs which are over are freed.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deepspec import __version__
 from deepspec.errors import DeepSpecError, UserError
 from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
 from flows.cli import talking_to
+from flows.compatible import check_answer, check_version
 
 POOLS = ("deepspec-cpu", "deepspec-gpu")
-OLDEST = (3, 8)  # the first server that has what is set up here
 
 NotifyUrl = Annotated[
     str | None,
@@ -55,6 +58,8 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
         for pool in POOLS:
             typer.echo(put_pool(client, pool, limits[pool]))
         typer.echo(deploy(str(client.api_url)))
+        for freed in free_places(client):
+            typer.echo(freed)
         typer.echo(put_automation(client, crashed(silence_s)))
         if notify:
             typer.echo(put_automation(client, ended(notify)))
@@ -83,25 +88,13 @@ def require_server() -> None:
     Raises:
         UserError: none is set, or it does not answer.
     """
-    from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
     if url is None:
         fix = "`prefect server start` in another terminal, then here `export PREFECT_API_URL=http://127.0.0.1:4200/api`"
         raise UserError("no Prefect server is set", where="PREFECT_API_URL", fix=fix)
-    problem = get_client(sync_client=True).api_healthcheck()
-    if problem is not None:
-        fix = "start it (`prefect server start`), or correct PREFECT_API_URL"
-        raise UserError(f"the Prefect server does not answer: {problem}", where=str(url), fix=fix)
-
-
-def check_version(server: str) -> None:
-    major, minor = (int(part) for part in server.split(".")[:2])
-    if major != OLDEST[0] or (major, minor) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
-        raise UserError(what, where="PREFECT_API_URL", fix="start the server from this environment: `prefect server start`")
+    check_answer(fix="start it (`prefect server start`), or correct PREFECT_API_URL")
 
 
 def put_pool(client: Any, name: str, limit: int | None) -> str:
@@ -129,12 +122,32 @@ def deploy(api_url: str) -> str:
         UserError: Prefect refuses one.
     """
     line = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    env = {**os.environ, "PREFECT_API_URL": api_url, "PWD": str(Path.cwd())}  # PWD: prefect.yaml takes the runs' folder from it
+    env = {
+        **os.environ,
+        "PREFECT_API_URL": api_url,
+        "PWD": str(Path.cwd()),
+        "DEEPSPEC_VERSION": __version__,
+    }  # prefect.yaml takes them from there
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         said = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         raise UserError(f"the deployments were not made:\n    {said}", where="prefect.yaml", fix="run `prefect --no-prompt deploy --all`")
     return f"deployments of {Path.cwd() / 'prefect.yaml'}: up to date"
+
+
+def free_places(client: Any) -> Iterator[str]:
+    """Places that runs hold which are over: a server that keeps its leases in memory forgets them when it is restarted."""
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
+
+    held = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}})
+    for deployment in client.read_deployments():
+        limit = deployment.global_concurrency_limit
+        which = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+        if limit and limit.active_slots and not client.read_flow_runs(deployment_filter=which, flow_run_filter=held, limit=1):
+            client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))
+            whose = f"deployment {deployment.name} ({deployment.entrypoint})"
+            yield f"{whose}: freed {limit.active_slots} of its places, which no run held any more"
 
 
 def put_automation(client: Any, automation: Any) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, Protocol
 
@@ -117,6 +117,17 @@ class StageRun:
     def asked(self, group: list[int]) -> list[int] | None:
         return group if self.sharded else self.whole
 
+    def hear(self, event: Mapping[str, Any], *, lane: str = "") -> None:
+        """One event of a lane's child: a shard that failed for good counts at once, long before its group ends."""
+        if event["event"] == "failed" and self.sharded and not event["transient"]:
+            self.failures[event["shard"]] = {"what": event["what"], "transient": False}
+            self.lost.add(event["shard"])
+            self.failed.add(event["shard"])
+            self.board.note(retries=self.dealer.retried, failed=len(self.failed))
+            if self.too_many_failed():
+                self.dealer.close()
+        self.board.hear(event, lane=lane)
+
     def note(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
         """A group failed: what may be tried again goes back, the rest is lost, and too much of it ends the stage."""
         if isinstance(error, ShardsFailed) and self.sharded:
@@ -138,7 +149,7 @@ class StageRun:
             again = any(other.shards for other in others)
         elif not error.transient and self.sharded:
             again = bool(others)
-        missing = self.missing(group)
+        missing = [shard for shard in self.missing(group) if shard not in self.given_up([shard])]
         self.failures.update({shard: {**error.to_json(), "transient": again} for shard in missing} if self.sharded else {})
         dead = self.dealer.failed(lane)
         if dead:

@@ -13,7 +13,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.stages import parse_shards, require_sealed, stage_status, stages_of
-from flows.assets import publish_asset
+from flows.assets import publish_asset, publish_once
+from flows.compatible import check_server
 from flows.failures import publish_failure
 from flows.hands import LocalHands
 from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
@@ -30,6 +31,7 @@ def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") 
     Raises:
         DeepSpecError: the request is wrong (before any work), or a stage failed.
     """
+    check_server()
     asked, config = parse_shards(str(shards)), open_run(request)
     outcomes: list[StageOutcome] = []
     for stage in (stage for stage in stages_of(config) if stage in chosen):
@@ -55,12 +57,14 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
     """
     started, before = time.monotonic(), stage_status(config, stage)
     todo = selected(config, before, asked)
-    if before.sealed or before.in_training or (asked and not todo.missing):
+    if before.sealed or before.in_training or (asked and before.missing and not todo.missing):
         state: State = "in training" if before.in_training else "already done"
         show_nothing_to_do(before, state)
+        if before.sealed:
+            publish_once(artifact_of(config, stage))
         return StageOutcome(before, state, 0.0)
     require_sealed(config, stage)
-    run = StageRun(request, config, todo, some=bool(asked))
+    run = StageRun(request, config, todo, some=bool(asked and todo.missing))  # none missing: the manifest alone is
     with hands_for(run) as hands:
         run.work(hands)
     after = stage_status(config, stage)

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
-from flows.parameters import Overrides, Recipe, request_of, run_name
+from flows.parameters import Overrides, Recipe, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome
 from flows.tasks import run_stages
 
@@ -17,7 +17,7 @@ STAGES = ("train",)
 
 
 @flow(name="train", flow_run_name=run_name, persist_result=False)
-def train(recipe: Recipe = "demo", overrides: Overrides = (), store: str = "") -> list[StageOutcome]:
+def train(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = "") -> list[StageOutcome]:
     """The draft, trained from its newest checkpoint if there is one.
 
     Args:

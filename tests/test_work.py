@@ -87,7 +87,9 @@ def hopeless(made: list[int], *, transient: bool = False):
     return make_or_fail
 
 
-@pytest.mark.parametrize(("override", "allowed"), [("resources.max_failed=0.01", 10), ("resources.max_failed=0.25", 15)])
+@pytest.mark.parametrize(
+    ("override", "allowed"), [("resources.max_failed=0.01", 10), ("resources.max_failed=0.25", 15), ("resources.max_failed=0", 0)]
+)
 def test_where_too_many_shards_fail_for_good_no_more_are_begun(artifact: Artifact, tmp_path: Path, override: str, allowed: int):
     made: list[int] = []
     with pytest.raises(ShardsFailed) as caught:
@@ -97,6 +99,15 @@ def test_where_too_many_shards_fail_for_good_no_more_are_begun(artifact: Artifac
     left = 60 - len(made)
     assert f"{allowed + 1} of 60 shards failed; {left} were not begun, because more failed for good than" in str(caught.value)
     assert f"resources.max_failed allows ({allowed})" in str(caught.value) and "--shards" not in str(caught.value)
+
+
+def test_a_shard_that_fails_is_told_at_once_with_its_reason(artifact: Artifact, tmp_path: Path):
+    events = []
+    with pytest.raises(ShardsFailed):
+        work_through(tiny_run(tmp_path), artifact, works(3), hopeless([]), events.append)
+    told = [event for event in events if event["event"] in ("failed", "shard")]
+    failed = {"event": "failed", "stage": "answers", "what": "not finite", "transient": False}
+    assert told[:2] == [{**failed, "shard": 0}, {**failed, "shard": 1}] and told[2]["shard"] == 2
 
 
 def test_shards_that_may_do_better_next_time_stop_nothing(artifact: Artifact, tmp_path: Path):

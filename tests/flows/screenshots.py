@@ -36,7 +36,7 @@ def take_pictures(site: Site, page: Browser, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, opened_site(Path(scratch)) as site:
+    with tempfile.TemporaryDirectory() as scratch, opened_site(Path(scratch), {}) as site:
         prompts = [{"prompt": f"question {number}"} for number in range(48)]
         write_jsonl(site.run_file.parent / "prompts.jsonl", prompts)
         (site.run_file.parent / "broken").touch()

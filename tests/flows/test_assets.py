@@ -17,11 +17,10 @@ from deepspec.config import RunConfig
 from deepspec.lineage import artifact_of, chain, input_artifact, stages_of, upstream_of
 from deepspec.recipe import load_run
 from deepspec.records import ArtifactInput
-from flows.assets import asset_key, publish_asset
+from flows import assets
+from flows.assets import MATERIALIZED, asset_key, publish_asset, publish_once
 from tests.conftest import tiny_run
 from tests.flows.test_tasks import prompts_and_answers
-
-MATERIALIZED = "prefect.asset.materialization.succeeded"
 
 
 @flow
@@ -30,15 +29,25 @@ def publish_all(artifacts: list[Artifact]) -> None:
         publish_asset(artifact)
 
 
+@flow
+def publish_all_once(artifacts: list[Artifact]) -> None:
+    for artifact in artifacts:
+        publish_once(artifact)
+
+
 def event_of(key: str, *, seconds: float = 60) -> dict[str, Any]:
     """The asset's newest materialization that the server knows; events take a moment to get there."""
-    wanted = {"event": {"name": [MATERIALIZED]}, "resource": {"id": [key]}, "order": "DESC"}
     limit = time.monotonic() + seconds
-    with get_client(sync_client=True) as client:
-        while not (found := client._client.post("/events/filter", json={"filter": wanted}).json()["events"]):
-            assert time.monotonic() < limit, f"the server knows nothing of {key}"
-            time.sleep(0.2)
+    while not (found := events_of(key)):
+        assert time.monotonic() < limit, f"the server knows nothing of {key}"
+        time.sleep(0.2)
     return dict(found[0])
+
+
+def events_of(key: str) -> list[dict[str, Any]]:
+    wanted = {"event": {"name": [MATERIALIZED]}, "resource": {"id": [key]}, "order": "DESC"}
+    with get_client(sync_client=True) as client:
+        return list(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])
 
 
 def inputs_in(event: dict[str, Any]) -> set[str]:
@@ -87,6 +96,25 @@ def test_the_servers_events_and_the_store_tell_the_same_chain(tmp_path: Path):
     payload = event_of(asset_key(result.url))["payload"]
     assert payload["digest"] == result.manifest().digest and payload["fingerprint"] == result.key.fingerprint
     assert {"rows", "tokens", "shards", "num_bytes", "rejected"} < set(payload)
+
+
+def test_what_a_server_does_not_know_is_told_once_with_the_first_thing_that_was_made_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stages that were made by hand or with another server had no event, and a known benchmark never had one."""
+    config = tiny_run(tmp_path / "store", "evaluate.benchmarks=[{name: gsm8k}]")
+    result = artifact_of(config, "evaluate")
+    (benchmark,) = [entry for entry in result.key.inputs if entry.stage == "benchmarks"]
+    read = input_artifact(result.store, benchmark)
+    read.create({})
+    read.seal(inputs={})
+    sealed(config, *stages_of(config))
+    publish_all([result])
+    assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
+    assert asset_key(read.url) in inputs_in(event_of(asset_key(result.url)))
+    monkeypatch.setattr(assets, "_told", set())  # as in another process
+    publish_all_once([result])
+    assert len(events_of(asset_key(result.url))) == 1
 
 
 def test_hidden_states_that_training_made_are_passed_over(tmp_path: Path):

@@ -14,33 +14,47 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
+from prefect.blocks.system import Secret
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from deepspec import __version__
 from deepspec.errors import ConfigError, UserError
 from deepspec.launch import Request
+from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
+from flows.assets import asset_key
 from flows.automations import FLOWS
+from flows.compatible import check_version
+from flows.parameters import KEY_IN_OVERRIDE, KEY_IN_STORE
+from flows.pipeline import pipeline
 from flows.selection import selected
 from flows.server import free_port
-from flows.setup import check_version
+from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.browser import CHROMIUM, browser
 from tests.flows.conftest import QUICK, flaky_run
+from tests.flows.test_assets import chain_in_store, chain_on_server
+from tests.radosgw import SECRET_KEY, Radosgw, ceph_missing
 
 
-def readme_command(start: str) -> list[str]:
-    """The command of the README's section on deployments that starts like this, for the Python that runs the tests."""
+def readme_section() -> tuple[dict[str, str], list[list[str]]]:
+    """The README's block on deployments: what it exports, and its commands for the Python that runs the tests, in order."""
     section = (REPOSITORY / "README.md").read_text().split("## Deployments\n")[1]
-    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines()]
-    (found,) = [line for line in lines if shlex.join(line).startswith(start)]
-    return [sys.executable, *(found[1:] if found[0] == "python" else ["-m", *found])]
+    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines() if line]
+    exports = dict(word.split("=", 1) for line in lines if line[0] == "export" for word in line[1:])
+    commands = [line for line in lines if line[0] != "export"]
+    return exports, [[sys.executable, *(line[1:] if line[0] == "python" else ["-m", *line])] for line in commands]
+
+
+EXPORTS, (SERVER, SETUP, WORKER, RUN) = readme_section()  # a line more or less there, and this says so
 
 
 def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 60) -> str:
@@ -72,6 +86,10 @@ def wait_for_server(url: str, log: Path) -> None:
     pytest.fail(f"no server: {log.read_text()[-2000:]}")
 
 
+KEY_VARIABLE, KEY_IN_ENVIRONMENT, KEY_IN_BLOCK = "SERVERS_KEY", "sk-in-the-workers-environment", "sk-in-a-prefect-block"
+HOOK_TOKEN = "secret-path"
+
+
 class Site(NamedTuple):
     """A server that was set up by the README's command, a worker, and what the webhook has heard."""
 
@@ -83,7 +101,7 @@ class Site(NamedTuple):
     def deployment_run(self, name: str, *, code: int = 0, timeout: float = 240, **parameters: object) -> str:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in parameters.items()]
         asked = [word for parameter in words for word in ("-p", parameter)]
-        command = [*readme_command("prefect deployment run"), *asked]
+        command = [*RUN, *asked]
         return run([name if word == "pipeline/demo" else word for word in command], env=self.env, code=code, timeout=timeout)
 
     def post(self, path: str, **body: object) -> httpx.Response:
@@ -116,33 +134,41 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
 
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/secret-path", heard
+    yield f"http://127.0.0.1:{server.server_port}/{HOOK_TOKEN}", heard
     server.shutdown()
 
 
+def s3_variables(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Keys of a real S3 server in the workers' environment, where one can be started."""
+    if ceph_missing():
+        return {}
+    nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/dev/null")
+    return {**request.getfixturevalue("radosgw").variables(), **nowhere}
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with opened_site(tmp_path_factory.mktemp("site")) as opened:
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with opened_site(tmp_path_factory.mktemp("site"), s3_variables(request)) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def opened_site(folder: Path) -> Iterator[Site]:
+def opened_site(folder: Path, s3: Mapping[str, str]) -> Iterator[Site]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     with pytest.MonkeyPatch.context() as monkeypatch, webhook() as (hook, heard):
         run_file = flaky_run(folder, monkeypatch)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        env = kept | {
+        env = kept | s3 | EXPORTS | {
+            KEY_VARIABLE: KEY_IN_ENVIRONMENT,
             "PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1", "PREFECT_WORKER_QUERY_SECONDS": "2", "PWD": str(REPOSITORY), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        server = [*readme_command("prefect server start"), "--host", "127.0.0.1", "--port", str(port)]
-        worker = readme_command("prefect worker start --pool deepspec-cpu")
+        server = [*SERVER, "--host", "127.0.0.1", "--port", str(port)]
         with running(server, env=env, log=folder / "server.log"):
             wait_for_server(url, folder / "server.log")
-            run([*readme_command("python -m flows.setup"), "--notify", hook], env=env)
-            with running(worker, env=env, log=folder / "worker.log"):
+            run([*SETUP, "--notify", hook], env=env)
+            with running(WORKER, env=env, log=folder / "worker.log"):
                 yield Site(url, env, run_file, heard)
 
 
@@ -151,8 +177,13 @@ def test_setup_can_be_run_again(site: Site):
     assert {(found["name"], found["entrypoint"]) for found in before} == {
         (name, f"flows.{flow}.{flow}") for flow in FLOWS for name in ("demo", "gpu")
     }
-    said = run([*readme_command("python -m flows.setup"), "--gpu-runs", "3"], env=site.env)
-    assert said.count("up to date") == 4 and "secret-path" not in said
+    assert {found["version"] for found in before} == {__version__}
+    place = f"deployment:{site.deployment('train/gpu')['id']}"  # as if its run had been cut off before the server was restarted
+    assert httpx.patch(f"{site.url}/v2/concurrency_limits/{place}", json={"active_slots": 1}, timeout=30).is_success
+    said = run([*SETUP, "--gpu-runs", "3"], env=site.env)
+    assert said.count("up to date") == 4 and HOOK_TOKEN not in said
+    assert said.count("freed") == 1 and "gpu (flows.train.train): freed 1 of its places" in said
+    assert httpx.get(f"{site.url}/v2/concurrency_limits/{place}", timeout=30).json()["active_slots"] == 0
     assert {found["id"] for found in site.post("deployments/filter").json()} == {found["id"] for found in before}
     automations = {found["name"]: found for found in site.post("automations/filter").json()}
     assert len(automations) == 2 and len(site.post("automations/filter").json()) == 2
@@ -171,12 +202,32 @@ def test_a_wrong_parameter_is_refused_before_a_run_is_made(site: Site):
         ({"shards": -1}, "shards"),
         ({"recipe": "dspark-demmo"}, "recipe"),
         ({"overrides": ["train.lr"]}, "overrides"),
+        # A run keeps its parameters, so keys must not get that far.
+        ({"store": "s3://AKIAKEY:with/slash@bucket/x"}, "store"),
+        ({"store": "s3://AKIAKEY@bucket"}, "store"),
+        ({"overrides": ["store=s3://AKIAKEY:word@bucket"]}, "overrides"),
+        ({"overrides": ['resources.endpoints=["http://user:word@host/v1"]']}, "overrides"),
+        ({"overrides": ["resources.api_key=sk-word"]}, "overrides"),
+        ({"overrides": ["resources.api_key_env=sk-word"]}, "overrides"),
     ]:
         refused = site.post(f"deployments/{found['id']}/create_flow_run", parameters=parameters)
         assert refused.is_client_error and said in refused.text, parameters
     said = " ".join(site.deployment_run("regenerate/demo", code=1, shards="17-").split())
     assert "Validation failed for field 'shards'. Failure reason: '17-' does not match" in said
+    said = " ".join(site.deployment_run("regenerate/demo", code=1, store="s3://AKIAKEY:word@bucket").split())
+    assert "Validation failed for field 'store'" in said and "should not be valid under" in said
     assert site.post("flow_runs/filter", deployments={"id": {"any_": [found["id"]]}}).json() == []
+
+
+def test_no_pattern_refuses_what_holds_no_key():
+    for store in ("", "store", "/data/a:b@c", "s3://bucket/a:b/c@d", "file:///data/x@y", "memory://name"):
+        assert not re.search(KEY_IN_STORE, store), store
+    for override in (
+        "train.lr=3e-4", "store=s3://bucket/x@y", 'resources.endpoints=["http://host:8000/v1", "http://other/v1"]',
+        "resources.api_key_env=OPENAI_API_KEY", "resources.api_key_secret=servers-key",
+        "prompts.source={kind: files, paths: [hf://datasets/a/b@main/c.jsonl]}",
+    ):  # fmt: skip
+        assert not re.search(KEY_IN_OVERRIDE, override), override
 
 
 def test_the_form_has_defaults_choices_and_descriptions(site: Site):
@@ -192,7 +243,8 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     recipe, config = str(site.run_file), load_run(str(site.run_file))
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
     assert stage_status(config, "answers").missing == [0, 2, 3]
-    site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
+    said = site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
+    assert "the stage 'answers' has no shard 17; there are 0 to 5" in said and "Traceback" not in said, "on the terminal, too"
     (failed_run,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 0017"]}}).json()
     assert "ConfigError: the stage 'answers' has no shard 17; there are 0 to 5" in failed_run["state"]["message"]
     assert stage_status(config, "answers").missing == [0, 2, 3]
@@ -245,6 +297,11 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
     assert {"dspark-demo-results", "dspark-demo-stages", "dspark-demo-answers", "dspark-demo-evaluate-folder"} <= keys
     config = tiny_run(store, *QUICK)
     assert all(stage_status(config, stage).sealed for stage in stages_of(config))
+    result = artifact_of(config, "evaluate")
+    with temporary_settings({PREFECT_API_URL: site.url}):
+        assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
+    pipeline(recipe="demo", overrides=tuple(QUICK), store=str(store))  # at the tests' own server, which knows nothing of it
+    assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
     status = stage_status(config, "evaluate")
     with pytest.raises(ConfigError, match="the stage 'evaluate' has no shard 99; there are 0 to "):
         selected(config, status, [99])
@@ -258,3 +315,54 @@ def test_a_server_of_another_version_is_refused():
     for other in ("2.20.4", "3.7.9", "4.0.0"):
         with pytest.raises(UserError, match=r"does not fit: 3\.8 or a later 3\.x"):
             check_version(other)
+
+
+@pytest.mark.slow
+def test_no_key_is_in_anything_that_a_run_leaves_behind(site: Site, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch):
+    """S3 keys and one API key in the worker's environment, another in a Prefect block, a webhook's token: each was used."""
+    for name, value in s3_keys(site).items():
+        monkeypatch.setenv(name, value)
+    bucket, recipe, folder = radosgw.new_bucket(), str(site.run_file), site.run_file.parent
+    here = {"recipe": recipe, "store": f"s3://{bucket}/store"}
+    run(Request(recipe, (f"resources.scratch={folder / 'scratch'}",), here["store"]).command("prompts"), env=site.env)
+    with temporary_settings({PREFECT_API_URL: site.url}):
+        Secret(value=KEY_IN_BLOCK).save("servers-key")
+    kept_in = {KEY_IN_ENVIRONMENT: f"resources.api_key_env={KEY_VARIABLE}", KEY_IN_BLOCK: "resources.api_key_secret=servers-key"}
+    for (key, where), shards in zip(kept_in.items(), ("0-2", "3-5"), strict=True):
+        with answer_server(models=(), key=key) as server:
+            ask = ["answers.engine=openai", f'resources.endpoints=["{server.url}"]', f"resources.scratch={folder / 'scratch'}", where]
+            site.deployment_run("regenerate/demo", overrides=ask, shards=shards, **here)
+            assert len(server.bodies) == 6, "the key opened the door"
+    secrets = [KEY_IN_ENVIRONMENT, KEY_IN_BLOCK, SECRET_KEY, HOOK_TOKEN]
+    left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}  # database, both logs, store, scratch
+    left |= {name: radosgw.client.get_object(Bucket=bucket, Key=name)["Body"].read() for name in names_in(radosgw, bucket)}
+    left |= {f"api: {name}": body.encode() for name, body in told_by_the_api(site).items()}
+    assert len(names_in(radosgw, bucket)) > 20 and b"answers 0-2" in left["api: logs"] and b"materialization" in left["api: events"]
+    assert any(path.name == "prefect.db" for path in left if isinstance(path, Path))
+    assert [(name, secret) for name, body in left.items() for secret in secrets if secret.encode() in body] == []
+
+
+def s3_keys(site: Site) -> dict[str, str]:
+    return {name: value for name, value in site.env.items() if name.startswith("AWS_")}
+
+
+def names_in(radosgw: Radosgw, bucket: str) -> list[str]:
+    return [found["Key"] for found in radosgw.client.list_objects_v2(Bucket=bucket)["Contents"]]
+
+
+def told_by_the_api(site: Site) -> dict[str, str]:
+    """Everything that anybody may ask the server for, as it says it."""
+    asked = ("flow_runs", "task_runs", "deployments", "artifacts", "automations", "block_documents", "work_pools", "variables", "logs")
+    found = {name: paged(site, name) for name in asked}
+    return {**found, "events": site.post("events/filter", filter={}, limit=50).text}
+
+
+def paged(site: Site, name: str, page: int = 200) -> str:
+    """All pages of a list; automations alone come at once."""
+    if name == "automations":
+        return site.post(f"{name}/filter").text
+    pages, offset = [site.post(f"{name}/filter", limit=page, offset=0)], 0
+    while len(pages[-1].json()) == page:
+        offset += page
+        pages.append(site.post(f"{name}/filter", limit=page, offset=offset))
+    return "".join(answer.raise_for_status().text for answer in pages)

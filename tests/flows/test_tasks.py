@@ -92,6 +92,9 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
     assert calls(run_file) == list(range(12))
     status = stage_status(load_run(str(run_file), hopeless), "answers")
     assert (status.committed, status.missing) == (1, list(range(1, 24)))
+    with pytest.raises(ShardsFailed, match="22 were not begun, because more failed for good than"):
+        prompts_and_answers(str(run_file), (*hopeless, "resources.max_failed=0"))
+    assert calls(run_file) == [1], "where none may fail, the first one ends it"
 
 
 def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,8 +137,8 @@ def some_shards(source: str, shards: str) -> list[StageOutcome]:
 
 
 @flow
-def run_in_flow(source: str, override: str) -> list[StageOutcome]:
-    return run_stages(Request(source, (override,)), ("prompts", "answers", "hidden"))
+def run_in_flow(source: str, override: str, shards: str = "") -> list[StageOutcome]:
+    return run_stages(Request(source, (override,)), ("prompts", "answers", "hidden"), shards)
 
 
 def test_losing_a_record_makes_that_shard_missing_and_no_other(finished: Path):
@@ -148,6 +151,12 @@ def test_an_unsealed_stage_with_nothing_missing_is_sealed(finished: Path):
     (answers_folder(finished) / "manifest.json").unlink()
     assert prompts_and_answers(str(finished))[1].status.sealed
     assert calls(finished) == []
+
+
+def test_where_some_shards_are_asked_for_and_the_manifest_alone_is_lost_the_stage_is_sealed(finished: Path):
+    (answers_folder(finished) / "manifest.json").unlink()
+    outcomes = run_in_flow(str(finished), "resources.source=online", shards="2")
+    assert outcomes[1].status.sealed and outcomes[1].state == "done" and calls(finished) == []
 
 
 def test_each_group_of_shards_has_its_log_beside_the_artifact(finished: Path):
@@ -218,6 +227,30 @@ def test_a_group_that_fails_as_a_whole_counts_once(run_file: Path):
     run.note(ChildFailed("no word"), lane, [0, 1])
     run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), lane, [2, 3])
     assert run.lost == {0, 3} and not run.too_many_failed()
+
+
+@outside_a_flow
+def test_a_shard_that_failed_for_good_counts_while_its_group_is_at_work_and_once(run_file: Path):
+    """Groups last minutes: lanes that fail side by side would be told to stop long after too much was lost."""
+    seen: list[Progress] = []
+    with watched_by(seen.append):
+        run, lane = alone(stage_run(run_file, "resources.max_failed=0"))
+        busy = {"event": "failed", "stage": "answers", "shard": 0, "what": "busy", "transient": True}
+        run.hear(busy, lane=lane.name)
+        assert not run.too_many_failed()
+        run.hear({**busy, "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
+        assert run.too_many_failed() and run.dealer.stopped and seen[-1].numbers == {"failed": 1}
+        bad = {"what": "bad", "transient": False}
+        run.note(ShardsFailed("", failures={0: {"what": "busy", "transient": True}, 1: bad}), lane, [0, 1, 2])
+        assert run.lost == {1}
+
+
+@outside_a_flow
+def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_after_it(run_file: Path):
+    run, lane = alone(stage_run(run_file))
+    run.hear({"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
+    run.note(TransientError("killed"), lane, [0, 1, 2])
+    assert [shard.number for shard in run.dealer._left] == [0, 2] and list(run.given_up([0, 1, 2])) == [1]
 
 
 @outside_a_flow
