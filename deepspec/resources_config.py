@@ -68,6 +68,8 @@ class ResourcesConfig(Section):
     """Where models run; `auto` takes the GPU if there is one."""
     runner: Literal["local", "workers", "ray"] = "local"
     """Where flows do a stage's work: in children on their own machine, as runs on the workers of a pool, or on a Ray cluster."""
+    workers: str = "gpu"
+    """Name of the deployments (`regenerate/gpu`, ...) whose pool's workers do the work where the runner is `workers`."""
     lanes: PositiveInt | None = None
     """Groups of shards under way at a time; null is one per visible GPU (worker, GPU of the cluster), or one."""
     shards_per_task: PositiveInt = 32

@@ -118,6 +118,12 @@ class Board:
         sums = {key: self.progress.numbers.get(key, 0) + event.get(key, 0) for key in ("rows", "tokens", "num_bytes")}
         self.progress = self.progress._replace(done=self._committed + len(self._seen), numbers=sums)
 
+    def say(self, note: str) -> None:
+        """Show a sentence beside the numbers, until another one takes its place."""
+        with self._lock:
+            self.progress = self.progress._replace(note=note)
+            self._show()
+
     def close(self, state: State) -> None:
         with self._lock:
             total = max(self.progress.total, self.progress.done, 1)
