@@ -117,7 +117,7 @@ def children_of(parent: str) -> list[Any]:
 
 def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     outcome: list[Any] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()))
+    thread = threading.Thread(target=lambda: outcome.append(call()), daemon=True)
     thread.start()
     return thread, outcome
 
