@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 24 * 3600.0
 RELIST_S = 1.0  # the age at which `remove` lists a remote folder again: to do so for each of 10,000 files would take hours
 DATA_FOLDERS = ("shards", "rows")
-NOT_STAGES = {".staged", "quarantine"}
+NOT_STAGES = {".staged", "quarantine", "claims"}
 PROBE = ".probe-"  # what `check_writable` and `plan` write at the root, and leave there if they are killed
 
 Kind = Literal["shard", "staged", "upload", "quarantine"]

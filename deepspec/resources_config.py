@@ -77,6 +77,8 @@ class ResourcesConfig(Section):
     """Where flows do a stage's work: in children on their own machine, as runs on the workers of a pool, or on a Ray cluster."""
     ray_address: str | None = None
     """Ray cluster of the runner `ray`, e.g. 10.0.0.1:6379; null is RAY_ADDRESS, or a Ray started for the flow on its own machine."""
+    workers: str = "gpu"
+    """Name of the deployments (`regenerate/gpu`, ...) whose pool's workers do the work where the runner is `workers`."""
     lanes: PositiveInt | None = None
     """Groups of shards under way at a time; null is one per visible GPU (worker, GPU of the cluster), or one."""
     shards_per_task: PositiveInt = 32

@@ -87,6 +87,12 @@ class Board:
             self.progress = self.progress._replace(numbers={**self.progress.numbers, "retries": retries, "failed": failed})
             self._show()
 
+    def say(self, note: str) -> None:
+        """Show a sentence beside the numbers, until another one takes its place."""
+        with self._lock:
+            self.progress = self.progress._replace(note=note)
+            self._show()
+
     def lanes_changed(self) -> None:
         """A lane began or ended a group."""
         with self._lock:

@@ -34,7 +34,7 @@ from flows.child_log import ChildLog
 from flows.dealer import Lane
 from flows.hands import api_key, log_path
 from flows.stage_run import StageRun
-from flows.store_watch import watching_store
+from flows.store_watch import Watch, watching_store
 
 LOOK_S = 0.5  # between two looks at whether the run is being ended
 ANSWER_S = 10.0
@@ -121,7 +121,8 @@ def ray_hands(run: StageRun) -> Iterator[RayHands]:
     Raises:
         UserError: there is no such cluster, or it has nothing to work with.
     """
-    with connected(run.config.resources) as runner, watching_store(run.board, run.config, run.stage, run.dealer.shards):
+    artifact = artifact_of(run.config, run.stage)
+    with connected(run.config.resources) as runner, watching_store(Watch(artifact, run.before, run.board)):
         yield RayHands(run, runner)
 
 

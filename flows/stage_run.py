@@ -28,6 +28,7 @@ from flows.dealer import SHARD_DIGITS, Dealer, Lane
 from flows.selection import SELECTABLE
 
 END_S = 30.0  # that a lane may take to end once its child is gone: a task run is still to be reported
+LANES_S = 2.0  # between two looks for lanes that came
 MAX_NAMED = 20  # failed shards whose reasons are spelt out
 
 
@@ -35,6 +36,7 @@ class Hands(Protocol):
     """Where the work is done."""
 
     lanes: list[Lane]
+    """More may be appended while there is work."""
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
         """Make these shards (None: the stage as a whole) and return when they are committed.
@@ -48,7 +50,7 @@ class StageRun:
     """What the tasks of a stage share, and why shards of it failed."""
 
     def __init__(self, request: Request, config: RunConfig, before: StageStatus, *, some: bool = False) -> None:
-        self.request, self.config, self.stage = request, config, before.stage
+        self.request, self.config, self.before, self.stage = request, config, before, before.stage
         self.sharded = before.stage in SHARDED and bool(before.missing)
         self.whole = before.missing if some and before.stage in SELECTABLE else None
         self.failures: dict[int, dict[str, Any]] = {}
@@ -60,6 +62,8 @@ class StageRun:
         history = functools.partial(training_lines, config) if self.stage == "train" else tuple
         self.board = Board(config.name, before, sharded=self.sharded, history=history)
         todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
+        self.left = threading.Event()
+        """Set once nothing of the stage is to go on: what waits for something else than a child of this process looks at it."""
         self.dealer = Dealer(todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits)
 
     def work(self, hands: Hands) -> None:
@@ -69,12 +73,13 @@ class StageRun:
         threads = list[threading.Thread]()
         try:
             # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes come to their end.
-            with scope(self.config.resources.stop_s), contextlib.closing(self.dealer):
-                for lane in hands.lanes:
-                    threads.append(threading.Thread(target=copy_context().run, args=(self.serve, hands, lane), daemon=True))
-                    threads[-1].start()
-                for thread in threads:
-                    thread.join()
+            with scope(self.config.resources.stop_s), contextlib.closing(self.dealer), contextlib.ExitStack() as stack:
+                stack.callback(self.left.set)
+                while len(threads) < len(hands.lanes) or any(thread.is_alive() for thread in threads):
+                    for lane in hands.lanes[len(threads) :]:
+                        threads.append(threading.Thread(target=copy_context().run, args=(self.serve, hands, lane), daemon=True))
+                        threads[-1].start()
+                    next((thread for thread in threads if thread.is_alive()), threads[0]).join(LANES_S)
         finally:
             for thread in threads:
                 thread.join(END_S)

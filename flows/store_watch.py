@@ -5,54 +5,69 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 
-from deepspec.config import RunConfig
+from deepspec.artifact import Artifact
 from deepspec.errors import DeepSpecError
-from deepspec.lineage import artifact_of, upstream_of
+from deepspec.stages import SHARDED, StageStatus
 from flows.board import Board
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 5.0
+LOOK_S = 3.0  # between two looks into the store
+MOST_LOOKING = 0.05  # share of the time that is spent on it: a listing of 10,000 records takes a while
+
+
+class Watch:
+    """Tells a board of the shards that others commit: a listing of names at each look, and each new record read once."""
+
+    def __init__(self, artifact: Artifact, todo: StageStatus, board: Board, *, look_s: float = LOOK_S) -> None:
+        self.artifact, self.board, self.look_s, self.took_s = artifact, board, look_s, 0.0
+        # The stale record of a shard that is made again is there already: that one is seen at the end.
+        self.left = set(todo.missing) - set(artifact.record_shards()) if todo.stage in SHARDED else set[int]()
+
+    def look(self) -> None:
+        """May raise what the store raises."""
+        if not self.left:
+            return
+        started = time.monotonic()
+        new = sorted(self.left & set(self.artifact.record_shards()))
+        self._tell(new)
+        self.left -= set(new)
+        self.took_s = time.monotonic() - started
+
+    def _tell(self, shards: Sequence[int]) -> None:
+        for record in self.artifact.read_records(shards).values():
+            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
+            self.board.hear({"event": "shard", "stage": self.artifact.key.stage, **fields})
+
+    @property
+    def pause_s(self) -> float:
+        return max(self.look_s, self.took_s / MOST_LOOKING)
 
 
 @contextlib.contextmanager
-def watching_store(board: Board, config: RunConfig, stage: str, missing: Sequence[int], *, pause_s: float = WATCH_S) -> Iterator[None]:
-    """Within the block, and a last time at its end, the board hears of each of the missing shards that is committed by then."""
-    wanted = artifact_of(config, upstream_of(config, stage)[0]).records(missing)
-    watch = _Watch(board, config, stage, {shard: record.checksum for shard, record in wanted.items()})
+def watching_store(watch: Watch) -> Iterator[None]:
+    """Within the block, and a last time at its end, the watch's board hears of what is committed."""
     ended = threading.Event()
-    thread = threading.Thread(target=copy_context().run, args=(watch.look_until, ended, pause_s), daemon=True)
+
+    def look() -> None:
+        try:
+            watch.look()
+        except (DeepSpecError, OSError) as error:  # no more than the bar stands still
+            log.warning("the store could not be looked at: %s", error)
+
+    def look_until_ended() -> None:
+        while not ended.wait(watch.pause_s):
+            look()
+
+    thread = threading.Thread(target=copy_context().run, args=(look_until_ended,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        watch.look()
-
-
-class _Watch:
-    """The shards that are still expected, each with the checksum of the one that it is to be made from."""
-
-    def __init__(self, board: Board, config: RunConfig, stage: str, wanted: Mapping[int, str]) -> None:
-        self.board, self.artifact, self.wanted = board, artifact_of(config, stage), dict(wanted)
-
-    def look_until(self, ended: threading.Event, pause_s: float) -> None:
-        while not ended.wait(pause_s):
-            self.look()
-
-    def look(self) -> None:
-        """One listing, and the records of those that are new (or still the stale ones of before)."""
-        try:
-            found = self.artifact.read_records([shard for shard in self.artifact.record_shards() if shard in self.wanted])
-        except (DeepSpecError, OSError) as error:  # no more than the bar stands still
-            log.warning("the store could not be looked at: %s", error)
-            return
-        for shard, record in found.items():
-            if record.upstream == self.wanted[shard]:
-                del self.wanted[shard]
-                counted = record.model_dump(include={"rows", "tokens", "num_bytes", "rejected"})
-                self.board.hear({"event": "shard", "stage": self.artifact.key.stage, "shard": shard, **counted})
+        look()

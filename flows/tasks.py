@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from prefect import get_run_logger
 
+from deepspec.artifact import Artifact
+from deepspec.claims import Claims
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
-from deepspec.stages import parse_shards, require_sealed, stage_status, stages_of
+from deepspec.stages import SHARDED, StageStatus, parse_shards, require_sealed, stage_status, stages_of
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
 from flows.failures import publish_failure
@@ -21,6 +23,8 @@ from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to
 from flows.request import open_run
 from flows.selection import selected
 from flows.stage_run import Hands, StageRun
+from flows.turns import claims_on, take_turn, to_claim
+from flows.workers import FLOW_OF, WorkersHands
 
 
 def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
@@ -55,36 +59,82 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
         ShardsFailed: shards are still missing; all others are committed.
         DeepSpecError: the stage could not be run at all.
     """
-    started, before = time.monotonic(), stage_status(config, stage)
-    todo = selected(config, before, asked)
-    if before.sealed or before.in_training or (asked and before.missing and not todo.missing):
-        state: State = "in training" if before.in_training else "already done"
-        show_nothing_to_do(before, state)
-        if before.sealed:
-            publish_once(artifact_of(config, stage))
-        return StageOutcome(before, state, 0.0)
+    started, status = time.monotonic(), stage_status(config, stage)
+    todo = selected(config, status, asked)
+    if nothing_to_do(status, todo, asked):
+        return already_done(config, status, 0.0)
     require_sealed(config, stage)
-    run = StageRun(request, config, todo, some=bool(asked and todo.missing))  # none missing: the manifest alone is
-    with hands_for(run) as hands:
+    artifact = artifact_of(config, stage)
+    with claims_on(artifact) as claims:
+        while True:
+            mine, at_once = take_turn(claims, config, todo)
+            if not at_once or made_since(artifact, mine):
+                status = stage_status(config, stage)
+                todo = selected(config, status, asked)
+                if nothing_to_do(status, todo, asked):
+                    return already_done(config, status, time.monotonic() - started)
+            part = among(todo, mine)
+            if part.missing or not todo.missing:
+                run = StageRun(request, config, part, some=bool(asked and part.missing))  # none missing: the manifest alone is
+                status = work_off(run, claims, asked)
+                todo = selected(config, status, asked)
+                if status.sealed:
+                    publish_asset(artifact)
+                if nothing_to_do(status, todo, asked):
+                    return StageOutcome(status, "done", time.monotonic() - started)
+            claims.release()
+
+
+def work_off(run: StageRun, claims: Claims, asked: Sequence[int]) -> StageStatus:
+    """The stage as it is once this run's part of what was missing is made.
+
+    Raises:
+        DeepSpecError: some of that part is still missing.
+    """
+    with hands_for(run, claims) as hands:
         run.work(hands)
-    after = stage_status(config, stage)
-    left = selected(config, after, asked)
-    finished = after.sealed or (bool(asked) and not left.missing)
-    run.board.close("done" if finished else "failed")
-    if not finished:
+    after = stage_status(run.config, run.stage)
+    left = among(selected(run.config, after, asked), to_claim(run.before))
+    failed = bool(left.missing) or not (run.before.missing or after.sealed)
+    run.board.close("failed" if failed else "done")
+    if failed:
         raise run.failure(left).with_traceback(None)
-    if after.sealed:
-        publish_asset(artifact_of(config, stage))
-    return StageOutcome(after, "done", time.monotonic() - started)
+    return after
+
+
+def nothing_to_do(status: StageStatus, todo: StageStatus, asked: Sequence[int]) -> bool:
+    return status.sealed or status.in_training or bool(asked and status.missing and not todo.missing)
+
+
+def made_since(artifact: Artifact, missing: Sequence[int]) -> bool:
+    """Whether another run may have made some of what was missing; a stale record or manifest looks the same."""
+    return artifact.manifest() is not None or bool(set(missing) & set(artifact.record_shards()))
+
+
+def already_done(config: RunConfig, status: StageStatus, seconds: float) -> StageOutcome:
+    state: State = "in training" if status.in_training else "already done"
+    show_nothing_to_do(status, state)
+    if status.sealed:
+        publish_once(artifact_of(config, status.stage))
+    return StageOutcome(status, state, seconds)
+
+
+def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
+    """The status with only these of the missing shards; a stage without shards is whole, or is not."""
+    known = set(shards)
+    return todo._replace(missing=[shard for shard in todo.missing if shard in known]) if todo.stage in SHARDED else todo
 
 
 @contextlib.contextmanager
-def hands_for(run: StageRun) -> Iterator[Hands]:
-    """Where the stage's work is done, as `resources.runner` says; a stage without shards is done where the flow runs."""
-    if run.config.resources.runner == "ray" and run.sharded:
+def hands_for(run: StageRun, claims: Claims) -> Iterator[Hands]:
+    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages with shards alone."""
+    runner = run.config.resources.runner
+    if runner == "ray" and run.sharded:
         from flows.ray_hands import ray_hands
 
         with ray_hands(run) as hands:
             yield hands
+    elif runner == "workers" and run.stage in FLOW_OF:
+        yield WorkersHands(run, claims)
     else:
         yield LocalHands(run)

@@ -30,3 +30,21 @@ class Hopeless(Echo):
         if shard:
             raise DataError("the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt")
         return super().answer(requests, shard=shard)
+
+
+class Gated(Echo):
+    """Answers every third shard at once and the others once the file FLAKY_DIR/slow is gone.
+
+    FLAKY_DIR/waits has a line for each shard that it waited with, FLAKY_DIR/calls one for each that it went on to answer.
+    """
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        folder = Path(os.environ["FLAKY_DIR"])
+        if shard % 3 and (folder / "slow").exists():
+            with (folder / "waits").open("a") as waits:
+                waits.write(f"{shard}\n")
+            while (folder / "slow").exists():
+                time.sleep(0.1)
+        with (folder / "calls").open("a") as calls:
+            calls.write(f"{shard}\n")
+        return super().answer(requests, shard=shard)

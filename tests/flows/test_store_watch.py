@@ -12,8 +12,9 @@ from deepspec.data.prompts import run_prompts
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
-from flows.reporting import Board, Progress, watched_by
-from flows.store_watch import watching_store
+from flows.board import Board
+from flows.reporting import Progress, watched_by
+from flows.store_watch import Watch, watching_store
 
 
 @pytest.mark.filterwarnings("ignore:Artifact creation outside")
@@ -33,7 +34,7 @@ def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Pa
     before = stage_status(config, "answers")
     with watched_by(see):
         board = Board("elsewhere", before, sharded=True)
-        with watching_store(board, config, "answers", [1, 2, 3], pause_s=0.02):
+        with watching_store(Watch(artifact, before._replace(missing=[1, 2, 3]), board, look_s=0.02)):
             run_answers(config, shards=[1, 2])
             assert two_seen.wait(60)
             assert {progress.done for progress in seen} == {1, 2, 3}

@@ -1,0 +1,104 @@
+"""Two runs on the same artifact at the same time make each shard once, both end well, and the one that waits says for whom."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+
+from deepspec.claims import this_process
+from deepspec.errors import TransientError
+from deepspec.launch import Request
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from flows import turns
+from flows.reporting import Progress, StageOutcome, watched_by
+from flows.tasks import run_stages
+from flows.turns import claims_on
+
+GATED = ("answers.engine=tests.flows.engines:Gated",)
+
+
+@flow
+def answers(source: str, overrides: tuple[str, ...], shards: str = "") -> list[StageOutcome]:
+    return run_stages(Request(source, overrides), ("prompts", "answers"), shards)
+
+
+def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    outcome: list[Any] = []
+    thread = threading.Thread(target=lambda: outcome.append(call()), daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, "it took too long"
+        time.sleep(0.1)
+
+
+def lines(run_file: Path, name: str) -> list[int]:
+    path = run_file.parent / name
+    return sorted(int(line) for line in path.read_text().split()) if path.exists() else []
+
+
+def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(run_file: Path, caplog: pytest.LogCaptureFixture):
+    (run_file.parent / "slow").touch()
+    seen: list[Progress] = []
+
+    def second() -> list[StageOutcome]:
+        with watched_by(seen.append):
+            return answers(str(run_file), GATED)
+
+    first_thread, first = in_thread(lambda: answers(str(run_file), GATED))
+    wait_until(lambda: lines(run_file, "waits") == [1])
+    second_thread, waited = in_thread(second)
+    wait_until(lambda: any("waiting for run" in progress.note for progress in seen))
+    (run_file.parent / "slow").unlink()
+    for thread in (first_thread, second_thread):
+        thread.join(120)
+    assert [outcome.state for outcome in (*first[0], *waited[0])] == ["done", "done", "already done", "already done"]
+    assert lines(run_file, "calls") == [0, 1, 2, 3, 4, 5], "each once"
+    assert "answers: waiting for run '" in caplog.text
+    assert max(progress.done for progress in seen if progress.stage == "answers" and progress.state == "running") > 1, "it sees them come"
+    assert artifact_of(load_run(str(run_file)), "answers").store.entries("claims") == []
+
+
+def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(run_file: Path):
+    (run_file.parent / "slow").touch()
+    config = load_run(str(run_file), GATED)
+    first_thread, first = in_thread(lambda: answers(str(run_file), GATED, "0-2"))
+    wait_until(lambda: lines(run_file, "waits") == [1])
+    dead = subprocess.run(
+        [sys.executable, "-c", "from deepspec.claims import this_process; print(this_process())"], capture_output=True, check=True
+    )
+    claims = claims_on(artifact_of(config, "answers"))
+    claims.claim = claims.claim.model_copy(update={"process": dead.stdout.decode().strip(), "family": "another"})
+    assert claims.take([3, 4, 5]).shards == [3, 4, 5]
+    second_thread, second = in_thread(lambda: answers(str(run_file), GATED))
+    wait_until(lambda: lines(run_file, "waits") == [1, 4])
+    (run_file.parent / "slow").unlink()
+    for thread in (first_thread, second_thread):
+        thread.join(120)
+    assert lines(run_file, "calls") == [0, 1, 2, 3, 4, 5], "each once"
+    assert first[0][1].state == "done" and second[0][1].status.sealed
+
+
+def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns, "is_part", lambda: True)
+    answers(str(run_file), (), "0")
+    config = load_run(str(run_file))
+    with claims_on(artifact_of(config, "answers")) as other:
+        other.claim = other.claim.model_copy(update={"run": "capture x", "family": "another"})
+        other.take([4])
+        with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
+            answers(str(run_file), (), "4")
+    assert this_process().startswith(other.claim.process.split()[0])
