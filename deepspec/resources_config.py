@@ -164,8 +164,9 @@ class ResourcesConfig(Section):
     """What `train.strategy: deepspeed` deals out to the ranks: the optimizer's state (1), gradients too (2), parameters too (3)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What it keeps in the host's memory: the optimizer, which then also steps there, or (stage 3 only) the parameters too."""
-    stop_s: float = Field(default=25.0, ge=0)
-    """Seconds beyond the usual five that a stage which is asked to stop has to end: training finishes its step and saves it."""
+    stop_s: float = Field(default=8.0, ge=0)
+    """Seconds beyond the usual five that a stage which is asked to stop has to end: training finishes its step and saves it.
+    With eight everything is gone after 13; a worker ends a cancelled run's flow after 30, whatever is said here."""
     preflight: Literal["refuse", "warn"] = "refuse"
     """What to do where masks, features or one sample's loss, looked at before the first step, are wrong."""
     stall_minutes: PositiveFloat = 30.0

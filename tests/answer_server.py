@@ -155,9 +155,13 @@ def answer_server(
             server.shutdown()
 
 
+def answer_or_hang(body: dict[str, Any], before: int) -> str:
+    return "hang" if body["messages"][-1]["content"].startswith("wait for ever") else "answer"
+
+
 if __name__ == "__main__":  # PORT MODEL [DIES_AFTER]: ends by itself, without a word, when it has been asked so often
     port, model, *dies_after = sys.argv[1:]
-    with AnswerServer(ANSWERS, models=(model,), key=None, latency_s=0.02, port=int(port)) as server:
+    with AnswerServer(answer_or_hang, models=(model,), key=None, latency_s=0.02, port=int(port)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         while not dies_after or len(server.bodies) < int(dies_after[0]):
             time.sleep(0.01)

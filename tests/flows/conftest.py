@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ from tests.conftest import REPOSITORY, TINY, write_jsonl
 # The tiny demo where only the way through all stages counts.
 BENCHMARKS = ", ".join(f"{{name: demo/{domain}, limit: 1}}" for domain in ("math", "code", "chat"))
 QUICK = [*TINY, "prompts.limit=8", "train.max_steps=2", "evaluate.temperatures=[0.0]", f"evaluate.benchmarks=[{BENCHMARKS}]"]
+
+# Answers from a server of the target that each lane starts for itself; it answers what `questions` says.
+SERVER = json.dumps([sys.executable, "-m", "tests.answer_server", "{port}", "{name}"])
+SERVED = ("answers.engine=openai", "resources.serve=vllm", f"resources.serve_command={SERVER}")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,3 +52,9 @@ def flaky_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(fields))
     return path
+
+
+def questions(run_file: Path, *, answered: Sequence[int]) -> None:
+    """Prompts for six shards, of which a server of `SERVED` answers these and none of the others, for which it is waited."""
+    said = [f"question {row}" if row // 2 in answered else f"wait for ever {row}" for row in range(12)]
+    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": prompt} for prompt in said])

@@ -48,3 +48,30 @@ class Gated(Echo):
         with (folder / "calls").open("a") as calls:
             calls.write(f"{shard}\n")
         return super().answer(requests, shard=shard)
+
+
+class Waiting(Echo):
+    """Answers shards 0 and 1 and then waits for as long as the file FLAKY_DIR/slow is there; fails shard 5 while FLAKY_DIR/broken is.
+
+    Every call is noted in FLAKY_DIR/calls.
+    """
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        notes = Path(os.environ["FLAKY_DIR"])
+        with (notes / "calls").open("a") as calls:
+            calls.write(f"{shard}\n")
+        while shard > 1 and (notes / "slow").exists():
+            time.sleep(0.05)
+        if shard == 5 and (notes / "broken").exists():
+            raise DataError("the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt")
+        return super().answer(requests, shard=shard)
+
+
+class Paced(Echo):
+    """Answers a shard after FLAKY_DIR/pace seconds, at once where there is no such file."""
+
+    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+        pace = Path(os.environ["FLAKY_DIR"], "pace")
+        if pace.exists():
+            time.sleep(float(pace.read_text()))
+        return super().answer(requests, shard=shard)

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +33,7 @@ from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
 from flows.assets import asset_key
-from flows.automations import FLOWS
+from flows.automations import FLOWS, crashed
 from flows.compatible import check_version
 from flows.parameters import KEY_IN_OVERRIDE, KEY_IN_STORE
 from flows.pipeline import pipeline
@@ -114,6 +116,9 @@ class Site(NamedTuple):
 
     def page(self, artifact: dict[str, str]) -> str:
         return f"{self.url.removesuffix('/api')}/artifacts/artifact/{artifact['id']}"
+
+    def state(self, run: str) -> str:
+        return str(httpx.get(f"{self.url}/flow_runs/{run}", timeout=30).json()["state"]["type"])
 
     def deployment(self, name: str) -> dict[str, object]:
         return httpx.get(f"{self.url}/deployments/name/{name}", timeout=30).json()
@@ -307,6 +312,38 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
         selected(config, status, [99])
     Path(status.artifact_url, "records", "00001.json").unlink()
     assert selected(config, stage_status(config, "evaluate"), [0, 1]).missing == [1]
+
+
+SILENCE_S = 20.0  # Prefect takes no less than ten, and looks every five
+
+
+@pytest.mark.slow
+def test_a_run_that_falls_silent_is_marked_crashed_and_one_that_goes_on_is_not(site: Site):
+    """Setup refuses so short an interval; with it the same automation is seen to work within the test's time."""
+    short = crashed(SILENCE_S).model_dump(mode="json") | {"name": "short"}
+    made = site.post("automations/", **short).json()
+    flow = site.post("flows/", name="regenerate").json()["id"]
+    silent, healthy = (site.post("flow_runs/", flow_id=flow, state={"type": "RUNNING"}).json()["id"] for _ in range(2))
+    began = time.monotonic()
+    heartbeat(site, flow, silent)
+    while site.state(silent) == "RUNNING" and time.monotonic() < began + 120:
+        heartbeat(site, flow, healthy)
+        time.sleep(1.0)
+    assert time.monotonic() > began + SILENCE_S, "the healthy one was watched for as long as the silent one was silent"
+    assert (site.state(silent), site.state(healthy)) == ("CRASHED", "RUNNING")
+    httpx.delete(f"{site.url}/automations/{made['id']}", timeout=30).raise_for_status()
+
+
+def heartbeat(site: Site, flow: str, run: str) -> None:
+    """As Prefect's flow engine sends it."""
+    event = {
+        "id": str(uuid.uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "prefect.flow-run.heartbeat",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+        "related": [
+            {"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow", "prefect.resource.name": "regenerate"}
+        ],
+    }  # fmt: skip
+    httpx.post(f"{site.url}/events", json=[event], timeout=30).raise_for_status()
 
 
 def test_a_server_of_another_version_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from prefect import flow
 from prefect.artifacts import Artifact
@@ -16,7 +17,7 @@ from deepspec.config import RunConfig
 from deepspec.data.prompts import run_prompts
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
 from deepspec.gpus import visible_gpus
-from deepspec.launch import Request
+from deepspec.launch import MARK, Request
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from flows.board import Board
@@ -27,7 +28,7 @@ from flows.stage_run import StageRun
 from flows.tasks import run_stages
 from tests.answer_server import answer_server
 from tests.conftest import write_jsonl
-from tests.flows.conftest import flaky_run
+from tests.flows.conftest import SERVED, flaky_run, questions
 
 outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
 
@@ -168,6 +169,17 @@ def test_a_killed_child_is_tried_again(run_file: Path, monkeypatch: pytest.Monke
     outcomes = prompts_and_answers(str(run_file))
     assert (run_file.parent / "killed").exists()
     assert outcomes[1].status.sealed
+
+
+@pytest.mark.slow
+def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_made_is_kept(run_file: Path):
+    questions(run_file, answered=(0,))
+    late = (*SERVED, "resources.retries=0", "resources.shards_per_task=6", "resources.stages={answers: {deadline_minutes: 0.4}}")
+    with pytest.raises(ShardsFailed, match="shard 1: answers did not finish in time"):
+        prompts_and_answers(str(run_file), late)
+    assert [one.cmdline() for one in psutil.Process().children(recursive=True) if MARK in one.environ()] == []
+    status = stage_status(load_run(str(run_file), late), "answers")
+    assert (status.committed, status.missing) == (1, [1, 2, 3, 4, 5])
 
 
 def kill_first_answers(command, note: Path):

@@ -1,0 +1,150 @@
+"""Every way in which a user resumes, and every death before it: only what is missing runs, nothing twice, nothing lost.
+
+A real server, a real worker and real children, killed one by one and all together; the engine's calls are counted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deepspec.config import RunConfig
+from deepspec.data.prompts import run_prompts
+from deepspec.lineage import artifact_of
+from deepspec.recipe import load_run
+from deepspec.stages import stage_status
+from deepspec.train.state import checkpoint_steps
+from tests.conftest import TINY, tiny_run
+from tests.flows.conftest import flaky_run
+from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
+
+pytestmark = pytest.mark.slow
+LONG = ["resources.train_ranks=2", "resources.device=cpu", "train.max_steps=3000", "train.epochs=1000", "train.checkpoint_steps=10"]
+ENGINE = "answers.engine=tests.flows.engines:Waiting"
+
+
+class Site:
+    """Machines with a run of six shards, of which each test has a store of its own."""
+
+    def __init__(self, machines: Machines, run_file: Path) -> None:
+        self.machines, self.run_file = machines, run_file
+        self.regenerate, self.train = machines.deploy("regenerate"), machines.deploy("train")
+
+    def prompts(self, store: Path) -> RunConfig:
+        config = load_run(str(self.run_file), [ENGINE], store=str(store))
+        run_prompts(config)
+        return config
+
+    def begin(self, store: Path, **parameters: object) -> str:
+        return self.machines.begin(self.regenerate, recipe=str(self.run_file), overrides=[ENGINE], store=str(store), **parameters)
+
+    def begin_and_wait(self, store: Path) -> str:
+        """A run that has committed shards 0 and 1 and has begun with shard 2, which takes as long as the test likes."""
+        (self.machines.folder / "slow").touch()
+        run, config = self.begin(store), load_run(str(self.run_file), [ENGINE], store=str(store))
+        wait_until(lambda: stage_status(config, "answers").committed == 2 and self.noted()[-1] == 2, "two shards")
+        return run
+
+    def go_on(self) -> None:
+        (self.machines.folder / "slow").unlink()
+
+    def noted(self) -> list[int]:
+        notes = self.machines.folder / "calls"
+        return [int(line) for line in notes.read_text().split()] if notes.exists() else [-1]
+
+    def calls(self) -> list[int]:
+        """The shards that the engine was given since the last look."""
+        found = self.noted()
+        (self.machines.folder / "calls").unlink()
+        return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("machines")
+    with pytest.MonkeyPatch.context() as monkeypatch, machines(folder) as made:
+        run_file = flaky_run(folder, monkeypatch)
+        made.start_server()
+        made.make_pool()
+        made.start_worker()
+        yield Site(made, run_file)
+
+
+def test_a_killed_lane_and_a_killed_server_are_survived_and_the_retry_button_makes_what_failed(site: Site, tmp_path: Path):
+    config, broken = site.prompts(tmp_path), site.machines.folder / "broken"
+    broken.touch()
+    run = site.begin_and_wait(tmp_path)
+    assert site.machines.kill(LANE) == 2, "a child and its guard"
+    wait_until(lambda: site.noted() == [0, 1, 2, 3], "the next group: shard 2 waits for its next try")
+    site.machines.kill(SERVER)
+    site.machines.start_server()
+    site.go_on()
+    assert site.machines.ended(run) == "FAILED"
+    assert "1 of 6 shards of the stage 'answers' failed: shard 5" in site.machines.state(run)["message"]
+    assert sorted(site.calls()) == [0, 1, 2, 2, 3, 4, 5], "shard 2 alone was lost with the lane"
+    broken.unlink()
+    assert site.machines.set_state(run, "SCHEDULED", "AwaitingRetry") == "ACCEPT"
+    wait_until(lambda: stage_status(config, "answers").sealed, "the last shard")
+    assert site.machines.ended(run) == "COMPLETED"
+    assert site.calls() == [5]
+
+
+def test_a_killed_run_is_crashed_at_once_and_is_resumed_by_shards_by_the_retry_button_and_without_a_worker(site: Site, tmp_path: Path):
+    config = site.prompts(tmp_path)
+    run = site.begin_and_wait(tmp_path)
+    site.machines.kill(FLOW)
+    assert site.machines.ended(run) == "CRASHED"
+    wait_until(lambda: not site.machines.processes(LANE), "the end of the children", seconds=15)
+    assert site.calls() == [0, 1, 2]
+    (site.machines.folder / "slow").unlink()
+    assert site.machines.ended(site.begin(tmp_path, shards="3")) == "COMPLETED"
+    assert site.calls() == [3] and stage_status(config, "answers").missing == [2, 4, 5]
+    (site.machines.folder / "slow").touch()
+    site.machines.set_state(run, "SCHEDULED", "AwaitingRetry")
+    wait_until(lambda: site.noted() == [2], "the retry")
+    site.machines.kill(WORKER)
+    site.go_on()
+    assert site.machines.ended(run) == "COMPLETED", "a run outlives its worker"
+    assert site.calls() == [2, 4, 5] and stage_status(config, "answers").sealed
+    site.machines.start_worker()
+
+
+def test_after_a_reboot_the_same_parameters_make_what_is_missing(site: Site, tmp_path: Path):
+    config = site.prompts(tmp_path)
+    site.begin_and_wait(tmp_path)
+    assert site.machines.kill() >= 5, "a server, a worker, a run, a guard, a child"
+    assert site.machines.processes() == [] and site.calls() == [0, 1, 2]
+    site.go_on()
+    site.machines.start_server()
+    site.machines.start_worker()
+    assert site.machines.ended(site.begin(tmp_path)) == "COMPLETED"
+    assert site.calls() == [2, 3, 4, 5] and stage_status(config, "answers").sealed
+
+
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+def test_no_rank_of_a_training_outlives_its_run_and_its_checkpoints_are_kept(site: Site, captured: Path, tmp_path: Path, how: str):
+    store = tmp_path / "store"
+    shutil.copytree(captured, store)
+    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    run = site.machines.begin(site.train, recipe="demo", overrides=[*TINY, *LONG], store=str(store))
+    wait_until(lambda: checkpoint_steps(artifact), "a checkpoint")
+    everyone = family(site.machines.processes(FLOW))
+    assert sum("LOCAL_RANK" in one.environ() for one in everyone) == 2 and len(everyone) >= 7, "a run, two guards, a child, torchrun, ranks"
+    saved = checkpoint_steps(artifact)
+    if how == "cancelled":
+        assert site.machines.set_state(run, "CANCELLING", "Cancelling") == "ACCEPT"
+    else:
+        site.machines.kill(FLOW)
+    _, left = psutil.wait_procs(everyone, timeout=15)
+    assert left == []
+    assert site.machines.ended(run) == ("CANCELLED" if how == "cancelled" else "CRASHED")
+    assert checkpoint_steps(artifact)[-1] >= saved[-1]
+    assert not artifact.store.exists(artifact.path("manifest.json"))
+
+
+def family(found: list[psutil.Process]) -> list[psutil.Process]:
+    return [*found, *(child for one in found for child in one.children(recursive=True))]
