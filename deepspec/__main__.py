@@ -22,7 +22,7 @@ from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecEr
 from deepspec.events import Report, json_lines
 from deepspec.launch import Request
 from deepspec.recipe import load_run, recipe_names, to_yaml
-from deepspec.stages import parse_shards
+from deepspec.shards import parse_shards
 from deepspec.terminal import TerminalReport
 from deepspec.train.ranks import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
 from deepspec.verbs import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl

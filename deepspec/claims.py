@@ -21,9 +21,8 @@ from pydantic import ValidationError
 
 from deepspec.artifact import Artifact
 from deepspec.errors import DeepSpecError
-from deepspec.launch import shard_list
 from deepspec.records import Stored
-from deepspec.stages import parse_shards
+from deepspec.shards import parse_shards, shard_list
 from deepspec.store import pretty_json
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from deepspec.errors import EXIT_TRANSIENT, ChildFailed, DeepSpecError, TransientError, error_from_json
 from deepspec.guard import KILLED, SWEEP_S, kill_marked
+from deepspec.shards import shard_list
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 MARK = "DEEPSPEC_CHILD"  # in the environment of a child and all its descendants, so that they can be found
@@ -59,22 +60,6 @@ class Request(NamedTuple):
     def shown(self, verb: str, shards: Sequence[int] | None = None) -> str:
         """The command as a user would type it."""
         return shlex.join(["python", *self.command(verb, shards)[1:]])
-
-
-def deal(shards: Sequence[int], size: int) -> list[list[int]]:
-    """Consecutive groups of at most `size` shards."""
-    return [list(shards[first : first + size]) for first in range(0, len(shards), size)]
-
-
-def shard_list(shards: Sequence[int], digits: int = 1) -> str:
-    """Shard numbers in few characters: `17,40-52`, or with leading zeros `0017,0040-0052`."""
-    runs: list[list[int]] = []
-    for shard in sorted(shards):
-        if runs and shard == runs[-1][1] + 1:
-            runs[-1][1] = shard
-        else:
-            runs.append([shard, shard])
-    return ",".join("-".join(f"{end:0{digits}d}" for end in (first, last)[: 1 + (first < last)]) for first, last in runs)
 
 
 class Scope:

@@ -19,7 +19,8 @@ import typer
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.launch import Request
 from deepspec.lineage import store_of
-from deepspec.stages import parse_shards, results, stages_of
+from deepspec.shards import parse_shards
+from deepspec.stages import results, stages_of
 from flows.compatible import check_answer, check_server
 from flows.request import open_run
 from flows.server import PrivateServer, start_private_server

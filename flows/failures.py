@@ -14,7 +14,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from deepspec.errors import DeepSpecError, ShardsFailed
-from deepspec.launch import Request, shard_list
+from deepspec.launch import Request
+from deepspec.shards import shard_list
 from flows.reporting import artifact_key, best_effort
 from flows.selection import SELECTABLE
 

@@ -13,9 +13,9 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from deepspec.errors import ConfigError
-from deepspec.launch import Request, shard_list
+from deepspec.launch import Request
 from deepspec.recipe import recipe_names
-from deepspec.stages import parse_shards
+from deepspec.shards import parse_shards, shard_list
 from flows.dealer import SHARD_DIGITS
 
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`

@@ -19,8 +19,9 @@ from prefect.cache_policies import NO_CACHE
 
 from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
-from deepspec.launch import Request, scope, shard_list
+from deepspec.launch import Request, scope
 from deepspec.lineage import artifact_of, upstream_of
+from deepspec.shards import shard_list
 from deepspec.stages import SHARDED, StageStatus, missing_shards, training_lines
 from deepspec.work import TOO_MANY, failures_allowed
 from flows.board import Board

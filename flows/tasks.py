@@ -14,7 +14,8 @@ from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
-from deepspec.stages import SHARDED, StageStatus, parse_shards, require_sealed, stage_status, stages_of
+from deepspec.shards import parse_shards
+from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
 from flows.failures import publish_failure

@@ -25,8 +25,9 @@ from prefect.states import Cancelling, Crashed
 from deepspec.aside import noted_failures, read_failures
 from deepspec.claims import Claims
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, ShardsFailed, TransientError, error_named
-from deepspec.launch import Stopped, shard_list
+from deepspec.launch import Stopped
 from deepspec.lineage import artifact_of
+from deepspec.shards import shard_list
 from flows.dealer import Lane
 from flows.pool import Pool
 from flows.stage_run import StageRun

@@ -13,7 +13,7 @@ FLOORS = {
     "store": 2, "disk": 2, "remote": 2, "bucket": 2, "bucket_calls": 2, "bucket_fsspec": 2, "bucket_obstore": 2, "gc": 2,
     "records": 2, "benchmark_sets": 2, "work": 2, "artifact": 2, "aside": 2, "lineage": 2, "provenance": 2, "stages": 2, "verify": 2,
     "config": 2, "data_config": 2, "draft_config": 2, "resources_config": 2, "recipe": 2, "families": 2, "launch": 2,
-    "claims": 2, "plan": 2, "cheapest": 2, "forecast": 2, "plan_view": 2, "terminal": 2, "gpus": 2,
+    "claims": 2, "shards": 2, "plan": 2, "cheapest": 2, "forecast": 2, "plan_view": 2, "terminal": 2, "gpus": 2,
     "figures": 2, "picture": 2, "curves": 2,
     "model": 3, "target": 3, "generate": 3,
     "data": 4,

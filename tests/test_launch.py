@@ -20,8 +20,8 @@ import pytest
 
 from deepspec import launch
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
-from deepspec.launch import Request, Stopped, deal, run_child, scope, shard_list
-from deepspec.stages import parse_shards
+from deepspec.launch import Request, Stopped, run_child, scope
+from deepspec.shards import deal, parse_shards, shard_list
 
 # A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are written to argv[1].
 LAUNCHER = """

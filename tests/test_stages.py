@@ -12,7 +12,8 @@ from deepspec.data.prompts import run_prompts
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.lineage import artifact_of
 from deepspec.records import Counts
-from deepspec.stages import parse_shards, results, stage_status, upstream_records
+from deepspec.shards import parse_shards
+from deepspec.stages import results, stage_status, upstream_records
 from tests.conftest import tiny_run
 
 ECHO = "answers.engine=tests.engines:Echo"

@@ -30,8 +30,9 @@ from deepspec.data.planned import Planned
 from deepspec.data.shelf import Shelf
 from deepspec.data.source import Course
 from deepspec.errors import ChildFailed, DeepSpecError, StoreError
-from deepspec.launch import Scope, deal, scope, shard_list
+from deepspec.launch import Scope, scope
 from deepspec.plan import human_bytes
+from deepspec.shards import deal, shard_list
 from deepspec.stages import ShardedStage
 from deepspec.work import transient_system_errors
 

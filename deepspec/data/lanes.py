@@ -19,9 +19,10 @@ from deepspec.config import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.events import silent
 from deepspec.gpus import visible_gpus
-from deepspec.launch import Request, deal, run_child, scope, shard_list
+from deepspec.launch import Request, run_child, scope
 from deepspec.lineage import artifact_of
 from deepspec.recipe import to_yaml
+from deepspec.shards import deal, shard_list
 
 log = logging.getLogger(__name__)
 
