@@ -43,7 +43,7 @@ def readme_command(start: str) -> list[str]:
     return [sys.executable, *(found[1:] if found[0] == "python" else ["-m", *found])]
 
 
-def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 60) -> str:
+def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 240) -> str:
     """What the command says; fails the test where it ends with another code."""
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == code, f"{command}: {done.stdout}\n{done.stderr}"
