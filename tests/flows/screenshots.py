@@ -19,7 +19,9 @@ SMALL = [*TINY, "prompts.limit=40", "train.max_steps=100", "train.checkpoint_ste
 def take_pictures(site: Site, page: Browser, folder: Path) -> None:
     """Each page once everything on it is there."""
     (pipeline,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["pipeline demo"]}}).json()
-    page.open(f"{site.url.removesuffix('/api')}/runs/flow-run/{pipeline['id']}", "Completed", "evaluate demo", "train demo")
+    page.open(f"{site.url.removesuffix('/api')}/runs/flow-run/{pipeline['id']}", "Completed", "Subflow Runs")
+    page.click("Subflow Runs")
+    page.wait_for("prepare demo", "train demo", "evaluate demo")  # the graph above them is a canvas, without words
     page.settle()
     page.picture(folder / "pipeline-run.png")
     for key, words, name in [

@@ -59,7 +59,7 @@ def readme_section() -> tuple[dict[str, str], list[list[str]]]:
 EXPORTS, (SERVER, SETUP, WORKER, RUN) = readme_section()  # a line more or less there, and this says so
 
 
-def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 60) -> str:
+def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 240) -> str:
     """What the command says; fails the test where it ends with another code."""
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == code, f"{command}: {done.stdout}\n{done.stderr}"
