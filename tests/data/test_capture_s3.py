@@ -34,6 +34,18 @@ def upload(local: Path, url: str, *overrides: str) -> None:
                 remote.write(str(path.relative_to(local)), path.read_bytes())
 
 
+@pytest.fixture(scope="module")
+def in_bucket(radosgw: Radosgw, captured: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run whose hidden states are in a bucket; for tests that read. The environment leads there while they run."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    with radosgw.environment():
+        url = f"s3://{radosgw.new_bucket()}/store"
+        upload(captured, url)
+        config = tiny_run(url, f"resources.scratch={scratch}")  # type: ignore[arg-type]
+        run_capture(config)
+        yield config
+
+
 @pytest.fixture
 def remote(s3_url: str, captured: Path, tmp_path: Path):
     """A run whose store is a bucket, answers done."""
@@ -79,9 +91,9 @@ def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remot
     assert after.digest == before.digest
 
 
-def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_nothing(remote, captured: Path, radosgw: Radosgw):
+def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_nothing(in_bucket, captured: Path, radosgw: Radosgw):
     local = HiddenCache(artifact_of(tiny_run(captured), "hidden"))
-    cache = HiddenCache(run_capture(remote), cache_gb=1.0)
+    cache = HiddenCache(artifact_of(in_bucket, "hidden"), cache_gb=1.0)
     numbers = list(range(len(cache)))
     for number, sample in zip(numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True):
         if number == 3:
@@ -96,22 +108,21 @@ def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_noth
         radosgw.restart()
 
 
-def test_forked_workers_read_a_bucket_that_their_parent_has_read(remote, captured: Path):
+def test_forked_workers_read_a_bucket_that_their_parent_has_read(in_bucket, captured: Path):
     """Trap C9: an S3 client does not survive a fork; s3fs raises and obstore hangs."""
-    local, cache = HiddenCache(artifact_of(tiny_run(captured), "hidden")), HiddenCache(run_capture(remote))
+    local, cache = HiddenCache(artifact_of(tiny_run(captured), "hidden")), HiddenCache(artifact_of(in_bucket, "hidden"))
     assert same(cache[0], local[0])
     loader = DataLoader(AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for number, context in enumerate(loader):
         assert torch.equal(context, local[number].context.decode())
 
 
-def test_training_from_a_bucket_ends_where_training_from_a_disk_does(remote, captured: Path, tmp_path: Path):
+def test_training_from_a_bucket_ends_where_training_from_a_disk_does(in_bucket, captured: Path, tmp_path: Path):
     from safetensors.torch import load_file
 
-    run_capture(remote)
     store = tmp_path / "store"
     shutil.copytree(captured, store)
-    on_disk, in_bucket = run_train(tiny_run(store)), run_train(tiny_run(remote.store, f"resources.scratch={tmp_path / 'scratch'}"))
+    on_disk, in_bucket = run_train(tiny_run(store)), run_train(in_bucket)
     first, second = (load_file(artifact.store.fetch(artifact.path("draft/model.safetensors"))) for artifact in (on_disk, in_bucket))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -62,8 +62,10 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert (tensor - second[name]).norm() <= within * tensor.norm().clamp_min(1e-12), name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["rnn", "dflash", "confidence_alone", "eagle3"])
+# Where parameters are dealt out, too, each kind of draft is met layer by layer; below that they are one flat vector to DeepSpeed.
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("rnn", 1), ("rnn", 2), ("eagle3", 2), *((kind, 3) for kind in ("rnn", "dflash", "confidence_alone", "eagle3"))]
+)
 def test_a_stage_does_to_every_kind_of_draft_what_ddp_does(tmp_path: Path, kind: str, stage: int):
     plain = strategy_of(tmp_path, *DDP, draft=make_draft(CONFIGS[kind], target="gemma4"))
     zero = strategy_of(tmp_path, *ZERO[stage], draft=make_draft(CONFIGS[kind], target="gemma4"))
