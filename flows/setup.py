@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from deepspec.errors import DeepSpecError, UserError
-from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
+from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended, unattended
 from flows.cli import talking_to
 
 POOLS = ("deepspec-cpu", "deepspec-gpu")
@@ -56,8 +56,13 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
             typer.echo(put_pool(client, pool, limits[pool]))
         typer.echo(deploy(str(client.api_url)))
         typer.echo(put_automation(client, crashed(silence_s)))
+        for pool in POOLS:
+            typer.echo(put_automation(client, unattended(pool)))
         if notify:
             typer.echo(put_automation(client, ended(notify)))
+        for pool in POOLS:
+            if not any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(pool)):
+                typer.echo(f"no worker on the work pool {pool!r} yet: start one with `prefect worker start --pool {pool}`")
 
 
 def check_folder(folder: Path) -> None:

@@ -18,7 +18,6 @@ from deepspec.errors import TransientError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
-from deepspec.stages import stage_status
 from flows import turns
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
@@ -78,7 +77,9 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
     config = load_run(str(run_file), GATED)
     first_thread, first = in_thread(lambda: answers(str(run_file), GATED, "0-2"))
     wait_until(lambda: lines(run_file, "waits") == [1])
-    dead = subprocess.run([sys.executable, "-c", "from deepspec.claims import this_process; print(this_process())"], capture_output=True, check=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", "from deepspec.claims import this_process; print(this_process())"], capture_output=True, check=True
+    )
     claims = claims_on(artifact_of(config, "answers"))
     claims.claim = claims.claim.model_copy(update={"process": dead.stdout.decode().strip(), "family": "another"})
     assert claims.take([3, 4, 5]).shards == [3, 4, 5]
