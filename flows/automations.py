@@ -9,6 +9,7 @@ FLOWS = ("pipeline", "prepare", "regenerate", "capture", "train", "evaluate")
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
+UNATTENDED_S, LATE_S = 60.0, 20.0  # Prefect calls a run late 15 s after it should have begun, looking every five
 WEBHOOK_BLOCK = "deepspec-notify"
 # Rendered by the server; tojson, because a name may hold quotes.
 MESSAGE = '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ " " ~ flow_run|ui_url) | tojson }}}'
@@ -39,6 +40,39 @@ def crashed(silence_s: float) -> Any:
         description=f"A run of these flows that is silent for {silence_s:g} s",
         trigger=trigger,
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
+
+
+def unattended(pool: str) -> Any:
+    """An automation: a run that no worker of the pool takes for a minute says so, and how to start one, in its state.
+
+    It stays scheduled, under another name, and the next worker that has room takes it.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    message = f"no worker on the work pool {pool!r}, or all are busy: start one with `prefect worker start --pool {pool}`"
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "work-pool", "prefect.resource.name": pool},
+        after={"prefect.flow-run.Late"},
+        expect={
+            "prefect.flow-run.Pending",
+            "prefect.flow-run.Running",
+            "prefect.flow-run.Cancelling",
+            *(f"prefect.flow-run.{end}" for end in ENDS),
+        },
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(seconds=UNATTENDED_S - LATE_S),
+    )
+    return AutomationCore(
+        name=f"deepspec: tell of runs that no worker on {pool} takes",
+        description=f"A run that waits for a worker for {UNATTENDED_S:g} s",
+        trigger=trigger,
+        actions=[ChangeFlowRunState(name="NoWorker", state=StateType.SCHEDULED, message=message)],
     )
 
 

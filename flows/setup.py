@@ -19,7 +19,7 @@ import typer
 
 from deepspec import __version__
 from deepspec.errors import DeepSpecError, UserError
-from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended
+from flows.automations import SILENCE_S, SILENT_HEARTBEATS, crashed, ended, unattended
 from flows.cli import talking_to
 from flows.compatible import check_answer, check_version
 
@@ -61,8 +61,13 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
         for freed in free_places(client):
             typer.echo(freed)
         typer.echo(put_automation(client, crashed(silence_s)))
+        for pool in POOLS:
+            typer.echo(put_automation(client, unattended(pool)))
         if notify:
             typer.echo(put_automation(client, ended(notify)))
+        for pool in POOLS:
+            if not any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(pool)):
+                typer.echo(f"no worker on the work pool {pool!r} yet: start one with `prefect worker start --pool {pool}`")
 
 
 def check_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL
 
 from deepspec.errors import ShardsFailed
@@ -33,7 +34,6 @@ from tests.flows.test_deployment import run
 
 POOL = "deepspec-cpu"
 GATED = "answers.engine=tests.flows.engines:Gated"
-ON_WORKERS = ("resources.runner=workers", "resources.workers=demo")
 
 
 class Site(NamedTuple):
@@ -59,6 +59,11 @@ def regenerate_on_cpu() -> dict[str, Any]:
     return {**fields, "deployments": [one]}
 
 
+def both_online() -> bool:
+    with get_client(sync_client=True) as client:
+        return [worker.status for worker in client.read_workers_for_work_pool(POOL)] == ["ONLINE"] * 2
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
@@ -78,6 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             with (folder / f"{name}.log").open("wb") as log:
                 home = {"PREFECT_HOME": str(folder / name)}
                 started.append(subprocess.Popen(command, env=env | home, stdin=subprocess.PIPE, stdout=log, stderr=log))
+        wait_until(both_online)
         try:
             yield Site(run_file, env, [psutil.Process(process.pid) for process in started])
         finally:
@@ -91,11 +97,11 @@ def answers(source: str, overrides: tuple[str, ...]) -> list[StageOutcome]:
     return run_stages(Request(source, overrides), ("prompts", "answers"))
 
 
-def fresh(site: Site, name: str) -> tuple[str, ...]:
-    """Overrides for a store of the test's own, nothing noted so far."""
-    for note in ("waits", "calls", "slow", "broken", "failed-once"):
+def fresh(site: Site, *overrides: str) -> tuple[str, ...]:
+    """Overrides for work on the pool, nothing noted so far."""
+    for note in ("waits", "calls", "slow"):
         (site.notes / note).unlink(missing_ok=True)
-    return (f"store={site.notes / name}",)
+    return ("resources.runner=workers", "resources.workers=demo", *overrides)
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
@@ -105,10 +111,11 @@ def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def children_of(parent: str) -> list[Any]:
+def states_of(*names: str) -> list[str]:
+    """How the runs of these names are, oldest first."""
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name={"like_": parent}))
-    return sorted(found, key=lambda run: run.expected_start_time)
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name={"any_": list(names)}), sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run.state.name for run in found]
 
 
 def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -119,18 +126,34 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 @pytest.mark.slow
-def test_the_groups_are_made_by_the_workers_and_a_bad_shard_is_named(site: Site):
-    overrides = (*fresh(site, "bad"), *ON_WORKERS)
+def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_store(site: Site):
+    overrides = fresh(site, "resources.lanes=1", "resources.shards_per_task=6")
     (site.notes / "broken").touch()
+    (site.notes / "failed-once").touch()
     with pytest.raises(ShardsFailed, match=r"1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered"):
         answers(str(site.run_file), overrides)
-    assert site.lines("calls") == [0, 1, 2, 3, 3, 4, 5], "shard 3, which was busy, twice"
+    assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once, for what failed for good is not tried again"
     assert stage_status(load_run(str(site.run_file), overrides), "answers").missing == [5]
 
 
 @pytest.mark.slow
+def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
+    overrides = fresh(site, GATED, "resources.lanes=1")
+    (site.notes / "slow").touch()
+    sets = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "flows.prepare", str(site.run_file), *sets]
+    parent = subprocess.Popen(command, env=site.env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: site.lines("waits") == [1])
+    parent.terminate()
+    said = parent.communicate(timeout=120)[1]
+    wait_until(lambda: states_of("regenerate run.yaml 0-2") == ["Cancelled"])
+    assert not any("answers" in process.cmdline() for worker in site.workers for process in worker.children(recursive=True))
+    assert "Traceback" not in said and site.lines("calls") == [0]
+
+
+@pytest.mark.slow
 def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
-    overrides = (*fresh(site, "killed"), *ON_WORKERS, GATED)
+    overrides = fresh(site, GATED, "answers.max_new_tokens=7")  # an artifact of its own
     (site.notes / "slow").touch()
     thread, outcome = in_thread(lambda: answers(str(site.run_file), overrides, return_state=True))
     wait_until(lambda: site.lines("waits") == [1, 4])
@@ -141,3 +164,4 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     assert outcome and outcome[0].is_completed(), outcome
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert stage_status(load_run(str(site.run_file), overrides), "answers").sealed
+    assert sorted(states_of("regenerate run.yaml 0-2", "regenerate run.yaml 3-5"))[-2:] == ["Completed", "Crashed"]
