@@ -1,8 +1,7 @@
 """`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again after every change.
 
 Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs crashed which died without
-a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date, and places
-that a server forgot to take back from runs which are over are freed.
+a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +56,6 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
         for pool in POOLS:
             typer.echo(put_pool(client, pool, limits[pool]))
         typer.echo(deploy(str(client.api_url)))
-        for freed in free_places(client):
-            typer.echo(freed)
         typer.echo(put_automation(client, crashed(silence_s)))
         for pool in POOLS:
             typer.echo(put_automation(client, unattended(pool)))
@@ -127,32 +123,13 @@ def deploy(api_url: str) -> str:
         UserError: Prefect refuses one.
     """
     line = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    env = {
-        **os.environ,
-        "PREFECT_API_URL": api_url,
-        "PWD": str(Path.cwd()),
-        "DEEPSPEC_VERSION": __version__,
-    }  # prefect.yaml takes them from there
+    # What prefect.yaml takes from its environment: the runs' folder and the package's version.
+    env = {**os.environ, "PREFECT_API_URL": api_url, "PWD": str(Path.cwd()), "DEEPSPEC_VERSION": __version__}
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         said = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         raise UserError(f"the deployments were not made:\n    {said}", where="prefect.yaml", fix="run `prefect --no-prompt deploy --all`")
     return f"deployments of {Path.cwd() / 'prefect.yaml'}: up to date"
-
-
-def free_places(client: Any) -> Iterator[str]:
-    """Places that runs hold which are over: a server that keeps its leases in memory forgets them when it is restarted."""
-    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
-
-    held = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}})
-    for deployment in client.read_deployments():
-        limit = deployment.global_concurrency_limit
-        which = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
-        if limit and limit.active_slots and not client.read_flow_runs(deployment_filter=which, flow_run_filter=held, limit=1):
-            client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))
-            whose = f"deployment {deployment.name} ({deployment.entrypoint})"
-            yield f"{whose}: freed {limit.active_slots} of its places, which no run held any more"
 
 
 def put_automation(client: Any, automation: Any) -> str:
