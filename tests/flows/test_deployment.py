@@ -136,10 +136,11 @@ def test_setup_can_be_run_again(site: Site):
         (name, f"flows.{flow}.{flow}") for flow in FLOWS for name in ("demo", "gpu")
     }
     said = run([*readme_command("python -m flows.setup"), "--gpu-runs", "3"], env=site.env)
-    assert said.count("up to date") == 4 and "secret-path" not in said
+    assert said.count("up to date") == 6 and "secret-path" not in said
+    assert "no worker on the work pool 'deepspec-gpu' yet: start one with" in said and "'deepspec-cpu' yet" not in said
     assert {found["id"] for found in site.post("deployments/filter").json()} == {found["id"] for found in before}
     automations = {found["name"]: found for found in site.post("automations/filter").json()}
-    assert len(automations) == 2 and len(site.post("automations/filter").json()) == 2
+    assert len(automations) == 4 and len(site.post("automations/filter").json()) == 4
     assert automations["deepspec: mark runs crashed that died without a word"]["trigger"]["within"] == 540
     pools = {pool["name"]: pool for pool in site.post("work_pools/filter").json()}
     assert pools["deepspec-gpu"]["concurrency_limit"] == 3 and pools["deepspec-cpu"]["concurrency_limit"] is None
