@@ -69,7 +69,7 @@ def unattended(pool: str) -> Any:
         within=timedelta(seconds=UNATTENDED_S - LATE_S),
     )
     return AutomationCore(
-        name=f"deepspec: tell of runs that no worker on {pool} takes",
+        name=f"deepspec: no worker on {pool}? prefect worker start --pool {pool}",  # `deployment run --watch` shows it
         description=f"A run that waits for a worker for {UNATTENDED_S:g} s",
         trigger=trigger,
         actions=[ChangeFlowRunState(name="NoWorker", state=StateType.SCHEDULED, message=message)],

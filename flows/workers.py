@@ -18,7 +18,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Crashed
 
@@ -58,7 +58,11 @@ class WorkersHands:
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
         before = noted_failures(self.artifact) if self.run.sharded else {}
-        child = self._patiently(lambda: self._start(shards))
+        try:
+            child = self._patiently(lambda: self._start(shards))
+        except ObjectNotFound:
+            what, fix = f"the deployment {self.pool.title!r} is gone from the Prefect server", "run `python -m flows.setup` again"
+            raise ConfigError(what, where="resources.workers", fix=fix) from None
         get_run_logger().info("%s: is run %r on the pool %r", name, child.name, self.pool.name)
         try:
             ended = self._follow(child, lane)
@@ -144,7 +148,7 @@ class WorkersHands:
                 self.silent = {one.claim.run_id for one in seen if not one.alive} - {one.claim.run_id for one in seen if one.alive}
                 self._add_lanes()
                 self.pool.tell_if_deserted(waiting=bool(self.waiting))
-            except (DeepSpecError, OSError, httpx.HTTPError) as error:  # the next look may do better
+            except (DeepSpecError, OSError, httpx.HTTPError, PrefectException) as error:  # the next look may do better
                 get_run_logger().debug("looking for progress: %s", error)
 
     def _add_lanes(self) -> None:

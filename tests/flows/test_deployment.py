@@ -185,6 +185,7 @@ def test_setup_can_be_run_again(site: Site):
     assert {found["version"] for found in before} == {__version__}
     said = run([*SETUP, "--gpu-runs", "3"], env=site.env)
     assert said.count("up to date") == 6 and HOOK_TOKEN not in said
+    assert "no worker on the work pool 'deepspec-gpu' yet: start one with" in said and "'deepspec-cpu' yet" not in said
     assert {found["id"] for found in site.post("deployments/filter").json()} == {found["id"] for found in before}
     automations = {found["name"]: found for found in site.post("automations/filter").json()}
     assert len(automations) == 4 and len(site.post("automations/filter").json()) == 4

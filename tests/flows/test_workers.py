@@ -164,4 +164,4 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     assert outcome and outcome[0].is_completed(), outcome
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert stage_status(load_run(str(site.run_file), overrides), "answers").sealed
-    assert sorted(states_of("regenerate run.yaml 0-2", "regenerate run.yaml 3-5"))[-2:] == ["Completed", "Crashed"]
+    assert states_of("regenerate run.yaml 0-2", "regenerate run.yaml 3-4").count("Crashed") == 1
