@@ -30,8 +30,7 @@ from deepspec.shards import shard_list
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 MARK = "DEEPSPEC_CHILD"  # in the environment of a child and all its descendants, so that they can be found
-LAST_LINES = 8
-TICK_S = 0.5
+LAST_LINES, TICK_S = 8, 0.5
 
 OnEvent = Callable[[dict[str, Any]], None]
 OnLine = Callable[[str], None]
@@ -110,11 +109,7 @@ class Scope:
 
 
 _scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039  (the process's own, never closed)
-
-
-def current_scope() -> Scope:
-    """The one that children started here belong to; work done elsewhere for it ends when it is `closed`."""
-    return _scope.get()
+current_scope = _scope.get  # that of the children started here; work done elsewhere for it ends when it is closed
 
 
 @contextlib.contextmanager

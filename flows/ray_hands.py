@@ -2,6 +2,7 @@
 
 Ray decides on which node, pins the worker to its GPU, and tells of a worker or node that has died; what it had goes back to the
 dealer. The child is guarded by its worker, so it ends with it, however that ends. Nodes share the store and nothing else.
+Ray is imported late: where it is to listen it reads from the environment when it is imported, and that depends on the run.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ import threading
 from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
-from prefect_ray import RayTaskRunner
-from prefect_ray.context import remote_options
 
 from deepspec.errors import ConfigError, TransientError, UserError
 from deepspec.events import silent
@@ -36,10 +35,13 @@ from flows.hands import api_key, log_path
 from flows.stage_run import StageRun
 from flows.store_watch import Watch, watching_store
 
+if TYPE_CHECKING:
+    from prefect_ray import RayTaskRunner
+
 LOOK_S = 0.5  # between two looks at whether the run is being ended
 ANSWER_S = 10.0
 OBJECTS_BYTES = 100_000_000  # Ray's shared memory: nothing but names goes through it
-# Ray's own switch for machines where it is to stay on loopback, read when Ray is imported; and who knows the token may use it.
+# Ray's own switch for machines where it is to stay on loopback; and only who knows its token may use it.
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
@@ -84,6 +86,8 @@ class RayHands:
             raise TransientError(what, where=self.url, fix="its shards are given out again by themselves") from None
 
     def begin(self, name: str, shards: list[int] | None) -> Any:
+        from prefect_ray.context import remote_options
+
         # What a dead worker had is the dealer's to give out again, not Ray's.
         with remote_options(**self.options, max_retries=0):
             return self.runner.submit(
@@ -138,6 +142,8 @@ def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
         try:
             if address is not None:
                 check_answers(address)
+            from prefect_ray import RayTaskRunner
+
             with keeping_sigterm():
                 runner = stack.enter_context(RayTaskRunner(address or "local", options))
         except (OSError, RuntimeError, ValueError) as error:
@@ -194,7 +200,7 @@ def end(work: Any) -> None:
 
 
 def imported_ray() -> Any:
-    """Ray, imported no earlier than where it is to listen is known."""
+    """Ray, which `connected` has imported."""
     import ray
 
     return ray

@@ -10,12 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
-
-pytest.importorskip("prefect_ray")
 from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
@@ -27,7 +26,7 @@ from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.resources_config import ResourcesConfig
-from flows.ray_hands import connected
+from flows.ray_hands import ON_LOOPBACK, connected
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.request import open_run
 from flows.server import free_port
@@ -36,7 +35,7 @@ from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import flaky_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("prefect_ray") is None, reason="Ray is not installed")]
 
 PATIENCE_S = 120.0
 ON_RAY = ("resources.runner=ray", "resources.lanes=2")
@@ -55,8 +54,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_file = flaky_run(folder, monkeypatch)
         run_prompts(load_run(str(run_file)))
-        own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
-        for name, value in own.items():
+        assert "ray" not in sys.modules, "it would not know that it is to stay on loopback"
+        for name, value in {**ON_LOOPBACK, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}.items():
             monkeypatch.setenv(name, value)
         options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
@@ -64,10 +63,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             head = subprocess.Popen(
                 [sys.executable, "-m", "deepspec.guard", "5", *start], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
-        wait_for(lambda: "Ray runtime started" in (folder / "ray.log").read_text())
-        yield run_file
-        head.stdin.close()
-        head.wait(30)
+        try:
+            wait_for(lambda: "Ray runtime started" in (folder / "ray.log").read_text())
+            yield run_file
+        finally:
+            head.stdin.close()
+            head.wait(30)
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -34,6 +34,7 @@ from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import assert_close, weights
 
 TWO = ["resources.train_ranks=2", "resources.device=cpu"]
+SIX = "train.global_batch=6"
 LONG = ["train.max_steps=100", "train.epochs=50", "train.checkpoint_steps=10"]
 
 
@@ -119,30 +120,34 @@ def test_a_process_that_torchrun_started_starts_no_ranks(name: str, monkeypatch:
     assert is_rank()
 
 
-@pytest.mark.slow
-def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, tmp_path: Path):
-    shutil.copytree(ready, tmp_path / "alone")
-    command = arguments(ready, "train.global_batch=6").command("train")
+@pytest.fixture(scope="module")
+def two_ranks(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A store with what two ranks of one node have trained, and what they said."""
+    store = tmp_path_factory.mktemp("two") / "store"
+    shutil.copytree(captured, store)
+    command = arguments(store, SIX).command("train")
     environment = {**os.environ, "DEEPSPEC_EVENTS": "1"}
-    done = subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=120, capture_output=True, text=True)
+    return store, subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=240, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_ranks):
+    store, done = two_ranks
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(event["stage"], event["done"]) for event in events] == [("train", 6)]
     assert done.stderr.count("steps=0 of 6") == 1, done.stderr
     assert "ranks=2" in done.stderr
-    alone = tiny_run(tmp_path / "alone", "train.global_batch=6")
-    assert_close(weights(run_train(alone)), weights(artifact_of(tiny_run(ready, "train.global_batch=6"), "train")))
+    assert_close(weights(run_train(tiny_run(ready, SIX))), weights(artifact_of(tiny_run(store, SIX), "train")))
 
 
 @pytest.mark.slow
-def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, tmp_path: Path):
+def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_path: Path):
     """The line of docs/deployments.md, started twice as on two machines: they find each other at the rendezvous, and one reports."""
-    straight, run = tmp_path / "straight", "train.global_batch=6"
-    shutil.copytree(ready, straight)
     told = {"--nproc-per-node": "1", "--rdzv-endpoint": f"127.0.0.1:{free_port()}"}
     words = documented_command("torchrun --nnodes 2")
     words = [told.get(before, word) for before, word in zip(["", *words], words, strict=False)][1 : words.index("-m")]
     node = [sys.executable, "-m", "torch.distributed.run", *words, "--local-addr", "127.0.0.1"]
-    command = [*node, *arguments(ready, run).command("train")[1:]]
+    command = [*node, *arguments(ready, SIX).command("train")[1:]]
     logs = [tmp_path / "node-0.log", tmp_path / "node-1.log"]
     with contextlib.ExitStack() as stack:
         nodes = [stack.enter_context(guarded(command, log)) for log in logs]
@@ -150,10 +155,9 @@ def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, tmp_path: Path):
     said = [log.read_text() for log in logs]
     assert codes == [0, 0], said
     assert sorted(text.count("steps=0 of 6") for text in said) == [0, 1]
-    artifact = artifact_of(tiny_run(ready, run), "train")
+    artifact = artifact_of(tiny_run(ready, SIX), "train")
     assert artifact.manifest() is not None
-    launched(straight, run)
-    assert_close(weights(artifact), weights(artifact_of(tiny_run(straight, run), "train")))
+    assert_close(weights(artifact), weights(artifact_of(tiny_run(two_ranks[0], SIX), "train")))
 
 
 @contextlib.contextmanager
