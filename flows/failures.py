@@ -17,9 +17,8 @@ from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.launch import Request
 from deepspec.shards import shard_list
 from flows.reporting import artifact_key, best_effort
-from flows.selection import SELECTABLE
+from flows.selection import FLOW_OF, SELECTABLE
 
-FLOW_OF = {"answers": "regenerate", "hidden": "capture", "evaluate": "evaluate"}  # the flow that takes single shards of the stage
 MOST_ROWS = 200  # of the table; a command names every shard
 LONGEST_REASON = 500  # characters
 
@@ -63,7 +62,7 @@ def resume_commands(request: Request, stage: str, error: DeepSpecError) -> dict[
     commands = dict[str, str]()
     with get_client(sync_client=True) as client:
         origin = find_origin(client)
-        if missing and origin.deployment and stage in FLOW_OF and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}"):
+        if missing and origin.deployment and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}"):
             commands["Only these shards, by a worker"] = deployment_command(name, {**_asked(request), "shards": shard_list(missing)})
     if missing:
         commands["Only these shards, on this machine"] = request.shown(stage, missing)

@@ -8,6 +8,7 @@ from deepspec.config import RunConfig
 from deepspec.lineage import artifact_of
 from deepspec.stages import SHARDED, StageStatus, choose, missing_shards, require_sealed, upstream_records
 
+FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}  # the flow of this stage alone
 SELECTABLE = (*SHARDED, "evaluate")
 
 

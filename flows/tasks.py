@@ -22,10 +22,10 @@ from flows.failures import publish_failure
 from flows.hands import LocalHands
 from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
 from flows.request import open_run
-from flows.selection import selected
+from flows.selection import FLOW_OF, selected
 from flows.stage_run import Hands, StageRun
 from flows.turns import claims_on, take_turn, to_claim
-from flows.workers import FLOW_OF, WorkersHands
+from flows.workers import WorkersHands
 
 
 def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:

@@ -30,10 +30,10 @@ from deepspec.lineage import artifact_of
 from deepspec.shards import shard_list
 from flows.dealer import Lane
 from flows.pool import Pool
+from flows.selection import FLOW_OF
 from flows.stage_run import StageRun
 from flows.store_watch import Watch
 
-FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}
 POLL_S = 2.0  # between two looks at a child's state
 START_S = 60.0  # that a child may take beyond the deadline of its own children, to start and to end
 T = TypeVar("T")
