@@ -44,12 +44,17 @@ def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
 
 
 def run_name() -> str:
+    """The name of the flow run in which this is called."""
+    asked = flow_run.parameters
+    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", "")))
+
+
+def title(flow: str, recipe: str, shards: str) -> str:
     """What a run does, for lists of runs: `capture qwen3-4b 0017-0042`, `train dspark-qwen3-8b`, `regenerate my-run.yaml`."""
-    asked, flow = flow_run.parameters, str(flow_run.flow_name)
-    name = Path(asked["recipe"]).name
+    name = Path(recipe).name
     if flow in BEFORE_DRAFTS and name in recipe_names():
         name = name.partition("-")[2]
-    return f"{flow} {name} {_shard_span(str(asked.get('shards', '')))}".rstrip()
+    return f"{flow} {name} {_shard_span(shards)}".rstrip()
 
 
 def _shard_span(text: str) -> str:

@@ -29,6 +29,7 @@ from deepspec.launch import Stopped
 from deepspec.lineage import artifact_of
 from deepspec.shards import shard_list
 from flows.dealer import Lane
+from flows.parameters import title
 from flows.pool import Pool
 from flows.selection import FLOW_OF
 from flows.stage_run import StageRun
@@ -82,11 +83,11 @@ class WorkersHands:
             # What failed there goes back to all lanes here, so it is not tried again there.
             own = ["resources.runner=local", "resources.lanes=null", f"resources.stages.{self.run.stage}.retries=0"]
             chosen = {} if shards is None else {"shards": shard_list(shards)}
-            title = f"{self.flow} {Path(source).name} {chosen.get('shards', '')}".rstrip()
+            name = title(self.flow, source, chosen.get("shards", ""))
             key = f"{flow_run.id}-{flow_run.run_count}-{self.run.stage}-{self.tries}-{chosen.get('shards', '')}"
             parameters: dict[str, Any] = {"recipe": source, "overrides": [*request.overrides, *own], "store": store, **chosen}
             return run_deployment(
-                self.pool.deployment.id, parameters=parameters, timeout=0, flow_run_name=title, idempotency_key=key,
+                self.pool.deployment.id, parameters=parameters, timeout=0, flow_run_name=name, idempotency_key=key,
                 tags=["deepspec", "group"],
             )  # fmt: skip
 
