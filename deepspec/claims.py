@@ -39,8 +39,8 @@ class Claim(Stored):
     run: str
     """What people call it."""
     run_id: str
-    family: str
-    """The run that started it, or itself: the members of a family deal shards out among themselves."""
+    dealer: str = ""
+    """The `run_id` of the run that dealt it its shards, and claims them, too; empty where it was started for itself."""
     process: str
     """As in `this_process`."""
     settled: bool = False
@@ -88,7 +88,9 @@ class Claims:
         mine, others = set(wanted), list[Claim]()
         self._say(mine, settled=False)
         while True:
-            rivals = [(seen, set(parse_shards(seen.claim.shards)) & mine) for seen in self.look() if seen.alive and not self._is_kin(seen)]
+            rivals = [
+                (seen, set(parse_shards(seen.claim.shards)) & mine) for seen in self.look() if seen.alive and not self._is_dealer(seen)
+            ]
             lost = [(seen, both) for seen, both in rivals if both and (seen.claim.settled or seen.name < self.name)]
             if lost:
                 others += [seen.claim for seen, _ in lost]
@@ -117,8 +119,9 @@ class Claims:
                     self.store.remove(f"{self.folder}/{name}")
         return seen
 
-    def _is_kin(self, seen: Seen) -> bool:
-        return seen.claim.family == self.claim.family
+    def _is_dealer(self, seen: Seen) -> bool:
+        """Nobody else is let through: a run that is begun again may meet what its first try left running."""
+        return bool(self.claim.dealer) and seen.claim.run_id == self.claim.dealer
 
     def _say(self, shards: Iterable[int], *, settled: bool) -> None:
         self.claim = self.claim.model_copy(update={"shards": shard_list(sorted(shards)), "settled": settled})

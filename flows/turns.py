@@ -20,8 +20,8 @@ from flows.store_watch import Watch
 
 def claims_on(artifact: Artifact) -> Claims:
     """The claims of the flow run on shards of the artifact, for a `with` block."""
-    run_id, family = str(flow_run.id or ""), str(flow_run.root_flow_run_id or this_process())
-    return Claims(artifact, Claim(run=flow_run.name or "", run_id=run_id, family=family, process=this_process()))
+    dealer = str(flow_run.parent_flow_run_id or "") if is_part() else ""
+    return Claims(artifact, Claim(run=flow_run.name or "", run_id=str(flow_run.id or ""), dealer=dealer, process=this_process()))
 
 
 def to_claim(todo: StageStatus) -> list[int]:

@@ -17,9 +17,9 @@ from deepspec.records import ArtifactKey
 from deepspec.store import Store
 
 
-def claims(store: Path, run: str, *, family: str = "", process: str = "elsewhere 1 2 3 4") -> Claims:
+def claims(store: Path, run: str, *, dealer: str = "", process: str = "elsewhere 1 2 3 4") -> Claims:
     artifact = Artifact(Store(str(store)), ArtifactKey("answers", "x", "1", {}, ()))
-    return Claims(artifact, Claim(run=run, run_id=run, family=family or run, process=process))
+    return Claims(artifact, Claim(run=run, run_id=run, dealer=dealer, process=process))
 
 
 def test_the_second_run_gets_what_the_first_one_does_not_work_on_and_the_rest_when_that_has_ended(tmp_path: Path):
@@ -34,11 +34,21 @@ def test_the_second_run_gets_what_the_first_one_does_not_work_on_and_the_rest_wh
         assert first.take([9]).shards == [9] and second.take([9]).shards == [9], "what has been left says nothing any more"
 
 
-def test_a_family_deals_its_shards_out_by_itself(tmp_path: Path):
-    with claims(tmp_path, "parent") as parent, claims(tmp_path, "child", family="parent") as child, claims(tmp_path, "other") as other:
+def test_a_run_works_on_what_its_dealer_claims_and_goes_on_without_it(tmp_path: Path):
+    with claims(tmp_path, "parent") as parent, claims(tmp_path, "child", dealer="parent") as child, claims(tmp_path, "other") as other:
         assert parent.take([1, 2]).shards == [1, 2] == child.take([1, 2]).shards
         parent.release()
         assert other.take([1, 2, 3]).shards == [3], "the child goes on without its parent"
+
+
+def test_a_run_that_is_begun_again_waits_for_what_its_first_try_left_running(tmp_path: Path):
+    with claims(tmp_path, "parent", dealer="") as again, claims(tmp_path, "first child", dealer="parent") as left:
+        assert left.take([1]).shards == [1]
+        assert again.take([1, 2]).shards == [2], "a child of the first try still makes the other one"
+        with claims(tmp_path, "second child", dealer="parent") as later:
+            assert later.take([1, 2]).shards == [2]
+    with claims(tmp_path, "cut off") as first, claims(tmp_path, "cut off") as second:
+        assert first.take([1, 2]).shards == [1, 2] and second.take([1, 2]).shards == [], "the same run, in two processes"
 
 
 def test_a_run_that_is_not_heard_of_for_a_minute_has_nothing(tmp_path: Path):

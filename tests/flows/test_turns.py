@@ -81,7 +81,7 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
         [sys.executable, "-c", "from deepspec.claims import this_process; print(this_process())"], capture_output=True, check=True
     )
     claims = claims_on(artifact_of(config, "answers"))
-    claims.claim = claims.claim.model_copy(update={"process": dead.stdout.decode().strip(), "family": "another"})
+    claims.claim = claims.claim.model_copy(update={"process": dead.stdout.decode().strip(), "run_id": "another"})
     assert claims.take([3, 4, 5]).shards == [3, 4, 5]
     second_thread, second = in_thread(lambda: answers(str(run_file), GATED))
     wait_until(lambda: lines(run_file, "waits") == [1, 4])
@@ -97,7 +97,7 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
     answers(str(run_file), (), "0")
     config = load_run(str(run_file))
     with claims_on(artifact_of(config, "answers")) as other:
-        other.claim = other.claim.model_copy(update={"run": "capture x", "family": "another"})
+        other.claim = other.claim.model_copy(update={"run": "capture x", "run_id": "another"})
         other.take([4])
         with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
             answers(str(run_file), (), "4")
