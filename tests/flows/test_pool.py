@@ -14,8 +14,8 @@ from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError,
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from flows import pool
+from flows.board import Board
 from flows.pool import Pool
-from flows.reporting import Board
 from flows.workers import error_in
 
 
