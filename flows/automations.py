@@ -10,6 +10,7 @@ ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
 UNATTENDED_S, LATE_S = 60.0, 20.0  # Prefect calls a run late 15 s after it should have begun, looking every five
+PART = " (part)"  # ends the name of a run that another one dealt its shards: of these only the other one is to be told of
 WEBHOOK_BLOCK = "deepspec-notify"
 # Rendered by the server; tojson, because a name may hold quotes.
 MESSAGE = '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ " " ~ flow_run|ui_url) | tojson }}}'
@@ -77,7 +78,7 @@ def unattended(pool: str) -> Any:
 
 
 def ended(url: str) -> Any:
-    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows) are not told one by one.
+    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows, groups of shards) are not told one by one.
 
     The URL, which may hold a token, is kept in a Prefect block, encrypted there and shown nowhere.
     """
@@ -88,7 +89,7 @@ def ended(url: str) -> Any:
     block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"}).save(WEBHOOK_BLOCK, overwrite=True)
     trigger = EventTrigger(
         posture=Posture.Reactive,
-        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match={"prefect.resource.id": "prefect.flow-run.*", "prefect.resource.name": f"!*{PART}"},
         match_related=[
             {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
             {"prefect.resource.role": "deployment"},

@@ -16,7 +16,9 @@ from deepspec.errors import ConfigError
 from deepspec.launch import Request
 from deepspec.recipe import recipe_names
 from deepspec.shards import parse_shards, shard_list
+from flows.automations import PART
 from flows.dealer import SHARD_DIGITS
+from flows.turns import is_part
 
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
 BEFORE_DRAFTS = ("prepare", "regenerate", "capture")  # what they make is named by the target: every draft of it is trained on that
@@ -46,7 +48,7 @@ def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
 def run_name() -> str:
     """The name of the flow run in which this is called."""
     asked = flow_run.parameters
-    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", "")))
+    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", ""))) + (PART if is_part() else "")
 
 
 def title(flow: str, recipe: str, shards: str) -> str:

@@ -30,6 +30,7 @@ from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, ShardsFaile
 from deepspec.launch import Stopped
 from deepspec.lineage import artifact_of
 from deepspec.shards import shard_list
+from flows.automations import PART
 from flows.dealer import Lane
 from flows.parameters import title
 from flows.pool import Pool
@@ -97,7 +98,7 @@ class WorkersHands:
             # What failed there goes back to all lanes here, so it is not tried again there.
             own = ["resources.runner=local", "resources.lanes=null", f"resources.stages.{self.run.stage}.retries=0"]
             chosen = {} if shards is None else {"shards": shard_list(shards)}
-            name = title(self.flow, source, chosen.get("shards", ""))
+            name = title(self.flow, source, chosen.get("shards", "")) + PART
             key = f"{flow_run.id}-{flow_run.run_count}-{self.run.stage}-{number}-{chosen.get('shards', '')}"
             parameters: dict[str, Any] = {"recipe": source, "overrides": [*request.overrides, *own], "store": store, **chosen}
             return run_deployment(

@@ -18,7 +18,10 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.states import Crashed, Failed, Running, State
+from prefect.types._datetime import now
 
 from deepspec.aside import put_failure
 from deepspec.claims import Claim, Claims
@@ -28,6 +31,7 @@ from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from flows import workers
+from flows.automations import ended
 from flows.pool import Pool
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
@@ -132,7 +136,7 @@ def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(site:
 
     dealt(site, act)
     (child,) = site.children()
-    assert child.name == "regenerate run.yaml 0000" and child.state_name == "Cancelled"
+    assert child.name == "regenerate run.yaml 0000 (part)" and child.state_name == "Cancelled"
 
 
 def test_what_an_earlier_try_asked_for_and_nobody_began_is_cancelled(site: Site):
@@ -189,3 +193,17 @@ def test_what_may_be_tried_again_of_an_evaluation_is(site: Site):
         assert failed.value.retryable == [0]
 
     dealt(site, act)
+
+
+def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_server: None):
+    trigger = EventTrigger.model_validate(ended("http://127.0.0.1:9/nobody").trigger.model_dump())
+    related = [
+        {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": "regenerate"},
+        {"prefect.resource.id": "prefect.deployment.1", "prefect.resource.role": "deployment", "prefect.resource.name": "gpu"},
+    ]
+    told = []
+    for name in ("regenerate run.yaml", "regenerate run.yaml 0000-0002", "regenerate run.yaml 0000-0002 (part)"):
+        resource = {"prefect.resource.id": "prefect.flow-run.1", "prefect.resource.name": name}
+        event = ReceivedEvent(occurred=now("UTC"), event="prefect.flow-run.Completed", id=uuid4(), resource=resource, related=related)
+        told += [name] if trigger.covers(event) else []
+    assert told == ["regenerate run.yaml", "regenerate run.yaml 0000-0002"]

@@ -148,7 +148,7 @@ def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
     assert working
     parent.terminate()
     said = parent.communicate(timeout=120)[1]
-    wait_until(lambda: states_of("regenerate run.yaml 0000-0002") == ["Cancelled"])
+    wait_until(lambda: states_of("regenerate run.yaml 0000-0002 (part)") == ["Cancelled"])
     assert not any(process.is_running() for process in working)
     assert "Traceback" not in said and site.lines("calls") == [0]
 
@@ -166,4 +166,4 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     assert outcome and outcome[0].is_completed(), outcome
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert stage_status(load_run(str(site.run_file), overrides), "answers").sealed
-    assert states_of("regenerate run.yaml 0000-0002", "regenerate run.yaml 0003-0004").count("Crashed") == 1
+    assert states_of("regenerate run.yaml 0000-0002 (part)", "regenerate run.yaml 0003-0004 (part)").count("Crashed") == 1
