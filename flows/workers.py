@@ -37,10 +37,10 @@ from flows.pool import Pool
 from flows.selection import FLOW_OF
 from flows.stage_run import StageRun
 from flows.store_watch import Watch
+from flows.turns import GROUP
 
 POLL_S = 2.0  # between two looks at a child's state
 START_S = 60.0  # that a child may take beyond the deadline of its own children, to start and to end
-GROUP = "group"  # tag of the child runs
 T = TypeVar("T")
 
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter
@@ -35,7 +35,7 @@ from flows.automations import ended
 from flows.pool import Pool
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
-from flows.turns import claims_on
+from flows.turns import GROUP, claims_on, is_part
 from flows.workers import WorkersHands
 from tests.flows.conftest import flaky_run
 from tests.flows.test_turns import in_thread, wait_until
@@ -207,3 +207,17 @@ def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_
         event = ReceivedEvent(occurred=now("UTC"), event="prefect.flow-run.Completed", id=uuid4(), resource=resource, related=related)
         told += [name] if trigger.covers(event) else []
     assert told == ["regenerate run.yaml", "regenerate run.yaml 0000-0002"]
+
+
+def test_only_a_run_that_was_dealt_its_shards_is_a_part_of_another_one():
+    asked = flow(is_part)
+
+    @flow
+    def a_users_own() -> list[bool]:
+        with tags(GROUP):
+            dealt = asked()
+        return [asked(), dealt]
+
+    assert a_users_own() == [False, True]
+    with tags(GROUP):
+        assert not asked(), "copied in the UI"
