@@ -7,6 +7,7 @@ the result is. How recipes are found, merged and overridden is in `recipe.py`.
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -181,6 +182,11 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig
     resources: ResourcesConfig = ResourcesConfig()
+
+    @cached_property  # no field, and not compared: `load_run` knows it
+    def typed(self) -> str:
+        """The run as a command takes it, its overrides and store included; the word for it where nobody typed any."""
+        return "RUN"
 
     @model_validator(mode="after")
     def _demo_is_whole(self) -> Self:

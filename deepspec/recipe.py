@@ -8,6 +8,7 @@ recipe it starts from under `recipe:`.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,10 @@ def load_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     fields = _read_run_file(Path(source)) if source.endswith((".yaml", ".yml")) else recipe_fields(source)
     fields = {**fields, "store": store} if store is not None else fields
     fix = f"`python -m deepspec show-config {source.split('=')[0]}` prints every field; correct the ones named above"
-    return validated(fields, overrides, where=source, fix=fix)
+    config = validated(fields, overrides, where=source, fix=fix)
+    sets = [part for override in overrides for part in ("--set", override)]
+    vars(config)["typed"] = shlex.join([source, *sets, *(("--store", store) if store else ())])
+    return config
 
 
 def validated(fields: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str, fix: str) -> RunConfig:

@@ -76,7 +76,7 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
         manifest = artifact.manifest()
         if manifest is None:
             what = f"the stage {stage!r} reads {upstream!r}, which is not finished"
-            raise ArtifactMismatch(what, where=artifact.url, fix=f"run `python -m deepspec {upstream} {config.name}` first")
+            raise ArtifactMismatch(what, where=artifact.url, fix=f"run `python -m deepspec {upstream} {config.typed}` first")
         digests[f"{upstream}/{artifact.key.fingerprint}"] = manifest.digest
     return digests
 
@@ -138,7 +138,7 @@ def results(config: RunConfig) -> dict[str, Any]:
     try:
         return dict(json.loads(artifact.store.read(artifact.path("summary.json"))))
     except FileNotFoundError:
-        fix = f"run `python -m deepspec evaluate {config.name}`"
+        fix = f"run `python -m deepspec evaluate {config.typed}`"
         raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix) from None
 
 
@@ -148,7 +148,7 @@ def report_text(config: RunConfig) -> str:
     try:
         return artifact.store.read(artifact.path("report.md")).decode()
     except FileNotFoundError:
-        return f"The results are in `{artifact.url}`; `python -m deepspec report {config.name} --format markdown` shows them.\n"
+        return f"The results are in `{artifact.url}`; `python -m deepspec report {config.typed} --format markdown` shows them.\n"
 
 
 def training_lines(config: RunConfig) -> list[dict[str, Any]]:

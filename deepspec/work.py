@@ -178,7 +178,7 @@ class _Shift:
         reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items())
         left = self.total - self.ended
         shards = "" if left else f" --shards {','.join(map(str, self.failures))}"
-        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.name}{shards}`"
+        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.typed}{shards}`"
         early = f"; {left} were not begun, because {TOO_MANY} ({self.allowed})" if left else ""
         what = f"{len(self.failures)} of {self.total} shards failed{early}: {reasons}"
         return ShardsFailed(what, where=self.artifact.url, fix=fix, failures=self.failures)

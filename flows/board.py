@@ -106,6 +106,12 @@ class Board:
             self.progress = self.progress._replace(state=state, done=done, total=total, note="", numbers=numbers)
             self._show(now=True)
 
+    def leave(self) -> None:
+        """Nothing is waited for any more; what is left to do is shown by a board of its own."""
+        with self._lock:
+            self.progress = self.progress._replace(state="waited", note="")
+            self._artifact.tell(self._described, now=True)
+
     def _hear_shard(self, event: Mapping[str, Any], lane: str) -> None:
         """Children count their own shards from zero, and again after a retry; here every shard counts once."""
         if event["shard"] in self._seen:

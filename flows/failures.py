@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
-from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.errors import DeepSpecError, ShardsFailed, UserError
 from deepspec.launch import Request
 from deepspec.shards import shard_list
 from flows.reporting import artifact_key, best_effort
@@ -66,7 +66,8 @@ def resume_commands(request: Request, stage: str, error: DeepSpecError) -> dict[
             commands["Only these shards, by a worker"] = deployment_command(name, {**_asked(request), "shards": shard_list(missing)})
     if missing:
         commands["Only these shards, on this machine"] = request.shown(stage, missing)
-    again = "The same run again: it does only what is missing"
+    corrected = "Once that is corrected, the" if isinstance(error, UserError) else "The"
+    again = f"{corrected} same run again: it does only what is missing"
     if origin.deployment:
         commands[again] = deployment_command(f"{origin.flow}/{origin.deployment}", origin.parameters)
     else:

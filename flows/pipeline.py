@@ -7,7 +7,7 @@ if __name__ == "__main__":  # before Prefect is imported, because it reads its s
 
     main("pipeline")
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from flows.evaluate import evaluate
 from flows.parameters import Overrides, Recipe, StoreUrl, request_of, run_name
@@ -27,4 +27,10 @@ def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl
         store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
     """
     open_run(request_of(recipe, overrides, store))
-    return [outcome for part in (prepare, train, evaluate) for outcome in part(recipe=recipe, overrides=overrides, store=store)]
+    outcomes: list[StageOutcome] = []
+    for part in (prepare, train, evaluate):
+        get_run_logger().info("%s: a run of its own, begun", part.name)  # who watches this run hears nothing of that one
+        made = part(recipe=recipe, overrides=overrides, store=store)
+        get_run_logger().info("%s: %s", part.name, ", ".join(f"{outcome.status.stage} {outcome.state}" for outcome in made))
+        outcomes += made
+    return outcomes

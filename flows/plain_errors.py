@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from weakref import WeakKeyDictionary
 
 from deepspec.errors import DeepSpecError
 
 FLOW_RUNS = "prefect.flow_runs"
+_written = WeakKeyDictionary[DeepSpecError, set[str]]()  # the runs in whose logs an error is
 
 
 def show_plainly() -> None:
@@ -26,6 +28,10 @@ def plainly(record: logging.LogRecord) -> bool:
     record.msg, record.args, record.exc_info = str(error), (), None
     if record.name != FLOW_RUNS:
         return True
+    run, runs = str(vars(record).get("flow_run_id", "")), _written.setdefault(error, set())
+    if run in runs:  # where a worker started the run, Prefect says it once more at the process's end
+        return False
+    runs.add(run)
     logger = logging.getLogger(FLOW_RUNS)
     logger.callHandlers(record)
     for handler in logger.handlers:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0
 
-State = Literal["running", "done", "already done", "in training", "failed"]
+State = Literal["running", "waited", "done", "already done", "in training", "failed"]
 
 
 class Progress(NamedTuple):

@@ -43,11 +43,12 @@ def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") 
         if asked and outcomes and not outcomes[-1].status.sealed:
             get_run_logger().warning("%s: left out, because shards of %s are still missing", stage, outcomes[-1].status.stage)
             break
+        started = time.monotonic()
         try:
             outcomes.append(run_stage(request, config, stage, asked))
         except DeepSpecError as error:
             publish_failure(config.name, error, request, stage)
-            publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", 0.0)])
+            publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", time.monotonic() - started)])
             raise
     publish_stages(config.name, outcomes)
     return outcomes
@@ -92,10 +93,14 @@ def work_off(run: StageRun, claims: Claims, asked: Sequence[int]) -> StageStatus
     Raises:
         DeepSpecError: some of that part is still missing.
     """
-    with hands_for(run, claims) as hands:
-        run.work(hands)
-    after = stage_status(run.config, run.stage)
-    left = among(selected(run.config, after, asked), to_claim(run.before))
+    try:
+        with hands_for(run, claims) as hands:
+            run.work(hands)
+        after = stage_status(run.config, run.stage)
+        left = among(selected(run.config, after, asked), to_claim(run.before))
+    except DeepSpecError:
+        run.board.close("failed")
+        raise
     failed = bool(left.missing) or not (run.before.missing or after.sealed)
     run.board.close("failed" if failed else "done")
     if failed:

@@ -55,6 +55,7 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         time.sleep(watch.pause_s)
         watch.look()
         mine = claims.take(wanted).shards
+    board.leave()
     logger.info("%s: going on", todo.stage)
     return mine, False
 

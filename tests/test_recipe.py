@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from deepspec.benchmark_sets import find_benchmark
+from deepspec.config import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.recipe import load_run, merge, parse_override, recipe_names, to_yaml
 
@@ -32,6 +33,14 @@ def test_a_run_file_starts_from_its_recipe(tmp_path: Path):
     path.write_text("recipe: dflash-demo\ntrain: {lr: 0.5}\n")
     run = load_run(str(path), ["train.seed=7"], store="elsewhere")
     assert (run.draft.algorithm, run.train.lr, run.train.seed, run.store) == ("dflash", 0.5, 7, "elsewhere")
+
+
+def test_a_run_is_named_in_commands_as_it_was_typed(tmp_path: Path):
+    """Errors said `python -m deepspec answers NAME`, with the run's name, which is no recipe where the run is a file."""
+    path = tmp_path / "my run.yaml"
+    path.write_text("recipe: demo\nname: mine\n")
+    assert load_run(str(path), ["train.seed=7"], store="s").typed == f"'{path}' --set train.seed=7 --store s"
+    assert load_run("demo").typed == "demo" and RunConfig.model_validate(load_run("demo").model_dump()).typed == "RUN"
 
 
 def test_merge_goes_mapping_by_mapping_and_null_replaces():

@@ -51,7 +51,7 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
 def _require_demo(config: RunConfig) -> None:
     if config.demo is not None and artifact_of(config, "demo").manifest() is None:
         what = "the demo's target and prompts do not exist yet, so there is nothing to measure"
-        raise ArtifactMismatch(what, where=artifact_of(config, "demo").url, fix=f"run `python -m deepspec demo {config.name}` first")
+        raise ArtifactMismatch(what, where=artifact_of(config, "demo").url, fix=f"run `python -m deepspec demo {config.typed}` first")
 
 
 def _missing_share(config: RunConfig) -> float:

@@ -27,7 +27,7 @@ def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> It
     record = artifact.record(shard)
     if record is None:
         there = ", ".join(map(str, sorted(artifact.record_shards())[:20])) or "none"
-        fix = f"run `python -m deepspec answers {config.name} --shards {shard}`"
+        fix = f"run `python -m deepspec answers {config.typed} --shards {shard}`"
         raise ConfigError(f"shard {shard} of the answers is not committed; of those that are: {there}", where=artifact.url, fix=fix)
     if not 0 <= row < record.rows:
         fix = f"give --row 0 to {record.rows - 1}"

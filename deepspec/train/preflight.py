@@ -32,7 +32,7 @@ def check_before_training(config: RunConfig, data: StepData, draft: Any) -> None
     share = float(index.num_supervised[numbers].sum() / index.num_tokens[numbers].sum())
     if not SUPERVISED[0] <= share <= SUPERVISED[1]:
         what = f"{share:.1%} of the training tokens are supervised, where {SUPERVISED[0]:.0%} to {SUPERVISED[1]:.0%} can be"
-        raise TrainingFailed(what, where=where, fix=f"look at a sample: `python -m deepspec show {config.name}`")
+        raise TrainingFailed(what, where=where, fix=f"look at a sample: `python -m deepspec show {config.typed}`")
     batch = data.load(data.drawn(0)[:1])
     _check_states(batch, config, where)
     before, after = _overfit(draft, batch)
@@ -50,7 +50,7 @@ def _check_states(batch: TrainBatch, config: RunConfig, where: str) -> None:
     for name, states in needed.items():
         if not torch.isfinite(states).all() or not states.any():
             what = f"the {name} of the first sample are {'all zero' if torch.isfinite(states).all() else 'not finite'}"
-            raise TrainingFailed(what, where=where, fix=f"run `python -m deepspec verify {config.name}`, and capture again what it names")
+            raise TrainingFailed(what, where=where, fix=f"run `python -m deepspec verify {config.typed}`, and capture again what it names")
 
 
 def _overfit(draft: Any, batch: TrainBatch) -> tuple[float, float]:

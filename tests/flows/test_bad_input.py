@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import socket
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import Log
@@ -19,11 +22,14 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import State
 
+from deepspec.data.prompts import run_prompts
 from deepspec.errors import UserError
 from deepspec.launch import Request
 from deepspec.recipe import load_run
 from deepspec.stages import stage_status
+from flows.cli import run_flow
 from flows.pipeline import pipeline
+from flows.plain_errors import FLOW_RUNS, show_plainly
 from flows.regenerate import regenerate
 from flows.tasks import run_stages
 from tests.flows.conftest import flaky_run
@@ -145,3 +151,37 @@ def test_at_its_end_a_run_does_not_wait_for_ever_for_a_server_that_hangs():
     """Prefect's own threads wait: seven events that a stopped server did not take kept a run that was over for a quarter of an hour."""
     script = "import threading; from flows.cli import end_in_time; end_in_time(7, 0.2); threading.Event().wait(600)"
     assert run([sys.executable, "-c", script], environment()).returncode == 7
+
+
+def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
+    """A worker's process wrote it when the flow failed and again when the process ended; a parent's log has it, too."""
+    show_plainly()
+    logger, error = logging.getLogger(FLOW_RUNS), UserError("it cannot be", fix="do something else")
+    written = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: written.append(f"{vars(record)['flow_run_id']}: {record.msg}")  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        for run in ("a", "a", "parent"):
+            logger.error("Engine execution exited", exc_info=error, extra={"flow_run_id": run})
+    finally:
+        logger.removeHandler(handler)
+    assert written == [f"a: {error}", f"parent: {error}"]
+
+
+def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
+    run_prompts(load_run(str(run_file)))
+    wrong = ("answers.engine=openai", "resources.serve=vllm", "resources.api_key_secret=nowhere")
+    assert "there is no Secret block of this name" in refusal(regenerate(recipe=str(run_file), overrides=wrong, return_state=True))
+    progress, failure = Artifact.get("flaky-answers"), Artifact.get("flaky-failure")
+    assert progress is not None and "failed: 0 of 6 shards" in str(progress.description)
+    assert failure is not None and "### Once that is corrected, the same run again" in str(failure.data)
+
+
+def test_shards_by_hand_may_be_written_as_people_do(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`1,  2` was refused by the flow's own pattern, and called a lost server that is to be asked again."""
+    monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
+    run_prompts(load_run(str(run_file)))
+    run_flow("regenerate", Request(str(run_file)), " 1,  2,")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
+    assert stage_status(load_run(str(run_file)), "answers").missing == [0, 3, 4, 5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,9 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     status = stage_status(load_run(str(run_file)), "answers")
     assert (status.committed, status.missing) == (5, [5])
     assert "stage=answers shard=5 failed" in caplog.text, "a child's errors reach the run's log"
+    assert set(re.findall(r"deepspec answers (\S+) --shards", caplog.text)) == {str(run_file)}, "a child's own fix works, too"
+    stages = Artifact.get("flaky-stages")
+    assert stages is not None and float(json.loads(str(stages.data))[-1]["seconds"]) > 0
     failure = Artifact.get("flaky-failure")
     assert failure is not None and "| 5 | the prompt cannot be rendered | no, not as it is |" in str(failure.data)
     assert f"```\npython -m deepspec answers {run_file} --shards 5\n```" in str(failure.data)

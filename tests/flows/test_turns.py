@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.claims import this_process
 from deepspec.errors import TransientError
@@ -68,8 +70,13 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(run_file: Path
     assert [outcome.state for outcome in (*first[0], *waited[0])] == ["done", "done", "already done", "already done"]
     assert lines(run_file, "calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert "answers: waiting for run '" in caplog.text
+    url = waited[0][1].status.artifact_url
     assert max(progress.done for progress in seen if progress.stage == "answers" and progress.state == "running") > 1, "it sees them come"
     assert artifact_of(load_run(str(run_file)), "answers").store.entries("claims") == []
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["flaky-answers"])))
+    told = [str(artifact.description) for artifact in shown if str(artifact.description).startswith(f"answers: {url}")]
+    assert sum("waited: " in one for one in told) == 1 and not any("waiting for" in one for one in told), "not for ever"
 
 
 def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(run_file: Path):
