@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from uuid import UUID
 
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
@@ -17,11 +19,25 @@ from deepspec.stages import SHARDED, StageStatus
 from flows.board import Board
 from flows.store_watch import Watch
 
+GROUP = "group"  # tag of the runs among which another one deals its shards out
+
 
 def claims_on(artifact: Artifact) -> Claims:
     """The claims of the flow run on shards of the artifact, for a `with` block."""
-    run_id, family = str(flow_run.id or ""), str(flow_run.root_flow_run_id or this_process())
-    return Claims(artifact, Claim(run=flow_run.name or "", run_id=run_id, family=family, process=this_process()))
+    run_id = str(flow_run.id or "")
+    return Claims(artifact, Claim(run=flow_run.name or "", run_id=run_id, family=family_of(run_id), process=this_process()))
+
+
+def family_of(run_id: str) -> str:
+    """Who deals the shards out: the run itself, or the one that dealt it its shards, each time that it is run.
+
+    The runs that a try of a run has left behind on other machines work on; its next try must not have their shards made again.
+    """
+    if is_part():
+        with get_client(sync_client=True) as client:
+            dealer = client.read_flow_run(UUID(flow_run.parent_flow_run_id))
+        return f"{dealer.id} {dealer.run_count}"
+    return f"{run_id} {flow_run.run_count}" if run_id else this_process()
 
 
 def to_claim(todo: StageStatus) -> list[int]:
@@ -51,8 +67,11 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
     watch = Watch(artifact_of(config, todo.stage), todo, board)
     while not mine:
         time.sleep(watch.pause_s)
-        watch.look()
-        mine = claims.take(wanted).shards
+        try:
+            watch.look()
+            mine = claims.take(wanted).shards
+        except (TransientError, OSError) as error:  # hours of waiting are not given up because the store is away for a minute
+            logger.warning("%s: still waiting: %s", todo.stage, error)
     logger.info("%s: going on", todo.stage)
     return mine, False
 
@@ -61,4 +80,4 @@ def is_part() -> bool:
     """Whether another flow dealt this run its shards."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
-    return run is not None and run.deployment_id is not None and run.parent_task_run_id is not None
+    return run is not None and run.parent_task_run_id is not None and GROUP in run.tags

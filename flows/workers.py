@@ -33,6 +33,7 @@ from flows.pool import Pool
 from flows.selection import FLOW_OF
 from flows.stage_run import StageRun
 from flows.store_watch import Watch
+from flows.turns import GROUP
 
 POLL_S = 2.0  # between two looks at a child's state
 START_S = 60.0  # that a child may take beyond the deadline of its own children, to start and to end
@@ -87,7 +88,7 @@ class WorkersHands:
             parameters: dict[str, Any] = {"recipe": source, "overrides": [*request.overrides, *own], "store": store, **chosen}
             return run_deployment(
                 self.pool.deployment.id, parameters=parameters, timeout=0, flow_run_name=title, idempotency_key=key,
-                tags=["deepspec", "group"],
+                tags=["deepspec", GROUP],
             )  # fmt: skip
 
     def _follow(self, child: FlowRun, lane: Lane) -> FlowRun:

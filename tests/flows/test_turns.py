@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, tags
 
 from deepspec.claims import this_process
 from deepspec.errors import TransientError
@@ -21,7 +21,7 @@ from deepspec.recipe import load_run
 from flows import turns
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
-from flows.turns import claims_on
+from flows.turns import GROUP, claims_on
 
 GATED = ("answers.engine=tests.flows.engines:Gated",)
 
@@ -102,3 +102,38 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
         with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
             answers(str(run_file), (), "4")
     assert this_process().startswith(other.claim.process.split()[0])
+
+
+def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(run_file: Path):
+    """Killed, a run leaves those to which it has dealt its shards behind on other machines, and the UI's retry has its very id."""
+    artifact, seen = artifact_of(load_run(str(run_file)), "answers"), list[tuple[str, list[int]]]()
+
+    @flow(retries=1)
+    def tried_twice() -> None:
+        claims = claims_on(artifact)
+        seen.append((claims.claim.family, claims.take([1, 2]).shards))  # never released: as if killed, on another machine
+        claims.claim = claims.claim.model_copy(update={"process": "elsewhere 1 2 3 4"})
+        claims._write()
+        if len(seen) == 1:
+            raise RuntimeError("killed")
+
+    tried_twice()
+    assert [shards for _, shards in seen] == [[1, 2], []]
+
+
+def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Path):
+    """A sweep's runs share what comes before their drafts; only groups that a stage deals out are not to wait for it."""
+    artifact = artifact_of(load_run(str(run_file)), "answers")
+
+    @flow
+    def part() -> str:
+        return claims_on(artifact).claim.family
+
+    @flow
+    def sweep() -> list[str]:
+        with tags(GROUP):
+            dealt = part()
+        return [claims_on(artifact).claim.family, dealt, part()]
+
+    own, dealt, other = sweep()
+    assert own == dealt != other
