@@ -68,11 +68,13 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
     artifact = artifact_of(config, stage)
     with claims_on(artifact) as claims:
         while True:
-            mine, at_once = take_turn(claims, config, todo)
-            if not at_once or made_since(artifact, mine):
+            mine, waited = take_turn(claims, config, todo)
+            if waited or made_since(artifact, mine):
                 status = stage_status(config, stage)
                 todo = selected(config, status, asked)
                 if nothing_to_do(status, todo, asked):
+                    if waited:
+                        waited.close("already done")
                     return already_done(config, status, time.monotonic() - started)
             part = among(todo, mine)
             if part.missing or not todo.missing:

@@ -45,8 +45,8 @@ def to_claim(todo: StageStatus) -> list[int]:
     return todo.missing if todo.stage in SHARDED and todo.missing else [0]
 
 
-def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[list[int], bool]:
-    """Those of the missing shards that nobody else works on, once there are any, and whether that was so at once.
+def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[list[int], Board | None]:
+    """Those of the missing shards that nobody else works on, once there are any, and what showed the waiting if there was any.
 
     Raises:
         TransientError: there are none, and a run that has a worker only for the time of its shards is not to keep it waiting.
@@ -54,11 +54,11 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
     wanted = to_claim(todo)
     mine, others = claims.take(wanted)
     if len(mine) == len(wanted):
-        return mine, True
+        return mine, None
     logger, told = get_run_logger(), words(others)
     if mine:
         logger.warning("%s: %d of %d missing shards are left to %s", todo.stage, len(wanted) - len(mine), len(wanted), told)
-        return mine, True
+        return mine, None
     if is_part():
         raise TransientError(f"another run works on these shards: {told}", where=todo.artifact_url, fix="it is tried again by itself")
     logger.warning("%s: waiting for %s; what is left is taken over when it ends, or %g s after it died", todo.stage, told, LOST_S)
@@ -73,7 +73,7 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         except (TransientError, OSError) as error:  # hours of waiting are not given up because the store is away for a minute
             logger.warning("%s: still waiting: %s", todo.stage, error)
     logger.info("%s: going on", todo.stage)
-    return mine, False
+    return mine, board
 
 
 def is_part() -> bool:

@@ -6,18 +6,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow, tags
+from prefect.artifacts import Artifact
 
-from deepspec.claims import this_process
+from deepspec.claims import Claims, Taken, this_process
+from deepspec.data.prompts import run_prompts
 from deepspec.errors import TransientError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
+from deepspec.stages import stage_status
 from flows import turns
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
@@ -70,6 +74,8 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(run_file: Path
     assert "answers: waiting for run '" in caplog.text
     assert max(progress.done for progress in seen if progress.stage == "answers" and progress.state == "running") > 1, "it sees them come"
     assert artifact_of(load_run(str(run_file)), "answers").store.entries("claims") == []
+    shown = Artifact.get("flaky-answers")
+    assert shown is not None and "already done: 6 of 6 shards" in str(shown.description) and "waiting" not in str(shown.description)
 
 
 def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(run_file: Path):
@@ -92,15 +98,19 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
     assert first[0][1].state == "done" and second[0][1].status.sealed
 
 
-def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(turns, "is_part", lambda: True)
+def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path):
+    @flow
+    def dealing() -> None:
+        with tags(GROUP):
+            answers(str(run_file), (), "4")
+
     answers(str(run_file), (), "0")
     config = load_run(str(run_file))
     with claims_on(artifact_of(config, "answers")) as other:
         other.claim = other.claim.model_copy(update={"run": "capture x", "family": "another"})
         other.take([4])
         with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
-            answers(str(run_file), (), "4")
+            dealing()
     assert this_process().startswith(other.claim.process.split()[0])
 
 
@@ -137,3 +147,23 @@ def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Pat
 
     own, dealt, other = sweep()
     assert own == dealt != other
+
+
+def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_run(str(run_file))
+    run_prompts(config)
+    artifact, todo, tries = artifact_of(config, "answers"), stage_status(config, "answers"), list[int]()
+    monkeypatch.setattr(turns, "Watch", partial(turns.Watch, look_s=0.1))
+
+    class Away(Claims):
+        def take(self, wanted: Iterable[int]) -> Taken:
+            tries.append(1)
+            if len(tries) == 2:
+                raise TransientError("the server did not answer")
+            if len(tries) == 3:
+                other.release()
+            return super().take(wanted)
+
+    with claims_on(artifact) as other, Away(artifact, other.claim.model_copy(update={"family": "another"})) as waiting:
+        other.take(todo.missing)
+        assert flow(turns.take_turn, validate_parameters=False)(waiting, config, todo)[0] == todo.missing
