@@ -95,10 +95,13 @@ class StageRun:
                 made = self.count_made(lane, group)
             except (DeepSpecError, OSError) as error:  # the store cannot be asked just now: what became of the group is seen at the end
                 get_run_logger().warning("%s: %s", lane.doing, error)
+            except BaseException:  # its thread ends with that: it counts no longer among those who could go on
+                lane.dead = True
+                raise
             finally:
                 lane.doing = ""
                 self.dealer.ended(lane, group, made, time.monotonic() - lane.began)
-                self.board.lanes_changed()
+            self.board.lanes_changed()
 
     def name(self, group: Sequence[int]) -> str:
         """What a lane does with the group: `hidden 0017-0042`."""

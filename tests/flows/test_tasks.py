@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -309,6 +310,21 @@ def test_a_group_for_which_the_machine_has_no_process_is_tried_again(run_file: P
 
     monkeypatch.setattr(launch.Scope, "start", refusing)
     assert prompts_and_answers(str(run_file))[1].status.sealed and refused
+
+
+@outside_a_flow
+def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A group that stayed its own for ever would have held every other lane, and the run, in `take`."""
+    run = stage_run(run_file)
+    run.dealer.lanes = [dying, other] = [Lane("dying"), Lane("other")]
+    monkeypatch.setattr(run.board, "lanes_changed", lambda: json.loads("no JSON"))
+    with pytest.raises(ValueError, match="Expecting value"):
+        run.serve(LocalHands(run), dying)
+    monkeypatch.undo()
+    assert not run.dealer._out and dying.dead
+    left = run.dealer.take(other)
+    run.dealer.ended(other, left, len(left), 1.0)
+    assert left and not run.dealer.failed(other)
 
 
 @outside_a_flow
