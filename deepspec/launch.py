@@ -20,6 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from io import RawIOBase
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ class _Ear:
         self.where = f"its log is {log_path}" if log_path else ""
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.failure: dict[str, Any] | None = None
-        self.late = False
+        self.late, self.log_is_whole = False, True
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
 
     def listen(self, child: subprocess.Popen[bytes], timeout_s: float | None) -> None:
@@ -175,13 +176,22 @@ class _Ear:
                 ready = selector.select(TICK_S)
                 for key, _ in ready:
                     data = os.read(key.fd, 1 << 16)
-                    log.write(data)
+                    self.keep(log, data)
                     self.hear(key.data, data or b"\n")
                     if not data:
                         selector.unregister(key.fileobj)
                 if not ready and child.poll() is not None:  # an orphan holds the pipes open
                     return
                 self.late = time.monotonic() >= deadline
+
+    def keep(self, log: RawIOBase, data: bytes) -> None:
+        """What a child says while it waits for room on a full disk may not fit into its log there: that must not end it."""
+        try:
+            log.write(data)
+        except OSError as error:
+            if self.log_is_whole:
+                self.on_line(f"launch WARNING {self.log_path} misses lines from here on: {error}")
+            self.log_is_whole = False
 
     def hear(self, heard: bytearray, data: bytes) -> None:
         *lines, heard[:] = (heard + data).split(b"\n")

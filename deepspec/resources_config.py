@@ -41,6 +41,7 @@ def _variable_name(name: str) -> str:
 
 StageName = Literal["demo", "prompts", "answers", "hidden", "train", "evaluate"]
 LONGEST_DELAY_S = 300.0
+MOST_DOUBLINGS = 60  # of a delay: a power of two that is still a float, however often is tried
 JITTER = 0.3  # share of a delay by which it varies, so that many do not come back at once
 
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
@@ -56,7 +57,8 @@ class StageLimits(NamedTuple):
 
     def delay_s(self, tries: int) -> float:
         """Seconds before the next try after so many: doubled each time, never the same for two that failed together."""
-        return min(self.retry_delay_s * 2 ** max(tries - 1, 0), LONGEST_DELAY_S) * random.uniform(1 - JITTER, 1 + JITTER)
+        doublings = min(max(tries - 1, 0), MOST_DOUBLINGS)
+        return min(self.retry_delay_s * 2**doublings, LONGEST_DELAY_S) * random.uniform(1 - JITTER, 1 + JITTER)
 
 
 class LimitsConfig(Section):

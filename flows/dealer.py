@@ -103,7 +103,7 @@ class Dealer:
     def give_back(self, lane: Lane, shards: Sequence[int], *, count: bool = True) -> list[int]:
         """Shards that another try may make go to whoever asks first; returns those that were tried too often for that.
 
-        The try is not to `count` where the lane was to blame.
+        The try is not to `count` where the lane was to blame, or where it got on with its group.
         """
         spent = []
         with self._changed:
@@ -119,10 +119,13 @@ class Dealer:
             self._changed.notify_all()
         return spent
 
-    def failed(self, lane: Lane) -> bool:
-        """The lane failed as a whole; whether it is left out from now on, because others live and it does nothing else than fail."""
+    def failed(self, lane: Lane, *, made: int = 0) -> bool:
+        """The lane failed as a whole, having `made` so many shards of its group before.
+
+        Returns whether it is left out from now on, because others live and it does nothing else than fail.
+        """
         with self._changed:
-            lane.failed, lane.failed_in_a_row = lane.failed + 1, lane.failed_in_a_row + 1
+            lane.failed, lane.failed_in_a_row = lane.failed + 1, 0 if made else lane.failed_in_a_row + 1
             lane.dead = lane.failed_in_a_row >= IN_A_ROW and any(not other.dead for other in self.lanes if other is not lane)
             return lane.dead
 

@@ -18,7 +18,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from deepspec.config import RunConfig
-from deepspec.errors import DeepSpecError, ShardsFailed, UserError
+from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.launch import Request, scope
 from deepspec.lineage import artifact_of, upstream_of
 from deepspec.shards import shard_list
@@ -89,16 +89,19 @@ class StageRun:
         """One lane: group after group, each a task run of its own."""
         while group := self.dealer.take(lane):
             lane.doing, lane.began, made = self.name(group), time.monotonic(), 0
-            self.board.lanes_changed()
             try:
+                self.board.lanes_changed()
                 work_on.with_options(task_run_name=lane.doing)(lane.doing, self, hands, lane, group, return_state=True)
                 made = self.count_made(lane, group)
             except (DeepSpecError, OSError) as error:  # the store cannot be asked just now: what became of the group is seen at the end
                 get_run_logger().warning("%s: %s", lane.doing, error)
+            except BaseException:  # its thread ends with that: it counts no longer among those who could go on
+                lane.dead = True
+                raise
             finally:
                 lane.doing = ""
                 self.dealer.ended(lane, group, made, time.monotonic() - lane.began)
-                self.board.lanes_changed()
+            self.board.lanes_changed()
 
     def name(self, group: Sequence[int]) -> str:
         """What a lane does with the group: `hidden 0017-0042`."""
@@ -119,6 +122,14 @@ class StageRun:
             return list(group)
         before = artifact_of(self.config, upstream_of(self.config, self.stage)[0]).records(group)
         return missing_shards(artifact_of(self.config, self.stage), {shard: record.checksum for shard, record in before.items()})
+
+    def still_missing(self, group: Sequence[int]) -> list[int]:
+        """Those that are to be tried again: all, where the store is away; the next child passes over what is there."""
+        try:
+            return self.missing(group)
+        except (DeepSpecError, OSError) as error:
+            get_run_logger().warning("the store cannot be asked what is missing: %s", error)
+            return list(group)
 
     def asked(self, group: list[int]) -> list[int] | None:
         return group if self.sharded else self.whole
@@ -155,12 +166,15 @@ class StageRun:
             again = any(other.shards for other in others)
         elif not error.transient and self.sharded:
             again = bool(others)
-        missing = [shard for shard in self.missing(group) if shard not in self.given_up([shard])]
+        left = self.still_missing(group)
+        missing = [shard for shard in left if shard not in self.given_up([shard])]
         self.failures.update({shard: {**error.to_json(), "transient": again} for shard in missing} if self.sharded else {})
-        dead = self.dealer.failed(lane)
+        made = len(group) - len(left)
+        dead = self.dealer.failed(lane, made=made)
         if dead:
             get_run_logger().warning("lane %s is left out: it failed %d times in a row; others go on", lane.name, lane.failed_in_a_row)
-        spent = self.dealer.give_back(lane, missing, count=not dead) if again else list(missing)
+        # With a worker that dies every minute most shards of a group are given back before anybody has tried them.
+        spent = self.dealer.give_back(lane, missing, count=not (dead or made)) if again else list(missing)
         self.failed |= set(spent) if self.sharded else set()
         if spent and not error.transient:
             self.error = error
@@ -186,6 +200,9 @@ class StageRun:
         if self.error is not None:
             self.error.failures = failures if self.sharded else self.error.failures
             return self.error
+        if not self.sharded:
+            what = f"the stage {self.stage!r} is not finished, and no child said why"
+            return ChildFailed(what, where=after.artifact_url, fix="see the flow run's log; the same run again goes on")
         named = [shard for shard in failures if not stopped or shard in self.failures]
         reasons = [f"shard {shard}: {failures[shard]['what']}" for shard in named[:MAX_NAMED]]
         more = [f"and {len(named) - MAX_NAMED} more"] if len(named) > MAX_NAMED else []
@@ -202,6 +219,10 @@ def work_on(name: str, run: StageRun, hands: Hands, lane: Lane, group: list[int]
         hands.work(lane, name, run.asked(group))
     except DeepSpecError as error:
         run.note(error, lane, group)
+        raise
+    except OSError as error:  # no process, no file: this machine has too little of something just now
+        what, fix = f"{name} could not be done here: {type(error).__name__}: {error}", "it is tried again by itself"
+        run.note(TransientError(what, where=lane.name, fix=fix), lane, group)
         raise
     lane.failed_in_a_row = 0
     get_run_logger().info("%s: done", name)

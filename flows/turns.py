@@ -53,8 +53,11 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
     watch = Watch(artifact_of(config, todo.stage), todo, board)
     while not mine:
         time.sleep(watch.pause_s)
-        watch.look()
-        mine = claims.take(wanted).shards
+        try:
+            watch.look()
+            mine = claims.take(wanted).shards
+        except (TransientError, OSError) as error:  # hours of waiting are not given up because the store is away for a minute
+            logger.warning("%s: still waiting: %s", todo.stage, error)
     board.leave()
     logger.info("%s: going on", todo.stage)
     return mine, False

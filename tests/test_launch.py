@@ -268,3 +268,10 @@ def test_a_request_becomes_one_command_line():
     assert (
         request.shown("train") == "python -m deepspec train demo --set train.lr=3e-4 --set 'target.layer_ids=[1, 2]' --store '/some where'"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_child_whose_log_finds_no_room_goes_on():
+    """On a full disk a stage waits until there is more; its own words about that, in a log on the same disk, ended it."""
+    heard = run(python("import time; print('paused', flush=True); time.sleep(0.1); print('done')"), log_path=Path("/dev/full"))
+    assert [line.partition(" from here on")[0] for line in heard.lines] == ["launch WARNING /dev/full misses lines", "paused", "done"]

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from deepspec.resources_config import StageLimits
+from deepspec.resources_config import LONGEST_DELAY_S, StageLimits
 from flows.dealer import IN_A_ROW, MAX_GROUPS, Dealer, Lane
 
 AT_ONCE = StageLimits(retries=2, retry_delay_s=0.0, deadline_s=None)
@@ -100,3 +100,16 @@ def test_where_the_stage_ends_nobody_waits_any_longer():
     dealt.close()
     waiting.join(10)
     assert not waiting.is_alive()
+
+
+def test_a_lane_that_gets_on_between_its_failures_is_not_left_out():
+    """Workers that are killed every minute made some of each group: one after the other, all lanes but one were left out for good."""
+    lanes = [Lane("killed"), Lane("well")]
+    dealt = dealer(100, lanes)
+    assert not any(dealt.failed(lanes[0], made=2) for _ in range(3 * IN_A_ROW))
+    assert [dealt.failed(lanes[0]) for _ in range(IN_A_ROW)] == [False, False, True]
+
+
+def test_however_often_is_tried_again_there_is_a_pause():
+    limits = StageLimits(retries=10_000, retry_delay_s=2.0, deadline_s=None)
+    assert 0.5 * LONGEST_DELAY_S < limits.delay_s(9_999) < 1.5 * LONGEST_DELAY_S

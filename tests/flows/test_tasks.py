@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -268,6 +270,73 @@ def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_af
     run.hear({"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
     run.note(TransientError("killed"), lane, [0, 1, 2])
     assert [shard.number for shard in run.dealer._left] == [0, 2] and list(run.given_up([0, 1, 2])) == [1]
+
+
+@outside_a_flow
+def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_tried(run_file: Path):
+    """With a worker that dies every minute, the last shards of a long group were given up before anybody had begun them."""
+    run, lane = alone(stage_run(run_file, "resources.retries=1"))
+    run.dealer.ended(lane, [3], 1, 1.0)
+    group = [0, 1, 2]
+    for left in ([1, 2], [2], [2]):
+        run.missing = lambda group, left=left: left
+        run.note(TransientError("killed"), lane, group)
+        run.dealer.ended(lane, group, 0, 1.0)
+        assert run.failed == set()
+        time.sleep(0.1)
+        group = run.dealer.take(lane)
+        assert group == left
+    run.note(TransientError("killed"), lane, group)
+    assert run.failed == {2}, "twice nothing was made"
+
+
+@outside_a_flow
+def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
+    """The child fails because of it, and then nobody can say what is missing of its group: the group was given up."""
+    run, lane = alone(stage_run(run_file))
+
+    def away(group: Sequence[int]) -> list[int]:
+        raise TransientError("the server did not answer")
+
+    run.missing = away
+    flow(run.note)(TransientError("the server did not answer"), lane, [0, 1, 2])
+    assert [shard.number for shard in run.dealer._left] == [0, 1, 2]
+
+
+def test_a_group_for_which_the_machine_has_no_process_is_tried_again(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    start, refused = launch.Scope.start, list[object]()
+
+    def refusing(scope: launch.Scope, command: Sequence[str], env: Mapping[str, str]) -> object:
+        if "answers" in command and not refused:
+            refused.append(command)
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(scope, command, env)
+
+    monkeypatch.setattr(launch.Scope, "start", refusing)
+    assert prompts_and_answers(str(run_file))[1].status.sealed and refused
+
+
+@outside_a_flow
+def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A group that stayed its own for ever would have held every other lane, and the run, in `take`."""
+    run = stage_run(run_file)
+    run.dealer.lanes = [dying, other] = [Lane("dying"), Lane("other")]
+    monkeypatch.setattr(run.board, "lanes_changed", lambda: json.loads("no JSON"))
+    with pytest.raises(ValueError, match="Expecting value"):
+        run.serve(LocalHands(run), dying)
+    monkeypatch.undo()
+    assert not run.dealer._out and dying.dead
+    left = run.dealer.take(other)
+    run.dealer.ended(other, left, len(left), 1.0)
+    assert left and not run.dealer.failed(other)
+
+
+@outside_a_flow
+def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file: Path):
+    """It said `python -m deepspec train RUN --shards 0`, which there is not."""
+    run = StageRun(Request(str(run_file)), load_run(str(run_file)), stage_status(load_run(str(run_file)), "train"))
+    said = run.failure(run.before)
+    assert isinstance(said, ChildFailed) and "shard" not in said.what + said.fix and said.failures == {}
 
 
 @outside_a_flow

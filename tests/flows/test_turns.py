@@ -6,24 +6,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from deepspec.claims import this_process
+from deepspec.claims import Claims, Taken, this_process
+from deepspec.data.prompts import run_prompts
 from deepspec.errors import TransientError
 from deepspec.launch import Request
 from deepspec.lineage import artifact_of
 from deepspec.recipe import load_run
+from deepspec.stages import stage_status
 from flows import turns
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
-from flows.turns import claims_on
+from flows.turns import GROUP, claims_on
 
 GATED = ("answers.engine=tests.flows.engines:Gated",)
 
@@ -99,13 +102,72 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
     assert first[0][1].state == "done" and second[0][1].status.sealed
 
 
-def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(turns, "is_part", lambda: True)
+def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path):
+    @flow
+    def dealing() -> None:
+        with tags(GROUP):
+            answers(str(run_file), (), "4")
+
     answers(str(run_file), (), "0")
     config = load_run(str(run_file))
     with claims_on(artifact_of(config, "answers")) as other:
         other.claim = other.claim.model_copy(update={"run": "capture x", "run_id": "another"})
         other.take([4])
         with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
-            answers(str(run_file), (), "4")
+            dealing()
     assert this_process().startswith(other.claim.process.split()[0])
+
+
+def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(run_file: Path):
+    """Killed, a run leaves those to which it has dealt its shards behind on other machines, and the UI's retry has its very id."""
+    artifact, seen = artifact_of(load_run(str(run_file)), "answers"), list[list[int]]()
+
+    @flow(retries=1)
+    def tried_twice() -> None:
+        claims = claims_on(artifact)
+        seen.append(claims.take([1, 2]).shards)  # never released: as if killed, on another machine
+        claims.claim = claims.claim.model_copy(update={"process": "elsewhere 1 2 3 4"})
+        claims._write()
+        if len(seen) == 1:
+            raise RuntimeError("killed")
+
+    tried_twice()
+    assert seen == [[1, 2], []]
+
+
+def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Path):
+    """A sweep's runs share what comes before their drafts; only groups that a stage deals out are not to wait for it."""
+    artifact = artifact_of(load_run(str(run_file)), "answers")
+
+    @flow
+    def part() -> str:
+        return claims_on(artifact).claim.dealer
+
+    @flow
+    def sweep() -> tuple[str, str, str]:
+        with tags(GROUP):
+            dealt = part()
+        return claims_on(artifact).claim.run_id, dealt, part()
+
+    own, dealt, other = sweep()
+    assert (own, other) == (dealt, "")
+
+
+def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_run(str(run_file))
+    run_prompts(config)
+    artifact, todo, tries = artifact_of(config, "answers"), stage_status(config, "answers"), list[int]()
+    monkeypatch.setattr(turns, "Watch", partial(turns.Watch, look_s=0.1))
+
+    class Away(Claims):
+        def take(self, wanted: Iterable[int]) -> Taken:
+            tries.append(1)
+            if len(tries) == 2:
+                raise TransientError("the server did not answer")
+            if len(tries) == 3:
+                other.release()
+            return super().take(wanted)
+
+    with claims_on(artifact) as other, Away(artifact, other.claim.model_copy(update={"run_id": "another"})) as waiting:
+        other.take(todo.missing)
+        assert flow(turns.take_turn, validate_parameters=False)(waiting, config, todo)[0] == todo.missing
