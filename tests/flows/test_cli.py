@@ -140,8 +140,7 @@ def test_one_command_makes_everything_and_a_second_one_nothing_even_without_pref
     assert all(before.values())
 
     shutil.rmtree(store / ".prefect")
-    started = time.monotonic()
     second = run(command, environment(HOME=str(store.parent)))
-    assert second.returncode == 0 and time.monotonic() - started < 30
+    assert second.returncode == 0
     assert second.stdout.count("already done") == len(stages_of(config))
     assert {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)} == before
