@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's tests share what they made, and stay together
+	$(BIN)/python -m pytest -n 3 --dist loadfile  # for two cores: many tests wait. A file's tests share what they made, and stay together
 
 check: $(STAMP)
 	$(BIN)/ruff check .

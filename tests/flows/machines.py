@@ -23,7 +23,7 @@ from deepspec.guard import kill_marked
 from flows.server import free_port
 from tests.conftest import REPOSITORY
 
-POOL = "deepspec-cpu"
+POOL = "machines"  # no other test's: the copied database may hold theirs
 MARK = "TEST_MACHINES"  # in the environment of everything that runs here, and of whatever that started
 # What a process is, by words of its command line.
 SERVER, WORKER, FLOW, LANE = "prefect server", "prefect worker", "prefect.engine", "deepspec answers"
@@ -80,7 +80,7 @@ class Machines:
         return False
 
     def make_pool(self) -> None:
-        template = json.loads((REPOSITORY / "deployments" / "work_pools" / f"{POOL}.json").read_text())
+        template = json.loads((REPOSITORY / "deployments" / "work_pools" / "deepspec-cpu.json").read_text())
         self.post("work_pools/", name=POOL, type="process", base_job_template=template)
 
     def deploy(self, flow: str) -> str:
