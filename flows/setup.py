@@ -1,7 +1,8 @@
 """`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again after every change.
 
 Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs crashed which died without
-a word, and, if asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
+a word, one per pool that tells of runs which no worker takes, and, if asked for, one that tells a webhook how runs ended. What
+is there already is brought up to date.
 """
 
 from __future__ import annotations
