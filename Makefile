@@ -11,7 +11,8 @@ demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # for two cores: many tests wait. A file's tests share what they made, and stay together
+	# Three processes for two cores: many tests wait. A file's tests share what they made, so they stay together.
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .

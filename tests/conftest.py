@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from tests.radosgw import Radosgw, ceph_missing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the door does: beside other work, spinning threads take ten times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors of a test's size, a second thread costs more than it does
 # Prefect, once a test ran a flow in this process, leaves exit hooks that fail in every forked child, which then ends with 1.
 os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]
 
@@ -45,6 +46,12 @@ TINY = [
     "resources.retry_delay_s=0.1",
     "resources.min_free_gb=0",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: what runs last is quick then, and no core waits for it."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):

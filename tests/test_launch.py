@@ -20,6 +20,7 @@ import pytest
 
 from deepspec import launch
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.guard import living_processes
 from deepspec.launch import Request, Stopped, run_child, scope
 from deepspec.shards import deal, parse_shards, shard_list
 
@@ -57,7 +58,7 @@ def wait_for(path: Path, seconds: float = 20) -> list[int]:
 
 def assert_gone(pids: list[int], seconds: float = 15) -> None:
     limit = time.monotonic() + seconds
-    while left := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]:
+    while left := set(pids) & {pid for pid, _ in living_processes()}:
         assert time.monotonic() < limit, f"still there: {left}"
         time.sleep(0.02)
 

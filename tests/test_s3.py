@@ -77,6 +77,7 @@ def is_completion(request: Request) -> bool:
     return request.method == "POST" and "uploadId" in request.path
 
 
+@pytest.mark.slow
 def test_what_was_written_comes_back_small_empty_and_in_parts(store: Store, radosgw: Radosgw):
     store.write("a/empty", b"")
     store.write("a/small", b"small")
@@ -183,6 +184,7 @@ def client_fixed(store: Store, monkeypatch: pytest.MonkeyPatch, client: str) -> 
     return store
 
 
+@pytest.mark.slow
 def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(s3_url, radosgw, tmp_path: Path, monkeypatch):
     """`kill -9` of the gateway, restarted after 15 s, under both clients at once."""
     stores = [Store(f"{s3_url}/{client}", scratch=str(tmp_path / client)) for client in CLIENTS]

@@ -17,8 +17,10 @@ from deepspec.data.answers import run_answers
 from deepspec.data.prompts import run_prompts
 from deepspec.data.serve import serve_command
 from deepspec.errors import ChildFailed, ConfigError, TransientError
-from deepspec.guard import living_processes
 from tests.conftest import tiny_run
+from tests.processes import command_of, marked
+
+MARK = "TEST_SERVE"  # in the environment of a test's processes
 
 SCRIPTED = [sys.executable, "-m", "tests.answer_server", "{port}", "{name}"]
 
@@ -28,13 +30,15 @@ def serving_run(store: Path, command: list[str], *settings: str) -> RunConfig:
     return tiny_run(store, *server, "resources.lost_s=30", *settings)
 
 
-def left_over(words: str) -> list[int]:
-    found = []
-    for pid, _ in living_processes():
-        command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and words.encode() in command.read_bytes().replace(b"\0", b" "):
-            found.append(pid)
-    return found
+@pytest.fixture(autouse=True)
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts inherits it, servers of a child included."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+
+
+def left_over(words: str) -> list[str]:
+    """Command lines of this test's processes."""
+    return [command_of(process) for process in marked(MARK, os.environ[MARK], words)]
 
 
 def test_a_server_is_started_used_and_taken_down(store: Path):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.testing import utilities
 
 from tests.conftest import REPOSITORY, TINY, write_jsonl
 
@@ -23,11 +28,41 @@ SERVER = json.dumps([sys.executable, "-m", "tests.answer_server", "{port}", "{na
 SERVED = ("answers.engine=openai", "resources.serve=vllm", f"resources.serve_command={SERVER}")
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of Prefect's, to be copied: making its tables takes a server half of its start, so all processes share one."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made, part = folder / "prefect.db", folder / "part.db"
+    with FileLock(folder / "prefect.lock"):
+        if not made.exists():
+            env = {**os.environ, "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{part}", "PREFECT_HOME": str(folder)}
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            subprocess.run(command, env=env, check=True, capture_output=True)
+            part.rename(made)
+    return made
+
+
 @pytest.fixture(autouse=True, scope="session")
-def prefect_server() -> Iterator[None]:
+def prefect_server(database: Path) -> Iterator[None]:
+    def folder_with_database() -> str:
+        folder = tempfile.mkdtemp()
+        shutil.copy(database, Path(folder, "prefect-test.db"))
+        return folder
+
     quiet, quick = {PREFECT_SERVER_ANALYTICS_ENABLED: False}, {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    with temporary_settings(quiet), prefect_test_harness(server_startup_timeout=60), temporary_settings(quick):
-        yield
+    with pytest.MonkeyPatch.context() as monkeypatch, temporary_settings(quiet):
+        monkeypatch.setattr(utilities, "mkdtemp", folder_with_database)
+        with utilities.prefect_test_harness(server_startup_timeout=60), temporary_settings(quick):
+            yield
+
+
+def home_with(database: Path, home: Path) -> Path:
+    """A folder for PREFECT_HOME."""
+    home.mkdir()
+    shutil.copy(database, home)
+    return home
 
 
 @pytest.fixture

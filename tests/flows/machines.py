@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from typing import Any
 
 import httpx
 import psutil
-from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
 
 from deepspec.guard import kill_marked
 from flows.server import free_port
 from tests.conftest import REPOSITORY
+from tests.flows.conftest import home_with
+from tests.processes import marked
 
-POOL = "machines"  # no other test's: the copied database may hold theirs
+POOL = "machines"
 MARK = "TEST_MACHINES"  # in the environment of everything that runs here, and of whatever that started
 # What a process is, by words of its command line.
 SERVER, WORKER, FLOW, LANE = "prefect server", "prefect worker", "prefect.engine", "deepspec answers"
@@ -37,21 +37,12 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = 120, *, p
         time.sleep(pause_s)
 
 
-def copy_database(folder: Path) -> None:
-    """A database whose tables are there already: making them takes a server ten seconds."""
-    made = str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition(":///")[2]
-    with contextlib.closing(sqlite3.connect(made)) as source, contextlib.closing(sqlite3.connect(folder / "prefect.db")) as target:
-        source.backup(target)
-
-
 class Machines:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: Path) -> None:
         self.folder, self.mark, self.port = folder, uuid.uuid4().hex, free_port()
-        self.url, home = f"http://127.0.0.1:{self.port}/api", folder / "prefect"
+        self.url, home = f"http://127.0.0.1:{self.port}/api", home_with(database, folder / "prefect")
         # One for all: each `httpx.get` reads the certificates anew, 35 ms of CPU. No connection is kept, for servers are killed here.
         self.client = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-        home.mkdir()
-        copy_database(home)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.env = kept | {
             "PREFECT_API_URL": self.url, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -122,12 +113,7 @@ class Machines:
         return str(self.state(run)["type"])
 
     def processes(self, words: str = "") -> list[psutil.Process]:
-        return [one for one in psutil.process_iter() if self.is_here(one) and words in command_of(one)]
-
-    def is_here(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark
-        return False
+        return marked(MARK, self.mark, words)
 
     def kill(self, words: str = "") -> int:
         """SIGKILL to all that are called so; returns how many there were."""
@@ -138,23 +124,31 @@ class Machines:
         psutil.wait_procs(found, timeout=10)
         return len(found)
 
+    def tell(self) -> None:
+        """What everything here said last, for whoever reads why a test failed."""
+        for log in sorted(self.folder.glob("*.log")):
+            print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-40:], sep="\n")
+        with contextlib.suppress(httpx.HTTPError):
+            for run in self.client.post(f"{self.url}/flow_runs/filter", json={}).raise_for_status().json():
+                print("--- run", run["name"], run["state"]["name"], run["state"]["message"] or "", run["parameters"])
+            newest = {"limit": 200, "sort": "TIMESTAMP_DESC"}
+            for line in reversed(self.client.post(f"{self.url}/logs/filter", json=newest).raise_for_status().json()):
+                print(line["timestamp"], line["name"], line["message"])
+
 
 def hear_interrupts() -> None:
     """A worker turns SIGTERM into SIGINT, which what a shell runs in the background ignores, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def command_of(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
 @contextlib.contextmanager
-def machines(folder: Path) -> Iterator[Machines]:
-    made = Machines(folder)
+def machines(folder: Path, database: Path) -> Iterator[Machines]:
+    made = Machines(folder, database)
     try:
-        with made.client:
-            yield made
+        yield made
+    except BaseException:
+        made.tell()
+        raise
     finally:
+        made.client.close()
         kill_marked(f"{MARK}={made.mark}")

@@ -141,6 +141,7 @@ def test_a_run_by_hand_and_a_workers_run_refuse_a_server_of_another_version(run_
     assert stage_status(load_run(str(run_file)), "prompts").committed == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_and_never_answers_is_given_up_soon(run_file: Path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = run(flow_command("prepare", run_file), environment(PREFECT_API_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/api"))

@@ -27,7 +27,8 @@ from deepspec.recipe import load_run
 from deepspec.stages import stage_status
 from tests.conftest import write_jsonl
 from tests.flows.conftest import flaky_run
-from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, command_of, machines, wait_until
+from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
+from tests.processes import command_of
 
 SHARDS, WORKERS, RUNS = 200, 2, 2
 KILLS = int(os.environ.get("DEEPSPEC_CHAOS_KILLS", "5"))
@@ -118,17 +119,16 @@ class Chaos:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_left(chaos_run: Path, tmp_path: Path):
+def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_left(chaos_run: Path, database: Path, tmp_path: Path):
     quiet = digest(undisturbed(chaos_run, tmp_path / "quiet"))
     config = load_run(str(chaos_run))
     run_prompts(config)
     (tmp_path / "pace").write_text(str(PACE_S))
-    with machines(tmp_path) as made:
+    with machines(tmp_path, database) as made:
         made.start_server()
         made.make_pool()
         chaos = Chaos(made, chaos_run)
-        chaos.keep_going()
-        wait_until(lambda: committed(config), "the first shard")
+        wait_until(lambda: begun(chaos, config), "the first shard", pause_s=1.0)
         for kind in chaos.order():
             before = committed(config)
             chaos.kill(kind)
@@ -149,6 +149,11 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
             wait_until(lambda kind=kind: not made.processes(kind), f"the end of {kind}")
         assert [command_of(process) for process in made.processes()] == []
     print(f"killed: {dict(chaos.killed)}, runs: {chaos.begun}, missing after the last kill: {len(left)}")
+
+
+def begun(chaos: Chaos, config: RunConfig) -> bool:
+    chaos.keep_going()
+    return bool(committed(config))
 
 
 def finished(chaos: Chaos, config: RunConfig) -> bool:

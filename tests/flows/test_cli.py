@@ -20,7 +20,7 @@ from deepspec.recipe import load_run
 from deepspec.stages import stage_status, stages_of
 from flows.server import start_private_server
 from tests.conftest import REPOSITORY, tiny_run
-from tests.flows.conftest import QUICK, SERVED, questions
+from tests.flows.conftest import QUICK, SERVED, home_with, questions
 
 SETS = [word for override in QUICK for word in ("--set", override)]
 
@@ -40,9 +40,8 @@ def run(command: list[str], env: dict[str, str], timeout: float = 240) -> subpro
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder whose database is made once for all tests."""
-    return str(tmp_path_factory.mktemp("prefect"))
+def prefect_home(database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(home_with(database, tmp_path_factory.mktemp("prefect") / "home"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,8 @@ def wait_until(true, seconds: float = 90) -> None:
 
 
 @pytest.mark.slow
-def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(store: Path):
+def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(store: Path, database: Path):
+    home_with(database, store / ".prefect")
     command = flow_command("pipeline", "demo", *SETS, "--store", store)
     first = run(command, environment(HOME=str(store.parent)))
     assert first.returncode == 0, first.stderr

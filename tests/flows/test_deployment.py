@@ -42,7 +42,7 @@ from flows.server import free_port
 from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.browser import CHROMIUM, browser
-from tests.flows.conftest import QUICK, flaky_run
+from tests.flows.conftest import QUICK, flaky_run, home_with
 from tests.flows.test_assets import chain_in_store, chain_on_server
 from tests.radosgw import SECRET_KEY, Radosgw, ceph_missing
 
@@ -152,8 +152,10 @@ def s3_variables(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with opened_site(tmp_path_factory.mktemp("site"), s3_variables(request)) as opened:
+def site(request: pytest.FixtureRequest, database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    home_with(database, folder / "prefect")
+    with opened_site(folder, s3_variables(request)) as opened:
         yield opened
 
 

@@ -34,6 +34,7 @@ from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import flaky_run
 from tests.flows.machines import hear_interrupts
+from tests.processes import is_alive
 
 if find_spec("prefect_ray") is None:
     pytest.skip("Ray is not installed", allow_module_level=True)
@@ -110,17 +111,11 @@ def children_for(run_file: Path) -> list[psutil.Process]:
 
 
 def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run by then; the dead that nobody has asked about (zombies) do not."""
+    """Those that still run by then."""
     limit = time.monotonic() + seconds
     while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < limit:
         time.sleep(0.1)
     return alive
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def ray_worker_of(run_file: Path, shards: str) -> psutil.Process:

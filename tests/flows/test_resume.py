@@ -64,9 +64,9 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("machines")
-    with pytest.MonkeyPatch.context() as monkeypatch, machines(folder) as made:
+    with pytest.MonkeyPatch.context() as monkeypatch, machines(folder, database) as made:
         run_file = flaky_run(folder, monkeypatch)
         made.start_server()
         made.make_pool()

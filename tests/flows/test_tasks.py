@@ -64,6 +64,7 @@ def calls(run_file: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_it_alone(run_file: Path, caplog: pytest.LogCaptureFixture):
     (run_file.parent / "broken").touch()
     with pytest.raises(ShardsFailed) as caught:

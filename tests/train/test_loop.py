@@ -28,6 +28,8 @@ from deepspec.train.step import StepResult
 from deepspec.train.world import World
 from tests.conftest import REPOSITORY, TINY, tiny_run
 
+# The total variation is left out: its gradient has a jump where draft and target agree, so that a last bit can show as 1e-4.
+SMOOTH = ("loss.tv=0", "loss.ce=1")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -112,10 +114,9 @@ def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_
 
 
 def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Path):
-    """At the released recipes' learning rate; at the demo's a last bit that turns the sign of a total variation can be seen."""
     other = tmp_path / "other"
     shutil.copytree(ready, other)
-    sets = ("train.max_steps=20", "train.lr=0.0006")
+    sets = ("train.max_steps=20", *SMOOTH)
     config = tiny_run(other, *sets, "resources.batch_tokens=60")
     cache = HiddenCache(artifact_of(config, "hidden"))
     assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2

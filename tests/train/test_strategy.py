@@ -157,6 +157,7 @@ def test_the_optimizers_shares_hold_every_parameter_once_and_about_the_same_each
     assert max(sizes) < 1.3 * min(sizes)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_is_resumed_and_damage_is_named(s3_url: str, tmp_path: Path):
     config = tiny_run(s3_url, f"resources.scratch={tmp_path / 'scratch'}")  # type: ignore[arg-type]
     artifact, saved = artifact_of(config, "train"), strategy_of(tmp_path, *ZERO[2])
