@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ from deepspec.lineage import artifact_of
 from deepspec.stages import stage_status
 from tests.conftest import REPOSITORY, tiny_run
 
-# All stages in one process: what a kill interrupts is the stages' own work, not the start of six interpreters.
-PIPELINE = """
-import sys
+# All stages in one process, forked from one that has imported them: what a kill interrupts is the stages' own work.
+RUNS = """
+import os, sys
 from pathlib import Path
 from tests.conftest import tiny_run
 from deepspec.data.answers import run_answers
@@ -27,32 +29,48 @@ from deepspec.data.capture import run_capture
 from deepspec.data.prompts import run_prompts
 from deepspec.eval.run import run_evaluate
 from deepspec.train.loop import run_train
-config = tiny_run(Path(sys.argv[1]))
-print("ready", flush=True)
-for stage in (run_prompts, run_answers, run_capture, run_train, run_evaluate):
-    stage(config)
-print("finished", flush=True)
+
+def work(store):
+    config = tiny_run(Path(store))
+    for stage in (run_prompts, run_answers, run_capture, run_train, run_evaluate):
+        stage(config)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work(line.strip())
+            code = 0
+        finally:
+            os._exit(code)
+    os.setpgid(pid, pid)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 KILLS = 10
 STAGES = ("prompts", "answers", "hidden", "train", "evaluate")
 
 
-def start(store: Path) -> subprocess.Popen[str]:
-    """A run in its own process group; returns once its imports are done."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPSPEC_LOG": "WARNING"}
-    run = subprocess.Popen(
-        [sys.executable, "-c", PIPELINE, str(store)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    return run
+@pytest.fixture
+def runs() -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "DEEPSPEC_LOG": "WARNING"}
+    command, pipes = [sys.executable, "-c", RUNS], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, cwd=REPOSITORY, env=environment, **pipes) as started:
+        yield started
 
 
-def finish(store: Path) -> float:
-    run = start(store)
+def run(runs: subprocess.Popen[str], store: Path, *, kill_after: float | None = None) -> float:
+    """All stages in a process group of its own, killed or to their end; the seconds they took."""
     began = time.monotonic()
-    assert run.wait(timeout=120) == 0
+    print(store, file=runs.stdin, flush=True)
+    pid = int(runs.stdout.readline())
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):  # it came to its end
+            os.killpg(pid, signal.SIGKILL)
+    code = int(runs.stdout.readline())
+    assert code == 0 or (code == -signal.SIGKILL and kill_after is not None)
     return time.monotonic() - began
 
 
@@ -62,20 +80,17 @@ def committed(store: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(store: Path, tmp_path: Path):
+def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(runs: subprocess.Popen[str], store: Path, tmp_path: Path):
     quiet = tmp_path / "quiet"
     shutil.copytree(store, quiet)
-    seconds = finish(quiet)
+    seconds = run(runs, quiet)
     chance = random.Random(20)
     for _ in range(KILLS):
         before = committed(store)
-        run = start(store)
-        time.sleep(chance.uniform(0, seconds / 3))
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        run(runs, store, kill_after=chance.uniform(0, seconds / 3))
         after = committed(store)
         assert all(after.get(path) == made for path, made in before.items()), "a committed shard was made again"
-    finish(store)
+    run(runs, store)
     for stage in STAGES:
         assert stage_status(tiny_run(store), stage).sealed
     for stage in ("prompts", "answers", "hidden"):

@@ -14,7 +14,7 @@ from tests.model.drafts import CONFIGS, LAYERS, QWEN3
 
 VOCAB, SIZE, BLOCK, PERIOD, NUM_TOKENS = 16, 32, 4, 6, 24
 ROWS, VERIFIED = 200, 13
-STEPS = {"eagle3": 500}  # one layer instead of two, and seven times the work per step
+BATCH, STEPS = 8, {"eagle3": 500}  # one layer instead of two, and seven times the work per step
 CASES = [pytest.param(name, marks=pytest.mark.slow if name == "eagle3" else ()) for name in CONFIGS if name != "confidence_alone"]
 
 
@@ -45,7 +45,7 @@ def trained(name: str) -> tuple[Draft, Tensor]:
     optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=5e-3)
     cooling = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.02, total_iters=steps)
     for step in range(steps):
-        batch = copies(16, frozen, seed=1000 * step)
+        batch = copies(BATCH, frozen, seed=1000 * step)
         output = drafter.loss(batch, drafter.plan(batch))
         optimizer.zero_grad()
         (output.numerator / output.denominator).backward()

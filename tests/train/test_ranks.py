@@ -35,7 +35,7 @@ from tests.train.test_loop import assert_close, weights
 
 TWO = ["resources.train_ranks=2", "resources.device=cpu"]
 SIX = "train.global_batch=6"
-LONG = ["train.max_steps=100", "train.epochs=50", "train.checkpoint_steps=10"]
+LONG = ["train.max_steps=40", "train.epochs=50", "train.checkpoint_steps=10"]
 
 
 @pytest.fixture
