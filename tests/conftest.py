@@ -16,6 +16,7 @@ from tests.radosgw import Radosgw, ceph_missing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors of a test's size, a second thread costs more than it does
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of children would each compile the same modules
 # Prefect, once a test ran a flow in this process, leaves exit hooks that fail in every forked child, which then ends with 1.
 os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]
 

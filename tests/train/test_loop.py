@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,7 @@ from deepspec.train.loop import run_train
 from deepspec.train.state import checkpoint_records, checkpoint_steps
 from deepspec.train.step import StepResult
 from deepspec.train.world import World
-from tests.conftest import REPOSITORY, TINY, tiny_run
+from tests.conftest import tiny_run
 
 # The total variation is left out: its gradient has a jump where draft and target agree, so that a last bit can show as 1e-4.
 SMOOTH = ("loss.tv=0", "loss.ce=1")
@@ -121,19 +118,6 @@ def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Pat
     cache = HiddenCache(artifact_of(config, "hidden"))
     assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2
     assert_close(weights(run_train(tiny_run(ready, *sets))), weights(run_train(config)))
-
-
-@pytest.mark.slow
-def test_two_ranks_end_where_one_does(ready: Path, tmp_path: Path):
-    """The same global batch on two gloo ranks, whose samples differ in length and so in their share of the tokens (trap D4)."""
-    other = tmp_path / "other"
-    shutil.copytree(ready, other)
-    alone = weights(run_train(tiny_run(ready, "train.global_batch=6")))
-    sets = [part for override in [*TINY, "train.global_batch=6"] for part in ("--set", override)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deepspec"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "train", "demo", "--store", str(other), *sets], check=True, cwd=REPOSITORY, env=environment, timeout=120)
-    assert_close(alone, weights(artifact_of(tiny_run(other, "train.global_batch=6"), "train")))
 
 
 def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):

@@ -31,11 +31,11 @@ from deepspec.train.loop import run_train
 from deepspec.train.ranks import is_rank, launch_ranks, num_ranks
 from deepspec.train.state import checkpoint_steps
 from tests.conftest import REPOSITORY, TINY, tiny_run
-from tests.train.test_loop import assert_close, weights
+from tests.train.test_loop import SMOOTH, assert_close, weights
 
 TWO = ["resources.train_ranks=2", "resources.device=cpu"]
 SIX = "train.global_batch=6"
-LONG = ["train.max_steps=40", "train.epochs=50", "train.checkpoint_steps=10"]
+LONG = ["train.max_steps=40", "train.epochs=50", "train.checkpoint_steps=10", *SMOOTH]
 
 
 @pytest.fixture
@@ -132,6 +132,7 @@ def two_ranks(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.mark.slow
 def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_ranks):
+    """What one rank ends with, from samples that differ in length and so in their share of the tokens (trap D4)."""
     store, done = two_ranks
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(event["stage"], event["done"]) for event in events] == [("train", 6)]
@@ -264,8 +265,7 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready
     artifact = artifact_of(tiny_run(ready, *LONG), "train")
     assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
     launched(ready, *LONG)
-    launched(straight, *LONG)
-    assert_close(weights(artifact), weights(artifact_of(tiny_run(straight, *LONG), "train")))
+    assert_close(weights(artifact), weights(run_train(tiny_run(straight, *LONG))))
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
     assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
 
 
-TWELVE = ["train.max_steps=12", "train.checkpoint_steps=4", "train.global_batch=6", "loss.tv=0", "loss.ce=1"]
+TWELVE = ["train.max_steps=12", "train.checkpoint_steps=4", SIX, *SMOOTH]
 
 
 @pytest.fixture(scope="module")
