@@ -7,10 +7,11 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.radosgw import Radosgw, ceph_missing
 
@@ -63,14 +64,23 @@ def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):
     return load_run(recipe, [*shrunk, *overrides], store=str(store))
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for all processes of the suite: the first one that asks makes it, and nobody writes to it then."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(part := folder.with_suffix(".part"))
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that holds the tiny demo artifact and nothing else; copy it, do not write to it."""
     from deepspec.demo.stage import run_demo
 
-    store = tmp_path_factory.mktemp("demo") / "store"
-    run_demo(tiny_run(store))
-    return store
+    return made_once(tmp_path_factory, "demo-store", lambda store: run_demo(tiny_run(store)))
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +90,12 @@ def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from deepspec.data.capture import run_capture
     from deepspec.data.prompts import run_prompts
 
-    store = tmp_path_factory.mktemp("captured") / "store"
-    shutil.copytree(demo_store, store)
-    config = tiny_run(store)
-    run_prompts(config)
-    run_answers(config)
-    run_capture(config)
-    return store
+    def make(store: Path) -> None:
+        shutil.copytree(demo_store, store)
+        for stage in (run_prompts, run_answers, run_capture):
+            stage(tiny_run(store))
+
+    return made_once(tmp_path_factory, "captured-store", make)
 
 
 @pytest.fixture

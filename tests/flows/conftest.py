@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
 from prefect.testing import utilities
 
-from tests.conftest import REPOSITORY, TINY, write_jsonl
+from tests.conftest import REPOSITORY, TINY, made_once, write_jsonl
 
 # The tiny demo where only the way through all stages counts.
 BENCHMARKS = ", ".join(f"{{name: demo/{domain}, limit: 1}}" for domain in ("math", "code", "chat"))
@@ -30,18 +29,16 @@ SERVED = ("answers.engine=openai", "resources.serve=vllm", f"resources.serve_com
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of Prefect's, to be copied: making its tables takes a server half of its start, so all processes share one."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    made, part = folder / "prefect.db", folder / "part.db"
-    with FileLock(folder / "prefect.lock"):
-        if not made.exists():
-            env = {**os.environ, "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{part}", "PREFECT_HOME": str(folder)}
-            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-            subprocess.run(command, env=env, check=True, capture_output=True)
-            part.rename(made)
-    return made
+    """An empty database of Prefect's, to be copied: making its tables takes a server half of its start."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        made = f"sqlite+aiosqlite:///{folder}/prefect.db"
+        env = {**os.environ, "PREFECT_SERVER_DATABASE_CONNECTION_URL": made, "PREFECT_HOME": str(folder)}
+        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "prefect-home", make) / "prefect.db"
 
 
 @pytest.fixture(autouse=True, scope="session")
