@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY, tiny_run
 
 # All stages in one process, forked from one that has imported them: what a kill interrupts is the stages' own work.
 RUNS = """
-import os, sys
+import os, sys, traceback
 from pathlib import Path
 from tests.conftest import tiny_run
 from deepspec.data.answers import run_answers
@@ -42,6 +42,8 @@ for line in sys.stdin:
         try:
             work(line.strip())
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.setpgid(pid, pid)
