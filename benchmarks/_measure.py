@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from deepspec.artifact import Artifact
-from deepspec.data.codec import make_codec
-from deepspec.data.layout import HiddenSample, Layout, Stored, last_hidden_spans
-from deepspec.records import ArtifactKey
-from deepspec.store import Store
+from deepspec.artifacts.artifact import Artifact
+from deepspec.cache.codecs import make_codec
+from deepspec.cache.format import HiddenSample, Layout, Stored, last_hidden_spans
+from deepspec.artifacts.records import ArtifactKey
+from deepspec.storage.store import Store
 
 ROUNDS = 5
 LAYERS, HIDDEN_SIZE = 5, 2560  # of Qwen3-4B as captured

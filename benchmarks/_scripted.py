@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from deepspec.config import RunConfig
-from deepspec.data.turns import Outcome, Request, Turn
+from deepspec.config.run import RunConfig
+from deepspec.target.conversation import Outcome, Request, Turn
 
 
 class Free:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from benchmarks._measure import hidden_artifact, make_samples, raw_layout
-from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
-from deepspec.events import silent
+from deepspec.config.run import RunConfig
+from deepspec.cache.reader import HiddenCache
+from deepspec.process.events import silent
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
 from deepspec.train.step import Trainer
 from deepspec.train.strategy import Replicated
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
-from deepspec.train.world import World
-from tests.data.samples import make_cache
+from deepspec.train.distributed import World
+from tests.cache.samples import make_cache
 
 SHARD_ROWS = 96
 QWEN3 = {

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from benchmarks._measure import peak_bytes, result
-from deepspec.data.answers import run_answers
-from deepspec.data.prompts import run_prompts
-from deepspec.recipe import load_run
+from deepspec.answers.stage import run_answers
+from deepspec.prompts.stage import run_prompts
+from deepspec.config.recipes import load_run
 
 SERVERS, IN_FLIGHT = 8, 32
 LATENCIES = {2.0: 2048, 0.5: 8192, 0.05: 8192}  # seconds of an answer: conversations to answer

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from benchmarks._measure import result
-from deepspec.config import SamplingConfig
-from deepspec.eval.speculate import Policy, speculate
-from deepspec.generate import Decode
-from deepspec.model.draft import Proposal
-from deepspec.target import TargetOutput
+from deepspec.config.run import SamplingConfig
+from deepspec.evaluate.speculate import Policy, speculate
+from deepspec.target.generate import Decode
+from deepspec.model.drafter import Proposal
+from deepspec.target.model import TargetOutput
 
 ROWS, BLOCK, ACCEPTED, ROUNDS, VOCABULARY = 32, 7, 3, 2_000, 64
 GOAL_MS = 0.3

@@ -18,12 +18,12 @@ import pyarrow as pa
 import xxhash
 
 from benchmarks._measure import ROUNDS, hidden_artifact, make_samples, raw_layout, result
-from deepspec.artifact import Artifact
-from deepspec.data.cache import SCHEMA
-from deepspec.data.index import INDEX, read_rows, write_index
-from deepspec.data.shard_writer import ShardWriter
-from deepspec.records import Record, index_file
-from deepspec.store import file_checksum
+from deepspec.artifacts.artifact import Artifact
+from deepspec.cache.reader import SCHEMA
+from deepspec.cache.index import INDEX, read_rows, write_index
+from deepspec.cache.shard_writer import ShardWriter
+from deepspec.artifacts.records import Record, index_file
+from deepspec.storage.store import file_checksum
 
 SHARDS, ROWS = 10_000, 130
 GOALS = {"50 ms/open": 1.0, "15 MB/growth": 1.0, "1 s/first batch": 1.0, "10 s/finalise": 1.0}
@@ -31,10 +31,10 @@ OPENED = """
 import json, sys, time
 import numpy, pyarrow, torch, psutil
 from benchmarks._measure import hidden_artifact
-from deepspec.data.cache import HiddenCache
-from deepspec.recipe import load_run
-from deepspec.train.data import StepData
-from deepspec.train.world import World
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.recipes import load_run
+from deepspec.train.batches import StepData
+from deepspec.train.distributed import World
 from pathlib import Path
 artifact, process = hidden_artifact(Path(sys.argv[1])), psutil.Process()
 before, began = process.memory_info().rss, time.perf_counter()

@@ -22,8 +22,8 @@ import pyarrow as pa
 import torch
 
 from benchmarks._measure import LAYERS, alternate, hidden_artifact, make_samples, orders, raw_layout, result
-from deepspec.data.cache import HiddenCache
-from tests.data.samples import make_cache
+from deepspec.cache.reader import HiddenCache
+from tests.cache.samples import make_cache
 
 LENGTHS = {200: 64, 1000: 16, 4000: 4}  # tokens a sample: samples; 0.4 to 0.5 GB each
 READS = {200: 192, 1000: 48, 4000: 16}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from deepspec.store import Store, file_checksum
+from deepspec.storage.store import Store, file_checksum
 from tests.radosgw import Radosgw, ceph_missing
 
 ROUNDS, READERS, OUTAGE_S = 5, 8, 15.0

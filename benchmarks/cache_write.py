@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks._measure import alternate, make_samples, raw_layout, result
-from deepspec.data.shard_writer import Background, ShardWriter
-from deepspec.data.sink import Writes
-from deepspec.store import Store
+from deepspec.cache.shard_writer import Background, ShardWriter
+from deepspec.cache.sink import Writes
+from deepspec.storage.store import Store
 
 NUM_SAMPLES, NUM_TOKENS, SHARDS = 5, 1000, 4  # 30 MB a sample, 0.6 GB a round
 WAITING_BYTES = 128_000_000

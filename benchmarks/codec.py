@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deepspec.data.codec import channel_scale, make_codec
-from deepspec.data.columns import Codec, CodecName, Compression
-from deepspec.data.fidelity import Fidelity, FidelityLimits, measure, refuse
+from deepspec.cache.codecs import channel_scale, make_codec
+from deepspec.cache.codec_base import Codec, CodecName, Compression
+from deepspec.cache.fidelity import Fidelity, FidelityLimits, measure, refuse
 
 SCALE_TOKENS, TOKENS, SAMPLE_TOKENS, ROUNDS = 2000, 12_000, 1000, 5
 WIDTHS = {"Qwen3-4B": 2560, "Qwen3-8B": 4096, "Qwen3-14B": 5120, "gemma4-12b": 3840}
@@ -100,12 +100,12 @@ def main() -> dict[str, object]:
 
 def real_states(store: str) -> States:
     """States of the corpus of a demo target of width 128, trained in the given store."""
-    from deepspec.data.chat import load_chat, target_folder
+    from deepspec.target.chat import load_chat, target_folder
     from deepspec.demo.build import encode
     from deepspec.demo.corpus import make_corpus
     from deepspec.demo.stage import run_demo
-    from deepspec.recipe import load_run
-    from deepspec.target import load_target
+    from deepspec.config.recipes import load_run
+    from deepspec.target.model import load_target
 
     demo = ["demo.hidden_size=128", "demo.num_layers=8", "demo.steps=150", "demo.conversations=3000", "target.layer_ids=[1, 2, 4, 5, 6]"]
     config = load_run("demo", [*demo, "resources.min_free_gb=0"], store=store)

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks._measure import ROUNDS, result
 from benchmarks._training import QWEN3, make_trainer, random_cache
-from deepspec.data.cache import HiddenCache
-from deepspec.recipe import load_run
-from deepspec.train.data import StepData
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.recipes import load_run
+from deepspec.train.batches import StepData
 from deepspec.train.metrics import Meter
 from deepspec.train.step import train_step
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks._measure import result
-from deepspec.config import SamplingConfig
-from deepspec.eval.benchmarks import load_benchmarks, render
-from deepspec.eval.run import load_models
-from deepspec.eval.speculate import speculate
-from deepspec.eval.units import Models
-from deepspec.generate import Decode, generate
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
+from deepspec.config.run import SamplingConfig
+from deepspec.evaluate.prompts import load_benchmarks, render
+from deepspec.evaluate.stage import load_models
+from deepspec.evaluate.speculate import speculate
+from deepspec.evaluate.units import Models
+from deepspec.target.generate import Decode, generate
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
 
 ROUNDS, BATCH, EARLY_EXIT = 3, 8, 4
 PLAIN, SPECULATIVE, ASSISTED = "plain", "speculative", "assisted"

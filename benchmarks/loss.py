@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
-from deepspec.model.linear_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
 ROUNDS = 3

@@ -19,10 +19,10 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks._measure import result
-from deepspec.data.prompts import run_prompts
-from deepspec.launch import Request
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status
+from deepspec.prompts.stage import run_prompts
+from deepspec.process.launch import Request
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status
 from flows.server import PrivateServer
 
 SHARDS, GROUPS = 10_000, 100

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from benchmarks._measure import alternate, result
 from benchmarks._training import QWEN3
-from deepspec.config import BlockDraftConfig, ConfidenceConfig, DraftConfig, Eagle3DraftConfig, MarkovConfig
+from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, DraftConfig, Eagle3DraftConfig, MarkovConfig
 from deepspec.model.anchors import Samples, sample_anchors
-from deepspec.model.block import BlockDraft
+from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import Draft, build_draft
-from deepspec.model.draft import TrainBatch
+from deepspec.model.drafter import TrainBatch
 from deepspec.model.eagle3 import Eagle3Plan
 from deepspec.model.spec import DraftSpec
 

@@ -23,15 +23,15 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._measure import result
-from deepspec.eval.calibration import calibrated, fit_calibration
-from deepspec.eval.results import read_rows
-from deepspec.eval.rounds import Rounds, headline, read_rounds, split_by_prompt
-from deepspec.eval.scheduler import schedule
-from deepspec.eval.simulate import Simulated, compare_policies
-from deepspec.eval.speed_curve import SpeedCurve, profile
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
-from deepspec.target import Target
+from deepspec.evaluate.calibration import calibrated, fit_calibration
+from deepspec.evaluate.results import read_rows
+from deepspec.evaluate.rounds import Rounds, headline, read_rounds, split_by_prompt
+from deepspec.evaluate.scheduler import schedule
+from deepspec.evaluate.simulate import Simulated, compare_policies
+from deepspec.evaluate.speed_curve import SpeedCurve, profile
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
+from deepspec.target.model import Target
 
 RECORDED = Path(__file__).with_name("scheduler_rounds.json")
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._measure import alternate, result
 from benchmarks._training import QWEN3, QWEN3_4B, make_trainer, random_cache
-from deepspec.data.cache import HiddenCache
-from deepspec.model.draft import TrainBatch
-from deepspec.recipe import load_run
-from deepspec.train.data import StepData
+from deepspec.cache.reader import HiddenCache
+from deepspec.model.drafter import TrainBatch
+from deepspec.config.recipes import load_run
+from deepspec.train.batches import StepData
 from deepspec.train.metrics import Meter
 from deepspec.train.step import train_step
 from deepspec.train.strategy import COMPUTE_DTYPES, Replicated

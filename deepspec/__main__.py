@@ -17,16 +17,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deepspec.config import RunConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
-from deepspec.events import Report, json_lines
-from deepspec.launch import Request
-from deepspec.recipe import load_run, recipe_names, to_yaml
-from deepspec.shards import parse_shards
-from deepspec.terminal import TerminalReport
-from deepspec.train.ranks import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
-from deepspec.verbs import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
-from deepspec.verbs import app as looking
+from deepspec.process.events import Report, json_lines
+from deepspec.process.launch import Request
+from deepspec.config.recipes import load_run, recipe_names, to_yaml
+from deepspec.process.shard_ranges import parse_shards
+from deepspec.process.terminal import TerminalReport
+from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
+from deepspec.cli.inspection import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
+from deepspec.cli.inspection import app as looking
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 app.add_typer(looking)  # without a name of its own: its verbs stand beside these
@@ -42,7 +42,7 @@ def recipes() -> None:
 @app.command("show-config")
 def show_config(run: RunOrArtifact, sets: Sets = None, store: StoreUrl = None) -> None:
     """Print a run's whole configuration as YAML, ready to be saved, edited and run; of an artifact, the run that made it."""
-    from deepspec.provenance import drift, find_run
+    from deepspec.artifacts.provenance import drift, find_run
 
     config = find_run(run, sets or (), store=store)
     typer.echo(to_yaml(config), nl=False)
@@ -62,7 +62,7 @@ def demo(run: Run = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def prompts(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Stage 1: read the source, drop what cannot be used, cut into shards."""
-    from deepspec.data.prompts import run_prompts
+    from deepspec.prompts.stage import run_prompts
 
     config, report = _open(run, sets, store)
     run_prompts(config, report)
@@ -71,7 +71,7 @@ def prompts(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def answers(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 2: the target answers every prompt anew."""
-    from deepspec.data.answers import run_answers
+    from deepspec.answers.stage import run_answers
 
     config, report = _open(run, sets, store)
     run_answers(config, shards=_chosen(shards), report=report)
@@ -90,7 +90,7 @@ def hidden(
     ] = "cache",
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
     run_capture(config, shards=_chosen(shards), purpose=purpose, report=report)
@@ -112,7 +112,7 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Read the run's known benchmarks into the store now, so that its other stages need no network for them."""
-    from deepspec.data.benchmarks import benchmark_digests
+    from deepspec.prompts.benchmarks import benchmark_digests
 
     config, _ = _open(run, sets, store)
     for name in {**benchmark_digests(config, "prompts"), **benchmark_digests(config, "evaluate")}:
@@ -122,9 +122,9 @@ def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
-    from deepspec.eval.report import put_report
-    from deepspec.eval.run import run_evaluate
-    from deepspec.stages import results
+    from deepspec.report.report import put_report
+    from deepspec.evaluate.stage import run_evaluate
+    from deepspec.artifacts.status import results
 
     config, report = _open(run, sets, store)
     artifact = run_evaluate(config, shards=_chosen(shards), report=report)
@@ -140,7 +140,7 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="ENGINE", help="vllm, sglang, speculators or hf")],
 ) -> None:
     """Write a draft as a serving engine expects it; it counts once it was read back and drafts as the original."""
-    from deepspec.model.export import export_draft
+    from deepspec.export.export import export_draft
 
     export_draft(Path(draft), engine=to, out=Path(out))
     typer.echo(f"{out} holds the draft for {to}, and drafts as the original does")
@@ -154,7 +154,7 @@ def conformance(
     ] = None,
 ) -> None:
     """Check the numbers: against reference vectors, or of a target; exit 1 where any is outside what is allowed."""
-    from deepspec.eval.conformance import run_conformance
+    from deepspec.target.conformance import run_conformance
 
     table, passed = run_conformance(vectors=vectors, model=model)
     Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log keeps its rows whole
@@ -164,7 +164,7 @@ def conformance(
 
 def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
     """The validated run, and where its events go; refuses a store that cannot be used before anything is loaded."""
-    from deepspec.lineage import store_of
+    from deepspec.artifacts.lineage import store_of
 
     config = load_run(run, sets or (), store=store)
     store_of(config).check_writable(config.resources.min_free_gb)

@@ -17,8 +17,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from deepspec.artifact import Artifact
-from deepspec.provenance import sealed_inputs
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.provenance import sealed_inputs
 from flows.reporting import best_effort
 
 log = logging.getLogger(__name__)

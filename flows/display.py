@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from deepspec.events import words_of
-from deepspec.terminal import TimeLeftColumn
+from deepspec.process.events import words_of
+from deepspec.process.terminal import TimeLeftColumn
 from flows.reporting import Progress, StageOutcome, Watcher, result_row, stage_row, watched_by
 
 PLAIN_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal

@@ -11,7 +11,7 @@ import shlex
 
 from prefect import flow
 
-from deepspec.stages import report_text, results
+from deepspec.artifacts.status import report_text, results
 from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
 from flows.request import open_run

@@ -14,8 +14,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
-from deepspec.launch import Request
-from deepspec.shards import shard_list
+from deepspec.process.launch import Request
+from deepspec.process.shard_ranges import shard_list
 from flows.reporting import artifact_key, best_effort
 from flows.selection import FLOW_OF, SELECTABLE
 

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from deepspec.errors import ConfigError
-from flows.board import Board
+from flows.stage_progress import Board
 
 DESERTED_S = 60.0  # without a worker, after which it is said
 

@@ -22,7 +22,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from deepspec.stages import StageStatus
+from deepspec.artifacts.status import StageStatus
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import tomllib
 from pathlib import Path
 
 from deepspec.errors import UserError
-from deepspec.ports import free_port
-from deepspec.store import Store
+from deepspec.process.ports import free_port
+from deepspec.storage.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
 STOP_S = 5.0
@@ -35,7 +35,7 @@ class PrivateServer:
         home.mkdir(parents=True, exist_ok=True)
         os.environ.update(_settings(home, self.port))
         command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
-        guarded = [sys.executable, "-m", "deepspec.guard", str(STOP_S), sys.executable, *command]
+        guarded = [sys.executable, "-m", "deepspec.process.supervisor", str(STOP_S), sys.executable, *command]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
         atexit.register(self.stop)  # registered before Prefect's own handlers, so it runs after they have sent their last events

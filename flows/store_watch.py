@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 
-from deepspec.artifact import Artifact
+from deepspec.artifacts.artifact import Artifact
 from deepspec.errors import DeepSpecError
-from deepspec.stages import SHARDED, StageStatus
-from flows.board import Board
+from deepspec.artifacts.status import SHARDED, StageStatus
+from flows.stage_progress import Board
 
 log = logging.getLogger(__name__)
 

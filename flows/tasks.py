@@ -8,24 +8,24 @@ from collections.abc import Iterator, Sequence
 
 from prefect import get_run_logger
 
-from deepspec.artifact import Artifact
-from deepspec.claims import Claims
-from deepspec.config import RunConfig
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.leases import Claims
+from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError
-from deepspec.launch import Request
-from deepspec.lineage import artifact_of
-from deepspec.shards import parse_shards
-from deepspec.stages import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from deepspec.process.launch import Request
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.process.shard_ranges import parse_shards
+from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
 from flows.failures import publish_failure
-from flows.hands import LocalHands
+from flows.local_executor import LocalHands
 from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
 from flows.request import open_run
 from flows.selection import FLOW_OF, selected
 from flows.stage_run import Hands, StageRun
-from flows.turns import claims_on, take_turn, to_claim
-from flows.workers import WorkersHands
+from flows.lease_wait import claims_on, take_turn, to_claim
+from flows.pool_executor import WorkersHands
 
 
 def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
@@ -136,7 +136,7 @@ def hands_for(run: StageRun, claims: Claims) -> Iterator[Hands]:
     """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages with shards alone."""
     runner = run.config.resources.runner
     if runner == "ray" and run.sharded:
-        from flows.ray_hands import ray_hands
+        from flows.ray_executor import ray_hands
 
         with ray_hands(run) as hands:
             yield hands

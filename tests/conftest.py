@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):
     """The tiny demo's configuration in the given store."""
-    from deepspec.recipe import load_run
+    from deepspec.config.recipes import load_run
 
     shrunk = [override for override in TINY if not (recipe.startswith("eagle3") and override.startswith("draft."))]
     return load_run(recipe, [*shrunk, *overrides], store=str(store))
@@ -86,9 +86,9 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with everything that training reads; copy it before training."""
-    from deepspec.data.answers import run_answers
-    from deepspec.data.capture import run_capture
-    from deepspec.data.prompts import run_prompts
+    from deepspec.answers.stage import run_answers
+    from deepspec.hidden.stage import run_capture
+    from deepspec.prompts.stage import run_prompts
 
     def make(store: Path) -> None:
         shutil.copytree(demo_store, store)

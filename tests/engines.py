@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepspec.config import RunConfig
-from deepspec.data.turns import Outcome, Refused, Request, Turn
+from deepspec.config.run import RunConfig
+from deepspec.target.conversation import Outcome, Refused, Request, Turn
 from deepspec.errors import DataError, TransientError
 
 

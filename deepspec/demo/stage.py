@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from deepspec.artifact import Artifact
-from deepspec.config import RunConfig
+from deepspec.artifacts.artifact import Artifact
+from deepspec.config.run import RunConfig
 from deepspec.demo.build import build_demo
 from deepspec.errors import ConfigError
-from deepspec.events import Report, silent
-from deepspec.lineage import artifact_of
+from deepspec.process.events import Report, silent
+from deepspec.artifacts.lineage import artifact_of
 
 
 def run_demo(config: RunConfig, report: Report = silent) -> Artifact:

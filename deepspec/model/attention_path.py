@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from deepspec.families import HeadGeometry
+from deepspec.config.families import HeadGeometry
 from deepspec.model.attention import Sight, flex
 
 log = logging.getLogger(__name__)

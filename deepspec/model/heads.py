@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepspec.config import MarkovConfig, SamplingConfig
+from deepspec.config.run import MarkovConfig, SamplingConfig
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 

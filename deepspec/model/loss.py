@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.config import LossConfig
-from deepspec.model.linear_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.config.run import LossConfig
+from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.config import SamplingConfig
+from deepspec.config.run import SamplingConfig
 
 
 class Verdict(NamedTuple):

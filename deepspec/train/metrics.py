@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deepspec.train.world import World
+from deepspec.train.distributed import World
 
 
 class Meter:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from deepspec.config import RunConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
-from deepspec.model.draft import TrainBatch
-from deepspec.train.data import StepData
-from deepspec.train.optim import trainable
+from deepspec.model.drafter import TrainBatch
+from deepspec.train.batches import StepData
+from deepspec.train.optimizer import trainable
 
 log = logging.getLogger(__name__)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from deepspec.config import RunConfig
-from deepspec.data.cache import HiddenCache
-from deepspec.data.online import open_online
-from deepspec.data.rolling import open_rolling
-from deepspec.data.source import Source
-from deepspec.events import Report
-from deepspec.lineage import artifact_of
-from deepspec.stages import trains_without_cache
-from deepspec.train.acceptance import acceptance_numbers, own_share
-from deepspec.train.world import World
+from deepspec.config.run import RunConfig
+from deepspec.cache.reader import HiddenCache
+from deepspec.hidden.online import open_online
+from deepspec.hidden.rolling import open_rolling
+from deepspec.cache.source import Source
+from deepspec.process.events import Report
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.status import trains_without_cache
+from deepspec.train.validation import acceptance_numbers, own_share
+from deepspec.train.distributed import World
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from deepspec.artifact import Artifact
-from deepspec.config import RunConfig
+from deepspec.artifacts.artifact import Artifact
+from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
-from deepspec.model.draft import TrainBatch
-from deepspec.train.data import StepData
+from deepspec.model.drafter import TrainBatch
+from deepspec.train.batches import StepData
 from deepspec.train.metrics import Meter
-from deepspec.train.optim import learning_rate
+from deepspec.train.optimizer import learning_rate
 from deepspec.train.strategy import Strategy
 from deepspec.train.vitals import Vitals
 from deepspec.train.watchdog import Watchdog
-from deepspec.train.world import World
+from deepspec.train.distributed import World
 
 
 class Trainer(NamedTuple):

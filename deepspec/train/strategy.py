@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepspec.artifact import Artifact
-from deepspec.config import RunConfig, TrainConfig
-from deepspec.model.draft import TrainBatch
+from deepspec.artifacts.artifact import Artifact
+from deepspec.config.run import RunConfig, TrainConfig
+from deepspec.model.drafter import TrainBatch
 from deepspec.model.loss import LossOutput
-from deepspec.train.optim import apply_step, make_optimizer, trainable
-from deepspec.train.world import World
+from deepspec.train.optimizer import apply_step, make_optimizer, trainable
+from deepspec.train.distributed import World
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspec.model.draft import TrainBatch
+from deepspec.model.drafter import TrainBatch
 
 
 class Vitals:

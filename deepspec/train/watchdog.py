@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from deepspec.errors import EXIT_TRANSIENT, TransientError
-from deepspec.events import Report
+from deepspec.process.events import Report
 
 log = logging.getLogger(__name__)
 

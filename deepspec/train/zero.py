@@ -27,16 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepspec.artifact import Artifact
-from deepspec.config import RunConfig
+from deepspec.artifacts.artifact import Artifact
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.model.checkpoint import empty_draft, load_tensors
-from deepspec.model.draft import TrainBatch
+from deepspec.model.drafter import TrainBatch
 from deepspec.model.loss import LossOutput
-from deepspec.store import pretty_json
-from deepspec.train.optim import BETAS, EPS, trainable
+from deepspec.storage.store import pretty_json
+from deepspec.train.optimizer import BETAS, EPS, trainable
 from deepspec.train.strategy import COMPUTE_DTYPES, Piece
-from deepspec.train.world import World
+from deepspec.train.distributed import World
 
 log = logging.getLogger(__name__)
 

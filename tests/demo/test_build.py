@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspec.config import DemoConfig
+from deepspec.config.run import DemoConfig
 from deepspec.demo.build import DemoSummary, build_demo
 
 CONFIG = DemoConfig(conversations=90, held_out=3, vocab_size=300, num_layers=2, hidden_size=32, steps=3, batch_tokens=400)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepspec.config import DemoConfig
+from deepspec.config.run import DemoConfig
 from deepspec.demo.build import encode
 from deepspec.demo.corpus import make_corpus
 from deepspec.demo.target import WARMUP_STEPS, Example, batch_loss, make_batches, new_target, schedule

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepspec.data.turns import Outcome, Request
+from deepspec.target.conversation import Outcome, Request
 from deepspec.errors import DataError
 from tests.engines import Echo
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from deepspec.guard import kill_marked
+from deepspec.process.supervisor import kill_marked
 from flows.server import free_port
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import home_with

@@ -15,14 +15,14 @@ from flows.child_log import OTHERS_AT_ONCE, WARNINGS_AT_ONCE, Allowance, ChildLo
 def chatty(path: Path) -> None:
     with closing(ChildLog(path)) as forward:
         for number in range(500):
-            forward(f"2026-01-01 INFO deepspec.work: shard={number}")
-            forward(f"2026-01-01 ERROR deepspec.work: trouble {number}")
+            forward(f"2026-01-01 INFO deepspec.artifacts.shard_loop: shard={number}")
+            forward(f"2026-01-01 ERROR deepspec.artifacts.shard_loop: trouble {number}")
         forward("x" * 100_000)
 
 
 def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(caplog: pytest.LogCaptureFixture, tmp_path: Path):
     chatty(tmp_path / "answers-0000.log")
-    said = [record for record in caplog.records if record.name == "prefect.flow_runs" and " deepspec.work: " in record.getMessage()]
+    said = [record for record in caplog.records if record.name == "prefect.flow_runs" and " deepspec.artifacts.shard_loop: " in record.getMessage()]
     levels = [record.levelname for record in said]
     # A slow machine may take seconds for the thousand lines, in which one or the other comes back.
     assert (

@@ -28,10 +28,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepspec import __version__
 from deepspec.errors import ConfigError, UserError
-from deepspec.launch import Request
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status, stages_of
+from deepspec.process.launch import Request
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status, stages_of
 from flows.assets import asset_key
 from flows.automations import FLOWS, crashed
 from flows.compatible import check_version
@@ -69,7 +69,7 @@ def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: floa
 @contextlib.contextmanager
 def running(command: list[str], *, env: dict[str, str], log: Path) -> Iterator[None]:
     """`prefect server start` or `prefect worker start`, ended with everything it started when the block is left."""
-    command = [sys.executable, "-m", "deepspec.guard", "5", *command]
+    command = [sys.executable, "-m", "deepspec.process.supervisor", "5", *command]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=output, stderr=output)
     try:

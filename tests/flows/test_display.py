@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from deepspec.stages import StageStatus
+from deepspec.artifacts.status import StageStatus
 from flows.display import show_summary, shown_on_terminal, summary_line
 from flows.reporting import Progress, StageOutcome, artifact_key, result_row, show, show_nothing_to_do, stage_row
 

@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from deepspec.errors import ChildFailed, ShardsFailed
-from deepspec.shards import parse_shards
+from deepspec.process.shard_ranges import parse_shards
 from flows.failures import MOST_ROWS, deployment_command, failure_text
 from flows.parameters import run_name
 

@@ -11,12 +11,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status
 from flows import pool
-from flows.board import Board
+from flows.stage_progress import Board
 from flows.pool import Pool
-from flows.workers import error_in
+from flows.pool_executor import error_in
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
 
-from deepspec.config import RunConfig
-from deepspec.data.prompts import run_prompts
+from deepspec.config.run import RunConfig
+from deepspec.prompts.stage import run_prompts
 from deepspec.errors import ConfigError, ShardsFailed, UserError
-from deepspec.launch import Request
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
-from deepspec.resources_config import ResourcesConfig
+from deepspec.process.launch import Request
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
+from deepspec.config.resources import ResourcesConfig
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.request import open_run
 from flows.server import free_port
@@ -38,7 +38,7 @@ from tests.processes import is_alive
 
 if find_spec("prefect_ray") is None:
     pytest.skip("Ray is not installed", allow_module_level=True)
-from flows.ray_hands import ON_LOOPBACK, connected
+from flows.ray_executor import ON_LOOPBACK, connected
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def started(command: list[str], log: Path, tries: int = 3) -> subprocess.Popen[b
     """A cluster that is up; Ray gives its own processes 30 seconds, which are too few on a machine that is busy with other tests."""
     with log.open("wb") as output:
         head = subprocess.Popen(
-            [sys.executable, "-m", "deepspec.guard", "5", *command], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=output, stderr=output
+            [sys.executable, "-m", "deepspec.process.supervisor", "5", *command], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=output, stderr=output
         )
     wait_for(lambda: "Ray runtime started" in log.read_text() or head.poll() is not None)
     if head.poll() is None:
@@ -119,7 +119,7 @@ def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.
 
 
 def ray_worker_of(run_file: Path, shards: str) -> psutil.Process:
-    (guard,) = [child for child in children_for(run_file) if shards in child.cmdline() and "deepspec.guard" in child.cmdline()]
+    (guard,) = [child for child in children_for(run_file) if shards in child.cmdline() and "deepspec.process.supervisor" in child.cmdline()]
     worker = guard.parent()
     assert worker is not None and worker.name().startswith("ray::")
     return worker

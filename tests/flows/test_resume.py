@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepspec.config import RunConfig
-from deepspec.data.prompts import run_prompts
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status
-from deepspec.train.state import checkpoint_steps
+from deepspec.config.run import RunConfig
+from deepspec.prompts.stage import run_prompts
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status
+from deepspec.train.checkpoint_files import checkpoint_steps
 from tests.conftest import TINY, tiny_run
 from tests.flows.conftest import flaky_run
 from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
@@ -118,7 +118,7 @@ def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_butt
 
 
 def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_kept(site: Site, captured: Path, tmp_path: Path):
-    """Of a killed one neither: tests/train/test_ranks.py."""
+    """Of a killed one neither: tests/train/test_launcher.py."""
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     artifact = artifact_of(tiny_run(store, *LONG), "train")

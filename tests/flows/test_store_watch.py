@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.data.answers import run_answers
-from deepspec.data.prompts import run_prompts
-from deepspec.lineage import artifact_of
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status
-from flows.board import Board
+from deepspec.answers.stage import run_answers
+from deepspec.prompts.stage import run_prompts
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status
+from flows.stage_progress import Board
 from flows.reporting import Progress, watched_by
 from flows.store_watch import Watch, watching_store
 

@@ -16,17 +16,17 @@ from prefect.artifacts import Artifact
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 
-from deepspec import launch
-from deepspec.config import RunConfig
-from deepspec.data.prompts import run_prompts
+from deepspec.process import launch
+from deepspec.config.run import RunConfig
+from deepspec.prompts.stage import run_prompts
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
-from deepspec.gpus import visible_gpus
-from deepspec.launch import MARK, Request
-from deepspec.recipe import load_run
-from deepspec.stages import stage_status
-from flows.board import Board
-from flows.dealer import Lane
-from flows.hands import LocalHands
+from deepspec.process.machine import visible_gpus
+from deepspec.process.launch import MARK, Request
+from deepspec.config.recipes import load_run
+from deepspec.artifacts.status import stage_status
+from flows.stage_progress import Board
+from flows.shard_scheduler import Lane
+from flows.local_executor import LocalHands
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.stage_run import StageRun
 from flows.tasks import run_stages

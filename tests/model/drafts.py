@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.config import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
+from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
 from deepspec.model.checkpoint import Draft, build_draft
-from deepspec.model.draft import TrainBatch
+from deepspec.model.drafter import TrainBatch
 from deepspec.model.spec import DraftSpec
 
 VOCAB, SIZE, LAYERS = 61, 32, [-1, 1, 2]

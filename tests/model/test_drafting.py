@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config import SamplingConfig
-from deepspec.model.block import BlockDraft
-from deepspec.model.draft import DraftCache, Proposal
+from deepspec.config.run import SamplingConfig
+from deepspec.model.block_draft import BlockDraft
+from deepspec.model.drafter import DraftCache, Proposal
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.sampling import UniformStream
 from tests.model.drafts import CONFIGS, VOCAB, make_batch, make_draft

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.model.draft import TrainBatch
+from deepspec.model.drafter import TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 

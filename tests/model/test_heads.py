@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec.config import MarkovConfig, SamplingConfig
+from deepspec.config.run import MarkovConfig, SamplingConfig
 from deepspec.model.heads import MarkovHead, sample_block
 
 V, D, R, G = 11, 5, 3, 4

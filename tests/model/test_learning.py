@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config import LossConfig, SamplingConfig
+from deepspec.config.run import LossConfig, SamplingConfig
 from deepspec.model.checkpoint import Draft, build_draft
-from deepspec.model.draft import Drafter, TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec
 from tests.model.drafts import CONFIGS, LAYERS, QWEN3
 

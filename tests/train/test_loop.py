@@ -11,18 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepspec.artifact import Artifact
-from deepspec.data import capture
-from deepspec.data.cache import HiddenCache
-from deepspec.data.index import Index
+from deepspec.artifacts.artifact import Artifact
+from deepspec.hidden import stage as capture
+from deepspec.cache.reader import HiddenCache
+from deepspec.cache.index import Index
 from deepspec.errors import ArtifactMismatch, ConfigError, TrainingFailed, TransientError
-from deepspec.lineage import artifact_of
-from deepspec.train import checkpoints, loop, step
-from deepspec.train.data import StepData, sample_seed
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.train import checkpointing as checkpoints
+from deepspec.train import loop
+from deepspec.train import step
+from deepspec.train.batches import StepData, sample_seed
 from deepspec.train.loop import run_train
-from deepspec.train.state import checkpoint_records, checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records, checkpoint_steps
 from deepspec.train.step import StepResult
-from deepspec.train.world import World
+from deepspec.train.distributed import World
 from tests.conftest import tiny_run
 
 # The total variation is left out: its gradient has a jump where draft and target agree, so that a last bit can show as 1e-4.

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.data.cache import HiddenCache
+from deepspec.cache.reader import HiddenCache
 from deepspec.errors import TrainingFailed
-from deepspec.lineage import artifact_of
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.train import preflight
-from deepspec.train.data import StepData
-from deepspec.train.drafts import make_draft
+from deepspec.train.batches import StepData
+from deepspec.train.draft_artifact import make_draft
 from deepspec.train.loop import run_train
 from deepspec.train.preflight import check_before_training
 from deepspec.train.vitals import Vitals
-from deepspec.train.world import World
+from deepspec.train.distributed import World
 from tests.conftest import tiny_run
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -15,24 +15,24 @@ import psutil
 import pytest
 import torch
 
-from deepspec.artifact import Artifact
-from deepspec.data import lanes
-from deepspec.data.cache import HiddenCache
-from deepspec.data.chat import load_chat
-from deepspec.data.feeder import shard_bytes
-from deepspec.data.online import OnlineStates, open_online, open_unsealed, read_layout
-from deepspec.data.planned import Planned, plan_samples, read_planned, unplanned
-from deepspec.data.shelf import Shelf
+from deepspec.artifacts.artifact import Artifact
+from deepspec.hidden import rolling_workers as lanes
+from deepspec.cache.reader import HiddenCache
+from deepspec.target.chat import load_chat
+from deepspec.hidden.rolling_capture import shard_bytes
+from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, read_layout
+from deepspec.hidden.expected_index import Planned, plan_samples, read_planned, unplanned
+from deepspec.hidden.rolling_shards import Shelf
 from deepspec.errors import ArtifactMismatch, StoreError, TransientError
-from deepspec.events import silent
-from deepspec.launch import Request
-from deepspec.lineage import artifact_of, describe
-from deepspec.records import index_file
-from deepspec.stages import stage_status
+from deepspec.process.events import silent
+from deepspec.process.launch import Request
+from deepspec.artifacts.lineage import artifact_of, describe
+from deepspec.artifacts.records import index_file
+from deepspec.artifacts.status import stage_status
 from deepspec.train import loop
 from deepspec.train.loop import run_train
-from deepspec.train.ranks import launch_ranks
-from deepspec.train.state import checkpoint_steps
+from deepspec.train.launcher import launch_ranks
+from deepspec.train.checkpoint_files import checkpoint_steps
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import assert_close, weights
 
@@ -68,7 +68,7 @@ def difference(first: Artifact, second: Artifact) -> float:
 @pytest.mark.parametrize("setting", [[], ["hidden.last_hidden=none", "draft.algorithm=dflash", "draft.markov=null", "draft.confidence=null",
                                           "loss.ce=1", "loss.tv=0"]])  # fmt: skip
 def test_the_planned_index_is_that_of_the_sealed_cache(captured: Path, fresh: Path, setting: list[str]):
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, *setting)
     stage = open_unsealed(config)
@@ -101,7 +101,7 @@ def test_many_shards_are_rendered_in_several_processes(fresh: Path, monkeypatch:
 
 @pytest.mark.parametrize("codec", [["raw"], ["lossless"], ["int8", "hidden.compression=zstd"], ["fp8", "hidden.compression=zstd"]])
 def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(fresh: Path, codec: list[str]):
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
     artifact = run_capture(config, purpose="rolling")
@@ -137,7 +137,7 @@ def test_states_computed_online_are_those_of_the_cache(captured: Path, fresh: Pa
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
 def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches_are_the_same(fresh: Path, tmp_path: Path, codec: str):
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     shutil.copytree(fresh, tmp_path / "cached")
     config = tiny_run(tmp_path / "cached", ALONE, f"hidden.codec={codec}")
@@ -151,7 +151,7 @@ def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches
 
 def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_its_prompts(fresh: Path):
     """Nothing is left to do, whatever becomes of the cache afterwards."""
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, "resources.source=online", "train.max_steps=1")
     with pytest.raises(ArtifactMismatch, match="'train' reads 'hidden', which is not finished"):
@@ -221,7 +221,7 @@ class Watched:
 @pytest.fixture(scope="session")
 def cached_twice(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Two epochs from the sealed cache, every sample by itself."""
-    from deepspec.data.capture import run_capture
+    from deepspec.hidden.stage import run_capture
 
     store = tmp_path_factory.mktemp("cached") / "store"
     shutil.copytree(answered, store)
@@ -239,7 +239,7 @@ def die():
     open("{mark}", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 
-if "rolling" in sys.orig_argv and "deepspec.guard" not in sys.orig_argv and not os.path.exists("{mark}"):
+if "rolling" in sys.orig_argv and "deepspec.process.supervisor" not in sys.orig_argv and not os.path.exists("{mark}"):
     threading.Thread(target=die, daemon=True).start() if {late} else os.kill(os.getpid(), signal.SIGKILL)
 """
 

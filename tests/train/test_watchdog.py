@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from deepspec.errors import EXIT_TRANSIENT
-from deepspec.events import silent
+from deepspec.process.events import silent
 from deepspec.train.watchdog import Watchdog
 from tests.conftest import REPOSITORY, TINY
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifact import Artifact
-from deepspec.lineage import artifact_of
-from deepspec.ports import free_port
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.process.ports import free_port
 from deepspec.train.loop import run_train
-from deepspec.train.state import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_steps
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, weights
 
@@ -41,7 +41,7 @@ def of_deepspeed() -> list[str]:
 ONE_SIDED = """
 import copy
 from deepspec.__main__ import main
-from deepspec.train.data import StepData
+from deepspec.train.batches import StepData
 
 dealt = StepData.micro_batches
 

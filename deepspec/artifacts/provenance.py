@@ -1,0 +1,57 @@
+"""What an artifact says of where it comes from: the run that made it, and the sealed artifacts it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from deepspec.artifacts.artifact import Artifact
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch, ConfigError, DataError
+from deepspec.artifacts.lineage import artifact_at, artifact_key, input_artifact, require_info
+from deepspec.config.recipes import load_run, validated
+
+
+def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> RunConfig:
+    """The run that a recipe or a run file describes, or that made the artifact of a folder or URL.
+
+    That run's store is the one in which the artifact lies now, wherever it was made.
+
+    Raises:
+        ConfigError: unknown recipe, key or value, or an artifact whose run this version does not know.
+        ArtifactMismatch: there is no artifact, or it does not say which run made it.
+    """
+    artifact = artifact_at(source)
+    if artifact is None:
+        return load_run(source, overrides, store=store)
+    info = require_info(artifact)
+    if not info.run:
+        what = "the artifact does not say which run made it"
+        raise ArtifactMismatch(what, where=f"{artifact.url}/artifact.json", fix="give the run's recipe or file")
+    place = str(Path(artifact.store.root).resolve()) if artifact.store.is_local else artifact.store.url
+    fix = f"it was made by deepspec {info.code_version}: print it with that version, or correct a copy of `run` in artifact.json"
+    return validated({**info.run, "store": store or place}, overrides, where=f"{artifact.url}/artifact.json", fix=fix)
+
+
+def drift(source: str, config: RunConfig) -> str:
+    """Why the run that made this artifact would not find it again, in words; empty where it would, or `source` names a run."""
+    artifact = artifact_at(source)
+    if artifact is None:
+        return ""
+    try:
+        found = artifact_key(config, artifact.key.stage).fingerprint
+    except (DataError, ConfigError) as error:
+        return f"a file that the run reads is not here (relative paths are those of the run's folder): {error}"
+    made = artifact.key.fingerprint
+    return "" if found == made else f"this run makes {found}, not {made}: a file that it reads, or the format, has changed since"
+
+
+def sealed_inputs(artifact: Artifact) -> Iterator[Artifact]:
+    """The sealed artifacts that this one was made from; in place of one that is not (hidden states made in training), its own."""
+    info = artifact.info()
+    for entry in info.inputs if info else ():
+        upstream = input_artifact(artifact.store, entry)
+        if upstream.manifest() is not None:
+            yield upstream
+        else:
+            yield from sealed_inputs(upstream)

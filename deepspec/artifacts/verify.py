@@ -1,0 +1,113 @@
+"""Reading back what is committed: every damaged file is named, and its shard made missing so that the next run redoes it.
+
+Shards are read by several threads (hashing and reading release the interpreter's lock), each once and front to back:
+10,000 shards of 2 GB take as long as the disk or the line needs for their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import xxhash
+
+from deepspec.artifacts.artifact import RECORDS, Artifact
+from deepspec.config.run import RunConfig
+from deepspec.errors import DamagedData
+from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
+from deepspec.artifacts.records import Record, index_file
+
+Locate = Callable[[Artifact, Record], list[str]]
+"""Finds out what in a damaged shard is damaged, for stages whose rows have checksums of their own."""
+
+
+def verify_stage(config: RunConfig, stage: str, locate: Locate | None = None) -> Iterator[str]:
+    """One line per damaged or missing file of the stage's artifact."""
+    return verify_artifact(artifact_of(config, stage), locate, num_threads=config.resources.read_threads)
+
+
+def verify_benchmarks(config: RunConfig) -> Iterator[str]:
+    """The same of the known benchmarks that the run reads."""
+    for benchmark in dict.fromkeys([*known_benchmarks(config, "prompts"), *known_benchmarks(config, "evaluate")]):
+        yield from verify_artifact(Artifact(store_of(config), benchmark_key(benchmark)), num_threads=config.resources.read_threads)
+
+
+def verify_artifact(artifact: Artifact, locate: Locate | None = None, *, num_threads: int) -> Iterator[str]:
+    yield from _damaged_manifest(artifact)
+    yield from _damaged_records(artifact)
+    with ThreadPoolExecutor(num_threads) as pool:
+        yield from filter(None, pool.map(partial(_damaged_shard, artifact, locate), artifact.records().values()))
+    yield from _damaged_files(artifact)
+
+
+def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
+    """A manifest that does not fit its digest; the shards are as they were, so sealing again is all there is to do."""
+    try:
+        manifest = artifact.manifest()
+        records = artifact.sealed_records()  # none where their table is damaged, which is found below
+        whole = (
+            manifest is None or len(records) < manifest.totals["shards"] or manifest.digest == artifact.digest(records.values(), manifest)
+        )
+    except DamagedData:
+        whole = False
+    if not whole:
+        artifact.store.remove(artifact.path("manifest.json"))
+        yield f"{artifact.url}/manifest.json is damaged; it is removed, run the stage {artifact.key.stage!r} again"
+
+
+def _damaged_records(artifact: Artifact) -> Iterator[str]:
+    """Records that do not fit their digest, or that the sealed table knows otherwise, or not at all."""
+    names = artifact.record_shards()
+    sealed, found = artifact.sealed_records(), artifact.read_records(names)
+    for shard in sorted({*names, *sealed}):
+        why = ""
+        if shard not in found:
+            why = "its record is missing" if shard not in names else "its record is damaged"
+        elif sealed and found[shard] != sealed.get(shard):
+            why = "its record is not the one that was sealed"
+        if why and (said := _made_missing(artifact, shard, why, judged=found.get(shard))):
+            yield said
+
+
+def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) -> str | None:
+    """What is wrong with a shard, or None; read from the store itself, not from a local copy."""
+    found = None
+    try:
+        whole = artifact.store.checksum(artifact.path(record.file)) == record.checksum
+    except FileNotFoundError:
+        return _made_missing(artifact, record.shard, f"{record.file} is gone", judged=record)
+    except OSError as error:  # a bad sector: the commonest way for a disk to lose data
+        return _made_missing(artifact, record.shard, f"{record.file} cannot be read ({error.strerror})", judged=record)
+    if not whole:
+        places = locate(artifact, record) if locate else []
+        found = f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
+    elif record.index_checksum:
+        (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
+        if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
+            found = f"{index_file(record)} is damaged"
+    return found and _made_missing(artifact, record.shard, found, judged=record)
+
+
+def _made_missing(artifact: Artifact, shard: int, why: str, *, judged: Record | None) -> str | None:
+    """Remove the record that was found wanting, unless another run has made the shard anew since it was read."""
+    if artifact.record(shard) != judged:
+        return None
+    artifact.store.remove(artifact.path(f"records/{shard:05d}.json"))
+    return f"{artifact.url}: shard {shard}: {why}; its record is removed, run the stage {artifact.key.stage!r} again"
+
+
+def _damaged_files(artifact: Artifact) -> Iterator[str]:
+    """What stands beside the shards; removed, or the stage would take it for done."""
+    manifest = artifact.manifest()
+    entries = {**manifest.files, RECORDS: manifest.records} if manifest else {}
+    for name, entry in entries.items():
+        try:
+            found = artifact.store.checksum(artifact.path(name))
+        except FileNotFoundError:
+            found = "no such file"
+        if found != entry.checksum:
+            artifact.store.remove(artifact.path("manifest.json"))
+            artifact.store.remove(artifact.path(name))
+            todo = f"it is removed, run the stage {artifact.key.stage!r} again"
+            yield f"{artifact.url}/{name}: damaged ({found}, not {entry.checksum}); {todo}"

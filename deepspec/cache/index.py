@@ -1,0 +1,113 @@
+"""Where every sample of a cache lies: one Arrow file for all of them, mapped into memory and used column by column.
+
+Opening it reads nothing but its footer; ranks on one machine share the pages that they look at. 1.3 million samples are
+73 MB on disk. No value is converted on the way (pyarrow's `to_numpy` would import pandas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from deepspec.artifacts.artifact import Artifact
+from deepspec.errors import DamagedData
+from deepspec.artifacts.records import Record, index_file
+
+INDEX = "index.arrow"
+ROWS_AT_A_TIME = 256  # files of index rows read together
+
+
+class Index(NamedTuple):
+    """One entry per sample, ordered by shard and row."""
+
+    sample_id: np.ndarray  # uint64
+    shard: np.ndarray  # uint32
+    row: np.ndarray  # uint32
+    num_tokens: np.ndarray  # uint32
+    num_supervised: np.ndarray  # uint32
+    num_last: np.ndarray  # uint32, positions whose final hidden state is kept
+    held_out: np.ndarray  # uint8
+    offset: np.ndarray  # uint64, of the sample's message in its shard
+    num_bytes: np.ndarray  # uint64, of the message
+    checksum: np.ndarray  # uint64, xxh3_64 of the message
+
+
+TYPES = {
+    "sample_id": pa.uint64(), "shard": pa.uint32(), "row": pa.uint32(), "num_tokens": pa.uint32(), "num_supervised": pa.uint32(),
+    "num_last": pa.uint32(), "held_out": pa.uint8(), "offset": pa.uint64(), "num_bytes": pa.uint64(), "checksum": pa.uint64(),
+}  # fmt: skip
+INDEX_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in TYPES.items()])
+# What a shard's own file of rows has on top: a checksum per column, to name the column that was damaged.
+ROWS_SCHEMA = INDEX_SCHEMA.append(pa.field("column_checksums", pa.large_list(pa.uint64()), nullable=False))
+
+
+def encode_rows(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """A shard's index rows as an Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, ROWS_SCHEMA) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=ROWS_SCHEMA))
+    return bytes(sink.getvalue())
+
+
+def read_rows(data: bytes) -> pa.Table:
+    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+
+
+def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
+    """`index.arrow`: the index rows of all shards, in shard order.
+
+    Raises:
+        DamagedData: a shard's file of rows is missing or not what its record says.
+    """
+    tables = []
+    for start in range(0, len(records), ROWS_AT_A_TIME):
+        group = records[start : start + ROWS_AT_A_TIME]
+        for record, data in zip(group, artifact.store.read_many([artifact.path(index_file(record)) for record in group]), strict=True):
+            if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
+                fix = f"remove records/{record.shard:05d}.json there and run the stage 'hidden' again"
+                raise DamagedData(
+                    f"the index rows of shard {record.shard} are damaged", where=f"{artifact.url}/{index_file(record)}", fix=fix
+                )
+            tables.append(read_rows(data).select(INDEX_SCHEMA.names))
+    table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+    with artifact.store.staged() as local:
+        with pa.OSFile(str(local), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+            # One record batch: every column is then one run of bytes in the file.
+            writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+        artifact.store.publish(local, artifact.path(INDEX))
+
+
+def map_index(local: Path) -> Index:
+    """The index over the mapped file; nothing is read until it is looked at."""
+    batch = _map_batch(local)
+    return Index(*(column_values(batch, name) for name in Index._fields))
+
+
+class ShardFiles:
+    """The file name of each shard, over the mapped table of records."""
+
+    def __init__(self, local: Path) -> None:
+        batch = _map_batch(local)
+        self._shards = column_values(batch, "shard")
+        _, offsets, self._names = batch.column("file").buffers()
+        self._offsets = np.frombuffer(offsets, dtype=np.int32)
+
+    def __getitem__(self, shard: int) -> str:
+        start, end = self._offsets[(place := int(np.searchsorted(self._shards, shard))) : place + 2].tolist()
+        return bytes(self._names[start:end]).decode()
+
+
+def _map_batch(local: Path) -> pa.RecordBatch:
+    with pa.memory_map(str(local)) as source:
+        return pa.ipc.open_file(source).get_batch(0)
+
+
+def column_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """A column of unsigned integers, without a copy."""
+    column = batch.column(name)
+    return np.frombuffer(column.buffers()[1] or b"", dtype=f"u{column.type.bit_width // 8}", count=len(column))

@@ -1,0 +1,102 @@
+"""The sections of a run that say which prompts there are, and how the target answers them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from deepspec.config.benchmarks import check_name
+from deepspec.config.draft import Section
+
+
+class DemoSource(Section):
+    kind: Literal["demo"]
+    """The prompts of the demo stage."""
+
+
+class FileSource(Section):
+    kind: Literal["files"]
+    """JSONL or Parquet files."""
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files (local paths or URLs); rows carry `messages`, `conversations`, `turns` or `prompt`."""
+    column: str | None = None
+    """Column that holds the conversation or the prompt; null looks for one of those four."""
+
+
+class DatasetSource(Section):
+    kind: Literal["dataset"]
+    """A Hugging Face data set."""
+    name: str
+    """Name on the hub or a local folder."""
+    subset: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Commit or tag to read; null reads the newest commit, warns which one that is, and stays with it when it resumes."""
+    column: str | None = None
+    """Column that holds the conversation or the prompt; null looks for `messages`, `conversations`, `turns` or `prompt`."""
+
+
+class PromptsConfig(Section):
+    source: Annotated[DemoSource | FileSource | DatasetSource, Field(discriminator="kind")]
+    """Where prompts come from."""
+    limit: PositiveInt | None = None
+    """Prompts to keep at most, in source order; null keeps all."""
+    shard_rows: PositiveInt = 128
+    """Prompts per shard; the shard numbers of all later stages follow from it."""
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the prompts that training never sees."""
+    seed: int = 42
+    """Seed of the held-out split."""
+    decontaminate: tuple[str, ...] = ()
+    """Benchmarks, known ones by name or files (`turns` on each line): prompts that are one of theirs are dropped."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What to do with a conversation that came before; one that is kept has an id of its own, and the split of the first."""
+    max_rejected: float = Field(default=0.05, ge=0, le=1)
+    """Share of unusable rows above which the stage fails."""
+
+    @field_validator("decontaminate")
+    @classmethod
+    def _benchmarks_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_name, names))
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=0.7, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Smallest set of tokens with this probability mass is kept."""
+    top_k: int = Field(default=0, ge=0)
+    """Tokens kept; 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens below this share of the likeliest one are dropped."""
+
+
+class AnswerSamplingConfig(SamplingConfig):
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens that came before; 1 leaves them. Only servers compute it."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from the logits of tokens that came before; 0 leaves them. Only servers compute it."""
+
+
+class AnswersConfig(Section):
+    engine: str = Field(default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """`transformers` (in process), `openai` (servers at `resources.endpoints`), or `package.module:Class` of an engine of your own."""
+    sampling: AnswerSamplingConfig = AnswerSamplingConfig()
+    """How the target draws its answers."""
+    max_new_tokens: PositiveInt = 4096
+    """Tokens per answer at most."""
+    truncated: Literal["keep", "drop", "retry"] = "keep"
+    """What to do with answers that ran into the limit; `retry` asks once more with a larger one, and keeps what comes."""
+    retry_max_new_tokens: PositiveInt | None = None
+    """That larger limit; null is four times `max_new_tokens`."""
+    seed: int = 42
+    """Seed of the answers; each prompt draws from its own stream."""
+
+    @model_validator(mode="after")
+    def _retry_has_more_room(self) -> Self:
+        if self.retry_max_new_tokens is not None and (self.truncated != "retry" or self.retry_max_new_tokens <= self.max_new_tokens):
+            raise ValueError("answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more than answers.max_new_tokens")
+        return self

@@ -1,0 +1,119 @@
+"""The evaluate stage: each benchmark decoded plainly and speculatively by the same target, counts kept per prompt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.side_files import put_rejects
+from deepspec.config.run import RunConfig
+from deepspec.prompts.benchmarks import benchmark_digests
+from deepspec.target.chat import load_chat, target_folder
+from deepspec.artifacts.tables import write_table
+from deepspec.errors import ArtifactMismatch
+from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
+from deepspec.evaluate.policies import confidence_sections, given_curve, live_policy
+from deepspec.evaluate.results import read_rows, summary
+from deepspec.evaluate.units import SCHEMA, Evaluator, Models
+from deepspec.process.events import Report, silent
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.model.checkpoint import load_draft, read_spec
+from deepspec.model.spec import DraftSpec
+from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.status import choose, missing_shards, require_sealed
+from deepspec.storage.store import pretty_json
+from deepspec.target.model import DTYPES, load_target, read_text_config
+from deepspec.artifacts.shard_loop import Work, work_through
+
+log = logging.getLogger(__name__)
+
+
+def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
+    """Decode the missing units (all, or of those asked for), and write the summary when none is missing.
+
+    Raises:
+        DataError: not one prompt fits into the target, or `resources.speed_curve` is no curve.
+    """
+    given_curve(config)  # it is used at the end, and looked at before the first prompt
+    inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
+    units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
+    stage = _Evaluation(config, units)
+    artifact, digest = stage.artifact, stage.digest
+    artifact.create(config.model_dump(mode="json"))
+    missing = missing_shards(artifact, dict.fromkeys(choose(shards, units, "evaluate"), digest))
+    if missing:
+        stage.begin()
+        made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
+        todo = [Work(number, made_from) for number in missing]
+        work_through(config, artifact, todo, stage.unit, report, repeatable=False)  # no two workers take the same seconds
+    if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
+        artifact.store.write(artifact.path("summary.json"), pretty_json(stage.summary()))
+        artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
+    return artifact
+
+
+class _Evaluation:
+    """Of one run: target and draft are loaded when something is to be decoded or profiled."""
+
+    def __init__(self, config: RunConfig, units: dict[int, Unit]) -> None:
+        self.config, self.units = config, units
+        self.artifact, self.draft = artifact_of(config, "evaluate"), artifact_of(config, "train")
+        manifest = self.draft.manifest()
+        self.digest = manifest.digest if manifest else ""
+
+    @cached_property
+    def models(self) -> Models:
+        return load_models(self.config, self.draft)
+
+    def begin(self) -> None:
+        if self.config.resources.evaluate_threads:
+            torch.set_num_threads(self.config.resources.evaluate_threads)
+        policy = live_policy(self.config, self.artifact, self.draft, self.models)
+        self.evaluator = Evaluator(self.models, self.config.evaluate, policy)
+
+    def unit(self, work: Work, local: Path) -> Counts:
+        rows, skipped = self.evaluator.evaluate(self.units[work.shard])
+        put_rejects(self.artifact, work.shard, skipped)
+        write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+        return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
+
+    def summary(self) -> dict[str, Any]:
+        found, rows = summary(self.artifact), read_rows(self.artifact)
+        if any(row["confidence"] for row in rows):
+            found |= confidence_sections(self.config, self.artifact, self.draft, rows, self.models)
+        return found
+
+
+def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
+    """Target and draft in the same dtype on the same device.
+
+    Raises:
+        ArtifactMismatch: the draft was made for a target of another shape; found before any weight is read.
+    """
+    chat, dtype = load_chat(config), config.evaluate.dtype or config.target.dtype
+    folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(config)
+    check_pair(read_spec(folder), read_text_config(config.target, folder=of_target), layer_ids=config.target.layer_ids)
+    target = load_target(config.target, folder=of_target, device=config.resources.device, dtype=dtype)
+    draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
+    return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))
+
+
+def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
+    """Refuse a draft of another target than the one whose text config is given and whose `layer_ids` are captured."""
+    facts = {
+        "vocabulary size": (spec.vocab_size, target.vocab_size),
+        "hidden size": (spec.hidden_size, target.hidden_size),
+        "layers": (spec.num_target_layers, target.num_hidden_layers),
+        "captured layers": (tuple(spec.target_layer_ids), tuple(layer_ids)),
+    }
+    wrong = [f"{name}: draft {of_draft}, target {of_target}" for name, (of_draft, of_target) in facts.items() if of_draft != of_target]
+    if wrong:
+        fix = "evaluate it with the target it was trained for"
+        raise ArtifactMismatch(f"the draft was trained for another target ({'; '.join(wrong)})", where="draft/config.json", fix=fix)

@@ -1,0 +1,194 @@
+"""Transformer layers of a draft; a family is a record, so there is one class for all of them.
+
+B batch, n new positions, L all positions, T context tokens, D hidden size, H heads, K key-value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.config.families import RopeSettings
+from deepspec.model.attention import Sight, attend
+from deepspec.model.execution import Execution
+from deepspec.model.kv_cache import LayerCache
+from deepspec.model.spec import DraftSpec
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a run of positions, [n, 1, E] or [B, n, 1, E]; the sine's first half is negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def at(self, positions: Tensor) -> Rotation:
+        """Those of `positions` [n], out of a table [L, 1, E]."""
+        return Rotation(self.cos[positions], self.sin[positions])
+
+
+class RotaryTable:
+    """Rotations by position, computed in float32 and only then rounded to the compute dtype.
+
+    No buffer of a module on purpose: `.to(bfloat16)` would round the frequencies, and far positions would turn wrongly.
+    """
+
+    def __init__(self, settings: RopeSettings, head_dim: int) -> None:
+        exponents = torch.arange(0, 2 * settings.num_rotated, 2, dtype=torch.float32, device="cpu") / head_dim
+        still = torch.zeros(head_dim // 2 - settings.num_rotated, device="cpu")
+        self.inverse_frequencies = torch.cat([1.0 / settings.theta**exponents, still])  # [E / 2]
+        self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
+
+    def __call__(self, num_positions: int, *, device: torch.device, dtype: torch.dtype) -> Rotation:
+        """Rotations of positions 0 .. at least `num_positions` - 1, each [>= num_positions, 1, E]."""
+        table = self._tables.get((device, dtype))
+        if table is None or len(table.cos) < num_positions:
+            with torch.inference_mode(mode=False):  # the table outlives this call and may be used in training later
+                table = self._compute(1 << (num_positions - 1).bit_length(), device, dtype)
+            self._tables[device, dtype] = table
+        return table
+
+    def _compute(self, num_positions: int, device: torch.device, dtype: torch.dtype) -> Rotation:
+        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * self.inverse_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        tables = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return Rotation(*(table[:, None].to(device, dtype) for table in tables))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the pairs (i, i + E/2) of the last dimension of `x` [B, n, heads, E]."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the mean is taken in float32 whatever the dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Queries over keys and values that the caller collects; `input_size` is D, or 2 D for Eagle3."""
+
+    def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
+        super().__init__()
+        heads = spec.heads
+        self.heads, self.eps, self.value_norm = heads, spec.rms_norm_eps, spec.family.value_norm
+        self.scale = 1.0 if spec.family.unscaled_attention else heads.head_dim**-0.5
+        self.q_proj = nn.Linear(input_size, heads.num_heads * heads.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, heads.num_kv_heads * heads.head_dim, bias=False)
+        if not heads.values_are_keys:
+            self.v_proj = nn.Linear(input_size, heads.num_kv_heads * heads.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads.num_heads * heads.head_dim, spec.hidden_size, bias=False)
+        self.q_norm = RMSNorm(heads.head_dim, spec.rms_norm_eps)
+        self.k_norm = RMSNorm(heads.head_dim, spec.rms_norm_eps)
+
+    def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """[B, n, input_size] -> [B, n, H, E]."""
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.heads.head_dim))), rotation)
+
+    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, n, input_size] -> two of [B, K, n, E]."""
+        size = (-1, self.heads.head_dim)
+        keys = self.k_proj(x).unflatten(-1, size)
+        values = keys if self.heads.values_are_keys else self.v_proj(x).unflatten(-1, size)
+        if self.value_norm:
+            values = F.rms_norm(values, size[1:], eps=self.eps)
+        return rotate(self.k_norm(keys), rotation).transpose(1, 2), values.transpose(1, 2)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention output [B, n, D] of a row's new positions, which all see the same keys: `mask` [B, 1, 1, L], None is all."""
+        num_rows, num_new, num_heads, head_dim = queries.shape
+        # Heads that share keys become further queries: no copies of the keys, and one matmul for the group.
+        grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4)
+        out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
+        return self.o_proj(out.view(num_rows, num_heads, num_new, head_dim).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.is_silu = spec.activation == "silu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = F.silu(gate) if self.is_silu else F.gelu(gate, approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with the family's norms around them."""
+
+    layer_scalar: Tensor
+
+    def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
+        super().__init__()
+        size, eps, family = spec.hidden_size, spec.rms_norm_eps, spec.family
+        self.sandwich_norms, self.has_scalar = family.sandwich_norms, family.layer_scalar
+        self.self_attn = Attention(spec, input_size=input_size)
+        self.mlp = MLP(spec)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        if family.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(size, eps)
+            self.post_feedforward_layernorm = RMSNorm(size, eps)
+        if family.layer_scalar:
+            self.register_buffer("layer_scalar", torch.ones(1))
+
+    def after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output [B, n, D], given its residual stream and what its attention gave."""
+        if self.sandwich_norms:
+            x = residual + self.post_attention_layernorm(attended)
+            x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        else:
+            x = residual + attended
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x * self.layer_scalar if self.has_scalar else x
+
+    def forward(self, x: Tensor, rotation: Rotation, stored: LayerCache, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
+        """Decoding: the layer over the next positions `x` [B, n, D], whose keys and values are written behind `lengths`."""
+        normed = self.input_layernorm(x)
+        keys, values = stored.write(*self.self_attn.keys_values(normed, rotation), lengths)
+        return self.after_attention(x, self.self_attn.attend(self.self_attn.queries(normed, rotation), keys, values, mask))
+
+    def over_blocks(self, x: Tensor, fused: Tensor, rotations: tuple[Rotation, Rotation], sight: Sight, execution: Execution) -> Tensor:
+        """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused context [1, T, D] as well."""
+        of_context, of_slots = rotations
+        run, attention = execution.positionwise, self.self_attn
+        context = run(Attention.keys_values, attention, fused, of_context)
+        normed = run(RMSNorm.forward, self.input_layernorm, x)
+        own = run(Attention.keys_values, attention, normed, of_slots)
+        attended = attend(run(Attention.queries, attention, normed, of_slots), context, [own], sight, scale=attention.scale)
+        return run(type(self).after_attention, self, x, attention.o_proj(attended))
+
+
+class Layers(nn.ModuleList):
+    """The draft's decoder layers, with their type."""
+
+    def __iter__(self) -> Iterator[DecoderLayer]:
+        return cast("Iterator[DecoderLayer]", super().__iter__())
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@lru_cache
+def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """sqrt(hidden_size), rounded to the weights' dtype as Gemma does."""
+    return float(torch.tensor(math.sqrt(hidden_size)).to(dtype))

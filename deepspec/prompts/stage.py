@@ -1,0 +1,122 @@
+"""The prompts stage: rows of any source become shards of conversations with stable ids.
+
+A prompt row keeps the user and system messages; what the assistant said in the source is dropped, since the target
+answers anew. Rows that cannot be used go to the rejects with a reason; nothing vanishes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.side_files import put_rejects
+from deepspec.config.run import DatasetSource, RunConfig
+from deepspec.prompts.benchmarks import benchmark_digests
+from deepspec.prompts.contamination import BenchmarkPrompts
+from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, Seen, make_prompt
+from deepspec.prompts.sources import pinned, read_source
+from deepspec.artifacts.tables import write_table
+from deepspec.errors import DataError
+from deepspec.process.events import Report, silent
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.records import Counts
+from deepspec.artifacts.status import require_sealed
+
+log = logging.getLogger(__name__)
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.uint64(), nullable=False),
+        pa.field("held_out", pa.bool_(), nullable=False),
+        pa.field("domain", pa.string()),
+        pa.field("messages", pa.large_string(), nullable=False),  # JSON: [{role, content, ...}], assistant turns left out
+        pa.field("tools", pa.large_string()),  # JSON: what the target may call; null where there are none
+    ]
+)
+BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is no fault of a row
+
+
+def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
+    """Read the source once, committing each shard that is not there yet, and seal.
+
+    The source is read in order and shards are cut by row, so a run that was killed makes the same shards again.
+
+    Raises:
+        DataError: a source that cannot be read, is empty, or has too many unusable rows.
+    """
+    artifact = artifact_of(config, "prompts")
+    inputs = require_sealed(config, "prompts")
+    benchmarks = BenchmarkPrompts(config)
+    inputs |= benchmark_digests(config, "prompts")
+    artifact.create(config.model_dump(mode="json"))
+    config = _pinned(config, artifact)
+    committed = artifact.records()
+    totals = {"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0}
+    shard = -1
+    for shard, (prompts, rejects) in enumerate(_shards(config, read_source(config), benchmarks)):
+        started = time.monotonic()
+        dropped = {reason: sum(reject["reason"] == reason for reject in rejects) for reason in (DUPLICATE, BENCHMARK)}
+        for name, number in {"rows": len(prompts), "rejected": len(rejects), **dropped}.items():
+            totals[name] += number
+        if shard not in committed:
+            put_rejects(artifact, shard, rejects)
+            with artifact.store.staged() as local:
+                write_table(pa.Table.from_pylist([prompt._asdict() for prompt in prompts], SCHEMA), local)
+                counts = Counts(rows=len(prompts), rejected=len(rejects), extra=dropped)
+                artifact.commit(shard, local, counts, upstream=None, seconds=time.monotonic() - started)
+        report({"event": "progress", "stage": "prompts", "done": shard + 1, "total": None, "unit": "shards", **totals})
+    _check_share(config, totals)
+    artifact.seal(inputs=inputs, shards=range(shard + 1))
+    return artifact
+
+
+def _pinned(config: RunConfig, artifact: Artifact) -> RunConfig:
+    """The run with a commit to read, where its source is a data set."""
+    source = config.prompts.source
+    if not isinstance(source, DatasetSource):
+        return config
+    found = pinned(source, artifact, setting="prompts.source.revision=")
+    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"source": found})})
+
+
+def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
+    where = f"prompts.source {config.prompts.source}"
+    if totals["rows"] == 0:
+        raise DataError("the source holds no usable prompt", where=where, fix="see the rejects beside the artifact for the reasons")
+    unusable = totals["rejected"] - totals[DUPLICATE] - totals[BENCHMARK]  # what was dropped on purpose is no fault of the source
+    share = unusable / (totals["rows"] + totals["rejected"])
+    if share > config.prompts.max_rejected:
+        what = f"{unusable} rows ({share:.1%}) were rejected, prompts.max_rejected is {config.prompts.max_rejected:.1%}"
+        raise DataError(what, where=where, fix="see the rejects beside the artifact; correct the rows or raise the limit")
+
+
+def _shards(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkPrompts
+) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
+    """Cut the source into shards of `shard_rows` prompts."""
+    limit, kept, seen = config.prompts.limit, 0, Seen(config.prompts)
+    prompts: list[Prompt] = []
+    rejects: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        prompt = make_prompt(row, config.prompts)
+        if isinstance(prompt, Prompt):
+            prompt = seen.named(prompt)
+        if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
+            prompt = Rejected(BENCHMARK, f"it is a prompt of {benchmark}")
+        if isinstance(prompt, Rejected):
+            rejects.append({"row": number, "reason": prompt.reason, "detail": prompt.detail})
+            continue
+        prompts.append(prompt)
+        kept += 1
+        if len(prompts) == config.prompts.shard_rows:
+            yield prompts, rejects
+            prompts, rejects = [], []
+        if kept == limit:
+            break
+    if prompts or rejects:
+        yield prompts, rejects

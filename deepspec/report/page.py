@@ -1,0 +1,109 @@
+"""A report as sections of tables, figures and listings, written as one HTML file or as Markdown.
+
+The HTML needs nothing but itself: no scripts, no fonts, no requests. Whatever users named is escaped by the templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from deepspec.figures.drawing import Figure
+from deepspec.figures.picture import Key
+
+Format = Literal["html", "markdown"]
+
+
+class Table(NamedTuple):
+    """`words` is the number of leading columns that hold words; the others are numbers. `strong` are rows to make stand out."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+    strong: frozenset[int] = frozenset()
+    note: str = ""
+
+
+class Gallery(NamedTuple):
+    """Figures that share a legend."""
+
+    title: str
+    keys: Sequence[Key]
+    figures: Sequence[Figure]
+    note: str = ""
+
+
+class Listing(NamedTuple):
+    """Lines that stay as they are."""
+
+    title: str
+    lines: Sequence[str]
+
+
+class Section(NamedTuple):
+    title: str
+    blocks: Sequence[Table | Gallery | Listing]
+    text: str = ""
+
+
+class Fact(NamedTuple):
+    """One of the few numbers that a reader looks for first."""
+
+    name: str
+    value: str
+    detail: str
+
+
+class Page(NamedTuple):
+    title: str
+    subtitle: str
+    facts: Sequence[tuple[str, Sequence[Fact]]]  # by run
+    sections: Sequence[Section]
+
+
+def render(page: Page, form: Format) -> str:
+    """The page as text; equal pages give equal texts."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader("deepspec.report", "templates"), PackageLoader("deepspec.figures", "templates")]),
+        autoescape=form == "html",
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=_cell, anchor=_anchor)
+    tests: dict[str, Any] = {kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Listing)}
+    environment.tests.update(tests)
+    template = environment.get_template("report.html.j2" if form == "html" else "report.md.j2")
+    return template.render(page=page)
+
+
+def for_terminal(table: Table) -> RichTable:
+    shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, caption=table.note or None, caption_justify="left")
+    for number, name in enumerate(table.header):
+        shown.add_column(name, justify="left" if number < table.words else "right")
+    for number, row in enumerate(table.rows):
+        shown.add_row(*map(Text, row), style="bold" if number in table.strong else None)
+    return shown
+
+
+def _is_a(block: object, *, kind: type) -> bool:
+    return isinstance(block, kind)
+
+
+def _cell(text: Any) -> str:
+    """Text that breaks no Markdown table and starts no HTML."""
+    escaped = re.sub(r"([\\`*_|\[\]])", r"\\\1", str(text).replace("\n", " "))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,129 @@
+"""S3 through obstore: the fast client for the paths that move gigabytes. Optional; s3fs does the same with more CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from deepspec.storage.s3_client import CONNECT_S, OWNER, READ_S, Buffer, Entry, Head, Listing, Problem, part_bytes, problem_of_answer, scrub
+
+PARTS_AT_ONCE = 4
+CREDENTIALS_KEPT = timedelta(minutes=10)  # botocore renews at least ten minutes early; obstore asks again five minutes before the end
+STATUS = re.compile(r"status code: (\d{3})")
+CODE = re.compile(r"<Code>(\w+)</Code>")
+
+_used_in: list[int] = []  # the process that started obstore's threads; they do not exist in its forks
+
+
+@functools.cache
+def installed() -> bool:
+    return importlib.util.find_spec("obstore") is not None
+
+
+def usable() -> bool:
+    """Whether obstore works in this process: a fork of a process that used it would wait for ever, even with a new client."""
+    return installed() and _used_in[:1] in ([], [os.getpid()])
+
+
+class ObstoreBucket:
+    """S3 through obstore; credentials, endpoint and region are those that botocore finds."""
+
+    def __init__(self, root: str) -> None:
+        import obstore
+        from obstore import exceptions
+
+        _used_in[:] = [os.getpid()]
+        self.obstore = obstore
+        self.errors: tuple[type[Exception], ...] = (exceptions.BaseError, OSError)
+        self._exists = (exceptions.AlreadyExistsError, exceptions.PreconditionError)
+        self._denied = (exceptions.PermissionDeniedError,)
+        self._no_credentials = (exceptions.UnauthenticatedError,)
+        # A part that fails once is not worth sending the whole file again; everything else is retried in one place.
+        connect = _s3_connection(root)
+        self.store, self.uploads = connect(0), connect(3)
+
+    def problem(self, error: Exception) -> Problem:
+        text = str(error).split("Debug source:")[0]
+        status, code = STATUS.search(text), CODE.search(text)
+        if status:
+            return problem_of_answer(int(status[1]), code[1] if code else "")
+        if isinstance(error, self._exists):
+            return Problem("exists", "exists already")
+        if isinstance(error, FileNotFoundError):
+            return Problem("missing", "not found")
+        if isinstance(error, self._no_credentials):
+            return Problem("no credentials", "no credentials")
+        if isinstance(error, self._denied):
+            return Problem("denied", "permission denied")
+        transient = isinstance(error, ConnectionError | TimeoutError) or "HTTP error" in text
+        return Problem("transient" if transient else "fatal", scrub(text))
+
+    def read(self, key: str) -> bytes:
+        return bytes(self.obstore.get(self.store, key).bytes())
+
+    def read_range(self, key: str, start: int, end: int) -> Buffer:
+        return memoryview(self.obstore.get_range(self.store, key, start=start, end=end))
+
+    def head(self, key: str) -> Head:
+        # obstore.head would leave out the attributes.
+        found = self.obstore.get(self.store, key, options={"head": True})
+        return Head(int(found.meta["size"]), str(found.meta["e_tag"]).strip('"'), str(found.attributes.get(OWNER, "")))
+
+    def listing(self, folder: str) -> Listing:
+        found = self.obstore.list_with_delimiter(self.store, folder)
+        files = [Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp()) for o in found["objects"]]
+        return Listing(files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]])
+
+    def remove(self, key: str) -> None:
+        self.obstore.delete(self.store, key)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.obstore.put(self.store, key, data, use_multipart=False)
+
+    def put_new(self, key: str, data: bytes, owner: str) -> None:
+        self.obstore.put(self.store, key, data, use_multipart=False, mode="create", attributes={OWNER: owner})
+
+    def upload(self, local: Path, key: str) -> None:
+        size = part_bytes(local.stat().st_size)
+        self.obstore.put(self.uploads, key, local, use_multipart=True, chunk_size=size, max_concurrency=PARTS_AT_ONCE)
+
+
+def _s3_connection(root: str) -> Callable[[int], Any]:
+    """Makes S3 clients of obstore that retry a request so many times."""
+    from botocore.session import Session
+    from obstore.store import S3Store
+
+    session = Session()
+    meta = session.create_client("s3").meta
+    name, _, prefix = root.partition("/")
+    config = {"endpoint": meta.endpoint_url, "region": meta.region_name or "us-east-1", "virtual_hosted_style_request": "false"}
+    options: dict[str, Any] = {"connect_timeout": f"{CONNECT_S}s", "read_timeout": f"{READ_S}s", "timeout": "600s"}
+    options["allow_http"] = meta.endpoint_url.startswith("http://")
+    bundle = session.get_config_variable("ca_bundle")
+    if bundle and not options["allow_http"]:
+        options["root_certificate"] = Path(bundle).read_bytes()
+    where: dict[str, Any] = {"prefix": prefix or None, "config": config, "client_options": options}
+    where["credential_provider"] = _credentials(session)
+    backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=2), "base": 2}
+    limits = {"retry_timeout": timedelta(seconds=30), "backoff": backoff}
+    return lambda max_retries: S3Store(name, **where, retry_config={**limits, "max_retries": max_retries})
+
+
+def _credentials(session: Any) -> Callable[[], dict[str, Any]]:
+    """What obstore calls for keys; botocore renews those of a role in time, so obstore asks again every few minutes."""
+
+    def provide() -> dict[str, Any]:
+        found = session.get_credentials()
+        if found is None:
+            raise PermissionError("no credentials")
+        keys = found.get_frozen_credentials()
+        expires = datetime.now(UTC) + CREDENTIALS_KEPT
+        return {"access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token, "expires_at": expires}
+
+    return provide

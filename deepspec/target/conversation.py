@@ -1,0 +1,109 @@
+"""A conversation with an engine: the answers that it waits for, one at a time, each on what was answered before.
+
+What an engine is given (`Request`) and what it gives back (`Turn`, `Refused` or `Failed`) is here, and nothing of how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from deepspec.config.run import AnswersConfig
+from deepspec.target.chat import Message, parse_messages, parse_tools
+
+MORE_ROOM = 4  # times max_new_tokens that a second try of a truncated answer gets where nothing else is set
+
+
+class Request(NamedTuple):
+    """One answer to make: the conversation up to the user's message, and the seed of this answer's random stream."""
+
+    id: int
+    turn: int
+    messages: list[Message]
+    seed: int
+    max_new_tokens: int
+    tools: list[dict[str, Any]] | None = None
+
+
+class Turn(NamedTuple):
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str
+    num_tokens: int
+    num_prompt_tokens: int
+    seed: int
+    endpoint: str | None = None
+    served_model: str | None = None
+
+
+class Refused(NamedTuple):
+    """A request that will never be answered: the row goes to the rejects with this reason."""
+
+    reason: str
+    detail: str
+
+
+class Failed(NamedTuple):
+    """A request that got no answer this time, after every attempt; the row is tried again in a later run."""
+
+    detail: str
+
+
+Outcome = Turn | Refused | Failed
+
+
+class Conversation:
+    """A row on its way through an engine: `next_request` and `hear` in turn, until there is no request any more."""
+
+    def __init__(self, row: Mapping[str, Any], settings: AnswersConfig) -> None:
+        self.row, self.settings = row, settings
+        self.messages, self.tools = parse_messages(row["messages"]), parse_tools(row.get("tools"))
+        self.turns: list[Turn] = []
+        self.ended: Refused | Failed | None = None
+        self._limit = settings.max_new_tokens
+
+    def next_request(self) -> Request | None:
+        """The answer to make now; None when all are made, or none will be."""
+        if self.ended is not None:
+            return None
+        messages = conversation_so_far(self.messages, [turn.text for turn in self.turns])
+        if messages is None:
+            return None
+        number = len(self.turns)
+        seed = stream_seed(self.settings.seed, self.row["id"], number)
+        return Request(self.row["id"], number, messages, seed, self._limit, self.tools)
+
+    def hear(self, outcome: Outcome) -> None:
+        if not isinstance(outcome, Turn):
+            self.ended = outcome
+            return
+        truncated, more = outcome.finish_reason == "length", self.settings.retry_max_new_tokens or MORE_ROOM * self.settings.max_new_tokens
+        if truncated and self.settings.truncated == "retry" and self._limit < more:
+            self._limit = more
+        elif truncated and self.settings.truncated == "drop":
+            self.ended = Refused("truncated", f"the answer of turn {len(self.turns)} ran into {self._limit} tokens")
+        else:
+            self.turns.append(outcome)
+            self._limit = self.settings.max_new_tokens
+
+
+def conversation_so_far(messages: Sequence[Message], answers: Sequence[str]) -> list[Message] | None:
+    """The messages up to the first place that waits for an answer, answers in the places before; None when all are answered.
+
+    An answer belongs behind a user's message or a tool's result, unless the source's own call of a tool follows there.
+    """
+    conversation, given = [], iter(answers)
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
+        conversation.append(message)
+        if message.role in ("user", "tool") and (following is None or following.role == "user"):
+            answer = next(given, None)
+            if answer is None:
+                return conversation
+            conversation.append(Message("assistant", answer))
+    return None
+
+
+def stream_seed(seed: int, row: int, turn: int) -> int:
+    """The seed of one answer's random stream (63 bits): chance belongs to the sample, not to the batch it lands in."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{row}:{turn}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,66 @@
+"""A shard of prompts asked of scripted servers, through the code that the stage runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from deepspec.config.run import RunConfig
+from deepspec.prompts import stage as prompts
+from deepspec.answers.concurrent_shards import Ahead
+from deepspec.answers.stage import commit_ready
+from deepspec.answers.journal import journal_path
+from deepspec.answers.progress import Meter
+from deepspec.artifacts.tables import read_table, write_table
+from deepspec.process.events import silent
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.records import Counts
+from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.shard_loop import Work
+from tests.conftest import tiny_run
+
+
+def server_run(store: Path, *urls: str, settings: tuple[str, ...] = ()) -> RunConfig:
+    return tiny_run(store, "answers.engine=openai", f"resources.endpoints={json.dumps(urls)}", "resources.request_timeout_s=1",
+                    "resources.max_refused=1", *settings)  # fmt: skip
+
+
+def row(number: int, *said: str) -> dict:
+    return {
+        "id": number,
+        "held_out": False,
+        "domain": None,
+        "tools": None,
+        "messages": json.dumps([{"role": "user", "content": s} for s in said]),
+    }
+
+
+def stage_of(config: RunConfig, *shards: list[dict]) -> ShardedStage:
+    """The stage with these shards of prompts to do."""
+    upstream, todo = artifact_of(config, "prompts"), []
+    for number, rows in enumerate(shards):
+        with upstream.store.staged() as local:
+            write_table(pa.Table.from_pylist(rows, prompts.SCHEMA), local)
+            todo.append(Work(number, upstream.commit(number, local, Counts(rows=len(rows)), upstream=None)))
+    return ShardedStage(artifact_of(config, "answers"), upstream, todo)
+
+
+def ask(config: RunConfig, *rows: dict, keep_journal: bool = False) -> tuple[list[dict], list[dict]]:
+    """One shard with these rows, answered by the run's servers: its rows and its rejects."""
+    stage, rejects = stage_of(config, list(rows)), []
+    if not keep_journal:
+        journal_path(stage.artifact, 0).unlink(missing_ok=True)
+    local = Path(config.store) / "answered"
+    with Ahead(config, stage, no_meter()) as ahead:
+        for work in ahead:
+            counts = commit_ready(stage.artifact, work, local, ahead.take(work), config)
+        if counts.rejected:
+            (written,) = Path(config.store, stage.artifact.folder, "rejects").iterdir()
+            rejects = [json.loads(line) for line in written.read_text().splitlines()]
+        return read_table(local).to_pylist(), rejects
+
+
+def no_meter() -> Meter:
+    return Meter([], silent, every_s=60)

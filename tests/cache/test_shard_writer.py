@@ -1,0 +1,161 @@
+"""Shards: what is written is what any Arrow reader reads, and where the index says it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import xxhash
+
+from deepspec.cache import sink as sinks
+from deepspec.cache.codecs import make_codec
+from deepspec.cache.index import read_rows
+from deepspec.cache.format import HiddenSample, Layout, Stored
+from deepspec.cache.shard_writer import MAGIC_BYTES, Background
+from deepspec.cache.sink import HashingSink
+from deepspec.storage.store import file_checksum
+from tests.cache.samples import LAYOUT, make_sample, same, write_shard
+
+
+@pytest.fixture
+def shard(tmp_path: Path):
+    samples = [make_sample(number, tokens) for number, tokens in enumerate((5, 1, 40, 3))]
+    path = tmp_path / "00000.arrow"
+    written = write_shard(path, samples)
+    return samples, path, written, read_rows(written.index_rows).to_pylist()
+
+
+def message(path: Path, row: dict[str, int]) -> bytes:
+    return path.read_bytes()[row["offset"] : row["offset"] + row["num_bytes"]]
+
+
+def test_each_sample_comes_back_from_its_offset_alone(shard):
+    samples, path, _, rows = shard
+    for sample, row in zip(samples, rows, strict=True):
+        assert same(LAYOUT.decode(message(path, row), LAYOUT.schema()), sample)
+
+
+def test_the_checksums_are_those_of_the_bytes_on_disk(shard):
+    _, path, written, rows = shard
+    assert written.checksum == file_checksum(path)
+    for row in rows:
+        assert row["checksum"] == xxhash.xxh3_64_intdigest(message(path, row))
+
+
+def test_messages_lie_one_behind_the_other_and_aligned(shard):
+    _, _, _, rows = shard
+    assert rows[0]["offset"] == MAGIC_BYTES + len(LAYOUT.schema().serialize())
+    for before, row in pairwise(rows):
+        assert row["offset"] == before["offset"] + before["num_bytes"]
+    assert all(row["offset"] % 8 == 0 for row in rows)
+
+
+def test_any_arrow_reader_opens_a_shard(shard):
+    samples, path, _, _ = shard
+    table = pa.ipc.open_file(str(path)).read_all()
+    assert table.column("sample_id").to_pylist() == [sample.sample_id for sample in samples]
+    assert table.column("input_ids")[2].as_py() == list(range(40))
+    assert table.schema.metadata[b"target"] == b"tiny"
+
+
+def test_raw_states_are_decoded_without_a_copy(shard):
+    _, path, _, rows = shard
+    buffer = pa.py_buffer(message(path, rows[2]))
+    decoded = LAYOUT.decode(buffer, LAYOUT.schema()).context.decode()
+    assert buffer.address <= decoded.data_ptr() < buffer.address + buffer.size
+
+
+def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
+    path = tmp_path / "empty.arrow"
+    written = write_shard(path, [])
+    assert pa.ipc.open_file(str(path)).num_record_batches == 0
+    assert written.checksum == file_checksum(path)
+    assert read_rows(written.index_rows).num_rows == 0
+
+
+def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sinks, "BUFFER_BYTES", 8192)
+    pieces = [
+        np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8) for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))
+    ]
+    with HashingSink(tmp_path / "file") as sink:
+        for piece in pieces:
+            sink.write(piece)
+    whole = b"".join(piece.tobytes() for piece in pieces)
+    assert (tmp_path / "file").read_bytes() == whole
+    assert sink.digest() == xxhash.xxh3_128_hexdigest(whole)
+
+
+def test_a_full_disk_is_an_error_of_the_writer_and_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The thread that writes meets it; whoever goes on writing, or closes, is told."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sinks, "write_all", full)
+    with pytest.raises(OSError, match="No space"), HashingSink(tmp_path / "file") as sink:
+        sink.write(b"x" * 100)
+    assert not [thread for thread in threading.enumerate() if thread.name == "sink"]
+
+
+def test_the_background_runs_jobs_in_order_and_holds_at_most_its_bytes():
+    done, held, most = [], 0, 0
+    gate = threading.Event()
+
+    def job(number: int) -> None:
+        nonlocal held
+        gate.wait(5)
+        done.append(number)
+        held -= 10
+
+    with Background(max_bytes=30) as background:
+        for number in range(10):
+            threading.Timer(0.05, gate.set).start()
+            background.submit(lambda number=number: job(number), num_bytes=10)
+            held += 10
+            most = max(most, held)
+    assert done == list(range(10))
+    assert most <= 40  # three waiting and the one just given back
+    assert background.stalled_s > 0
+
+
+def test_an_error_in_the_background_ends_the_block_and_later_jobs_do_not_run():
+    done = []
+
+    def broken() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"), Background(max_bytes=10) as background:
+        background.submit(broken, num_bytes=10)
+        background.submit(lambda: done.append(1), num_bytes=10)
+    assert done == []
+
+
+@pytest.mark.slow
+def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
+    """Trap C7: 32-bit offsets would end at 2 GiB."""
+    layout = Layout(
+        make_codec("raw", tensor="context", num_layers=8, hidden_size=4096),
+        make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=8),
+    )
+    tokens = 2**31 // (2 * layout.context.width) + 5
+    context = torch.zeros(tokens, 2 * layout.context.width, dtype=torch.uint8)
+    context[-1] = torch.arange(context.shape[1], dtype=torch.int64).to(torch.uint8)
+    nothing = torch.zeros(0, 16, dtype=torch.uint8)
+    ids, spans = torch.arange(tokens, dtype=torch.int32), torch.zeros(0, 2, dtype=torch.int32)
+    sample = HiddenSample(1, ids, ids.to(torch.uint8), Stored(layout.context, (context,)), Stored(layout.last_hidden, (nothing,)), spans)
+    path = tmp_path / "large.arrow"
+    row = read_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
+    with pa.memory_map(str(path)) as source:
+        found = layout.decode(source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema())
+        assert found.context.parts[0].shape == context.shape
+        assert torch.equal(found.context.parts[0][-1], context[-1])
+        assert pa.ipc.open_file(source).get_batch(0).column("context").values.type.byte_width == context.shape[1]
+    path.unlink()

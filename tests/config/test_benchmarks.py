@@ -1,0 +1,100 @@
+"""The known benchmarks: their wordings give the golden prompts byte for byte, and a wrong name is answered with the nearest right ones."""
+
+from __future__ import annotations
+
+import re
+from string import Formatter
+
+import pytest
+
+from deepspec.config.benchmarks import KNOWN, check_name, columns_of, find_benchmark, turns_of
+from deepspec.prompts.sources import read_file
+from deepspec.errors import ConfigError, DataError
+from deepspec.artifacts.lineage import artifact_key, benchmark_key
+from deepspec.config.recipes import load_run
+from tests.conftest import SHARED
+
+GOLDEN = sorted((SHARED / "eval_datasets").glob("*.jsonl"))
+PROTOCOL = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500, "mt-bench": 80,
+            "alpaca": 500, "arena-hard-v2": 500}  # fmt: skip
+
+
+def row_behind(name: str, turns: list[str]) -> dict:
+    """The data set's row that a golden line was made from: the columns cut out of the first wording that fits it."""
+    for wording in KNOWN[name].wordings:
+        pattern = "".join(re.escape(text) + (f"(?P<{column}>.+)" if column else "") for text, column, _, _ in Formatter().parse(wording))
+        found = [re.fullmatch(pattern, turn, re.DOTALL) for turn in turns]
+        if all(found):
+            rows = [match.groupdict() for match in found if match]
+            return rows[0] if len(rows) == 1 else {column: [row[column] for row in rows] for column in columns_of(wording)}
+    pytest.fail(f"no wording of {name} fits {turns[0][:80]!r}")
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_every_golden_line_is_its_row_in_our_words(path):
+    benchmark = KNOWN[path.stem]
+    lines = [list(row["turns"]) for row in read_file(str(path))]
+    assert [turns_of(benchmark, row_behind(benchmark.name, turns)) for turns in lines] == lines
+    assert len(lines) >= (benchmark.num_prompts or 1)
+
+
+def test_the_table_has_the_protocols_numbers_and_every_golden_file():
+    assert {name: KNOWN[name].num_prompts for name in PROTOCOL} == PROTOCOL
+    assert {path.stem for path in GOLDEN} <= set(KNOWN)
+
+
+def test_a_row_is_worded_as_far_as_its_columns_are_filled():
+    assert turns_of(KNOWN["alpaca"], {"instruction": "Sum up.", "input": "A text."}) == ["Sum up.\n\nInput:\nA text."]
+    assert turns_of(KNOWN["alpaca"], {"instruction": "Greet {me}.", "input": ""}) == ["Greet {me}."]
+    code = turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": "class S:"})[0]
+    assert "### Question:\nQ\n\n### Format: Use the following code structure:\n```python\nclass S:\n```\n\n### Answer" in code
+    assert "# YOUR CODE HERE" in turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": ""})[0]
+
+
+def test_a_data_set_whose_columns_changed_is_refused_with_those_it_has():
+    with pytest.raises(DataError, match=r"nothing in question, its columns are answer, query") as caught:
+        turns_of(KNOWN["gsm8k"], {"query": "1 + 1?", "answer": "2"})
+    assert "gsm8k@COMMIT" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k@main", "my.jsonl", "./anything", "s3://bucket/set.jsonl", "x.parquet", "demo/math"])
+def test_known_names_and_files_pass(name: str):
+    assert check_name(name, others=["demo/math"]) == name
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluate.benchmarks=[{name: gsm8}]", ["evaluate.benchmarks.0.name", "'gsm8'", "did you mean 'gsm8k'"]),
+        ("evaluate.benchmarks=[{name: gsm8k}, {name: mtbench}]", ["evaluate.benchmarks.1.name", "'mt-bench'"]),
+        ("evaluate.benchmarks=[{name: aime}]", ["'aime25'", "'aime24'"]),
+        ("evaluate.benchmarks=[{name: demo/maths}]", ["did you mean 'demo/math'"]),
+        ("evaluate.benchmarks=[{name: qqq}]", ["known are gsm8k, math500", "give a file"]),
+        ("prompts.decontaminate=[arena-hard]", ["prompts.decontaminate", "'arena-hard-v2'"]),
+    ],
+)
+def test_an_unknown_name_is_refused_when_the_run_is_read(override: str, said: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_run("demo", [override])
+    assert all(words in str(caught.value) for words in said)
+    assert "at least 1 item" not in str(caught.value)
+
+
+def test_a_benchmark_is_named_by_what_decides_its_prompts():
+    gsm8k = KNOWN["gsm8k"]
+    pinned = find_benchmark("gsm8k@v1")
+    assert pinned == gsm8k._replace(revision="v1")
+    others = [pinned, gsm8k._replace(split="train"), gsm8k._replace(wordings=("{question}",)), gsm8k._replace(problem=None)]
+    assert len({benchmark_key(benchmark).fingerprint for benchmark in (gsm8k, *others) if benchmark}) == 5
+    assert benchmark_key(gsm8k._replace(num_prompts=3, domain="other")) == benchmark_key(gsm8k)
+
+
+def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(monkeypatch: pytest.MonkeyPatch):
+    run = load_run("demo", ["evaluate.benchmarks=[{name: gsm8k}]"])
+    before = artifact_key(run, "evaluate").fingerprint
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(num_prompts=3))
+    assert artifact_key(run, "evaluate").fingerprint != before
+
+
+def test_revisions_are_whole_commits_or_left_open():
+    assert all(benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision) for benchmark in KNOWN.values())

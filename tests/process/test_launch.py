@@ -1,0 +1,278 @@
+"""Children: what they say arrives, their errors are raised again, and none of them outlives its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextvars import copy_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from deepspec.process import launch
+from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.process.supervisor import living_processes
+from deepspec.process.launch import Request, Stopped, run_child, scope
+from deepspec.process.shard_ranges import deal, parse_shards, shard_list
+
+# A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are written to argv[1].
+LAUNCHER = """
+import subprocess, sys, time
+rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+ranks = [subprocess.Popen([sys.executable, "-c", rank], start_new_session=True, stdout=subprocess.PIPE) for _ in range(2)]
+for one in ranks:
+    one.stdout.readline()
+open(sys.argv[1] + ".part", "w").write(" ".join(str(one.pid) for one in ranks))
+import os; os.rename(sys.argv[1] + ".part", sys.argv[1])
+print("ranks are up", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+def run(command: list[str], **settings) -> SimpleNamespace:
+    heard = SimpleNamespace(events=[], lines=[])
+    run_child(command, on_event=heard.events.append, on_line=heard.lines.append, **settings)
+    return heard
+
+
+def wait_for(path: Path, seconds: float = 20) -> list[int]:
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < limit, f"{path} did not appear"
+        time.sleep(0.02)
+    return [int(word) for word in path.read_text().split()]
+
+
+def assert_gone(pids: list[int], seconds: float = 15) -> None:
+    limit = time.monotonic() + seconds
+    while left := set(pids) & {pid for pid, _ in living_processes()}:
+        assert time.monotonic() < limit, f"still there: {left}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+
+
+# What a child says
+
+
+def test_events_and_lines_arrive_apart_and_the_log_holds_everything(tmp_path: Path):
+    log = tmp_path / "logs" / "answers.log"
+    heard = run(
+        python("""
+            import json, sys
+            print(json.dumps({"event": "progress", "stage": "answers", "done": 1, "total": 2}))
+            print("a library that prints")
+            print('{"not": "an event"}')
+            sys.stderr.write("10%\\r50%\\r100%\\nloading\\nno newline at the end")
+        """),
+        log_path=log,
+    )
+    assert heard.events == [{"event": "progress", "stage": "answers", "done": 1, "total": 2}]
+    assert sorted(heard.lines) == sorted(["a library that prints", '{"not": "an event"}', "100%", "loading", "no newline at the end"])
+    assert "a library that prints" in log.read_text() and "50%" in log.read_text() and '"done": 1' in log.read_text()
+
+
+def test_the_first_error_is_raised_and_its_echo_is_not_handed_on(tmp_path: Path):
+    """Other ranks lose their connection to the one that failed, and torchrun adds a stack trace."""
+    lines, log = [], tmp_path / "train.log"
+    child = python("""
+        import json, sys, time
+        print(json.dumps({"event": "error", "error": "ConfigError", "what": "the cause", "transient": False}), flush=True)
+        time.sleep(0.5)
+        print(json.dumps({"event": "error", "error": "ChildFailed", "what": "an echo", "transient": False}), flush=True)
+        print("Traceback", file=sys.stderr)
+        sys.exit(1)
+    """)
+    with pytest.raises(ConfigError, match="the cause"):
+        run_child(child, on_event=lines.append, on_line=lines.append, log_path=log)
+    assert lines == []
+    assert "Traceback" in log.read_text()
+
+
+def test_lines_longer_than_a_pipe_arrive_whole():
+    heard = run(python("print('x' * 300_000)"))
+    assert [len(line) for line in heard.lines] == [300_000]
+
+
+def test_a_childs_environment_is_the_parents_with_ours_on_top(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FROM_PARENT", "a")
+    heard = run(python("import os; print(os.environ['FROM_PARENT'] + os.environ['OURS'])"), env={"OURS": "b"})
+    assert heard.lines == ["ab"]
+
+
+# How it ends
+
+
+def test_a_reported_error_is_raised_again_as_its_own_class():
+    error = {"event": "error", **ConfigError("no field x", where="--set", fix="say y").to_json(), "transient": False}
+    with pytest.raises(ConfigError, match="no field x") as caught:
+        run(python("import sys; print(sys.argv[1]); sys.exit(2)", json.dumps(error)))
+    assert caught.value.where == "--set" and caught.value.fix == "say y"
+
+
+def test_failed_shards_keep_their_reasons():
+    failed = ShardsFailed("2 failed", failures={3: {"what": "busy", "transient": True}, 5: {"what": "bad row", "transient": False}})
+    with pytest.raises(ShardsFailed) as caught:
+        run(python("import sys; print(sys.argv[1]); sys.exit(75)", json.dumps({"event": "error", **failed.to_json()})))
+    assert caught.value.retryable == [3] and caught.value.failures[5]["what"] == "bad row"
+
+
+def test_a_transient_error_of_an_unknown_class_stays_transient():
+    event = {"event": "error", "error": "EngineBusy", "what": "busy", "transient": True}
+    with pytest.raises(TransientError, match="busy"):
+        run(python("import sys; print(sys.argv[1]); sys.exit(75)", json.dumps(event)))
+
+
+def test_a_child_that_dies_without_a_word_is_quoted(tmp_path: Path):
+    with pytest.raises(ChildFailed, match=r"(?s)exit code 1.*ValueError: lost") as caught:
+        run(python("raise ValueError('lost')"), log_path=tmp_path / "log")
+    assert str(tmp_path / "log") in caught.value.where
+
+
+def test_a_child_killed_by_a_signal_may_be_tried_again():
+    with pytest.raises(TransientError, match="SIGKILL"):
+        run(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+
+
+def test_a_child_that_is_too_slow_is_ended(tmp_path: Path):
+    started = time.monotonic()
+    with pytest.raises(TransientError, match="in time"):
+        run(python(LAUNCHER, tmp_path / "ranks"), timeout_s=1.5)
+    assert time.monotonic() - started < 10
+    assert_gone(wait_for(tmp_path / "ranks"), seconds=0.5)
+
+
+# That nothing outlives its parent
+
+
+def test_helpers_left_behind_by_a_finished_child_are_swept_up(tmp_path: Path):
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)"
+    started = time.monotonic()
+    heard = run(python(code))
+    assert time.monotonic() - started < 5
+    assert_gone([int(heard.lines[0])], seconds=0.5)
+
+
+def test_an_error_in_a_callback_ends_the_child(tmp_path: Path):
+    def fail(line: str) -> None:
+        raise RuntimeError(line)
+
+    with pytest.raises(RuntimeError, match="ranks are up"):
+        run_child(python(LAUNCHER, tmp_path / "ranks"), on_event=print, on_line=fail)
+    assert_gone(wait_for(tmp_path / "ranks"), seconds=0.5)
+
+
+def test_leaving_the_scope_ends_the_children_of_all_its_threads(tmp_path: Path):
+    caught: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            run(python(LAUNCHER, tmp_path / f"ranks{number}"))
+        except Stopped as stopped:
+            caught.append(stopped)
+
+    with contextlib.suppress(KeyboardInterrupt), scope() as owner:
+        threads = [threading.Thread(target=copy_context().run, args=(work, number)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        ranks = [pid for number in range(2) for pid in wait_for(tmp_path / f"ranks{number}")]
+        raise KeyboardInterrupt
+    assert_gone(ranks, seconds=0.5)
+    for thread in threads:
+        thread.join(5)
+    assert len(caught) == 2
+    with pytest.raises(Stopped):
+        owner.start(["true"], {})
+
+
+def test_a_closed_scope_leaves_later_children_alone():
+    with scope():
+        pass
+    run(python("pass"))
+
+
+@pytest.mark.parametrize("victim", ["parent", "guard", "launcher"])
+def test_sigkill_of_any_of_them_leaves_no_rank_behind(tmp_path: Path, victim: str):
+    code = f"""
+        import sys
+        from deepspec.process import launch
+        launch.GRACE_S = 0.5
+        launch.run_child([sys.executable, "-c", {LAUNCHER!r}, sys.argv[1]], on_event=print, on_line=print)
+    """
+    parent = subprocess.Popen(python(code, tmp_path / "ranks"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    ranks = wait_for(tmp_path / "ranks")
+    guard = psutil.Process(parent.pid).children()[0]
+    launcher = guard.children()[0]
+    everyone = [parent.pid, guard.pid, launcher.pid, *ranks]
+    assert all(psutil.pid_exists(pid) for pid in everyone)
+    os.kill({"parent": parent.pid, "guard": guard.pid, "launcher": launcher.pid}[victim], signal.SIGKILL)
+    started = time.monotonic()
+    said = parent.communicate(timeout=20)[1].decode() if victim != "parent" else ""
+    parent.wait()
+    assert_gone(everyone)
+    assert time.monotonic() - started < 10
+    assert victim == "parent" or "TransientError" in said
+
+
+def test_without_prctl_a_child_still_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a system that is not Linux: no subreaper and no PDEATHSIG, the lifeline alone."""
+    code = """
+        import sys
+        from deepspec.process import supervisor as guard
+        guard.find_prctl = lambda: (lambda option, value: None)
+        sys.exit(guard.main(0.5, sys.argv[1:]))
+    """
+    child = subprocess.Popen(python(code, "sleep", "600"), stdin=subprocess.PIPE)
+    time.sleep(0.5)
+    sleeper = psutil.Process(child.pid).children()[0].pid
+    child.stdin.close()
+    assert child.wait(10) == 128 + signal.SIGTERM
+    assert_gone([sleeper], seconds=0.5)
+
+
+# Command lines and groups
+
+
+def test_groups_are_consecutive_and_hold_every_shard_once():
+    assert deal([0, 1, 4, 7, 9], 2) == [[0, 1], [4, 7], [9]]
+    assert deal([], 3) == []
+
+
+@pytest.mark.parametrize(("shards", "text"), [([], ""), ([17], "17"), ([0, 1, 2, 9, 40, 41], "0-2,9,40-41")])
+def test_a_shard_list_is_read_back_as_it_was(shards: list[int], text: str):
+    assert shard_list(shards) == text
+    assert parse_shards(text) == shards
+
+
+def test_a_request_becomes_one_command_line():
+    request = Request("demo", ("train.lr=3e-4", "target.layer_ids=[1, 2]"), "/some where")
+    assert request.command("answers", [3, 4])[1:] == [
+        "-m", "deepspec", "answers", "demo", "--set", "train.lr=3e-4", "--set", "target.layer_ids=[1, 2]",
+        "--store", "/some where", "--shards", "3-4",
+    ]  # fmt: skip
+    assert (
+        request.shown("train") == "python -m deepspec train demo --set train.lr=3e-4 --set 'target.layer_ids=[1, 2]' --store '/some where'"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_child_whose_log_finds_no_room_goes_on():
+    """On a full disk a stage waits until there is more; its own words about that, in a log on the same disk, ended it."""
+    heard = run(python("import time; print('paused', flush=True); time.sleep(0.1); print('done')"), log_path=Path("/dev/full"))
+    assert [line.partition(" from here on")[0] for line in heard.lines] == ["launch WARNING /dev/full misses lines", "paused", "done"]

@@ -1,0 +1,109 @@
+"""The checks that a user runs on a target: a sound one passes, and each thing that can be wrong is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from deepspec.__main__ import app
+from deepspec.errors import ConfigError, DataError
+from deepspec.target.conformance import run_conformance
+from deepspec.target.target_checks import check_chat, check_target, make_rows, run_target_checks, spread
+from deepspec.target.model import Target
+from tests.conftest import tiny_run
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+SLIDING = ["sliding_attention", "full_attention"] * 2
+
+
+def tiny_qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+
+
+def tiny_gemma4() -> Any:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        **SIZES, layer_types=SLIDING, sliding_window=16, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True,
+        final_logit_softcapping=30.0, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    )  # fmt: skip
+    return Gemma4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma4])
+def test_a_sound_target_passes_every_check(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    checks = run_target_checks(tmp_path)
+    assert set(checks) == {"target", "chat", "dspark", "dflash", "eagle3"}
+    assert [(part, check) for part, found in checks.items() for check in found if not check.passed] == []
+
+
+def failing(target: Target) -> list[str]:
+    return [check.quantity for check in check_target(target, make_rows(target)) if not check.passed]
+
+
+def test_a_tap_at_the_wrong_layer_is_noticed() -> None:
+    """Trap C1: an index off by one between hooks and hidden states."""
+    target = Target(tiny_qwen3(), (-1, 0, 2))
+    target.decoder.layers[0].register_forward_hook(lambda *_: target._tapped.update({0: target._tapped[-1]}))
+    assert failing(target) == ["layer taps"]
+
+
+def test_a_missing_final_norm_is_noticed() -> None:
+    """Trap C2."""
+    target = Target(tiny_qwen3(), (0, 2))
+    target.lm_head = torch.nn.Linear(32, 97, bias=False)
+    assert failing(target) == ["final norm and lm_head"]
+
+
+def test_a_sliding_window_that_the_cache_ignores_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(tiny_gemma4(), (0, 2))
+    assert len(make_rows(target)[0]) > target.text_config.sliding_window
+    monkeypatch.setattr(target, "_masks", lambda causal, _: {"full_attention": causal, "sliding_attention": causal})
+    assert failing(target) == ["cached and uncached"]
+
+
+def test_the_loss_mask_of_the_targets_own_template_is_decoded(demo_store: Path) -> None:
+    from deepspec.target.chat import target_folder
+
+    config = tiny_run(demo_store)
+    folder = target_folder(config)
+    assert folder is not None
+    (check,) = check_chat(folder, config.target)
+    assert check.passed
+    assert "four" in check.note
+
+
+def test_layers_to_capture_never_include_the_last() -> None:
+    assert spread(36) == (-1, 0, 18, 34)
+    assert spread(2) == (-1, 0)
+
+
+def test_the_command_prints_its_checks_and_ends_with_0(tmp_path: Path) -> None:
+    tiny_qwen3().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["conformance", "--model", str(tmp_path)])
+    assert result.exit_code == 0
+    for word in ("layer taps", "cached and uncached", "parameters without", "eagle3"):
+        assert word in result.output
+
+
+def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no model here"):
+        run_target_checks(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConfigError, match="llama"):
+        run_target_checks(tmp_path)
+    with pytest.raises(ConfigError, match="either reference vectors or a model"):
+        run_conformance(vectors=None, model=None)

@@ -1,0 +1,307 @@
+"""One command trains on every GPU: torchrun's ranks are started, spoken for, stopped and ended by it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from deepspec.hidden.rolling_workers import lane_gpus
+from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.process.events import silent
+from deepspec.process.launch import Request
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.process.ports import free_port
+from deepspec.train import launcher as ranks
+from deepspec.train.loop import run_train
+from deepspec.train.launcher import is_rank, launch_ranks, num_ranks
+from deepspec.train.checkpoint_files import checkpoint_steps
+from tests.conftest import REPOSITORY, TINY, tiny_run
+from tests.train.test_loop import SMOOTH, assert_close, weights
+
+TWO = ["resources.train_ranks=2", "resources.device=cpu"]
+SIX = "train.global_batch=6"
+LONG = ["train.max_steps=40", "train.epochs=50", "train.checkpoint_steps=10", *SMOOTH]
+
+
+@pytest.fixture
+def ready(captured: Path, tmp_path: Path) -> Path:
+    shutil.copytree(captured, tmp_path / "ready")
+    return tmp_path / "ready"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Has every rank run this code before each step: `sitecustomize` is imported by any Python that finds it."""
+
+    def write(code: str) -> None:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(FAULTS + textwrap.dedent(code))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]))
+
+    return write
+
+
+FAULTS = """
+import os, signal
+
+if "LOCAL_RANK" in os.environ:
+    from deepspec.train.batches import StepData
+
+    original, rank = StepData.batches, int(os.environ["RANK"])
+
+    def batches(self, step):
+        fault(step)
+        return original(self, step)
+
+    StepData.batches = batches
+"""
+
+
+def arguments(store: Path, *overrides: str) -> Request:
+    return Request("demo", (*TINY, *TWO, *overrides), str(store))
+
+
+def launched(store: Path, *overrides: str) -> SimpleNamespace:
+    heard = SimpleNamespace(events=[])
+    launch_ranks(arguments(store, *overrides), 2, report=heard.events.append, stop_s=5)
+    return heard
+
+
+def ranks_of(parent: int) -> list[psutil.Process]:
+    return [one for one in psutil.Process(parent).children(recursive=True) if "LOCAL_RANK" in environment_of(one)]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
+
+
+def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert num_ranks(tiny_run(tmp_path, "train.global_batch=9")) == 3
+    assert num_ranks(tiny_run(tmp_path, "resources.train_ranks=2")) == 2
+    with pytest.raises(ConfigError, match="2 samples a step cannot be dealt evenly to 3 ranks"):
+        num_ranks(tiny_run(tmp_path, "train.global_batch=2"))
+    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu")) == 1
+    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu", "resources.train_ranks=4")) == 4
+    with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
+        num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
+    rolling = tiny_run(tmp_path, "resources.source=rolling", "train.global_batch=6")
+    assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
+    shared = tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=0", "train.global_batch=6")
+    assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
+    with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
+        num_ranks(tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=3"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert num_ranks(tiny_run(tmp_path)) == 1
+    assert (num_ranks(rolling), lane_gpus(rolling)) == (1, [None])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
+def test_a_process_that_torchrun_started_starts_no_ranks(name: str, monkeypatch: pytest.MonkeyPatch):
+    assert not is_rank()
+    monkeypatch.setenv(name, "2")
+    assert is_rank()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A store with what two ranks of one node have trained, and what they said."""
+    store = tmp_path_factory.mktemp("two") / "store"
+    shutil.copytree(captured, store)
+    command = arguments(store, SIX).command("train")
+    environment = {**os.environ, "DEEPSPEC_EVENTS": "1"}
+    return store, subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=240, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_ranks):
+    """What one rank ends with, from samples that differ in length and so in their share of the tokens (trap D4)."""
+    store, done = two_ranks
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(event["stage"], event["done"]) for event in events] == [("train", 6)]
+    assert done.stderr.count("steps=0 of 6") == 1, done.stderr
+    assert "ranks=2" in done.stderr
+    assert_close(weights(run_train(tiny_run(ready, SIX))), weights(artifact_of(tiny_run(store, SIX), "train")))
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_path: Path):
+    """The line of docs/deployments.md, started twice as on two machines: they find each other at the rendezvous, and one reports."""
+    told = {"--nproc-per-node": "1", "--rdzv-endpoint": f"127.0.0.1:{free_port()}"}
+    words = documented_command("torchrun --nnodes 2")
+    words = [told.get(before, word) for before, word in zip(["", *words], words, strict=False)][1 : words.index("-m")]
+    node = [sys.executable, "-m", "torch.distributed.run", *words, "--local-addr", "127.0.0.1"]
+    command = [*node, *arguments(ready, SIX).command("train")[1:]]
+    logs = [tmp_path / "node-0.log", tmp_path / "node-1.log"]
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(guarded(command, log)) for log in logs]
+        codes = [one.wait(240) for one in nodes]
+    said = [log.read_text() for log in logs]
+    assert codes == [0, 0], said
+    assert sorted(text.count("steps=0 of 6") for text in said) == [0, 1]
+    artifact = artifact_of(tiny_run(ready, SIX), "train")
+    assert artifact.manifest() is not None
+    assert_close(weights(artifact), weights(artifact_of(tiny_run(two_ranks[0], SIX), "train")))
+
+
+@contextlib.contextmanager
+def guarded(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that is gone, with all it started, when the block is left."""
+    command, environment = [sys.executable, "-m", "deepspec.process.supervisor", "5", *command], {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+def documented_command(start: str) -> list[str]:
+    """The command of the document on several machines that starts like this."""
+    text = (REPOSITORY / "docs" / "deployments.md").read_text().replace("\\\n", " ")
+    (found,) = [line for line in text.splitlines() if line.startswith(start)]
+    return shlex.split(found)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                from deepspec.errors import TrainingFailed
+                raise TrainingFailed("rank 1 has had enough", where="here", fix="that")
+    """)
+    with pytest.raises(TrainingFailed, match="rank 1 has had enough") as caught:
+        launched(ready)
+    assert (caught.value.where, caught.value.fix) == ("here", "that")
+    assert "ChildFailedError" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                raise ZeroDivisionError("a bug on rank 1")
+    """)
+    with pytest.raises(ranks.ChildFailed, match="ZeroDivisionError: a bug on rank 1"):
+        launched(ready)
+    shown = capfd.readouterr().err
+    assert "in batches" in shown, "where the bug is, is in the log"
+    assert "ChildFailedError" not in shown
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    with pytest.raises(TransientError, match="rank 1 was killed by SIGKILL"):
+        launched(ready)
+    assert "ChildFailedError" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+    """Rank 0 waits for rank 1 and is the one to say so; the culprit's stack must be in the log by then."""
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                stalled_read()
+
+        def stalled_read():
+            import time
+            time.sleep(600)
+    """)
+    with pytest.raises(TransientError, match="no training step was finished"):
+        launched(ready, "resources.stall_minutes=0.1")
+    shown = capfd.readouterr().err
+    assert "in stalled_read" in shown
+    assert "in sum" in shown, "rank 0, in the collective"
+
+
+def interrupt(store: Path, number: int) -> int:
+    """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
+    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+        limit = time.monotonic() + 60
+        while not checkpoint_steps(artifact):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        ranks_found = ranks_of(parent.pid)
+        assert len(ranks_found) == 2
+        parent.send_signal(number)
+        code = parent.wait(40)
+    assert psutil.wait_procs(ranks_found, timeout=0 if number == signal.SIGTERM else 20)[1] == []
+    assert not artifact.store.exists(artifact.path("manifest.json"))
+    return code
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready: Path, tmp_path: Path):
+    straight = tmp_path / "straight"
+    shutil.copytree(ready, straight)
+    assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
+    artifact = artifact_of(tiny_run(ready, *LONG), "train")
+    assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
+    launched(ready, *LONG)
+    assert_close(weights(artifact), weights(run_train(tiny_run(straight, *LONG))))
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
+    assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
+
+
+TWELVE = ["train.max_steps=12", "train.checkpoint_steps=4", SIX, *SMOOTH]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What twelve steps of one rank end in that nobody killed; a rank's, not this process's: threads decide the last bit."""
+    straight = tmp_path_factory.mktemp("straight") / "store"
+    shutil.copytree(captured, straight)
+    launch_ranks(arguments(straight, *TWELVE), 1, report=silent, stop_s=5)
+    return weights(artifact_of(tiny_run(straight, *TWELVE), "train"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
+def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(undisturbed, ready, faulty, tmp_path: Path, before, after):
+    """Kill -9 in the sixth step, amid an epoch as the fourth step's checkpoint is; bit for bit on the same number of ranks."""
+    faulty(f"""
+        def fault(step):
+            marker = {str(tmp_path / "killed")!r}
+            if rank == 0 and step == 5 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    artifact = artifact_of(tiny_run(ready, *TWELVE), "train")
+    with pytest.raises(TransientError, match="killed by SIGKILL"):
+        launch_ranks(arguments(ready, *TWELVE), before, report=silent, stop_s=5)
+    assert checkpoint_steps(artifact) == [4]
+    launch_ranks(arguments(ready, *TWELVE), after, report=silent, stop_s=5)
+    resumed = weights(artifact)
+    assert_close(undisturbed, resumed)
+    if before == after:
+        assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
