@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactKey
 from deepspec.cache.codecs import make_codec
 from deepspec.cache.format import HiddenSample, Layout, Stored, last_hidden_spans
-from deepspec.artifacts.records import ArtifactKey
 from deepspec.storage.store import Store
 
 ROUNDS = 5

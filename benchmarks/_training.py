@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from benchmarks._measure import hidden_artifact, make_samples, raw_layout
-from deepspec.config.run import RunConfig
 from deepspec.cache.reader import HiddenCache
-from deepspec.process.events import silent
+from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
-from deepspec.train.step import Trainer
-from deepspec.train.strategy import Replicated
-from deepspec.train.vitals import Vitals
-from deepspec.train.watchdog import Watchdog
+from deepspec.process.events import silent
+from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
+from deepspec.train.step import Trainer
+from deepspec.train.throughput import Vitals
+from deepspec.train.watchdog import Watchdog
 from tests.cache.samples import make_cache
 
 SHARD_ROWS = 96

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks._measure import peak_bytes, result
 from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
 from deepspec.config.recipes import load_run
+from deepspec.prompts.stage import run_prompts
 
 SERVERS, IN_FLIGHT = 8, 32
 LATENCIES = {2.0: 2048, 0.5: 8192, 0.05: 8192}  # seconds of an answer: conversations to answer

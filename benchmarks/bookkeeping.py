@@ -17,8 +17,8 @@ import torch
 from benchmarks._measure import result
 from deepspec.config.run import SamplingConfig
 from deepspec.evaluate.speculate import Policy, speculate
-from deepspec.target.generate import Decode
 from deepspec.model.drafter import Proposal
+from deepspec.target.generate import Decode
 from deepspec.target.model import TargetOutput
 
 ROWS, BLOCK, ACCEPTED, ROUNDS, VOCABULARY = 32, 7, 3, 2_000, 64

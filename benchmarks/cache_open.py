@@ -19,10 +19,10 @@ import xxhash
 
 from benchmarks._measure import ROUNDS, hidden_artifact, make_samples, raw_layout, result
 from deepspec.artifacts.artifact import Artifact
-from deepspec.cache.reader import SCHEMA
-from deepspec.cache.index import INDEX, read_rows, write_index
-from deepspec.cache.shard_writer import ShardWriter
 from deepspec.artifacts.records import Record, index_file
+from deepspec.cache.index import INDEX, read_rows, write_index
+from deepspec.cache.reader import SCHEMA
+from deepspec.cache.shard_writer import ShardWriter
 from deepspec.storage.store import file_checksum
 
 SHARDS, ROWS = 10_000, 130

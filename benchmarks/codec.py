@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.codec_base import Codec, CodecName, Compression
+from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, FidelityLimits, measure, refuse
 
 SCALE_TOKENS, TOKENS, SAMPLE_TOKENS, ROUNDS = 2000, 12_000, 1000, 5
@@ -100,11 +100,11 @@ def main() -> dict[str, object]:
 
 def real_states(store: str) -> States:
     """States of the corpus of a demo target of width 128, trained in the given store."""
-    from deepspec.target.chat import load_chat, target_folder
+    from deepspec.config.recipes import load_run
     from deepspec.demo.build import encode
     from deepspec.demo.corpus import make_corpus
     from deepspec.demo.stage import run_demo
-    from deepspec.config.recipes import load_run
+    from deepspec.target.chat import load_chat, target_folder
     from deepspec.target.model import load_target
 
     demo = ["demo.hidden_size=128", "demo.num_layers=8", "demo.steps=150", "demo.conversations=3000", "target.layer_ids=[1, 2, 4, 5, 6]"]

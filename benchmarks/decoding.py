@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks._measure import result
-from deepspec.config.run import SamplingConfig
-from deepspec.evaluate.prompts import load_benchmarks, render
-from deepspec.evaluate.stage import load_models
-from deepspec.evaluate.speculate import speculate
-from deepspec.evaluate.units import Models
-from deepspec.target.generate import Decode, generate
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.recipes import load_run
+from deepspec.config.run import SamplingConfig
+from deepspec.evaluate.prompts import load_benchmarks, render
+from deepspec.evaluate.speculate import speculate
+from deepspec.evaluate.stage import load_models
+from deepspec.evaluate.units import Models
+from deepspec.target.generate import Decode, generate
 
 ROUNDS, BATCH, EARLY_EXIT = 3, 8, 4
 PLAIN, SPECULATIVE, ASSISTED = "plain", "speculative", "assisted"

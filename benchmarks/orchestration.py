@@ -19,10 +19,10 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks._measure import result
-from deepspec.prompts.stage import run_prompts
-from deepspec.process.launch import Request
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
+from deepspec.process.launch import Request
+from deepspec.prompts.stage import run_prompts
 from flows.server import PrivateServer
 
 SHARDS, GROUPS = 10_000, 100

@@ -20,9 +20,9 @@ from pathlib import Path
 import datasets
 
 from benchmarks._measure import alternate, peak_bytes, result
+from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.prompts.stage import run_prompts
-from deepspec.config.recipes import load_run
 
 ROWS, MANY = 100_000, 1_300_000
 ROUNDS = 3

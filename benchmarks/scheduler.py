@@ -23,14 +23,14 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._measure import result
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.recipes import load_run
 from deepspec.evaluate.calibration import calibrated, fit_calibration
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.rounds import Rounds, headline, read_rounds, split_by_prompt
 from deepspec.evaluate.scheduler import schedule
 from deepspec.evaluate.simulate import Simulated, compare_policies
 from deepspec.evaluate.speed_curve import SpeedCurve, profile
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
 from deepspec.target.model import Target
 
 RECORDED = Path(__file__).with_name("scheduler_rounds.json")

@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks._measure import alternate, result
 from benchmarks._training import QWEN3, QWEN3_4B, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
-from deepspec.model.drafter import TrainBatch
 from deepspec.config.recipes import load_run
+from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
+from deepspec.train.ddp import Replicated
 from deepspec.train.metrics import Meter
 from deepspec.train.step import train_step
-from deepspec.train.strategy import COMPUTE_DTYPES, Replicated
+from deepspec.train.strategy import COMPUTE_DTYPES
 
 GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared

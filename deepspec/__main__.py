@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from deepspec.cli.inspection import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
+from deepspec.cli.inspection import app as looking
+from deepspec.config.recipes import load_run, recipe_names, to_yaml
 from deepspec.config.run import RunConfig
 from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
 from deepspec.process.events import Report, json_lines
 from deepspec.process.launch import Request
-from deepspec.config.recipes import load_run, recipe_names, to_yaml
 from deepspec.process.shard_ranges import parse_shards
 from deepspec.process.terminal import TerminalReport
 from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
-from deepspec.cli.inspection import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
-from deepspec.cli.inspection import app as looking
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 app.add_typer(looking)  # without a name of its own: its verbs stand beside these
@@ -91,8 +90,11 @@ def hidden(
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.hidden.stage import run_capture
+    from deepspec.plan.plan import check_cache_fits
 
     config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
+    if purpose == "cache":
+        check_cache_fits(config)
     run_capture(config, shards=_chosen(shards), purpose=purpose, report=report)
 
 
@@ -122,9 +124,9 @@ def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 5: decode the benchmarks plainly and speculatively, side by side."""
-    from deepspec.report.report import put_report
-    from deepspec.evaluate.stage import run_evaluate
     from deepspec.artifacts.status import results
+    from deepspec.evaluate.stage import run_evaluate
+    from deepspec.report.report import put_report
 
     config, report = _open(run, sets, store)
     artifact = run_evaluate(config, shards=_chosen(shards), report=report)
@@ -148,17 +150,13 @@ def export(
 
 @app.command()
 def conformance(
-    vectors: Annotated[str | None, typer.Option(metavar="DIR", help="a folder of reference vectors to reproduce")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH", help="a target's folder: is everything that a draft needs true of it?")
-    ] = None,
+    model: Annotated[str, typer.Option(metavar="PATH", help="a target's folder: is everything that a draft needs true of it?")],
 ) -> None:
-    """Check the numbers: against reference vectors, or of a target; exit 1 where any is outside what is allowed."""
-    from deepspec.target.conformance import run_conformance
+    """Check a target and a draft of each algorithm on it; exit 1 where any quantity is outside what is allowed."""
+    from deepspec.evaluate.conformance import run_target_checks
+    from deepspec.target.conformance import print_checks
 
-    table, passed = run_conformance(vectors=vectors, model=model)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log keeps its rows whole
-    if not passed:
+    if not print_checks(run_target_checks(Path(model)), subject="part"):
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -16,11 +16,11 @@ from typing import Annotated
 
 import typer
 
+from deepspec.artifacts.lineage import store_of
+from deepspec.artifacts.status import results, stages_of
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import store_of
 from deepspec.process.shard_ranges import parse_shards, shard_list
-from deepspec.artifacts.status import results, stages_of
 from flows.compatible import check_answer, check_server
 from flows.request import open_run
 from flows.server import PrivateServer, start_private_server

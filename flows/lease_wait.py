@@ -10,10 +10,10 @@ from prefect.runtime import flow_run
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.leases import LOST_S, Claim, Claims, this_process, words
-from deepspec.config.run import RunConfig
-from deepspec.errors import TransientError
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import SHARDED, StageStatus
+from deepspec.config.run import RunConfig
+from deepspec.errors import TransientError
 from flows.stage_progress import Board
 from flows.store_watch import Watch
 

@@ -10,12 +10,12 @@ from prefect import get_run_logger
 from prefect.blocks.system import Secret
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
-from deepspec.process.machine import visible_gpus
 from deepspec.process.launch import run_child
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.process.machine import visible_gpus
 from flows.child_log import ChildLog
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun

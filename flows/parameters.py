@@ -12,13 +12,13 @@ from typing import Annotated
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from deepspec.config.recipes import recipe_names
 from deepspec.errors import ConfigError
 from deepspec.process.launch import Request
-from deepspec.config.recipes import recipe_names
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.automations import PART
-from flows.shard_scheduler import SHARD_DIGITS
 from flows.lease_wait import is_part
+from flows.shard_scheduler import SHARD_DIGITS
 
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
 BEFORE_DRAFTS = ("prepare", "regenerate", "capture")  # what they make is named by the target: every draft of it is trained on that

@@ -24,20 +24,20 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Crashed
 
-from deepspec.artifacts.side_files import noted_failures, read_failures
 from deepspec.artifacts.leases import Claims
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.side_files import noted_failures, read_failures
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, ShardsFailed, TransientError, error_named
 from deepspec.process.launch import Stopped
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.process.shard_ranges import shard_list
 from flows.automations import PART
-from flows.shard_scheduler import Lane
+from flows.lease_wait import GROUP
 from flows.parameters import title
 from flows.pool import Pool
 from flows.selection import FLOW_OF
+from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 from flows.store_watch import Watch
-from flows.lease_wait import GROUP
 
 POLL_S = 2.0  # between two looks at a child's state
 START_S = 60.0  # that a child may take beyond the deadline of its own children, to start and to end

@@ -23,15 +23,15 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
 
-from deepspec.errors import ConfigError, TransientError, UserError
-from deepspec.process.events import silent
-from deepspec.process.launch import GRACE_S, Request, Stopped, current_scope, run_child
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig
+from deepspec.errors import ConfigError, TransientError, UserError
+from deepspec.process.events import silent
+from deepspec.process.launch import GRACE_S, Request, Stopped, current_scope, run_child
 from flows.child_log import ChildLog
-from flows.shard_scheduler import Lane
 from flows.local_executor import api_key, log_path
+from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 from flows.store_watch import Watch, watching_store
 

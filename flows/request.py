@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
+from deepspec.artifacts.lineage import artifact_of, store_of
+from deepspec.artifacts.status import stages_of
+from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of, store_of
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stages_of
 
 
 def open_run(request: Request) -> RunConfig:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepspec.config.run import RunConfig
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import SHARDED, StageStatus, choose, missing_shards, require_sealed, upstream_records
+from deepspec.config.run import RunConfig
 
 FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}  # the flow of this stage alone
 SELECTABLE = (*SHARDED, "evaluate")

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 from deepspec.errors import UserError
-from deepspec.process.ports import free_port
+from deepspec.process.machine import free_port
 from deepspec.storage.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores

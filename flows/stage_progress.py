@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from deepspec.figures.curves import Made, throughput, training
-from deepspec.errors import DeepSpecError
-from deepspec.process.events import answering_note, words_of
-from deepspec.figures.picture import data_url
 from deepspec.artifacts.status import StageStatus
-from flows.shard_scheduler import Lane
+from deepspec.errors import DeepSpecError
+from deepspec.figures.curves import Made, throughput, training
+from deepspec.figures.picture import data_url
+from deepspec.process.events import answering_note, words_of
 from flows.live import Content, LiveArtifact, table
 from flows.reporting import Progress, State, show
+from flows.shard_scheduler import Lane
 
 log = logging.getLogger(__name__)
 

@@ -17,16 +17,16 @@ from typing import Any, Protocol
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from deepspec.artifacts.lineage import artifact_of, upstream_of
+from deepspec.artifacts.shard_loop import TOO_MANY, failures_allowed
+from deepspec.artifacts.status import SHARDED, StageStatus, missing_shards, training_lines
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import Request, scope
-from deepspec.artifacts.lineage import artifact_of, upstream_of
 from deepspec.process.shard_ranges import shard_list
-from deepspec.artifacts.status import SHARDED, StageStatus, missing_shards, training_lines
-from deepspec.artifacts.shard_loop import TOO_MANY, failures_allowed
-from flows.stage_progress import Board
-from flows.shard_scheduler import SHARD_DIGITS, Dealer, Lane
 from flows.selection import SELECTABLE
+from flows.shard_scheduler import SHARD_DIGITS, Dealer, Lane
+from flows.stage_progress import Board
 
 END_S = 30.0  # that a lane may take to end once its child is gone: a task run is still to be reported
 LANES_S = 2.0  # between two looks for lanes that came

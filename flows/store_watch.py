@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.errors import DeepSpecError
 from deepspec.artifacts.status import SHARDED, StageStatus
+from deepspec.errors import DeepSpecError
 from flows.stage_progress import Board
 
 log = logging.getLogger(__name__)

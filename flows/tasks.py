@@ -10,22 +10,22 @@ from prefect import get_run_logger
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.leases import Claims
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.process.shard_ranges import parse_shards
-from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
 from flows.failures import publish_failure
+from flows.lease_wait import claims_on, take_turn, to_claim
 from flows.local_executor import LocalHands
+from flows.pool_executor import WorkersHands
 from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
 from flows.request import open_run
 from flows.selection import FLOW_OF, selected
 from flows.stage_run import Hands, StageRun
-from flows.lease_wait import claims_on, take_turn, to_claim
-from flows.pool_executor import WorkersHands
 
 
 def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.config.run import RunConfig
-from deepspec.target.conversation import Outcome, Refused, Request, Turn
 from deepspec.errors import DataError, TransientError
+from deepspec.target.conversation import Outcome, Refused, Request, Turn
 
 
 class Echo:

@@ -14,16 +14,15 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from deepspec.config.run import RunConfig
-from deepspec.answers.stage import FAILED
 from deepspec.answers.journal import Journal, open_journal, request_key
 from deepspec.answers.progress import Meter
 from deepspec.answers.server_engine import OpenAIEngine
-from deepspec.artifacts.tables import read_table
-from deepspec.target.conversation import Conversation, Failed, Outcome, Refused, Request, Turn
-from deepspec.errors import DataError, DeepSpecError, TransientError
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.shard_loop import FULL, Work
+from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.tables import read_table
+from deepspec.config.run import RunConfig
+from deepspec.errors import DataError, DeepSpecError, TransientError
+from deepspec.target.conversation import FAILED, Conversation, Failed, Outcome, Refused, Request, Turn
 
 log = logging.getLogger(__name__)
 

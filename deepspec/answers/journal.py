@@ -18,8 +18,8 @@ import xxhash
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.target.conversation import Request
 from deepspec.storage.store import canonical_json
+from deepspec.target.conversation import Request
 
 
 class Journal:

@@ -22,10 +22,10 @@ import httpx
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.run import RunConfig
-from deepspec.target.chat import target_folder
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
 from deepspec.process.launch import Scope, run_child, scope
-from deepspec.process.ports import LOOPBACK, free_port
+from deepspec.process.machine import LOOPBACK, free_port
+from deepspec.target.chat import target_folder
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from deepspec.target.conversation import Outcome, Refused, Turn
-from deepspec.process.events import Report
 from deepspec.artifacts.shard_loop import Work
+from deepspec.process.events import Report
+from deepspec.target.conversation import Outcome, Refused, Turn
 
 
 class Meter:

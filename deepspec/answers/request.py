@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from deepspec.config.run import RunConfig
-from deepspec.target.chat import Message
+from deepspec.messages import Message
 
 Dialect = Literal["openai", "vllm", "sglang", "transformers"]
 SEEDS = 2**31  # servers take seeds of 31 bits

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from openai.types.chat import ChatCompletion
 
-from deepspec.config.run import TargetConfig
 from deepspec.answers.request import SEEDS
+from deepspec.config.run import TargetConfig
 from deepspec.target.conversation import Refused, Request, Turn
 
 THINKING = {  # by chat family: what the target writes before and behind its thinking

@@ -20,14 +20,14 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from deepspec.config.run import RunConfig
-from deepspec.answers.server_errors import KEY_REFUSED, OVERLOADED, RETRIED, Again, NotItsFault, retry_after_s, what_broke
 from deepspec.answers.progress import Meter
-from deepspec.answers.server_pool import Endpoint, Pool
-from deepspec.answers.response import read_reply
 from deepspec.answers.request import SEEDS, Dialect, messages_as_sent, request_body
-from deepspec.target.conversation import Failed, Outcome, Refused, Request, Turn
+from deepspec.answers.response import read_reply
+from deepspec.answers.server_errors import KEY_REFUSED, OVERLOADED, RETRIED, Again, NotItsFault, retry_after_s, what_broke
+from deepspec.answers.server_pool import Endpoint, Pool
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
+from deepspec.target.conversation import Failed, Outcome, Refused, Request, Turn
 
 log = logging.getLogger(__name__)
 

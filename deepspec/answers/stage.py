@@ -16,22 +16,20 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.side_files import put_rejects
-from deepspec.config.run import RunConfig
 from deepspec.answers.progress import Meter
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import Counts
+from deepspec.artifacts.shard_loop import Work, work_through
+from deepspec.artifacts.side_files import put_rejects
+from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
 from deepspec.artifacts.tables import read_table, write_table
-from deepspec.target.conversation import Conversation, Failed, Outcome, Refused, Request
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, DataError, TransientError
 from deepspec.process.events import Report, silent
-from deepspec.artifacts.records import Counts
-from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
 from deepspec.storage.store import file_checksum
-from deepspec.artifacts.shard_loop import Work, work_through
+from deepspec.target.conversation import FAILED, Conversation, Failed, Outcome, Refused, Request
 
 log = logging.getLogger(__name__)
-
-FAILED = "failed"  # the reason of a row that no run got an answer to
 
 TURN = pa.struct(
     [

@@ -17,7 +17,6 @@ import xxhash
 from pydantic import BaseModel, ValidationError
 
 from deepspec import __version__
-from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.artifacts.records import (
     ArtifactInfo,
     ArtifactKey,
@@ -30,6 +29,7 @@ from deepspec.artifacts.records import (
     read_records_table,
     records_table,
 )  # fmt: skip
+from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.storage.store import Store, canonical_json, file_checksum, pretty_json
 
 RECORDS = "records.arrow"

@@ -20,8 +20,8 @@ from typing import NamedTuple, Self
 from pydantic import ValidationError
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.errors import DeepSpecError
 from deepspec.artifacts.records import Stored
+from deepspec.errors import DeepSpecError
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from deepspec.storage.store import pretty_json
 

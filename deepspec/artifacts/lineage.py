@@ -19,11 +19,11 @@ import fsspec
 import xxhash
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.config.benchmarks import DEMO, BenchmarkSet, find_benchmark
+from deepspec.config.recipes import load_run, section_of
 from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import ArtifactMismatch, DataError
-from deepspec.config.recipes import load_run, section_of
-from deepspec.artifacts.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.storage.store import Store, canonical_json, file_checksum
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.artifacts.lineage import artifact_at, artifact_key, input_artifact, require_info
 from deepspec.config.recipes import load_run, validated
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 
 
 def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> RunConfig:

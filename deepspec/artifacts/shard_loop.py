@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import input_artifact
+from deepspec.artifacts.records import Counts, Record, describe
 from deepspec.artifacts.side_files import put_failure, quarantine
+from deepspec.config.resources import ResourcesConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
 from deepspec.process.events import Report
-from deepspec.artifacts.lineage import input_artifact
-from deepspec.artifacts.records import Counts, Record, describe
-from deepspec.config.resources import ResourcesConfig
 from deepspec.storage.store import Store
 
 log = logging.getLogger(__name__)

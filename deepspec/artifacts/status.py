@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.side_files import failures
-from deepspec.config.run import RunConfig
-from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.artifacts.lineage import STAGES, artifact_of, stages_of, upstream_of
 from deepspec.artifacts.records import Manifest, Record
 from deepspec.artifacts.shard_loop import Work
+from deepspec.artifacts.side_files import failures
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch, ConfigError
 
 __all__ = ["STAGES", "StageStatus", "results", "stage_status", "stages_of"]
 

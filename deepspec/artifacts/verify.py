@@ -13,10 +13,10 @@ from functools import partial
 import xxhash
 
 from deepspec.artifacts.artifact import RECORDS, Artifact
-from deepspec.config.run import RunConfig
-from deepspec.errors import DamagedData
 from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
 from deepspec.artifacts.records import Record, index_file
+from deepspec.config.run import RunConfig
+from deepspec.errors import DamagedData
 
 Locate = Callable[[Artifact, Record], list[str]]
 """Finds out what in a damaged shard is damaged, for stages whose rows have checksums of their own."""

@@ -9,10 +9,10 @@ import pyarrow as pa
 import xxhash
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.cache.reader import SCHEMA
-from deepspec.cache.index import read_rows
-from deepspec.cache.format import column_checksums
 from deepspec.artifacts.records import Record, index_file
+from deepspec.cache.format import column_checksums
+from deepspec.cache.index import read_rows
+from deepspec.cache.reader import SCHEMA
 
 MAX_NAMED = 8
 

@@ -18,8 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from deepspec.cache.codecs import make_codec
 from deepspec.cache.codec_base import Codec, Column
+from deepspec.cache.codecs import make_codec
 from deepspec.errors import ArtifactMismatch
 
 FORMAT, VERSION = "deepspec.hidden", 1

@@ -15,11 +15,24 @@ import pyarrow as pa
 import xxhash
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.errors import DamagedData
 from deepspec.artifacts.records import Record, index_file
+from deepspec.errors import DamagedData
 
 INDEX = "index.arrow"
 ROWS_AT_A_TIME = 256  # files of index rows read together
+
+
+class Planned(NamedTuple):
+    """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will say, as far as it is known."""
+
+    sample_id: np.ndarray  # uint64
+    shard: np.ndarray  # uint32
+    row: np.ndarray  # uint32
+    num_tokens: np.ndarray  # uint32
+    num_supervised: np.ndarray  # uint32
+    num_last: np.ndarray  # uint32
+    held_out: np.ndarray  # uint8
+    answer: np.ndarray  # uint32, the row of the shard of answers that the sample is rendered from
 
 
 class Index(NamedTuple):

@@ -22,13 +22,13 @@ import xxhash
 from safetensors.torch import load as load_tensors
 
 from deepspec.artifacts.artifact import RECORDS, Artifact
-from deepspec.cache.local_copies import DiskCache
-from deepspec.cache.index import INDEX, Index, ShardFiles, map_index
 from deepspec.cache.format import HiddenSample, Layout
+from deepspec.cache.index import INDEX, Index, ShardFiles, map_index
+from deepspec.cache.local_copies import DiskCache
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import Source
-from deepspec.storage.local import read_into
 from deepspec.errors import ArtifactMismatch, DamagedData
+from deepspec.storage.local import read_into
 
 # Decoded tensors share memory that must not be written to; nothing here does.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 
-from deepspec.cache.index import encode_rows
 from deepspec.cache.format import HiddenSample, Layout, column_checksums
+from deepspec.cache.index import encode_rows
 from deepspec.cache.sink import HashingSink, Writes
 
 MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding stand before the schema message

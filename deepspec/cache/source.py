@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.cache.index import Index
 from deepspec.cache.format import HiddenSample, Layout
+from deepspec.cache.index import Index, Planned
 from deepspec.cache.sample_order import WindowedOrder
-from deepspec.hidden.expected_index import Planned
 
 
 class Course(NamedTuple):

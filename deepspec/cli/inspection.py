@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepspec.errors import EXIT_FAILED
 from deepspec.config.recipes import load_run
+from deepspec.errors import EXIT_FAILED
 
 app = typer.Typer()
 
@@ -98,9 +98,9 @@ def show(
 @app.command()
 def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Read everything that is committed and compare it with its checksum; what is damaged is named and made missing."""
-    from deepspec.cache.damage import locate_damage
     from deepspec.artifacts.status import stages_of
     from deepspec.artifacts.verify import verify_benchmarks, verify_stage
+    from deepspec.cache.damage import locate_damage
 
     config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
     damaged = 0
@@ -125,7 +125,7 @@ def gc(
     """Find what killed or racing workers left in the run's store: unnamed files, unfinished uploads, quarantined shards."""
     from deepspec.artifacts import gc as collector
     from deepspec.artifacts.lineage import store_of
-    from deepspec.plan.arithmetic import human_bytes
+    from deepspec.formatting import human_bytes
 
     place = store_of(load_run(run, sets or (), store=store))
     place.check_writable()

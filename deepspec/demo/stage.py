@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.run import RunConfig
 from deepspec.demo.build import build_demo
 from deepspec.errors import ConfigError
 from deepspec.process.events import Report, silent
-from deepspec.artifacts.lineage import artifact_of
 
 
 def run_demo(config: RunConfig, report: Report = silent) -> Artifact:

@@ -15,8 +15,8 @@ import numpy as np
 
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate import counts as acceptance
-from deepspec.evaluate.counts import Array, Rows
 from deepspec.evaluate.bootstrap import interval, pooled, resampled, total, weights
+from deepspec.evaluate.counts import Array, Rows
 from deepspec.evaluate.summary import mean_of
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]

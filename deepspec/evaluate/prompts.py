@@ -12,8 +12,9 @@ import xxhash
 
 from deepspec.config.benchmarks import DEMO, Domain, find_benchmark, short_name
 from deepspec.config.run import BenchmarkConfig, RunConfig
+from deepspec.messages import Message
 from deepspec.prompts.benchmarks import read_benchmark
-from deepspec.target.chat import Chat, Message
+from deepspec.target.chat import Chat
 
 SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
 SLICE_BATCHES = 4  # times the batch size, where it is larger than 1: a batch is then full for most of the time

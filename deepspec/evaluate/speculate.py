@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deepspec.target.generate import Decode, Rows, Seats, Started, pad_right
 from deepspec.model.drafter import Proposal
 from deepspec.model.sampling import Verdict, verify
+from deepspec.target.generate import Decode, Rows, Seats, Started, pad_right
 from deepspec.target.model import Target, TargetOutput
 
 # (confidence [B, g] float32, running [B] bool) -> how many of each row's tokens the target is to verify [B], 0 to g

@@ -12,25 +12,25 @@ import pyarrow as pa
 import torch
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.config.run import RunConfig
-from deepspec.prompts.benchmarks import benchmark_digests
-from deepspec.target.chat import load_chat, target_folder
+from deepspec.artifacts.status import choose, missing_shards, require_sealed
 from deepspec.artifacts.tables import write_table
+from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
 from deepspec.evaluate.policies import confidence_sections, given_curve, live_policy
+from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
 from deepspec.evaluate.results import read_rows, summary
 from deepspec.evaluate.units import SCHEMA, Evaluator, Models
-from deepspec.process.events import Report, silent
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.model.spec import DraftSpec
-from deepspec.artifacts.records import Counts, Record
-from deepspec.artifacts.status import choose, missing_shards, require_sealed
+from deepspec.process.events import Report, silent
+from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.storage.store import pretty_json
+from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.model import DTYPES, load_target, read_text_config
-from deepspec.artifacts.shard_loop import Work, work_through
 
 log = logging.getLogger(__name__)
 

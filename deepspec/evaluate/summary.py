@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepspec.evaluate import counts as acceptance
-from deepspec.evaluate.counts import Array, Clock, Rows, Tally
 from deepspec.evaluate.bootstrap import interval, intervals, pooled, resampled, total, weights
+from deepspec.evaluate.counts import Array, Clock, Rows, Tally
 from deepspec.evaluate.lossless import losslessness
 
 

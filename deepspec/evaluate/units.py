@@ -16,11 +16,11 @@ import pyarrow as pa
 import torch
 
 from deepspec.config.run import EvaluateConfig, SamplingConfig
-from deepspec.target.chat import Chat
-from deepspec.target.conversation import stream_seed
 from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render, split_fitting
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
+from deepspec.target.chat import Chat
+from deepspec.target.conversation import stream_seed
 from deepspec.target.generate import Decode, generate
 from deepspec.target.model import Target
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from deepspec.errors import ConfigError
 from deepspec.config.families import GEMMA4
+from deepspec.errors import ConfigError
 from deepspec.model.spec import DraftSpec
 
 Engine = Literal["vllm", "sglang", "speculators", "hf"]

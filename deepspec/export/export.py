@@ -18,10 +18,10 @@ from torch import Tensor
 
 from deepspec.config.run import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.model.checkpoint import Draft, empty_draft, load_tensors, read_spec
-from deepspec.model.drafter import Proposal
 from deepspec.export.engines import ENGINES, SHARED, Engine, engine_config, engine_tensors, published_config, refuse_unservable
 from deepspec.export.model_card import model_card
+from deepspec.model.checkpoint import Draft, empty_draft, load_tensors, read_spec
+from deepspec.model.drafter import Proposal
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
 

@@ -11,9 +11,9 @@ import yaml
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import chain
+from deepspec.artifacts.records import ArtifactInfo, ArtifactKey
 from deepspec.export.engines import Engine, target_name
 from deepspec.model.spec import DraftSpec
-from deepspec.artifacts.records import ArtifactInfo, ArtifactKey
 from deepspec.storage.store import Store
 
 UNKNOWN = "Unknown: the draft lies outside the artifact store that it was trained in."

@@ -24,7 +24,11 @@ class Key(NamedTuple):
 def svg(figure: Figure, keys: Sequence[Key] = ()) -> str:
     """The figure with its title and the names of its lines, light or dark as the reader's system is."""
     environment = Environment(
-        loader=PackageLoader("deepspec.figures", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("deepspec.figures", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     template = environment.get_template("picture.svg.j2")
     step = (figure.width - 24) / max(len(keys), 1)

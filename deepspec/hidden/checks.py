@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec.config.run import ResourcesConfig
 from deepspec.cache.format import HiddenSample
-from deepspec.hidden.sequences import CaptureRow
+from deepspec.config.run import ResourcesConfig
 from deepspec.errors import DamagedData
+from deepspec.hidden.sequences import CaptureRow
 from deepspec.target.model import Target, TargetOutput
 
 MIN_POSITIONS = 256  # with fewer predictions a single one is more than the limit allows

@@ -10,39 +10,25 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import HiddenConfig, RunConfig
-from deepspec.target.chat import Chat
-from deepspec.cache.index import ROWS_AT_A_TIME, TYPES, column_values, read_rows
-from deepspec.cache.format import last_hidden_spans
-from deepspec.hidden.sequences import CaptureRow, capture_rows, in_order
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import DamagedData, TransientError
 from deepspec.artifacts.records import Record
 from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.tables import read_table
+from deepspec.cache.format import last_hidden_spans
+from deepspec.cache.index import ROWS_AT_A_TIME, TYPES, Planned, column_values, read_rows
+from deepspec.config.run import HiddenConfig, RunConfig
+from deepspec.errors import DamagedData, TransientError
+from deepspec.hidden.sequences import CaptureRow, capture_rows, in_order
+from deepspec.target.chat import Chat
 
 log = logging.getLogger(__name__)
 
 FOLDER = "planned"
 POLL_S = 1.0
-
-
-class Planned(NamedTuple):
-    """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will say, as far as it is known."""
-
-    sample_id: np.ndarray  # uint64
-    shard: np.ndarray  # uint32
-    row: np.ndarray  # uint32
-    num_tokens: np.ndarray  # uint32
-    num_supervised: np.ndarray  # uint32
-    num_last: np.ndarray  # uint32
-    held_out: np.ndarray  # uint8
-    answer: np.ndarray  # uint32, the row of the shard of answers that the sample is rendered from
 
 
 SCHEMA = pa.schema([pa.field(name, TYPES.get(name, pa.uint32()), nullable=False) for name in Planned._fields])

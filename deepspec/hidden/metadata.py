@@ -17,19 +17,19 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.cache.reader import SCALES, SCHEMA
-from deepspec.target.chat import Chat
+from deepspec.artifacts.records import Record
+from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.tables import read_table
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
-from deepspec.hidden.sequences import CaptureRow, capture_rows
-from deepspec.artifacts.tables import read_table
+from deepspec.cache.reader import SCALES, SCHEMA
+from deepspec.config.run import RunConfig
 from deepspec.errors import DamagedData
+from deepspec.hidden.sequences import CaptureRow, capture_rows
 from deepspec.process.events import Report
-from deepspec.artifacts.records import Record
-from deepspec.artifacts.status import ShardedStage
 from deepspec.storage.store import pretty_json
+from deepspec.target.chat import Chat
 from deepspec.target.model import Target, TargetOutput
 
 log = logging.getLogger(__name__)

@@ -16,20 +16,21 @@ from pathlib import Path
 from safetensors.torch import load
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.hidden.metadata import beside_codec, lacks_files, prepare
-from deepspec.cache.reader import SCALES, SCHEMA, read_schema
-from deepspec.hidden.stage import Capture
-from deepspec.target.chat import load_chat, target_folder
-from deepspec.hidden.rolling_workers import render_in_children
-from deepspec.cache.format import HiddenSample, Layout
-from deepspec.hidden.expected_index import POLL_S, Planned, Rows, await_planned, plan_samples, read_planned, unplanned
-from deepspec.cache.prefetch import read_ahead
-from deepspec.hidden.sequences import CaptureRow, token_batches
-from deepspec.cache.source import Source
-from deepspec.process.events import Report
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import ShardedStage
+from deepspec.cache.format import HiddenSample, Layout
+from deepspec.cache.index import Planned
+from deepspec.cache.prefetch import read_ahead
+from deepspec.cache.reader import SCALES, SCHEMA, read_schema
+from deepspec.cache.source import Source
+from deepspec.config.run import RunConfig
+from deepspec.hidden.expected_index import POLL_S, Rows, await_planned, plan_samples, read_planned, unplanned
+from deepspec.hidden.metadata import beside_codec, lacks_files, prepare
+from deepspec.hidden.rolling_workers import render_in_children
+from deepspec.hidden.sequences import CaptureRow, token_batches
+from deepspec.hidden.stage import Capture
+from deepspec.process.events import Report
+from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.model import load_target
 
 log = logging.getLogger(__name__)

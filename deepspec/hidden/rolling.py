@@ -19,21 +19,21 @@ import numpy as np
 import torch
 import xxhash
 
-from deepspec.config.run import RunConfig
-from deepspec.hidden.metadata import lacks_files
-from deepspec.hidden.rolling_capture import Feeder
-from deepspec.cache.index import column_values, read_rows
-from deepspec.cache.format import HiddenSample, Layout, Stored
-from deepspec.hidden.online import await_files, compute_online, open_unsealed, read_layout, shared_plan
-from deepspec.hidden.expected_index import FOLDER, Planned
-from deepspec.cache.prefetch import read_buffered
-from deepspec.cache.source import Course, Source
-from deepspec.storage.local import read_into
-from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
-from deepspec.process.events import Report
-from deepspec.plan.arithmetic import human_bytes
 from deepspec.artifacts.records import Record, index_file
 from deepspec.artifacts.status import ShardedStage
+from deepspec.cache.format import HiddenSample, Layout, Stored
+from deepspec.cache.index import Planned, column_values, read_rows
+from deepspec.cache.prefetch import read_buffered
+from deepspec.cache.source import Course, Source
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
+from deepspec.formatting import human_bytes
+from deepspec.hidden.expected_index import FOLDER
+from deepspec.hidden.metadata import lacks_files
+from deepspec.hidden.online import await_files, compute_online, open_unsealed, read_layout, shared_plan
+from deepspec.hidden.rolling_capture import Feeder
+from deepspec.process.events import Report
+from deepspec.storage.local import read_into
 
 log = logging.getLogger(__name__)
 

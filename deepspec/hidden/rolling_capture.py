@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.config.run import RunConfig
-from deepspec.hidden.rolling_workers import Lane, lane_gpus
-from deepspec.cache.format import Layout
-from deepspec.hidden.expected_index import Planned
-from deepspec.hidden.rolling_shards import Shelf
-from deepspec.cache.source import Course
-from deepspec.errors import ChildFailed, DeepSpecError, StoreError
-from deepspec.process.launch import Scope, scope
-from deepspec.plan.arithmetic import human_bytes
-from deepspec.process.shard_ranges import deal, shard_list
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.shard_loop import transient_system_errors
+from deepspec.artifacts.status import ShardedStage
+from deepspec.cache.format import Layout
+from deepspec.cache.index import Planned
+from deepspec.cache.source import Course
+from deepspec.config.run import RunConfig
+from deepspec.errors import ChildFailed, DeepSpecError, StoreError
+from deepspec.formatting import human_bytes
+from deepspec.hidden.rolling_shards import Shelf
+from deepspec.hidden.rolling_workers import Lane, lane_gpus
+from deepspec.process.launch import Scope, scope
+from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import IO
 
 from deepspec.artifacts import gc
-from deepspec.artifacts.side_files import folder_beside
-from deepspec.errors import StoreError
-from deepspec.plan.arithmetic import human_bytes
 from deepspec.artifacts.records import Record, index_file
+from deepspec.artifacts.side_files import folder_beside
 from deepspec.artifacts.status import ShardedStage
+from deepspec.errors import StoreError
+from deepspec.formatting import human_bytes
 
 log = logging.getLogger(__name__)
 

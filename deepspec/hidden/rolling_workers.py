@@ -14,14 +14,14 @@ from typing import Any
 
 from deepspec.artifacts import gc
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import folder_beside
+from deepspec.config.recipes import to_yaml
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.process.events import silent
-from deepspec.process.machine import visible_gpus
 from deepspec.process.launch import Request, run_child, scope
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import to_yaml
+from deepspec.process.machine import visible_gpus
 from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)

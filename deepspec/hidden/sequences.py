@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from deepspec.config.run import HiddenConfig
-from deepspec.target.chat import Chat, build_samples, parse_messages, parse_tools
+from deepspec.messages import parse_messages, parse_tools
+from deepspec.target.chat import Chat, build_samples
 from deepspec.target.conversation import conversation_so_far, stream_seed
 
 

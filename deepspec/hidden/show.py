@@ -7,12 +7,12 @@ from itertools import groupby
 
 from rich.text import Text
 
-from deepspec.config.run import RunConfig
-from deepspec.target.chat import Chat, load_chat
-from deepspec.hidden.sequences import CaptureRow, capture_rows, sequence_id
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import ConfigError
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.tables import read_table
+from deepspec.config.run import RunConfig
+from deepspec.errors import ConfigError
+from deepspec.hidden.sequences import CaptureRow, capture_rows, sequence_id
+from deepspec.target.chat import Chat, load_chat
 
 BEGIN, END = "⟦", "⟧"  # around what is supervised, where colours would be lost
 

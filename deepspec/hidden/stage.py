@@ -17,24 +17,23 @@ from typing import Literal
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.side_files import put_rejects
-from deepspec.config.run import RunConfig
-from deepspec.hidden.metadata import check_made_with, files_beside, lacks_files, made_with, prepare
-from deepspec.target.chat import Chat, load_chat, target_folder
-from deepspec.cache.index import INDEX, write_index
-from deepspec.cache.format import HiddenSample, Layout, Stored
-from deepspec.hidden.expected_index import kept_spans, plan_samples
-from deepspec.plan.plan import check_cache_fits
-from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
-from deepspec.cache.shard_writer import Background, Encoded, ShardWriter
-from deepspec.hidden.checks import StateChecks, kept_positions
-from deepspec.artifacts.tables import read_table
-from deepspec.process.events import Report, silent
-from deepspec.target.generate import pad_right
 from deepspec.artifacts.records import Counts, Record
-from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
-from deepspec.target.model import Target, TargetOutput, load_target
 from deepspec.artifacts.shard_loop import Work, work_through
+from deepspec.artifacts.side_files import put_rejects
+from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
+from deepspec.artifacts.tables import read_table
+from deepspec.cache.format import HiddenSample, Layout, Stored
+from deepspec.cache.index import INDEX, write_index
+from deepspec.cache.shard_writer import Background, Encoded, ShardWriter
+from deepspec.config.run import RunConfig
+from deepspec.hidden.checks import StateChecks, kept_positions
+from deepspec.hidden.expected_index import kept_spans, plan_samples
+from deepspec.hidden.metadata import check_made_with, files_beside, lacks_files, made_with, prepare
+from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
+from deepspec.process.events import Report, silent
+from deepspec.target.chat import Chat, load_chat, target_folder
+from deepspec.target.generate import pad_right
+from deepspec.target.model import Target, TargetOutput, load_target
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +56,6 @@ def run_capture(
         return stage.artifact
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
-        if purpose == "cache":
-            check_cache_fits(config, chat)
         target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
         layout = prepare(config, stage, chat, target, report)
         work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)

@@ -15,12 +15,12 @@ from deepspec.config.run import LossConfig, SamplingConfig
 from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
 from deepspec.model.attention import Sight
 from deepspec.model.attention_path import training_path
-from deepspec.model.layers import DecoderLayer, Layers, RMSNorm, RotaryTable, embedding_scale, softcap
+from deepspec.model.chunked_loss import Targets, Vocabulary
 from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS, Execution
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.chunked_loss import Targets, Vocabulary
+from deepspec.model.layers import DecoderLayer, Layers, RMSNorm, RotaryTable, embedding_scale, softcap
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec

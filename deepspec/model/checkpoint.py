@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.model.layers import RMSNorm
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.eagle3 import Eagle3Draft
+from deepspec.model.layers import RMSNorm
 from deepspec.model.spec import DraftSpec
 
 Draft = BlockDraft | Eagle3Draft

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deepspec.config.run import LossConfig, SamplingConfig
-from deepspec.model.layers import Rotation
 from deepspec.model.execution import Execution
 from deepspec.model.kv_cache import LayerCache
+from deepspec.model.layers import Rotation
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
 

@@ -17,11 +17,11 @@ from deepspec.config.run import LossConfig, SamplingConfig
 from deepspec.model.anchors import Samples
 from deepspec.model.attention import KeysValues, Sight, attend
 from deepspec.model.attention_path import training_path
-from deepspec.model.layers import Attention, DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
+from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS, Execution
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.chunked_loss import Vocabulary
+from deepspec.model.layers import Attention, DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
 from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deepspec.config.families import Family, HeadGeometry, HFConfig, RopeSettings, family_of, head_geometry, rope_settings, text_config
 from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
 from deepspec.errors import ConfigError
-from deepspec.config.families import Family, HeadGeometry, HFConfig, RopeSettings, family_of, head_geometry, rope_settings, text_config
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # Describe the target's own layers; in a draft's config they would contradict its layers or mislead a reader.

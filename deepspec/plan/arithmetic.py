@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from deepspec.storage.s3_client import part_bytes
 from deepspec.config.run import HiddenConfig
 from deepspec.errors import StoreError
+from deepspec.formatting import human_bytes
+from deepspec.storage.s3_client import part_bytes
 from deepspec.storage.store import Store
 
 Codec = Literal["raw", "lossless", "int8", "fp8"]
@@ -193,25 +194,3 @@ def require_fit(fit: Fit, *, where: str, fix: str) -> None:
     needed, reserve = human_bytes(fit.needed_bytes), human_bytes(fit.reserve_bytes)
     what = f"the hidden states need {needed} and resources.min_free_gb keeps {reserve}, but {human_bytes(fit.free_bytes)} are free"
     raise StoreError(what, where=where, fix=fix)
-
-
-def human_bytes(num_bytes: float) -> str:
-    return human_count(num_bytes, units=("B", "kB", "MB", "GB", "TB", "PB"))
-
-
-def human_count(count: float, *, units: Sequence[str] = ("", "k", "M", "G", "T")) -> str:
-    """Three significant digits and a decimal unit: `36.0 TB`, `1.24 G`, `960`."""
-    size = 0
-    while count >= 999.5 and size < len(units) - 1:
-        count, size = count / 1000, size + 1
-    if size == 0:
-        return f"{count:.3g} {units[0]}".strip()
-    return f"{count:.{0 if count >= 99.95 else 1 if count >= 9.995 else 2}f} {units[size]}"
-
-
-def human_hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{3600 * hours:.2g} s"
-    if hours < 1:
-        return f"{60 * hours:.1f} min"
-    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.1f} days"

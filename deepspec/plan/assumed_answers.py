@@ -7,8 +7,9 @@ from itertools import cycle, islice
 from typing import Any
 
 from deepspec.config.run import RunConfig
-from deepspec.target.chat import Chat, parse_messages
+from deepspec.messages import parse_messages
 from deepspec.prompts.rows import SPEAKERS
+from deepspec.target.chat import Chat
 
 ASSUMED_ANSWER_TOKENS = 640  # two thirds of the mean length of the published training samples
 FILLER = " the"  # a word that is one token nearly everywhere; answers of an assumed length are made of it

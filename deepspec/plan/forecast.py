@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from deepspec.storage.s3_client import part_bytes
-from deepspec.plan.source_choice import Effort, SourcesPart, compare_sources, count_passes
 from deepspec.config.run import Eagle3DraftConfig, RunConfig
 from deepspec.plan.arithmetic import (
     Codecs,
@@ -23,6 +21,8 @@ from deepspec.plan.arithmetic import (
     shard_notes,
     training_flops,
 )
+from deepspec.plan.source_choice import Effort, SourcesPart, compare_sources, count_passes
+from deepspec.storage.s3_client import part_bytes
 
 PER_PROMPTS = 1000  # what is planned for where the number of prompts is not known
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}

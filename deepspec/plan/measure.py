@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from deepspec.config.run import RunConfig
 from deepspec.errors import DataError, StoreError
-from deepspec.plan.forecast import Speed
 from deepspec.model.checkpoint import empty_draft
 from deepspec.model.spec import DraftSpec
+from deepspec.plan.forecast import Speed
 from deepspec.storage.store import Store
 from deepspec.target.model import DTYPES, choose_device
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from deepspec.config.run import RunConfig
-from deepspec.target.chat import Chat, load_chat, target_folder
-from deepspec.plan.workload import sample_workload
-from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
-from deepspec.errors import ArtifactMismatch
-from deepspec.plan.forecast import Facts, Plan, compute_plan
 from deepspec.artifacts.lineage import artifact_of, store_of
-from deepspec.plan.arithmetic import Fit, Shape, bytes_by_codec, hidden_bytes, hidden_settings, histogram, human_bytes, require_fit, room
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch
+from deepspec.formatting import human_bytes
+from deepspec.plan.arithmetic import Fit, Shape, bytes_by_codec, hidden_bytes, hidden_settings, histogram, require_fit, room
+from deepspec.plan.forecast import Facts, Plan, compute_plan
+from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
+from deepspec.plan.workload import sample_workload
+from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.model import check_settings, read_text_config
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _missing_share(config: RunConfig) -> float:
     return 1 - len(hidden) / max(len(prompts), len(hidden), 1)
 
 
-def check_cache_fits(config: RunConfig, chat: Chat, *, num_rows: int = 64) -> None:
+def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
     """Refuse to start a capture whose missing shards the store cannot hold; for the start of the hidden stage.
 
     Raises:
@@ -70,7 +71,7 @@ def check_cache_fits(config: RunConfig, chat: Chat, *, num_rows: int = 64) -> No
         return
     text = read_text_config(config.target, folder=target_folder(config))
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
-    counts = sample_workload(config, chat, num_rows=num_rows).counts
+    counts = sample_workload(config, load_chat(config), num_rows=num_rows).counts
     needed = missing * hidden_bytes(counts, hidden_settings(config.hidden), shape)
     fit = room(needed, store_of(config), min_free_gb=config.resources.min_free_gb)
     sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from deepspec.config.run import RunConfig
-from deepspec.plan.arithmetic import Fit, Number, human_bytes, human_hours
+from deepspec.formatting import human_bytes, human_hours
+from deepspec.plan.arithmetic import Fit, Number
 
 SourceName = Literal["cache", "rolling", "online"]
 

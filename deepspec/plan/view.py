@@ -8,8 +8,9 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
+from deepspec.formatting import human_bytes, human_count, human_hours
+from deepspec.plan.arithmetic import Fit, Histogram
 from deepspec.plan.forecast import PER_PROMPTS, Plan
-from deepspec.plan.arithmetic import Fit, Histogram, human_bytes, human_count, human_hours
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # of a table that goes to a file or a pipe

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
-from deepspec.target.chat import Chat
-from deepspec.cache.format import last_hidden_spans
-from deepspec.prompts.rows import Prompt, make_prompt
-from deepspec.hidden.sequences import capture_rows
-from deepspec.prompts.sources import is_on_hub, read_dataset, read_source
-from deepspec.plan.assumed_answers import StandIns, assistant_texts
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import DataError
-from deepspec.plan.forecast import PER_PROMPTS, SampleSize, Workload
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.plan.arithmetic import Number, TokenCounts, relative_error
 from deepspec.artifacts.records import Record
+from deepspec.artifacts.tables import read_table
+from deepspec.cache.format import last_hidden_spans
+from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.errors import DataError
+from deepspec.hidden.sequences import capture_rows
+from deepspec.plan.arithmetic import Number, TokenCounts, relative_error
+from deepspec.plan.assumed_answers import StandIns, assistant_texts
+from deepspec.plan.forecast import PER_PROMPTS, SampleSize, Workload
+from deepspec.prompts.rows import Prompt, make_prompt
+from deepspec.prompts.sources import is_on_hub, read_dataset, read_source
+from deepspec.target.chat import Chat
 
 SAMPLE_SHARDS = 8  # that a sample is spread over
 UNCUT = 2**31  # tokens; a max_length that cuts nothing

@@ -26,8 +26,8 @@ from subprocess import PIPE
 from typing import Any, NamedTuple
 
 from deepspec.errors import EXIT_TRANSIENT, ChildFailed, DeepSpecError, TransientError, error_from_json
-from deepspec.process.supervisor import KILLED, SWEEP_S, kill_marked
 from deepspec.process.shard_ranges import shard_list
+from deepspec.process.supervisor import KILLED, SWEEP_S, kill_marked
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 MARK = "DEEPSPEC_CHILD"  # in the environment of a child and all its descendants, so that they can be found

@@ -1,9 +1,13 @@
-"""The GPUs of this machine as CUDA numbers them, found without loading CUDA."""
+"""What this machine has for a process: GPUs as CUDA numbers them, found without loading CUDA, and free ports on loopback."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
 
 
 def visible_gpus() -> list[str]:
@@ -12,3 +16,10 @@ def visible_gpus() -> list[str]:
     if chosen is not None:
         return [device for device in chosen.split(",") if device.strip()]
     return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def free_port() -> int:
+    """A port of `LOOPBACK` on which no process listens now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])

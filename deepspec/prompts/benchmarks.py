@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
-from deepspec.config.run import DatasetSource, RunConfig
-from deepspec.prompts.sources import pinned, read_dataset, read_places
-from deepspec.artifacts.tables import read_table, write_table
-from deepspec.errors import DataError
 from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.tables import read_table, write_table
+from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
+from deepspec.config.run import DatasetSource, RunConfig
+from deepspec.errors import DataError
+from deepspec.prompts.sources import pinned, read_dataset, read_places
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import re
 import unicodedata
 
 from deepspec.config.run import RunConfig
+from deepspec.messages import parse_messages
 from deepspec.prompts.benchmarks import read_benchmark
-from deepspec.target.chat import parse_messages
 
 NOT_WORDS = re.compile(r"[\W_]+")
 

@@ -14,9 +14,9 @@ import fsspec
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import DataError
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.storage.store import canonical_json
 
 log = logging.getLogger(__name__)

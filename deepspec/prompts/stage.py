@@ -14,18 +14,18 @@ from typing import Any
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.records import Counts
 from deepspec.artifacts.side_files import put_rejects
+from deepspec.artifacts.status import require_sealed
+from deepspec.artifacts.tables import write_table
 from deepspec.config.run import DatasetSource, RunConfig
+from deepspec.errors import DataError
+from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.prompts.contamination import BenchmarkPrompts
 from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, Seen, make_prompt
 from deepspec.prompts.sources import pinned, read_source
-from deepspec.artifacts.tables import write_table
-from deepspec.errors import DataError
-from deepspec.process.events import Report, silent
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.records import Counts
-from deepspec.artifacts.status import require_sealed
 
 log = logging.getLogger(__name__)
 

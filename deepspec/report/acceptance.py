@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.report.page import Gallery, Section, Table
 from deepspec.figures.drawing import Figure, Point, Series, bar_figure, interval_figure, line_figure, powers
 from deepspec.figures.picture import Key
+from deepspec.report.page import Gallery, Section, Table
 
 PHASES = {"draft_seconds": "draft", "verify_seconds": "verify", "bookkeeping_seconds": "bookkeeping"}
 PLAIN = 7  # the colour of plain decoding

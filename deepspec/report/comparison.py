@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import RenderableType
 
 from deepspec.evaluate.compare import compare
+from deepspec.evaluate.results import read_rows
 from deepspec.report.confidence import flattened
 from deepspec.report.page import Table, for_terminal
 from deepspec.report.report import labels_of, open_results
-from deepspec.evaluate.results import read_rows
 
 UNIMPORTANT = ("name", "store", "resources")  # of a run: no result depends on them
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deepspec.report.page import Gallery, Listing, Section, Table
-from deepspec.report.acceptance import Result
 from deepspec.figures.drawing import Figure, Point, Series, from_zero, line_figure
 from deepspec.figures.picture import Key
+from deepspec.report.acceptance import Result
+from deepspec.report.page import Gallery, Listing, Section, Table
 
 BEFORE, AFTER = 7, 0  # colours
 SIDES = {"before": BEFORE, "after": AFTER}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import describe, find_artifact
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.report.confidence import calibration_sections, origin_sections, scheduler_sections
-from deepspec.report.page import Fact, Format, Page, render
 from deepspec.evaluate.results import stored_summary, summary
 from deepspec.report.acceptance import Result, temperature_sections
-from deepspec.artifacts.lineage import describe, find_artifact
+from deepspec.report.confidence import calibration_sections, origin_sections, scheduler_sections
+from deepspec.report.page import Fact, Format, Page, render
 
 ENDINGS = {"html": "html", "markdown": "md"}
 

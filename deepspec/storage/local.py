@@ -10,8 +10,8 @@ from pathlib import Path
 
 import xxhash
 
-from deepspec.storage.s3_client import Buffer, Entry, Listing
 from deepspec.errors import DamagedData
+from deepspec.storage.s3_client import Buffer, Entry, Listing
 
 STAGED = ".staged"
 COPY_BYTES = 16 << 20

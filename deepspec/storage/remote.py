@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import xxhash
 
-from deepspec.storage.s3_client import PART_BYTES, Bucket, Buffer, Failure, Head, Listing, ShortBody, Upload
-from deepspec.storage.retries import CHECK_S, Calls, within
 from deepspec.errors import DamagedData
+from deepspec.storage.retries import CHECK_S, Calls, within
+from deepspec.storage.s3_client import PART_BYTES, Bucket, Buffer, Failure, Head, Listing, ShortBody, Upload
 
 log = logging.getLogger(__name__)
 

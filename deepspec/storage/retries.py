@@ -11,10 +11,11 @@ from typing import Literal, TypeVar
 
 import fsspec
 
-from deepspec.storage.s3_client import Bucket, Failure, retried, wanted_client
+from deepspec.errors import DamagedData, StoreError, TransientError
+from deepspec.storage import s3_obstore
+from deepspec.storage.s3_client import CLIENT_VARIABLE, Bucket, Failure, retried
 from deepspec.storage.s3_fsspec import FsspecBucket, S3fsBucket
 from deepspec.storage.s3_obstore import ObstoreBucket
-from deepspec.errors import DamagedData, StoreError, TransientError
 
 QUICK_S, CHECK_S = 6.0, 10.0
 ResultT = TypeVar("ResultT")
@@ -135,3 +136,18 @@ def within(seconds: float, call: Callable[[], bool], *, where: str) -> bool:
         return done.result()
     except TransientError as error:
         raise TransientError(f"cannot reach the store: {error.what}", where=where, fix=fix) from None
+
+
+def wanted_client() -> Literal["obstore", "s3fs"]:
+    """The client that `DEEPSPEC_S3_CLIENT` names, otherwise obstore where it is installed and can run in this process.
+
+    Raises:
+        StoreError: the variable names none of the two, or one that is not installed.
+    """
+    asked = os.environ.get(CLIENT_VARIABLE, "")
+    if asked not in ("", "obstore", "s3fs"):
+        raise StoreError(f"there is no S3 client {asked!r}", where=CLIENT_VARIABLE, fix="use obstore or s3fs, or unset it")
+    if asked == "obstore" and not s3_obstore.installed():
+        raise StoreError("obstore is not installed", where=CLIENT_VARIABLE, fix="pip install 'deepspec[s3]', or unset it")
+    # A forced obstore gives way, too: in a process forked from one that used it, it would wait for ever.
+    return "s3fs" if asked == "s3fs" or not s3_obstore.usable() else "obstore"

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import tenacity
 
-from deepspec.errors import StoreError, TransientError
+from deepspec.errors import TransientError
 
 log = logging.getLogger(__name__)
 
@@ -187,20 +187,3 @@ SECRETS = [
 def part_bytes(num_bytes: int) -> int:
     """The size of a part with which the file stays below the number of parts that S3 allows."""
     return max(PART_BYTES, -(-num_bytes // MAX_PARTS))
-
-
-def wanted_client() -> Literal["obstore", "s3fs"]:
-    """The client that `DEEPSPEC_S3_CLIENT` names, otherwise obstore where it is installed and can run in this process.
-
-    Raises:
-        StoreError: the variable names none of the two, or one that is not installed.
-    """
-    from deepspec.storage import s3_obstore as bucket_obstore
-
-    asked = os.environ.get(CLIENT_VARIABLE, "")
-    if asked not in ("", "obstore", "s3fs"):
-        raise StoreError(f"there is no S3 client {asked!r}", where=CLIENT_VARIABLE, fix="use obstore or s3fs, or unset it")
-    if asked == "obstore" and not bucket_obstore.installed():
-        raise StoreError("obstore is not installed", where=CLIENT_VARIABLE, fix="pip install 'deepspec[s3]', or unset it")
-    # A forced obstore gives way, too: in a process forked from one that used it, it would wait for ever.
-    return "s3fs" if asked == "s3fs" or not bucket_obstore.usable() else "obstore"

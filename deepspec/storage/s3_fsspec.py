@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deepspec.errors import TransientError
 from deepspec.storage.s3_client import (
     CONNECT_S,
     OWNER,
@@ -26,7 +27,6 @@ from deepspec.storage.s3_client import (
     retried,
     scrub,
 )
-from deepspec.errors import TransientError
 
 log = logging.getLogger(__name__)
 PARTS_AT_ONCE = 4

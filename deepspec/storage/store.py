@@ -16,11 +16,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from deepspec.storage.s3_client import Buffer, Entry, Upload, scrub
-from deepspec.storage.retries import Calls
-from deepspec.storage.local import STAGED, Disk, file_checksum, staged_name
 from deepspec.errors import DamagedData, StoreError
+from deepspec.storage.local import STAGED, Disk, file_checksum, staged_name
 from deepspec.storage.remote import Remote, Uploads
+from deepspec.storage.retries import Calls
+from deepspec.storage.s3_client import Buffer, Entry, Upload, scrub
 
 __all__ = ["Entry", "Store", "Upload", "canonical_json", "file_checksum", "pretty_json"]
 

@@ -11,23 +11,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.run import RunConfig, TargetConfig
 from deepspec.errors import DataError
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.messages import Message
 
 END_OF_TURN = {"qwen": "<|im_end|>", "gemma4": "<turn|>"}
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-
-    def entry(self) -> dict[str, Any]:
-        """The message as templates and servers take it: only the keys that it has."""
-        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 class Sample(NamedTuple):
@@ -118,12 +107,3 @@ def build_samples(turns: Sequence[tuple[list[int], list[int]]]) -> list[Sample]:
         current.input_ids.extend([*added, *answer_ids])
         current.loss_mask.extend([False] * len(added) + [True] * len(answer_ids))
     return samples
-
-
-def parse_messages(text: str) -> list[Message]:
-    return [Message(**{field: entry.get(field) for field in Message._fields}) for entry in json.loads(text)]
-
-
-def parse_tools(text: str | None) -> list[dict[str, Any]] | None:
-    """The tools that a conversation may call; None where there are none."""
-    return list(json.loads(text)) if text else None

@@ -1,31 +1,136 @@
-"""The `conformance` verb: this code agrees with the reference's numbers, and a target is what a draft takes it for."""
+"""Everything that drafts take for granted about it, checked on the target itself.
+
+T tokens, m captured layers, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from deepspec.errors import ConfigError
-from deepspec.evaluate.cases import Check, table_of
+from deepspec.config.run import TargetConfig
+from deepspec.messages import Message
+from deepspec.target.chat import END_OF_TURN, Chat, build_samples
+from deepspec.target.generate import pad_right, prefill
+from deepspec.target.model import Target
+
+NUM_ROWS, SHORTEST = 3, 24
+NEW_TOKENS = 12  # that a check of decoding adds to a row
+ROUNDING = 1e-4  # share of the largest value, float32
+CONVERSATION = (("What is two plus two?", "It is four."), ("And doubled?", "Eight, then.\nAnything else?"))
 
 
-def run_conformance(*, vectors: str | None, model: str | None) -> tuple[Table, bool]:
-    """The table of all checks, and whether every one of them passed.
+class Check(NamedTuple):
+    """One quantity of one case or model: its largest error, and the largest one allowed."""
 
-    Raises:
-        ConfigError: neither or both were asked for.
-    """
-    checks: dict[str, list[Check]]
-    if vectors is not None and model is None:
-        from deepspec.evaluate.vectors import run_vectors
+    quantity: str
+    error: float
+    tolerance: float = 0.0
+    note: str = ""
 
-        checks = run_vectors(Path(vectors))
-    elif model is not None and vectors is None:
-        from deepspec.target.target_checks import run_target_checks
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
 
-        checks = run_target_checks(Path(model))
-    else:
-        fix = "give --vectors DIR or --model PATH"
-        raise ConfigError("conformance checks either reference vectors or a model", where="command line", fix=fix)
-    return table_of(checks, subject="case" if vectors else "part"), all(check.passed for found in checks.values() for check in found)
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference; infinite where the shapes differ, 0 where there is nothing to compare."""
+    if found.shape != wanted.shape:
+        return math.inf
+    return (found.detach().double() - wanted.double()).abs().max().item() if found.numel() else 0.0
+
+
+def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
+    """Print the table of all checks, and return whether every one of them passed."""
+    table = Table(subject, "quantity", "largest error", "allowed", "", "where", show_lines=False)
+    for name, found in checks.items():
+        for number, check in enumerate(found):
+            state = "ok" if check.passed else "[bold red]OUTSIDE[/]"
+            errors = f"{check.error:.1e}", f"{check.tolerance:.1e}"
+            table.add_row(name if number == 0 else "", check.quantity, *errors, state, check.note)
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log keeps its rows whole
+    return all(check.passed for found in checks.values() for check in found)
+
+
+def spread(num_layers: int) -> tuple[int, ...]:
+    """The embedding output, the first, a middle and the last layer but one."""
+    return tuple(sorted(layer for layer in {-1, 0, num_layers // 2, num_layers - 2} if -1 <= layer < num_layers - 1))
+
+
+def make_rows(target: Target) -> list[list[int]]:
+    """Token ids of one length, beyond the sliding window where the target has one."""
+    kinds = getattr(target.text_config, "layer_types", None) or ()
+    window = target.text_config.sliding_window if "sliding_attention" in kinds else 0
+    length = min(max(SHORTEST, window + 2 * NEW_TOKENS), target.max_positions - NEW_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    rows: list[list[int]] = torch.randint(0, target.text_config.vocab_size - 1, (NUM_ROWS, length), generator=generator).tolist()
+    return rows
+
+
+def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
+    """Taps, final norm, padding and cache, each against transformers' own plain forward pass."""
+    ids = pad_right(rows, target.device)
+    with torch.inference_mode():
+        wanted = target.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    output = target.forward(ids)
+    tapped = torch.cat([wanted.hidden_states[layer + 1] for layer in target.layer_ids], -1)
+    logits = target.logits(output.last_hidden)
+    padding, cached = _rows_alone(target, rows)
+    return [
+        Check("layer taps", share(output.context, tapped), ROUNDING, f"layers {list(target.layer_ids)} of hidden_states"),
+        Check("final norm and lm_head", share(logits, wanted.logits), ROUNDING, "the model's own logits"),
+        Check("padded rows", padding, ROUNDING, "a row in a batch is the row alone"),
+        Check("cached and uncached", cached, ROUNDING, f"rows of different lengths, up to {len(rows[0])} tokens"),
+    ]
+
+
+def _rows_alone(target: Target, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Largest errors of right-padded rows, and of rows continued from a cache, each row having its own length."""
+    ragged = [row[: len(row) - 5 * number] for number, row in enumerate(rows)]
+    together, cache = target.forward(pad_right(ragged, target.device)), target.new_cache(len(rows), len(rows[0]))
+    prefill(target, cache, [row[:-4] for row in ragged])
+    steps = []
+    for size in (1, 3):  # one token as in plain decoding, then several as in verification
+        new = [row[length : length + size] for row, length in zip(ragged, cache.lengths, strict=True)]
+        steps.append(target.forward(torch.tensor(new, device=target.device), cache))
+        cache.lengths = [length + size for length in cache.lengths]
+    padding = cached = 0.0
+    for number, row in enumerate(ragged):
+        alone = target.forward(pad_right([row], target.device))
+        padding = max(padding, share(together.last_hidden[number, : len(row)], alone.last_hidden[0]))
+        for kind in (0, 1):
+            continued = torch.cat([step[kind][number] for step in steps])
+            cached = max(cached, share(continued, alone[kind][0, -4:]))
+    return padding, cached
+
+
+def share(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    return distance(found, wanted) / max(wanted.abs().max().item(), 1e-9)
+
+
+def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
+    """The loss mask decodes to exactly the answers and their ends of turn (traps B1 to B5)."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return [Check("loss mask", 0.0, note="not checked: there is no tokenizer in the folder")]
+    chat = Chat(AutoTokenizer.from_pretrained(str(folder)), settings)
+    turns, history = [], []
+    for question, answer in CONVERSATION:
+        history.append(Message("user", question))
+        turns.append((chat.render(history), chat.answer_ids(answer, finished=True)))
+        history.append(Message("assistant", answer))
+    supervised = [token for sample in build_samples(turns) for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]
+    wanted = "".join(answer + END_OF_TURN[settings.chat_family] for _, answer in CONVERSATION)
+    text = chat.tokenizer.decode(supervised)
+    return [Check("loss mask decodes to the answers", float(text != wanted), note=repr(text)[:60])]

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.config.run import AnswersConfig
-from deepspec.target.chat import Message, parse_messages, parse_tools
+from deepspec.messages import Message, parse_messages, parse_tools
 
 MORE_ROOM = 4  # times max_new_tokens that a second try of a truncated answer gets where nothing else is set
+
+
+FAILED = "failed"  # the reason of a row that no run got an answer to
 
 
 class Request(NamedTuple):

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from deepspec.config.run import RunConfig
 from deepspec.cache.format import HiddenSample
-from deepspec.cache.sample_order import WindowedOrder
 from deepspec.cache.prefetch import read_ahead
+from deepspec.cache.sample_order import WindowedOrder
 from deepspec.cache.source import Course, Source
+from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS

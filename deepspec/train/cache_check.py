@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.hidden.metadata import CONFIG, TENSORS
-from deepspec.cache.reader import SCHEMA, HiddenCache
-from deepspec.target.chat import load_chat, target_folder
-from deepspec.errors import ArtifactMismatch
-from deepspec.config.families import text_config
 from deepspec.artifacts.records import ArtifactInput
+from deepspec.cache.reader import SCHEMA, HiddenCache
+from deepspec.config.families import text_config
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch
+from deepspec.hidden.metadata import CONFIG, TENSORS
+from deepspec.target.chat import load_chat, target_folder
 
 RECIPE = "artifact.json"
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")  # of a target's config.json

@@ -17,8 +17,8 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.model.checkpoint import save_draft
 from deepspec.storage.store import file_checksum, pretty_json
-from deepspec.train.strategy import Piece, Strategy
 from deepspec.train.distributed import World
+from deepspec.train.strategy import Piece, Strategy
 
 KEEP = 2  # the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
 

@@ -6,10 +6,10 @@ import logging
 import time
 from typing import Any
 
-from deepspec.train.validation import acceptance_length, acceptance_numbers
 from deepspec.train.batches import StepData
 from deepspec.train.checkpoint_files import CheckpointRecord, best_checkpoint, checkpoint_records, put_record, save_checkpoint
 from deepspec.train.step import StepResult, Trainer
+from deepspec.train.validation import acceptance_length, acceptance_numbers
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
 from deepspec.cache.source import Source
+from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec

@@ -14,12 +14,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from deepspec.artifacts.status import trains_without_cache
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
-from deepspec.process.machine import visible_gpus
 from deepspec.process.launch import OnLine, Request, Stopped, run_child, scope
-from deepspec.artifacts.status import trains_without_cache
+from deepspec.process.machine import visible_gpus
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")

@@ -12,29 +12,28 @@ from functools import partial
 from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.cache.reader import HiddenCache
-from deepspec.errors import TrainingFailed, TransientError
-from deepspec.process.events import Report, silent
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import require_sealed, stage_status
-from deepspec.train.checkpointing import Checkpoints, held_out
-from deepspec.train.cache_check import check_cache
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.run import RunConfig
+from deepspec.errors import TrainingFailed, TransientError
+from deepspec.process.events import Report, silent
 from deepspec.train.batches import StepData
-from deepspec.train.draft_artifact import make_draft, seal_draft
-from deepspec.train.out_of_memory import knobs_named
-from deepspec.train.metrics import Meter
-from deepspec.train.pace import Pace
-from deepspec.train.preflight import check_before_training
-from deepspec.train.launcher import check_batch, on_sigterm
-from deepspec.train.tensorboard_log import can_write_scalars, write_scalars
-from deepspec.train.source import open_source
+from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_files import append_metrics, read_metrics, resume_draft, resume_optimizer
-from deepspec.train.step import Trainer, train_step
-from deepspec.train.strategy import check_strategy, make_strategy
-from deepspec.train.vitals import Vitals
-from deepspec.train.watchdog import Watchdog
+from deepspec.train.checkpointing import Checkpoints, held_out
 from deepspec.train.distributed import join_world
+from deepspec.train.draft_artifact import make_draft, seal_draft
+from deepspec.train.launcher import check_batch, on_sigterm
+from deepspec.train.metrics import Meter
+from deepspec.train.out_of_memory import knobs_named
+from deepspec.train.parallel import check_strategy, make_strategy
+from deepspec.train.preflight import check_before_training
+from deepspec.train.source import open_source
+from deepspec.train.step import Trainer, train_step
+from deepspec.train.tensorboard_log import can_write_scalars, write_scalars
+from deepspec.train.throughput import Pace, Vitals
+from deepspec.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from deepspec.config.run import RunConfig
-from deepspec.cache.reader import HiddenCache
-from deepspec.hidden.online import open_online
-from deepspec.hidden.rolling import open_rolling
-from deepspec.cache.source import Source
-from deepspec.process.events import Report
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import trains_without_cache
-from deepspec.train.validation import acceptance_numbers, own_share
+from deepspec.cache.reader import HiddenCache
+from deepspec.cache.source import Source
+from deepspec.config.run import RunConfig
+from deepspec.hidden.online import open_online
+from deepspec.hidden.rolling import open_rolling
+from deepspec.process.events import Report
 from deepspec.train.distributed import World
+from deepspec.train.validation import acceptance_numbers, own_share
 
 log = logging.getLogger(__name__)
 

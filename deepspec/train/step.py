@@ -14,12 +14,12 @@ from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
+from deepspec.train.distributed import World
 from deepspec.train.metrics import Meter
 from deepspec.train.optimizer import learning_rate
 from deepspec.train.strategy import Strategy
-from deepspec.train.vitals import Vitals
+from deepspec.train.throughput import Vitals
 from deepspec.train.watchdog import Watchdog
-from deepspec.train.distributed import World
 
 
 class Trainer(NamedTuple):

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
-from deepspec.cache.index import Index
-from deepspec.hidden.expected_index import Planned
+from deepspec.cache.index import Index, Planned
 from deepspec.cache.source import Source
+from deepspec.config.run import SamplingConfig
 from deepspec.train.distributed import World
 
 ROWS = 8  # samples drafted along together

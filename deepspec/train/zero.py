@@ -34,9 +34,9 @@ from deepspec.model.checkpoint import empty_draft, load_tensors
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.storage.store import pretty_json
+from deepspec.train.distributed import World
 from deepspec.train.optimizer import BETAS, EPS, trainable
 from deepspec.train.strategy import COMPUTE_DTYPES, Piece
-from deepspec.train.distributed import World
 
 log = logging.getLogger(__name__)
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deepspec.config.run import RunConfig
-from deepspec.prompts import stage as prompts
 from deepspec.answers.concurrent_shards import Ahead
-from deepspec.answers.stage import commit_ready
 from deepspec.answers.journal import journal_path
 from deepspec.answers.progress import Meter
-from deepspec.artifacts.tables import read_table, write_table
-from deepspec.process.events import silent
+from deepspec.answers.stage import commit_ready
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.shard_loop import Work
+from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.tables import read_table, write_table
+from deepspec.config.run import RunConfig
+from deepspec.process.events import silent
+from deepspec.prompts import stage as prompts
 from tests.conftest import tiny_run
 
 

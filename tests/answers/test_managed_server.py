@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.config.run import RunConfig
-from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
 from deepspec.answers.managed_server import serve_command
+from deepspec.answers.stage import run_answers
+from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
+from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run
 from tests.processes import command_of, marked
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from openai.types.chat import ChatCompletion
 
-from deepspec.target.chat import Message
 from deepspec.answers.response import read_reply
+from deepspec.messages import Message
 from deepspec.target.conversation import Refused, Request, Turn
 from tests.answer_server import answer_server
-from tests.conftest import tiny_run
 from tests.answers.asking import ask, row, server_run
+from tests.conftest import tiny_run
 
 
 def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):

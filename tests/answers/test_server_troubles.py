@@ -19,18 +19,18 @@ from pkgutil import resolve_name
 import pytest
 
 from deepspec.answers.concurrent_shards import Ahead
-from deepspec.answers.stage import ask_servers, run_answers
 from deepspec.answers.journal import journal_path
 from deepspec.answers.server_engine import OpenAIEngine
 from deepspec.answers.server_pool import Endpoint
-from deepspec.prompts.stage import run_prompts
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import ConfigError, ShardsFailed, TransientError
+from deepspec.answers.stage import ask_servers, run_answers
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import open_sharded
+from deepspec.artifacts.tables import read_table
+from deepspec.errors import ConfigError, ShardsFailed, TransientError
+from deepspec.prompts.stage import run_prompts
 from tests.answer_server import always, answer_server
-from tests.conftest import tiny_run, write_jsonl
 from tests.answers.asking import ask, no_meter, row, server_run, stage_of
+from tests.conftest import tiny_run, write_jsonl
 
 
 @pytest.mark.parametrize(

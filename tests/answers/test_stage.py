@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.artifact import Artifact
 from deepspec.answers.stage import answer_rows, run_answers
-from deepspec.target.chat import Message
-from deepspec.prompts.stage import run_prompts
+from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.tables import read_table
-from deepspec.target.conversation import Refused, Request, conversation_so_far, stream_seed
 from deepspec.errors import ConfigError, ShardsFailed
+from deepspec.messages import Message
+from deepspec.prompts.stage import run_prompts
+from deepspec.target.conversation import Refused, Request, conversation_so_far, stream_seed
 from tests.conftest import tiny_run
 from tests.engines import Echo
 

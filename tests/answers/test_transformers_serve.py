@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
 from deepspec.artifacts.tables import read_table
+from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run
 
 pytestmark = [

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactKey, Counts, Record
 from deepspec.artifacts.side_files import failures, put_failure, put_rejects
 from deepspec.errors import ArtifactMismatch, DamagedData, DataError, StoreError
-from deepspec.artifacts.records import ArtifactKey, Counts, Record
 from deepspec.storage.store import Store
 
 KEY = ArtifactKey("answers", "tiny", "0123456789ab", {"answers": {"seed": 1}}, ())

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactKey, Counts, Record
+from deepspec.artifacts.shard_loop import Work, failures_allowed, stage_size, work_through
 from deepspec.artifacts.side_files import failures
 from deepspec.errors import DamagedData, ShardsFailed, TransientError
-from deepspec.artifacts.records import ArtifactKey, Counts, Record
 from deepspec.storage.store import Store
-from deepspec.artifacts.shard_loop import Work, failures_allowed, stage_size, work_through
 from tests.conftest import tiny_run
 
 KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())

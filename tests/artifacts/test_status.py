@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.side_files import put_failure
 from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
-from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts
-from deepspec.process.shard_ranges import parse_shards
+from deepspec.artifacts.side_files import put_failure
 from deepspec.artifacts.status import results, stage_status, upstream_records
+from deepspec.errors import ArtifactMismatch, ConfigError
+from deepspec.process.shard_ranges import parse_shards
+from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run
 
 ECHO = "answers.engine=tests.engines:Echo"

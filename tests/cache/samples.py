@@ -57,9 +57,9 @@ def write_shard(path: Path, samples: Sequence[HiddenSample], *, shard: int = 7, 
 
 def make_cache(artifact: Artifact, shards: Sequence[Sequence[HiddenSample]], layout: Layout = LAYOUT) -> Artifact:
     """A sealed cache of these samples."""
-    from deepspec.cache.reader import SCHEMA
-    from deepspec.cache.index import INDEX, write_index
     from deepspec.artifacts.records import Counts
+    from deepspec.cache.index import INDEX, write_index
+    from deepspec.cache.reader import SCHEMA
 
     artifact.create({})
     artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())

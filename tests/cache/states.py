@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.cache.codecs import make_codec
 from deepspec.cache.codec_base import Codec
+from deepspec.cache.codecs import make_codec
 
 TOKENS, LAYERS, HIDDEN = 600, 3, 512
 MASSIVE_TOKENS = 2  # the first ones, like the first tokens of a text in a real model

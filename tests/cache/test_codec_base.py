@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.cache import codecs as codec_module
 from deepspec.cache import codec_base as columns_module
+from deepspec.cache import codecs as codec_module
 from deepspec.cache.codecs import channel_scale
 from tests.cache.states import CHOICES, HIDDEN, LAYERS, TOKENS, bits, error, llm_like, make, round_trip
 

@@ -9,12 +9,12 @@ import pytest
 
 from deepspec.artifacts import verify
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactKey, Record, index_file
 from deepspec.cache.damage import locate_damage
 from deepspec.cache.index import read_rows
-from deepspec.artifacts.records import ArtifactKey, Record, index_file
 from deepspec.storage.store import Store
-from tests.conftest import tiny_run
 from tests.cache.samples import make_cache, make_sample
+from tests.conftest import tiny_run
 
 KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
 

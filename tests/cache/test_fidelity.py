@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import FidelityConfig
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
+from deepspec.config.run import FidelityConfig
 from deepspec.errors import FidelityTooLow, UserError
 
 PERFECT = Fidelity(0.0, 0.0, 1.0, 1.0, 0.0, 1.0)

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import ArtifactKey
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData
-from deepspec.artifacts.records import ArtifactKey
 from deepspec.storage.store import Store
-from tests.conftest import REPOSITORY
 from tests.cache.samples import LAYOUT, make_cache, make_sample, same
+from tests.conftest import REPOSITORY
 
 KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
 SAMPLES = [[make_sample(10 * shard + row, 3 + row) for row in range(4)] for shard in range(3)]

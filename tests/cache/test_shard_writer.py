@@ -16,8 +16,8 @@ import xxhash
 
 from deepspec.cache import sink as sinks
 from deepspec.cache.codecs import make_codec
-from deepspec.cache.index import read_rows
 from deepspec.cache.format import HiddenSample, Layout, Stored
+from deepspec.cache.index import read_rows
 from deepspec.cache.shard_writer import MAGIC_BYTES, Background
 from deepspec.cache.sink import HashingSink
 from deepspec.storage.store import file_checksum

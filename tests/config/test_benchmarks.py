@@ -7,11 +7,11 @@ from string import Formatter
 
 import pytest
 
-from deepspec.config.benchmarks import KNOWN, check_name, columns_of, find_benchmark, turns_of
-from deepspec.prompts.sources import read_file
-from deepspec.errors import ConfigError, DataError
 from deepspec.artifacts.lineage import artifact_key, benchmark_key
+from deepspec.config.benchmarks import KNOWN, check_name, columns_of, find_benchmark, turns_of
 from deepspec.config.recipes import load_run
+from deepspec.errors import ConfigError, DataError
+from deepspec.prompts.sources import read_file
 from tests.conftest import SHARED
 
 GOLDEN = sorted((SHARED / "eval_datasets").glob("*.jsonl"))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from deepspec.errors import ConfigError
 from deepspec.config.families import GEMMA4, QWEN3, HeadGeometry, RopeSettings, family_of, head_geometry, rope_settings, text_config
+from deepspec.errors import ConfigError
 
 GEMMA = {"model_type": "gemma4_text", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from deepspec.config.benchmarks import find_benchmark
+from deepspec.config.recipes import load_run, merge, parse_override, recipe_names, to_yaml
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
-from deepspec.config.recipes import load_run, merge, parse_override, recipe_names, to_yaml
 
 
 def test_every_recipe_validates():

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.artifacts.tables import write_table
-from deepspec.evaluate.results import summary
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import section_of
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.tables import write_table
+from deepspec.config.recipes import section_of
+from deepspec.config.run import RunConfig
+from deepspec.evaluate.results import summary
 from deepspec.storage.store import pretty_json
 
 BENCHMARKS = {"gsm8k": ("math", 0.9), "humaneval": ("code", 0.75), "alpaca": ("chat", 0.55)}

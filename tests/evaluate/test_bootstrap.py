@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspec.evaluate.counts import Tally, acceptance_length, clock, conditional_acceptance, speedup, tally
 from deepspec.evaluate.bootstrap import RESAMPLES, interval, intervals, pooled, resampled, total, weights
+from deepspec.evaluate.counts import Tally, acceptance_length, clock, conditional_acceptance, speedup, tally
 from tests.evaluate.made_results import made_rows
 
 

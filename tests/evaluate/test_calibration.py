@@ -30,8 +30,8 @@ from deepspec.evaluate.calibration import (
     write_calibration,
 )  # fmt: skip
 from deepspec.evaluate.rounds import Rounds, read_rounds, split_by_prompt
-from deepspec.model.checkpoint import save_draft
 from deepspec.export.export import TEMPERATURES, export_draft
+from deepspec.model.checkpoint import save_draft
 from tests.evaluate.made_rounds import made_rows
 from tests.model.drafts import make_draft
 

@@ -10,9 +10,9 @@ import pytest
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate.compare import compare, match
 from deepspec.report.comparison import compare_results
+from tests.cli.test_main import run
 from tests.conftest import tiny_run
 from tests.evaluate.made_results import BENCHMARKS, folder_of, made_rows, put_result
-from tests.cli.test_main import run
 
 
 def line_of(found, name: str, kind: str = "acceptance"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deepspec.evaluate import counts as acceptance
-from deepspec.evaluate.counts import clock, conditional_acceptance, longest_proposal, prefix_acceptance, tally
 from deepspec.evaluate.bootstrap import total
+from deepspec.evaluate.counts import clock, conditional_acceptance, longest_proposal, prefix_acceptance, tally
 
 # Two prompts, block size 3. Committed = accepted + bonus, but for the last round, which ended on an accepted stop token.
 ROWS = [

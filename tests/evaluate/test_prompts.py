@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.artifacts.lineage import artifact_of, describe
 from deepspec.config.benchmarks import KNOWN
-from deepspec.target.chat import Message, load_chat
 from deepspec.errors import ConfigError
 from deepspec.evaluate.prompts import RenderedPrompt, load_benchmarks, make_units, render, split_fitting
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import run_evaluate
-from deepspec.artifacts.lineage import artifact_of, describe
+from deepspec.messages import Message
+from deepspec.target.chat import load_chat
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run, write_jsonl
 

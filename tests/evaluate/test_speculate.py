@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from deepspec.config.run import SamplingConfig
-from deepspec.target.draft_checks import ALGORITHMS
+from deepspec.evaluate.conformance import ALGORITHMS
 from deepspec.evaluate.speculate import Decoding, speculate
-from deepspec.target.generate import Decode, Seats, generate
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Proposal
 from deepspec.model.spec import DraftSpec
+from deepspec.target.generate import Decode, Seats, generate
 from deepspec.target.model import Target
 from tests.target.test_conformance import tiny_gemma4, tiny_qwen3
 from tests.target.test_model import PROMPTS, make_target

@@ -11,28 +11,26 @@ from typing import Any
 import pytest
 import torch
 
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import failures
-from deepspec.hidden.stage import run_capture
+from deepspec.artifacts.status import report_text, results, stages_of
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
+from deepspec.evaluate import calibration, policies, units
 from deepspec.evaluate import prompts as benchmarks
-from deepspec.evaluate import calibration
-from deepspec.evaluate import policies
 from deepspec.evaluate import stage as run
-from deepspec.evaluate import units
 from deepspec.evaluate.prompts import load_benchmarks, make_units
-from deepspec.report.comparison import compare_results
 from deepspec.evaluate.results import read_rows
-from deepspec.evaluate.stage import _Evaluation, run_evaluate
 from deepspec.evaluate.scheduler import Scheduled
 from deepspec.evaluate.speed_curve import SpeedCurve
+from deepspec.evaluate.stage import _Evaluation, run_evaluate
 from deepspec.evaluate.units import Evaluator
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.export.export import export_draft
-from deepspec.artifacts.status import report_text, results, stages_of
+from deepspec.hidden.stage import run_capture
+from deepspec.report.comparison import compare_results
 from deepspec.train.loop import run_train
-from tests.conftest import tiny_run, write_jsonl
 from tests.cli.test_main import SETS
 from tests.cli.test_main import run as command
+from tests.conftest import tiny_run, write_jsonl
 
 
 @pytest.fixture

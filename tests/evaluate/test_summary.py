@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deepspec.evaluate.lossless import REGRET_BOUND, losslessness
-from deepspec.evaluate.summary import summarise
 from deepspec.evaluate.results import read_rows, stored_summary, summary
+from deepspec.evaluate.summary import summarise
 from tests.conftest import tiny_run
 from tests.evaluate.made_results import made_rows, put_result
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from deepspec.__main__ import app
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export import export as exporting
-from deepspec.model.checkpoint import load_draft, save_draft
 from deepspec.export.engines import ENGINES, why_not
 from deepspec.export.export import TEMPERATURES, export_draft
+from deepspec.model.checkpoint import load_draft, save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft, make_spec
 
 LOADABLE = {

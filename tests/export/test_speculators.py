@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from deepspec.model.checkpoint import save_draft
 from deepspec.export.export import export_draft
+from deepspec.model.checkpoint import save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft
 
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepspec.target.conversation import Outcome, Request
 from deepspec.errors import DataError
+from deepspec.target.conversation import Outcome, Request
 from tests.engines import Echo
 
 

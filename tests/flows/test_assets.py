@@ -13,10 +13,10 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
 from deepspec.artifacts.lineage import artifact_of, chain, input_artifact, stages_of, upstream_of
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.records import ArtifactInput
+from deepspec.config.recipes import load_run
+from deepspec.config.run import RunConfig
 from flows import assets
 from flows.assets import MATERIALIZED, asset_key, publish_asset, publish_once
 from tests.conftest import tiny_run

@@ -22,11 +22,11 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import State
 
-from deepspec.prompts.stage import run_prompts
+from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
 from deepspec.errors import UserError
 from deepspec.process.launch import Request
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status
+from deepspec.prompts.stage import run_prompts
 from flows.cli import run_flow
 from flows.pipeline import pipeline
 from flows.plain_errors import FLOW_RUNS, show_plainly

@@ -19,12 +19,12 @@ import psutil
 import pytest
 import yaml
 
-from deepspec.config.run import RunConfig
 from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
+from deepspec.config.run import RunConfig
+from deepspec.prompts.stage import run_prompts
 from tests.conftest import write_jsonl
 from tests.flows.conftest import flaky_run
 from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until

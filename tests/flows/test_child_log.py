@@ -22,7 +22,11 @@ def chatty(path: Path) -> None:
 
 def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(caplog: pytest.LogCaptureFixture, tmp_path: Path):
     chatty(tmp_path / "answers-0000.log")
-    said = [record for record in caplog.records if record.name == "prefect.flow_runs" and " deepspec.artifacts.shard_loop: " in record.getMessage()]
+    said = [
+        record
+        for record in caplog.records
+        if record.name == "prefect.flow_runs" and " deepspec.artifacts.shard_loop: " in record.getMessage()
+    ]
     levels = [record.levelname for record in said]
     # A slow machine may take seconds for the thousand lines, in which one or the other comes back.
     assert (

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepspec.process.launch import MARK, Request
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status, stages_of
+from deepspec.config.recipes import load_run
+from deepspec.process.launch import MARK, Request
 from flows.server import start_private_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.conftest import QUICK, SERVED, home_with, questions

@@ -27,11 +27,11 @@ from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepspec import __version__
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.status import stage_status, stages_of
+from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, UserError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status, stages_of
 from flows.assets import asset_key
 from flows.automations import FLOWS, crashed
 from flows.compatible import check_version

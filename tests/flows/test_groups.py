@@ -23,20 +23,20 @@ from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.states import Crashed, Failed, Running, State
 from prefect.types._datetime import now
 
-from deepspec.artifacts.side_files import put_failure
 from deepspec.artifacts.leases import Claim, Claims
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.side_files import put_failure
+from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
 from deepspec.errors import DeepSpecError, ShardsFailed, TransientError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status
 from flows import pool_executor as workers
 from flows.automations import ended
+from flows.lease_wait import GROUP, claims_on, is_part
 from flows.pool import Pool
+from flows.pool_executor import WorkersHands
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
-from flows.lease_wait import GROUP, claims_on, is_part
-from flows.pool_executor import WorkersHands
 from tests.flows.conftest import flaky_run
 from tests.flows.test_lease_wait import in_thread, wait_until
 

@@ -17,16 +17,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.artifacts.leases import Claims, Taken, this_process
-from deepspec.prompts.stage import run_prompts
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
 from deepspec.errors import TransientError
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status
+from deepspec.prompts.stage import run_prompts
 from flows import lease_wait as turns
+from flows.lease_wait import GROUP, claims_on
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
-from flows.lease_wait import GROUP, claims_on
 
 GATED = ("answers.engine=tests.flows.engines:Gated",)
 

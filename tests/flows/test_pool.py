@@ -10,13 +10,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
-from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
+from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
 from flows import pool
-from flows.stage_progress import Board
 from flows.pool import Pool
 from flows.pool_executor import error_in
+from flows.stage_progress import Board
 
 
 @pytest.fixture(scope="module")

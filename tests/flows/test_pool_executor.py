@@ -21,10 +21,10 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL
 
+from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
 from deepspec.errors import ShardsFailed
 from deepspec.process.launch import Request
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status
 from flows.reporting import StageOutcome
 from flows.setup import put_pool
 from flows.tasks import run_stages

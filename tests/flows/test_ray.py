@@ -19,13 +19,13 @@ from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
 
-from deepspec.config.run import RunConfig
-from deepspec.prompts.stage import run_prompts
-from deepspec.errors import ConfigError, ShardsFailed, UserError
-from deepspec.process.launch import Request
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig
+from deepspec.config.run import RunConfig
+from deepspec.errors import ConfigError, ShardsFailed, UserError
+from deepspec.process.launch import Request
+from deepspec.prompts.stage import run_prompts
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.request import open_run
 from flows.server import free_port
@@ -76,7 +76,11 @@ def started(command: list[str], log: Path, tries: int = 3) -> subprocess.Popen[b
     """A cluster that is up; Ray gives its own processes 30 seconds, which are too few on a machine that is busy with other tests."""
     with log.open("wb") as output:
         head = subprocess.Popen(
-            [sys.executable, "-m", "deepspec.process.supervisor", "5", *command], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=output, stderr=output
+            [sys.executable, "-m", "deepspec.process.supervisor", "5", *command],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
     wait_for(lambda: "Ray runtime started" in log.read_text() or head.poll() is not None)
     if head.poll() is None:

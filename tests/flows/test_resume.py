@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.status import stage_status
+from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.prompts.stage import run_prompts
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
-from deepspec.artifacts.status import stage_status
 from deepspec.train.checkpoint_files import checkpoint_steps
 from tests.conftest import TINY, tiny_run
 from tests.flows.conftest import flaky_run

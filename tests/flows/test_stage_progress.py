@@ -11,9 +11,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.artifacts.status import StageStatus
-from flows.stage_progress import Board, told
-from flows.shard_scheduler import Lane
 from flows.reporting import Progress, watched_by
+from flows.shard_scheduler import Lane
+from flows.stage_progress import Board, told
 
 
 def status(stage: str, committed: int, missing: int) -> StageStatus:

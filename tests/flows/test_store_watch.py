@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from deepspec.answers.stage import run_answers
-from deepspec.prompts.stage import run_prompts
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status
-from flows.stage_progress import Board
+from deepspec.config.recipes import load_run
+from deepspec.prompts.stage import run_prompts
 from flows.reporting import Progress, watched_by
+from flows.stage_progress import Board
 from flows.store_watch import Watch, watching_store
 
 

@@ -16,18 +16,18 @@ from prefect.artifacts import Artifact
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 
-from deepspec.process import launch
-from deepspec.config.run import RunConfig
-from deepspec.prompts.stage import run_prompts
-from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
-from deepspec.process.machine import visible_gpus
-from deepspec.process.launch import MARK, Request
-from deepspec.config.recipes import load_run
 from deepspec.artifacts.status import stage_status
-from flows.stage_progress import Board
-from flows.shard_scheduler import Lane
+from deepspec.config.recipes import load_run
+from deepspec.config.run import RunConfig
+from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.process import launch
+from deepspec.process.launch import MARK, Request
+from deepspec.process.machine import visible_gpus
+from deepspec.prompts.stage import run_prompts
 from flows.local_executor import LocalHands
 from flows.reporting import Progress, StageOutcome, watched_by
+from flows.shard_scheduler import Lane
+from flows.stage_progress import Board
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
 from tests.answer_server import answer_server

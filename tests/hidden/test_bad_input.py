@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deepspec import __main__ as door
-from deepspec.hidden import stage as capture
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.hidden import stage as capture
 from tests.conftest import TINY, tiny_run
 from tests.radosgw import Radosgw
 

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.config.run import RunConfig
-from deepspec.cache.reader import HiddenCache
-from deepspec.hidden.stage import run_capture
-from deepspec.target.chat import load_chat
+from deepspec.artifacts.lineage import artifact_of, store_of
 from deepspec.cache.format import HiddenSample
-from deepspec.hidden.online import open_unsealed
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.run import RunConfig
+from deepspec.errors import TransientError
 from deepspec.hidden.expected_index import plan_samples
+from deepspec.hidden.online import open_unsealed
 from deepspec.hidden.rolling import RollingStates, open_rolling
 from deepspec.hidden.rolling_shards import Shelf
-from deepspec.errors import TransientError
+from deepspec.hidden.stage import run_capture
 from deepspec.process.events import silent
-from deepspec.artifacts.lineage import artifact_of, store_of
+from deepspec.target.chat import load_chat
 from deepspec.target.model import Target
 from tests.conftest import tiny_run
 

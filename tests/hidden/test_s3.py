@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from deepspec.hidden import stage as capture
-from deepspec.cache.reader import HiddenCache
-from deepspec.hidden.stage import run_capture
-from deepspec.cache.damage import locate_damage
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.train.loop import run_train
 from deepspec.artifacts.verify import verify_stage
-from tests.conftest import tiny_run
+from deepspec.cache.damage import locate_damage
+from deepspec.cache.reader import HiddenCache
+from deepspec.hidden import stage as capture
+from deepspec.hidden.stage import run_capture
+from deepspec.train.loop import run_train
 from tests.cache.samples import same
 from tests.cache.test_reader import AsDataset
+from tests.conftest import tiny_run
 from tests.radosgw import Radosgw
 
 

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from deepspec.__main__ import app
-from deepspec.target.chat import load_chat
-from deepspec.hidden.sequences import CaptureRow, CaptureRows, sequence_id
-from deepspec.hidden.show import show_sample
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.tables import read_table
 from deepspec.errors import ConfigError
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.hidden.sequences import CaptureRow, CaptureRows, sequence_id
+from deepspec.hidden.show import show_sample
+from deepspec.target.chat import load_chat
 from tests.conftest import TINY, tiny_run
 
 

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import failures
-from deepspec.hidden.metadata import files_beside
+from deepspec.artifacts.tables import read_table
+from deepspec.artifacts.verify import verify_stage
+from deepspec.cache.format import Stored
+from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
+from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
+from deepspec.hidden.checks import StateChecks, relative_error
+from deepspec.hidden.metadata import files_beside
+from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.hidden.stage import Capture, HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.cache.index import INDEX
-from deepspec.cache.format import Stored
-from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
-from deepspec.hidden.checks import StateChecks, relative_error
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.target.model import TargetOutput, load_target
-from deepspec.artifacts.verify import verify_stage
 from tests.conftest import tiny_run
 
 

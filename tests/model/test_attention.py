@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.model import attention_path
+from deepspec.model import attention_path, eagle3
 from deepspec.model import block_draft as block
-from deepspec.model import eagle3
 from deepspec.model.attention import TILE, Sight, tiles
 from deepspec.model.attention_path import training_path
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft

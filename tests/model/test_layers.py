@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec.errors import DeepSpecError
 from deepspec.config.families import RopeSettings
-from deepspec.model.layers import RotaryTable, rotate
+from deepspec.errors import DeepSpecError
 from deepspec.model.kv_cache import LayerCache
+from deepspec.model.layers import RotaryTable, rotate
 from tests.model.drafts import CONFIGS, make_draft
 
 

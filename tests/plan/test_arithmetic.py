@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.storage.s3_client import PART_BYTES
 from deepspec.errors import StoreError
+from deepspec.formatting import human_bytes, human_count, human_hours
 from deepspec.plan.arithmetic import (
     CODECS,
     Codecs,
@@ -18,9 +18,6 @@ from deepspec.plan.arithmetic import (
     choose_codecs,
     hidden_bytes,
     histogram,
-    human_bytes,
-    human_count,
-    human_hours,
     layer_bytes,
     put_requests,
     puts_per_file,
@@ -30,6 +27,7 @@ from deepspec.plan.arithmetic import (
     shard_notes,
     training_flops,
 )
+from deepspec.storage.s3_client import PART_BYTES
 from deepspec.storage.store import Store
 
 QWEN3_4B = Shape(num_captured=5, width=2560, vocab_size=151_936)

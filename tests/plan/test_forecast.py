@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.plan.forecast import Facts, Plan, SampleSize, Speed, Workload, compute_plan
 from deepspec.plan.arithmetic import Fit, Number, Shape, TokenCounts
+from deepspec.plan.forecast import Facts, Plan, SampleSize, Speed, Workload, compute_plan
 from deepspec.plan.view import render, show
 from tests.conftest import tiny_run
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen3Config
 
+from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
-from deepspec.errors import StoreError
 from deepspec.storage.store import Store
 from deepspec.target.model import read_text_config
 from tests.conftest import tiny_run

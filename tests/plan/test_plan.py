@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.target.chat import load_chat
-from deepspec.plan.plan import check_cache_fits
 from deepspec.errors import StoreError
-from tests.conftest import tiny_run, write_jsonl
+from deepspec.plan.plan import check_cache_fits
 from tests.cli.test_main import SETS, run
+from tests.conftest import tiny_run, write_jsonl
 
 NO_ROOM = ("--set", "resources.min_free_gb=1000000")
 
@@ -61,13 +60,12 @@ def test_the_hours_of_training_can_be_given(capsys, store: Path):
 
 def test_a_capture_that_cannot_fit_does_not_start(store: Path, captured: Path, monkeypatch: pytest.MonkeyPatch):
     config = tiny_run(store)
-    chat = load_chat(config)
-    check_cache_fits(config, chat)
+    check_cache_fits(config)
     monkeypatch.setattr("deepspec.storage.store.Store.free_bytes", lambda self: 200_000.0)
     with pytest.raises(StoreError, match=r"hidden.codec that fits \(.*int8 1"):
-        check_cache_fits(config, chat)
-    check_cache_fits(tiny_run(store, "resources.check_space=warn"), chat)
-    check_cache_fits(tiny_run(captured), chat)  # all of it is there: nothing has to fit any more
+        check_cache_fits(config)
+    check_cache_fits(tiny_run(store, "resources.check_space=warn"))
+    check_cache_fits(tiny_run(captured))  # all of it is there: nothing has to fit any more
 
 
 @pytest.mark.parametrize(

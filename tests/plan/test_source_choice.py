@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.plan.source_choice import Effort, compare_sources
 from deepspec.plan.arithmetic import Fit
+from deepspec.plan.source_choice import Effort, compare_sources
 from tests.conftest import tiny_run
 
 # 100 shards of 1 GB; a pass takes 8 GPUs 2 hours, training 10.

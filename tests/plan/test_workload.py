@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.config.run import RunConfig
 from deepspec.answers.stage import run_answers
+from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.run import RunConfig
+from deepspec.errors import DataError
 from deepspec.hidden.stage import run_capture
-from deepspec.target.chat import load_chat
+from deepspec.plan.arithmetic import Number
+from deepspec.plan.assumed_answers import ASSUMED_ANSWER_TOKENS, assistant_texts
+from deepspec.plan.forecast import Workload
 from deepspec.plan.workload import count_source_rows, sample_workload
 from deepspec.prompts.stage import run_prompts
-from deepspec.plan.assumed_answers import ASSUMED_ANSWER_TOKENS, assistant_texts
-from deepspec.errors import DataError
-from deepspec.plan.forecast import Workload
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.plan.arithmetic import Number
+from deepspec.target.chat import load_chat
 from tests.conftest import tiny_run, write_jsonl
 
 

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from deepspec.process import launch
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
-from deepspec.process.supervisor import living_processes
+from deepspec.process import launch
 from deepspec.process.launch import Request, Stopped, run_child, scope
 from deepspec.process.shard_ranges import deal, parse_shards, shard_list
+from deepspec.process.supervisor import living_processes
 
 # A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are written to argv[1].
 LAUNCHER = """

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.benchmarks import KNOWN, find_benchmark
-from deepspec.prompts.benchmarks import BenchmarkPrompt, read_benchmark, stored_benchmark
-from deepspec.prompts.stage import run_prompts
-from deepspec.errors import DataError
 from deepspec.artifacts.lineage import artifact_key, benchmark_key, describe, store_of
 from deepspec.artifacts.verify import verify_benchmarks
+from deepspec.config.benchmarks import KNOWN, find_benchmark
+from deepspec.errors import DataError
+from deepspec.prompts.benchmarks import BenchmarkPrompt, read_benchmark, stored_benchmark
+from deepspec.prompts.stage import run_prompts
 from tests.conftest import REPOSITORY, tiny_run, write_jsonl
 from tests.prompts.hub import COMMIT, hub_of
 

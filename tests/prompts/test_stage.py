@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepspec.artifacts.lineage import artifact_key, file_digest
+from deepspec.artifacts.tables import read_table
 from deepspec.config.run import PromptsConfig
+from deepspec.errors import DataError
 from deepspec.prompts.rows import Prompt, Rejected, make_prompt
 from deepspec.prompts.stage import run_prompts
-from deepspec.artifacts.tables import read_table
-from deepspec.errors import DataError
-from deepspec.artifacts.lineage import artifact_key, file_digest
 from tests.conftest import SHARED, tiny_run, write_jsonl
 
 SETTINGS = PromptsConfig.model_validate({"source": {"kind": "demo"}, "held_out": 0.5})

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import Counts
 from deepspec.artifacts.tables import write_table
+from deepspec.artifacts.verify import verify_stage
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.report.report import open_results, put_report, report
-from deepspec.artifacts.records import Counts
-from deepspec.artifacts.verify import verify_stage
+from tests.cli.test_main import run
 from tests.conftest import tiny_run, write_jsonl
 from tests.evaluate.made_results import folder_of, made_calibration, made_rows, made_scheduler, put_result
-from tests.cli.test_main import run
 
 VOID = {"meta", "link", "br", "path", "rect", "circle"}
 NASTY = 'x<script>alert("1")<script>|`*_"\'&'

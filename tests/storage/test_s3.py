@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from deepspec.storage import s3_client as bucket
-from deepspec.storage import retries as bucket_calls
 from deepspec.artifacts import gc
-from deepspec.storage import remote
 from deepspec.errors import EXIT_TRANSIENT, DamagedData, DeepSpecError, StoreError, TransientError
+from deepspec.storage import remote
+from deepspec.storage import retries as bucket_calls
+from deepspec.storage import s3_client as bucket
 from deepspec.storage.store import Store, file_checksum
 from tests.conftest import REPOSITORY
 from tests.faulty import Answer, FaultyProxy, Request, answer, cut_body, flip_byte, lose_answer, times

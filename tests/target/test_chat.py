@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deepspec.target.chat import Message, build_samples, load_chat
-from deepspec.target.conversation import conversation_so_far
 from deepspec.errors import DataError
+from deepspec.messages import Message
+from deepspec.target.chat import build_samples, load_chat
+from deepspec.target.conversation import conversation_so_far
 from tests.conftest import tiny_run
 
 

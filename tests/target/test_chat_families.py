@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from deepspec.target.chat import Chat, Message
 from deepspec.hidden.sequences import CaptureRow, capture_rows
+from deepspec.messages import Message
+from deepspec.target.chat import Chat
 from tests.conftest import tiny_run
 from tests.target.chat_templates import GEMMA4, GEMMA4_SMALL, QWEN3
 

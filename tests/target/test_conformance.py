@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from deepspec.__main__ import app
 from deepspec.errors import ConfigError, DataError
-from deepspec.target.conformance import run_conformance
-from deepspec.target.target_checks import check_chat, check_target, make_rows, run_target_checks, spread
+from deepspec.evaluate.conformance import run_target_checks
+from deepspec.target.conformance import check_chat, check_target, make_rows, spread
 from deepspec.target.model import Target
 from tests.conftest import tiny_run
 
@@ -105,5 +105,3 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ConfigError, match="llama"):
         run_target_checks(tmp_path)
-    with pytest.raises(ConfigError, match="either reference vectors or a model"):
-        run_conformance(vectors=None, model=None)

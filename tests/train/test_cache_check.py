@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.storage.store import file_checksum
 from deepspec.train import draft_artifact as drafts
 from deepspec.train import loop
 from deepspec.train.cache_check import check_cache
-from deepspec.train.loop import run_train
 from deepspec.train.launcher import check_batch
+from deepspec.train.loop import run_train
 from tests.conftest import tiny_run
 
 

@@ -20,16 +20,16 @@ import psutil
 import pytest
 import torch
 
-from deepspec.hidden.rolling_workers import lane_gpus
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.hidden.rolling_workers import lane_gpus
 from deepspec.process.events import silent
 from deepspec.process.launch import Request
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.process.ports import free_port
+from deepspec.process.machine import free_port
 from deepspec.train import launcher as ranks
-from deepspec.train.loop import run_train
-from deepspec.train.launcher import is_rank, launch_ranks, num_ranks
 from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.launcher import is_rank, launch_ranks, num_ranks
+from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, assert_close, weights
 

@@ -12,19 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.hidden import stage as capture
-from deepspec.cache.reader import HiddenCache
-from deepspec.cache.index import Index
-from deepspec.errors import ArtifactMismatch, ConfigError, TrainingFailed, TransientError
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.cache.index import Index
+from deepspec.cache.reader import HiddenCache
+from deepspec.errors import ArtifactMismatch, ConfigError, TrainingFailed, TransientError
+from deepspec.hidden import stage as capture
 from deepspec.train import checkpointing as checkpoints
-from deepspec.train import loop
-from deepspec.train import step
+from deepspec.train import loop, step
 from deepspec.train.batches import StepData, sample_seed
-from deepspec.train.loop import run_train
 from deepspec.train.checkpoint_files import checkpoint_records, checkpoint_steps
-from deepspec.train.step import StepResult
 from deepspec.train.distributed import World
+from deepspec.train.loop import run_train
+from deepspec.train.step import StepResult
 from tests.conftest import tiny_run
 
 # The total variation is left out: its gradient has a jump where draft and target agree, so that a last bit can show as 1e-4.

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import TrainingFailed
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.train import preflight
 from deepspec.train.batches import StepData
+from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
 from deepspec.train.loop import run_train
 from deepspec.train.preflight import check_before_training
-from deepspec.train.vitals import Vitals
-from deepspec.train.distributed import World
+from deepspec.train.throughput import Vitals
 from tests.conftest import tiny_run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(captured: Pa
 
 def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 7.0, 10.0])  # made; 3 s of waiting, 2 of work; 1, 1; the end; read
-    monkeypatch.setattr("deepspec.train.vitals.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("deepspec.train.throughput.time.perf_counter", lambda: next(clock))
     vitals = Vitals(torch.device("cpu"))
     assert list(vitals.waiting(iter(["a", "b"]))) == ["a", "b"]
     read = vitals.read()

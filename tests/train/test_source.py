@@ -16,23 +16,24 @@ import pytest
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.hidden import rolling_workers as lanes
-from deepspec.cache.reader import HiddenCache
-from deepspec.target.chat import load_chat
-from deepspec.hidden.rolling_capture import shard_bytes
-from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, read_layout
-from deepspec.hidden.expected_index import Planned, plan_samples, read_planned, unplanned
-from deepspec.hidden.rolling_shards import Shelf
-from deepspec.errors import ArtifactMismatch, StoreError, TransientError
-from deepspec.process.events import silent
-from deepspec.process.launch import Request
 from deepspec.artifacts.lineage import artifact_of, describe
 from deepspec.artifacts.records import index_file
 from deepspec.artifacts.status import stage_status
+from deepspec.cache.index import Planned
+from deepspec.cache.reader import HiddenCache
+from deepspec.errors import ArtifactMismatch, StoreError, TransientError
+from deepspec.hidden import rolling_workers as lanes
+from deepspec.hidden.expected_index import plan_samples, read_planned, unplanned
+from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, read_layout
+from deepspec.hidden.rolling_capture import shard_bytes
+from deepspec.hidden.rolling_shards import Shelf
+from deepspec.process.events import silent
+from deepspec.process.launch import Request
+from deepspec.target.chat import load_chat
 from deepspec.train import loop
-from deepspec.train.loop import run_train
-from deepspec.train.launcher import launch_ranks
 from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.launcher import launch_ranks
+from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import assert_close, weights
 

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.run import LossConfig
 from deepspec.errors import ConfigError, DamagedData
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.train.checkpoint_files import CheckpointRecord, optimizer_share, resume_draft, resume_optimizer, save_checkpoint
-from deepspec.train.strategy import Replicated, Strategy, make_strategy
+from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
+from deepspec.train.parallel import make_strategy
+from deepspec.train.strategy import Strategy
 from deepspec.train.zero import derived_config
 from tests.conftest import REPOSITORY, tiny_run
 from tests.model.drafts import CONFIGS, make_batch, make_draft

@@ -16,8 +16,8 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.train import loop
 from deepspec.train import tensorboard_log as scalars
 from deepspec.train.loop import run_train
-from deepspec.train.pace import Pace
 from deepspec.train.tensorboard_log import AXES, write_scalars
+from deepspec.train.throughput import Pace
 from tests.conftest import tiny_run
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="TensorBoard is not installed")
@@ -100,7 +100,7 @@ def test_without_tensorboard_training_works_and_says_once_how_to_get_it(ready: P
 
 def test_the_speed_of_a_resumed_training_counts_only_what_this_process_did(monkeypatch: pytest.MonkeyPatch):
     clock = iter([100.0, 120.0])
-    monkeypatch.setattr("deepspec.train.pace.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("deepspec.train.throughput.time.monotonic", lambda: next(clock))
     pace = Pace(first=90, total=100)
     for _ in range(4):
         pace.add(50)

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deepspec.config.run import SamplingConfig
 from deepspec.answers.stage import run_answers
-from deepspec.cache.reader import HiddenCache
-from deepspec.hidden.stage import run_capture
-from deepspec.target.chat import load_chat, target_folder
-from deepspec.prompts.stage import run_prompts
-from deepspec.evaluate.speculate import speculate
-from deepspec.target.generate import Decode
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.run import SamplingConfig
+from deepspec.evaluate.speculate import speculate
+from deepspec.hidden.stage import run_capture
+from deepspec.prompts.stage import run_prompts
+from deepspec.target.chat import load_chat, target_folder
+from deepspec.target.generate import Decode
 from deepspec.target.model import load_target
-from deepspec.train.validation import Answers, Rounds, acceptance_length, draft_along, load_answers
-from deepspec.train.draft_artifact import make_draft
 from deepspec.train.distributed import World
+from deepspec.train.draft_artifact import make_draft
+from deepspec.train.validation import Answers, Rounds, acceptance_length, draft_along, load_answers
 from tests.conftest import tiny_run
 
 ALONE = World(0, 1, torch.device("cpu"))

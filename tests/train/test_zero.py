@@ -15,9 +15,9 @@ import pytest
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.process.ports import free_port
-from deepspec.train.loop import run_train
+from deepspec.process.machine import free_port
 from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, weights
 

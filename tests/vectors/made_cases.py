@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.config.run import LossConfig
-from deepspec.evaluate.training_vectors import Rows, batch_of, block_outputs
-from deepspec.model.layers import softcap
+from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import Draft
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
+from deepspec.model.layers import softcap
 from deepspec.model.loss import deviation
+from tests.vectors.training_vectors import Rows, batch_of
 
 
 def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig, folder: Path) -> None:

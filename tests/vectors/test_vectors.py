@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from deepspec.__main__ import app
 from deepspec.config.run import LossConfig
 from deepspec.errors import DataError
-from deepspec.evaluate.cases import Case, Check, read_cases
-from deepspec.evaluate.vectors import check_case, run_vectors
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.eagle3 import Eagle3Draft
+from deepspec.target.conformance import Check
 from tests.conftest import SHARED
-from tests.vectors.made_cases import write_block_case, write_eagle3_case
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
+from tests.vectors.__main__ import app
+from tests.vectors.cases import Case, read_cases
+from tests.vectors.checks import check_case, run_vectors
+from tests.vectors.made_cases import write_block_case, write_eagle3_case
 
 FOLDER = SHARED / "reference-vectors"
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -88,10 +89,10 @@ def test_a_loss_term_or_gradient_norm_that_is_off_is_found(tmp_path: Path) -> No
 @needs_vectors
 def test_the_command_ends_with_1_where_a_case_is_outside(tmp_path: Path) -> None:
     copied("dspark_loss_only", tmp_path)
-    assert CliRunner().invoke(app, ["conformance", "--vectors", str(tmp_path)]).exit_code == 0
+    assert CliRunner().invoke(app, [str(tmp_path)]).exit_code == 0
     tensors = load_file(tmp_path / "dspark_loss_only.safetensors")
     save_file(tensors | {"draft_logits": tensors["draft_logits"] + torch.eye(64)[0]}, tmp_path / "dspark_loss_only.safetensors")
-    result = CliRunner().invoke(app, ["conformance", "--vectors", str(tmp_path)])
+    result = CliRunner().invoke(app, [str(tmp_path)])
     assert result.exit_code == 1
     assert "OUTSIDE" in result.output
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from deepspec.config.run import SamplingConfig
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate.cases import Case, Check, distance, read_cases, worst
-from deepspec.evaluate.loss_vectors import check_loss_case
 from deepspec.evaluate.speculate import speculate
-from deepspec.evaluate.training_vectors import OUTPUT, check_block_case, check_eagle3_case
-from deepspec.target.generate import Decode, generate, prefill
 from deepspec.model.checkpoint import Draft
 from deepspec.model.sampling import verify
+from deepspec.target.conformance import Check, distance
+from deepspec.target.generate import Decode, generate, prefill
 from deepspec.target.model import Target
+from tests.vectors.cases import Case, read_cases, worst
+from tests.vectors.loss_vectors import check_loss_case
+from tests.vectors.training_vectors import OUTPUT, check_block_case, check_eagle3_case
 
 GREEDY = SamplingConfig(temperature=0)
 CONFIDENCE = 5e-5  # the traces hold five decimals, and ours come back through a float32 sigmoid

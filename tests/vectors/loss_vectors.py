@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.config.run import LossConfig
-from deepspec.evaluate.cases import Case, Check, relative, worst
 from deepspec.model.chunked_loss import Targets
 from deepspec.model.loss import LossOutput, Slots, terms
+from deepspec.target.conformance import Check
+from tests.vectors.cases import Case, relative, worst
 
 LOSS, GRADIENT = 1e-5, 1e-4  # relative
 # Where float32 rounds more than that, no two orders of summation agree to 1e-5 (Gemma's unscaled attention, Eagle3's

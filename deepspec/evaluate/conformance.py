@@ -1,30 +1,36 @@
-"""Drafts built for a target: their loss, gradients, what they see, and drafting with the cache.
+"""What a user runs on a new target: the target's own checks, and those of a draft of each algorithm built for it.
+
+Of a draft: its loss, gradients, what it sees, and drafting with the cache.
 
 a verified tokens, g block size, T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig, SamplingConfig
-from deepspec.evaluate.cases import Check, distance
+from deepspec.config.families import family_of, text_config
+from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig, SamplingConfig, TargetConfig
+from deepspec.errors import DataError
 from deepspec.evaluate.speculate import speculate
-from deepspec.evaluate.training_vectors import block_outputs
-from deepspec.target.generate import Decode, generate
-from deepspec.model.layers import softcap
+from deepspec.model.anchors import BlockPlan
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import Draft, build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
+from deepspec.model.layers import softcap
 from deepspec.model.spec import DraftSpec
-from deepspec.target.model import Target
+from deepspec.target.conformance import NEW_TOKENS, SHORTEST, Check, check_chat, check_target, distance, make_rows, spread
+from deepspec.target.generate import Decode, generate
+from deepspec.target.model import Target, load_target
 
-BLOCK, NEW_TOKENS = 4, 12
+BLOCK = 4
 HEADS = {"markov": MarkovConfig(rank=16), "confidence": ConfidenceConfig()}
 ALGORITHMS: dict[str, BlockDraftConfig | Eagle3DraftConfig] = {
     "dspark": BlockDraftConfig(algorithm="dspark", block_size=BLOCK, num_layers=2, num_anchors=8, **HEADS),
@@ -32,6 +38,53 @@ ALGORITHMS: dict[str, BlockDraftConfig | Eagle3DraftConfig] = {
     "eagle3": Eagle3DraftConfig(algorithm="eagle3", block_size=BLOCK, ttt_length=BLOCK),
 }
 PROBABILITY = 1e-4  # absolute, float32
+
+
+class BlockOutputs(NamedTuple):
+    states: Tensor  # [K, g, D]
+    logits: Tensor  # [K, g, V]
+    confidence: Tensor | None  # [K, g]
+
+
+def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockOutputs:
+    """States, logits and confidence logits of blocks whose slots are given the labels as their previous tokens."""
+    states, head = draft.block_states(context, plan), draft.markov_head
+    previous = None if head is None else head.markov_w1(plan.previous)
+    features = None if head is None or previous is None else head.features(states, previous)
+    confidence = None if draft.confidence_head is None else draft.confidence_head(states, previous)
+    return BlockOutputs(states, draft.vocabulary().draft_logits(states, features), confidence)
+
+
+def run_target_checks(folder: Path) -> dict[str, list[Check]]:
+    """Checks of the model in `folder`, of its chat template if it has a tokenizer, and of a draft of each algorithm.
+
+    Raises:
+        ConfigError: a family unknown here, or with parts that drafts do not have.
+        DataError: no model there.
+    """
+    config = _read_config(folder)
+    text, family = text_config(config), family_of(config)
+    settings = TargetConfig(
+        model=str(folder), chat_family=family.chat_family, dtype="float32",
+        layer_ids=spread(text["num_hidden_layers"]), mask_token_id=text["vocab_size"] - 1,
+    )  # fmt: skip
+    target = load_target(settings, folder=folder)
+    rows = make_rows(target)
+    checks = {"target": check_target(target, rows), "chat": check_chat(folder, settings)}
+    for algorithm in ALGORITHMS:
+        # Eagle3 cannot read the embedding output, layer -1.
+        of_draft = Target(target.model, [layer for layer in target.layer_ids if layer >= 0]) if algorithm == "eagle3" else target
+        short = [row[:SHORTEST] for row in rows]
+        checks[algorithm] = check_draft(of_draft, config, short, algorithm=algorithm)
+    return checks
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"there is no model here: {error}", where=str(folder), fix="give a folder with config.json") from None
+    return config
 
 
 def check_draft(target: Target, config: dict[str, Any], rows: Sequence[Sequence[int]], *, algorithm: str) -> list[Check]:

@@ -9,26 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.errors import DataError
 from deepspec.model.checkpoint import Draft, empty_draft, load_tensors
 from deepspec.model.spec import DraftSpec
-
-
-class Check(NamedTuple):
-    """One quantity of one case or model: its largest error, and the largest one allowed."""
-
-    quantity: str
-    error: float
-    tolerance: float = 0.0
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
+from deepspec.target.conformance import Check
 
 
 class Case(NamedTuple):
@@ -84,13 +71,6 @@ def read_cases(folder: Path) -> list[Case]:
     return found
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ, 0 where there is nothing to compare."""
-    if found.shape != wanted.shape:
-        return math.inf
-    return (found.detach().double() - wanted.double()).abs().max().item() if found.numel() else 0.0
-
-
 def relative(found: float, wanted: float, *, floor: float = 0.0) -> float:
     """|found - wanted| as a share of |wanted|, or of `floor` where that is more."""
     scale = max(abs(wanted), floor)
@@ -110,13 +90,3 @@ def worst(quantity: str, errors: dict[str, float], tolerance: float) -> Check:
         return Check(quantity, 0.0, tolerance, "none stored")
     name = max(errors, key=lambda key: (math.isnan(errors[key]), errors[key]))
     return Check(quantity, errors[name], tolerance, f"{name} of {len(errors)}")
-
-
-def table_of(checks: dict[str, list[Check]], *, subject: str) -> Table:
-    table = Table(subject, "quantity", "largest error", "allowed", "", "where", show_lines=False)
-    for name, found in checks.items():
-        for number, check in enumerate(found):
-            state = "ok" if check.passed else "[bold red]OUTSIDE[/]"
-            table.add_row(name if number == 0 else "", check.quantity, f"{check.error:.1e}", f"{check.tolerance:.1e}", state, check.note)
-        table.add_section()
-    return table

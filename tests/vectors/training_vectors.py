@@ -13,15 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.evaluate.cases import Case, Check, distance, regret, relative, worst
-from deepspec.evaluate.loss_vectors import LOSS, ROUNDING_FACTOR, gradient_checks, loss_check, loss_settings, metrics_check
+from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.anchors import BlockPlan, Samples
-from deepspec.model.layers import softcap
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import Draft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
+from deepspec.model.layers import softcap
 from deepspec.model.loss import deviation
+from deepspec.target.conformance import Check, distance
+from tests.vectors.cases import Case, regret, relative, worst
+from tests.vectors.loss_vectors import LOSS, ROUNDING_FACTOR, gradient_checks, loss_check, loss_settings, metrics_check
 
 OUTPUT = 1e-5  # absolute
 
@@ -124,21 +126,6 @@ def _plan_checks(draft: BlockDraft, plan: BlockPlan, rows: Rows, tensors: dict[s
         "attention mask": int((sees != context[keep]).sum()) + int((own != blocks)[keep].sum()),
     }
     return [worst("masks and labels that differ", {name: float(count) for name, count in wrong.items()}, 0.0)]
-
-
-class BlockOutputs(NamedTuple):
-    states: Tensor  # [K, g, D]
-    logits: Tensor  # [K, g, V]
-    confidence: Tensor | None  # [K, g]
-
-
-def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockOutputs:
-    """States, logits and confidence logits of blocks whose slots are given the labels as their previous tokens."""
-    states, head = draft.block_states(context, plan), draft.markov_head
-    previous = None if head is None else head.markov_w1(plan.previous)
-    features = None if head is None or previous is None else head.features(states, previous)
-    confidence = None if draft.confidence_head is None else draft.confidence_head(states, previous)
-    return BlockOutputs(states, draft.vocabulary().draft_logits(states, features), confidence)
 
 
 @torch.no_grad()
