@@ -1,4 +1,6 @@
-"""What the scripts here share: medians of rounds in which the sides take turns, and the last line that they print."""
+"""What the scripts here share: medians of rounds in which the sides take turns, and the last
+line that they print.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ ROUNDS = 5
 LAYERS, HIDDEN_SIZE = 5, 2560  # of Qwen3-4B as captured
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], *, rounds: int = ROUNDS) -> dict[str, float]:
-    """The median of what each side returns; sides take turns, and turns at going first, after one warm-up round each."""
+def alternate(
+    sides: Mapping[str, Callable[[], float]], *, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """The median of what each side returns; sides take turns, and turns at going first, after
+    one warm-up round each.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for name in sides:
         sides[name]()
@@ -31,16 +37,27 @@ def alternate(sides: Mapping[str, Callable[[], float]], *, rounds: int = ROUNDS)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def result(name: str, ratios: Mapping[str, float], goals: Mapping[str, float], **more: object) -> dict[str, object]:
+def result(
+    name: str, ratios: Mapping[str, float], goals: Mapping[str, float], **more: object
+) -> dict[str, object]:
     """The object to print: `ok` where every goal is reached."""
     ok = all(ratios[key] >= goal for key, goal in goals.items())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    return {"name": name, "ratios": dict(ratios), "goals": dict(goals), "ok": ok, **more, "machine": machine}
+    return {
+        "name": name,
+        "ratios": dict(ratios),
+        "goals": dict(goals),
+        "ok": ok,
+        **more,
+        "machine": machine,
+    }
 
 
 def raw_layout(*, layers: int = LAYERS, hidden_size: int = HIDDEN_SIZE) -> Layout:
     context = make_codec("raw", tensor="context", num_layers=layers, hidden_size=hidden_size)
-    return Layout(context, make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=hidden_size), {})
+    return Layout(
+        context, make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=hidden_size), {}
+    )
 
 
 def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSample]:
@@ -50,12 +67,26 @@ def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSamp
     generator = torch.Generator().manual_seed(0)
 
     def stored(codec, rows: int) -> Stored:
-        return Stored(codec, codec.quantize(torch.randn(rows, codec.num_layers, codec.hidden_size, generator=generator).bfloat16()))
+        return Stored(
+            codec,
+            codec.quantize(
+                torch.randn(
+                    rows, codec.num_layers, codec.hidden_size, generator=generator
+                ).bfloat16()
+            ),
+        )
 
     ids, kept = torch.arange(num_tokens, dtype=torch.int32), int(spans[:, 1].sum())
     supervised = torch.tensor(mask, dtype=torch.uint8)
     return [
-        HiddenSample(number, ids, supervised, stored(layout.context, num_tokens), stored(layout.last_hidden, kept), spans)
+        HiddenSample(
+            number,
+            ids,
+            supervised,
+            stored(layout.context, num_tokens),
+            stored(layout.last_hidden, kept),
+            spans,
+        )
         for number in range(count)
     ]
 
@@ -65,12 +96,20 @@ def hidden_artifact(folder: Path) -> Artifact:
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process since it began to run its program; what `getrusage` says includes the parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Peak memory of this process since it began to run its program; what `getrusage` says
+    includes the parent's.
+    """
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
 def orders(count: int, length: int) -> Sequence[list[int]]:
     """Random orders of `length` sample numbers, the same for every side."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(count, (length,), generator=generator).tolist() for _ in range(ROUNDS + 1)]
+    return [
+        torch.randint(count, (length,), generator=generator).tolist() for _ in range(ROUNDS + 1)
+    ]

@@ -1,4 +1,6 @@
-"""An engine that costs nothing: what is left of a run is everything around the work. Imports no torch, as every child loads it."""
+"""An engine that costs nothing: what is left of a run is everything around the work. Imports no
+torch, as every child loads it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,11 @@ class Free:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+    def answer(
+        self, requests: Sequence[Request], *, shard: int
+    ) -> Iterator[tuple[Request, Outcome]]:
         for request in requests:
-            yield request, Turn(request.messages[-1].content[::-1], None, "stop", 5, 3, request.seed)
+            yield (
+                request,
+                Turn(request.messages[-1].content[::-1], None, "stop", 5, 3, request.seed),
+            )

@@ -24,32 +24,65 @@ from tests.cache.samples import make_cache
 
 SHARD_ROWS = 96
 QWEN3 = {
-    "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40_960,
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40_960,
     "initializer_range": 0.02,
-}  # fmt: skip
+}
 QWEN3_4B = QWEN3 | {
-    "vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128,
-}  # fmt: skip
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 
 
-def random_cache(folder: Path, lengths: Mapping[int, int], *, hidden_size: int, layers: int = 5) -> HiddenCache:
-    """Random states of samples of these lengths in tokens (length: how many), mixed over the shards."""
+def random_cache(
+    folder: Path, lengths: Mapping[int, int], *, hidden_size: int, layers: int = 5
+) -> HiddenCache:
+    """Random states of samples of these lengths in tokens (length: how many), mixed over the
+    shards.
+    """
     layout = raw_layout(layers=layers, hidden_size=hidden_size)
-    samples = [sample for num_tokens, count in lengths.items() for sample in make_samples(count, num_tokens, layout)]
+    samples = [
+        sample
+        for num_tokens, count in lengths.items()
+        for sample in make_samples(count, num_tokens, layout)
+    ]
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     mixed = [samples[place]._replace(sample_id=number) for number, place in enumerate(order)]
     shards = [mixed[start : start + SHARD_ROWS] for start in range(0, len(mixed), SHARD_ROWS)]
     return HiddenCache(make_cache(hidden_artifact(folder), shards, layout))
 
 
-def make_trainer(config: RunConfig, cache: HiddenCache, target: Mapping[str, Any], device: torch.device) -> Trainer:
-    """A fresh draft of random weights for a target with this config.json, ready for its first step."""
+def make_trainer(
+    config: RunConfig, cache: HiddenCache, target: Mapping[str, Any], device: torch.device
+) -> Trainer:
+    """A fresh draft of random weights for a target with this config.json, ready for its first
+    step.
+    """
     ids = {"layer_ids": config.target.layer_ids, "mask_token_id": config.target.mask_token_id}
     spec = DraftSpec.from_target(target, config.draft, **ids)
-    frozen = torch.randn(spec.vocab_size, spec.hidden_size, generator=torch.Generator().manual_seed(0)) * spec.hidden_size**-0.5
+    frozen = (
+        torch.randn(spec.vocab_size, spec.hidden_size, generator=torch.Generator().manual_seed(0))
+        * spec.hidden_size**-0.5
+    )
     draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0).to(device)
     draft.configure_loss(config.loss)
     world = World(0, 1, device)
     strategy = Replicated(draft, config.train, world)
-    return Trainer(config, cache.artifact, world, strategy, threading.Event(), Watchdog(3600.0, silent), Vitals(device), {})
+    return Trainer(
+        config,
+        cache.artifact,
+        world,
+        strategy,
+        threading.Event(),
+        Watchdog(3600.0, silent),
+        Vitals(device),
+        {},
+    )

@@ -1,7 +1,9 @@
-"""What a round of batched speculative decoding costs beside its models: 2,000 rounds of 32 rows with models that are free.
+"""What a round of batched speculative decoding costs beside its models: 2,000 rounds of 32 rows
+with models that are free.
 
-The target and the draft are scripted: they hand out the same tensors in every round, and accepting 3 of 7 tokens moves every
-row on. Goal: at most 0.3 ms for each row and round, greedy and drawn, with and without a policy.
+The target and the draft are scripted: they hand out the same tensors in every round, and accepting
+3 of 7 tokens moves every row on. Goal: at most 0.3 ms for each row and round, greedy and drawn,
+with and without a policy.
 """
 
 from __future__ import annotations
@@ -68,10 +70,14 @@ def free_draft(*, drawn: bool) -> Any:
 
 def milliseconds(temperature: float, policy: Policy | None) -> float:
     """For a row and round."""
-    settings = Decode(SamplingConfig(temperature=temperature), 1 + ROUNDS * (ACCEPTED + 1), frozenset())
+    settings = Decode(
+        SamplingConfig(temperature=temperature), 1 + ROUNDS * (ACCEPTED + 1), frozenset()
+    )
     draft = free_draft(drawn=temperature > 0)
     started = time.perf_counter()
-    traces, _ = speculate(FreeTarget(), draft, [[5, 6]] * ROWS, settings, seeds=range(ROWS), policy=policy)  # type: ignore[arg-type]
+    traces, _ = speculate(
+        FreeTarget(), draft, [[5, 6]] * ROWS, settings, seeds=range(ROWS), policy=policy
+    )  # type: ignore[arg-type]
     spent = time.perf_counter() - started
     assert all(trace.accepted == [ACCEPTED] * ROUNDS for trace in traces)
     return 1e3 * spent / (ROWS * ROUNDS)
@@ -85,8 +91,16 @@ def whole(confidence: np.ndarray, running: np.ndarray) -> np.ndarray:
 def main() -> dict[str, object]:
     cases = {"greedy": (0.0, None), "drawn": (1.0, None), "greedy, with a policy": (0.0, whole)}
     spent = {name: milliseconds(*case) for name, case in cases.items()}
-    ratios = {f"{name}: 0.3 ms / time for a row and round": GOAL_MS / value for name, value in spent.items()}
-    return result("bookkeeping", ratios, dict.fromkeys(ratios, 1.0), milliseconds={name: round(value, 4) for name, value in spent.items()})
+    ratios = {
+        f"{name}: 0.3 ms / time for a row and round": GOAL_MS / value
+        for name, value in spent.items()
+    }
+    return result(
+        "bookkeeping",
+        ratios,
+        dict.fromkeys(ratios, 1.0),
+        milliseconds={name: round(value, 4) for name, value in spent.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Opening a sealed cache of 10,000 shards and 1.3 million samples in a fresh process, and the first batch out of it.
+"""Opening a sealed cache of 10,000 shards and 1.3 million samples in a fresh process, and the first
+batch out of it.
 
-Goals: opened in under 50 ms with under 15 MB more memory, no shard touched and no pandas imported; the first batch in
-under a second. The shards are hard links to one file.
+Goals: opened in under 50 ms with under 15 MB more memory, no shard touched and no pandas imported;
+the first batch in under a second. The shards are hard links to one file.
 """
 
 from __future__ import annotations
@@ -65,19 +66,28 @@ def build(artifact: Artifact) -> float:
     for folder in ("rows", "records"):
         Path(store.path(artifact.path(folder))).mkdir()
     for shard in range(SHARDS):
-        table = rows.set_column(1, rows.schema.field("shard"), pa.array([shard] * ROWS, pa.uint32()))
+        table = rows.set_column(
+            1, rows.schema.field("shard"), pa.array([shard] * ROWS, pa.uint32())
+        )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as out:
             out.write_table(table)
         data = bytes(sink.getvalue())
         record = Record(
             artifact=artifact.key.fingerprint,
-            shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=size, checksum=checksum, rows=ROWS, tokens=16 * ROWS,
+            shard=shard,
+            file=f"shards/{shard:05d}-{checksum[:12]}.arrow",
+            num_bytes=size,
+            checksum=checksum,
+            rows=ROWS,
+            tokens=16 * ROWS,
             index_checksum=xxhash.xxh3_128_hexdigest(data),
-        ).with_digest()  # fmt: skip
+        ).with_digest()
         Path(store.path(artifact.path(record.file))).hardlink_to(first)
         Path(store.path(artifact.path(index_file(record)))).write_bytes(data)
-        Path(store.path(artifact.path(f"records/{shard:05d}.json"))).write_text(record.model_dump_json())
+        Path(store.path(artifact.path(f"records/{shard:05d}.json"))).write_text(
+            record.model_dump_json()
+        )
     began = time.perf_counter()
     write_index(artifact, list(artifact.records().values()))
     artifact.seal(shards=range(SHARDS), files=(SCHEMA, INDEX), inputs={})
@@ -87,8 +97,17 @@ def build(artifact: Artifact) -> float:
 def main() -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         finalise_s = build(hidden_artifact(Path(folder)))
-        rounds = [json.loads(subprocess.run([sys.executable, "-c", OPENED, folder], check=True, capture_output=True, text=True).stdout)
-                  for _ in range(ROUNDS + 1)][1:]  # fmt: skip
+        rounds = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", OPENED, folder],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )
+            for _ in range(ROUNDS + 1)
+        ][1:]
     found = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     ratios = {
         "50 ms/open": 0.05 / found["open_s"],

@@ -1,9 +1,11 @@
-"""Random ranged reads from a real S3 server (Ceph's gateway on loopback) through the store, against bare `http.client`.
+"""Random ranged reads from a real S3 server (Ceph's gateway on loopback) through the store, against
+bare `http.client`.
 
-8 readers in flight, ranges of 6 and 30 MB; each client runs in a process of its own, so that its CPU seconds are its own. Server
-and client share the machine, so only ratios within one round mean something. Goals: throughput at least 0.75 of bare reading;
-CPU at most 0.6 s/GB (obstore) and 1.0 s/GB (s3fs), said as limit/measured >= 1; a 15 s outage surfaces nothing.
-Needs Ceph (tests/radosgw.py says how to install it).
+8 readers in flight, ranges of 6 and 30 MB; each client runs in a process of its own, so that its
+CPU seconds are its own. Server and client share the machine, so only ratios within one round mean
+something. Goals: throughput at least 0.75 of bare reading; CPU at most 0.6 s/GB (obstore) and 1.0
+s/GB (s3fs), said as limit/measured >= 1; a 15 s outage surfaces nothing. Needs Ceph
+(tests/radosgw.py says how to install it).
 """
 
 from __future__ import annotations
@@ -69,14 +71,24 @@ def raw_reader(url: str):
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     client, local = Session().create_client("s3"), threading.local()
     keys = [f"shard-{number}" for number in range(OBJECTS)]
-    urls = {key: client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": f"{prefix}/{key}"}) for key in keys}
+    urls = {
+        key: client.generate_presigned_url(
+            "get_object", {"Bucket": bucket, "Key": f"{prefix}/{key}"}
+        )
+        for key in keys
+    }
     largest = max(num_bytes for num_bytes, _ in RANGES.values())
 
     def read(name: str, start: int, end: int) -> int:
         where = urlsplit(urls[name])
         if not hasattr(local, "connection"):
-            local.connection, local.buffer = http.client.HTTPConnection(where.netloc), memoryview(bytearray(largest))
-        local.connection.request("GET", f"{where.path}?{where.query}", headers={"Range": f"bytes={start}-{end - 1}"})
+            local.connection, local.buffer = (
+                http.client.HTTPConnection(where.netloc),
+                memoryview(bytearray(largest)),
+            )
+        local.connection.request(
+            "GET", f"{where.path}?{where.query}", headers={"Range": f"bytes={start}-{end - 1}"}
+        )
         response, done = local.connection.getresponse(), 0
         while got := response.readinto(local.buffer[done : end - start]):
             done += got
@@ -98,7 +110,9 @@ class Side:
     def __init__(self, name: str, url: str) -> None:
         environment = {**os.environ, "DEEPSPEC_S3_CLIENT": "s3fs" if name == "raw" else name}
         command = [sys.executable, "-m", "benchmarks.cache_s3", name, url]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def read(self, size: str, seed: int) -> Reading:
         assert self.process.stdin and self.process.stdout
@@ -128,7 +142,9 @@ def upload(url: str, scratch: str, client: str) -> float:
 
 
 def outage(server: Radosgw, url: str, client: str) -> float:
-    """The longest that a read took across a `kill -9` and a restart 15 s later; every read is whole or this raises."""
+    """The longest that a read took across a `kill -9` and a restart 15 s later; every read is
+    whole or this raises.
+    """
     os.environ["DEEPSPEC_S3_CLIENT"] = client
     store, longest = Store(url), [0.0]
     stop = threading.Event()
@@ -157,11 +173,17 @@ def outage(server: Radosgw, url: str, client: str) -> float:
 def main() -> dict[str, object]:
     if missing := ceph_missing():
         raise SystemExit(missing)
-    with tempfile.TemporaryDirectory() as folder, Radosgw.start(Path(folder) / "ceph") as server, server.environment():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Radosgw.start(Path(folder) / "ceph") as server,
+        server.environment(),
+    ):
         url = f"s3://{server.new_bucket()}/hidden"
         uploads = {client: upload(url, folder, client) for client in CPU_LIMITS}
         sides = {name: Side(name, url) for name in SIDES}
-        readings: dict[tuple[str, str], list[Reading]] = {(name, size): [] for name in SIDES for size in RANGES}
+        readings: dict[tuple[str, str], list[Reading]] = {
+            (name, size): [] for name in SIDES for size in RANGES
+        }
         for number in range(-1, ROUNDS):  # round -1 warms up
             for size in RANGES:
                 for name in SIDES if number % 2 else SIDES[::-1]:
@@ -175,12 +197,20 @@ def main() -> dict[str, object]:
     for client, limit in CPU_LIMITS.items():
         for size in RANGES:
             pairs = zip(readings[client, size], readings["raw", size], strict=True)
-            ratios[f"{client}/raw MB/s, {size}"] = statistics.median(mine.mb_per_s / bare.mb_per_s for mine, bare in pairs)
+            ratios[f"{client}/raw MB/s, {size}"] = statistics.median(
+                mine.mb_per_s / bare.mb_per_s for mine, bare in pairs
+            )
             cpu = statistics.median(reading.cpu_s_per_gb for reading in readings[client, size])
             ratios[f"{limit} CPU s/GB / {client}, {size}"] = limit / cpu
-            goals |= {f"{client}/raw MB/s, {size}": 0.75, f"{limit} CPU s/GB / {client}, {size}": 1.0}
+            goals |= {
+                f"{client}/raw MB/s, {size}": 0.75,
+                f"{limit} CPU s/GB / {client}, {size}": 1.0,
+            }
     figures = {
-        f"{name} {size}": {field: round(statistics.median(getattr(r, field) for r in found), 3) for field in Reading._fields}
+        f"{name} {size}": {
+            field: round(statistics.median(getattr(r, field) for r in found), 3)
+            for field in Reading._fields
+        }
         for (name, size), found in readings.items()
     }
     return {

@@ -1,8 +1,10 @@
-"""Writing shards: hashed, in the background, past the page cache, against a plain inline write and fsync of the same bytes.
+"""Writing shards: hashed, in the background, past the page cache, against a plain inline write and
+fsync of the same bytes.
 
-Goals: at least 0.9 of the plain write through the page cache, 1.3 with direct I/O; while computing a sample takes longer
-than writing it, the computing side waits less than 5 % of the time. Where the disk itself is the limit nothing can be faster
-than the plain write; what the background is worth then is told by the same two with computing in between.
+Goals: at least 0.9 of the plain write through the page cache, 1.3 with direct I/O; while computing
+a sample takes longer than writing it, the computing side waits less than 5 % of the time. Where the
+disk itself is the limit nothing can be faster than the plain write; what the background is worth
+then is told by the same two with computing in between.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ COMPUTING = "async direct/plain, computing between"
 def main() -> dict[str, object]:
     layout = raw_layout()
     samples = make_samples(NUM_SAMPLES, NUM_TOKENS, layout)
-    pieces = [memoryview(part.numpy().reshape(-1)) for sample in samples for part in (*sample.context.parts, *sample.last_hidden.parts)]
+    pieces = [
+        memoryview(part.numpy().reshape(-1))
+        for sample in samples
+        for part in (*sample.context.parts, *sample.last_hidden.parts)
+    ]
     num_bytes = sum(len(piece) for piece in pieces) * SHARDS
     with tempfile.TemporaryDirectory(dir=".") as folder:
         store = Store(folder)
@@ -48,22 +54,36 @@ def main() -> dict[str, object]:
             return num_bytes / (time.perf_counter() - began)
 
         def background(writes: Writes, compute_s: float = 0.0) -> tuple[float, float]:
-            """Bytes a second, and the share of the time that the computing side waited; a shard is published beside the next."""
+            """Bytes a second, and the share of the time that the computing side waited; a shard
+            is published beside the next.
+            """
             began, stalled = time.perf_counter(), 0.0
             with ExitStack() as staged, ThreadPoolExecutor(1) as committer:
                 for shard in range(SHARDS):
                     local = staged.enter_context(store.staged())
-                    with ShardWriter(local, layout, shard, writes=writes) as writer, Background(WAITING_BYTES) as waiting:
+                    with (
+                        ShardWriter(local, layout, shard, writes=writes) as writer,
+                        Background(WAITING_BYTES) as waiting,
+                    ):
                         for sample in samples:
                             time.sleep(compute_s)
-                            waiting.submit(partial(writer.append, sample, held_out=0), num_bytes=sample.num_bytes)
+                            waiting.submit(
+                                partial(writer.append, sample, held_out=0),
+                                num_bytes=sample.num_bytes,
+                            )
                         waiting.submit(writer.finish, num_bytes=0)
                     committer.submit(store.publish, local, f"shard-{shard}")
                     stalled += waiting.stalled_s
             seconds = time.perf_counter() - began
             return num_bytes / seconds, stalled / seconds
 
-        speed = alternate({"plain": plain, "async": lambda: background("buffered")[0], "async direct": lambda: background("direct")[0]})
+        speed = alternate(
+            {
+                "plain": plain,
+                "async": lambda: background("buffered")[0],
+                "async direct": lambda: background("direct")[0],
+            }
+        )
         compute_s = 1.3 * num_bytes / SHARDS / NUM_SAMPLES / speed["async direct"]
         stalls: list[float] = []
 
@@ -80,7 +100,13 @@ def main() -> dict[str, object]:
         "0.05/stalled": 0.05 / max(stalled, 1e-4),
         COMPUTING: busy["async direct"] / busy["plain"],
     }
-    return result("cache_write", ratios, GOALS, mb_per_s={name: rate / 1e6 for name, rate in speed.items()}, stalled=stalled)
+    return result(
+        "cache_write",
+        ratios,
+        GOALS,
+        mb_per_s={name: rate / 1e6 for name, rate in speed.items()},
+        stalled=stalled,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Decoding of the demo target, all ways in one run, outputs compared: plain, speculative, and transformers' assisted generation.
+"""Decoding of the demo target, all ways in one run, outputs compared: plain, speculative, and
+transformers' assisted generation.
 
-Needs the demo's store (`make demo` first; other stores by `--set`-like arguments: `store=...`). Prompt by prompt the sides take
-turns at batch 1, then plain and speculative at batch 8, rows that finish taking the prompts that wait. transformers assists
-with the same number of drafted tokens a round, by prompt lookup and by exiting its own target early (the only assistants that
-this target has there); the better of the two counts.
+Needs the demo's store (`make demo` first; other stores by `--set`-like arguments: `store=...`).
+Prompt by prompt the sides take turns at batch 1, then plain and speculative at batch 8, rows that
+finish taking the prompts that wait. transformers assists with the same number of drafted tokens a
+round, by prompt lookup and by exiting its own target early (the only assistants that this target
+has there); the better of the two counts.
 """
 
 from __future__ import annotations
@@ -45,7 +47,14 @@ def sides(models: Models, settings: Decode) -> dict[str, Side]:
 
         def run(prompts: Sequence[list[int]]) -> list[list[int]]:
             ids, limit = torch.tensor(prompts), settings.max_new_tokens
-            out = model.generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=stop_ids, pad_token_id=0, **how)
+            out = model.generate(
+                ids,
+                max_new_tokens=limit,
+                do_sample=False,
+                eos_token_id=stop_ids,
+                pad_token_id=0,
+                **how,
+            )
             return [out[0, ids.shape[1] :].tolist()]
 
         return run
@@ -53,24 +62,42 @@ def sides(models: Models, settings: Decode) -> dict[str, Side]:
     return {
         PLAIN: lambda prompts: generate(models.target, prompts, settings, seeds=[0] * len(prompts)),
         SPECULATIVE: lambda prompts: [
-            trace.token_ids for trace in speculate(models.target, models.draft, prompts, settings, seeds=[0] * len(prompts))[0]
+            trace.token_ids
+            for trace in speculate(
+                models.target, models.draft, prompts, settings, seeds=[0] * len(prompts)
+            )[0]
         ],
         "prompt lookup": assisted(prompt_lookup_num_tokens=models.draft.block_size),
-        "early exit": assisted(assistant_early_exit=EARLY_EXIT, num_assistant_tokens=models.draft.block_size),
+        "early exit": assisted(
+            assistant_early_exit=EARLY_EXIT, num_assistant_tokens=models.draft.block_size
+        ),
     }
 
 
 def main(run: str = "demo", *overrides: str) -> dict[str, object]:
-    store = next((word.removeprefix("store=") for word in overrides if word.startswith("store=")), None)
-    config = load_run(run, [word for word in overrides if not word.startswith("store=")], store=store)
+    store = next(
+        (word.removeprefix("store=") for word in overrides if word.startswith("store=")), None
+    )
+    config = load_run(
+        run, [word for word in overrides if not word.startswith("store=")], store=store
+    )
     torch.set_num_threads(config.resources.evaluate_threads or torch.get_num_threads())
     models = load_models(config, artifact_of(config, "train"))
-    settings = Decode(SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1)
-    prompts = [render(models.chat, text).input_ids for benchmark in load_benchmarks(config) for text in benchmark.prompts]
+    settings = Decode(
+        SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1
+    )
+    prompts = [
+        render(models.chat, text).input_ids
+        for benchmark in load_benchmarks(config)
+        for text in benchmark.prompts
+    ]
     alone = sides(models, settings)
     together = sides(models, settings._replace(batch_size=BATCH))
     answers = alone[PLAIN](prompts)
-    tokens, seconds = sum(map(len, answers)), dict.fromkeys([*alone, f"{PLAIN} {BATCH}", f"{SPECULATIVE} {BATCH}"], 0.0)
+    tokens, seconds = (
+        sum(map(len, answers)),
+        dict.fromkeys([*alone, f"{PLAIN} {BATCH}", f"{SPECULATIVE} {BATCH}"], 0.0),
+    )
 
     def measure(name: str, side: Side, batch: Sequence[list[int]], wanted: list[list[int]]) -> None:
         started = time.perf_counter()
@@ -89,8 +116,14 @@ def main(run: str = "demo", *overrides: str) -> dict[str, object]:
             measure(f"{name} {BATCH}", together[name], prompts, answers)
     rate = {name: round(ROUNDS * tokens / spent, 1) for name, spent in seconds.items()}
     rate[ASSISTED] = max(rate["prompt lookup"], rate["early exit"])
-    found = [rate[SPECULATIVE] / rate[PLAIN], rate[f"{SPECULATIVE} {BATCH}"] / rate[f"{PLAIN} {BATCH}"]]
-    found += [rate[f"{SPECULATIVE} {BATCH}"] / rate[SPECULATIVE], rate[SPECULATIVE] / rate[ASSISTED]]
+    found = [
+        rate[SPECULATIVE] / rate[PLAIN],
+        rate[f"{SPECULATIVE} {BATCH}"] / rate[f"{PLAIN} {BATCH}"],
+    ]
+    found += [
+        rate[f"{SPECULATIVE} {BATCH}"] / rate[SPECULATIVE],
+        rate[SPECULATIVE] / rate[ASSISTED],
+    ]
     return result("decoding", dict(zip(GOALS, found, strict=True)), GOALS, tokens_per_s=rate)
 
 

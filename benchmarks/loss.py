@@ -1,7 +1,9 @@
-"""The loss over the vocabulary in chunks against the plain PyTorch formula, forward and backward, on a CPU.
+"""The loss over the vocabulary in chunks against the plain PyTorch formula, forward and backward,
+on a CPU.
 
-3,584 slots (512 anchors of 7) at 1,024 target positions, vocabulary 32,768, hidden size 256, Markov rank 64: DSpark's
-three terms, and Eagle3's soft cross-entropy. Goals: an eighth of the memory at most, and no more time, in float32 and bfloat16.
+3,584 slots (512 anchors of 7) at 1,024 target positions, vocabulary 32,768, hidden size 256, Markov
+rank 64: DSpark's three terms, and Eagle3's soft cross-entropy. Goals: an eighth of the memory at
+most, and no more time, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +26,16 @@ ROUNDS = 3
 
 def made() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"states": (SLOTS, HIDDEN), "features": (SLOTS, RANK), "w2": (VOCABULARY, RANK), "hidden": (POSITIONS, HIDDEN)}
-    parts = {name: torch.randn(shape, generator=generator).requires_grad_(name != "hidden") for name, shape in shapes.items()}
+    shapes = {
+        "states": (SLOTS, HIDDEN),
+        "features": (SLOTS, RANK),
+        "w2": (VOCABULARY, RANK),
+        "hidden": (POSITIONS, HIDDEN),
+    }
+    parts = {
+        name: torch.randn(shape, generator=generator).requires_grad_(name != "hidden")
+        for name, shape in shapes.items()
+    }
     return parts | {
         "lm_head": torch.randn(VOCABULARY, HIDDEN, generator=generator) * HIDDEN**-0.5,
         "places": torch.randint(POSITIONS, (SLOTS,), generator=generator),
@@ -46,15 +57,29 @@ def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
 
 def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
     dspark, weights = algorithm == "dspark", parts["weights"]
-    coefficients = Coefficients(hard=0.1 * weights, distance=0.9 * weights) if dspark else Coefficients(soft=weights)
+    coefficients = (
+        Coefficients(hard=0.1 * weights, distance=0.9 * weights)
+        if dspark
+        else Coefficients(soft=weights)
+    )
     features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
     targets = Targets.gathered(parts["hidden"], parts["places"])
     vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
-    return score(parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients).total
+    return score(
+        parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients
+    ).total
 
 
-def step(loss: Callable[[dict[str, Tensor], str], Tensor], parts: dict[str, Tensor], algorithm: str, *, bf16: bool) -> tuple[float, int]:
-    """Seconds of forward and backward, and the memory (bytes) that they needed beside the inputs."""
+def step(
+    loss: Callable[[dict[str, Tensor], str], Tensor],
+    parts: dict[str, Tensor],
+    algorithm: str,
+    *,
+    bf16: bool,
+) -> tuple[float, int]:
+    """Seconds of forward and backward, and the memory (bytes) that they needed beside the
+    inputs.
+    """
     for part in parts.values():
         part.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -65,14 +90,29 @@ def step(loss: Callable[[dict[str, Tensor], str], Tensor], parts: dict[str, Tens
     return time.perf_counter() - began, peak_bytes() - before
 
 
+def seconds_of(
+    loss: Callable[[dict[str, Tensor], str], Tensor],
+    parts: dict[str, Tensor],
+    algorithm: str,
+    *,
+    bf16: bool,
+) -> float:
+    return step(loss, parts, algorithm, bf16=bf16)[0]
+
+
 def main() -> dict[str, object]:
     parts, ratios, goals = made(), {}, {}
     seconds: dict[str, float] = {}
     for algorithm in ("dspark", "eagle3"):
         for bf16 in (False, True):
             sides = {"chunked": chunked, "plain": plain}
-            memory = {name: step(side, parts, algorithm, bf16=bf16)[1] for name, side in sides.items()}
-            timed = {name: (lambda side=side, on=bf16: step(side, parts, algorithm, bf16=on)[0]) for name, side in sides.items()}  # noqa: B023
+            memory = {
+                name: step(side, parts, algorithm, bf16=bf16)[1] for name, side in sides.items()
+            }
+            timed = {
+                name: partial(seconds_of, side, parts, algorithm, bf16=bf16)
+                for name, side in sides.items()
+            }
             taken = alternate(timed, rounds=ROUNDS)
             name = f"{algorithm} {'bf16' if bf16 else 'float32'}"
             ratios |= {f"{name}: memory, plain/ours": memory["plain"] / memory["chunked"]}

@@ -1,8 +1,10 @@
-"""A whole training step of DSpark against a bare PyTorch loop over one batch that is ready: forward, backward, clip, AdamW.
+"""A whole training step of DSpark against a bare PyTorch loop over one batch that is ready:
+forward, backward, clip, AdamW.
 
-What the step does beside those: reading and batching samples, metrics over ranks, checks. Goal: 0.9 of the bare loop's speed.
-On the CPU a small shape; on a CUDA machine Qwen3-4B's (random weights, samples of 1,024 tokens), with the largest micro-batch
-that fits, found by doubling `resources.batch_tokens`, and with tokens/s and MFU.
+What the step does beside those: reading and batching samples, metrics over ranks, checks. Goal: 0.9
+of the bare loop's speed. On the CPU a small shape; on a CUDA machine Qwen3-4B's (random weights,
+samples of 1,024 tokens), with the largest micro-batch that fits, found by doubling
+`resources.batch_tokens`, and with tokens/s and MFU.
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, of the data sheets
 SMALL = QWEN3 | {
-    "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 32,
-}  # fmt: skip
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
 
 
 class Shape(NamedTuple):
@@ -56,12 +63,30 @@ CUDA = Shape("dspark-qwen3-4b", QWEN3_4B, 1024)
 class Steps:
     """The two sides over the same cache, at one micro-batch."""
 
-    def __init__(self, shape: Shape, cache: HiddenCache, folder: Path, *, batch_tokens: int, device: torch.device) -> None:
-        sizes = (f"resources.batch_tokens={batch_tokens}", f"train.global_batch={batch_tokens // shape.num_tokens}", "train.max_steps=null")
-        config = load_run(shape.recipe, [*shape.overrides, *sizes, "train.epochs=1000"], store=str(folder))
+    def __init__(
+        self,
+        shape: Shape,
+        cache: HiddenCache,
+        folder: Path,
+        *,
+        batch_tokens: int,
+        device: torch.device,
+    ) -> None:
+        sizes = (
+            f"resources.batch_tokens={batch_tokens}",
+            f"train.global_batch={batch_tokens // shape.num_tokens}",
+            "train.max_steps=null",
+        )
+        config = load_run(
+            shape.recipe, [*shape.overrides, *sizes, "train.epochs=1000"], store=str(folder)
+        )
         self.trainer = make_trainer(config, cache, shape.target, device)
         self.strategy = cast("Replicated", self.trainer.strategy)
-        self.data, self.meter, self.numbers = StepData(cache, config, self.trainer.world), Meter(), count()
+        self.data, self.meter, self.numbers = (
+            StepData(cache, config, self.trainer.world),
+            Meter(),
+            count(),
+        )
         (self.group,) = self.data.micro_batches(0)
         self.batch = self.data.load(self.group)
 
@@ -70,9 +95,15 @@ class Steps:
 
     def bare(self, batch: TrainBatch | None = None) -> None:
         batch = batch or self.batch
-        draft, optimizer, settings = self.strategy.draft, self.strategy.optimizer, self.trainer.config.train
+        draft, optimizer, settings = (
+            self.strategy.draft,
+            self.strategy.optimizer,
+            self.trainer.config.train,
+        )
         dtype = COMPUTE_DTYPES[settings.compute_dtype]
-        with torch.autocast(self.trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(
+            self.trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32
+        ):
             output = draft.loss(batch, draft.plan(batch))
         (output.numerator / output.denominator).backward()
         nn.utils.clip_grad_norm_(draft.parameters(), settings.clip)
@@ -80,7 +111,9 @@ class Steps:
         optimizer.zero_grad(set_to_none=True)
 
     def seconds(self) -> dict[str, float]:
-        return alternate({"whole": self.timed(self.whole), "bare": self.timed(self.bare)}, rounds=ROUNDS)
+        return alternate(
+            {"whole": self.timed(self.whole), "bare": self.timed(self.bare)}, rounds=ROUNDS
+        )
 
     def timed(self, side: Callable[[], None]) -> Callable[[], float]:
         def run() -> float:
@@ -93,8 +126,9 @@ class Steps:
         return run
 
     def flops(self) -> int:
-        """Of the matrix products of a step, as PyTorch counts them for one of its samples, all alike: counting, flex attention
-        is not compiled and would not fit into memory for all of them."""
+        """Of the matrix products of a step, as PyTorch counts them for one of its samples, all
+        alike: counting, flex attention is not compiled and would not fit into memory for all of
+        them."""
         with FlopCounterMode(display=False) as counter:
             self.bare(self.data.load(self.group[:1]))
         return len(self.group) * int(counter.get_total_flops())
@@ -118,7 +152,9 @@ def largest(shape: Shape, cache: HiddenCache, folder: Path, device: torch.device
 
 def mfu(flops: int, seconds: float) -> float | None:
     """Of the peak that the GPU's data sheet names; None for one that is not listed here."""
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+    peak = next(
+        (value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None
+    )
     return round(flops / seconds / peak, 3) if peak else None
 
 
@@ -126,17 +162,28 @@ def main() -> dict[str, object]:
     on_gpu = torch.cuda.is_available()
     shape, device = (CUDA, torch.device("cuda")) if on_gpu else (CPU, torch.device("cpu"))
     if not on_gpu:
-        torch.set_num_threads(1)  # two that wait for each other on shared cores measure those who share them
+        # two that wait for each other on shared cores measure those who share them
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
-        cache = random_cache(folder, {shape.num_tokens: 64}, hidden_size=shape.target["hidden_size"])
+        cache = random_cache(
+            folder, {shape.num_tokens: 64}, hidden_size=shape.target["hidden_size"]
+        )
         batch_tokens = largest(shape, cache, folder, device) if on_gpu else 8 * shape.num_tokens
         steps = Steps(shape, cache, folder, batch_tokens=batch_tokens, device=device)
         found = steps.seconds()
         flops = steps.flops()
-    more = {"tokens_per_s": round(batch_tokens / found["whole"]), "tflops": round(flops / found["whole"] / 1e12, 3)}
+    more = {
+        "tokens_per_s": round(batch_tokens / found["whole"]),
+        "tflops": round(flops / found["whole"] / 1e12, 3),
+    }
     more |= {"batch_tokens": batch_tokens} | ({"mfu": mfu(flops, found["whole"])} if on_gpu else {})
-    return result("train_step", {"bare loop/step": found["bare"] / found["whole"]}, {"bare loop/step": GOAL}, **more)
+    return result(
+        "train_step",
+        {"bare loop/step": found["bare"] / found["whole"]},
+        {"bare loop/step": GOAL},
+        **more,
+    )
 
 
 if __name__ == "__main__":

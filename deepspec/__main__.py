@@ -1,7 +1,9 @@
-"""The one door: `python -m deepspec <verb> RUN`. RUN is a recipe (`demo`) or a run file (`my-run.yaml`).
+"""The one door: `python -m deepspec <verb> RUN`. RUN is a recipe (`demo`) or a run file
+(`my-run.yaml`).
 
-Stage verbs do whatever is missing and nothing else, so running the same command again is how to resume. With
-DEEPSPEC_EVENTS=1 a stage verb writes JSON events to stdout, one a line; that is how the flows follow it.
+Stage verbs do whatever is missing and nothing else, so running the same command again is how to
+resume. With DEEPSPEC_EVENTS=1 a stage verb writes JSON events to stdout, one a line; that is how
+the flows follow it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ from deepspec.process.shard_ranges import parse_shards
 from deepspec.process.terminal import TerminalReport
 from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+    rich_markup_mode=None,
+)
 app.add_typer(looking)  # without a name of its own: its verbs stand beside these
 
 
@@ -40,7 +48,9 @@ def recipes() -> None:
 
 @app.command("show-config")
 def show_config(run: RunOrArtifact, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Print a run's whole configuration as YAML, ready to be saved, edited and run; of an artifact, the run that made it."""
+    """Print a run's whole configuration as YAML, ready to be saved, edited and run; of an
+    artifact, the run that made it.
+    """
     from deepspec.artifacts.provenance import drift, find_run
 
     config = find_run(run, sets or (), store=store)
@@ -83,16 +93,23 @@ def hidden(
     store: StoreUrl = None,
     shards: Shards = None,
     *,
-    force: Annotated[bool, typer.Option("--force", help="begin even where the store cannot hold all of it")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="begin even where the store cannot hold all of it")
+    ] = False,
     purpose: Annotated[
-        Purpose, typer.Option("--for", help="rolling: to be used up, never sealed; index: which samples, no state")
+        Purpose,
+        typer.Option(
+            "--for", help="rolling: to be used up, never sealed; index: which samples, no state"
+        ),
     ] = "cache",
 ) -> None:
     """Stage 3: capture the target's hidden states over prompts and answers."""
     from deepspec.hidden.stage import run_capture
     from deepspec.plan.plan import check_cache_fits
 
-    config, report = _open(run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store)
+    config, report = _open(
+        run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store
+    )
     if purpose == "cache":
         check_cache_fits(config)
     run_capture(config, shards=_chosen(shards), purpose=purpose, report=report)
@@ -104,7 +121,12 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     config, report = _open(run, sets, store)
     ranks = 1 if is_rank() else num_ranks(config)
     if ranks > 1:
-        launch_ranks(Request(run, tuple(sets or ()), store), ranks, report=report, stop_s=config.resources.stop_s)
+        launch_ranks(
+            Request(run, tuple(sets or ()), store),
+            ranks,
+            report=report,
+            stop_s=config.resources.stop_s,
+        )
         return
     from deepspec.train.loop import run_train
 
@@ -113,7 +135,9 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
 
 @app.command()
 def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
-    """Read the run's known benchmarks into the store now, so that its other stages need no network for them."""
+    """Read the run's known benchmarks into the store now, so that its other stages need no
+    network for them.
+    """
     from deepspec.prompts.benchmarks import benchmark_digests
 
     config, _ = _open(run, sets, store)
@@ -137,11 +161,20 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
 
 @app.command()
 def export(
-    draft: Annotated[str, typer.Argument(metavar="DRAFT", help="a draft's folder, or the train artifact that holds it")],
+    draft: Annotated[
+        str,
+        typer.Argument(
+            metavar="DRAFT", help="a draft's folder, or the train artifact that holds it"
+        ),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write, new or empty")],
-    to: Annotated[str, typer.Option("--to", metavar="ENGINE", help="vllm, sglang, speculators or hf")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="ENGINE", help="vllm, sglang, speculators or hf")
+    ],
 ) -> None:
-    """Write a draft as a serving engine expects it; it counts once it was read back and drafts as the original."""
+    """Write a draft as a serving engine expects it; it counts once it was read back and drafts
+    as the original.
+    """
     from deepspec.export.export import export_draft
 
     export_draft(Path(draft), engine=to, out=Path(out))
@@ -150,9 +183,16 @@ def export(
 
 @app.command()
 def conformance(
-    model: Annotated[str, typer.Option(metavar="PATH", help="a target's folder: is everything that a draft needs true of it?")],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH", help="a target's folder: is everything that a draft needs true of it?"
+        ),
+    ],
 ) -> None:
-    """Check a target and a draft of each algorithm on it; exit 1 where any quantity is outside what is allowed."""
+    """Check a target and a draft of each algorithm on it; exit 1 where any quantity is outside
+    what is allowed.
+    """
     from deepspec.evaluate.conformance import run_target_checks
     from deepspec.target.conformance import print_checks
 
@@ -161,7 +201,9 @@ def conformance(
 
 
 def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
-    """The validated run, and where its events go; refuses a store that cannot be used before anything is loaded."""
+    """The validated run, and where its events go; refuses a store that cannot be used before
+    anything is loaded.
+    """
     from deepspec.artifacts.lineage import store_of
 
     config = load_run(run, sets or (), store=store)
@@ -178,12 +220,17 @@ def _speaks_json() -> bool:
 
 
 def main(run_app: Callable[[], Any] = app) -> None:
-    """Run a verb; an error is one paragraph (and one JSON line for a parent process) and an exit code, never a stack trace."""
-    # OpenMP's threads spin while they wait; beside other busy processes that made a training step over ten times slower.
-    # A short spin costs nothing on a quiet machine. It is read when PyTorch is loaded, which no verb has done yet.
+    """Run a verb; an error is one paragraph (and one JSON line for a parent process) and an
+    exit code, never a stack trace.
+    """
+    # OpenMP's threads spin while they wait; beside other busy processes that made a training step
+    # over ten times slower. A short spin costs nothing on a quiet machine. It is read when PyTorch
+    # is loaded, which no verb has done yet.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     level = os.environ.get("DEEPSPEC_LOG", "INFO" if is_first_rank() else "WARNING")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     if is_rank() and len(sys.argv) > 1 and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher says it before the verb; it is in LOCAL_RANK, too
     try:
@@ -198,9 +245,17 @@ def main(run_app: Callable[[], Any] = app) -> None:
     except Exception as error:
         if not (is_rank() and _speaks_json()):
             raise
-        time.sleep(ECHO_S)  # a lost connection is the echo of another rank's end: then torchrun ends this one before it speaks
+        # a lost connection is the echo of another rank's end: then torchrun ends this one before it
+        # speaks
+        time.sleep(ECHO_S)
         logging.exception("this rank failed")
-        json_lines({"event": "error", **ChildFailed(f"{type(error).__name__}: {error}").to_json(), "transient": False})
+        json_lines(
+            {
+                "event": "error",
+                **ChildFailed(f"{type(error).__name__}: {error}").to_json(),
+                "transient": False,
+            }
+        )
         sys.exit(EXIT_FAILED)
 
 

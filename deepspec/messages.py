@@ -1,4 +1,6 @@
-"""The messages of a conversation, as rows store them, templates render them and servers receive them."""
+"""The messages of a conversation, as rows store them, templates render them and servers receive
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ class Message(NamedTuple):
 
 
 def parse_messages(text: str) -> list[Message]:
-    return [Message(**{field: entry.get(field) for field in Message._fields}) for entry in json.loads(text)]
+    return [
+        Message(**{field: entry.get(field) for field in Message._fields})
+        for entry in json.loads(text)
+    ]
 
 
 def parse_tools(text: str | None) -> list[dict[str, Any]] | None:

@@ -1,8 +1,10 @@
-"""Lineage in Prefect: an artifact that a run seals is an asset there, materialized from the assets that it was made from.
+"""Lineage in Prefect: an artifact that a run seals is an asset there, materialized from the assets
+that it was made from.
 
-The store holds the truth (`python -m deepspec lineage`). The server's events tell the same chain for whoever looks there,
-and may start automations. What a server does not know yet (made by hand, with another server, or while this one was away)
-is told when a run comes by it, or by something that was made from it.
+The store holds the truth (`python -m deepspec lineage`). The server's events tell the same chain
+for whoever looks there, and may start automations. What a server does not know yet (made by hand,
+with another server, or while this one was away) is told when a run comes by it, or by something
+that was made from it.
 """
 
 from __future__ import annotations
@@ -24,44 +26,64 @@ from flows.reporting import best_effort
 log = logging.getLogger(__name__)
 
 MATERIALIZED = "prefect.asset.materialization.succeeded"
-_told: set[tuple[str, str, str]] = set()  # server, URL, digest: what this process told of; an event takes seconds until it is found
+# server, URL, digest: what this process told of; an event takes seconds until it is found
+_told: set[tuple[str, str, str]] = set()
 MAX_KEY = 512  # characters that Prefect allows
 
 
 def publish_once(artifact: Artifact) -> None:
-    """The server knows this sealed artifact, as it is now, and all that it was made from: what it did not know, it is told."""
+    """The server knows this sealed artifact, as it is now, and all that it was made from: what
+    it did not know, it is told.
+    """
     with best_effort():
         if not _is_known(artifact):
             publish_asset(artifact)
 
 
 def publish_asset(artifact: Artifact) -> None:
-    """Tell the server that the sealed artifact was made, from what, and how much it is; first, what it does not know of that."""
+    """Tell the server that the sealed artifact was made, from what, and how much it is; first,
+    what it does not know of that.
+    """
     inputs = list(sealed_inputs(artifact))
     for made_before in inputs:
         publish_once(made_before)
     key = asset_key(artifact.url)
     upstream = [asset_key(found.url) for found in inputs]
     if max(map(len, (key, *upstream))) > MAX_KEY:
-        log.warning("%s is no asset in Prefect: its URL is longer than %d characters", artifact.url, MAX_KEY)
+        log.warning(
+            "%s is no asset in Prefect: its URL is longer than %d characters", artifact.url, MAX_KEY
+        )
         return
     asset = Asset(key=key, properties=AssetProperties(name=artifact.folder))
     publish = materialize(
-        asset, by="deepspec", asset_deps=upstream, name="publish", task_run_name=f"publish {artifact.key.stage}",
-        persist_result=False, cache_policy=NO_CACHE,
-    )(add_asset_metadata)  # fmt: skip
+        asset,
+        by="deepspec",
+        asset_deps=upstream,
+        name="publish",
+        task_run_name=f"publish {artifact.key.stage}",
+        persist_result=False,
+        cache_policy=NO_CACHE,
+    )(add_asset_metadata)
     with best_effort():
         publish(key, metadata(artifact))
         _told.add(_said(artifact))
 
 
 def _is_known(artifact: Artifact) -> bool:
-    """Whether an artifact of this URL and content was told, by this process or, as far back as events are kept, by any."""
+    """Whether an artifact of this URL and content was told, by this process or, as far back as
+    events are kept, by any.
+    """
     if (said := _said(artifact)) in _told:
         return True
-    wanted = {"event": {"name": [MATERIALIZED]}, "resource": {"id": [asset_key(artifact.url)]}, "order": "DESC"}
+    wanted = {
+        "event": {"name": [MATERIALIZED]},
+        "resource": {"id": [asset_key(artifact.url)]},
+        "order": "DESC",
+    }
     with get_client(sync_client=True) as client:
-        found = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1}).json()["events"]
+        found = client.request(
+            "POST", "/events/filter", json={"filter": wanted, "limit": 1}
+        ).json()["events"]
     return bool(found) and found[0]["payload"].get("digest") == said[2]
 
 
@@ -71,7 +93,9 @@ def _said(artifact: Artifact) -> tuple[str, str, str]:
 
 
 def asset_key(url: str) -> str:
-    """An artifact's URL as Prefect takes it: a URI, also of a local folder, in which `=20` stands for a blank."""
+    """An artifact's URL as Prefect takes it: a URI, also of a local folder, in which `=20`
+    stands for a blank.
+    """
     scheme, is_uri, rest = url.partition("://")
     uri = f"{scheme}://{quote(rest)}" if is_uri else Path(url).resolve().as_uri()
     return uri.replace("%", "=")  # Prefect refuses the usual sign
@@ -82,5 +106,10 @@ def metadata(artifact: Artifact) -> dict[str, Any]:
     info, manifest = artifact.info(), artifact.manifest()
     if info is None or manifest is None:
         return {}
-    identity = {"stage": info.stage, "fingerprint": info.fingerprint, "digest": manifest.digest, "code_version": info.code_version}
+    identity = {
+        "stage": info.stage,
+        "fingerprint": info.fingerprint,
+        "digest": manifest.digest,
+        "code_version": info.code_version,
+    }
     return {**identity, **manifest.totals}

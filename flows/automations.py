@@ -1,4 +1,6 @@
-"""What the Prefect server does by itself about the runs of these flows; `python -m flows.setup` installs it."""
+"""What the Prefect server does by itself about the runs of these flows; `python -m flows.setup`
+installs it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,24 @@ FLOWS = ("pipeline", "prepare", "regenerate", "capture", "train", "evaluate")
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
-UNATTENDED_S, LATE_S = 60.0, 20.0  # Prefect calls a run late 15 s after it should have begun, looking every five
-PART = " (part)"  # ends the name of a run that another one dealt its shards: of these only the other one is to be told of
+# Prefect calls a run late 15 s after it should have begun, looking every five
+UNATTENDED_S, LATE_S = 60.0, 20.0
+# ends the name of a run that another one dealt its shards: of these only the other one is to be
+# told of
+PART = " (part)"
 WEBHOOK_BLOCK = "deepspec-notify"
 # Rendered by the server; tojson, because a name may hold quotes.
-MESSAGE = '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ " " ~ flow_run|ui_url) | tojson }}}'
+MESSAGE = (
+    '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ " " ~ flow_run|ui_url) | tojson }}}'
+)
 
 
 def crashed(silence_s: float) -> Any:
-    """An automation: a run that sent a heartbeat and then, for so long, neither another one nor its end, is marked crashed.
+    """An automation: a run that sent a heartbeat and then, for so long, neither another one nor its
+    end, is marked crashed.
 
-    It changes the run's state and nothing else: a run that was only cut off from the server goes on, and says how it ended.
+    It changes the run's state and nothing else: a run that was only cut off from the server goes
+    on, and says how it ended.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
@@ -45,7 +54,8 @@ def crashed(silence_s: float) -> Any:
 
 
 def unattended(pool: str) -> Any:
-    """An automation: a run that no worker of the pool takes for a minute says so, and how to start one, in its state.
+    """An automation: a run that no worker of the pool takes for a minute says so, and how to start
+    one, in its state.
 
     It stays scheduled, under another name, and the next worker that has room takes it.
     """
@@ -70,7 +80,8 @@ def unattended(pool: str) -> Any:
         within=timedelta(seconds=UNATTENDED_S - LATE_S),
     )
     return AutomationCore(
-        name=f"deepspec: no worker on {pool}? prefect worker start --pool {pool}",  # `deployment run --watch` shows it
+        # `deployment run --watch` shows it
+        name=f"deepspec: no worker on {pool}? prefect worker start --pool {pool}",
         description=f"A run that waits for a worker for {UNATTENDED_S:g} s",
         trigger=trigger,
         actions=[ChangeFlowRunState(name="NoWorker", state=StateType.SCHEDULED, message=message)],
@@ -78,7 +89,8 @@ def unattended(pool: str) -> Any:
 
 
 def ended(url: str) -> Any:
-    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows, groups of shards) are not told one by one.
+    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows,
+    groups of shards) are not told one by one.
 
     The URL, which may hold a token, is kept in a Prefect block, encrypted there and shown nowhere.
     """
@@ -86,7 +98,9 @@ def ended(url: str) -> Any:
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"}).save(WEBHOOK_BLOCK, overwrite=True)
+    block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"}).save(
+        WEBHOOK_BLOCK, overwrite=True
+    )
     trigger = EventTrigger(
         posture=Posture.Reactive,
         match={"prefect.resource.id": "prefect.flow-run.*", "prefect.resource.name": f"!*{PART}"},

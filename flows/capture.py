@@ -17,8 +17,11 @@ STAGES = ("hidden",)
 
 
 @flow(name="capture", flow_run_name=run_name, persist_result=False)
-def capture(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
-    """The target's hidden states over answers that are there; only what is missing in the store is made.
+def capture(
+    recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = ""
+) -> list[StageOutcome]:
+    """The target's hidden states over answers that are there; only what is missing in the store is
+    made.
 
     Args:
         recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.

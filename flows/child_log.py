@@ -1,4 +1,6 @@
-"""A child's log lines on their way into the run's log: at a bounded rate, for each line costs the server's database half a kB."""
+"""A child's log lines on their way into the run's log: at a bounded rate, for each line costs
+the server's database half a kB.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,28 @@ class Allowance:
 
 
 class ChildLog:
-    """Called with each line of one child, whose file at `path` has them all; `close` says how many the run's log has not."""
+    """Called with each line of one child, whose file at `path` has them all; `close` says how
+    many the run's log has not.
+    """
 
     def __init__(self, path: Path) -> None:
         self._logger, self._path, self._left_out = get_run_logger(), path, 0
-        self._warnings, self._others = Allowance(WARNINGS_AT_ONCE, WARNING_S), Allowance(OTHERS_AT_ONCE, OTHER_S)
+        self._warnings, self._others = (
+            Allowance(WARNINGS_AT_ONCE, WARNING_S),
+            Allowance(OTHERS_AT_ONCE, OTHER_S),
+        )
 
     def __call__(self, line: str) -> None:
         found = LEVEL.search(line[:LONGEST])
         if (self._warnings if found else self._others).take():
-            self._logger.log(logging.getLevelName(found[1]) if found else logging.INFO, "%s", line[:LONGEST])
+            self._logger.log(
+                logging.getLevelName(found[1]) if found else logging.INFO, "%s", line[:LONGEST]
+            )
         else:
             self._left_out += 1
 
     def close(self) -> None:
         if self._left_out:
-            self._logger.info("%d lines were left out here; %s has them all", self._left_out, self._path)
+            self._logger.info(
+                "%d lines were left out here; %s has them all", self._left_out, self._path
+            )

@@ -1,6 +1,8 @@
-"""The flows' command line: check the request, find a Prefect server, run the flow, show what came of it.
+"""The flows' command line: check the request, find a Prefect server, run the flow, show what came
+of it.
 
-Prefect is imported late: its settings come from the environment, and a wrong recipe should not wait for it.
+Prefect is imported late: its settings come from the environment, and a wrong recipe should not wait
+for it.
 """
 
 from __future__ import annotations
@@ -29,18 +31,40 @@ WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
 END_S = 20.0  # for the last events and log lines
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4")]
-Shards = Annotated[str, typer.Option("--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52")]
-StoreUrl = Annotated[str | None, typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml"
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4"),
+]
+Shards = Annotated[
+    str,
+    typer.Option(
+        "--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52"
+    ),
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix"),
+]
 
 
 def main(flow_name: str) -> None:
-    """Run one flow by hand; a user's mistake is one paragraph and an exit code, never a stack trace."""
+    """Run one flow by hand; a user's mistake is one paragraph and an exit code, never a stack
+    trace.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    @app.command(help=f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice.")
-    def command(run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None) -> None:
+    @app.command(
+        help=f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice."
+    )
+    def command(
+        run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
+    ) -> None:
         run_flow(flow_name, Request(run, tuple(sets or ()), store), shards)
 
     try:
@@ -55,7 +79,9 @@ def main(flow_name: str) -> None:
 
 
 def end_in_time(code: object, seconds: float = END_S) -> None:
-    """The process is gone by then, with this exit code: Prefect would wait minutes for each event that a hanging server does not take."""
+    """The process is gone by then, with this exit code: Prefect would wait minutes for each
+    event that a hanging server does not take.
+    """
     sys.stdout.flush()
     timer = threading.Timer(seconds, os._exit, [code if isinstance(code, int) else bool(code)])
     timer.daemon = True
@@ -65,9 +91,12 @@ def end_in_time(code: object, seconds: float = END_S) -> None:
 def run_flow(flow_name: str, request: Request, shards: str = "") -> None:
     """Run the flow, then print its tables and, as the last line, its summary as JSON."""
     started = time.monotonic()
-    shards = shard_list(parse_shards(shards))  # as the flow's own pattern has it: `1,  2` and `17,` are no mistakes
+    # as the flow's own pattern has it: `1,  2` and `17,` are no mistakes
+    shards = shard_list(parse_shards(shards))
     if shards and flow_name in WHOLE:
-        raise UserError(f"the flow {flow_name!r} has no shards", where="--shards", fix="leave --shards out")
+        raise UserError(
+            f"the flow {flow_name!r} has no shards", where="--shards", fix="leave --shards out"
+        )
     config = open_run(request)
     server = start_private_server(store_of(config))
     from flows.display import show_summary, shown_on_terminal, summary_line
@@ -77,8 +106,14 @@ def run_flow(flow_name: str, request: Request, shards: str = "") -> None:
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
         asked = {"shards": shards} if shards else {}
-        outcomes = getattr(module, flow_name)(recipe=request.source, overrides=request.overrides, store=request.store or "", **asked)
-    found = results(config) if outcomes[-1].status.stage == "evaluate" and outcomes[-1].status.sealed else None
+        outcomes = getattr(module, flow_name)(
+            recipe=request.source, overrides=request.overrides, store=request.store or "", **asked
+        )
+    found = (
+        results(config)
+        if outcomes[-1].status.stage == "evaluate" and outcomes[-1].status.sealed
+        else None
+    )
     show_summary(outcomes, found)
     typer.echo(summary_line(outcomes, found, total_s=time.monotonic() - started))
 
@@ -92,13 +127,16 @@ def wait_for_server(server: PrivateServer | None) -> None:
     if server is not None:
         server.wait()
         return
-    check_answer(fix="start it (`prefect server start`), or unset PREFECT_API_URL to use a private one")
+    check_answer(
+        fix="start it (`prefect server start`), or unset PREFECT_API_URL to use a private one"
+    )
     check_server()
 
 
 @contextlib.contextmanager
 def talking_to(server: PrivateServer | None) -> Iterator[None]:
-    """Turns what Prefect raises into our errors; spares a private server the heartbeats, which nobody there would miss.
+    """Turns what Prefect raises into our errors; spares a private server the heartbeats, which
+    nobody there would miss.
 
     Each flow run waits about a second at its end for its heartbeat thread.
     """
@@ -110,11 +148,18 @@ def talking_to(server: PrivateServer | None) -> Iterator[None]:
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if server else {}):
             yield
     except KeyboardInterrupt:
-        typer.echo("interrupted: every child has ended; the same command goes on where this one stopped", err=True)
+        typer.echo(
+            "interrupted: every child has ended; the same command goes on where this one stopped",
+            err=True,
+        )
         sys.exit(EXIT_INTERRUPTED)
     except (httpx.HTTPError, PrefectException) as error:
         fix = "run the same command again: it goes on where this one stopped"
-        raise TransientError(f"the Prefect server was lost: {type(error).__name__}: {error}", where="Prefect", fix=fix) from error
+        raise TransientError(
+            f"the Prefect server was lost: {type(error).__name__}: {error}",
+            where="Prefect",
+            fix=fix,
+        ) from error
 
 
 def exit_code(error: DeepSpecError) -> int:

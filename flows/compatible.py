@@ -1,4 +1,6 @@
-"""Whether a Prefect server answers and has what these flows use; asked where a run begins: a worker's server may be any."""
+"""Whether a Prefect server answers and has what these flows use; asked where a run begins: a
+worker's server may be any.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +22,41 @@ def check_version(server: str) -> None:
     if major != OLDEST[0] or (major, minor) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
-        raise UserError(what, where="PREFECT_API_URL", fix="start the server from this environment: `prefect server start`")
+        raise UserError(
+            what,
+            where="PREFECT_API_URL",
+            fix="start the server from this environment: `prefect server start`",
+        )
 
 
 def check_answer(*, fix: str) -> None:
-    """Return where the server of this process answers; one that accepts and says nothing is not waited for like a busy one.
+    """Return where the server of this process answers; one that accepts and says nothing is not
+    waited for like a busy one.
 
     Raises:
         UserError: it does not.
     """
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_REQUEST_TIMEOUT,
+        PREFECT_API_URL,
+        PREFECT_CLIENT_MAX_RETRIES,
+        temporary_settings,
+    )
 
     with temporary_settings({PREFECT_API_REQUEST_TIMEOUT: HEALTH_S, PREFECT_CLIENT_MAX_RETRIES: 1}):
         problem = get_client(sync_client=True).api_healthcheck()
     if problem is not None:
-        raise UserError(f"the Prefect server does not answer: {problem}", where=str(PREFECT_API_URL.value()), fix=fix)
+        raise UserError(
+            f"the Prefect server does not answer: {problem}",
+            where=str(PREFECT_API_URL.value()),
+            fix=fix,
+        )
 
 
 def check_server() -> None:
-    """Return where the server of this process will do, or does not say: one short request, the first time.
+    """Return where the server of this process will do, or does not say: one short request, the
+    first time.
 
     Raises:
         UserError: as `check_version`.
@@ -53,7 +70,9 @@ def check_server() -> None:
 
 @functools.lru_cache
 def _version_of(url: str) -> str | None:
-    """The version of the server at this URL, which is the one in Prefect's settings; None if it does not answer."""
+    """The version of the server at this URL, which is the one in Prefect's settings; None if it
+    does not answer.
+    """
     import httpx
     from prefect.client.orchestration import get_client
 

@@ -1,4 +1,6 @@
-"""What the terminal shows: a bar per stage while it works, tables and one line of JSON at the end."""
+"""What the terminal shows: a bar per stage while it works, tables and one line of JSON at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +26,42 @@ PLAIN_PAUSE_S = 10.0  # between two lines about one stage where there is no term
 PLAIN_WIDTH = 120
 SHOWN = ("loss", "acceptance_length")  # what a bar says beside its rate
 TROUBLE = ("retries", "rejected", "failed")  # said where it is not 0
-UNSHOWN = ("state", "missing")  # columns of the stages' table in Prefect that say nothing after a run that succeeded
+# columns of the stages' table in Prefect that say nothing after a run that succeeded
+UNSHOWN = ("state", "missing")
 WORDS = ("benchmark", "stage")  # columns that hold words, not numbers
 
 
 @contextlib.contextmanager
 def shown_on_terminal(stages: Sequence[str]) -> Iterator[None]:
-    """Progress of the run in this block: bars on a terminal, now and then a line on stderr elsewhere."""
+    """Progress of the run in this block: bars on a terminal, now and then a line on stderr
+    elsewhere.
+    """
     console = Console()
     if not console.is_terminal:
         with watched_by(_plain_lines()):
             yield
         return
     columns = (
-        TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]:6}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeLeftColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Bars(*columns, console=console, refresh_per_second=4) as bars, watched_by(_bar_per_stage(bars, stages)):
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]:6}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeLeftColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with (
+        Bars(*columns, console=console, refresh_per_second=4) as bars,
+        watched_by(_bar_per_stage(bars, stages)),
+    ):
         yield
 
 
 def _bar_per_stage(bars: Bars, stages: Sequence[str]) -> Watcher:
-    tasks: dict[str, TaskID] = {stage: bars.add_task(stage, start=False, total=None, unit="", note="") for stage in stages}
+    tasks: dict[str, TaskID] = {
+        stage: bars.add_task(stage, start=False, total=None, unit="", note="") for stage in stages
+    }
     rate = _Rates()
 
     def show(progress: Progress) -> None:
@@ -54,7 +70,14 @@ def _bar_per_stage(bars: Bars, stages: Sequence[str]) -> Watcher:
         if progress.state == "running":
             bars.start_task(task)
         left_s = progress.numbers.get("left_s")
-        bars.update(task, completed=progress.done, total=progress.total or None, unit=progress.unit, note=note, left_s=left_s)
+        bars.update(
+            task,
+            completed=progress.done,
+            total=progress.total or None,
+            unit=progress.unit,
+            note=note,
+            left_s=left_s,
+        )
         if progress.state != "running":
             bars.stop_task(task)
 
@@ -69,9 +92,18 @@ def _plain_lines() -> Watcher:
         state, at = last.get(progress.stage, ("", 0.0))
         if progress.state != state or time.monotonic() - at >= PLAIN_PAUSE_S:
             last[progress.stage] = (progress.state, time.monotonic())
-            how_far = f"{progress.done} of {progress.total} {progress.unit}" if progress.total else ""
-            left = words_of({"left_s": progress.numbers["left_s"]}) if progress.numbers.get("left_s") else []
-            words = [f"{progress.stage}: {progress.state} {how_far} {rate.describe(progress)}".rstrip(), *left]
+            how_far = (
+                f"{progress.done} of {progress.total} {progress.unit}" if progress.total else ""
+            )
+            left = (
+                words_of({"left_s": progress.numbers["left_s"]})
+                if progress.numbers.get("left_s")
+                else []
+            )
+            words = [
+                f"{progress.stage}: {progress.state} {how_far} {rate.describe(progress)}".rstrip(),
+                *left,
+            ]
             sys.stderr.write("  ".join(words) + "\n")
             sys.stderr.flush()
 
@@ -79,18 +111,24 @@ def _plain_lines() -> Watcher:
 
 
 class _Rates:
-    """Speed of each stage since its first sign of life: tokens per second where tokens are counted."""
+    """Speed of each stage since its first sign of life: tokens per second where tokens are
+    counted.
+    """
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, int]] = {}
 
     def describe(self, progress: Progress) -> str:
         began, first = self._begun.setdefault(progress.stage, (time.monotonic(), progress.done))
-        trouble = [f"{progress.numbers[name]:,} {name}" for name in TROUBLE if progress.numbers.get(name)]
+        trouble = [
+            f"{progress.numbers[name]:,} {name}" for name in TROUBLE if progress.numbers.get(name)
+        ]
         if progress.note:
             return "  ".join([progress.note, *trouble])
         seconds = max(time.monotonic() - began, 1e-3)
-        words = [f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers]
+        words = [
+            f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers
+        ]
         if "tokens_per_s" in progress.numbers:
             words += words_of({"tokens_per_s": progress.numbers["tokens_per_s"]})
         elif progress.numbers.get("tokens"):
@@ -104,11 +142,20 @@ def show_summary(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | 
     """The tables at the end of a run, and where everything is."""
     console = Console(width=None if Console().is_terminal else PLAIN_WIDTH, highlight=False)
     if results:
-        console.print(_table("results", [result_row(part) for part in results["benchmarks"]]), _headline(results), sep="\n")
-    rows = [{key: value for key, value in stage_row(outcome).items() if key not in UNSHOWN} for outcome in outcomes]
+        console.print(
+            _table("results", [result_row(part) for part in results["benchmarks"]]),
+            _headline(results),
+            sep="\n",
+        )
+    rows = [
+        {key: value for key, value in stage_row(outcome).items() if key not in UNSHOWN}
+        for outcome in outcomes
+    ]
     console.print(_table("stages", rows))
     for outcome in outcomes:
-        console.print(f"{outcome.status.stage:9} {outcome.status.artifact_url}", soft_wrap=True, markup=False)
+        console.print(
+            f"{outcome.status.stage:9} {outcome.status.artifact_url}", soft_wrap=True, markup=False
+        )
 
 
 def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
@@ -128,9 +175,15 @@ def _headline(results: Mapping[str, Any]) -> str:
     )
 
 
-def summary_line(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None, *, total_s: float) -> str:
+def summary_line(
+    outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None, *, total_s: float
+) -> str:
     """The run in one JSON object, for scripts."""
-    headline = {key: results[key] for key in ("acceptance_length", "lossless", "speedup")} if results else {}
+    headline = (
+        {key: results[key] for key in ("acceptance_length", "lossless", "speedup")}
+        if results
+        else {}
+    )
     seconds = {outcome.status.stage: round(outcome.seconds, 2) for outcome in outcomes}
     return json.dumps(
         {
@@ -145,4 +198,7 @@ def summary_line(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | 
 def peak_rss_bytes() -> int:
     """The most memory that one process of this run has held, children included."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return unit * max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )

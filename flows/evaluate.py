@@ -21,20 +21,27 @@ STAGES = ("evaluate",)
 
 
 @flow(name="evaluate", flow_run_name=run_name, persist_result=False)
-def evaluate(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
+def evaluate(
+    recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = ""
+) -> list[StageOutcome]:
     """Every benchmark decoded plainly and speculatively, and the report of the results.
 
     Args:
         recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.
         overrides: Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.
-        shards: Only these units of a few prompts each, e.g. `17,18,40-52`; empty for all that are missing.
+        shards: Only these units of a few prompts each, e.g. `17,18,40-52`; empty for all that are
+            missing.
         store: Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.
     """
     request = request_of(recipe, overrides, store)
     outcomes = run_stages(request, STAGES, shards)
     if outcomes[-1].status.sealed:
         config = open_run(request)
-        command = shlex.join(["python", "-m", "deepspec", "report", *request.arguments(), "--output", "report.html"])
+        command = shlex.join(
+            ["python", "-m", "deepspec", "report", *request.arguments(), "--output", "report.html"]
+        )
         report_url = f"{outcomes[-1].status.artifact_url}/report.html"
-        publish_results(config.name, report_text(config), results(config)["benchmarks"], report_url, command)
+        publish_results(
+            config.name, report_text(config), results(config)["benchmarks"], report_url, command
+        )
     return outcomes

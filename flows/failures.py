@@ -1,4 +1,6 @@
-"""A failed run's artifact: which shards are missing and why, and the commands that go on from there, ready to be copied."""
+"""A failed run's artifact: which shards are missing and why, and the commands that go on from
+there, ready to be copied.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,32 @@ def publish_failure(run_name: str, error: DeepSpecError, request: Request, stage
     """Why the run failed and how to go on."""
     with best_effort():
         text = failure_text(run_name, error, resume_commands(request, stage, error))
-        create_markdown_artifact(text, key=artifact_key(f"{run_name}-failure"), description=f"{stage} failed, and how to go on")
+        create_markdown_artifact(
+            text,
+            key=artifact_key(f"{run_name}-failure"),
+            description=f"{stage} failed, and how to go on",
+        )
 
 
 def failure_text(run_name: str, error: DeepSpecError, commands: Mapping[str, str]) -> str:
-    """The error as Markdown: a table of the shards that are missing, what else is said, and a block for each command."""
+    """The error as Markdown: a table of the shards that are missing, what else is said, and a
+    block for each command.
+    """
     parts = [f"## {run_name} failed"]
     if error.failures:
         rows = [
             f"| {shard} | {_cell(failure['what'])} | {'yes' if failure.get('transient') else 'no, not as it is'} |"
             for shard, failure in sorted(error.failures.items())[:MOST_ROWS]
         ]
-        parts += ["\n".join(["| shard | why it is missing | may another try help? |", "| ---: | --- | --- |", *rows])]
+        parts += [
+            "\n".join(
+                [
+                    "| shard | why it is missing | may another try help? |",
+                    "| ---: | --- | --- |",
+                    *rows,
+                ]
+            )
+        ]
         if (more := len(error.failures) - MOST_ROWS) > 0:
             parts.append(f"and {more:,} more shards.")
     if not isinstance(error, ShardsFailed):  # that one only repeats the table
@@ -57,22 +73,38 @@ def failure_text(run_name: str, error: DeepSpecError, commands: Mapping[str, str
 
 
 def resume_commands(request: Request, stage: str, error: DeepSpecError) -> dict[str, str]:
-    """By what they do: commands for the missing shards alone, and for the whole run again, as the run itself was started."""
+    """By what they do: commands for the missing shards alone, and for the whole run again, as
+    the run itself was started.
+    """
     missing = sorted(error.failures) if stage in SELECTABLE else []
     commands = dict[str, str]()
     with get_client(sync_client=True) as client:
         origin = find_origin(client)
-        if missing and origin.deployment and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}"):
-            commands["Only these shards, by a worker"] = deployment_command(name, {**_asked(request), "shards": shard_list(missing)})
+        if (
+            missing
+            and origin.deployment
+            and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}")
+        ):
+            commands["Only these shards, by a worker"] = deployment_command(
+                name, {**_asked(request), "shards": shard_list(missing)}
+            )
     if missing:
         commands["Only these shards, on this machine"] = request.shown(stage, missing)
     corrected = "Once that is corrected, the" if isinstance(error, UserError) else "The"
     again = f"{corrected} same run again: it does only what is missing"
     if origin.deployment:
-        commands[again] = deployment_command(f"{origin.flow}/{origin.deployment}", origin.parameters)
+        commands[again] = deployment_command(
+            f"{origin.flow}/{origin.deployment}", origin.parameters
+        )
     else:
-        shards = ["--shards", str(asked)] if (asked := origin.parameters.get("shards")) not in (None, "") else []
-        commands[again] = shlex.join(["python", "-m", f"flows.{origin.flow}", *request.arguments(), *shards])
+        shards = (
+            ["--shards", str(asked)]
+            if (asked := origin.parameters.get("shards")) not in (None, "")
+            else []
+        )
+        commands[again] = shlex.join(
+            ["python", "-m", f"flows.{origin.flow}", *request.arguments(), *shards]
+        )
     return commands
 
 
@@ -85,14 +117,29 @@ def find_origin(client: SyncPrefectClient) -> Origin:
 
 
 def deployment_command(name: str, parameters: Mapping[str, Any]) -> str:
-    """`prefect deployment run NAME -p ...`, for a shell; parameters at their empty defaults are left out."""
-    given = {key: value for key, value in parameters.items() if value not in ("", None) and value != [] and value != ()}
-    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
-    return shlex.join(["prefect", "deployment", "run", name, *(word for pair in words for word in ("-p", pair))])
+    """`prefect deployment run NAME -p ...`, for a shell; parameters at their empty defaults are
+    left out.
+    """
+    given = {
+        key: value
+        for key, value in parameters.items()
+        if value not in ("", None) and value != [] and value != ()
+    }
+    words = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in given.items()
+    ]
+    return shlex.join(
+        ["prefect", "deployment", "run", name, *(word for pair in words for word in ("-p", pair))]
+    )
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    return {"recipe": request.source, "overrides": list(request.overrides), "store": request.store or ""}
+    return {
+        "recipe": request.source,
+        "overrides": list(request.overrides),
+        "store": request.store or "",
+    }
 
 
 def _has_deployment(client: SyncPrefectClient, name: str) -> bool:

@@ -1,4 +1,6 @@
-"""Two runs on the same artifact: each takes shards that the other does not work on, or waits until it ends, and says so."""
+"""Two runs on the same artifact: each takes shards that the other does not work on, or waits
+until it ends, and says so.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,22 @@ from deepspec.errors import TransientError
 from flows.stage_progress import Board
 from flows.store_watch import Watch
 
-GROUP = "group"  # tag of a run that another one deals its shards; a user's own flow may start any deployment, too
+# tag of a run that another one deals its shards; a user's own flow may start any deployment, too
+GROUP = "group"
 
 
 def claims_on(artifact: Artifact) -> Claims:
     """The claims of the flow run on shards of the artifact, for a `with` block."""
     dealer = str(flow_run.parent_flow_run_id or "") if is_part() else ""
-    return Claims(artifact, Claim(run=flow_run.name or "", run_id=str(flow_run.id or ""), dealer=dealer, process=this_process()))
+    return Claims(
+        artifact,
+        Claim(
+            run=flow_run.name or "",
+            run_id=str(flow_run.id or ""),
+            dealer=dealer,
+            process=this_process(),
+        ),
+    )
 
 
 def to_claim(todo: StageStatus) -> list[int]:
@@ -32,10 +43,12 @@ def to_claim(todo: StageStatus) -> list[int]:
 
 
 def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[list[int], bool]:
-    """Those of the missing shards that nobody else works on, once there are any, and whether that was so at once.
+    """Those of the missing shards that nobody else works on, once there are any, and whether that
+    was so at once.
 
     Raises:
-        TransientError: there are none, and a run that has a worker only for the time of its shards is not to keep it waiting.
+        TransientError: there are none, and a run that has a worker only for the time of its shards
+            is not to keep it waiting.
     """
     wanted = to_claim(todo)
     mine, others = claims.take(wanted)
@@ -43,11 +56,26 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         return mine, True
     logger, told = get_run_logger(), words(others)
     if mine:
-        logger.warning("%s: %d of %d missing shards are left to %s", todo.stage, len(wanted) - len(mine), len(wanted), told)
+        logger.warning(
+            "%s: %d of %d missing shards are left to %s",
+            todo.stage,
+            len(wanted) - len(mine),
+            len(wanted),
+            told,
+        )
         return mine, True
     if is_part():
-        raise TransientError(f"another run works on these shards: {told}", where=todo.artifact_url, fix="it is tried again by itself")
-    logger.warning("%s: waiting for %s; what is left is taken over when it ends, or %g s after it died", todo.stage, told, LOST_S)
+        raise TransientError(
+            f"another run works on these shards: {told}",
+            where=todo.artifact_url,
+            fix="it is tried again by itself",
+        )
+    logger.warning(
+        "%s: waiting for %s; what is left is taken over when it ends, or %g s after it died",
+        todo.stage,
+        told,
+        LOST_S,
+    )
     board = Board(config.name, todo, sharded=todo.stage in SHARDED)
     board.say(f"waiting for {told}, which works on the same shards")
     watch = Watch(artifact_of(config, todo.stage), todo, board)
@@ -56,7 +84,8 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         try:
             watch.look()
             mine = claims.take(wanted).shards
-        except (TransientError, OSError) as error:  # hours of waiting are not given up because the store is away for a minute
+        except (TransientError, OSError) as error:
+            # hours of waiting are not given up because the store is away for a minute
             logger.warning("%s: still waiting: %s", todo.stage, error)
     board.leave()
     logger.info("%s: going on", todo.stage)

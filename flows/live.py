@@ -1,4 +1,6 @@
-"""Artifacts that change while a run works: made once, then brought up to date in place, each at most every few seconds."""
+"""Artifacts that change while a run works: made once, then brought up to date in place, each at
+most every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from flows.reporting import artifact_key, best_effort
 
 
 class Content(NamedTuple):
-    """What an artifact shows: a percentage, rows as JSON, or Markdown; and a description above it."""
+    """What an artifact shows: a percentage, rows as JSON, or Markdown; and a description above
+    it.
+    """
 
     data: float | str
     description: str
@@ -24,14 +28,19 @@ class Content(NamedTuple):
 class LiveArtifact:
     """One artifact of the run, the same one from its first content to its last."""
 
-    def __init__(self, kind: Literal["progress", "table", "markdown"], name: str, *, pause_s: float) -> None:
+    def __init__(
+        self, kind: Literal["progress", "table", "markdown"], name: str, *, pause_s: float
+    ) -> None:
         self._kind, self._key, self._pause_s = kind, artifact_key(name), pause_s
-        self._flow_run_id = flow_run.id  # of the flow, not of whichever group's task has the first word
+        # of the flow, not of whichever group's task has the first word
+        self._flow_run_id = flow_run.id
         self._id: Any = None
         self._told = float("-inf")
 
     def tell(self, content: Callable[[], Content | None], *, now: bool = False) -> None:
-        """Show the content (None: nothing yet); it is asked for only where the last one has stood for `pause_s`, or `now`."""
+        """Show the content (None: nothing yet); it is asked for only where the last one has
+        stood for `pause_s`, or `now`.
+        """
         if not now and time.monotonic() - self._told < self._pause_s:
             return
         found = content()
@@ -44,11 +53,19 @@ class LiveArtifact:
     def _put(self, content: Content) -> None:
         with get_client(sync_client=True) as client:
             if self._id is None:
-                wanted = ArtifactCreate(type=self._kind, key=self._key, flow_run_id=self._flow_run_id, **content._asdict())
+                wanted = ArtifactCreate(
+                    type=self._kind,
+                    key=self._key,
+                    flow_run_id=self._flow_run_id,
+                    **content._asdict(),
+                )
                 self._id = client.create_artifact(wanted).id
                 return
-            # Prefect's own update also sends an event that holds the whole content: of a long run they would fill its database.
-            client.request("PATCH", "/artifacts/{id}", json=content._asdict(), path_params={"id": self._id})
+            # Prefect's own update also sends an event that holds the whole content: of a long run
+            # they would fill its database.
+            client.request(
+                "PATCH", "/artifacts/{id}", json=content._asdict(), path_params={"id": self._id}
+            )
 
 
 def table(rows: list[dict[str, Any]], description: str) -> Content:

@@ -1,4 +1,6 @@
-"""The hands of one machine: a lane is a GPU (or a share of the CPU), its work a guarded child process."""
+"""The hands of one machine: a lane is a GPU (or a share of the CPU), its work a guarded child
+process.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from flows.stage_run import StageRun
 
 
 class LocalHands:
-    """Children of this process: one per visible GPU, each pinned to it, or as many as `resources.lanes` says."""
+    """Children of this process: one per visible GPU, each pinned to it, or as many as
+    `resources.lanes` says.
+    """
 
     def __init__(self, run: StageRun) -> None:
         settings = run.config.resources
@@ -30,9 +34,12 @@ class LocalHands:
         count = (settings.lanes or max(1, len(devices))) if run.sharded else 1
         names = [f"GPU {device}" for device in devices] or ["lane"]
         self.lanes = [
-            Lane(f"{names[number % len(names)]} #{number}", devices[number % len(devices)] if devices else None)
+            Lane(
+                f"{names[number % len(names)]} #{number}",
+                devices[number % len(devices)] if devices else None,
+            )
             for number in range(count)
-        ]  # fmt: skip
+        ]
         self.run, self.secrets = run, api_key(run.config) if run.stage == "answers" else {}
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
@@ -41,10 +48,19 @@ class LocalHands:
         command = run.request.command(run.stage, shards)
         hear = functools.partial(run.hear, lane=lane.name)
         with closing(ChildLog(path)) as forward:
-            run_child(command, on_event=hear, on_line=forward, env=self.environment(lane), log_path=path, timeout_s=run.limits.deadline_s)
+            run_child(
+                command,
+                on_event=hear,
+                on_line=forward,
+                env=self.environment(lane),
+                log_path=path,
+                timeout_s=run.limits.deadline_s,
+            )
 
     def environment(self, lane: Lane) -> dict[str, str]:
-        """What pins a child to its lane's GPU, makes it tell what it does, and gives it the servers' key."""
+        """What pins a child to its lane's GPU, makes it tell what it does, and gives it the
+        servers' key.
+        """
         pinned = {} if lane.device is None else {"CUDA_VISIBLE_DEVICES": lane.device}
         return {"DEEPSPEC_EVENTS": "1", **self.secrets, **pinned}
 
@@ -66,6 +82,11 @@ def api_key(config: RunConfig) -> dict[str, str]:
     try:
         secret = Secret.load(settings.api_key_secret)
     except ValueError:
-        where, fix = f"resources.api_key_secret {settings.api_key_secret}", "make it in the UI under Blocks, or correct the name"
-        raise ConfigError("there is no Secret block of this name on the Prefect server", where=where, fix=fix) from None
+        where, fix = (
+            f"resources.api_key_secret {settings.api_key_secret}",
+            "make it in the UI under Blocks, or correct the name",
+        )
+        raise ConfigError(
+            "there is no Secret block of this name on the Prefect server", where=where, fix=fix
+        ) from None
     return {settings.api_key_env: str(secret.get())}

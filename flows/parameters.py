@@ -1,7 +1,9 @@
-"""What every flow can be asked for, as types that a form shows and a server checks before it makes a run.
+"""What every flow can be asked for, as types that a form shows and a server checks before it makes
+a run.
 
-No pattern has square brackets: Prefect's command line would take them for markup and leave them out of its message. Keys in
-a URL are refused by the schema alone (`not`): a run keeps its parameters, so later would be too late.
+No pattern has square brackets: Prefect's command line would take them for markup and leave them out
+of its message. Keys in a URL are refused by the schema alone (`not`): a run keeps its parameters,
+so later would be too late.
 """
 
 from __future__ import annotations
@@ -20,23 +22,49 @@ from flows.automations import PART
 from flows.lease_wait import is_part
 from flows.shard_scheduler import SHARD_DIGITS
 
-NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()  # `demo` alone means `dspark-demo`
-BEFORE_DRAFTS = ("prepare", "regenerate", "capture")  # what they make is named by the target: every draft of it is trained on that
+# `demo` alone means `dspark-demo`
+NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()
+# what they make is named by the target: every draft of it is trained on that
+BEFORE_DRAFTS = ("prepare", "regenerate", "capture")
 LONGEST_SPAN = 60  # characters
 KEY_IN_URL = r"://(\w|\.|-|%|:|\+|~|!|=)*@"
-KEY_IN_STORE = rf"{KEY_IN_URL}|^s3a?://\w*:"  # a key may hold a slash, before which there is then no @
+# a key may hold a slash, before which there is then no @
+KEY_IN_STORE = rf"{KEY_IN_URL}|^s3a?://\w*:"
 KEY_IN_OVERRIDE = rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:|^ *resources\.api_key *=|^ *resources\.api_key_env *=.*-"
 SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
 
 Recipe = Annotated[
-    str, Field(pattern="^(" + "|".join(name.replace(".", r"\.") for name in NAMES) + r"|.+\.ya?ml)$", examples=[*NAMES, "my-run.yaml"])
+    str,
+    Field(
+        pattern="^(" + "|".join(name.replace(".", r"\.") for name in NAMES) + r"|.+\.ya?ml)$",
+        examples=[*NAMES, "my-run.yaml"],
+    ),
 ]
-Override = Annotated[str, Field(pattern=r"^ *\S+ *=", examples=["train.lr=3e-4"], json_schema_extra={"not": {"pattern": KEY_IN_OVERRIDE}})]
+Override = Annotated[
+    str,
+    Field(
+        pattern=r"^ *\S+ *=",
+        examples=["train.lr=3e-4"],
+        json_schema_extra={"not": {"pattern": KEY_IN_OVERRIDE}},
+    ),
+]
 Overrides = tuple[Override, ...]
-StoreUrl = Annotated[str, Field(examples=["", "s3://bucket/prefix"], json_schema_extra={"not": {"pattern": KEY_IN_STORE}})]
+StoreUrl = Annotated[
+    str,
+    Field(
+        examples=["", "s3://bucket/prefix"], json_schema_extra={"not": {"pattern": KEY_IN_STORE}}
+    ),
+]
 # The command line reads `shards=17` as a number.
 Shards = (
-    Annotated[str, Field(pattern=f"^({SHARD_RANGE}(, ?{SHARD_RANGE})*)?$", examples=["", "17,18,40-52"], title="shards")]
+    Annotated[
+        str,
+        Field(
+            pattern=f"^({SHARD_RANGE}(, ?{SHARD_RANGE})*)?$",
+            examples=["", "17,18,40-52"],
+            title="shards",
+        ),
+    ]
     | Annotated[int, Field(ge=0, lt=1_000_000, title="one shard")]
 )
 
@@ -48,11 +76,15 @@ def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
 def run_name() -> str:
     """The name of the flow run in which this is called."""
     asked = flow_run.parameters
-    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", ""))) + (PART if is_part() else "")
+    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", ""))) + (
+        PART if is_part() else ""
+    )
 
 
 def title(flow: str, recipe: str, shards: str) -> str:
-    """What a run does, for lists of runs: `capture qwen3-4b 0017-0042`, `train dspark-qwen3-8b`, `regenerate my-run.yaml`."""
+    """What a run does, for lists of runs: `capture qwen3-4b 0017-0042`, `train
+    dspark-qwen3-8b`, `regenerate my-run.yaml`.
+    """
     name = Path(recipe).name
     if flow in BEFORE_DRAFTS and name in recipe_names():
         name = name.partition("-")[2]
@@ -60,7 +92,9 @@ def title(flow: str, recipe: str, shards: str) -> str:
 
 
 def _shard_span(text: str) -> str:
-    """Asked shards in a form that `--shards` takes, too, but for the dots where they are too many for a name."""
+    """Asked shards in a form that `--shards` takes, too, but for the dots where they are too
+    many for a name.
+    """
     try:
         span = shard_list(parse_shards(text), digits=SHARD_DIGITS)
     except ConfigError:  # said by the run itself

@@ -18,8 +18,11 @@ from flows.train import train
 
 
 @flow(name="pipeline", flow_run_name=run_name, persist_result=False)
-def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = "") -> list[StageOutcome]:
-    """Prompts, answers, hidden states, draft, results: one after the other, each only where it is missing.
+def pipeline(
+    recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = ""
+) -> list[StageOutcome]:
+    """Prompts, answers, hidden states, draft, results: one after the other, each only where it is
+    missing.
 
     Args:
         recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.
@@ -29,8 +32,13 @@ def pipeline(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl
     open_run(request_of(recipe, overrides, store))
     outcomes: list[StageOutcome] = []
     for part in (prepare, train, evaluate):
-        get_run_logger().info("%s: a run of its own, begun", part.name)  # who watches this run hears nothing of that one
+        # who watches this run hears nothing of that one
+        get_run_logger().info("%s: a run of its own, begun", part.name)
         made = part(recipe=recipe, overrides=overrides, store=store)
-        get_run_logger().info("%s: %s", part.name, ", ".join(f"{outcome.status.stage} {outcome.state}" for outcome in made))
+        get_run_logger().info(
+            "%s: %s",
+            part.name,
+            ", ".join(f"{outcome.status.stage} {outcome.state}" for outcome in made),
+        )
         outcomes += made
     return outcomes

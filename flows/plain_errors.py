@@ -1,4 +1,6 @@
-"""An error of ours in a run's log is the paragraph that the terminal shows, not the stack trace that Prefect would write."""
+"""An error of ours in a run's log is the paragraph that the terminal shows, not the stack trace
+that Prefect would write.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def show_plainly() -> None:
 
 
 def plainly(record: logging.LogRecord) -> bool:
-    """Whether the record is still to be written: what ends a flow run is written here, and sent before the run's end is.
+    """Whether the record is still to be written: what ends a flow run is written here, and sent
+    before the run's end is.
 
     Who watches a run (`--watch`) hears of its end, and after that of little else.
     """
@@ -29,7 +32,8 @@ def plainly(record: logging.LogRecord) -> bool:
     if record.name != FLOW_RUNS:
         return True
     run, runs = str(vars(record).get("flow_run_id", "")), _written.setdefault(error, set())
-    if run in runs:  # where a worker started the run, Prefect says it once more at the process's end
+    # where a worker started the run, Prefect says it once more at the process's end
+    if run in runs:
         return False
     runs.add(run)
     logger = logging.getLogger(FLOW_RUNS)

@@ -1,7 +1,8 @@
-"""The hands of several machines: a lane is a child flow run, which a worker of a pool takes, on whichever machine it runs.
+"""The hands of several machines: a lane is a child flow run, which a worker of a pool takes, on
+whichever machine it runs.
 
-The child is a run of the stage's own deployment with the shards of the group; the store is all that it shares with this
-one. Its state says when to look there, not what was made.
+The child is a run of the stage's own deployment with the shards of the group; the store is all that
+it shares with this one. Its state says when to look there, not what was made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from uuid import UUID
 import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -27,7 +33,14 @@ from prefect.states import Cancelling, Crashed
 from deepspec.artifacts.leases import Claims
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import noted_failures, read_failures
-from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, ShardsFailed, TransientError, error_named
+from deepspec.errors import (
+    ChildFailed,
+    ConfigError,
+    DeepSpecError,
+    ShardsFailed,
+    TransientError,
+    error_named,
+)
 from deepspec.process.launch import Stopped
 from deepspec.process.shard_ranges import shard_list
 from flows.automations import PART
@@ -45,7 +58,9 @@ T = TypeVar("T")
 
 
 class WorkersHands:
-    """Child runs on the workers of a pool, as many at a time as there are workers: each takes every GPU of its machine."""
+    """Child runs on the workers of a pool, as many at a time as there are workers: each takes
+    every GPU of its machine.
+    """
 
     def __init__(self, run: StageRun, claims: Claims) -> None:
         self.run, self.claims, settings = run, claims, run.config.resources
@@ -68,11 +83,15 @@ class WorkersHands:
         before = noted_failures(self.artifact)
         with self._making:
             self.tries += 1
-            number = self.tries  # not another one where the server's answer got lost: the run may have been made
+            # not another one where the server's answer got lost: the run may have been made
+            number = self.tries
         try:
             child = self._patiently(lambda: self._start(number, shards))
         except ObjectNotFound:
-            what, fix = f"the deployment {self.title!r} is gone from the Prefect server", "run `python -m flows.setup` again"
+            what, fix = (
+                f"the deployment {self.title!r} is gone from the Prefect server",
+                "run `python -m flows.setup` again",
+            )
             raise ConfigError(what, where="resources.workers", fix=fix) from None
         get_run_logger().info("%s: is run %r on the pool %r", name, child.name, self.pool.name)
         try:
@@ -93,18 +112,35 @@ class WorkersHands:
     def _start(self, number: int, shards: list[int] | None) -> FlowRun:
         with self._making:
             request, config = self.run.request, self.run.config
-            source = str(Path(request.source).absolute()) if Path(request.source).is_file() else request.source
+            source = (
+                str(Path(request.source).absolute())
+                if Path(request.source).is_file()
+                else request.source
+            )
             store = config.store if "://" in config.store else str(Path(config.store).absolute())
             # What failed there goes back to all lanes here, so it is not tried again there.
-            own = ["resources.runner=local", "resources.lanes=null", f"resources.stages.{self.run.stage}.retries=0"]
+            own = [
+                "resources.runner=local",
+                "resources.lanes=null",
+                f"resources.stages.{self.run.stage}.retries=0",
+            ]
             chosen = {} if shards is None else {"shards": shard_list(shards)}
             name = title(self.flow, source, chosen.get("shards", "")) + PART
             key = f"{flow_run.id}-{flow_run.run_count}-{self.run.stage}-{number}-{chosen.get('shards', '')}"
-            parameters: dict[str, Any] = {"recipe": source, "overrides": [*request.overrides, *own], "store": store, **chosen}
+            parameters: dict[str, Any] = {
+                "recipe": source,
+                "overrides": [*request.overrides, *own],
+                "store": store,
+                **chosen,
+            }
             return run_deployment(
-                self.pool.deployment.id, parameters=parameters, timeout=0, flow_run_name=name, idempotency_key=key,
+                self.pool.deployment.id,
+                parameters=parameters,
+                timeout=0,
+                flow_run_name=name,
+                idempotency_key=key,
                 tags=["deepspec", GROUP],
-            )  # fmt: skip
+            )
 
     def _follow(self, child: FlowRun, lane: Lane) -> FlowRun:
         """The child as it was when it had ended.
@@ -118,7 +154,9 @@ class WorkersHands:
             try:
                 now = self._patiently(lambda: self._read(child))
             except ObjectNotFound:
-                raise TransientError("its run was deleted", where=child.name, fix="it is tried again by itself") from None
+                raise TransientError(
+                    "its run was deleted", where=child.name, fix="it is tried again by itself"
+                ) from None
             state = now.state
             if state is not None and state.is_final():
                 return now
@@ -128,14 +166,31 @@ class WorkersHands:
                 self.waiting.discard(lane.name)
                 began = began or time.monotonic()
             if str(child.id) in self.silent:
-                self._patiently(lambda: self._set(child, Crashed(message="no sign of life in the store: its process or machine is gone")))
-                raise TransientError("it gave no sign of life any more", where=child.name, fix="it is tried again by itself")
+                self._patiently(
+                    lambda: self._set(
+                        child,
+                        Crashed(
+                            message="no sign of life in the store: its process or machine is gone"
+                        ),
+                    )
+                )
+                raise TransientError(
+                    "it gave no sign of life any more",
+                    where=child.name,
+                    fix="it is tried again by itself",
+                )
             if began and limit and time.monotonic() - began > limit + START_S:
-                raise TransientError(f"it did not finish in {limit + START_S:g} s", where=child.name, fix="it is tried again by itself")
+                raise TransientError(
+                    f"it did not finish in {limit + START_S:g} s",
+                    where=child.name,
+                    fix="it is tried again by itself",
+                )
             self._pause(POLL_S)
 
     def _until_quiet(self, child: FlowRun) -> None:
-        """Return when it works on nothing: cut off from the server or being ended it may do so for a while, and nothing is made twice."""
+        """Return when it works on nothing: cut off from the server or being ended it may do so
+        for a while, and nothing is made twice.
+        """
         while str(child.id) in self.alive:
             self._pause(POLL_S)
 
@@ -143,13 +198,16 @@ class WorkersHands:
         """Return if everything is there.
 
         Raises:
-            DeepSpecError: why it is not, as far as the child left word in the store or in its state.
+            DeepSpecError: why it is not, as far as the child left word in the store or in its
+                state.
         """
         state = child.state
         missing = self.run.missing(shards) if self.run.sharded else []
         if not missing and (self.run.sharded or (state is not None and state.is_completed())):
             return
-        told = f"run {child.name!r} ended {state.name if state else ''}: {state.message if state else ''}".strip(": ")
+        told = f"run {child.name!r} ended {state.name if state else ''}: {state.message if state else ''}".strip(
+            ": "
+        )
         if state is not None and state.is_completed():
             what = f"{told}; but of its shards {shard_list(missing)} are not there"
             fix = "the workers must read the same run file, and reach the same store under its name; it is tried again by itself"
@@ -157,15 +215,25 @@ class WorkersHands:
         if state is None or not state.is_failed() or state.is_crashed():
             raise TransientError(told, where=child.name, fix="it is tried again by itself")
         after = noted_failures(self.artifact)
-        asked = missing if self.run.sharded else after  # units of an evaluation are known to its child alone
-        failures = read_failures(self.artifact, [shard for shard in asked if after.get(shard) not in (None, before.get(shard))])
+        # units of an evaluation are known to its child alone
+        asked = missing if self.run.sharded else after
+        failures = read_failures(
+            self.artifact,
+            [shard for shard in asked if after.get(shard) not in (None, before.get(shard))],
+        )
         if failures:
-            rest = {shard: {"what": told, "transient": True} for shard in missing if shard not in failures}
+            rest = {
+                shard: {"what": told, "transient": True}
+                for shard in missing
+                if shard not in failures
+            }
             raise ShardsFailed(told, where=self.artifact.url, failures={**failures, **rest})
         raise error_in(state.message or "", told, child.name)
 
     def _look(self) -> None:
-        """Until the stage is left: more lanes for workers that came, children that fell silent, shards that were committed."""
+        """Until the stage is left: more lanes for workers that came, children that fell silent,
+        shards that were committed.
+        """
         watch = Watch(self.artifact, self.run.before, self.run.board)
         while not self.run.left.wait(watch.pause_s):
             try:
@@ -175,7 +243,8 @@ class WorkersHands:
                 self.silent = {one.claim.run_id for one in seen} - self.alive
                 self._add_lanes()
                 self.pool.tell_if_deserted(waiting=bool(self.waiting))
-            except (DeepSpecError, OSError, httpx.HTTPError, PrefectException) as error:  # the next look may do better
+            except (DeepSpecError, OSError, httpx.HTTPError, PrefectException) as error:
+                # the next look may do better
                 get_run_logger().debug("looking for progress: %s", error)
 
     def _add_lanes(self) -> None:
@@ -191,16 +260,25 @@ class WorkersHands:
             client.set_flow_run_state(child.id, state)
 
     def _cancel_left(self) -> None:
-        """What an earlier try of this run asked for and no worker has begun would be done beside what is dealt now."""
-        parent, waits = FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.id)]), [StateType.SCHEDULED, StateType.PENDING]
+        """What an earlier try of this run asked for and no worker has begun would be done
+        beside what is dealt now.
+        """
+        parent, waits = (
+            FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.id)]),
+            [StateType.SCHEDULED, StateType.PENDING],
+        )
         state = FlowRunFilterState(type=FlowRunFilterStateType(any_=waits))
         with get_client(sync_client=True) as client:
-            for child in client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=state)):
+            for child in client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=state)
+            ):
                 if GROUP in child.tags:
                     client.set_flow_run_state(child.id, Cancelling())
 
     def _cancel(self, child: FlowRun) -> None:
-        """Its worker ends it; if the server cannot be told, its own deadlines and claims are what is left."""
+        """Its worker ends it; if the server cannot be told, its own deadlines and claims are
+        what is left.
+        """
         try:
             self._set(child, Cancelling())
         except (httpx.HTTPError, ObjectNotFound) as error:
@@ -211,7 +289,8 @@ class WorkersHands:
             raise Stopped("the child run was ended with its run")
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """What the server answers, which may be away for a while: nothing is lost by waiting for it.
+        """What the server answers, which may be away for a while: nothing is lost by waiting for
+        it.
 
         Raises:
             ConfigError: it refuses the request itself.
@@ -222,8 +301,13 @@ class WorkersHands:
                 return call()
             except httpx.HTTPStatusError as error:
                 if error.response.is_client_error:
-                    what, where = f"Prefect refuses the child run: {error}", f"deployment {self.title}"
-                    raise ConfigError(what, where=where, fix="run `python -m flows.setup` again") from None
+                    what, where = (
+                        f"Prefect refuses the child run: {error}",
+                        f"deployment {self.title}",
+                    )
+                    raise ConfigError(
+                        what, where=where, fix="run `python -m flows.setup` again"
+                    ) from None
                 get_run_logger().warning("the Prefect server: %s", error)
             except httpx.HTTPError as error:
                 get_run_logger().warning("the Prefect server is away: %s", error)
@@ -231,8 +315,14 @@ class WorkersHands:
 
 
 def error_in(message: str, told: str, where: str) -> DeepSpecError:
-    """The error with which a flow run failed, as its own class; a ChildFailed if the state's message names none."""
+    """The error with which a flow run failed, as its own class; a ChildFailed if the state's
+    message names none.
+    """
     name, _, text = message.partition("exception: ")[2].partition(": ")
     what, _, fix = text.partition("\n  fix: ")
     found = error_named(name, what.partition("\n")[0], where=where, fix=fix or "see its log")
-    return ChildFailed(told, where=where, fix="see its log") if isinstance(found, ShardsFailed) or not what else found
+    return (
+        ChildFailed(told, where=where, fix="see its log")
+        if isinstance(found, ShardsFailed) or not what
+        else found
+    )

@@ -17,8 +17,11 @@ STAGES = ("demo", "prompts", "answers", "hidden")
 
 
 @flow(name="prepare", flow_run_name=run_name, persist_result=False)
-def prepare(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
-    """Prompts, the target's answers, and its hidden states; only what is missing in the store is made.
+def prepare(
+    recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = ""
+) -> list[StageOutcome]:
+    """Prompts, the target's answers, and its hidden states; only what is missing in the store is
+    made.
 
     Args:
         recipe: A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.

@@ -1,8 +1,10 @@
-"""The hands of a Ray cluster: each group of shards is a Prefect task in a Ray worker, which runs the child that any machine runs.
+"""The hands of a Ray cluster: each group of shards is a Prefect task in a Ray worker, which runs
+the child that any machine runs.
 
-Ray decides on which node, pins the worker to its GPU, and tells of a worker or node that has died; what it had goes back to the
-dealer. The child is guarded by its worker, so it ends with it, however that ends. Nodes share the store and nothing else.
-Ray is imported late: where it is to listen it reads from the environment when it is imported, and that depends on the run.
+Ray decides on which node, pins the worker to its GPU, and tells of a worker or node that has died;
+what it had goes back to the dealer. The child is guarded by its worker, so it ends with it, however
+that ends. Nodes share the store and nothing else. Ray is imported late: where it is to listen it
+reads from the environment when it is imported, and that depends on the run.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 LOOK_S = 0.5  # between two looks at whether the run is being ended
 ANSWER_S = 10.0
 OBJECTS_BYTES = 100_000_000  # Ray's shared memory: nothing but names goes through it
-# Ray's own switch for machines where it is to stay on loopback; and only who knows its token may use it.
+# Ray's own switch for machines where it is to stay on loopback; and only who knows its token may
+# use it.
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
@@ -52,7 +55,9 @@ class Order(NamedTuple):
     stage: str
     fingerprint: str
     folder: str
-    """Where the flow runs: relative paths of a run mean the same there, where there is such a folder."""
+    """Where the flow runs: relative paths of a run mean the same there, where there is such a
+    folder.
+    """
 
 
 class RayHands:
@@ -63,10 +68,16 @@ class RayHands:
         gpus = num_gpus(settings)
         count = settings.lanes or max(1, gpus)
         self.lanes = [Lane(f"Ray #{number}") for number in range(count)]
-        self.options: dict[str, Any] = {"num_gpus": 1 / -(-count // gpus)} if gpus else {"num_cpus": 1}
+        self.options: dict[str, Any] = (
+            {"num_gpus": 1 / -(-count // gpus)} if gpus else {"num_cpus": 1}
+        )
         artifact = artifact_of(run.config, run.stage)
-        self.order, self.url = Order(run.request, run.stage, artifact.key.fingerprint, str(Path.cwd())), artifact.url
-        # Ray tasks are begun in the flow's context: that of the lane's own task holds threads and locks, which do not travel.
+        self.order, self.url = (
+            Order(run.request, run.stage, artifact.key.fingerprint, str(Path.cwd())),
+            artifact.url,
+        )
+        # Ray tasks are begun in the flow's context: that of the lane's own task holds threads and
+        # locks, which do not travel.
         self.context = copy_context()
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
@@ -80,10 +91,14 @@ class RayHands:
             future.result()
         except ModuleNotFoundError as error:
             fix = "install the same version of deepspec, with the extra `ray`, on every node"
-            raise ConfigError(f"a Ray worker cannot do {name}: {error}", where="resources.ray_address", fix=fix) from None
+            raise ConfigError(
+                f"a Ray worker cannot do {name}: {error}", where="resources.ray_address", fix=fix
+            ) from None
         except (ray.exceptions.RayError, PrefectException, OSError) as error:
             what = f"the Ray worker that did {name} is gone: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            raise TransientError(what, where=self.url, fix="its shards are given out again by themselves") from None
+            raise TransientError(
+                what, where=self.url, fix="its shards are given out again by themselves"
+            ) from None
 
     def begin(self, name: str, shards: list[int] | None) -> Any:
         from prefect_ray.context import remote_options
@@ -91,31 +106,49 @@ class RayHands:
         # What a dead worker had is the dealer's to give out again, not Ray's.
         with remote_options(**self.options, max_retries=0):
             return self.runner.submit(
-                work_there.with_options(task_run_name=f"{name} on Ray"), {"name": name, "order": self.order, "shards": shards}
+                work_there.with_options(task_run_name=f"{name} on Ray"),
+                {"name": name, "order": self.order, "shards": shards},
             )
 
 
 @task(name="shards on Ray", persist_result=False, cache_policy=NO_CACHE)
 def work_there(name: str, order: Order, shards: list[int] | None) -> None:
-    """In a Ray worker: the group's guarded child, with the GPU that Ray has set, and the servers' key if a block holds it.
+    """In a Ray worker: the group's guarded child, with the GPU that Ray has set, and the servers'
+    key if a block holds it.
 
     Raises:
         ConfigError: this node reads another run file than the flow did.
         DeepSpecError: the child's own error.
     """
     request, stage = order.request, order.stage
-    with contextlib.chdir(order.folder) if Path(order.folder).is_dir() else contextlib.nullcontext():
+    with (
+        contextlib.chdir(order.folder) if Path(order.folder).is_dir() else contextlib.nullcontext()
+    ):
         config = load_run(request.source, request.overrides, store=request.store)
         artifact = artifact_of(config, stage)
         if artifact.key.fingerprint != order.fingerprint:
             what = f"{request.source} on the Ray node {socket.gethostname()} is not what the flow has read"
-            raise ConfigError(what, where=artifact.url, fix="a run's files must be the same, under the same path, on every node")
+            raise ConfigError(
+                what,
+                where=artifact.url,
+                fix="a run's files must be the same, under the same path, on every node",
+            )
         path = log_path(artifact, name)
         get_run_logger().info("%s: started on %s, full log in %s", name, socket.gethostname(), path)
         env = {"DEEPSPEC_EVENTS": "1", **(api_key(config) if stage == "answers" else {})}
-        command, deadline_s = request.command(stage, shards), config.resources.limits(stage).deadline_s
+        command, deadline_s = (
+            request.command(stage, shards),
+            config.resources.limits(stage).deadline_s,
+        )
         with contextlib.closing(ChildLog(path)) as forward:
-            run_child(command, on_event=silent, on_line=forward, env=env, log_path=path, timeout_s=deadline_s)
+            run_child(
+                command,
+                on_event=silent,
+                on_line=forward,
+                env=env,
+                log_path=path,
+                timeout_s=deadline_s,
+            )
 
 
 @contextlib.contextmanager
@@ -126,18 +159,27 @@ def ray_hands(run: StageRun) -> Iterator[RayHands]:
         UserError: there is no such cluster, or it has nothing to work with.
     """
     artifact = artifact_of(run.config, run.stage)
-    with connected(run.config.resources) as runner, watching_store(Watch(artifact, run.before, run.board)):
+    with (
+        connected(run.config.resources) as runner,
+        watching_store(Watch(artifact, run.before, run.board)),
+    ):
         yield RayHands(run, runner)
 
 
 @contextlib.contextmanager
 def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
-    """Prefect's task runner on the cluster that is meant, or on a Ray of this process's own, on loopback and without a dashboard."""
+    """Prefect's task runner on the cluster that is meant, or on a Ray of this process's own, on
+    loopback and without a dashboard.
+    """
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None:
         os.environ.update({"RAY_AUTH_TOKEN": secrets.token_hex(32), **ON_LOOPBACK, **os.environ})
-        options |= {"num_cpus": settings.lanes, "include_dashboard": False, "object_store_memory": OBJECTS_BYTES}
+        options |= {
+            "num_cpus": settings.lanes,
+            "include_dashboard": False,
+            "object_store_memory": OBJECTS_BYTES,
+        }
     with contextlib.ExitStack() as stack:
         try:
             if address is not None:
@@ -167,7 +209,9 @@ def check_answers(address: str) -> None:
 
 @contextlib.contextmanager
 def keeping_sigterm() -> Iterator[None]:
-    """Ray's handler would end the process at once; the one that was there lets the flow end in order."""
+    """Ray's handler would end the process at once; the one that was there lets the flow end in
+    order.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -190,7 +234,9 @@ def num_gpus(settings: ResourcesConfig) -> int:
 
 
 def end(work: Any) -> None:
-    """The group's child is ended by its worker; a worker that does not do so in time is ended itself, and the child's guard sees it."""
+    """The group's child is ended by its worker; a worker that does not do so in time is ended
+    itself, and the child's guard sees it.
+    """
     ray = imported_ray()
     for force in (False, True):
         with contextlib.suppress(ray.exceptions.RayError):

@@ -17,7 +17,9 @@ STAGES = ("answers",)
 
 
 @flow(name="regenerate", flow_run_name=run_name, persist_result=False)
-def regenerate(recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = "") -> list[StageOutcome]:
+def regenerate(
+    recipe: Recipe = "demo", overrides: Overrides = (), shards: Shards = "", store: StoreUrl = ""
+) -> list[StageOutcome]:
     """The target's answers to prompts that are there; only what is missing in the store is made.
 
     Args:

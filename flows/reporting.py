@@ -1,6 +1,8 @@
-"""What a run shows while it works and at its end: progress for who watches it, artifacts for the Prefect UI.
+"""What a run shows while it works and at its end: progress for who watches it, artifacts for the
+Prefect UI.
 
-Artifacts are a help, not a condition: a server that does not take one is noted in the log, and the run goes on.
+Artifacts are a help, not a condition: a server that does not take one is noted in the log, and the
+run goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import httpx
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 
 from deepspec.artifacts.status import StageStatus
 
@@ -77,7 +79,9 @@ def show_nothing_to_do(status: StageStatus, state: State) -> None:
 
 @contextlib.contextmanager
 def best_effort(*, retries: int = 2) -> Iterator[None]:
-    """Calls to the server that may fail; they give up soon, because a child is waiting to be heard meanwhile."""
+    """Calls to the server that may fail; they give up soon, because a child is waiting to be
+    heard meanwhile.
+    """
     patience = {PREFECT_CLIENT_MAX_RETRIES: retries, PREFECT_API_REQUEST_TIMEOUT: REQUEST_S}
     try:
         with temporary_settings(patience):
@@ -94,29 +98,46 @@ def artifact_key(name: str) -> str:
 def publish_stages(run_name: str, outcomes: Sequence[StageOutcome]) -> None:
     """A table of the stages, and a link to each artifact in the store."""
     with best_effort():
-        rows = [{**stage_row(outcome), "artifact": outcome.status.artifact_url} for outcome in outcomes]
+        rows = [
+            {**stage_row(outcome), "artifact": outcome.status.artifact_url} for outcome in outcomes
+        ]
         create_table_artifact(rows, key=artifact_key(f"{run_name}-stages"), description="stages")
         for outcome in outcomes:
             url = outcome.status.artifact_url
             link = url if "://" in url else Path(url).resolve().as_uri()
-            create_link_artifact(link, link_text=url, key=artifact_key(f"{run_name}-{outcome.status.stage}-folder"))
+            create_link_artifact(
+                link, link_text=url, key=artifact_key(f"{run_name}-{outcome.status.stage}-folder")
+            )
 
 
 def stage_row(outcome: StageOutcome) -> dict[str, str]:
     """One stage, ready to be shown."""
     status = outcome.status
     numbers = {
-        "shards": status.committed, "missing": len(status.missing), "rows": status.rows, "rejected": status.rejected_rows,
+        "shards": status.committed,
+        "missing": len(status.missing),
+        "rows": status.rows,
+        "rejected": status.rejected_rows,
         "tokens": status.tokens,
-    }  # fmt: skip
-    seconds = outcome.state if outcome.state in ("already done", "in training") else f"{outcome.seconds:.1f}"
+    }
+    seconds = (
+        outcome.state
+        if outcome.state in ("already done", "in training")
+        else f"{outcome.seconds:.1f}"
+    )
     share = status.truncated_share
     counted = {name: f"{number:,}" if number else "" for name, number in numbers.items()}
-    told = {**counted, "truncated": "" if share is None else f"{share:.1%}", "MB": f"{status.num_bytes / 1e6:.1f}"}
+    told = {
+        **counted,
+        "truncated": "" if share is None else f"{share:.1%}",
+        "MB": f"{status.num_bytes / 1e6:.1f}",
+    }
     return {"stage": status.stage, "state": outcome.state, **told, "seconds": seconds}
 
 
-def publish_results(run_name: str, text: str, benchmarks: Sequence[Mapping[str, Any]], report_url: str, command: str) -> None:
+def publish_results(
+    run_name: str, text: str, benchmarks: Sequence[Mapping[str, Any]], report_url: str, command: str
+) -> None:
     """The evaluation's report in words, its numbers as a table, and where the whole report is."""
     link = report_url if "://" in report_url else Path(report_url).resolve().as_uri()
     where = [
@@ -125,11 +146,19 @@ def publish_results(run_name: str, text: str, benchmarks: Sequence[Mapping[str, 
         f"```\n{command}\n```",
     ]
     with best_effort():
-        create_markdown_artifact(text, key=artifact_key(f"{run_name}-results"), description="results")
-        create_table_artifact(
-            [result_row(part) for part in benchmarks], key=artifact_key(f"{run_name}-benchmarks"), description="benchmarks"
+        create_markdown_artifact(
+            text, key=artifact_key(f"{run_name}-results"), description="results"
         )
-        create_markdown_artifact("\n\n".join(where), key=artifact_key(f"{run_name}-report"), description="the report with figures")
+        create_table_artifact(
+            [result_row(part) for part in benchmarks],
+            key=artifact_key(f"{run_name}-benchmarks"),
+            description="benchmarks",
+        )
+        create_markdown_artifact(
+            "\n\n".join(where),
+            key=artifact_key(f"{run_name}-report"),
+            description="the report with figures",
+        )
 
 
 def result_row(part: Mapping[str, Any]) -> dict[str, str]:
@@ -139,9 +168,12 @@ def result_row(part: Mapping[str, Any]) -> dict[str, str]:
         "benchmark": part["benchmark"],
         "T": f"{part['temperature']:g}",
         "acceptance length": f"{part['acceptance_length']:.2f}",
-        "accepted by position (%)": " ".join(f"{100 * share:.0f}" for share in part["conditional_acceptance"]),
+        "accepted by position (%)": " ".join(
+            f"{100 * share:.0f}" for share in part["conditional_acceptance"]
+        ),
         "tokens/s": f"{speeds['speculative']:.0f}",
         "plain": f"{speeds['plain']:.0f}",
         "speed-up": f"{part['speedup']:.2f}",
-        "lossless": "" if part["temperature"] else f"{identical}/{prompts}",  # two draws at temperature 1 need not be the same
+        # two draws at temperature 1 need not be the same
+        "lossless": "" if part["temperature"] else f"{identical}/{prompts}",
     }

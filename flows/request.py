@@ -1,4 +1,6 @@
-"""Opening a request: everything that can be wrong with it is found before Prefect, or any work, is started."""
+"""Opening a request: everything that can be wrong with it is found before Prefect, or any work,
+is started.
+"""
 
 from __future__ import annotations
 
@@ -36,4 +38,8 @@ def require_ray() -> None:
     missing = [name for name in ("ray", "prefect_ray") if importlib.util.find_spec(name) is None]
     if missing:
         what = f"the runner `ray` needs {' and '.join(missing)}, not installed here"
-        raise ConfigError(what, where="resources.runner", fix="pip install 'deepspec[ray]', on every node of the cluster")
+        raise ConfigError(
+            what,
+            where="resources.runner",
+            fix="pip install 'deepspec[ray]', on every node of the cluster",
+        )

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import SHARDED, StageStatus, choose, missing_shards, require_sealed, upstream_records
+from deepspec.artifacts.status import (
+    SHARDED,
+    StageStatus,
+    choose,
+    missing_shards,
+    require_sealed,
+    upstream_records,
+)
 from deepspec.config.run import RunConfig
 
-FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}  # the flow of this stage alone
+# the flow of this stage alone
+FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}
 SELECTABLE = (*SHARDED, "evaluate")
 
 
@@ -19,7 +27,8 @@ def selected(config: RunConfig, status: StageStatus, asked: Sequence[int]) -> St
 
     Raises:
         ArtifactMismatch: a stage before it is not finished.
-        ConfigError: there is no such shard. Units of an evaluation that has no result yet are known to its child alone.
+        ConfigError: there is no such shard. Units of an evaluation that has no result yet are known
+            to its child alone.
     """
     stage = status.stage
     if not asked or stage not in SELECTABLE or status.in_training:
@@ -32,4 +41,6 @@ def selected(config: RunConfig, status: StageStatus, asked: Sequence[int]) -> St
     if status.sealed:
         choose(asked, artifact.records(), stage)
     draft = digests[f"train/{artifact_of(config, 'train').key.fingerprint}"]
-    return status._replace(missing=[] if status.sealed else missing_shards(artifact, dict.fromkeys(asked, draft)))
+    return status._replace(
+        missing=[] if status.sealed else missing_shards(artifact, dict.fromkeys(asked, draft))
+    )

@@ -1,8 +1,9 @@
-"""Which Prefect server a run started by hand talks to: the user's own, or a private one for the length of the run.
+"""Which Prefect server a run started by hand talks to: the user's own, or a private one for the
+length of the run.
 
-Nothing here imports Prefect: it reads its settings when it is imported, so they must be in the environment before.
-The private server is `prefect server start` under the guard. Prefect's own ephemeral server would do the same, but it
-outlives a run that is killed.
+Nothing here imports Prefect: it reads its settings when it is imported, so they must be in the
+environment before. The private server is `prefect server start` under the guard. Prefect's own
+ephemeral server would do the same, but it outlives a run that is killed.
 """
 
 from __future__ import annotations
@@ -23,22 +24,46 @@ from deepspec.storage.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
 STOP_S = 5.0
-# A server may restart meanwhile; one that hangs is not waited for by each request for six minutes, as Prefect would.
+# A server may restart meanwhile; one that hangs is not waited for by each request for six minutes,
+# as Prefect would.
 PATIENCE = {"PREFECT_API_REQUEST_TIMEOUT": "10", "PREFECT_CLIENT_MAX_RETRIES": "4"}
 
 
 class PrivateServer:
-    """A Prefect server on a free port of this machine; ends with this process, however that ends."""
+    """A Prefect server on a free port of this machine; ends with this process, however that
+    ends.
+    """
 
     def __init__(self, home: Path) -> None:
         self.port, self.log_path = free_port(), home / "server.log"
         home.mkdir(parents=True, exist_ok=True)
         os.environ.update(_settings(home, self.port))
-        command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
-        guarded = [sys.executable, "-m", "deepspec.process.supervisor", str(STOP_S), sys.executable, *command]
+        command = [
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--no-ui",
+        ]
+        guarded = [
+            sys.executable,
+            "-m",
+            "deepspec.process.supervisor",
+            str(STOP_S),
+            sys.executable,
+            *command,
+        ]
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        atexit.register(self.stop)  # registered before Prefect's own handlers, so it runs after they have sent their last events
+            self.process = subprocess.Popen(
+                guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+        # registered before Prefect's own handlers, so it runs after they have sent their last
+        # events
+        atexit.register(self.stop)
 
     def wait(self) -> None:
         """Return when the server answers.
@@ -52,12 +77,21 @@ class PrivateServer:
                 return
             time.sleep(0.05)
         lines = self.log_path.read_text(errors="replace").strip().splitlines()[-3:]
-        what = "Prefect's private server did not start" + (": " + " / ".join(lines) if lines else "")
-        raise UserError(what, where=str(self.log_path), fix="read that log, or start a server yourself and set PREFECT_API_URL")
+        what = "Prefect's private server did not start" + (
+            ": " + " / ".join(lines) if lines else ""
+        )
+        raise UserError(
+            what,
+            where=str(self.log_path),
+            fix="read that log, or start a server yourself and set PREFECT_API_URL",
+        )
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(connection),
+        ):
             connection.request("GET", "/api/health")
             return connection.getresponse().status == http.HTTPStatus.OK
         return False
@@ -70,23 +104,33 @@ class PrivateServer:
 
 
 def start_private_server(store: Store) -> PrivateServer | None:
-    """A private server with its database beside the artifacts; None where the user has set up Prefect.
+    """A private server with its database beside the artifacts; None where the user has set up
+    Prefect.
 
     Raises:
         UserError: its folder cannot be written.
     """
     for handler in ("LOGGING_HANDLERS_CONSOLE_LEVEL", "LOGGING_INTERNAL_LEVEL"):
-        os.environ.setdefault(f"PREFECT_{handler}", "CRITICAL")  # the terminal shows bars; the server gets the logs
+        # the terminal shows bars; the server gets the logs
+        os.environ.setdefault(f"PREFECT_{handler}", "CRITICAL")
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL") or _profile_has_server():
         return None
-    beside = Path(store.root) / ".prefect" if store.is_local else Path.home() / ".cache" / "deepspec" / "prefect"
+    beside = (
+        Path(store.root) / ".prefect"
+        if store.is_local
+        else Path.home() / ".cache" / "deepspec" / "prefect"
+    )
     home = Path(os.environ.get("PREFECT_HOME") or beside).absolute()
     try:
         return PrivateServer(home)
     except OSError as error:
-        raise UserError(f"Prefect's folder cannot be written: {error}", where=str(home), fix="set PREFECT_HOME to another") from None
+        raise UserError(
+            f"Prefect's folder cannot be written: {error}",
+            where=str(home),
+            fix="set PREFECT_HOME to another",
+        ) from None
 
 
 def _profile_has_server() -> bool:

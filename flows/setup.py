@@ -1,8 +1,9 @@
-"""`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again after every change.
+"""`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again
+after every change.
 
-Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs crashed which died without
-a word, one per pool that tells of runs which no worker takes, and, if asked for, one that tells a webhook how runs ended. What
-is there already is brought up to date.
+Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs
+crashed which died without a word, one per pool that tells of runs which no worker takes, and, if
+asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
 """
 
 from __future__ import annotations
@@ -26,26 +27,63 @@ POOLS = ("deepspec-cpu", "deepspec-gpu")
 
 NotifyUrl = Annotated[
     str | None,
-    typer.Option("--notify", metavar="URL", envvar="DEEPSPEC_NOTIFY_URL", help="webhook to tell of finished, failed and crashed runs"),
+    typer.Option(
+        "--notify",
+        metavar="URL",
+        envvar="DEEPSPEC_NOTIFY_URL",
+        help="webhook to tell of finished, failed and crashed runs",
+    ),
 ]
 Silence = Annotated[
-    float, typer.Option("--silence", metavar="SECONDS", help="a run that shows no sign of life for so long is marked crashed")
+    float,
+    typer.Option(
+        "--silence",
+        metavar="SECONDS",
+        help="a run that shows no sign of life for so long is marked crashed",
+    ),
 ]
-CpuRuns = Annotated[int | None, typer.Option("--cpu-runs", min=1, metavar="N", help="runs at a time on deepspec-cpu, all workers together")]
-GpuRuns = Annotated[int | None, typer.Option("--gpu-runs", min=1, metavar="N", help="runs at a time on deepspec-gpu, all workers together")]
+CpuRuns = Annotated[
+    int | None,
+    typer.Option(
+        "--cpu-runs",
+        min=1,
+        metavar="N",
+        help="runs at a time on deepspec-cpu, all workers together",
+    ),
+]
+GpuRuns = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-runs",
+        min=1,
+        metavar="N",
+        help="runs at a time on deepspec-gpu, all workers together",
+    ),
+]
 
 
-def command(notify: NotifyUrl = None, silence_s: Silence = SILENCE_S, cpu_runs: CpuRuns = None, gpu_runs: GpuRuns = None) -> None:
+def command(
+    notify: NotifyUrl = None,
+    silence_s: Silence = SILENCE_S,
+    cpu_runs: CpuRuns = None,
+    gpu_runs: GpuRuns = None,
+) -> None:
     """Set a Prefect server up for the flows; as often as you like, from the repository's folder."""
     with talking_to(None):
-        setup(notify=notify, silence_s=silence_s, limits=dict(zip(POOLS, (cpu_runs, gpu_runs), strict=True)))
+        setup(
+            notify=notify,
+            silence_s=silence_s,
+            limits=dict(zip(POOLS, (cpu_runs, gpu_runs), strict=True)),
+        )
 
 
 def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]) -> None:
-    """Pools, deployments and automations are on the server as described here; each is told in a line.
+    """Pools, deployments and automations are on the server as described here; each is told in a
+    line.
 
     Raises:
-        UserError: no server, or one of another version; not the repository's folder; an interval that would end healthy runs.
+        UserError: no server, or one of another version; not the repository's folder; an interval
+            that would end healthy runs.
     """
     from prefect.client.orchestration import get_client
 
@@ -63,21 +101,33 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
         if notify:
             typer.echo(put_automation(client, ended(notify)))
         for pool in POOLS:
-            if not any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(pool)):
-                typer.echo(f"no worker on the work pool {pool!r} yet: start one with `prefect worker start --pool {pool}`")
+            if not any(
+                worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(pool)
+            ):
+                typer.echo(
+                    f"no worker on the work pool {pool!r} yet: start one with `prefect worker start --pool {pool}`"
+                )
 
 
 def check_folder(folder: Path) -> None:
     needed = ["prefect.yaml", *(f"deployments/work_pools/{pool}.json" for pool in POOLS)]
     if missing := [name for name in needed if not (folder / name).is_file()]:
-        raise UserError(f"{' and '.join(missing)} not found", where=str(folder), fix="run this from the repository's folder")
+        raise UserError(
+            f"{' and '.join(missing)} not found",
+            where=str(folder),
+            fix="run this from the repository's folder",
+        )
 
 
 def check_silence(silence_s: float) -> None:
-    """Refuse an interval in which a healthy run may be silent: it sends a heartbeat now and then, and one may get lost."""
+    """Refuse an interval in which a healthy run may be silent: it sends a heartbeat now and
+    then, and one may get lost.
+    """
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
-    least_s = SILENT_HEARTBEATS * (PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or SILENCE_S / SILENT_HEARTBEATS)
+    least_s = SILENT_HEARTBEATS * (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or SILENCE_S / SILENT_HEARTBEATS
+    )
     if silence_s < least_s:
         what = f"after {silence_s:g} s of silence healthy runs would be marked crashed: at least {least_s:g} s are needed"
         fix = "leave --silence out, or set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to a third of it here and wherever flows run (least: 30)"
@@ -104,14 +154,19 @@ def put_pool(client: Any, name: str, limit: int | None) -> str:
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
-    template = json.loads(Path("deployments", "work_pools", f"{name}.json").read_text(encoding="utf-8"))
+    template = json.loads(
+        Path("deployments", "work_pools", f"{name}.json").read_text(encoding="utf-8")
+    )
     limited = {} if limit is None else {"concurrency_limit": limit}
     try:
         found = client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template, **limited))
+        client.create_work_pool(
+            WorkPoolCreate(name=name, type="process", base_job_template=template, **limited)
+        )
         return f"work pool {name}: made"
-    if found.type != "process":  # a site's own, say of Kubernetes: its template is that of another kind of worker
+    # a site's own, say of Kubernetes: its template is that of another kind of worker
+    if found.type != "process":
         return f"work pool {name}: is of type {found.type!r}, left as it is"
     client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limited))
     return f"work pool {name}: up to date"
@@ -125,11 +180,20 @@ def deploy(api_url: str) -> str:
     """
     line = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     # What prefect.yaml takes from its environment: the runs' folder and the package's version.
-    env = {**os.environ, "PREFECT_API_URL": api_url, "PWD": str(Path.cwd()), "DEEPSPEC_VERSION": __version__}
+    env = {
+        **os.environ,
+        "PREFECT_API_URL": api_url,
+        "PWD": str(Path.cwd()),
+        "DEEPSPEC_VERSION": __version__,
+    }
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         said = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise UserError(f"the deployments were not made:\n    {said}", where="prefect.yaml", fix="run `prefect --no-prompt deploy --all`")
+        raise UserError(
+            f"the deployments were not made:\n    {said}",
+            where="prefect.yaml",
+            fix="run `prefect --no-prompt deploy --all`",
+        )
     return f"deployments of {Path.cwd() / 'prefect.yaml'}: up to date"
 
 

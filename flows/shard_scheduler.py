@@ -1,7 +1,9 @@
-"""Deals the missing shards of a stage out to lanes in groups that last minutes, each lane as many as it has shown to manage.
+"""Deals the missing shards of a stage out to lanes in groups that last minutes, each lane as many
+as it has shown to manage.
 
-A lane asks when it has nothing to do, so a fast one asks more often; towards the end groups get smaller, so that all end
-together. What a lane gives back waits a little and then goes to whoever asks first. 10,000 shards make some hundred groups.
+A lane asks when it has nothing to do, so a fast one asks more often; towards the end groups get
+smaller, so that all end together. What a lane gives back waits a little and then goes to whoever
+asks first. 10,000 shards make some hundred groups.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from deepspec.config.resources import StageLimits
 MAX_GROUPS = 500  # of a stage: each is a task run in the Prefect server's database, about 20 kB
 SHORTEST_S = 60.0  # smaller groups at the end would spend their time on loading the target
 SHARD_DIGITS = 4  # of shard numbers in names, so that they sort
-IN_A_ROW = 3  # tries that a lane may fail as a whole, one after the other, before it is left out where there are others
+# tries that a lane may fail as a whole, one after the other, before it is left out where there are
+# others
+IN_A_ROW = 3
 
 
 @dataclass
 class Lane:
-    """Something that works on one group at a time: a GPU, a share of the CPU, a machine's worker."""
+    """Something that works on one group at a time: a GPU, a share of the CPU, a machine's
+    worker.
+    """
 
     name: str
     device: str | None = None
@@ -82,7 +88,9 @@ class Dealer:
         self._least = -(-len(self.shards) // MAX_GROUPS)
 
     def take(self, lane: Lane) -> list[int]:
-        """The lane's next group; waits while there may be something later. Empty: there is nothing more for this lane."""
+        """The lane's next group; waits while there may be something later. Empty: there is
+        nothing more for this lane.
+        """
         with self._changed:
             while not (self.stopped or lane.dead):
                 now = time.monotonic()
@@ -90,7 +98,9 @@ class Dealer:
                     return self._dealt(lane, ready[: self._size(lane, len(ready))])
                 if not (self._left or self._out):
                     break
-                self._changed.wait(min([shard.ready_at - now for shard in self._left], default=None))
+                self._changed.wait(
+                    min([shard.ready_at - now for shard in self._left], default=None)
+                )
             return []
 
     def ended(self, lane: Lane, group: Sequence[int], made: int, seconds: float) -> None:
@@ -101,7 +111,8 @@ class Dealer:
             self._changed.notify_all()
 
     def give_back(self, lane: Lane, shards: Sequence[int], *, count: bool = True) -> list[int]:
-        """Shards that another try may make go to whoever asks first; returns those that were tried too often for that.
+        """Shards that another try may make go to whoever asks first; returns those that were tried
+        too often for that.
 
         The try is not to `count` where the lane was to blame, or where it got on with its group.
         """
@@ -122,11 +133,17 @@ class Dealer:
     def failed(self, lane: Lane, *, made: int = 0) -> bool:
         """The lane failed as a whole, having `made` so many shards of its group before.
 
-        Returns whether it is left out from now on, because others live and it does nothing else than fail.
+        Returns whether it is left out from now on, because others live and it does nothing else
+        than fail.
         """
         with self._changed:
-            lane.failed, lane.failed_in_a_row = lane.failed + 1, 0 if made else lane.failed_in_a_row + 1
-            lane.dead = lane.failed_in_a_row >= IN_A_ROW and any(not other.dead for other in self.lanes if other is not lane)
+            lane.failed, lane.failed_in_a_row = (
+                lane.failed + 1,
+                0 if made else lane.failed_in_a_row + 1,
+            )
+            lane.dead = lane.failed_in_a_row >= IN_A_ROW and any(
+                not other.dead for other in self.lanes if other is not lane
+            )
             return lane.dead
 
     def close(self) -> None:
@@ -142,11 +159,19 @@ class Dealer:
         return [shard.number for shard in group]
 
     def _taken_from(self, lane: Lane, shards: Sequence[int]) -> list[_Shard]:
-        """Those that are not out at this lane any more stay where they are: another lane may have them."""
-        return [self._out.pop(number) for number in shards if number in self._out and self._out[number].lane is lane]
+        """Those that are not out at this lane any more stay where they are: another lane may
+        have them.
+        """
+        return [
+            self._out.pop(number)
+            for number in shards
+            if number in self._out and self._out[number].lane is lane
+        ]
 
     def _size(self, lane: Lane, ready: int) -> int:
-        """What lasts `group_s` at this lane, and no more than its share of what is left, unless that were over too soon."""
+        """What lasts `group_s` at this lane, and no more than its share of what is left, unless
+        that were over too soon.
+        """
         alive = [other for other in self.lanes if not other.dead]
         known = [other.shards_per_s for other in alive if other.shards_per_s]
         speed = lane.shards_per_s

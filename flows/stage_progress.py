@@ -1,4 +1,6 @@
-"""What is known of a stage at work: its children's words added up, and shown to whoever watches and in the Prefect UI."""
+"""What is known of a stage at work: its children's words added up, and shown to whoever watches
+and in the Prefect UI.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +40,44 @@ class Board:
     Args:
         run_name: Artifacts are named by it and the stage.
         before: The stage as it was when the run began.
-        sharded: Whether shards are counted, each once; else the newest `progress` event of the only child counts.
+        sharded: Whether shards are counted, each once; else the newest `progress` event of the only
+            child counts.
         history: The lines of a training's metrics.jsonl, those of earlier runs included.
     """
 
-    def __init__(self, run_name: str, before: StageStatus, *, sharded: bool, history: History = tuple) -> None:
+    def __init__(
+        self, run_name: str, before: StageStatus, *, sharded: bool, history: History = tuple
+    ) -> None:
         self._lock, self._began = threading.Lock(), time.monotonic()
         self._under_way: dict[str, Mapping[str, Any]] = {}
-        self._sharded, self._committed, self._url, self._history = sharded, before.committed, before.artifact_url, history
-        self._seen, self._made, self._steps, self._by_lane = set[int](), list[Made](), list[dict[str, Any]](), Counter[str]()
+        self._sharded, self._committed, self._url, self._history = (
+            sharded,
+            before.committed,
+            before.artifact_url,
+            history,
+        )
+        self._seen, self._made, self._steps, self._by_lane = (
+            set[int](),
+            list[Made](),
+            list[dict[str, Any]](),
+            Counter[str](),
+        )
         self._lanes: Sequence[Lane] = ()
         total = before.committed + len(before.missing) if sharded else 0
-        self.progress = Progress(before.stage, "running", before.committed if sharded else 0, total, "shards" if sharded else "", {})
+        self.progress = Progress(
+            before.stage,
+            "running",
+            before.committed if sharded else 0,
+            total,
+            "shards" if sharded else "",
+            {},
+        )
         name = f"{run_name}-{before.stage}"
         self._artifact = LiveArtifact("progress", name, pause_s=PROGRESS_S)
         self._lane_table = LiveArtifact("table", f"{name}-lanes", pause_s=LANES_S)
-        self._pictures = LiveArtifact("markdown", f"{name}-{'throughput' if sharded else 'curves'}", pause_s=PICTURES_S)
+        self._pictures = LiveArtifact(
+            "markdown", f"{name}-{'throughput' if sharded else 'curves'}", pause_s=PICTURES_S
+        )
         self._show()
 
     def watch(self, lanes: Sequence[Lane]) -> None:
@@ -69,7 +93,9 @@ class Board:
                 self._hear_shard(event, lane)
             elif event["event"] == "answering":
                 self._under_way[lane] = event
-                self.progress = self.progress._replace(note=answering_note(list(self._under_way.values())))
+                self.progress = self.progress._replace(
+                    note=answering_note(list(self._under_way.values()))
+                )
             elif event["event"] == "progress" and not self._sharded:
                 self._hear_progress(event)
             else:
@@ -77,14 +103,20 @@ class Board:
             self._show()
 
     def unheard(self, shards: Collection[int]) -> list[int]:
-        """Those of the shards that no child has told of: it was killed just then, or worked where it is not heard."""
+        """Those of the shards that no child has told of: it was killed just then, or worked
+        where it is not heard.
+        """
         with self._lock:
             return sorted(set(shards) - self._seen) if self._sharded else []
 
     def note(self, *, retries: int, failed: int) -> None:
-        """How many shards were given out again so far, and how many failed so that this run does not try them again."""
+        """How many shards were given out again so far, and how many failed so that this run
+        does not try them again.
+        """
         with self._lock:
-            self.progress = self.progress._replace(numbers={**self.progress.numbers, "retries": retries, "failed": failed})
+            self.progress = self.progress._replace(
+                numbers={**self.progress.numbers, "retries": retries, "failed": failed}
+            )
             self._show()
 
     def say(self, note: str) -> None:
@@ -102,8 +134,12 @@ class Board:
         with self._lock:
             total = max(self.progress.total, self.progress.done, 1)
             done = self.progress.done if state == "failed" else total
-            numbers = {name: value for name, value in self.progress.numbers.items() if name != "left_s"}
-            self.progress = self.progress._replace(state=state, done=done, total=total, note="", numbers=numbers)
+            numbers = {
+                name: value for name, value in self.progress.numbers.items() if name != "left_s"
+            }
+            self.progress = self.progress._replace(
+                state=state, done=done, total=total, note="", numbers=numbers
+            )
             self._show(now=True)
 
     def leave(self) -> None:
@@ -113,7 +149,9 @@ class Board:
             self._artifact.tell(self._described, now=True)
 
     def _hear_shard(self, event: Mapping[str, Any], lane: str) -> None:
-        """Children count their own shards from zero, and again after a retry; here every shard counts once."""
+        """Children count their own shards from zero, and again after a retry; here every shard
+        counts once.
+        """
         if event["shard"] in self._seen:
             return
         self._seen.add(event["shard"])
@@ -123,21 +161,38 @@ class Board:
         numbers |= {name: numbers.get(name, 0) + event.get(name, 0) for name in SUMMED}
         numbers |= {f"{name}_per_s": numbers[name] / seconds for name in ("rows", "tokens")}
         done = self._committed + len(self._seen)
-        self.progress = self.progress._replace(done=done, numbers=numbers | {"left_s": self._left_s(self.progress.total - done)})
+        self.progress = self.progress._replace(
+            done=done, numbers=numbers | {"left_s": self._left_s(self.progress.total - done)}
+        )
 
     def _hear_progress(self, event: Mapping[str, Any]) -> None:
         kept = {name: value for name, value in self.progress.numbers.items() if name in RETRIED}
         numbers = {key: value for key, value in event.items() if key not in ENVELOPE}
-        counted = {"done": event["done"], "total": event["total"] or 0, "unit": event.get("unit", "")}  # total: null while unknown
+        # total: null while unknown
+        counted = {
+            "done": event["done"],
+            "total": event["total"] or 0,
+            "unit": event.get("unit", ""),
+        }
         self.progress = self.progress._replace(**counted, numbers={**numbers, **kept})
         if "loss" in numbers:
             self._steps.append({"step": event["done"], **numbers})
 
     def _left_s(self, shards: int) -> int:
-        """Seconds for so many shards at the speed of all lanes; one that has not shown its own is as fast as the others."""
+        """Seconds for so many shards at the speed of all lanes; one that has not shown its own
+        is as fast as the others.
+        """
         now, alive = time.monotonic(), [lane for lane in self._lanes if not lane.dead]
-        known = [self._by_lane[lane.name] / busy for lane in alive if self._by_lane[lane.name] and (busy := lane.busy_until(now)) > 0]
-        speed = sum(known) / len(known) * len(alive) if known else len(self._seen) / max(now - self._began, 1e-3)
+        known = [
+            self._by_lane[lane.name] / busy
+            for lane in alive
+            if self._by_lane[lane.name] and (busy := lane.busy_until(now)) > 0
+        ]
+        speed = (
+            sum(known) / len(known) * len(alive)
+            if known
+            else len(self._seen) / max(now - self._began, 1e-3)
+        )
         return round(shards / speed)
 
     def _show(self, *, now: bool = False) -> None:
@@ -153,11 +208,17 @@ class Board:
     def _described(self) -> Content:
         progress = self.progress
         lines = "\n".join(f"* {line}" for line in told(progress))
-        return Content(100.0 * progress.done / max(progress.total, 1), f"{progress.stage}: {self._url}\n\n{lines}")
+        return Content(
+            100.0 * progress.done / max(progress.total, 1),
+            f"{progress.stage}: {self._url}\n\n{lines}",
+        )
 
     def _lane_rows(self) -> Content:
         now = time.monotonic()
-        rows = [lane_row(lane, max(lane.shards, self._by_lane[lane.name]), now, now - self._began) for lane in self._lanes]
+        rows = [
+            lane_row(lane, max(lane.shards, self._by_lane[lane.name]), now, now - self._began)
+            for lane in self._lanes
+        ]
         return table(rows, f"{self.progress.stage}: lanes")
 
     def _lines(self) -> list[Mapping[str, Any]]:
@@ -168,17 +229,28 @@ class Board:
             return []
 
     def _drawn(self) -> Content | None:
-        """The throughput once there is something to see; of a training, the lines so far and what was said since."""
+        """The throughput once there is something to see; of a training, the lines so far and
+        what was said since.
+        """
         if self._sharded:
-            pictures = [throughput(self.progress.stage, self._made, time.monotonic() - self._began)] if self._made else []
+            pictures = (
+                [throughput(self.progress.stage, self._made, time.monotonic() - self._began)]
+                if self._made
+                else []
+            )
         else:
             lines = self._lines() if self._steps else []
             last = max((line["step"] for line in lines if "loss" in line), default=-1)
             pictures = training([*lines, *(step for step in self._steps if step["step"] > last)])
         if not pictures:
             return None
-        shown = "\n\n".join(f"![{self.progress.stage}]({data_url(picture)})" for picture in pictures)
-        return Content(shown, f"{self.progress.stage}: {'throughput' if self._sharded else 'loss and acceptance'}")
+        shown = "\n\n".join(
+            f"![{self.progress.stage}]({data_url(picture)})" for picture in pictures
+        )
+        return Content(
+            shown,
+            f"{self.progress.stage}: {'throughput' if self._sharded else 'loss and acceptance'}",
+        )
 
 
 def told(progress: Progress) -> list[str]:
@@ -188,7 +260,11 @@ def told(progress: Progress) -> list[str]:
     if numbers.get("left_s"):
         lines[0] += f", {timedelta(seconds=numbers['left_s'])} left"
     if "rows_per_s" not in numbers:
-        lines.append(", ".join(words_of({name: value for name, value in numbers.items() if name not in UNCOUNTED})))
+        lines.append(
+            ", ".join(
+                words_of({name: value for name, value in numbers.items() if name not in UNCOUNTED})
+            )
+        )
     else:
         lines.append(f"{numbers['rows']:,} rows, {numbers['rows_per_s']:,.1f} rows/s")
         lines.append(f"{numbers['tokens']:,} tokens, {numbers['tokens_per_s']:,.0f} tokens/s")

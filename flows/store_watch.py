@@ -1,4 +1,6 @@
-"""Progress of work that is done where its events cannot be heard: the shards that appear in the store are told of as they do."""
+"""Progress of work that is done where its events cannot be heard: the shards that appear in the
+store are told of as they do.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,26 @@ from flows.stage_progress import Board
 log = logging.getLogger(__name__)
 
 LOOK_S = 3.0  # between two looks into the store
-MOST_LOOKING = 0.05  # share of the time that is spent on it: a listing of 10,000 records takes a while
+# share of the time that is spent on it: a listing of 10,000 records takes a while
+MOST_LOOKING = 0.05
 
 
 class Watch:
-    """Tells a board of the shards that others commit: a listing of names at each look, and each new record read once."""
+    """Tells a board of the shards that others commit: a listing of names at each look, and each
+    new record read once.
+    """
 
-    def __init__(self, artifact: Artifact, todo: StageStatus, board: Board, *, look_s: float = LOOK_S) -> None:
+    def __init__(
+        self, artifact: Artifact, todo: StageStatus, board: Board, *, look_s: float = LOOK_S
+    ) -> None:
         self.artifact, self.board, self.look_s, self.took_s = artifact, board, look_s, 0.0
-        # The stale record of a shard that is made again is there already: that one is seen at the end.
-        self.left = set(todo.missing) - set(artifact.record_shards()) if todo.stage in SHARDED else set[int]()
+        # The stale record of a shard that is made again is there already: that one is seen at the
+        # end.
+        self.left = (
+            set(todo.missing) - set(artifact.record_shards())
+            if todo.stage in SHARDED
+            else set[int]()
+        )
 
     def look(self) -> None:
         """May raise what the store raises."""
@@ -40,7 +52,9 @@ class Watch:
 
     def _tell(self, shards: Sequence[int]) -> None:
         for record in self.artifact.read_records(shards).values():
-            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
+            fields = record.model_dump(
+                include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"}
+            )
             self.board.hear({"event": "shard", "stage": self.artifact.key.stage, **fields})
 
     @property
@@ -50,7 +64,9 @@ class Watch:
 
 @contextlib.contextmanager
 def watching_store(watch: Watch) -> Iterator[None]:
-    """Within the block, and a last time at its end, the watch's board hears of what is committed."""
+    """Within the block, and a last time at its end, the watch's board hears of what is
+    committed.
+    """
     ended = threading.Event()
 
     def look() -> None:

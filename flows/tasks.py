@@ -1,4 +1,6 @@
-"""The stages of a run, one after the other: what is missing of each is made, and the artifact sealed if it is whole."""
+"""The stages of a run, one after the other: what is missing of each is made, and the artifact
+sealed if it is whole.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,14 @@ from flows.selection import FLOW_OF, selected
 from flows.stage_run import Hands, StageRun
 
 
-def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") -> list[StageOutcome]:
-    """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends the run.
+def run_stages(
+    request: Request, chosen: Sequence[str], shards: str | int = ""
+) -> list[StageOutcome]:
+    """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends
+    the run.
 
-    With `shards` only these are made, and the stages after one that is not whole by then are left for another run.
+    With `shards` only these are made, and the stages after one that is not whole by then are left
+    for another run.
 
     Raises:
         DeepSpecError: the request is wrong (before any work), or a stage failed.
@@ -41,21 +47,34 @@ def run_stages(request: Request, chosen: Sequence[str], shards: str | int = "") 
     outcomes: list[StageOutcome] = []
     for stage in (stage for stage in stages_of(config) if stage in chosen):
         if asked and outcomes and not outcomes[-1].status.sealed:
-            get_run_logger().warning("%s: left out, because shards of %s are still missing", stage, outcomes[-1].status.stage)
+            get_run_logger().warning(
+                "%s: left out, because shards of %s are still missing",
+                stage,
+                outcomes[-1].status.stage,
+            )
             break
         started = time.monotonic()
         try:
             outcomes.append(run_stage(request, config, stage, asked))
         except DeepSpecError as error:
             publish_failure(config.name, error, request, stage)
-            publish_stages(config.name, [*outcomes, StageOutcome(stage_status(config, stage), "failed", time.monotonic() - started)])
+            publish_stages(
+                config.name,
+                [
+                    *outcomes,
+                    StageOutcome(stage_status(config, stage), "failed", time.monotonic() - started),
+                ],
+            )
             raise
     publish_stages(config.name, outcomes)
     return outcomes
 
 
-def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[int] = ()) -> StageOutcome:
-    """The stage, with whatever was missing of it (or of the asked shards) made, and the artifact sealed if it is whole.
+def run_stage(
+    request: Request, config: RunConfig, stage: str, asked: Sequence[int] = ()
+) -> StageOutcome:
+    """The stage, with whatever was missing of it (or of the asked shards) made, and the artifact
+    sealed if it is whole.
 
     Raises:
         ShardsFailed: shards are still missing; all others are committed.
@@ -77,7 +96,8 @@ def run_stage(request: Request, config: RunConfig, stage: str, asked: Sequence[i
                     return already_done(config, status, time.monotonic() - started)
             part = among(todo, mine)
             if part.missing or not todo.missing:
-                run = StageRun(request, config, part, some=bool(asked and part.missing))  # none missing: the manifest alone is
+                # none missing: the manifest alone is
+                run = StageRun(request, config, part, some=bool(asked and part.missing))
                 status = work_off(run, claims, asked)
                 todo = selected(config, status, asked)
                 if status.sealed:
@@ -109,11 +129,15 @@ def work_off(run: StageRun, claims: Claims, asked: Sequence[int]) -> StageStatus
 
 
 def nothing_to_do(status: StageStatus, todo: StageStatus, asked: Sequence[int]) -> bool:
-    return status.sealed or status.in_training or bool(asked and status.missing and not todo.missing)
+    return (
+        status.sealed or status.in_training or bool(asked and status.missing and not todo.missing)
+    )
 
 
 def made_since(artifact: Artifact, missing: Sequence[int]) -> bool:
-    """Whether another run may have made some of what was missing; a stale record or manifest looks the same."""
+    """Whether another run may have made some of what was missing; a stale record or manifest
+    looks the same.
+    """
     return artifact.manifest() is not None or bool(set(missing) & set(artifact.record_shards()))
 
 
@@ -126,14 +150,22 @@ def already_done(config: RunConfig, status: StageStatus, seconds: float) -> Stag
 
 
 def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
-    """The status with only these of the missing shards; a stage without shards is whole, or is not."""
+    """The status with only these of the missing shards; a stage without shards is whole, or is
+    not.
+    """
     known = set(shards)
-    return todo._replace(missing=[shard for shard in todo.missing if shard in known]) if todo.stage in SHARDED else todo
+    return (
+        todo._replace(missing=[shard for shard in todo.missing if shard in known])
+        if todo.stage in SHARDED
+        else todo
+    )
 
 
 @contextlib.contextmanager
 def hands_for(run: StageRun, claims: Claims) -> Iterator[Hands]:
-    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages with shards alone."""
+    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages
+    with shards alone.
+    """
     runner = run.config.resources.runner
     if runner == "ray" and run.sharded:
         from flows.ray_executor import ray_hands

@@ -17,7 +17,9 @@ STAGES = ("train",)
 
 
 @flow(name="train", flow_run_name=run_name, persist_result=False)
-def train(recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = "") -> list[StageOutcome]:
+def train(
+    recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = ""
+) -> list[StageOutcome]:
     """The draft, trained from its newest checkpoint if there is one.
 
     Args:

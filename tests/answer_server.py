@@ -1,4 +1,6 @@
-"""A scripted OpenAI-compatible server: answers that can be foreseen, and every way of not giving one."""
+"""A scripted OpenAI-compatible server: answers that can be foreseen, and every way of not
+giving one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Plan = Callable[[dict[str, Any], int], str]  # (request body, how often this conversation was asked here before) -> what to do
+# (request body, how often this conversation was asked here before) -> what to do
+Plan = Callable[[dict[str, Any], int], str]
 
 
 def always(what: str) -> Plan:
@@ -24,13 +27,24 @@ ANSWERS = always("answer")
 
 
 def _choice(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The answer with something else in its choice, or (what the choice does not have) in its message."""
+    """The answer with something else in its choice, or (what the choice does not have) in its
+    message.
+    """
 
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         (choice,) = answer["choices"]
         inside = {key: value for key, value in changes.items() if key not in choice}
         message = {**choice["message"], **inside}
-        return {**answer, "choices": [{**choice, "message": message, **{key: changes[key] for key in changes if key in choice}}]}
+        return {
+            **answer,
+            "choices": [
+                {
+                    **choice,
+                    "message": message,
+                    **{key: changes[key] for key in changes if key in choice},
+                }
+            ],
+        }
 
     return change
 
@@ -55,7 +69,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refuses_key():
             return
-        listed = [{"id": name, "object": "model", "created": 1, "owned_by": self.server.owner} for name in self.server.models]
+        listed = [
+            {"id": name, "object": "model", "created": 1, "owned_by": self.server.owner}
+            for name in self.server.models
+        ]
         self.send(200, {"object": "list", "data": listed})
 
     def refuses_key(self) -> bool:
@@ -87,10 +104,19 @@ class Handler(BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"][::-1]
         message: dict[str, Any] = {"role": "assistant", "content": text}
         answer = {
-            "id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "length" if what == "truncate" else "stop"}],
+            "id": "x",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "message": message,
+                    "finish_reason": "length" if what == "truncate" else "stop",
+                }
+            ],
             "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
-        }  # fmt: skip
+        }
         match what:
             case "answer" | "truncate" | "slow":
                 time.sleep(1.0 if what == "slow" else 0.0)
@@ -115,14 +141,24 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             case _:  # a status, perhaps with seconds to wait
                 status, _, seconds = what.partition(" ")
-                self.send(int(status), {"error": {"message": f"status {status}"}}, **({"Retry-After": seconds} if seconds else {}))
+                self.send(
+                    int(status),
+                    {"error": {"message": f"status {status}"}},
+                    **({"Retry-After": seconds} if seconds else {}),
+                )
 
     def send(self, status: int, value: object, **headers: str) -> None:
         self.raw(status, json.dumps(value).encode(), **headers)
 
-    def raw(self, status: int, data: bytes, *, kind: str = "application/json", **headers: str) -> None:
+    def raw(
+        self, status: int, data: bytes, *, kind: str = "application/json", **headers: str
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -132,11 +168,23 @@ class AnswerServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, plan: Plan, *, models: tuple[str, ...], key: str | None, latency_s: float, port: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        models: tuple[str, ...],
+        key: str | None,
+        latency_s: float,
+        port: int = 0,
+    ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.plan, self.models, self.key, self.latency_s = plan, models, key, latency_s
         self.owner = "somebody"
-        self.lock, self.asked, self.bodies = threading.Lock(), Counter[str](), list[dict[str, Any]]()
+        self.lock, self.asked, self.bodies = (
+            threading.Lock(),
+            Counter[str](),
+            list[dict[str, Any]](),
+        )
         self.in_flight = self.most_in_flight = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -145,10 +193,16 @@ class AnswerServer(ThreadingHTTPServer):
 
 @contextmanager
 def answer_server(
-    plan: Plan = ANSWERS, *, models: tuple[str, ...] = ("demo",), key: str | None = None, latency_s: float = 0.0
+    plan: Plan = ANSWERS,
+    *,
+    models: tuple[str, ...] = ("demo",),
+    key: str | None = None,
+    latency_s: float = 0.0,
 ) -> Iterator[AnswerServer]:
     with AnswerServer(plan, models=models, key=key, latency_s=latency_s) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         try:
             yield server
         finally:
@@ -159,9 +213,12 @@ def answer_or_hang(body: dict[str, Any], before: int) -> str:
     return "hang" if body["messages"][-1]["content"].startswith("wait for ever") else "answer"
 
 
-if __name__ == "__main__":  # PORT MODEL [DIES_AFTER]: ends by itself, without a word, when it has been asked so often
+# PORT MODEL [DIES_AFTER]: ends by itself, without a word, when it has been asked so often
+if __name__ == "__main__":
     port, model, *dies_after = sys.argv[1:]
-    with AnswerServer(answer_or_hang, models=(model,), key=None, latency_s=0.02, port=int(port)) as server:
+    with AnswerServer(
+        answer_or_hang, models=(model,), key=None, latency_s=0.02, port=int(port)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         while not dies_after or len(server.bodies) < int(dies_after[0]):
             time.sleep(0.01)

@@ -1,4 +1,6 @@
-"""What all tests share: a demo run small enough for seconds, and the demo artifact built once a session."""
+"""What all tests share: a demo run small enough for seconds, and the demo artifact built once a
+session.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,12 @@ from filelock import FileLock
 from tests.radosgw import Radosgw, ceph_missing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors of a test's size, a second thread costs more than it does
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of children would each compile the same modules
-# Prefect, once a test ran a flow in this process, leaves exit hooks that fail in every forked child, which then ends with 1.
+# before torch: on tensors of a test's size, a second thread costs more than it does
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# hundreds of children would each compile the same modules
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Prefect, once a test ran a flow in this process, leaves exit hooks that fail in every forked
+# child, which then ends with 1.
 os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,12 +65,18 @@ def tiny_run(store: Path, *overrides: str, recipe: str = "demo"):
     """The tiny demo's configuration in the given store."""
     from deepspec.config.recipes import load_run
 
-    shrunk = [override for override in TINY if not (recipe.startswith("eagle3") and override.startswith("draft."))]
+    shrunk = [
+        override
+        for override in TINY
+        if not (recipe.startswith("eagle3") and override.startswith("draft."))
+    ]
     return load_run(recipe, [*shrunk, *overrides], store=str(store))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder for all processes of the suite: the first one that asks makes it, and nobody writes to it then."""
+    """A folder for all processes of the suite: the first one that asks makes it, and nobody
+    writes to it then.
+    """
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
@@ -107,7 +118,9 @@ def store(demo_store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Radosgw]:
-    """A real S3 server for the session: `endpoint`, `kill()`, `restart()`, `new_bucket()`, `client()`; skips without Ceph."""
+    """A real S3 server for the session: `endpoint`, `kill()`, `restart()`, `new_bucket()`,
+    `client()`; skips without Ceph.
+    """
     if missing := ceph_missing():
         pytest.skip(missing)
     with Radosgw.start(tmp_path_factory.mktemp("ceph")) as server:
@@ -116,10 +129,15 @@ def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Radosgw]:
 
 @pytest.fixture
 def s3_url(radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """`s3://<fresh bucket>/store`; the environment of this process and its children leads to that server and no other keys."""
+    """`s3://<fresh bucket>/store`; the environment of this process and its children leads to
+    that server and no other keys.
+    """
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
-    nowhere = {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    nowhere = {
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }
     for name, value in {**radosgw.variables(), **nowhere}.items():
         monkeypatch.setenv(name, value)
     return f"s3://{radosgw.new_bucket()}/store"

@@ -17,7 +17,9 @@ class Echo:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+    def answer(
+        self, requests: Sequence[Request], *, shard: int
+    ) -> Iterator[tuple[Request, Outcome]]:
         for request in requests:
             yield request, self._one(request)
 
@@ -26,23 +28,37 @@ class Echo:
         if "refuse" in said:
             return Refused("refused", "the test asked for it")
         if "truncate" in said and len(said) > request.max_new_tokens:
-            return Turn(said[::-1][: request.max_new_tokens], None, "length", request.max_new_tokens, 3, request.seed)
+            return Turn(
+                said[::-1][: request.max_new_tokens],
+                None,
+                "length",
+                request.max_new_tokens,
+                3,
+                request.seed,
+            )
         return Turn(said[::-1][:40], None, "stop", 5, 3, request.seed)
 
 
 class Flaky(Echo):
-    """Fails shard 3 the first time as transient, shard 5 for good while the file FLAKY_DIR/broken is there.
+    """Fails shard 3 the first time as transient, shard 5 for good while the file FLAKY_DIR/broken
+    is there.
 
     Every call is noted in FLAKY_DIR/calls, so that a test can see which shards were worked on.
     """
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterator[tuple[Request, Outcome]]:
+    def answer(
+        self, requests: Sequence[Request], *, shard: int
+    ) -> Iterator[tuple[Request, Outcome]]:
         notes = Path(os.environ["FLAKY_DIR"])
         with (notes / "calls").open("a") as calls:
             calls.write(f"{shard}\n")
         if shard == 3 and not (notes / "failed-once").exists():
             (notes / "failed-once").touch()
-            raise TransientError("the server is busy", where=f"shard {shard}", fix="it is tried again by itself")
+            raise TransientError(
+                "the server is busy", where=f"shard {shard}", fix="it is tried again by itself"
+            )
         if shard == 5 and (notes / "broken").exists():
-            raise DataError("the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt")
+            raise DataError(
+                "the prompt cannot be rendered", where=f"shard {shard}", fix="correct the prompt"
+            )
         return super().answer(requests, shard=shard)

@@ -1,4 +1,5 @@
-"""A proxy in front of an S3 server that spoils the requests a test asks it to, and hands on all others unchanged.
+"""A proxy in front of an S3 server that spoils the requests a test asks it to, and hands on all
+others unchanged.
 
 with FaultyProxy(server.port) as proxy:
     proxy.fault = once(answer(503, "SlowDown"), when=lambda request: request.method == "PUT")
@@ -83,7 +84,12 @@ class FaultyProxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.server.shutdown()
         self.server.server_close()
 
@@ -96,7 +102,11 @@ def _handler(proxy: FaultyProxy, port: int) -> type[BaseHTTPRequestHandler]:
             pass
 
         def handle_any(self) -> None:
-            request = Request(self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            request = Request(
+                self.command,
+                self.path,
+                self.rfile.read(int(self.headers.get("Content-Length") or 0)),
+            )
             proxy.seen.append(request)
             answered = proxy.fault(request, self.forward)
             if answered is None:
@@ -104,10 +114,21 @@ def _handler(proxy: FaultyProxy, port: int) -> type[BaseHTTPRequestHandler]:
                 return
             self.send_response(answered.status)
             for name, value in answered.headers:
-                if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+                if name.lower() not in (
+                    "content-length",
+                    "connection",
+                    "transfer-encoding",
+                    "date",
+                    "server",
+                ):
                     self.send_header(name, value)
-            length = dict((name.lower(), value) for name, value in answered.headers).get("content-length")
-            self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(answered.body)))
+            length = dict((name.lower(), value) for name, value in answered.headers).get(
+                "content-length"
+            )
+            self.send_header(
+                "Content-Length",
+                length if self.command == "HEAD" and length else str(len(answered.body)),
+            )
             with contextlib.suppress(ConnectionError):
                 self.end_headers()
             body = b"" if self.command == "HEAD" else answered.body
@@ -119,7 +140,11 @@ def _handler(proxy: FaultyProxy, port: int) -> type[BaseHTTPRequestHandler]:
 
         def forward(self, body: bytes) -> Answer:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
+            headers = {
+                name: value
+                for name, value in self.headers.items()
+                if name.lower() not in ("connection", "expect")
+            }
             connection.request(self.command, self.path, body=body, headers=headers)
             got = connection.getresponse()
             answered = Answer(got.status, got.getheaders(), got.read())

@@ -1,4 +1,6 @@
-"""Processes of one test, however many tests run beside it: found by what they inherited, not by their names."""
+"""Processes of one test, however many tests run beside it: found by what they inherited, not by
+their names.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,12 @@ import psutil
 
 
 def marked(name: str, value: str, words: str = "") -> list[psutil.Process]:
-    """Living processes with `name=value` in the environment they were started with, and `words` in their command."""
-    return [one for one in psutil.process_iter() if has(one, name, value) and words in command_of(one)]
+    """Living processes with `name=value` in the environment they were started with, and `words`
+    in their command.
+    """
+    return [
+        one for one in psutil.process_iter() if has(one, name, value) and words in command_of(one)
+    ]
 
 
 def has(process: psutil.Process, name: str, value: str) -> bool:

@@ -1,12 +1,14 @@
-"""A real S3 server on loopback: one Ceph monitor, OSD on a file and gateway, from Debian's packages.
+"""A real S3 server on loopback: one Ceph monitor, OSD on a file and gateway, from Debian's
+packages.
 
-    with Radosgw(folder) as server:            # about 10 s
-        with server.environment():             # AWS_* variables: the standard credential chain is all the code knows
-            store = Store(f"s3://{server.new_bucket()}/prefix")
-        server.kill(); server.restart()        # the gateway alone, as an outage; objects survive
+    with Radosgw(folder) as server:            # about 10 s with server.environment():             #
+        AWS_* variables: the standard credential chain is all the code knows store =
+        Store(f"s3://{server.new_bucket()}/prefix") server.kill(); server.restart()        # the
+        gateway alone, as an outage; objects survive
 
-The daemons are children in sessions of their own, out of the reach of Ctrl-C; a small shell kills them when this process is
-gone, however it ended, so none is left over. (PR_SET_PDEATHSIG would kill them with the thread that started them.)
+The daemons are children in sessions of their own, out of the reach of Ctrl-C; a small shell kills
+them when this process is gone, however it ended, so none is left over. (PR_SET_PDEATHSIG would kill
+them with the thread that started them.)
 """
 
 from __future__ import annotations
@@ -27,10 +29,15 @@ from typing import Self
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw ceph-common"
-ACCESS_KEY, SECRET_KEY, REGION = "DEEPSPECTESTKEY00001", "deepspec-test-secret-of-forty-characters", "us-east-1"
+ACCESS_KEY, SECRET_KEY, REGION = (
+    "DEEPSPECTESTKEY00001",
+    "deepspec-test-secret-of-forty-characters",
+    "us-east-1",
+)
 START_S = 30.0  # of one step; what hangs is begun again from the first one
 TRIES = 4
-REAPER = 'while read -r pids; do last=$pids; done; [ -z "$last" ] || kill -9 $last'  # the last line is what runs now
+# the last line is what runs now
+REAPER = 'while read -r pids; do last=$pids; done; [ -z "$last" ] || kill -9 $last'
 
 CONFIG = """
 [global]
@@ -88,7 +95,11 @@ rgw obj stripe size = 4194304
 def ceph_missing() -> str | None:
     """Why no server can be started here and how to change that, or None if one can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"Ceph is not installed ({', '.join(missing)} missing); install it with: {INSTALL}" if missing else None
+    return (
+        f"Ceph is not installed ({', '.join(missing)} missing); install it with: {INSTALL}"
+        if missing
+        else None
+    )
 
 
 class Radosgw:
@@ -99,7 +110,9 @@ class Radosgw:
         self.port, self.mon_port = free_port(), free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.reaper = subprocess.Popen(["sh", "-c", REAPER], stdin=subprocess.PIPE, start_new_session=True)
+        self.reaper = subprocess.Popen(
+            ["sh", "-c", REAPER], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             self._start()
         except BaseException:  # Ctrl-C included: no daemon may outlive the attempt
@@ -108,7 +121,9 @@ class Radosgw:
 
     @classmethod
     def start(cls, folder: Path) -> Self:
-        """A server that is up; tried again because another Ceph on this machine may take a port between finding and using it."""
+        """A server that is up; tried again because another Ceph on this machine may take a port
+        between finding and using it.
+        """
         for attempt in range(TRIES - 1):
             with suppress(RuntimeError):
                 return cls(folder / str(attempt))
@@ -117,7 +132,12 @@ class Radosgw:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def variables(self) -> dict[str, str]:
@@ -141,7 +161,9 @@ class Radosgw:
         from botocore.session import Session
 
         where = {"region_name": REGION, "endpoint_url": self.endpoint}
-        return Session().create_client("s3", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, **where)
+        return Session().create_client(
+            "s3", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, **where
+        )
 
     def new_bucket(self) -> str:
         """The name of a fresh, empty bucket."""
@@ -176,40 +198,72 @@ class Radosgw:
         for name in ("mon.a", "osd.0", "run", "log", "rgw"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         fsid, osd_id = str(uuid.uuid4()), str(uuid.uuid4())
-        config = CONFIG.format(fsid=fsid, mon_port=self.mon_port, port=self.port, folder=self.folder)
+        config = CONFIG.format(
+            fsid=fsid, mon_port=self.mon_port, port=self.port, folder=self.folder
+        )
         (self.folder / "ceph.conf").write_text(config, encoding="utf-8")
         monitors = self.folder / "monmap"
-        self._run("monmaptool", "--create", "--clobber", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{self.mon_port}]", str(monitors))
+        self._run(
+            "monmaptool",
+            "--create",
+            "--clobber",
+            "--fsid",
+            fsid,
+            "--addv",
+            "a",
+            f"[v1:127.0.0.1:{self.mon_port}]",
+            str(monitors),
+        )
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(monitors))
         self._daemon("ceph-mon", "-i", "a")
         self._run("ceph", "--connect-timeout", "30", "osd", "new", osd_id, "0")
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         self._daemon("ceph-osd", "-i", "0")
-        who = ["--uid", "test", "--display-name", "test", "--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY]
+        who = [
+            "--uid",
+            "test",
+            "--display-name",
+            "test",
+            "--access-key",
+            ACCESS_KEY,
+            "--secret-key",
+            SECRET_KEY,
+        ]
         self._run("radosgw-admin", "user", "create", *who)
         self.restart()
 
     def _run(self, program: str, *arguments: str) -> None:
         config = str(self.folder / "ceph.conf")
         log = self.folder / "log" / f"{program}.run"
-        with log.open("wb") as output, subprocess.Popen([program, *arguments, "-c", config], stdout=output, stderr=output) as process:
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(
+                [program, *arguments, "-c", config], stdout=output, stderr=output
+            ) as process,
+        ):
             try:
                 self._wait(lambda: process.poll() is not None, program)
             finally:
                 process.kill()
         if process.returncode:
-            raise RuntimeError(f"{program} {' '.join(arguments)} failed: {log.read_text(errors='replace').strip()[-2000:]}")
+            raise RuntimeError(
+                f"{program} {' '.join(arguments)} failed: {log.read_text(errors='replace').strip()[-2000:]}"
+            )
 
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / "log" / f"{program}.out").open("ab")
         command = [program, "-f", *arguments, "-c", str(self.folder / "ceph.conf")]
         with log:
-            self.daemons[program] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[program] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         self._tell_reaper()
 
     def _tell_reaper(self) -> None:
         if self.reaper.stdin:
-            self.reaper.stdin.write(" ".join(str(process.pid) for process in self.daemons.values()).encode() + b"\n")
+            self.reaper.stdin.write(
+                " ".join(str(process.pid) for process in self.daemons.values()).encode() + b"\n"
+            )
             self.reaper.stdin.flush()
 
     def _answers(self) -> bool:
@@ -223,12 +277,16 @@ class Radosgw:
             connection.close()
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        """Raises RuntimeError also where a daemon ended: on a busy machine an OSD now and then does ("wrong fsid")."""
+        """Raises RuntimeError also where a daemon ended: on a busy machine an OSD now and then
+        does ("wrong fsid").
+        """
         deadline = time.monotonic() + START_S
         while not ready():
             ended = [name for name, process in self.daemons.items() if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                raise RuntimeError(f"{what} did not come up or to its end ({ended} ended); see {self.folder}/log")
+                raise RuntimeError(
+                    f"{what} did not come up or to its end ({ended} ended); see {self.folder}/log"
+                )
             time.sleep(0.05)
 
 

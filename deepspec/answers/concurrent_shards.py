@@ -1,8 +1,10 @@
-"""Shards answered by servers several at a time: a server must not wait for the slowest conversation of a shard.
+"""Shards answered by servers several at a time: a server must not wait for the slowest conversation
+of a shard.
 
-Every conversation goes on by itself, and new shards are begun as long as fewer conversations are open than the servers
-take at once. Whole shards are handed out in the order in which they become whole. What is in memory is bounded by the
-shards that are open, whatever the size of the data set; after a kill the journal knows all that was answered of them.
+Every conversation goes on by itself, and new shards are begun as long as fewer conversations are
+open than the servers take at once. Whole shards are handed out in the order in which they become
+whole. What is in memory is bounded by the shards that are open, whatever the size of the data set;
+after a kill the journal knows all that was answered of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.config.run import RunConfig
 from deepspec.errors import DataError, DeepSpecError, TransientError
-from deepspec.target.conversation import FAILED, Conversation, Failed, Outcome, Refused, Request, Turn
+from deepspec.target.conversation import (
+    FAILED,
+    Conversation,
+    Failed,
+    Outcome,
+    Refused,
+    Request,
+    Turn,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +42,23 @@ LOOK_S = 0.5  # between two looks at whether it is time to report
 
 
 class Ahead:
-    """The shards to do, as a collection whose iterator yields each once it is answered; `take` then gives its conversations."""
+    """The shards to do, as a collection whose iterator yields each once it is answered; `take`
+    then gives its conversations.
+    """
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, meter: Meter, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: ShardedStage,
+        meter: Meter,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """`check` is called now and then while nothing is ready, to end the wait by an error."""
         self.config, self.stage, self.meter, self.check = config, stage, meter, check
         self.engine = OpenAIEngine(config, meter)
-        self._most_open = BACKLOG * len(self.engine.pool.endpoints) * config.resources.endpoint_requests
+        self._most_open = (
+            BACKLOG * len(self.engine.pool.endpoints) * config.resources.endpoint_requests
+        )
         self._ended: SimpleQueue[tuple[Work, list[Conversation] | Exception]] = SimpleQueue()
         self._taken: dict[int, list[Conversation] | Exception] = {}
         self._open_rows = self._open_shards = 0
@@ -62,7 +82,8 @@ class Ahead:
             work, self._taken[work.shard] = self._next()
             self.meter.tell()
             yield work
-            del self._taken[work.shard]  # not before: after a full disk the shard is taken again, or it may not be taken at all
+            # not before: after a full disk the shard is taken again, or it may not be taken at all
+            del self._taken[work.shard]
             self.engine.call(self._let_go)
         self.meter.tell(now=True)
 
@@ -75,7 +96,8 @@ class Ahead:
                 if self.check is not None:
                     self.check()
                 if self._working is not None and self._working.done():
-                    self._working.result()  # it never ends before the last shard, unless with an error
+                    # it never ends before the last shard, unless with an error
+                    self._working.result()
 
     def take(self, work: Work) -> list[Conversation]:
         """The conversations of the shard that was yielded last.
@@ -86,12 +108,17 @@ class Ahead:
         found = self._taken[work.shard]
         if isinstance(found, DeepSpecError):
             raise found
-        if isinstance(found, OSError):  # of the store or the journal, while it was answered: of no use to take it once more
+        # of the store or the journal, while it was answered: of no use to take it once more
+        if isinstance(found, OSError):
             what = f"{type(found).__name__}: {found}"
-            raise TransientError(what, where=f"shard {work.shard}", fix="it is tried again by itself") from found
+            raise TransientError(
+                what, where=f"shard {work.shard}", fix="it is tried again by itself"
+            ) from found
         if isinstance(found, Exception):
             log.error("shard=%d", work.shard, exc_info=found)
-            raise DataError(f"{type(found).__name__}: {found}", where=f"shard {work.shard}", fix="see the log") from found
+            raise DataError(
+                f"{type(found).__name__}: {found}", where=f"shard {work.shard}", fix="see the log"
+            ) from found
         return found
 
     def _let_go(self) -> None:
@@ -102,7 +129,10 @@ class Ahead:
         """Begin shard after shard as there is room, until all have ended."""
         async with asyncio.TaskGroup() as group:
             for work in self.stage.todo:
-                while self._open_shards and (self._open_rows >= self._most_open or self._open_shards >= self._shards_at_most(work)):
+                while self._open_shards and (
+                    self._open_rows >= self._most_open
+                    or self._open_shards >= self._shards_at_most(work)
+                ):
                     self._room.clear()
                     await self._room.wait()
                 if not self._open_rows:
@@ -155,7 +185,8 @@ class Ahead:
             return known
         outcome = await self.engine.ask(request)
         self.meter.heard(outcome)
-        if not isinstance(outcome, Refused):  # it costs the server nothing to refuse again, and it may have been set up wrongly
+        # it costs the server nothing to refuse again, and it may have been set up wrongly
+        if not isinstance(outcome, Refused):
             await self._note(journal, key, outcome)
         return outcome
 
@@ -167,19 +198,26 @@ class Ahead:
             except OSError as error:
                 if error.errno not in FULL:
                     raise
-                log.warning("the disk of the journal is full; an answer waits to be noted in %s", journal.path)
+                log.warning(
+                    "the disk of the journal is full; an answer waits to be noted in %s",
+                    journal.path,
+                )
                 await asyncio.sleep(self.config.resources.space_poll_s)
 
 
 def known_outcome(journal: Journal, key: str, *, row_runs: int) -> Turn | Refused | None:
-    """The outcome of an earlier run, if it was final: a row that failed in `row_runs` runs is refused in the next one."""
+    """The outcome of an earlier run, if it was final: a row that failed in `row_runs` runs is
+    refused in the next one.
+    """
     for kind, fields in journal.notes(key):
         if kind == Turn.__name__:
             return Turn(**fields)
     failures = [fields["detail"] for _, fields in journal.notes(key)]
     if len(failures) < row_runs:
         return None
-    return Refused(FAILED, f"no answer in {len(failures)} runs, the last time because {failures[-1]}")
+    return Refused(
+        FAILED, f"no answer in {len(failures)} runs, the last time because {failures[-1]}"
+    )
 
 
 def _first(errors: ExceptionGroup[Exception]) -> Exception:

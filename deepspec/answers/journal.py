@@ -1,7 +1,9 @@
-"""What was answered of a shard that is not committed yet, a line an answer, so that a killed run asks nothing twice.
+"""What was answered of a shard that is not committed yet, a line an answer, so that a killed run
+asks nothing twice.
 
-A file on the local disk (beside the artifact, or under `scratch` where that is in a bucket) which a line is appended to
-with one write: a kill can tear the last line only, and a torn line is an answer that is asked for again.
+A file on the local disk (beside the artifact, or under `scratch` where that is in a bucket) which a
+line is appended to with one write: a kill can tear the last line only, and a torn line is an answer
+that is asked for again.
 """
 
 from __future__ import annotations
@@ -58,8 +60,15 @@ class Journal:
 
 
 def request_key(request: Request) -> str:
-    """Names a request by all that decides its answer: an answer to another conversation is never taken for it."""
-    decides = [[message.entry() for message in request.messages], request.seed, request.tools, request.max_new_tokens]
+    """Names a request by all that decides its answer: an answer to another conversation is
+    never taken for it.
+    """
+    decides = [
+        [message.entry() for message in request.messages],
+        request.seed,
+        request.tools,
+        request.max_new_tokens,
+    ]
     return xxhash.xxh3_64_hexdigest(canonical_json(decides))
 
 
@@ -72,7 +81,9 @@ def open_journal(artifact: Artifact, shard: int) -> Journal:
 
 
 def remove_committed(artifact: Artifact) -> None:
-    """Take away the journals of shards that are committed, by whichever run: their answers are in the store now."""
+    """Take away the journals of shards that are committed, by whichever run: their answers are
+    in the store now.
+    """
     left = {int(path.stem): path for path in journal_path(artifact, 0).parent.glob("*.jsonl")}
     for shard in artifact.records(left) if left else ():
         left[shard].unlink(missing_ok=True)

@@ -1,7 +1,9 @@
-"""A server of the target that the answers stage starts for itself: on loopback, logged to a file, always taken down.
+"""A server of the target that the answers stage starts for itself: on loopback, logged to a file,
+always taken down.
 
-It runs under `guard`, so that it ends with this process, however that ends, and frees its GPU. One that dies while there
-is work is started again; what was asked of it meanwhile is asked again, as with any server that is away.
+It runs under `guard`, so that it ends with this process, however that ends, and frees its GPU. One
+that dies while there is work is started again; what was asked of it meanwhile is asked again, as
+with any server that is away.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ RESTARTS = 5  # of one server, by one lane
 
 @contextlib.contextmanager
 def serving(config: RunConfig, artifact: Artifact) -> Iterator[tuple[RunConfig, Check]]:
-    """The run with a server of its own as its only endpoint, up for the length of this block, and a look at whether it still is.
+    """The run with a server of its own as its only endpoint, up for the length of this block, and a
+    look at whether it still is.
 
     Raises:
         ConfigError: its program is not installed.
@@ -57,9 +60,17 @@ def serving(config: RunConfig, artifact: Artifact) -> Iterator[tuple[RunConfig, 
     with scope() as mine:
         server = _Server(command, path, mine)
         server.wait(f"http://{LOOPBACK}:{port}/health", settings.serve_deadline_s)
-        at = {"endpoints": (f"http://{LOOPBACK}:{port}/v1",), "served_model": name, "dialect": settings.serve}
-        patience = {"lost_s": max(settings.lost_s, settings.serve_deadline_s)}  # one that is started again takes as long as the first
-        yield config.model_copy(update={"resources": settings.model_copy(update={**at, **patience})}), server.check
+        at = {
+            "endpoints": (f"http://{LOOPBACK}:{port}/v1",),
+            "served_model": name,
+            "dialect": settings.serve,
+        }
+        # one that is started again takes as long as the first
+        patience = {"lost_s": max(settings.lost_s, settings.serve_deadline_s)}
+        yield (
+            config.model_copy(update={"resources": settings.model_copy(update={**at, **patience})}),
+            server.check,
+        )
 
 
 def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
@@ -75,47 +86,86 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
             words += ["--revision", target.revision]
         if settings.serve == "transformers" and settings.device != "auto":
             words += ["--device", settings.device]
-    filled = {"model": model, "name": model, "host": LOOPBACK, "port": str(port), "dtype": target.dtype, "python": sys.executable}
+    filled = {
+        "model": model,
+        "name": model,
+        "host": LOOPBACK,
+        "port": str(port),
+        "dtype": target.dtype,
+        "python": sys.executable,
+    }
     for key, value in filled.items():
         words = [word.replace(f"{{{key}}}", value) for word in words]
-    beside = Path(sys.executable).parent  # where pip puts the programs of this environment, on the PATH or not
+    # where pip puts the programs of this environment, on the PATH or not
+    beside = Path(sys.executable).parent
     program = shutil.which(words[0], path=str(beside)) or shutil.which(words[0])
     if program is None:
         fix = f"install {settings.serve}, or give the command as resources.serve_command"
-        raise ConfigError(f"there is no program {words[0]!r} here", where=f"resources.serve {settings.serve}", fix=fix)
+        raise ConfigError(
+            f"there is no program {words[0]!r} here",
+            where=f"resources.serve {settings.serve}",
+            fix=fix,
+        )
     return [program, *words[1:]]
 
 
 class _Server:
-    """One server in a thread of its own, started again when it dies; ends with the scope that it was made in."""
+    """One server in a thread of its own, started again when it dies; ends with the scope that
+    it was made in.
+    """
 
     def __init__(self, command: list[str], log_path: Path, owner: Scope) -> None:
         self.command, self.log_path, self.owner = command, log_path, owner
         self.error: DeepSpecError | None = None
         self.up = self.given_up = False
-        context = contextvars.copy_context()  # the scope is found by context, and a thread begins without one
+        # the scope is found by context, and a thread begins without one
+        context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._run,), name="server", daemon=True).start()
 
     def _run(self) -> None:
         for restart in range(RESTARTS + 1):
             try:
-                run_child(self.command, on_event=lambda event: None, on_line=lambda line: None, log_path=self.log_path)
-                self.error = ChildFailed("the server ended by itself", where=f"its log is {self.log_path}", fix="see its log")
+                run_child(
+                    self.command,
+                    on_event=lambda event: None,
+                    on_line=lambda line: None,
+                    log_path=self.log_path,
+                )
+                self.error = ChildFailed(
+                    "the server ended by itself",
+                    where=f"its log is {self.log_path}",
+                    fix="see its log",
+                )
             except DeepSpecError as error:
                 self.error = error
             except OSError as error:  # its log cannot be written
-                self.error = ChildFailed(f"{type(error).__name__}: {error}", where=f"its log is {self.log_path}", fix="see that disk")
+                self.error = ChildFailed(
+                    f"{type(error).__name__}: {error}",
+                    where=f"its log is {self.log_path}",
+                    fix="see that disk",
+                )
             if not self.up or self.owner.closed:
                 return
             if restart < RESTARTS:
-                log.warning("the server died (%s) and is started again, %d of %d times", self.error.what, restart + 1, RESTARTS)
+                log.warning(
+                    "the server died (%s) and is started again, %d of %d times",
+                    self.error.what,
+                    restart + 1,
+                    RESTARTS,
+                )
         self.given_up = True
 
     def check(self) -> None:
-        """Raise TransientError if the server died too often to be started again: nobody should wait for it."""
+        """Raise TransientError if the server died too often to be started again: nobody should
+        wait for it.
+        """
         if self.given_up and self.error is not None:
             what = f"the server died {RESTARTS + 1} times, the last time because {self.error.what}"
-            raise TransientError(what, where=f"its log is {self.log_path}", fix="see its log; rows that were answered are kept")
+            raise TransientError(
+                what,
+                where=f"its log is {self.log_path}",
+                fix="see its log; rows that were answered are kept",
+            )
 
     def wait(self, url: str, deadline_s: float) -> None:
         """Return once the server says that it is well."""
@@ -129,5 +179,9 @@ class _Server:
                     return
             if time.monotonic() > deadline:
                 fix = "raise resources.serve_deadline_s, or see its log"
-                raise TransientError(f"the server was not up within {deadline_s:g} s", where=f"its log is {self.log_path}", fix=fix)
+                raise TransientError(
+                    f"the server was not up within {deadline_s:g} s",
+                    where=f"its log is {self.log_path}",
+                    fix=fix,
+                )
             time.sleep(LOOK_S)

@@ -1,4 +1,6 @@
-"""The engine `openai`: answers from any number of OpenAI-compatible servers of the target, in parallel."""
+"""The engine `openai`: answers from any number of OpenAI-compatible servers of the target, in
+parallel.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 from deepspec.answers.progress import Meter
 from deepspec.answers.request import SEEDS, Dialect, messages_as_sent, request_body
 from deepspec.answers.response import read_reply
-from deepspec.answers.server_errors import KEY_REFUSED, OVERLOADED, RETRIED, Again, NotItsFault, retry_after_s, what_broke
+from deepspec.answers.server_errors import (
+    KEY_REFUSED,
+    OVERLOADED,
+    RETRIED,
+    Again,
+    NotItsFault,
+    retry_after_s,
+    what_broke,
+)
 from deepspec.answers.server_pool import Endpoint, Pool
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
@@ -43,10 +53,17 @@ class OpenAIEngine:
         self.config, self.resources, self.meter = config, config.resources, meter
         self.model = self.resources.served_model or config.target.model
         self.key = os.environ.get(self.resources.api_key_env) or "none"
-        self.bodies = {url: request_body(config, self.model, self._dialect("")) for url in self.resources.endpoints}
+        self.bodies = {
+            url: request_body(config, self.model, self._dialect(""))
+            for url in self.resources.endpoints
+        }
         for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
             logging.getLogger(client).setLevel(logging.WARNING)
-        self.pool = Pool(self.resources.endpoints, most=self.resources.endpoint_requests, lost_s=self.resources.lost_s)
+        self.pool = Pool(
+            self.resources.endpoints,
+            most=self.resources.endpoint_requests,
+            lost_s=self.resources.lost_s,
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._thread.start()
@@ -59,7 +76,9 @@ class OpenAIEngine:
             raise
 
     async def _make_clients(self) -> dict[str, AsyncOpenAI]:
-        """A client per server, on aiohttp: with hundreds of requests in flight it takes half of httpx's time."""
+        """A client per server, on aiohttp: with hundreds of requests in flight it takes half of
+        httpx's time.
+        """
         timeout_s = self.resources.request_timeout_s
         return {
             url: AsyncOpenAI(
@@ -67,7 +86,8 @@ class OpenAIEngine:
                 api_key=self.key,
                 max_retries=0,
                 timeout=timeout_s,
-                http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),  # a proxy knows nothing of this machine's servers
+                # a proxy knows nothing of this machine's servers
+                http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),
             )
             for url in self.resources.endpoints
         }
@@ -115,13 +135,17 @@ class OpenAIEngine:
                 raise
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Again), stop=lambda state: spent >= self.resources.request_tries, reraise=True,
+            retry=retry_if_exception_type(Again),
+            stop=lambda state: spent >= self.resources.request_tries,
+            reraise=True,
             wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
-        )  # fmt: skip
+        )
         try:
             return await retrying(attempt)
         except Again as error:
-            return Failed(f"of {self.resources.request_tries} attempts the last one ended with: {error}")
+            return Failed(
+                f"of {self.resources.request_tries} attempts the last one ended with: {error}"
+            )
 
     async def _try(self, request: Request) -> Turn | Refused:
         """One attempt at one server, which is told apart by how it went."""
@@ -142,10 +166,18 @@ class OpenAIEngine:
 
     async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
         body = {**self.bodies[endpoint.url], **({"tools": request.tools} if request.tools else {})}
-        body |= {"messages": messages_as_sent(request.messages), "seed": request.seed % SEEDS, "max_tokens": request.max_new_tokens}
-        # And not `chat.completions.create`, which looks every field of the body up in its schema: a quarter of a request's time.
-        completion = await self.clients[endpoint.url].post("/chat/completions", body=body, cast_to=ChatCompletion)
-        if not isinstance(completion, ChatCompletion):  # the client hands on a body of another type as text
+        body |= {
+            "messages": messages_as_sent(request.messages),
+            "seed": request.seed % SEEDS,
+            "max_tokens": request.max_new_tokens,
+        }
+        # And not `chat.completions.create`, which looks every field of the body up in its schema: a
+        # quarter of a request's time.
+        completion = await self.clients[endpoint.url].post(
+            "/chat/completions", body=body, cast_to=ChatCompletion
+        )
+        # the client hands on a body of another type as text
+        if not isinstance(completion, ChatCompletion):
             raise ValueError("the body is not JSON")
         return completion
 
@@ -181,17 +213,23 @@ class OpenAIEngine:
     async def _check_models(self) -> None:
         """Refuse servers of another model, and a key that is not taken, before the first prompt.
 
-        A server that does not list its models, or is not up yet, is taken as it is: `transformers serve` answers 500 here
-        when it has no cache folder.
+        A server that does not list its models, or is not up yet, is taken as it is: `transformers
+        serve` answers 500 here when it has no cache folder.
         """
         found = await asyncio.gather(*(self._models(url) for url in self.clients))
         for url, listed in zip(self.clients, found, strict=True):
             names = [model.id for model in listed]
             if listed:
-                self.bodies[url] = request_body(self.config, self.model, self._dialect(listed[0].owned_by))
+                self.bodies[url] = request_body(
+                    self.config, self.model, self._dialect(listed[0].owned_by)
+                )
             if names and self.model not in names:
                 what = f"the server serves {', '.join(sorted(names))}, not {self.model}"
-                raise ConfigError(what, where=f"resources.endpoints {url}", fix="correct the endpoint, or set resources.served_model")
+                raise ConfigError(
+                    what,
+                    where=f"resources.endpoints {url}",
+                    fix="correct the endpoint, or set resources.served_model",
+                )
 
     def _dialect(self, owned_by: str) -> Dialect:
         if self.resources.dialect != "auto":
@@ -213,7 +251,11 @@ class OpenAIEngine:
     def _key_refused(self, url: str, status: int) -> ConfigError:
         variable = self.resources.api_key_env
         held = "is refused" if os.environ.get(variable) else "is not set"
-        return ConfigError(f"the server asks for a key ({status}), and {variable} {held}", where=url, fix=f"set {variable} to its key")
+        return ConfigError(
+            f"the server asks for a key ({status}), and {variable} {held}",
+            where=url,
+            fix=f"set {variable} to its key",
+        )
 
     def _scrub(self, text: str) -> str:
         """A server's words, which may repeat the key that it was sent."""

@@ -1,4 +1,6 @@
-"""What a failed attempt at a server means: tried again or not, and whether it was the row's own fault."""
+"""What a failed attempt at a server means: tried again or not, and whether it was the row's own
+fault.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,23 @@ class NotItsFault(Again):
 
 
 def what_broke(error: Exception) -> tuple[Literal["away", "late", "broken"], BaseException]:
-    """Whether the server could not be reached, took too long, or answered wrongly or not to the end; and the error beneath."""
+    """Whether the server could not be reached, took too long, or answered wrongly or not to the
+    end; and the error beneath.
+    """
     reasons = list(_causes(error))
     if any(isinstance(reason, AWAY) for reason in reasons):
         return "away", reasons[-1]
-    if isinstance(error, openai.APITimeoutError) and not any(isinstance(reason, HUNG_UP) for reason in reasons):
+    if isinstance(error, openai.APITimeoutError) and not any(
+        isinstance(reason, HUNG_UP) for reason in reasons
+    ):
         return "late", reasons[-1]
     return "broken", reasons[-1]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: `openai` reports as a time-out what its connection calls lost."""
+    """The error and what it was raised from: `openai` reports as a time-out what its connection
+    calls lost.
+    """
     while error is not None:
         yield error
         error = error.__cause__

@@ -1,8 +1,10 @@
-"""A pool of servers: each request goes to the one with the fewest in flight, and what a server can take is found by trying.
+"""A pool of servers: each request goes to the one with the fewest in flight, and what a server can
+take is found by trying.
 
-Additive increase, multiplicative decrease, as in TCP (Chiu and Jain 1989): a round of good answers allows one request
-more, a 429, 503 or time-out halves what is allowed. A server that fails again and again rests, longer each time, and is
-then probed with one request. With 8 servers and one dying every minute, work flows to the other seven.
+Additive increase, multiplicative decrease, as in TCP (Chiu and Jain 1989): a round of good answers
+allows one request more, a 429, 503 or time-out halves what is allowed. A server that fails again
+and again rests, longer each time, and is then probed with one request. With 8 servers and one dying
+every minute, work flows to the other seven.
 """
 
 from __future__ import annotations
@@ -45,21 +47,34 @@ class Endpoint:
         self.allowed = min(self.most, self.allowed + 1 / self.allowed)
 
     def overloaded(self, began: float, retry_after_s: float = 0.0) -> None:
-        """It told a request sent at `began` (monotonic seconds) that it has too much to do, and perhaps until when."""
+        """It told a request sent at `began` (monotonic seconds) that it has too much to do, and
+        perhaps until when.
+        """
         if began >= self._halved_at:  # what was sent before the last halving tells nothing new
             self.allowed, self._halved_at = max(1.0, self.allowed / 2), time.monotonic()
-        self.rests_until = max(self.rests_until, time.monotonic() + min(retry_after_s, LONGEST_REST_S))
+        self.rests_until = max(
+            self.rests_until, time.monotonic() + min(retry_after_s, LONGEST_REST_S)
+        )
 
     def failed(self, began: float) -> None:
-        """A request sent at `began` (monotonic seconds) failed; those that one outage takes down together lengthen no rest."""
+        """A request sent at `began` (monotonic seconds) failed; those that one outage takes
+        down together lengthen no rest.
+        """
         if began < self._rested_at:
             return
         self.failures += 1
         if self.failures >= RESTS_AFTER:
-            rest_s = min(LONGEST_REST_S, REST_S * 2.0 ** (self.failures - RESTS_AFTER)) * random.uniform(0.8, 1.2)
+            rest_s = min(
+                LONGEST_REST_S, REST_S * 2.0 ** (self.failures - RESTS_AFTER)
+            ) * random.uniform(0.8, 1.2)
             self._rested_at = time.monotonic()
             self.rests_until = self._rested_at + rest_s
-            log.warning("endpoint=%s failed %d times in a row and rests for %.1f s", self.url, self.failures, rest_s)
+            log.warning(
+                "endpoint=%s failed %d times in a row and rests for %.1f s",
+                self.url,
+                self.failures,
+                rest_s,
+            )
 
 
 class Pool:
@@ -73,9 +88,11 @@ class Pool:
         self._look: asyncio.TimerHandle | None = None
 
     def starts(self) -> None:
-        """Work comes after none: how long nobody has answered is counted from now, unless the work before ended for it.
+        """Work comes after none: how long nobody has answered is counted from now, unless the work
+        before ended for it.
 
-        Of a lane's shards only the first then waits for servers that are gone; the others fail at once, to be tried later.
+        Of a lane's shards only the first then waits for servers that are gone; the others fail at
+        once, to be tried later.
         """
         if not self._lost:
             self._last_answer = time.monotonic()
@@ -103,7 +120,9 @@ class Pool:
             self._wake(1)
 
     async def _next_place(self) -> None:
-        """Return when a place may be free: one request has ended, or there is more room than before."""
+        """Return when a place may be free: one request has ended, or there is more room than
+        before.
+        """
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         self._look_later()
@@ -117,13 +136,19 @@ class Pool:
                 number -= 1
 
     def _look_later(self) -> None:
-        """Rests end and limits grow without anybody being told: one look for all who wait, not one each."""
+        """Rests end and limits grow without anybody being told: one look for all who wait, not
+        one each.
+        """
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_now)
 
     def _look_now(self) -> None:
         self._look = None
-        self._wake(len(self._waiting) if self._is_lost() else sum(max(0, endpoint.room) for endpoint in self.endpoints))
+        self._wake(
+            len(self._waiting)
+            if self._is_lost()
+            else sum(max(0, endpoint.room) for endpoint in self.endpoints)
+        )
         if self._waiting:
             self._look_later()
 
@@ -138,4 +163,8 @@ class Pool:
             self._lost = True
             names = ", ".join(endpoint.url for endpoint in self.endpoints)
             what = f"no server has answered for {self.lost_s:g} s"
-            raise TransientError(what, where=f"resources.endpoints {names}", fix="start them again; rows that were answered are kept")
+            raise TransientError(
+                what,
+                where=f"resources.endpoints {names}",
+                fix="start them again; rows that were answered are kept",
+            )

@@ -1,8 +1,10 @@
-"""The answers stage: the target answers every prompt anew, so that a draft learns what its target would say.
+"""The answers stage: the target answers every prompt anew, so that a draft learns what its target
+would say.
 
-Every assistant turn is regenerated on the conversation so far as regenerated. An engine is anything with the `answer`
-method below; the in-process one is the default and needs nothing but the target. Servers are asked for several shards
-at a time (`ahead.py`), so that they never run dry at the end of one.
+Every assistant turn is regenerated on the conversation so far as regenerated. An engine is anything
+with the `answer` method below; the in-process one is the default and needs nothing but the target.
+Servers are asked for several shards at a time (`ahead.py`), so that they never run dry at the end
+of one.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ TURN = pa.struct(
     [
         pa.field("text", pa.large_string(), nullable=False),
         pa.field("token_ids", pa.large_list(pa.int32())),  # null where the engine gives text only
-        pa.field("finish_reason", pa.string(), nullable=False),  # stop: the target ended the turn; length: the limit did
+        # stop: the target ended the turn; length: the limit did
+        pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("num_prompt_tokens", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
@@ -50,7 +53,8 @@ SCHEMA = pa.schema(
         pa.field("domain", pa.string()),
         pa.field("messages", pa.large_string(), nullable=False),  # JSON, as in the prompts
         pa.field("tools", pa.large_string()),  # JSON, as in the prompts; null where there are none
-        pa.field("turns", pa.large_list(TURN), nullable=False),  # one for each answer that the conversation waits for
+        # one for each answer that the conversation waits for
+        pa.field("turns", pa.large_list(TURN), nullable=False),
     ]
 )
 
@@ -58,12 +62,20 @@ SCHEMA = pa.schema(
 class Engine(Protocol):
     """Where answers come from, a shard at a time; made as `Class(config)`."""
 
-    def answer(self, requests: Sequence[Request], *, shard: int) -> Iterable[tuple[Request, Outcome]]:
-        """Each request with its outcome, in whatever order they come; raises TransientError if the shard should be tried again."""
+    def answer(
+        self, requests: Sequence[Request], *, shard: int
+    ) -> Iterable[tuple[Request, Outcome]]:
+        """Each request with its outcome, in whatever order they come; raises TransientError if
+        the shard should be tried again.
+        """
 
 
-def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
-    """Answer the missing shards of prompts (all, or of those asked for), and seal when none is missing."""
+def run_answers(
+    config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent
+) -> Artifact:
+    """Answer the missing shards of prompts (all, or of those asked for), and seal when none is
+    missing.
+    """
     stage = open_sharded(config, "answers", shards)
     if stage.todo:
         meter = Meter(stage.todo, report, every_s=config.resources.progress_s)
@@ -76,12 +88,20 @@ def run_answers(config: RunConfig, *, shards: Sequence[int] | None = None, repor
 
 
 def ask_engine(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
-    """Answer the stage's shards one by one. No journal: with rows left out, an engine would batch, and so round, the others differently."""
+    """Answer the stage's shards one by one. No journal: with rows left out, an engine would
+    batch, and so round, the others differently.
+    """
     engine = make_engine(config)
 
     def make(work: Work, local: Path) -> Counts:
         rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
-        return commit_ready(stage.artifact, work, local, answer_rows(rows, engine, config, shard=work.shard, meter=meter), config)
+        return commit_ready(
+            stage.artifact,
+            work,
+            local,
+            answer_rows(rows, engine, config, shard=work.shard, meter=meter),
+            config,
+        )
 
     work_through(config, stage.artifact, stage.todo, make, meter.report)
 
@@ -115,16 +135,29 @@ def make_engine(config: RunConfig) -> Engine:
     try:
         engine: Engine = getattr(importlib.import_module(module), attribute)(config)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the engine cannot be imported: {error}", where="answers.engine", fix="give package.module:Class") from None
+        raise ConfigError(
+            f"the engine cannot be imported: {error}",
+            where="answers.engine",
+            fix="give package.module:Class",
+        ) from None
     return engine
 
 
 def answer_rows(
-    rows: Sequence[Mapping[str, Any]], engine: Engine, config: RunConfig, *, shard: int, meter: Meter | None = None
+    rows: Sequence[Mapping[str, Any]],
+    engine: Engine,
+    config: RunConfig,
+    *,
+    shard: int,
+    meter: Meter | None = None,
 ) -> list[Conversation]:
-    """The rows as conversations that are over; all that wait for an answer are given to the engine together."""
+    """The rows as conversations that are over; all that wait for an answer are given to the
+    engine together.
+    """
     conversations = {row["id"]: Conversation(row, config.answers) for row in rows}
-    while requests := [request for found in conversations.values() if (request := found.next_request()) is not None]:
+    while requests := [
+        request for found in conversations.values() if (request := found.next_request()) is not None
+    ]:
         for request, outcome in engine.answer(requests, shard=shard):
             conversations[request.id].hear(outcome)
             if meter is not None:
@@ -134,28 +167,50 @@ def answer_rows(
     return list(conversations.values())
 
 
-def commit_ready(artifact: Artifact, work: Work, local: Path, conversations: Sequence[Conversation], config: RunConfig) -> Counts:
+def commit_ready(
+    artifact: Artifact,
+    work: Work,
+    local: Path,
+    conversations: Sequence[Conversation],
+    config: RunConfig,
+) -> Counts:
     """Write what was answered to `local` and what was not to the rejects.
 
     Raises:
         TransientError: rows got no answer this time.
-        DataError: more rows than `resources.max_refused` were refused; a server that refuses nearly everything is set up
-            wrongly, and its shard must not count as done.
+        DataError: more rows than `resources.max_refused` were refused; a server that refuses nearly
+            everything is set up wrongly, and its shard must not count as done.
     """
     refused = [(found, found.ended) for found in conversations if isinstance(found.ended, Refused)]
     failed = [found.ended for found in conversations if isinstance(found.ended, Failed)]
     if failed:
         what = f"{len(failed)} of {len(conversations)} rows got no answer, the first because {failed[0].detail}"
-        raise TransientError(what, where=f"shard {work.shard}", fix="it is tried again by itself; rows that were answered are kept")
+        raise TransientError(
+            what,
+            where=f"shard {work.shard}",
+            fix="it is tried again by itself; rows that were answered are kept",
+        )
     faults = [ended for _, ended in refused if ended.reason.startswith(("http_", FAILED))]
     if len(faults) > config.resources.max_refused * len(conversations):
         what = f"{len(faults)} of {len(conversations)} rows were refused, the first because: {faults[0].detail}"
         fix = "correct resources.endpoints and served_model, or raise resources.max_refused"
         raise DataError(what, where="answers", fix=fix)
-    answered = [{**found.row, "turns": [turn._asdict() for turn in found.turns]} for found in conversations if found.ended is None]
+    answered = [
+        {**found.row, "turns": [turn._asdict() for turn in found.turns]}
+        for found in conversations
+        if found.ended is None
+    ]
     write_table(pa.Table.from_pylist(answered, SCHEMA), local)
     rejects = [{"id": f"{found.row['id']:016x}", **ended._asdict()} for found, ended in refused]
     put_rejects(artifact, work.shard, rejects, made=file_checksum(local))
     turns = [turn for row in answered for turn in row["turns"]]
-    extra = {"turns": len(turns), "truncated": sum(turn["finish_reason"] == "length" for turn in turns)}
-    return Counts(rows=len(answered), tokens=sum(turn["num_tokens"] for turn in turns), rejected=len(refused), extra=extra)
+    extra = {
+        "turns": len(turns),
+        "truncated": sum(turn["finish_reason"] == "length" for turn in turns),
+    }
+    return Counts(
+        rows=len(answered),
+        tokens=sum(turn["num_tokens"] for turn in turns),
+        rejected=len(refused),
+        extra=extra,
+    )

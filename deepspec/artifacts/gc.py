@@ -1,11 +1,13 @@
-"""What crashed or raced writers left in a store: found by `orphans`, which touches nothing, taken away by `remove`.
+"""What crashed or raced writers left in a store: found by `orphans`, which touches nothing, taken
+away by `remove`.
 
-Safe beside running workers and trainers. Nothing is an orphan before a grace period is over, which begins when it was written
-or, for the old file of a shard that was made again, with the new record: until then a trainer may read by the old manifest.
-`orphans` lists files before it reads the records, so that one committed in between counts as named. A file's name follows
-from its bytes, so a resumed capture may put an orphan to use later still: `remove` looks at each file and its shard's record
-again before it takes the file. What stays open is the moment between that look and the removal (remotely, up to `RELIST_S`
-and the time of a listing more).
+Safe beside running workers and trainers. Nothing is an orphan before a grace period is over, which
+begins when it was written or, for the old file of a shard that was made again, with the new record:
+until then a trainer may read by the old manifest. `orphans` lists files before it reads the
+records, so that one committed in between counts as named. A file's name follows from its bytes, so
+a resumed capture may put an orphan to use later still: `remove` looks at each file and its shard's
+record again before it takes the file. What stays open is the moment between that look and the
+removal (remotely, up to `RELIST_S` and the time of a listing more).
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from deepspec.storage.store import Entry, Store, Upload
 log = logging.getLogger(__name__)
 
 GRACE_S = 24 * 3600.0
-RELIST_S = 1.0  # the age at which `remove` lists a remote folder again: to do so for each of 10,000 files would take hours
+# the age at which `remove` lists a remote folder again: to do so for each of 10,000 files would
+# take hours
+RELIST_S = 1.0
 DATA_FOLDERS = ("shards", "rows")
 NOT_STAGES = {".staged", "quarantine", "claims"}
-PROBE = ".probe-"  # what `check_writable` and `plan` write at the root, and leave there if they are killed
+# what `check_writable` and `plan` write at the root, and leave there if they are killed
+PROBE = ".probe-"
 
 Kind = Literal["shard", "staged", "upload", "quarantine"]
 
 
 class Orphan(NamedTuple):
-    """Something that no record stands for; `path` is relative to the store, or absolute for a file of its scratch folder.
+    """Something that no record stands for; `path` is relative to the store, or absolute for a file
+    of its scratch folder.
 
     `grace_s` is the age that it had to have, and must still have when it is removed.
     """
@@ -48,23 +54,35 @@ class Orphan(NamedTuple):
 def orphans(store: Store, *, grace_s: float = GRACE_S) -> list[Orphan]:
     """Everything older than `grace_s` that no record of the store names, oldest first."""
     now = time.time()
-    found = [*_unnamed(store, now), *_staged(store, now), *_probes(store, now), *_uploads(store, now), *_quarantine(store, now)]
+    found = [
+        *_unnamed(store, now),
+        *_staged(store, now),
+        *_probes(store, now),
+        *_uploads(store, now),
+        *_quarantine(store, now),
+    ]
     old = [orphan._replace(grace_s=grace_s) for orphan in found if orphan.age_s >= grace_s]
     return sorted(old, key=lambda orphan: -orphan.age_s)
 
 
 def remove(store: Store, found: Iterable[Orphan]) -> int:
-    """Take away those that still are orphans; returns the bytes that are free again (unknown, counted as 0, for uploads)."""
+    """Take away those that still are orphans; returns the bytes that are free again (unknown,
+    counted as 0, for uploads).
+    """
     num_bytes, modified = 0, _Modified(store)
     for orphan in found:
         if orphan.kind == "upload":
             store.abort_upload(Upload(orphan.path, orphan.upload_id, 0.0))
         elif Path(orphan.path).is_absolute():
             Path(orphan.path).unlink(missing_ok=True)
-        elif _is_old(orphan, modified) and not (orphan.kind == "shard" and _is_named_now(store, orphan.path)):
+        elif _is_old(orphan, modified) and not (
+            orphan.kind == "shard" and _is_named_now(store, orphan.path)
+        ):
             store.remove(orphan.path)
         else:
-            log.info("kept path=%s: it was written, named or removed since it was found", orphan.path)
+            log.info(
+                "kept path=%s: it was written, named or removed since it was found", orphan.path
+            )
             continue
         num_bytes += orphan.num_bytes
     return num_bytes
@@ -78,7 +96,9 @@ def remove_abandoned(store: Store) -> None:
 
 
 class _Modified:
-    """When a file of the store was last written: asked of a local file itself, of a listing not older than `RELIST_S` elsewhere."""
+    """When a file of the store was last written: asked of a local file itself, of a listing not
+    older than `RELIST_S` elsewhere.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -105,7 +125,9 @@ def _is_old(orphan: Orphan, modified: _Modified) -> bool:
 
 
 def _is_named_now(store: Store, path: str) -> bool:
-    """Whether the record of the file's shard stands for it, or cannot be read, which leaves that open."""
+    """Whether the record of the file's shard stands for it, or cannot be read, which leaves
+    that open.
+    """
     file = PurePosixPath(path)
     (data,) = store.read_many([f"{file.parent.parent}/records/{_shard_of(file.name)}.json"])
     try:
@@ -118,8 +140,20 @@ def _unnamed(store: Store, now: float) -> Iterator[Orphan]:
     for stage in store.names(""):
         for artifact in store.names(stage) if stage not in NOT_STAGES else ():
             folder = f"{stage}/{artifact}"
-            files = [(f"{part}/{entry.name}", entry) for part in DATA_FOLDERS for entry in store.entries(f"{folder}/{part}")]
-            records = [entry for entry in store.entries(f"{folder}/records") if entry.name.endswith(".json")] if files else []
+            files = [
+                (f"{part}/{entry.name}", entry)
+                for part in DATA_FOLDERS
+                for entry in store.entries(f"{folder}/{part}")
+            ]
+            records = (
+                [
+                    entry
+                    for entry in store.entries(f"{folder}/records")
+                    if entry.name.endswith(".json")
+                ]
+                if files
+                else []
+            )
             named = _named(store, folder, records)
             if named is None:
                 continue
@@ -136,18 +170,27 @@ def _shard_of(name: str) -> str:
 
 
 def _named(store: Store, folder: str, records: Iterable[Entry]) -> set[str] | None:
-    """The files that these records of the artifact stand for, each shard's rows among them; None if one cannot be read."""
+    """The files that these records of the artifact stand for, each shard's rows among them;
+    None if one cannot be read.
+    """
     names = [f"{folder}/records/{entry.name}" for entry in records]
     try:
-        files = {str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None}
+        files = {
+            str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None
+        }
     except (ValueError, KeyError, TypeError):
-        log.warning("artifact=%s has a record that cannot be read: nothing of it is taken away before `verify` went over it", folder)
+        log.warning(
+            "artifact=%s has a record that cannot be read: nothing of it is taken away before `verify` went over it",
+            folder,
+        )
         return None
     return files | {f"rows/{PurePosixPath(file).name}" for file in files}
 
 
 def _staged(store: Store, now: float) -> Iterator[Orphan]:
-    """Files that were being written: in the store's own folder, or in the scratch folder of this machine."""
+    """Files that were being written: in the store's own folder, or in the scratch folder of
+    this machine.
+    """
     for path in store.spool.glob("*"):
         try:
             status = path.stat()
@@ -165,7 +208,9 @@ def _probes(store: Store, now: float) -> Iterator[Orphan]:
 
 
 def _is_being_written(name: str) -> bool:
-    """Whether the process that `host-pid-uuid` names runs on this machine; of another machine only the age can tell."""
+    """Whether the process that `host-pid-uuid` names runs on this machine; of another machine
+    only the age can tell.
+    """
     host, _, rest = name.rpartition("-")[0].rpartition("-")
     if host != os.uname().nodename or not rest.isdigit():
         return False

@@ -1,8 +1,10 @@
-"""Which shards a run works on, said in the store, so that two runs on one artifact do not make the same ones twice.
+"""Which shards a run works on, said in the store, so that two runs on one artifact do not make the
+same ones twice.
 
-Only time depends on it: the commit rule keeps an artifact whole whatever two runs do. Each run writes one file of its own
-under `claims/` and renews it; what is left of a run that died counts for nothing after `LOST_S`. Ages are differences
-between times that the store gave, so no two clocks are compared.
+Only time depends on it: the commit rule keeps an artifact whole whatever two runs do. Each run
+writes one file of its own under `claims/` and renews it; what is left of a run that died counts for
+nothing after `LOST_S`. Ages are differences between times that the store gave, so no two clocks are
+compared.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Claim(Stored):
     """What people call it."""
     run_id: str
     dealer: str = ""
-    """The `run_id` of the run that dealt it its shards, and claims them, too; empty where it was started for itself."""
+    """The `run_id` of the run that dealt it its shards, and claims them, too; empty where it
+    was started for itself.
+    """
     process: str
     """As in `this_process`."""
     settled: bool = False
@@ -76,22 +80,30 @@ class Claims:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        with self._lock, contextlib.suppress(DeepSpecError, OSError):  # or it counts as dead a minute from now
+        # or it counts as dead a minute from now
+        with self._lock, contextlib.suppress(DeepSpecError, OSError):
             self.store.remove(f"{self.folder}/{self.name}")
 
     def take(self, wanted: Iterable[int]) -> Taken:
-        """Those of the wanted shards that no other living run works on are this run's now, instead of what it had before.
+        """Those of the wanted shards that no other living run works on are this run's now, instead
+        of what it had before.
 
-        A run asks first and looks then, so of two that ask at the same moment at least one sees the other; the smaller
-        name goes first.
+        A run asks first and looks then, so of two that ask at the same moment at least one sees the
+        other; the smaller name goes first.
         """
         mine, others = set(wanted), list[Claim]()
         self._say(mine, settled=False)
         while True:
             rivals = [
-                (seen, set(parse_shards(seen.claim.shards)) & mine) for seen in self.look() if seen.alive and not self._is_dealer(seen)
+                (seen, set(parse_shards(seen.claim.shards)) & mine)
+                for seen in self.look()
+                if seen.alive and not self._is_dealer(seen)
             ]
-            lost = [(seen, both) for seen, both in rivals if both and (seen.claim.settled or seen.name < self.name)]
+            lost = [
+                (seen, both)
+                for seen, both in rivals
+                if both and (seen.claim.settled or seen.name < self.name)
+            ]
             if lost:
                 others += [seen.claim for seen, _ in lost]
                 mine -= set().union(*(both for _, both in lost))
@@ -111,7 +123,11 @@ class Claims:
         own = entries.pop(self.name, None)
         now = own.modified + time.monotonic() - self._written if own else 0.0
         seen = []
-        for name, data in zip(entries, self.store.read_many([f"{self.folder}/{name}" for name in entries]), strict=True):
+        for name, data in zip(
+            entries,
+            self.store.read_many([f"{self.folder}/{name}" for name in entries]),
+            strict=True,
+        ):
             with contextlib.suppress(ValidationError):  # gone since the listing, or no claim
                 claim, age_s = Claim.model_validate_json(data or b""), now - entries[name].modified
                 seen.append(Seen(name, claim, age_s < LOST_S and not has_ended(claim.process)))
@@ -120,11 +136,15 @@ class Claims:
         return seen
 
     def _is_dealer(self, seen: Seen) -> bool:
-        """Nobody else is let through: a run that is begun again may meet what its first try left running."""
+        """Nobody else is let through: a run that is begun again may meet what its first try
+        left running.
+        """
         return bool(self.claim.dealer) and seen.claim.run_id == self.claim.dealer
 
     def _say(self, shards: Iterable[int], *, settled: bool) -> None:
-        self.claim = self.claim.model_copy(update={"shards": shard_list(sorted(shards)), "settled": settled})
+        self.claim = self.claim.model_copy(
+            update={"shards": shard_list(sorted(shards)), "settled": settled}
+        )
         self._write()
 
     def _write(self) -> None:
@@ -142,7 +162,9 @@ class Claims:
 
 
 def this_process() -> str:
-    """Names this process among those of all machines and all times; empty where the system does not tell enough."""
+    """Names this process among those of all machines and all times; empty where the system does
+    not tell enough.
+    """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = Path("/proc/self/ns/pid").readlink()
@@ -151,7 +173,9 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Whether it can be seen from here that the process runs no more: on this machine, not on another one."""
+    """Whether it can be seen from here that the process runs no more: on this machine, not on
+    another one.
+    """
     *place, pid, started = process.split() or ["", "", ""]
     if not place or place != this_process().split()[:-2]:
         return False
@@ -175,4 +199,9 @@ def _started(pid: int) -> str:
 
 def words(others: Sequence[Claim]) -> str:
     """Who they are: `run 'pipeline demo' on node1`."""
-    return ", ".join(dict.fromkeys(f"run {claim.run!r} on {claim.process.partition(' ')[0] or 'another machine'}" for claim in others))
+    return ", ".join(
+        dict.fromkeys(
+            f"run {claim.run!r} on {claim.process.partition(' ')[0] or 'another machine'}"
+            for claim in others
+        )
+    )

@@ -1,4 +1,6 @@
-"""What an artifact says of where it comes from: the run that made it, and the sealed artifacts it was made from."""
+"""What an artifact says of where it comes from: the run that made it, and the sealed artifacts
+it was made from.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     That run's store is the one in which the artifact lies now, wherever it was made.
 
     Raises:
-        ConfigError: unknown recipe, key or value, or an artifact whose run this version does not know.
+        ConfigError: unknown recipe, key or value, or an artifact whose run this version does not
+            know.
         ArtifactMismatch: there is no artifact, or it does not say which run made it.
     """
     artifact = artifact_at(source)
@@ -27,14 +30,25 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     info = require_info(artifact)
     if not info.run:
         what = "the artifact does not say which run made it"
-        raise ArtifactMismatch(what, where=f"{artifact.url}/artifact.json", fix="give the run's recipe or file")
-    place = str(Path(artifact.store.root).resolve()) if artifact.store.is_local else artifact.store.url
+        raise ArtifactMismatch(
+            what, where=f"{artifact.url}/artifact.json", fix="give the run's recipe or file"
+        )
+    place = (
+        str(Path(artifact.store.root).resolve()) if artifact.store.is_local else artifact.store.url
+    )
     fix = f"it was made by deepspec {info.code_version}: print it with that version, or correct a copy of `run` in artifact.json"
-    return validated({**info.run, "store": store or place}, overrides, where=f"{artifact.url}/artifact.json", fix=fix)
+    return validated(
+        {**info.run, "store": store or place},
+        overrides,
+        where=f"{artifact.url}/artifact.json",
+        fix=fix,
+    )
 
 
 def drift(source: str, config: RunConfig) -> str:
-    """Why the run that made this artifact would not find it again, in words; empty where it would, or `source` names a run."""
+    """Why the run that made this artifact would not find it again, in words; empty where it
+    would, or `source` names a run.
+    """
     artifact = artifact_at(source)
     if artifact is None:
         return ""
@@ -43,11 +57,17 @@ def drift(source: str, config: RunConfig) -> str:
     except (DataError, ConfigError) as error:
         return f"a file that the run reads is not here (relative paths are those of the run's folder): {error}"
     made = artifact.key.fingerprint
-    return "" if found == made else f"this run makes {found}, not {made}: a file that it reads, or the format, has changed since"
+    return (
+        ""
+        if found == made
+        else f"this run makes {found}, not {made}: a file that it reads, or the format, has changed since"
+    )
 
 
 def sealed_inputs(artifact: Artifact) -> Iterator[Artifact]:
-    """The sealed artifacts that this one was made from; in place of one that is not (hidden states made in training), its own."""
+    """The sealed artifacts that this one was made from; in place of one that is not (hidden
+    states made in training), its own.
+    """
     info = artifact.info()
     for entry in info.inputs if info else ():
         upstream = input_artifact(artifact.store, entry)

@@ -1,4 +1,6 @@
-"""What the store writes about data: keys, records, manifests. Pure values; the rules are in `artifact.py`."""
+"""What the store writes about data: keys, records, manifests. Pure values; the rules are in
+`artifact.py`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class ArtifactInfo(Stored):
         for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
             found, wanted = getattr(self, field), getattr(key, field)
             if found != wanted:
-                return f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
+                return (
+                    f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
+                )
         return ""
 
 
@@ -75,7 +79,9 @@ InsideName = Annotated[str, AfterValidator(inside)]
 
 
 class Record(Stored):
-    """One committed shard of the artifact with this fingerprint. `upstream` is the checksum of the shard it was made from."""
+    """One committed shard of the artifact with this fingerprint. `upstream` is the checksum of
+    the shard it was made from.
+    """
 
     artifact: str
     shard: int
@@ -90,11 +96,15 @@ class Record(Stored):
     index_checksum: str = ""
     """Of the shard's file of index rows; empty where it has none."""
     made_with: str = ""
-    """Checksum of what it cannot be read without (the codecs' channel scales); empty where there is nothing of the kind."""
+    """Checksum of what it cannot be read without (the codecs' channel scales); empty where
+    there is nothing of the kind.
+    """
     host: str = ""
     seconds: float = 0.0
     digest: str = ""
-    """Over the content. A record in which a bit was flipped no longer fits it, and counts as absent."""
+    """Over the content. A record in which a bit was flipped no longer fits it, and counts as
+    absent.
+    """
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -118,24 +128,43 @@ class Record(Stored):
         return self.model_copy(update={"seconds": round(seconds, 3)})
 
 
-def describe(key: ArtifactKey, shard: int, local: Path, counts: Counts, *, upstream: str | None) -> Record:
+def describe(
+    key: ArtifactKey, shard: int, local: Path, counts: Counts, *, upstream: str | None
+) -> Record:
     """The record that a staged file will have as shard `shard` of the artifact."""
     checksum = counts.checksum or file_checksum(local)
     return Record(
-        artifact=key.fingerprint, shard=shard, file=f"shards/{shard:05d}-{checksum[:12]}.arrow", num_bytes=local.stat().st_size,
-        checksum=checksum, rows=counts.rows, tokens=counts.tokens, rejected=counts.rejected, upstream=upstream, counts=dict(counts.extra),
-        index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "", made_with=counts.made_with,
+        artifact=key.fingerprint,
+        shard=shard,
+        file=f"shards/{shard:05d}-{checksum[:12]}.arrow",
+        num_bytes=local.stat().st_size,
+        checksum=checksum,
+        rows=counts.rows,
+        tokens=counts.tokens,
+        rejected=counts.rejected,
+        upstream=upstream,
+        counts=dict(counts.extra),
+        index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
+        made_with=counts.made_with,
         host=socket.gethostname(),
-    ).with_digest()  # fmt: skip
+    ).with_digest()
 
 
 def records_table(records: Iterable[Record]) -> bytes:
-    """The records of a sealed artifact as one Arrow IPC file, a row a shard, so that nobody need ask for 10,000 files."""
+    """The records of a sealed artifact as one Arrow IPC file, a row a shard, so that nobody
+    need ask for 10,000 files.
+    """
     import pyarrow as pa
 
-    rows = [{**record.model_dump(), "counts": json.dumps(record.counts, sort_keys=True)} for record in records]
+    rows = [
+        {**record.model_dump(), "counts": json.dumps(record.counts, sort_keys=True)}
+        for record in records
+    ]
     integers = dict.fromkeys(("shard", "num_bytes", "rows", "tokens", "rejected"), pa.uint64())
-    kinds = {name: integers.get(name, pa.float64() if name == "seconds" else pa.string()) for name in Record.model_fields}
+    kinds = {
+        name: integers.get(name, pa.float64() if name == "seconds" else pa.string())
+        for name in Record.model_fields
+    }
     table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -147,7 +176,10 @@ def read_records_table(data: bytes) -> dict[int, Record]:
     import pyarrow as pa
 
     rows = pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()
-    return {row["shard"]: Record.model_validate({**row, "counts": json.loads(row["counts"])}) for row in rows}
+    return {
+        row["shard"]: Record.model_validate({**row, "counts": json.loads(row["counts"])})
+        for row in rows
+    }
 
 
 class FileEntry(Stored):
@@ -156,15 +188,19 @@ class FileEntry(Stored):
 
 
 class Manifest(Stored):
-    """A sealed artifact: its files, the inputs' digests, and one digest over all of it, every record included.
+    """A sealed artifact: its files, the inputs' digests, and one digest over all of it, every
+    record included.
 
-    The records themselves stand in a table of their own, so that opening an artifact of 10,000 shards parses none of them.
+    The records themselves stand in a table of their own, so that opening an artifact of 10,000
+    shards parses none of them.
     """
 
     stage: str
     fingerprint: str
     records: FileEntry
-    """`records.arrow`; its checksum covers who made a shard and when as well, so it is not part of the digest."""
+    """`records.arrow`; its checksum covers who made a shard and when as well, so it is not part
+    of the digest.
+    """
     files: dict[InsideName, FileEntry]
     inputs: dict[str, str]
     totals: dict[str, int]
@@ -177,7 +213,9 @@ class Counts(NamedTuple):
     rejected: int = 0
     extra: Mapping[str, float] = {}
     checksum: str = ""
-    """xxh3_128 of the file, where it was computed while writing; empty has it computed by reading."""
+    """xxh3_128 of the file, where it was computed while writing; empty has it computed by
+    reading.
+    """
     index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
     made_with: str = ""
@@ -192,5 +230,7 @@ def _difference(found: object, wanted: object) -> str:
     """What is not the same about two values of an artifact's identity, in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-        return ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+        return ", ".join(
+            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys
+        )
     return f"{found!r} there, {wanted!r} here"

@@ -1,8 +1,9 @@
 """The one loop by which a stage works through its shards: make, check, commit, go on.
 
-Committing (fsync or upload, read back, record) runs beside the making of the next shard. A shard that fails is noted
-and the others go on; a full disk makes the stage wait, not fail. Killed at any point, what is lost is the shards in
-flight: at 10,000 shards with a worker dying every minute each of them costs a few shards of work and nothing else.
+Committing (fsync or upload, read back, record) runs beside the making of the next shard. A shard
+that fails is noted and the others go on; a full disk makes the stage wait, not fail. Killed at any
+point, what is lost is the shards in flight: at 10,000 shards with a worker dying every minute each
+of them costs a few shards of work and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from deepspec.artifacts.records import Counts, Record, describe
 from deepspec.artifacts.side_files import put_failure, quarantine
 from deepspec.config.resources import ResourcesConfig
 from deepspec.config.run import RunConfig
-from deepspec.errors import ArtifactMismatch, DamagedData, DeepSpecError, ShardsFailed, StoreError, TransientError
+from deepspec.errors import (
+    ArtifactMismatch,
+    DamagedData,
+    DeepSpecError,
+    ShardsFailed,
+    StoreError,
+    TransientError,
+)
 from deepspec.process.events import Report
 from deepspec.storage.store import Store
 
@@ -32,7 +40,8 @@ log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TOO_MANY = "more failed for good than resources.max_failed allows"
-FEW_FAILED = 10  # shards that may fail for good whatever their share: a small stage is worked through
+# shards that may fail for good whatever their share: a small stage is worked through
+FEW_FAILED = 10
 COMMITS_IN_FLIGHT = 1  # beside the shard being made: more would only fill the scratch disk
 
 
@@ -53,22 +62,37 @@ class Todo(Protocol):
     def __iter__(self) -> Iterator[Work]: ...
 
 
-def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, report: Report, *, repeatable: bool = True) -> None:
+def work_through(
+    config: RunConfig,
+    artifact: Artifact,
+    todo: Todo,
+    make: Make,
+    report: Report,
+    *,
+    repeatable: bool = True,
+) -> None:
     """Make and commit each shard.
 
-    Where a shard made twice is not `repeatable` (sampled by servers, or timed), of two workers at the same shard the first one's
-    stands, and the other's is dropped; otherwise a difference between the two is an error.
+    Where a shard made twice is not `repeatable` (sampled by servers, or timed), of two workers at
+    the same shard the first one's stands, and the other's is dropped; otherwise a difference
+    between the two is an error.
 
     Raises:
-        ShardsFailed: at the end, naming every shard that failed and why; early, where too many have failed for good.
+        ShardsFailed: at the end, naming every shard that failed and why; early, where too many have
+            failed for good.
     """
-    shift, pending = _Shift(config, artifact, len(todo), report, repeatable=repeatable), deque[tuple[Work, Future[Record]]]()
+    shift, pending = (
+        _Shift(config, artifact, len(todo), report, repeatable=repeatable),
+        deque[tuple[Work, Future[Record]]](),
+    )
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=1) as committer:
         for work in todo:
             with shift.noting_failure(work):
                 local, counts, staged = shift.made(work, make)
-                pending.append((work, committer.submit(shift.commit, work, local, counts, started, staged)))
+                pending.append(
+                    (work, committer.submit(shift.commit, work, local, counts, started, staged))
+                )
             started = time.monotonic()
             while len(pending) > COMMITS_IN_FLIGHT:
                 shift.settle(*pending.popleft())
@@ -83,14 +107,23 @@ def work_through(config: RunConfig, artifact: Artifact, todo: Todo, make: Make, 
 class _Shift:
     """What one call of `work_through` keeps count of."""
 
-    def __init__(self, config: RunConfig, artifact: Artifact, total: int, report: Report, *, repeatable: bool) -> None:
+    def __init__(
+        self, config: RunConfig, artifact: Artifact, total: int, report: Report, *, repeatable: bool
+    ) -> None:
         self.repeatable = repeatable
-        self.resources, self.artifact, self.total, self.report = config.resources, artifact, total, report
+        self.resources, self.artifact, self.total, self.report = (
+            config.resources,
+            artifact,
+            total,
+            report,
+        )
         self.failures: dict[int, dict[str, Any]] = {}
         self.ended, self.rows, self.tokens = 0, 0, 0
 
     def made(self, work: Work, make: Make) -> tuple[Path, Counts, ExitStack]:
-        """A staged file with the shard, which lives until the stack is closed; while the disk is full, waits and makes it again."""
+        """A staged file with the shard, which lives until the stack is closed; while the disk
+        is full, waits and makes it again.
+        """
         while True:
             self.wait_for_space()
             with ExitStack() as stack:
@@ -98,7 +131,11 @@ class _Shift:
                 try:
                     return local, make(work, local), stack.pop_all()
                 except DamagedData as error:
-                    error.where += f"; set aside as {quarantine(self.artifact, work.shard, local)}" if local.exists() else ""
+                    error.where += (
+                        f"; set aside as {quarantine(self.artifact, work.shard, local)}"
+                        if local.exists()
+                        else ""
+                    )
                     raise
                 except OSError as error:
                     if error.errno not in FULL:
@@ -106,9 +143,13 @@ class _Shift:
             # What was written of it is gone by now: that alone may have made room.
             self._pause(f"the disk is full, shard {work.shard} will be made again")
 
-    def commit(self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack) -> Record:
+    def commit(
+        self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack
+    ) -> Record:
         with staged, transient_system_errors(f"shard {work.shard}"):
-            record = describe(self.artifact.key, work.shard, local, counts, upstream=work.upstream.checksum)
+            record = describe(
+                self.artifact.key, work.shard, local, counts, upstream=work.upstream.checksum
+            )
             record = record.taking(time.monotonic() - started)
             while True:
                 try:
@@ -117,32 +158,49 @@ class _Shift:
                     first = self.artifact.record(work.shard)
                     if self.repeatable or first is None:
                         raise
-                    log.info("stage=%s shard=%d: another worker was first, and its shard stands", self.artifact.key.stage, work.shard)
+                    log.info(
+                        "stage=%s shard=%d: another worker was first, and its shard stands",
+                        self.artifact.key.stage,
+                        work.shard,
+                    )
                     return first
                 except OSError as error:
                     if error.errno not in FULL:
                         raise
-                    self._pause(f"the disk is full ({error.strerror}), shard {work.shard} waits to be committed")
+                    self._pause(
+                        f"the disk is full ({error.strerror}), shard {work.shard} waits to be committed"
+                    )
 
     def settle(self, work: Work, future: Future[Record]) -> None:
         """Take note of how a commit ended."""
         with self.noting_failure(work):
             record = future.result()
             self.rows, self.tokens = self.rows + record.rows, self.tokens + record.tokens
-            fields = record.model_dump(include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"})
-            log.info("stage=%s %s", self.artifact.key.stage, " ".join(f"{key}={value}" for key, value in fields.items()))
+            fields = record.model_dump(
+                include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"}
+            )
+            log.info(
+                "stage=%s %s",
+                self.artifact.key.stage,
+                " ".join(f"{key}={value}" for key, value in fields.items()),
+            )
             self.report({"event": "shard", "stage": self.artifact.key.stage, **fields})
             self._progress()
 
     @contextmanager
     def noting_failure(self, work: Work) -> Iterator[None]:
-        """An error of a shard is kept beside the artifact and in `failures`; the other shards go on."""
+        """An error of a shard is kept beside the artifact and in `failures`; the other shards
+        go on.
+        """
         try:
             with transient_system_errors(f"shard {work.shard}"):
                 yield
         except DeepSpecError as error:
-            log.error("stage=%s shard=%d failed: %s", self.artifact.key.stage, work.shard, error.what)
-            with suppress(OSError):  # a full disk must not turn a note about one shard into the end of all
+            log.error(
+                "stage=%s shard=%d failed: %s", self.artifact.key.stage, work.shard, error.what
+            )
+            # a full disk must not turn a note about one shard into the end of all
+            with suppress(OSError):
                 put_failure(self.artifact, work.shard, error)
             self.failures[work.shard] = {**error.to_json(), "transient": error.transient}
             fields = {"shard": work.shard, "what": error.what, "transient": error.transient}
@@ -155,27 +213,46 @@ class _Shift:
 
     @cached_property
     def allowed(self) -> int:
-        """How many shards may fail for good: looked up once the share can matter, for it takes listings of the whole stage."""
+        """How many shards may fail for good: looked up once the share can matter, for it takes
+        listings of the whole stage.
+        """
         committed_here = self.ended - len(self.failures)
-        return failures_allowed(self.resources, stage_size(self.artifact, self.total - committed_here))
+        return failures_allowed(
+            self.resources, stage_size(self.artifact, self.total - committed_here)
+        )
 
     def _progress(self) -> None:
         self.ended += 1
-        counts = {"done": self.ended, "total": self.total, "unit": "shards", "rows": self.rows, "tokens": self.tokens}
+        counts = {
+            "done": self.ended,
+            "total": self.total,
+            "unit": "shards",
+            "rows": self.rows,
+            "tokens": self.tokens,
+        }
         self.report({"event": "progress", "stage": self.artifact.key.stage, **counts})
 
     def wait_for_space(self) -> None:
         """Return once the store has `min_free_gb` left."""
         while (free := free_gb(self.artifact.store)) < self.resources.min_free_gb:
-            self._pause(f"{free:.2f} GB are free where resources.min_free_gb asks for {self.resources.min_free_gb:g}")
+            self._pause(
+                f"{free:.2f} GB are free where resources.min_free_gb asks for {self.resources.min_free_gb:g}"
+            )
 
     def _pause(self, why: str) -> None:
-        log.warning("stage=%s paused: %s; it goes on by itself once there is room at %s", self.artifact.key.stage, why, self.artifact.url)
+        log.warning(
+            "stage=%s paused: %s; it goes on by itself once there is room at %s",
+            self.artifact.key.stage,
+            why,
+            self.artifact.url,
+        )
         self.report({"event": "paused", "stage": self.artifact.key.stage, "why": why})
         time.sleep(self.resources.space_poll_s)
 
     def failed(self, config: RunConfig) -> ShardsFailed:
-        reasons = "; ".join(f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items())
+        reasons = "; ".join(
+            f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items()
+        )
         left = self.total - self.ended
         shards = "" if left else f" --shards {','.join(map(str, self.failures))}"
         fix = f"run `python -m deepspec {self.artifact.key.stage} {config.typed}{shards}`"
@@ -190,27 +267,44 @@ def failures_allowed(resources: ResourcesConfig, num_shards: int) -> int:
 
 
 def few_failed(resources: ResourcesConfig) -> int:
-    """Shards that may fail for good whatever their share; who allows none is taken at their word."""
+    """Shards that may fail for good whatever their share; who allows none is taken at their
+    word.
+    """
     return FEW_FAILED if resources.max_failed else 0
 
 
 def stage_size(artifact: Artifact, num_todo: int) -> int:
-    """Shards of the whole stage: a worker that was given some of the missing ones finds the others in the stage before."""
-    before = [len(input_artifact(artifact.store, entry).record_shards()) for entry in artifact.key.inputs[:1]]
+    """Shards of the whole stage: a worker that was given some of the missing ones finds the
+    others in the stage before.
+    """
+    before = [
+        len(input_artifact(artifact.store, entry).record_shards())
+        for entry in artifact.key.inputs[:1]
+    ]
     return max([len(artifact.record_shards()) + num_todo, *before])
 
 
 def free_gb(store: Store) -> float:
-    """Free space (GB) where the next shard is written first: the store's own disk, or the scratch disk of a remote one."""
+    """Free space (GB) where the next shard is written first: the store's own disk, or the
+    scratch disk of a remote one.
+    """
     return store.free_bytes() / 1e9
 
 
 @contextmanager
 def transient_system_errors(what: str) -> Iterator[None]:
-    """Lost connections and time-outs come back as TransientError, so that the shard is tried again; a sick disk as StoreError."""
+    """Lost connections and time-outs come back as TransientError, so that the shard is tried
+    again; a sick disk as StoreError.
+    """
     try:
         yield
     except (ConnectionError, TimeoutError) as error:
-        raise TransientError(f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself") from error
+        raise TransientError(
+            f"{type(error).__name__}: {error}", where=what, fix="it is tried again by itself"
+        ) from error
     except OSError as error:
-        raise StoreError(f"{type(error).__name__}: {error}", where=what, fix="check the disk that holds the store") from error
+        raise StoreError(
+            f"{type(error).__name__}: {error}",
+            where=what,
+            fix="check the disk that holds the store",
+        ) from error

@@ -1,4 +1,6 @@
-"""What a stage sets aside beside an artifact: rows and shards that did not make it, each with the reason."""
+"""What a stage sets aside beside an artifact: rows and shards that did not make it, each with
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,38 @@ from deepspec.errors import DeepSpecError
 from deepspec.storage.store import pretty_json
 
 
-def put_rejects(artifact: Artifact, shard: int, rows: Iterable[Mapping[str, Any]], *, made: str = "") -> None:
+def put_rejects(
+    artifact: Artifact, shard: int, rows: Iterable[Mapping[str, Any]], *, made: str = ""
+) -> None:
     """Rows that failed for good, each with its `reason`; written before the shard's record.
 
-    Where a shard made twice may differ, `made` is the checksum of the one that they belong to, and part of their name as of its.
+    Where a shard made twice may differ, `made` is the checksum of the one that they belong to, and
+    part of their name as of its.
     """
     if lines := "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows):
-        artifact.store.write(artifact.path(f"rejects/{shard:05d}{made and f'-{made[:12]}'}.jsonl"), lines.encode())
+        artifact.store.write(
+            artifact.path(f"rejects/{shard:05d}{made and f'-{made[:12]}'}.jsonl"), lines.encode()
+        )
 
 
 def quarantine(artifact: Artifact, shard: int, local: Path) -> str:
-    """Keep what was written of a shard that must not be committed, for somebody to look at; returns where it is."""
+    """Keep what was written of a shard that must not be committed, for somebody to look at;
+    returns where it is.
+    """
     artifact.store.publish(local, artifact.path(f"quarantine/{shard:05d}.arrow"))
     return f"{artifact.url}/quarantine/{shard:05d}.arrow"
 
 
 def folder_beside(artifact: Artifact, name: str) -> Path:
-    """A local folder for what belongs to an artifact but not into it (journals, logs): beside it, or under `scratch` for a bucket."""
+    """A local folder for what belongs to an artifact but not into it (journals, logs): beside
+    it, or under `scratch` for a bucket.
+    """
     store = artifact.store
-    return Path(store.root) / artifact.folder / name if store.is_local else store.scratch / name / artifact.folder
+    return (
+        Path(store.root) / artifact.folder / name
+        if store.is_local
+        else store.scratch / name / artifact.folder
+    )
 
 
 def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
@@ -43,17 +58,29 @@ def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
 def failures(artifact: Artifact) -> dict[int, str]:
     """Why each shard that failed is missing."""
     names = artifact.store.names(artifact.path("failures"))
-    notes = artifact.store.read_many([artifact.path(f"failures/{name}") for name in names])  # one may be gone: committed since
-    return {int(name.split(".")[0]): json.loads(note)["what"] for name, note in zip(names, notes, strict=True) if note}
+    # one may be gone: committed since
+    notes = artifact.store.read_many([artifact.path(f"failures/{name}") for name in names])
+    return {
+        int(name.split(".")[0]): json.loads(note)["what"]
+        for name, note in zip(names, notes, strict=True)
+        if note
+    }
 
 
 def noted_failures(artifact: Artifact) -> dict[int, float]:
-    """When (unix seconds, by the store's clock) the failure of each shard that has a note was noted."""
-    return {int(entry.name.split(".")[0]): entry.modified for entry in artifact.store.entries(artifact.path("failures"))}
+    """When (unix seconds, by the store's clock) the failure of each shard that has a note was
+    noted.
+    """
+    return {
+        int(entry.name.split(".")[0]): entry.modified
+        for entry in artifact.store.entries(artifact.path("failures"))
+    }
 
 
 def read_failures(artifact: Artifact, shards: Iterable[int]) -> dict[int, dict[str, Any]]:
     """The notes on these shards, as `ShardsFailed` has them."""
     wanted = sorted(shards)
-    notes = artifact.store.read_many([artifact.path(f"failures/{shard:05d}.json") for shard in wanted])
+    notes = artifact.store.read_many(
+        [artifact.path(f"failures/{shard:05d}.json") for shard in wanted]
+    )
     return {shard: json.loads(note) for shard, note in zip(wanted, notes, strict=True) if note}

@@ -1,7 +1,7 @@
 """What is done, and what is missing.
 
-The store alone says what is done: a shard is missing while it has no record, or a record made from an upstream shard
-that has since been replaced.
+The store alone says what is done: a shard is missing while it has no record, or a record made from
+an upstream shard that has since been replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class StageStatus(NamedTuple):
     truncated_share: float | None = None
     """Of the answers, those that ran into their limit; None where none are counted."""
     in_training: bool = False
-    """Whether training makes what it needs of this stage by itself: nothing is missing, and nothing will be sealed."""
+    """Whether training makes what it needs of this stage by itself: nothing is missing, and
+    nothing will be sealed.
+    """
 
 
 def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
@@ -49,19 +51,31 @@ def upstream_records(config: RunConfig, stage: str) -> dict[int, Record]:
 
 
 def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
-    """Shards without a record, or whose record was made from something other than `wanted` (shard: upstream checksum)."""
+    """Shards without a record, or whose record was made from something other than `wanted`
+    (shard: upstream checksum).
+    """
     records = artifact.records(wanted)
-    return [shard for shard, upstream in wanted.items() if shard not in records or records[shard].upstream != upstream]
+    return [
+        shard
+        for shard, upstream in wanted.items()
+        if shard not in records or records[shard].upstream != upstream
+    ]
 
 
 def trains_without_cache(config: RunConfig) -> bool:
-    """Whether training makes the hidden states that it needs; a cache that is sealed is read whatever `resources.source` says."""
+    """Whether training makes the hidden states that it needs; a cache that is sealed is read
+    whatever `resources.source` says.
+    """
     return config.resources.source != "cache" and artifact_of(config, "hidden").manifest() is None
 
 
 def inputs_of(config: RunConfig, stage: str) -> tuple[str, ...]:
-    """The stages that `stage` reads: those before it, or before the hidden states where training makes them by itself."""
-    return upstream_of(config, "hidden" if stage == "train" and trains_without_cache(config) else stage)
+    """The stages that `stage` reads: those before it, or before the hidden states where
+    training makes them by itself.
+    """
+    return upstream_of(
+        config, "hidden" if stage == "train" and trains_without_cache(config) else stage
+    )
 
 
 def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
@@ -76,7 +90,11 @@ def require_sealed(config: RunConfig, stage: str) -> dict[str, str]:
         manifest = artifact.manifest()
         if manifest is None:
             what = f"the stage {stage!r} reads {upstream!r}, which is not finished"
-            raise ArtifactMismatch(what, where=artifact.url, fix=f"run `python -m deepspec {upstream} {config.typed}` first")
+            raise ArtifactMismatch(
+                what,
+                where=artifact.url,
+                fix=f"run `python -m deepspec {upstream} {config.typed}` first",
+            )
         digests[f"{upstream}/{artifact.key.fingerprint}"] = manifest.digest
     return digests
 
@@ -87,7 +105,10 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
     upstream_manifests = [artifact_of(config, name).manifest() for name in inputs_of(config, stage)]
     missing, in_training = list[int](), stage == "hidden" and trains_without_cache(config)
     if stage in SHARDED and not in_training:
-        missing = missing_shards(artifact, {shard: record.checksum for shard, record in upstream_records(config, stage).items()})
+        missing = missing_shards(
+            artifact,
+            {shard: record.checksum for shard, record in upstream_records(config, stage).items()},
+        )
     elif not in_training and (manifest is None or len(records) < manifest.totals["shards"]):
         missing = [0]
     turns = sum(record.counts.get("turns", 0) for record in records.values())
@@ -101,24 +122,34 @@ def stage_status(config: RunConfig, stage: str) -> StageStatus:
         rows=sum(record.rows for record in records.values()),
         tokens=sum(record.tokens for record in records.values()),
         rejected_rows=sum(record.rejected for record in records.values()),
-        num_bytes=manifest.totals["num_bytes"] if manifest else sum(record.num_bytes for record in records.values()),
+        num_bytes=manifest.totals["num_bytes"]
+        if manifest
+        else sum(record.num_bytes for record in records.values()),
         seconds=sum(record.seconds for record in records.values()),
         sealed=sealed,
         failures=failures(artifact),
         upstream_sealed=all(found is not None for found in upstream_manifests),
-        truncated_share=sum(record.counts.get("truncated", 0) for record in records.values()) / turns if turns else None,
+        truncated_share=sum(record.counts.get("truncated", 0) for record in records.values())
+        / turns
+        if turns
+        else None,
         in_training=in_training,
     )
 
 
 def _inputs_match(config: RunConfig, stage: str, manifest: Manifest) -> bool:
-    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes everything after it stale.
+    """Whether the artifact was sealed over the inputs as they are now: a redone shard makes
+    everything after it stale.
 
-    A draft that was trained without a cache names what its hidden states were made from; a cache made since changes nothing.
+    A draft that was trained without a cache names what its hidden states were made from; a cache
+    made since changes nothing.
     """
-    without_cache = stage == "train" and not any(name.startswith("hidden/") for name in manifest.inputs)
+    without_cache = stage == "train" and not any(
+        name.startswith("hidden/") for name in manifest.inputs
+    )
     return all(
-        (found := artifact_of(config, name)).manifest() is None or manifest.inputs.get(f"{name}/{found.key.fingerprint}") == _digest(found)
+        (found := artifact_of(config, name)).manifest() is None
+        or manifest.inputs.get(f"{name}/{found.key.fingerprint}") == _digest(found)
         for name in upstream_of(config, "hidden" if without_cache else stage)
     )
 
@@ -168,7 +199,9 @@ def choose(asked: Sequence[int] | None, available: Iterable[int], stage: str) ->
     if unknown:
         last = f"0 to {max(known)}" if known else "none"
         what = f"the stage {stage!r} has no shard {', '.join(map(str, unknown))}; there are {last}"
-        raise ConfigError(what, where="--shards", fix="leave --shards out to do whatever is missing")
+        raise ConfigError(
+            what, where="--shards", fix="leave --shards out to do whatever is missing"
+        )
     return sorted(known if asked is None else asked)
 
 
@@ -188,7 +221,10 @@ def open_sharded(config: RunConfig, stage: str, shards: Sequence[int] | None) ->
         ConfigError: a shard that does not exist.
     """
     require_sealed(config, stage)
-    artifact, upstream = artifact_of(config, stage), artifact_of(config, upstream_of(config, stage)[0])
+    artifact, upstream = (
+        artifact_of(config, stage),
+        artifact_of(config, upstream_of(config, stage)[0]),
+    )
     records = upstream.records()
     asked = choose(shards, records, stage)
     artifact.create(config.model_dump(mode="json"))
@@ -197,20 +233,35 @@ def open_sharded(config: RunConfig, stage: str, shards: Sequence[int] | None) ->
 
 
 def seal_if_whole(
-    config: RunConfig, stage: str, *, files: Sequence[str] = (), before: Callable[[list[Record]], None] = lambda records: None
+    config: RunConfig,
+    stage: str,
+    *,
+    files: Sequence[str] = (),
+    before: Callable[[list[Record]], None] = lambda records: None,
 ) -> Manifest | None:
     """Seal the artifact if nothing is missing any more; whoever commits the last shard gets here.
 
-    `before` is given all records and writes what is sealed with them. Two listings tell a lane that others still work.
+    `before` is given all records and writes what is sealed with them. Two listings tell a lane that
+    others still work.
     """
-    artifact, upstream = artifact_of(config, stage), artifact_of(config, upstream_of(config, stage)[0])
+    artifact, upstream = (
+        artifact_of(config, stage),
+        artifact_of(config, upstream_of(config, stage)[0]),
+    )
     if set(upstream.record_shards()) - set(artifact.record_shards()):
         return None
     wanted, records, inputs = upstream.records(), artifact.records(), require_sealed(config, stage)
-    if any(shard not in records or records[shard].upstream != record.checksum for shard, record in wanted.items()):
+    if any(
+        shard not in records or records[shard].upstream != record.checksum
+        for shard, record in wanted.items()
+    ):
         return None
     manifest = artifact.manifest()
-    if manifest is not None and manifest.inputs == inputs and list(artifact.sealed_records()) == list(wanted):
+    if (
+        manifest is not None
+        and manifest.inputs == inputs
+        and list(artifact.sealed_records()) == list(wanted)
+    ):
         return manifest
     before([records[shard] for shard in wanted])
     return artifact.seal(shards=wanted, files=files, inputs=inputs, committed=records)

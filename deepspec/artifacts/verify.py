@@ -1,7 +1,8 @@
-"""Reading back what is committed: every damaged file is named, and its shard made missing so that the next run redoes it.
+"""Reading back what is committed: every damaged file is named, and its shard made missing so that
+the next run redoes it.
 
-Shards are read by several threads (hashing and reading release the interpreter's lock), each once and front to back:
-10,000 shards of 2 GB take as long as the disk or the line needs for their bytes.
+Shards are read by several threads (hashing and reading release the interpreter's lock), each once
+and front to back: 10,000 shards of 2 GB take as long as the disk or the line needs for their bytes.
 """
 
 from __future__ import annotations
@@ -19,35 +20,53 @@ from deepspec.config.run import RunConfig
 from deepspec.errors import DamagedData
 
 Locate = Callable[[Artifact, Record], list[str]]
-"""Finds out what in a damaged shard is damaged, for stages whose rows have checksums of their own."""
+"""Finds out what in a damaged shard is damaged, for stages whose rows have checksums of their
+own.
+"""
 
 
 def verify_stage(config: RunConfig, stage: str, locate: Locate | None = None) -> Iterator[str]:
     """One line per damaged or missing file of the stage's artifact."""
-    return verify_artifact(artifact_of(config, stage), locate, num_threads=config.resources.read_threads)
+    return verify_artifact(
+        artifact_of(config, stage), locate, num_threads=config.resources.read_threads
+    )
 
 
 def verify_benchmarks(config: RunConfig) -> Iterator[str]:
     """The same of the known benchmarks that the run reads."""
-    for benchmark in dict.fromkeys([*known_benchmarks(config, "prompts"), *known_benchmarks(config, "evaluate")]):
-        yield from verify_artifact(Artifact(store_of(config), benchmark_key(benchmark)), num_threads=config.resources.read_threads)
+    for benchmark in dict.fromkeys(
+        [*known_benchmarks(config, "prompts"), *known_benchmarks(config, "evaluate")]
+    ):
+        yield from verify_artifact(
+            Artifact(store_of(config), benchmark_key(benchmark)),
+            num_threads=config.resources.read_threads,
+        )
 
 
-def verify_artifact(artifact: Artifact, locate: Locate | None = None, *, num_threads: int) -> Iterator[str]:
+def verify_artifact(
+    artifact: Artifact, locate: Locate | None = None, *, num_threads: int
+) -> Iterator[str]:
     yield from _damaged_manifest(artifact)
     yield from _damaged_records(artifact)
     with ThreadPoolExecutor(num_threads) as pool:
-        yield from filter(None, pool.map(partial(_damaged_shard, artifact, locate), artifact.records().values()))
+        yield from filter(
+            None, pool.map(partial(_damaged_shard, artifact, locate), artifact.records().values())
+        )
     yield from _damaged_files(artifact)
 
 
 def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
-    """A manifest that does not fit its digest; the shards are as they were, so sealing again is all there is to do."""
+    """A manifest that does not fit its digest; the shards are as they were, so sealing again is
+    all there is to do.
+    """
     try:
         manifest = artifact.manifest()
-        records = artifact.sealed_records()  # none where their table is damaged, which is found below
+        # none where their table is damaged, which is found below
+        records = artifact.sealed_records()
         whole = (
-            manifest is None or len(records) < manifest.totals["shards"] or manifest.digest == artifact.digest(records.values(), manifest)
+            manifest is None
+            or len(records) < manifest.totals["shards"]
+            or manifest.digest == artifact.digest(records.values(), manifest)
         )
     except DamagedData:
         whole = False
@@ -57,7 +76,9 @@ def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
 
 
 def _damaged_records(artifact: Artifact) -> Iterator[str]:
-    """Records that do not fit their digest, or that the sealed table knows otherwise, or not at all."""
+    """Records that do not fit their digest, or that the sealed table knows otherwise, or not at
+    all.
+    """
     names = artifact.record_shards()
     sealed, found = artifact.sealed_records(), artifact.read_records(names)
     for shard in sorted({*names, *sealed}):
@@ -78,7 +99,12 @@ def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) ->
     except FileNotFoundError:
         return _made_missing(artifact, record.shard, f"{record.file} is gone", judged=record)
     except OSError as error:  # a bad sector: the commonest way for a disk to lose data
-        return _made_missing(artifact, record.shard, f"{record.file} cannot be read ({error.strerror})", judged=record)
+        return _made_missing(
+            artifact,
+            record.shard,
+            f"{record.file} cannot be read ({error.strerror})",
+            judged=record,
+        )
     if not whole:
         places = locate(artifact, record) if locate else []
         found = f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
@@ -90,7 +116,9 @@ def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) ->
 
 
 def _made_missing(artifact: Artifact, shard: int, why: str, *, judged: Record | None) -> str | None:
-    """Remove the record that was found wanting, unless another run has made the shard anew since it was read."""
+    """Remove the record that was found wanting, unless another run has made the shard anew
+    since it was read.
+    """
     if artifact.record(shard) != judged:
         return None
     artifact.store.remove(artifact.path(f"records/{shard:05d}.json"))

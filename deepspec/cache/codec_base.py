@@ -1,8 +1,8 @@
 """The frame of every codec: a tensor of hidden states is stored as a few columns of bytes.
 
-`quantize` and `dequantize` run where the states are (the GPU, if there is one); `compress` and `expand` run on the
-host, in threads, because zstd lets go of the interpreter. What the columns hold is the business of `codec.py`.
-T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
+`quantize` and `dequantize` run where the states are (the GPU, if there is one); `compress` and
+`expand` run on the host, in threads, because zstd lets go of the interpreter. What the columns hold
+is the business of `codec.py`. T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ CodecName = Literal["raw", "lossless", "int8", "fp8"]
 Compression = Literal["none", "zstd"]
 
 ITEM_BYTES = {"bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
-# On a CPU, what one pass writes is still in the cache when the next one reads it (2 MB of float32), and a pass is long
-# enough for the interpreter not to matter: 2^16 is half as fast, 2^18 to 2^20 are alike. On a GPU, 128 MB of float32.
+# On a CPU, what one pass writes is still in the cache when the next one reads it (2 MB of float32),
+# and a pass is long enough for the interpreter not to matter: 2^16 is half as fast, 2^18 to 2^20
+# are alike. On a GPU, 128 MB of float32.
 CHUNK_VALUES, DEVICE_CHUNK_VALUES = 1 << 19, 1 << 25
 
 
@@ -34,7 +35,8 @@ class Column(NamedTuple):
     suffix: str  # behind the tensor's name
     dtype: str  # of one value; little-endian
     shape: tuple[int, ...]  # of one token's entry
-    storage: Literal["tokens", "frame"] = "tokens"  # fixed-size entries, or one zstd frame of all of them
+    # fixed-size entries, or one zstd frame of all of them
+    storage: Literal["tokens", "frame"] = "tokens"
 
     @property
     def token_bytes(self) -> int:
@@ -46,7 +48,8 @@ class Column(NamedTuple):
 class Codec(ABC):
     """One tensor's way into a few columns of bytes [T, token_bytes] and back; T may be 0.
 
-    `quantize` expects finite values (capture refuses all others before); `raw` and `lossless` keep every bit of any.
+    `quantize` expects finite values (capture refuses all others before); `raw` and `lossless` keep
+    every bit of any.
     """
 
     num_layers: int
@@ -76,45 +79,73 @@ class Codec(ABC):
         raise NotImplementedError
 
     def _decode(self, parts: Sequence[Tensor], out: Tensor, scratch: Sequence[Tensor]) -> None:
-        """Write a chunk's states to `out`, bfloat16 [n, W]; `scratch` is [n, W] of each of `scratch_dtypes`."""
+        """Write a chunk's states to `out`, bfloat16 [n, W]; `scratch` is [n, W] of each of
+        `scratch_dtypes`.
+        """
         raise NotImplementedError
 
     def quantize(self, states: Tensor) -> tuple[Tensor, ...]:
-        """The columns of `states` [T, L, D] (or [T, W]) as uint8 [T, token_bytes], on the same device.
+        """The columns of `states` [T, L, D] (or [T, W]) as uint8 [T, token_bytes], on the same
+        device.
 
         States of another dtype are rounded to bfloat16 first.
         """
         states = self._rows(states)
-        parts = tuple(states.new_empty(len(states), column.token_bytes, dtype=torch.uint8) for column in self.columns())
+        parts = tuple(
+            states.new_empty(len(states), column.token_bytes, dtype=torch.uint8)
+            for column in self.columns()
+        )
         rows = self._chunk_rows(states.device)
-        for chunk, *stored in zip(states.split(rows), *(part.split(rows) for part in parts), strict=True):
+        for chunk, *stored in zip(
+            states.split(rows), *(part.split(rows) for part in parts), strict=True
+        ):
             self._encode(chunk, stored)
         return parts
 
     def compress(self, parts: Sequence[Tensor]) -> list[pa.Buffer]:
-        """What is stored of host tensors that `quantize` made: frames, and views that share the tensors' memory."""
+        """What is stored of host tensors that `quantize` made: frames, and views that share the
+        tensors' memory.
+        """
         return [
-            pa.py_buffer(part.numpy()) if column.storage == "tokens" else _zstd().compress(part.numpy())
+            pa.py_buffer(part.numpy())
+            if column.storage == "tokens"
+            else _zstd().compress(part.numpy())
             for column, part in zip(self.columns(), parts, strict=True)
         ]
 
     def expand(self, buffers: Sequence[pa.Buffer], num_tokens: int) -> tuple[Tensor, ...]:
-        """The parts again, on the host; what is not in a frame shares the buffer's memory and must not be written to."""
+        """The parts again, on the host; what is not in a frame shares the buffer's memory and
+        must not be written to.
+        """
         parts = []
         for column, stored in zip(self.stored, buffers, strict=True):
             num_bytes = num_tokens * column.token_bytes
-            buffer = _zstd().decompress(stored, decompressed_size=num_bytes) if column.storage == "frame" else stored
-            values: np.ndarray = np.frombuffer(buffer, np.uint8, count=num_bytes) if num_bytes else np.zeros(0, np.uint8)
+            buffer = (
+                _zstd().decompress(stored, decompressed_size=num_bytes)
+                if column.storage == "frame"
+                else stored
+            )
+            values: np.ndarray = (
+                np.frombuffer(buffer, np.uint8, count=num_bytes)
+                if num_bytes
+                else np.zeros(0, np.uint8)
+            )
             parts.append(torch.from_numpy(values.reshape(num_tokens, column.token_bytes)))
         return tuple(parts)
 
     def dequantize(self, parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """The states, bfloat16 [T, W], on the parts' device; into `out` (contiguous, of that shape) where given."""
+        """The states, bfloat16 [T, W], on the parts' device; into `out` (contiguous, of that
+        shape) where given.
+        """
         if out is None:
-            out = torch.empty(len(parts[0]), self.width, dtype=torch.bfloat16, device=parts[0].device)
+            out = torch.empty(
+                len(parts[0]), self.width, dtype=torch.bfloat16, device=parts[0].device
+            )
         rows = self._chunk_rows(out.device)
         scratch = [torch.empty_like(out[:rows], dtype=dtype) for dtype in self.scratch_dtypes]
-        for chunk, *stored in zip(out.split(rows), *(part.split(rows) for part in parts), strict=True):
+        for chunk, *stored in zip(
+            out.split(rows), *(part.split(rows) for part in parts), strict=True
+        ):
             self._decode(stored, chunk, [room[: len(chunk)] for room in scratch])
         return out
 
@@ -139,4 +170,5 @@ class Codec(ABC):
 
 
 def _zstd() -> pa.Codec:
-    return pa.Codec("zstd", compression_level=1)  # level 3 makes exponents larger, in twice the time
+    # level 3 makes exponents larger, in twice the time
+    return pa.Codec("zstd", compression_level=1)

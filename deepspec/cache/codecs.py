@@ -1,4 +1,5 @@
-"""How hidden states are stored: raw bfloat16, lossless at two thirds of it, int8 or fp8 at half of it.
+"""How hidden states are stored: raw bfloat16, lossless at two thirds of it, int8 or fp8 at half of
+it.
 
 T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D, G groups of channels.
 """
@@ -18,8 +19,10 @@ from deepspec.errors import ConfigError
 
 GROUP_SIZE = 128  # channels that share a scale, at most: its 2 bytes are then 1.6 % of the codes
 INT8_MAX, FP8_MAX = 127, 448
-USUAL_SHARE, NORMAL_QUANTILE = 0.9, 1.645  # nine in ten values of a normal x of deviation 1 have |x| below 1.645
-WEAKEST_CHANNEL = 2.0**-8  # of the layer's median scale: a channel that sleeps at first must not drown its group later
+# nine in ten values of a normal x of deviation 1 have |x| below 1.645
+USUAL_SHARE, NORMAL_QUANTILE = 0.9, 1.645
+# of the layer's median scale: a channel that sleeps at first must not drown its group later
+WEAKEST_CHANNEL = 2.0**-8
 
 
 class RawCodec(Codec):
@@ -39,10 +42,12 @@ class RawCodec(Codec):
 
 
 class LosslessCodec(Codec):
-    """Sign and mantissa as they are, the exponents as a zstd frame: about 1.46 times smaller, every bit kept.
+    """Sign and mantissa as they are, the exponents as a zstd frame: about 1.46 times smaller, every
+    bit kept.
 
-    The sign is as good as random, so it leaves the exponents' byte. Of every exponent its channel's usual one is
-    subtracted (modulo 256, so any scale is safe, none too): all channels then share one narrow distribution.
+    The sign is as good as random, so it leaves the exponents' byte. Of every exponent its channel's
+    usual one is subtracted (modulo 256, so any scale is safe, none too): all channels then share
+    one narrow distribution.
     """
 
     name = "lossless"
@@ -66,15 +71,20 @@ class LosslessCodec(Codec):
         exponent, shifted = scratch
         torch.add(parts[1], self._per_channel(out.device), out=exponent)
         shifted.copy_(exponent).bitwise_left_shift_(7)
-        # Read as int8, the sign is spread over the upper byte; the mask (0x807F) leaves it in bit 15 only.
-        out.view(torch.int16).copy_(parts[0].view(torch.int8)).bitwise_and_(0x807F - 0x10000).bitwise_or_(shifted)
+        # Read as int8, the sign is spread over the upper byte; the mask (0x807F) leaves it in bit
+        # 15 only.
+        out.view(torch.int16).copy_(parts[0].view(torch.int8)).bitwise_and_(
+            0x807F - 0x10000
+        ).bitwise_or_(shifted)
 
 
 class Int8Codec(Codec):
-    """Symmetric int8: a static scale per channel, then a bfloat16 scale per token and group of channels.
+    """Symmetric int8: a static scale per channel, then a bfloat16 scale per token and group of
+    channels.
 
-    A group is as many channels of one layer as divide D, at most 128 (128 for every target, 96 for the demo). Without
-    the static scale one outlier channel takes the whole range of its group and ruins the 127 ordinary ones.
+    A group is as many channels of one layer as divide D, at most 128 (128 for every target, 96 for
+    the demo). Without the static scale one outlier channel takes the whole range of its group and
+    ruins the 127 ordinary ones.
     """
 
     name = "int8"
@@ -86,43 +96,59 @@ class Int8Codec(Codec):
 
     def columns(self) -> tuple[Column, ...]:
         codes = Column("", "int8", (self.num_layers, self.hidden_size), _storage(self.compression))
-        return (codes, Column("_scale", "bfloat16", (self.num_layers, self.hidden_size // self.group_size)))
+        return (
+            codes,
+            Column("_scale", "bfloat16", (self.num_layers, self.hidden_size // self.group_size)),
+        )
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
-        groups = states.float().div_(self._per_channel(states.device)).unflatten(-1, (-1, self.group_size))  # [n, G, group]
+        # [n, G, group]
+        groups = (
+            states.float()
+            .div_(self._per_channel(states.device))
+            .unflatten(-1, (-1, self.group_size))
+        )
         scale = _stored_scale(groups, largest=INT8_MAX, part=parts[1])
         groups.div_(scale[..., None]).round_().clamp_(-INT8_MAX, INT8_MAX)
         parts[0].view(torch.int8).copy_(groups.flatten(1))
 
     def _decode(self, parts: Sequence[Tensor], out: Tensor, scratch: Sequence[Tensor]) -> None:
-        # float32 between int8 and bfloat16: faster on a CPU than bfloat16 products, and rounded once.
+        # float32 between int8 and bfloat16: faster on a CPU than bfloat16 products, and rounded
+        # once.
         values = scratch[0].copy_(parts[0].view(torch.int8))
-        values.view(len(out), self.width // self.group_size, self.group_size).mul_(parts[1].view(torch.bfloat16).float()[..., None])
+        values.view(len(out), self.width // self.group_size, self.group_size).mul_(
+            parts[1].view(torch.bfloat16).float()[..., None]
+        )
         out.copy_(values.mul_(self._per_channel(out.device)))
 
 
 class Fp8Codec(Codec):
     """float8 e4m3 with a bfloat16 scale per token and layer; for the context only.
 
-    There is no way to it without the scale: a plain cast cuts off what lies above 448 (84 % error on outliers).
+    There is no way to it without the scale: a plain cast cuts off what lies above 448 (84 % error
+    on outliers).
     """
 
     name = "fp8"
     scratch_dtypes = (torch.int16, torch.float32)
 
     def columns(self) -> tuple[Column, ...]:
-        codes = Column("", "float8_e4m3fn", (self.num_layers, self.hidden_size), _storage(self.compression))
+        codes = Column(
+            "", "float8_e4m3fn", (self.num_layers, self.hidden_size), _storage(self.compression)
+        )
         return (codes, Column("_scale", "bfloat16", (self.num_layers,)))
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
         layers = states.float().unflatten(-1, (self.num_layers, self.hidden_size))  # [n, L, D]
         scale = _stored_scale(layers, largest=FP8_MAX, part=parts[1])
-        layers.div_(scale[..., None]).clamp_(-FP8_MAX, FP8_MAX)  # whether the cast saturates or makes NaN is torch's choice
+        # whether the cast saturates or makes NaN is torch's choice
+        layers.div_(scale[..., None]).clamp_(-FP8_MAX, FP8_MAX)
         parts[0].view(torch.float8_e4m3fn).copy_(layers.flatten(1))
 
     def _decode(self, parts: Sequence[Tensor], out: Tensor, scratch: Sequence[Tensor]) -> None:
-        # torch's own cast from float8 runs at 0.3 GB/s on a CPU. The same bits at the right place of a float16 are the
-        # value divided by 256 (the exponents' biases are 7 and 15), which processors convert in hardware.
+        # torch's own cast from float8 runs at 0.3 GB/s on a CPU. The same bits at the right place
+        # of a float16 are the value divided by 256 (the exponents' biases are 7 and 15), which
+        # processors convert in hardware.
         half, values = scratch
         half.copy_(parts[0].view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(0xBF80 - 0x10000)
         values.copy_(half.view(torch.float16))
@@ -140,40 +166,58 @@ def make_codec(
     compression: Compression = "none",
     channel_scale: Tensor | None = None,
 ) -> Codec:
-    """The codec of one tensor; `compression` is of the codes of int8 and fp8, and must be none for raw.
+    """The codec of one tensor; `compression` is of the codes of int8 and fp8, and must be none for
+    raw.
 
-    Without `channel_scale` lossless compresses a little less; int8 gives its columns and nothing else.
+    Without `channel_scale` lossless compresses a little less; int8 gives its columns and nothing
+    else.
 
     Raises:
         ConfigError: a choice that would spoil the training data or mean nothing.
     """
     if name == "fp8" and tensor == "last_hidden":
         what = "fp8 moves the target's distribution by 2 %, and the last hidden state is what the draft is trained to reproduce"
-        raise ConfigError(what, where="hidden.codec", fix="store the last hidden state as raw, lossless or int8")
+        raise ConfigError(
+            what, where="hidden.codec", fix="store the last hidden state as raw, lossless or int8"
+        )
     if name == "raw" and compression != "none":
-        raise ConfigError("raw states are not compressed", where="hidden.compression", fix="use the codec lossless, or compression none")
-    classes: dict[CodecName, type[Codec]] = {"raw": RawCodec, "lossless": LosslessCodec, "int8": Int8Codec, "fp8": Fp8Codec}
+        raise ConfigError(
+            "raw states are not compressed",
+            where="hidden.compression",
+            fix="use the codec lossless, or compression none",
+        )
+    classes: dict[CodecName, type[Codec]] = {
+        "raw": RawCodec,
+        "lossless": LosslessCodec,
+        "int8": Int8Codec,
+        "fp8": Fp8Codec,
+    }
     return classes[name](num_layers, hidden_size, compression, channel_scale)
 
 
 def channel_scale(states: Tensor) -> Tensor:
-    """How large each channel of `states` [T, L, D] usually is: float32 [L, D], positive; of a sample of some 2,000 tokens.
+    """How large each channel of `states` [T, L, D] usually is: float32 [L, D], positive; of a
+    sample of some 2,000 tokens.
 
-    From the magnitude that nine in ten tokens stay below: massive tokens are rarer and do not move it, and they would the
-    root mean square. (The median is as robust, but blind to a channel's tails: 5 % more error on a trained model.)
+    From the magnitude that nine in ten tokens stay below: massive tokens are rarer and do not move
+    it, and they would the root mean square. (The median is as robust, but blind to a channel's
+    tails: 5 % more error on a trained model.)
     """
     if not len(states):
         return torch.ones(states.shape[1:], device=states.device)
     size = states.float().abs()
     scale = size.kthvalue(math.ceil(USUAL_SHARE * len(size)), dim=0).values / NORMAL_QUANTILE
-    scale = torch.where(scale > 0, scale, size.square().mean(dim=0).sqrt())  # a channel that is mostly zero
+    # a channel that is mostly zero
+    scale = torch.where(scale > 0, scale, size.square().mean(dim=0).sqrt())
     awake = torch.where(scale > 0, scale, torch.nan)
     usual = awake.nanmedian(dim=-1, keepdim=True).values.nan_to_num(nan=1.0)  # [L, 1]
     return torch.where(scale > 0, scale, usual).maximum(usual * WEAKEST_CHANNEL)
 
 
 def _stored_scale(values: Tensor, *, largest: int, part: Tensor) -> Tensor:
-    """Store the scale [n, ...] that brings `values` [n, ..., k] to at most `largest`; returned as it will be read, 1 for zeros."""
+    """Store the scale [n, ...] that brings `values` [n, ..., k] to at most `largest`; returned
+    as it will be read, 1 for zeros.
+    """
     scale = (values.abs().amax(dim=-1) / largest).to(torch.bfloat16)
     part.view(torch.bfloat16).copy_(scale)
     return torch.where(scale > 0, scale, 1).float()

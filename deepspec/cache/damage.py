@@ -20,7 +20,8 @@ MAX_NAMED = 8
 def locate_damage(artifact: Artifact, record: Record) -> list[str]:
     """`row 3, column context`, ... for the messages of a shard that do not fit their checksums.
 
-    Nothing where the shard's own rows are lost; the file's header and footer are what is left when every row is whole.
+    Nothing where the shard's own rows are lost; the file's header and footer are what is left when
+    every row is whole.
     """
     (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
     if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
@@ -48,5 +49,9 @@ def _damaged_column(message: Any, schema: pa.Schema, checksums: list[int]) -> st
         found = column_checksums(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
     except (pa.ArrowException, OSError, ValueError):
         return "message header"
-    wrong = [name for name, one, other in zip(schema.names, found, checksums, strict=True) if one != other]
+    wrong = [
+        name
+        for name, one, other in zip(schema.names, found, checksums, strict=True)
+        if one != other
+    ]
     return f"column {', '.join(wrong)}" if wrong else "message header or padding"

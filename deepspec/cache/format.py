@@ -1,8 +1,8 @@
 """What a sample of the hidden-state cache is, in memory and as one row of an Arrow record batch.
 
-A captured tensor is stored as the columns of its codec (`codec.py`), everything else as it is. Lists have 64-bit
-offsets, so no sample is too long (trap C7). T tokens, m captured layers, D hidden size, T' tokens whose final hidden
-state is kept.
+A captured tensor is stored as the columns of its codec (`codec.py`), everything else as it is.
+Lists have 64-bit offsets, so no sample is too long (trap C7). T tokens, m captured layers, D hidden
+size, T' tokens whose final hidden state is kept.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ FORMAT, VERSION = "deepspec.hidden", 1
 EMPTY = pa.py_buffer(b"")
 TOKEN_BYTES = 4 + 1  # its id, and whether it is supervised
 INCOMPRESSIBLE = 128  # zstd makes what it cannot compress larger by a fraction of this
-FRAME_BYTES = 2048  # of an Arrow message, its padding, its spans and its index row: some 900 where a sample has few spans
+# of an Arrow message, its padding, its spans and its index row: some 900 where a sample has few
+# spans
+FRAME_BYTES = 2048
 Count = TypeVar("Count", int, np.ndarray)
-PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")  # columns beside the two captured tensors
+# columns beside the two captured tensors
+PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")
 
 
 class Stored(NamedTuple):
@@ -38,7 +41,9 @@ class Stored(NamedTuple):
     parts: tuple[Tensor, ...]  # one per column of the codec, each [T, bytes] uint8
 
     def decode(self, *, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
-        """The tensor, [T, layers * D] bfloat16 on the device, where the codes are sent as they are and decoded."""
+        """The tensor, [T, layers * D] bfloat16 on the device, where the codes are sent as they
+        are and decoded.
+        """
         return self.codec.dequantize([part.to(device) for part in self.parts], out=out)
 
     @property
@@ -55,7 +60,9 @@ class HiddenSample(NamedTuple):
     last_spans: Tensor  # [n, 2] int32: start and length of the runs that `last_hidden` covers
 
     def place_last_hidden(self, out: Tensor) -> None:
-        """Write the final hidden states to their places in `out` [>= T, D]; what they do not cover is left as it is."""
+        """Write the final hidden states to their places in `out` [>= T, D]; what they do not
+        cover is left as it is.
+        """
         kept, taken = self.last_hidden.decode(device=out.device), 0
         for start, length in self.last_spans.tolist():
             out[start : start + length] = kept[taken : taken + length]
@@ -69,8 +76,9 @@ class HiddenSample(NamedTuple):
 def last_hidden_spans(loss_mask: Sequence[bool]) -> np.ndarray:
     """Runs [n, 2] (start, length) of the loss mask dilated by one position on each side.
 
-    These are all positions whose final hidden state any algorithm reads: block drafters read from the first to the last
-    but one token of a supervised run, Eagle3 one position later, a next-token loss one earlier.
+    These are all positions whose final hidden state any algorithm reads: block drafters read from
+    the first to the last but one token of a supervised run, Eagle3 one position later, a next-token
+    loss one earlier.
     """
     mask = np.concatenate([[False], np.asarray(loss_mask, dtype=bool), [False]])
     wide = (mask[1:-1] | mask[2:] | mask[:-2]).astype(np.int8)
@@ -87,7 +95,9 @@ class Layout:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def schema(self) -> pa.Schema:
-        """The same bytes for every shard of a cache, so that a sample is decoded without opening its shard."""
+        """The same bytes for every shard of a cache, so that a sample is decoded without
+        opening its shard.
+        """
         fields = [
             pa.field("sample_id", pa.uint64(), nullable=False),
             _listed("input_ids", pa.int32()),
@@ -98,11 +108,14 @@ class Layout:
         ]
         own = {"format": FORMAT, "version": str(VERSION), "byteorder": "little"}
         codecs = {"context": _described(self.context), "last_hidden": _described(self.last_hidden)}
-        return pa.schema(fields, metadata={**self.metadata, **own, "codecs": json.dumps(codecs, sort_keys=True)})
+        return pa.schema(
+            fields, metadata={**self.metadata, **own, "codecs": json.dumps(codecs, sort_keys=True)}
+        )
 
     @classmethod
     def of(cls, schema: pa.Schema, scales: Mapping[str, Tensor]) -> Layout:
-        """The layout that a schema describes; `scales` are the static channel scales of the codecs that have one.
+        """The layout that a schema describes; `scales` are the static channel scales of the codecs
+        that have one.
 
         Raises:
             ArtifactMismatch: the schema is of another format version.
@@ -110,21 +123,39 @@ class Layout:
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
             what = f"the cache has format {metadata.get('format')} version {metadata.get('version')}, this reads {FORMAT} version {VERSION}"
-            raise ArtifactMismatch(what, where="schema.arrow", fix="capture again, or use the DeepSpec version that wrote it")
+            raise ArtifactMismatch(
+                what,
+                where="schema.arrow",
+                fix="capture again, or use the DeepSpec version that wrote it",
+            )
         codecs = json.loads(metadata["codecs"])
-        context = make_codec(**codecs["context"], tensor="context", channel_scale=scales.get("context"))
-        last_hidden = make_codec(**codecs["last_hidden"], tensor="last_hidden", channel_scale=scales.get("last_hidden"))
+        context = make_codec(
+            **codecs["context"], tensor="context", channel_scale=scales.get("context")
+        )
+        last_hidden = make_codec(
+            **codecs["last_hidden"], tensor="last_hidden", channel_scale=scales.get("last_hidden")
+        )
         return cls(context, last_hidden, metadata)
 
     def most_bytes(self, num_tokens: Count, num_last: Count) -> Count:
-        """Bytes that a sample (or each of several) takes in a shard and its index rows at most, whatever its values compress to."""
-        context, last = (sum(column.token_bytes for column in codec.stored) for codec in (self.context, self.last_hidden))
+        """Bytes that a sample (or each of several) takes in a shard and its index rows at most,
+        whatever its values compress to.
+        """
+        context, last = (
+            sum(column.token_bytes for column in codec.stored)
+            for codec in (self.context, self.last_hidden)
+        )
         plain = num_tokens * (context + TOKEN_BYTES) + num_last * last
         return plain + plain // INCOMPRESSIBLE + FRAME_BYTES
 
     def encode(self, sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
-        """One row that wraps the sample's tensors without copying them; the codecs' entropy coding is done here."""
-        captured = {name: iter(stored.codec.compress(stored.parts)) for name, stored in self._captured(sample).items()}
+        """One row that wraps the sample's tensors without copying them; the codecs' entropy
+        coding is done here.
+        """
+        captured = {
+            name: iter(stored.codec.compress(stored.parts))
+            for name, stored in self._captured(sample).items()
+        }
         columns: list[pa.Array] = []
         for entry in schema:
             if entry.name == "sample_id":
@@ -155,8 +186,13 @@ class Layout:
 
 
 def column_buffers(batch: pa.RecordBatch) -> dict[str, pa.Buffer]:
-    """The value bytes of every column of a one-row batch: the last of its buffers, whatever lists are around them."""
-    return {name: column.buffers()[-1] or EMPTY for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    """The value bytes of every column of a one-row batch: the last of its buffers, whatever
+    lists are around them.
+    """
+    return {
+        name: column.buffers()[-1] or EMPTY
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
 
 
 def column_checksums(batch: pa.RecordBatch) -> list[int]:
@@ -170,8 +206,13 @@ def _described(codec: Codec) -> dict[str, Any]:
     return {"name": codec.name, **sizes, "compression": codec.compression}
 
 
-def _expanded(codec: Codec, tensor: str, buffers: Mapping[str, pa.Buffer], num_tokens: int) -> Stored:
-    return Stored(codec, codec.expand([buffers[tensor + column.suffix] for column in codec.stored], num_tokens))
+def _expanded(
+    codec: Codec, tensor: str, buffers: Mapping[str, pa.Buffer], num_tokens: int
+) -> Stored:
+    return Stored(
+        codec,
+        codec.expand([buffers[tensor + column.suffix] for column in codec.stored], num_tokens),
+    )
 
 
 def _tensor_of(column: str) -> str:
@@ -179,13 +220,23 @@ def _tensor_of(column: str) -> str:
 
 
 def _listed(name: str, kind: pa.DataType, metadata: dict[str, str] | None = None) -> pa.Field:
-    return pa.field(name, pa.large_list(pa.field("item", kind, nullable=False)), nullable=False, metadata=metadata)
+    return pa.field(
+        name,
+        pa.large_list(pa.field("item", kind, nullable=False)),
+        nullable=False,
+        metadata=metadata,
+    )
 
 
 def _field(tensor: str, column: Column) -> pa.Field:
     metadata = {"dtype": column.dtype, "shape": json.dumps(column.shape)}
     if column.storage == "frame":
-        return pa.field(tensor + column.suffix, pa.large_binary(), nullable=False, metadata={**metadata, "frame": "zstd"})
+        return pa.field(
+            tensor + column.suffix,
+            pa.large_binary(),
+            nullable=False,
+            metadata={**metadata, "frame": "zstd"},
+        )
     return _listed(tensor + column.suffix, pa.binary(column.token_bytes), metadata)
 
 

@@ -1,7 +1,9 @@
-"""Where every sample of a cache lies: one Arrow file for all of them, mapped into memory and used column by column.
+"""Where every sample of a cache lies: one Arrow file for all of them, mapped into memory and used
+column by column.
 
-Opening it reads nothing but its footer; ranks on one machine share the pages that they look at. 1.3 million samples are
-73 MB on disk. No value is converted on the way (pyarrow's `to_numpy` would import pandas).
+Opening it reads nothing but its footer; ranks on one machine share the pages that they look at. 1.3
+million samples are 73 MB on disk. No value is converted on the way (pyarrow's `to_numpy` would
+import pandas).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ROWS_AT_A_TIME = 256  # files of index rows read together
 
 
 class Planned(NamedTuple):
-    """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will say, as far as it is known."""
+    """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will
+    say, as far as it is known.
+    """
 
     sample_id: np.ndarray  # uint64
     shard: np.ndarray  # uint32
@@ -51,12 +55,23 @@ class Index(NamedTuple):
 
 
 TYPES = {
-    "sample_id": pa.uint64(), "shard": pa.uint32(), "row": pa.uint32(), "num_tokens": pa.uint32(), "num_supervised": pa.uint32(),
-    "num_last": pa.uint32(), "held_out": pa.uint8(), "offset": pa.uint64(), "num_bytes": pa.uint64(), "checksum": pa.uint64(),
-}  # fmt: skip
+    "sample_id": pa.uint64(),
+    "shard": pa.uint32(),
+    "row": pa.uint32(),
+    "num_tokens": pa.uint32(),
+    "num_supervised": pa.uint32(),
+    "num_last": pa.uint32(),
+    "held_out": pa.uint8(),
+    "offset": pa.uint64(),
+    "num_bytes": pa.uint64(),
+    "checksum": pa.uint64(),
+}
 INDEX_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in TYPES.items()])
-# What a shard's own file of rows has on top: a checksum per column, to name the column that was damaged.
-ROWS_SCHEMA = INDEX_SCHEMA.append(pa.field("column_checksums", pa.large_list(pa.uint64()), nullable=False))
+# What a shard's own file of rows has on top: a checksum per column, to name the column that was
+# damaged.
+ROWS_SCHEMA = INDEX_SCHEMA.append(
+    pa.field("column_checksums", pa.large_list(pa.uint64()), nullable=False)
+)
 
 
 def encode_rows(rows: Sequence[Mapping[str, object]]) -> bytes:
@@ -80,11 +95,19 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
     tables = []
     for start in range(0, len(records), ROWS_AT_A_TIME):
         group = records[start : start + ROWS_AT_A_TIME]
-        for record, data in zip(group, artifact.store.read_many([artifact.path(index_file(record)) for record in group]), strict=True):
+        for record, data in zip(
+            group,
+            artifact.store.read_many([artifact.path(index_file(record)) for record in group]),
+            strict=True,
+        ):
             if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
-                fix = f"remove records/{record.shard:05d}.json there and run the stage 'hidden' again"
+                fix = (
+                    f"remove records/{record.shard:05d}.json there and run the stage 'hidden' again"
+                )
                 raise DamagedData(
-                    f"the index rows of shard {record.shard} are damaged", where=f"{artifact.url}/{index_file(record)}", fix=fix
+                    f"the index rows of shard {record.shard} are damaged",
+                    where=f"{artifact.url}/{index_file(record)}",
+                    fix=fix,
                 )
             tables.append(read_rows(data).select(INDEX_SCHEMA.names))
     table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
@@ -111,7 +134,9 @@ class ShardFiles:
         self._offsets = np.frombuffer(offsets, dtype=np.int32)
 
     def __getitem__(self, shard: int) -> str:
-        start, end = self._offsets[(place := int(np.searchsorted(self._shards, shard))) : place + 2].tolist()
+        start, end = self._offsets[
+            (place := int(np.searchsorted(self._shards, shard))) : place + 2
+        ].tolist()
         return bytes(self._names[start:end]).decode()
 
 
@@ -123,4 +148,6 @@ def _map_batch(local: Path) -> pa.RecordBatch:
 def column_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
     """A column of unsigned integers, without a copy."""
     column = batch.column(name)
-    return np.frombuffer(column.buffers()[1] or b"", dtype=f"u{column.type.bit_width // 8}", count=len(column))
+    return np.frombuffer(
+        column.buffers()[1] or b"", dtype=f"u{column.type.bit_width // 8}", count=len(column)
+    )

@@ -1,10 +1,13 @@
-"""Local copies of ranges of remote files: bounded, shared by all processes of a machine, safe to lose at any moment.
+"""Local copies of ranges of remote files: bounded, shared by all processes of a machine, safe to
+lose at any moment.
 
-A remote shard is a sparse local file plus a list of the ranges that it holds: a sample brings in its own bytes and not
-the gigabytes around it, so several nodes that share an epoch fetch nothing twice. The shards used longest ago go first.
+A remote shard is a sparse local file plus a list of the ranges that it holds: a sample brings in
+its own bytes and not the gigabytes around it, so several nodes that share an epoch fetch nothing
+twice. The shards used longest ago go first.
 
-No lock is held while reading or writing. Whoever reads checks the bytes against the index anyway, so the worst that a
-race (or a power cut) leaves behind is a range that is listed and wrong, which is fetched again.
+No lock is held while reading or writing. Whoever reads checks the bytes against the index anyway,
+so the worst that a race (or a power cut) leaves behind is a range that is listed and wrong, which
+is fetched again.
 """
 
 from __future__ import annotations
@@ -67,16 +70,20 @@ class DiskCache:
         return self.folder / f"{name}.data", self.folder / f"{name}.ranges"
 
     def _make_room(self) -> None:
-        """Remove the shards used longest ago until a tenth of the limit is free; one process at a time does it."""
+        """Remove the shards used longest ago until a tenth of the limit is free; one process at
+        a time does it.
+        """
         with (self.folder / "lock").open("wb") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             total = self.num_bytes()
             if total <= self.max_bytes:
                 return
-            # Not by the lists: a process killed between its two files leaves bytes that no list names, and they take room, too.
+            # Not by the lists: a process killed between its two files leaves bytes that no list
+            # names, and they take room, too.
             for data in sorted(self.folder.glob("*.data"), key=_last_used):
                 total -= _disk_bytes(data)
-                data.with_suffix(".ranges").unlink(missing_ok=True)  # first: what is listed should be there
+                # first: what is listed should be there
+                data.with_suffix(".ranges").unlink(missing_ok=True)
                 data.unlink(missing_ok=True)
                 if total <= KEPT * self.max_bytes:
                     return
@@ -89,7 +96,9 @@ def _disk_bytes(path: Path) -> int:
 
 
 def _last_used(data: Path) -> float:
-    """When its list was last read or written; before everything else for bytes without a list, which nobody can read."""
+    """When its list was last read or written; before everything else for bytes without a list,
+    which nobody can read.
+    """
     with contextlib.suppress(FileNotFoundError):
         return data.with_suffix(".ranges").stat().st_mtime
     return 0.0

@@ -1,7 +1,8 @@
 """Reading ahead with threads: results in order, as many on their way as fit a budget of bytes.
 
-Threads and not worker processes: preadv, hashing and copying all release the interpreter's lock, while a process would
-have to hand 30 MB a sample through shared memory, whose page faults cost more than the reading (measured: 0.17 of memcpy).
+Threads and not worker processes: preadv, hashing and copying all release the interpreter's lock,
+while a process would have to hand 30 MB a sample through shared memory, whose page faults cost more
+than the reading (measured: 0.17 of memcpy).
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from typing import TypeVar
 
 import numpy as np
 
-MAX_JOBS_AHEAD = 1024  # of tiny samples a budget in bytes alone would let thousands queue before the first one is used
+# of tiny samples a budget in bytes alone would let thousands queue before the first one is used
+MAX_JOBS_AHEAD = 1024
 SMALLEST_BUFFER = 1 << 16
 FREE_BYTES = 512 << 20
 
 T = TypeVar("T")
 
 
-def read_ahead(jobs: Iterable[tuple[int, Callable[[], T]]], *, max_bytes: int, threads: int = 1) -> Iterator[T]:
+def read_ahead(
+    jobs: Iterable[tuple[int, Callable[[], T]]], *, max_bytes: int, threads: int = 1
+) -> Iterator[T]:
     """Results of the jobs (size in bytes, what to call) in their order.
 
-    A result counts against the budget until the next one is asked for; one that alone is larger than it is read by itself.
+    A result counts against the budget until the next one is asked for; one that alone is larger
+    than it is read by itself.
     """
     waiting, ahead = deque[tuple[int, Future[T]]](), 0
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="read-ahead")
@@ -43,8 +48,11 @@ def read_ahead(jobs: Iterable[tuple[int, Callable[[], T]]], *, max_bytes: int, t
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_buffered(reads: Iterable[tuple[int, int, Callable[[np.ndarray], T]]], *, max_bytes: int, threads: int) -> Iterator[T]:
-    """Results of reads (size in bytes, room, what to call with a buffer of that room) in their order, read ahead.
+def read_buffered(
+    reads: Iterable[tuple[int, int, Callable[[np.ndarray], T]]], *, max_bytes: int, threads: int
+) -> Iterator[T]:
+    """Results of reads (size in bytes, room, what to call with a buffer of that room) in their
+    order, read ahead.
 
     A result may share the memory of its buffer, which is used again once the next one is asked for.
     """
@@ -63,13 +71,15 @@ def read_buffered(reads: Iterable[tuple[int, int, Callable[[np.ndarray], T]]], *
 class BufferPool:
     """Memory that is used again: fresh pages cost more than the copy into them.
 
-    What nobody uses takes `max_bytes` at most. Without a bound each size would keep as many buffers as ever were in use at once,
-    and sizes have their peaks at different times: real lengths under a budget of 512 MB left 3.6 GB lying.
+    What nobody uses takes `max_bytes` at most. Without a bound each size would keep as many buffers
+    as ever were in use at once, and sizes have their peaks at different times: real lengths under a
+    budget of 512 MB left 3.6 GB lying.
     """
 
     def __init__(self, max_bytes: int = FREE_BYTES) -> None:
         self.max_bytes, self.free_bytes = max_bytes, 0
-        # By size, and in each size those given back last on the right, with the count of buffers given back before.
+        # By size, and in each size those given back last on the right, with the count of buffers
+        # given back before.
         self._free: defaultdict[int, deque[tuple[int, np.ndarray]]] = defaultdict(deque)
         self._num_given = 0
         self._lock = threading.Lock()
@@ -83,7 +93,9 @@ class BufferPool:
         return np.empty(size, dtype=np.uint8)
 
     def give(self, buffer: np.ndarray) -> None:
-        """Leave the buffer for the next one who asks for its size; those that lay unused longest go if there are too many."""
+        """Leave the buffer for the next one who asks for its size; those that lay unused
+        longest go if there are too many.
+        """
         if len(buffer) > self.max_bytes:
             return
         with self._lock:
@@ -91,5 +103,7 @@ class BufferPool:
             self._num_given += 1
             self.free_bytes += len(buffer)
             while self.free_bytes > self.max_bytes:
-                oldest = min((free for free in self._free.values() if free), key=lambda free: free[0][0])
+                oldest = min(
+                    (free for free in self._free.values() if free), key=lambda free: free[0][0]
+                )
                 self.free_bytes -= len(oldest.popleft()[1])

@@ -1,9 +1,11 @@
-"""The order in which training sees a cache: a function of (seed, epoch) alone, so any number of ranks can share it.
+"""The order in which training sees a cache: a function of (seed, epoch) alone, so any number of
+ranks can share it.
 
-A global random order over tens of terabytes would touch every shard all the time; no local cache and no disk likes that.
-So the shards are shuffled, a window of them at a time is taken, and the samples of the window are shuffled together. A
-window may be passed several times in a row, each time in another order, so that its shards are needed once in as many epochs.
-Only the windows that are looked at are ever computed: an epoch of 1.3 million samples costs nothing to enter.
+A global random order over tens of terabytes would touch every shard all the time; no local cache
+and no disk likes that. So the shards are shuffled, a window of them at a time is taken, and the
+samples of the window are shuffled together. A window may be passed several times in a row, each
+time in another order, so that its shards are needed once in as many epochs. Only the windows that
+are looked at are ever computed: an epoch of 1.3 million samples costs nothing to enter.
 """
 
 from __future__ import annotations
@@ -25,12 +27,22 @@ class Window(NamedTuple):
 
 
 class WindowedOrder:
-    """Sample numbers of every epoch. `numbers` [n] are those to train on, ascending; `shards` [n] the shard of each.
+    """Sample numbers of every epoch. `numbers` [n] are those to train on, ascending; `shards` [n]
+    the shard of each.
 
-    `passes` epochs in a row are one round through the shards: each window is passed so many times before the next one comes.
+    `passes` epochs in a row are one round through the shards: each window is passed so many times
+    before the next one comes.
     """
 
-    def __init__(self, numbers: np.ndarray, shards: np.ndarray, *, window_shards: int, seed: int, passes: int = 1) -> None:
+    def __init__(
+        self,
+        numbers: np.ndarray,
+        shards: np.ndarray,
+        *,
+        window_shards: int,
+        seed: int,
+        passes: int = 1,
+    ) -> None:
         self.seed, self.window_shards, self.passes = seed, window_shards, passes
         self.num_samples = len(numbers)
         # An index is ordered by shard, so the samples of a shard lie together: one slice each.
@@ -42,7 +54,9 @@ class WindowedOrder:
         self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
     def at(self, place: int) -> tuple[int, int]:
-        """(epoch, sample number) at a place of the line on which all epochs lie one behind the other."""
+        """(epoch, sample number) at a place of the line on which all epochs lie one behind the
+        other.
+        """
         around, within = divmod(place, self.num_samples * self.passes)
         first = around * self.passes
         _, ends = self._epoch(first)
@@ -64,10 +78,18 @@ class WindowedOrder:
                 start = int(end)
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of shards of the epochs from this one on, and behind how many samples of one of them each window ends."""
+        """The order of shards of the epochs from this one on, and behind how many samples of
+        one of them each window ends.
+        """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
         ends = np.cumsum(self._sizes[order])
-        last = np.minimum(np.arange(self.window_shards, len(order) + self.window_shards, self.window_shards), len(order)) - 1
+        last = (
+            np.minimum(
+                np.arange(self.window_shards, len(order) + self.window_shards, self.window_shards),
+                len(order),
+            )
+            - 1
+        )
         return order, ends[last]
 
     def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Writing a shard of the hidden-state cache: one message a sample, its place and checksums noted as it goes by."""
+"""Writing a shard of the hidden-state cache: one message a sample, its place and checksums
+noted as it goes by.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,23 @@ class Written(NamedTuple):
 
 
 class ShardWriter:
-    """Writes samples one after the other; `finish` closes the file. Used as a block, which leaves no thread behind.
+    """Writes samples one after the other; `finish` closes the file. Used as a block, which leaves
+    no thread behind.
 
-    `encode` may run in several threads at once (entropy coding is slower than a disk), `write` in one.
+    `encode` may run in several threads at once (entropy coding is slower than a disk), `write` in
+    one.
     """
 
-    def __init__(self, path: Path, layout: Layout, shard: int, *, writes: Writes = "direct") -> None:
+    def __init__(
+        self, path: Path, layout: Layout, shard: int, *, writes: Writes = "direct"
+    ) -> None:
         self.layout, self.shard, self.schema = layout, shard, layout.schema()
         self.rows: list[dict[str, Any]] = []
         self._stack = ExitStack()
         self.sink = self._stack.enter_context(HashingSink(path, writes=writes))
         self._writer = pa.ipc.new_file(pa.PythonFile(self.sink, mode="w"), self.schema)
-        # pyarrow writes the schema with the first batch, so the first offset cannot be asked of the sink.
+        # pyarrow writes the schema with the first batch, so the first offset cannot be asked of the
+        # sink.
         self._offset = MAGIC_BYTES + len(self.schema.serialize())
 
     def append(self, sample: HiddenSample, *, held_out: int) -> None:
@@ -53,17 +60,26 @@ class ShardWriter:
     def encode(self, sample: HiddenSample, *, held_out: int) -> Encoded:
         batch = self.layout.encode(sample, self.schema)
         row = {
-            "sample_id": sample.sample_id, "shard": self.shard, "num_tokens": len(sample.input_ids),
-            "num_supervised": int(sample.loss_mask.sum()), "num_last": int(sample.last_spans[:, 1].sum()), "held_out": held_out,
+            "sample_id": sample.sample_id,
+            "shard": self.shard,
+            "num_tokens": len(sample.input_ids),
+            "num_supervised": int(sample.loss_mask.sum()),
+            "num_last": int(sample.last_spans[:, 1].sum()),
+            "held_out": held_out,
             "column_checksums": column_checksums(batch),
-        }  # fmt: skip
+        }
         return Encoded(batch, row)
 
     def write(self, encoded: Encoded) -> None:
         self.sink.start_message(self._offset)
         self._writer.write_batch(encoded.batch)
         end = self.sink.num_bytes
-        place = {"row": len(self.rows), "offset": self._offset, "num_bytes": end - self._offset, "checksum": self.sink.message_digest()}
+        place = {
+            "row": len(self.rows),
+            "offset": self._offset,
+            "num_bytes": end - self._offset,
+            "checksum": self.sink.message_digest(),
+        }
         self.rows.append({**encoded.row, **place})
         self._offset = end
 
@@ -75,15 +91,22 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stack.__exit__(kind, error, trace)
 
 
 class Background:
-    """Runs jobs in order in a thread of its own; the caller waits only while too many bytes wait with them.
+    """Runs jobs in order in a thread of its own; the caller waits only while too many bytes wait
+    with them.
 
     Raises:
-        Exception: what a job raised, from the next `submit` or at the end of the block; later jobs are not run.
+        Exception: what a job raised, from the next `submit` or at the end of the block; later jobs
+            are not run.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -95,7 +118,11 @@ class Background:
     def submit(self, job: Callable[[], None], *, num_bytes: int) -> None:
         began = time.monotonic()
         with self._room:
-            self._room.wait_for(lambda: self._failed or not self._waiting or self._waiting + num_bytes <= self.max_bytes)
+            self._room.wait_for(
+                lambda: (
+                    self._failed or not self._waiting or self._waiting + num_bytes <= self.max_bytes
+                )
+            )
             self.stalled_s += time.monotonic() - began
             self._raise()
             self._waiting += num_bytes
@@ -116,7 +143,12 @@ class Background:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise()

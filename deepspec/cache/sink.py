@@ -1,9 +1,10 @@
-"""A file that is written past the page cache, hashed on the way, while its owner already prepares the next bytes.
+"""A file that is written past the page cache, hashed on the way, while its owner already prepares
+the next bytes.
 
-At tens of terabytes the page cache only gets in the way: written pages are not read again soon, and copying them costs
-as much CPU as everything else together. Bytes are gathered in a few aligned buffers; a thread of its own writes each
-full one. Where the file system refuses direct I/O (tmpfs, some network mounts), or a disk is faster behind the cache, the
-same code writes through it.
+At tens of terabytes the page cache only gets in the way: written pages are not read again soon, and
+copying them costs as much CPU as everything else together. Bytes are gathered in a few aligned
+buffers; a thread of its own writes each full one. Where the file system refuses direct I/O (tmpfs,
+some network mounts), or a disk is faster behind the cache, the same code writes through it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class _Full(NamedTuple):
 
 
 class HashingSink:
-    """A write-only binary file for pyarrow, with the digests of the whole and of the message being written.
+    """A write-only binary file for pyarrow, with the digests of the whole and of the message being
+    written.
 
     Raises:
-        OSError: from `write` or at the end of the block, when the disk refused bytes handed over earlier.
+        OSError: from `write` or at the end of the block, when the disk refused bytes handed over
+            earlier.
     """
 
     closed = False  # pyarrow asks
@@ -52,7 +55,9 @@ class HashingSink:
         self._thread.start()
 
     def start_message(self, start: int) -> None:
-        """The next message begins at byte `start`, which may lie ahead: pyarrow writes the file's header with the first one."""
+        """The next message begins at byte `start`, which may lie ahead: pyarrow writes the
+        file's header with the first one.
+        """
         self._message.reset()
         self._message_start = start
 
@@ -79,15 +84,23 @@ class HashingSink:
         return len(array)
 
     def flush(self) -> None:
-        """Nothing to do: pyarrow flushes after every message, and bytes go to the disk when a buffer is full."""
+        """Nothing to do: pyarrow flushes after every message, and bytes go to the disk when a
+        buffer is full.
+        """
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None and self._used:
-                self._hand_over(-(-self._used // ALIGNMENT) * ALIGNMENT)  # what is too much is cut off below
+                # what is too much is cut off below
+                self._hand_over(-(-self._used // ALIGNMENT) * ALIGNMENT)
             self._full.put(None)
             self._thread.join()
             if kind is None and self._failure is not None:
@@ -113,10 +126,14 @@ class HashingSink:
 
 
 def open_new(path: Path, writes: Writes) -> int:
-    """A descriptor of a new file; `direct` goes through the page cache all the same where the file system has no other way."""
+    """A descriptor of a new file; `direct` goes through the page cache all the same where the
+    file system has no other way.
+    """
     flags = os.O_CREAT | os.O_RDWR | os.O_TRUNC
     try:
-        return os.open(path, flags | (getattr(os, "O_DIRECT", 0) if writes == "direct" else 0), 0o644)
+        return os.open(
+            path, flags | (getattr(os, "O_DIRECT", 0) if writes == "direct" else 0), 0o644
+        )
     except OSError:
         return os.open(path, flags, 0o644)
 

@@ -1,7 +1,9 @@
-"""Where the hidden states that training learns from come from: what the loop needs of it, whatever it is.
+"""Where the hidden states that training learns from come from: what the loop needs of it, whatever
+it is.
 
-`HiddenCache` reads a sealed cache, `RollingStates` shards that are captured ahead of training and deleted behind it,
-`OnlineStates` has the target compute what comes next. A number means the same sample in all of them.
+`HiddenCache` reads a sealed cache, `RollingStates` shards that are captured ahead of training and
+deleted behind it, `OnlineStates` has the target compute what comes next. A number means the same
+sample in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from deepspec.cache.sample_order import WindowedOrder
 
 
 class Course(NamedTuple):
-    """What training will ask for: the places of the order's line from `start` to `end`, `step_samples` at a step."""
+    """What training will ask for: the places of the order's line from `start` to `end`,
+    `step_samples` at a step.
+    """
 
     order: WindowedOrder
     start: int
@@ -37,19 +41,27 @@ class Source(Protocol):
     def __getitem__(self, number: int) -> HiddenSample: ...
 
     @abstractmethod
-    def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
-        """Samples in the order asked, `max_bytes` of them ahead; a sample's tensors are good until the next one is asked for."""
+    def stream(
+        self, numbers: Iterable[int], *, max_bytes: int, threads: int
+    ) -> Iterator[HiddenSample]:
+        """Samples in the order asked, `max_bytes` of them ahead; a sample's tensors are good
+        until the next one is asked for.
+        """
 
     @abstractmethod
     def file(self, name: str) -> Path:
         """A local file with what stands beside the shards under this name."""
 
     def follow(self, course: Course) -> None:
-        """Make ready for a training that takes this course; called once, before the first sample is asked for."""
+        """Make ready for a training that takes this course; called once, before the first
+        sample is asked for.
+        """
         return
 
     def tell(self, progress: Callable[[], object]) -> None:
-        """Call `progress` when something is made that training may wait for: it does not stand still then."""
+        """Call `progress` when something is made that training may wait for: it does not stand
+        still then.
+        """
         return
 
     def reached(self, place: int) -> None:
@@ -57,5 +69,7 @@ class Source(Protocol):
         return
 
     def close(self) -> None:
-        """End what goes on behind the scenes; threads that wait for a sample get an error instead."""
+        """End what goes on behind the scenes; threads that wait for a sample get an error
+        instead.
+        """
         return

@@ -34,9 +34,13 @@ class DatasetSource(Section):
     split: str = "train"
     """Split to read."""
     revision: str | None = None
-    """Commit or tag to read; null reads the newest commit, warns which one that is, and stays with it when it resumes."""
+    """Commit or tag to read; null reads the newest commit, warns which one that is, and stays
+    with it when it resumes.
+    """
     column: str | None = None
-    """Column that holds the conversation or the prompt; null looks for `messages`, `conversations`, `turns` or `prompt`."""
+    """Column that holds the conversation or the prompt; null looks for `messages`,
+    `conversations`, `turns` or `prompt`.
+    """
 
 
 class PromptsConfig(Section):
@@ -51,9 +55,13 @@ class PromptsConfig(Section):
     seed: int = 42
     """Seed of the held-out split."""
     decontaminate: tuple[str, ...] = ()
-    """Benchmarks, known ones by name or files (`turns` on each line): prompts that are one of theirs are dropped."""
+    """Benchmarks, known ones by name or files (`turns` on each line): prompts that are one of
+    theirs are dropped.
+    """
     duplicates: Literal["drop", "keep"] = "drop"
-    """What to do with a conversation that came before; one that is kept has an id of its own, and the split of the first."""
+    """What to do with a conversation that came before; one that is kept has an id of its own,
+    and the split of the first.
+    """
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of unusable rows above which the stage fails."""
 
@@ -82,14 +90,20 @@ class AnswerSamplingConfig(SamplingConfig):
 
 
 class AnswersConfig(Section):
-    engine: str = Field(default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
-    """`transformers` (in process), `openai` (servers at `resources.endpoints`), or `package.module:Class` of an engine of your own."""
+    engine: str = Field(
+        default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
+    )
+    """`transformers` (in process), `openai` (servers at `resources.endpoints`), or
+    `package.module:Class` of an engine of your own.
+    """
     sampling: AnswerSamplingConfig = AnswerSamplingConfig()
     """How the target draws its answers."""
     max_new_tokens: PositiveInt = 4096
     """Tokens per answer at most."""
     truncated: Literal["keep", "drop", "retry"] = "keep"
-    """What to do with answers that ran into the limit; `retry` asks once more with a larger one, and keeps what comes."""
+    """What to do with answers that ran into the limit; `retry` asks once more with a larger
+    one, and keeps what comes.
+    """
     retry_max_new_tokens: PositiveInt | None = None
     """That larger limit; null is four times `max_new_tokens`."""
     seed: int = 42
@@ -97,6 +111,10 @@ class AnswersConfig(Section):
 
     @model_validator(mode="after")
     def _retry_has_more_room(self) -> Self:
-        if self.retry_max_new_tokens is not None and (self.truncated != "retry" or self.retry_max_new_tokens <= self.max_new_tokens):
-            raise ValueError("answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more than answers.max_new_tokens")
+        if self.retry_max_new_tokens is not None and (
+            self.truncated != "retry" or self.retry_max_new_tokens <= self.max_new_tokens
+        ):
+            raise ValueError(
+                "answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more than answers.max_new_tokens"
+            )
         return self

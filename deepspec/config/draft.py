@@ -42,7 +42,9 @@ class BlockDraftConfig(Section):
     @model_validator(mode="after")
     def _heads_match_the_algorithm(self) -> Self:
         if self.algorithm == "dflash" and (self.markov or self.confidence):
-            raise ValueError("dflash has no heads: leave draft.markov and draft.confidence out, or choose dspark")
+            raise ValueError(
+                "dflash has no heads: leave draft.markov and draft.confidence out, or choose dspark"
+            )
         if self.confidence and self.confidence.markov_features and not self.markov:
             raise ValueError("draft.confidence.markov_features needs draft.markov")
         return self
@@ -65,7 +67,9 @@ DraftConfig = Annotated[BlockDraftConfig | Eagle3DraftConfig, Field(discriminato
 
 
 class LossConfig(Section):
-    """Weights of the terms of DSpark eq. 9-12; eagle3 uses its own soft cross-entropy and none of these."""
+    """Weights of the terms of DSpark eq. 9-12; eagle3 uses its own soft cross-entropy and none
+    of these.
+    """
 
     ce: float = Field(default=0.1, ge=0)
     """Weight of the cross-entropy."""
@@ -79,8 +83,9 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     strategy: Literal["ddp", "deepspeed"] = "ddp"
-    """What a rank keeps: all of the optimizer (`ddp`), or its part (`deepspeed`, see `resources.zero_stage`). Alone here in no
-    fingerprint: but for rounding the draft is the same, and either goes on from the other's checkpoints."""
+    """What a rank keeps: all of the optimizer (`ddp`), or its part (`deepspeed`, see
+    `resources.zero_stage`). Alone here in no fingerprint: but for rounding the draft is the same,
+    and either goes on from the other's checkpoints."""
     seed: int = 42
     """Seed of weights, order and anchors."""
     epochs: PositiveInt = 10
@@ -88,9 +93,13 @@ class TrainConfig(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps, whatever the epochs say."""
     window_shards: PositiveInt = 64
-    """Shards whose samples are shuffled together; the order of the shards is shuffled too. Reads stay within a window."""
+    """Shards whose samples are shuffled together; the order of the shards is shuffled too.
+    Reads stay within a window.
+    """
     window_epochs: PositiveInt = 1
-    """Passes over the samples of a window, each in another order, before the next window comes; a divisor of `epochs`."""
+    """Passes over the samples of a window, each in another order, before the next window comes;
+    a divisor of `epochs`.
+    """
     global_batch: PositiveInt = 512
     """Samples per optimizer step, over all ranks and micro-batches."""
     lr: PositiveFloat = 6e-4
@@ -106,14 +115,20 @@ class TrainConfig(Section):
     checkpoint_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints."""
     acceptance_samples: int = Field(default=64, ge=0)
-    """Held-out samples that the draft drafts along at every checkpoint, so that the best one is kept; 0 keeps the last one."""
+    """Held-out samples that the draft drafts along at every checkpoint, so that the best one is
+    kept; 0 keeps the last one.
+    """
     patience: PositiveInt | None = None
-    """Checkpoints in a row without a better acceptance after which training ends; null goes on to the last step."""
+    """Checkpoints in a row without a better acceptance after which training ends; null goes on
+    to the last step.
+    """
 
     @model_validator(mode="after")
     def _patience_has_a_measure(self) -> Self:
         if self.patience is not None and self.acceptance_samples == 0:
-            raise ValueError("train.patience needs train.acceptance_samples: without it nothing tells which checkpoint is better")
+            raise ValueError(
+                "train.patience needs train.acceptance_samples: without it nothing tells which checkpoint is better"
+            )
         return self
 
     @model_validator(mode="after")

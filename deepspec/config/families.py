@@ -1,4 +1,5 @@
-"""The two model families as records: everything in which Qwen3 and Gemma4 differ for a draft, and nothing else.
+"""The two model families as records: everything in which Qwen3 and Gemma4 differ for a draft, and
+nothing else.
 
 A target is described by its Hugging Face `config.json` as a dictionary; nothing here loads a model.
 """
@@ -15,18 +16,21 @@ HFConfig = Mapping[str, Any]
 
 class Family(NamedTuple):
     name: Literal["qwen3", "gemma4"]
-    model_types: tuple[str, ...]  # `model_type` of the text config; the wrapper's first where the text config is nested
+    # `model_type` of the text config; the wrapper's first where the text config is nested
+    model_types: tuple[str, ...]
     chat_family: Literal["qwen", "gemma4"]
     block_architecture: str  # `architectures` of a DSpark or DFlash draft
     eagle3_architecture: str
     activation_key: str  # key of the MLP's activation in config.json
     default_rope: dict[str, Any]  # of full-attention layers, where the config does not say
     sandwich_norms: bool  # a norm also after attention and after the MLP, before each residual sum
-    unscaled_attention: bool  # softmax(q k) instead of softmax(q k / sqrt(head_dim)); the q and k norms carry the scale
+    # softmax(q k) instead of softmax(q k / sqrt(head_dim)); the q and k norms carry the scale
+    unscaled_attention: bool
     value_norm: bool  # values are RMS-normed, without a learned scale
     scaled_embeddings: bool  # embeddings are multiplied by sqrt(hidden_size)
     layer_scalar: bool  # each layer's output is multiplied by a stored constant
-    global_head_dim: int | None  # full-attention layers have heads of their own, this wide unless the config says otherwise
+    # full-attention layers have heads of their own, this wide unless the config says otherwise
+    global_head_dim: int | None
 
 
 QWEN3 = Family(
@@ -51,7 +55,11 @@ GEMMA4 = Family(
     block_architecture="Gemma4DSparkModel",
     eagle3_architecture="Gemma4Eagle3Model",
     activation_key="hidden_activation",
-    default_rope={"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+    default_rope={
+        "rope_type": "proportional",
+        "rope_theta": 1_000_000.0,
+        "partial_rotary_factor": 0.25,
+    },
     sandwich_norms=True,
     unscaled_attention=True,
     value_norm=True,
@@ -72,14 +80,18 @@ class HeadGeometry(NamedTuple):
 
 
 class RopeSettings(NamedTuple):
-    """Rotary embedding of a full-attention layer: angles of the first `rotated` pairs, none for the others."""
+    """Rotary embedding of a full-attention layer: angles of the first `rotated` pairs, none for
+    the others.
+    """
 
     theta: float
     num_rotated: int  # of head_dim / 2 pairs
 
 
 def text_config(hf_config: HFConfig) -> HFConfig:
-    """The language model's part of a target's config: itself, or `text_config` of a multimodal wrapper."""
+    """The language model's part of a target's config: itself, or `text_config` of a multimodal
+    wrapper.
+    """
     nested = hf_config.get("text_config")
     return nested if isinstance(nested, Mapping) else hf_config
 
@@ -96,7 +108,9 @@ def family_of(hf_config: HFConfig) -> Family:
     if family is None:
         known = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise ConfigError(
-            f"no draft is known for targets of type {model_type!r}", where="config.json: model_type", fix=f"known are: {known}"
+            f"no draft is known for targets of type {model_type!r}",
+            where="config.json: model_type",
+            fix=f"known are: {known}",
         )
     unsupported = {
         "enable_moe_block": "mixture-of-experts blocks",
@@ -106,37 +120,53 @@ def family_of(hf_config: HFConfig) -> Family:
     for key, what in unsupported.items():
         if text.get(key):
             fix = "choose a dense target without them (Qwen3 4B, 8B, 14B; Gemma4 12B)"
-            raise ConfigError(f"targets with {what} are not supported", where=f"config.json: {key} = {text[key]!r}", fix=fix)
+            raise ConfigError(
+                f"targets with {what} are not supported",
+                where=f"config.json: {key} = {text[key]!r}",
+                fix=fix,
+            )
     return family
 
 
 def head_geometry(text: HFConfig, family: Family) -> HeadGeometry:
     """Heads of the target's full-attention layers, which is what a draft's layers are.
 
-    Gemma4 writes the geometry of its global layers as `global_head_dim` and `num_global_key_value_heads`, newer
-    Transformers as `per_layer_config` of each such layer.
+    Gemma4 writes the geometry of its global layers as `global_head_dim` and
+    `num_global_key_value_heads`, newer Transformers as `per_layer_config` of each such layer.
     """
     num_heads = text["num_attention_heads"]
-    kv_heads, head_dim = text.get("num_key_value_heads") or num_heads, text.get("head_dim") or text["hidden_size"] // num_heads
+    kv_heads, head_dim = (
+        text.get("num_key_value_heads") or num_heads,
+        text.get("head_dim") or text["hidden_size"] // num_heads,
+    )
     if family.global_head_dim is None:
         return HeadGeometry(num_heads, kv_heads, head_dim, values_are_keys=False)
     values_are_keys = bool(text.get("attention_k_eq_v"))
     of_layer = _global_layer(text)
     head_dim = text.get("global_head_dim") or of_layer.get("head_dim") or family.global_head_dim
     if values_are_keys:  # only then does Gemma4 read the number of global key-value heads
-        kv_heads = text.get("num_global_key_value_heads") or of_layer.get("num_key_value_heads") or kv_heads
+        kv_heads = (
+            text.get("num_global_key_value_heads")
+            or of_layer.get("num_key_value_heads")
+            or kv_heads
+        )
     return HeadGeometry(num_heads, kv_heads, head_dim, values_are_keys)
 
 
 def _global_layer(text: HFConfig) -> Mapping[str, Any]:
     overrides = text.get("per_layer_config") or {}
     kinds = text.get("layer_types") or []
-    chosen = [override for layer, override in overrides.items() if int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"]
+    chosen = [
+        override
+        for layer, override in overrides.items()
+        if int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"
+    ]
     return chosen[0] if chosen else {}
 
 
 def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSettings:
-    """Rotary embedding of the full-attention layers; old configs say `rope_theta`, new ones `rope_parameters`.
+    """Rotary embedding of the full-attention layers; old configs say `rope_theta`, new ones
+    `rope_parameters`.
 
     Raises:
         ConfigError: a rope type that drafts do not compute (yarn, linear, ...).
@@ -148,7 +178,9 @@ def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSetti
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "proportional"):
         fix = "use the target's config without long-context rope scaling"
-        raise ConfigError(f"rope type {kind!r} is not supported", where="config.json: rope_parameters", fix=fix)
+        raise ConfigError(
+            f"rope type {kind!r} is not supported", where="config.json: rope_parameters", fix=fix
+        )
     theta = rope.get("rope_theta") or text.get("rope_theta") or family.default_rope["rope_theta"]
     share = rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
     return RopeSettings(float(theta), int(share * head_dim // 2))

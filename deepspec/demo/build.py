@@ -1,4 +1,6 @@
-"""The demo stage's work: corpus, tokenizer and target into a folder that the other stages read like any model's."""
+"""The demo stage's work: corpus, tokenizer and target into a folder that the other stages read
+like any model's.
+"""
 
 from __future__ import annotations
 
@@ -29,35 +31,63 @@ def no_progress(done: int, total: int, numbers: dict[str, float]) -> None:
     """Show nothing."""
 
 
-def build_demo(folder: Path, config: DemoConfig, *, on_progress: Progress = no_progress) -> DemoSummary:
-    """Write `target/` (a Hugging Face folder), `prompts.jsonl` and `benchmarks/{math,code,chat}.jsonl` into `folder`.
+def build_demo(
+    folder: Path, config: DemoConfig, *, on_progress: Progress = no_progress
+) -> DemoSummary:
+    """Write `target/` (a Hugging Face folder), `prompts.jsonl` and
+    `benchmarks/{math,code,chat}.jsonl` into `folder`.
 
-    The same configuration on the same machine, Python and library versions and number of threads gives the same bytes; on
-    another machine the prompts stay the same as long as the Python version does, the weights differ by rounding.
+    The same configuration on the same machine, Python and library versions and number of threads
+    gives the same bytes; on another machine the prompts stay the same as long as the Python version
+    does, the weights differ by rounding.
     """
     started = time.monotonic()
     corpus = make_corpus(config)
     write_prompts(folder, corpus)
-    tokenizer = train_tokenizer((text for row in corpus.training for text in (row.question, row.answer)), vocab_size=config.vocab_size)
+    tokenizer = train_tokenizer(
+        (text for row in corpus.training for text in (row.question, row.answer)),
+        vocab_size=config.vocab_size,
+    )
     examples = [encode(tokenizer, row) for row in corpus.training]
     num_tokens = sum(len(example.input_ids) for example in examples)
     prepared = time.monotonic()
-    log.info("conversations=%d tokens=%d vocab=%d seconds=%.1f", len(examples), num_tokens, len(tokenizer), prepared - started)
+    log.info(
+        "conversations=%d tokens=%d vocab=%d seconds=%.1f",
+        len(examples),
+        num_tokens,
+        len(tokenizer),
+        prepared - started,
+    )
     model = new_target(config, tokenizer)
     loss = train_target(model, examples, config, on_progress)
     model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
-    summary = DemoSummary(len(examples), num_tokens, model.num_parameters(), loss, time.monotonic() - started)
-    log.info("parameters=%d steps=%d loss=%.3f seconds=%.1f", summary.parameters, config.steps, loss, time.monotonic() - prepared)
+    summary = DemoSummary(
+        len(examples), num_tokens, model.num_parameters(), loss, time.monotonic() - started
+    )
+    log.info(
+        "parameters=%d steps=%d loss=%.3f seconds=%.1f",
+        summary.parameters,
+        config.steps,
+        loss,
+        time.monotonic() - prepared,
+    )
     return summary
 
 
 def write_prompts(folder: Path, corpus: Corpus) -> None:
-    """The training prompts in the corpus's order, and the held-out ones of each domain as benchmarks."""
+    """The training prompts in the corpus's order, and the held-out ones of each domain as
+    benchmarks.
+    """
     (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "prompts.jsonl", ({"messages": row.messages[:1], "domain": row.domain} for row in corpus.training))
+    write_jsonl(
+        folder / "prompts.jsonl",
+        ({"messages": row.messages[:1], "domain": row.domain} for row in corpus.training),
+    )
     for domain, rows in corpus.held_out.items():
-        write_jsonl(folder / "benchmarks" / f"{domain}.jsonl", ({"turns": [row.question]} for row in rows))
+        write_jsonl(
+            folder / "benchmarks" / f"{domain}.jsonl", ({"turns": [row.question]} for row in rows)
+        )
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -66,7 +96,11 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def encode(tokenizer: Any, row: Conversation) -> Example:
-    """A conversation as the stages after this one render it: the template's prompt, then the answer and its end of turn."""
-    prompt: Sequence[int] = tokenizer.apply_chat_template(row.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
+    """A conversation as the stages after this one render it: the template's prompt, then the
+    answer and its end of turn.
+    """
+    prompt: Sequence[int] = tokenizer.apply_chat_template(
+        row.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     answer = tokenizer.encode(row.answer, add_special_tokens=False)
     return Example([*prompt, *answer, tokenizer.eos_token_id], len(prompt), row.domain)

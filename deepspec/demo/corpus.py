@@ -1,7 +1,7 @@
 """The demo's text: conversations of three domains as in the paper, *math*, *code* and *chat*.
 
-Same seed and same Python version, same corpus. A function that a held-out prompt asks about appears in no training
-conversation of either domain.
+Same seed and same Python version, same corpus. A function that a held-out prompt asks about appears
+in no training conversation of either domain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from deepspec.demo.maths import make_problem
 from deepspec.errors import DataError
 
 Domain = Literal["math", "code", "chat"]
-# Characters. Within these limits nearly every answer ends before 96 tokens; a shorter source is a stub.
+# Characters. Within these limits nearly every answer ends before 96 tokens; a shorter source is a
+# stub.
 SOURCE_LENGTH = range(30, 131)
 SUMMARY_LENGTH = range(12, 101)
 
@@ -27,7 +28,10 @@ class Conversation(NamedTuple):
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+        return [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": self.answer},
+        ]
 
 
 class Corpus(NamedTuple):
@@ -36,7 +40,8 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(config: DemoConfig) -> Corpus:
-    """About `config.conversations` to train on, a third per domain, and `config.held_out` of each domain apart from them.
+    """About `config.conversations` to train on, a third per domain, and `config.held_out` of each
+    domain apart from them.
 
     Where the library has too few functions for its two thirds, math makes up for them.
 
@@ -49,10 +54,14 @@ def make_corpus(config: DemoConfig) -> Corpus:
     with_source = [function for function in functions if len(function.source) in SOURCE_LENGTH]
     with_summary = [function for function in functions if len(function.summary) in SUMMARY_LENGTH]
     asked_code = with_source[: config.held_out]
-    asked_chat = [function for function in with_summary if function not in asked_code][: config.held_out]
+    asked_chat = [function for function in with_summary if function not in asked_code][
+        : config.held_out
+    ]
     if min(len(asked_code), len(asked_chat)) < config.held_out:
         raise DataError(
-            "too few functions with source code", where="standard library", fix="use a Python that carries its library as files"
+            "too few functions with source code",
+            where="standard library",
+            fix="use a Python that carries its library as files",
         )
     unseen, third = {*asked_code, *asked_chat}, config.conversations // 3
     code = [about_source(function) for function in with_source if function not in unseen][:third]

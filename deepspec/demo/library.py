@@ -1,6 +1,8 @@
-"""What the standard library says of itself: every function with its module, parameters, source and documentation.
+"""What the standard library says of itself: every function with its module, parameters, source and
+documentation.
 
-The files are parsed, never imported: importing some of them opens windows, prints poems or needs what is not installed.
+The files are parsed, never imported: importing some of them opens windows, prints poems or needs
+what is not installed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Left out: what distributions ship separately (so that every Python has the same text), and what is not the library's own.
+# Left out: what distributions ship separately (so that every Python has the same text), and what is
+# not the library's own.
 EXCLUDED = frozenset(
     {
         "test",
@@ -44,7 +47,11 @@ class Function(NamedTuple):
     @property
     def place(self) -> str:
         """Where it is found, in words."""
-        return f"the class `{self.owner}` in the module `{self.module}`" if self.owner else f"the module `{self.module}`"
+        return (
+            f"the class `{self.owner}` in the module `{self.module}`"
+            if self.owner
+            else f"the module `{self.module}`"
+        )
 
     @property
     def kind(self) -> str:
@@ -53,7 +60,9 @@ class Function(NamedTuple):
 
 @cache
 def library_functions() -> tuple[Function, ...]:
-    """All functions and methods of the standard library, sorted by module and name, one per name."""
+    """All functions and methods of the standard library, sorted by module and name, one per
+    name.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[tuple[str, str | None, str], Function] = {}
     for path in sorted(root.rglob("*.py")):
@@ -62,7 +71,12 @@ def library_functions() -> tuple[Function, ...]:
             module = ".".join(part for part in parts if part != "__init__")
             for function in _functions(path, module):
                 found.setdefault((module, function.owner, function.name), function)
-    return tuple(sorted(found.values(), key=lambda function: (function.module, function.owner or "", function.name)))
+    return tuple(
+        sorted(
+            found.values(),
+            key=lambda function: (function.module, function.owner or "", function.name),
+        )
+    )
 
 
 def _functions(path: Path, module: str) -> Iterator[Function]:
@@ -73,7 +87,11 @@ def _functions(path: Path, module: str) -> Iterator[Function]:
         if isinstance(node, ast.FunctionDef):
             yield _function(node, module, None)
         elif isinstance(node, ast.ClassDef):
-            yield from (_function(child, module, node.name) for child in node.body if isinstance(child, ast.FunctionDef))
+            yield from (
+                _function(child, module, node.name)
+                for child in node.body
+                if isinstance(child, ast.FunctionDef)
+            )
 
 
 def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function:
@@ -81,11 +99,15 @@ def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function
     if docstring:
         node.body = node.body[1:] or [ast.Pass()]
     signature = f"{node.name}({ast.unparse(node.args)})"
-    return Function(module, owner, node.name, signature, ast.unparse(node), first_sentence(docstring))
+    return Function(
+        module, owner, node.name, signature, ast.unparse(node), first_sentence(docstring)
+    )
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, on one line, ending with a full stop; empty if there is none."""
+    """The first sentence of the first paragraph, on one line, ending with a full stop; empty if
+    there is none.
+    """
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0].rstrip(".:;, ")
     return f"{sentence}." if sentence and sentence.isascii() else ""

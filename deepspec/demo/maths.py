@@ -1,7 +1,8 @@
 """Word problems with worked steps, made by rule: the demo's *math* domain.
 
-Every answer says in full what is done with which quantity before it does it, one operation a step, and ends with the
-result in one fixed sentence, as the paper's math answers do: the structure is what a draft can learn.
+Every answer says in full what is done with which quantity before it does it, one operation a step,
+and ends with the result in one fixed sentence, as the paper's math answers do: the structure is
+what a draft can learn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ NAMES = (
     "Olga",
     "Paul",
 )
-THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "nuts", "pears", "pencils", "shells", "stamps")
+THINGS = (
+    "apples",
+    "books",
+    "cards",
+    "coins",
+    "eggs",
+    "flowers",
+    "marbles",
+    "nuts",
+    "pears",
+    "pencils",
+    "shells",
+    "stamps",
+)
 HOLDERS = ("bags", "baskets", "boxes", "crates", "jars")
 SMALL = (2, 6)  # numbers that a tiny target can learn to work with
 
@@ -40,8 +54,20 @@ def _boxes(rng: random.Random) -> Problem:
     count, each, more = (rng.randint(*SMALL) for _ in range(3))
     question = f"{name} has {count} {holders} with {each} {things} in each. {name} gets {more} {things} more. How many {things} are there?"
     return question, [
-        ("First we multiply how many there are in each by how many of them there are", count, "*", each, count * each),
-        ("Then we add those that come later to this number", count * each, "+", more, count * each + more),
+        (
+            "First we multiply how many there are in each by how many of them there are",
+            count,
+            "*",
+            each,
+            count * each,
+        ),
+        (
+            "Then we add those that come later to this number",
+            count * each,
+            "+",
+            more,
+            count * each + more,
+        ),
     ]
 
 
@@ -52,8 +78,20 @@ def _change(rng: random.Random) -> Problem:
     paid = cost + change
     question = f"{name} buys {count} {things} for {price} dollars each and pays with {paid} dollars. How many dollars does {name} get back?"
     return question, [
-        ("First we multiply the price of one by the number that is bought to find the cost", count, "*", price, cost),
-        ("Then we subtract the cost from the money that is paid to find the change", paid, "-", cost, change),
+        (
+            "First we multiply the price of one by the number that is bought to find the cost",
+            count,
+            "*",
+            price,
+            cost,
+        ),
+        (
+            "Then we subtract the cost from the money that is paid to find the change",
+            paid,
+            "-",
+            cost,
+            change,
+        ),
     ]
 
 
@@ -64,8 +102,20 @@ def _together(rng: random.Random) -> Problem:
     second = first + more
     question = f"{name} has {first} {things}. {other} has {more} more {things} than {name}. How many {things} do they have together?"
     return question, [
-        ("First we add the difference to the smaller number to find the larger number", first, "+", more, second),
-        ("Then we add the smaller number and the larger number to find the sum", first, "+", second, first + second),
+        (
+            "First we add the difference to the smaller number to find the larger number",
+            first,
+            "+",
+            more,
+            second,
+        ),
+        (
+            "Then we add the smaller number and the larger number to find the sum",
+            first,
+            "+",
+            second,
+            first + second,
+        ),
     ]
 
 
@@ -75,8 +125,20 @@ def _journey(rng: random.Random) -> Problem:
     far = speed * hours
     question = f"{name} walks {speed} km an hour for {hours} hours and then {more} km more. How many km does {name} walk?"
     return question, [
-        ("First we multiply the speed by the time to find the length of the first part of the way", speed, "*", hours, far),
-        ("Then we add the second part of the way to find the length of the whole way", far, "+", more, far + more),
+        (
+            "First we multiply the speed by the time to find the length of the first part of the way",
+            speed,
+            "*",
+            hours,
+            far,
+        ),
+        (
+            "Then we add the second part of the way to find the length of the whole way",
+            far,
+            "+",
+            more,
+            far + more,
+        ),
     ]
 
 
@@ -90,4 +152,10 @@ def make_problem(rng: random.Random) -> tuple[str, str]:
         f"Step {number}: {done}. This is {left} {sign} {right} = {result}."
         for number, (done, left, sign, right, result) in enumerate(steps, start=1)
     ]
-    return question, "\n".join(["We solve this problem step by step.", *lines, f"So the answer to the question is {steps[-1][-1]}."])
+    return question, "\n".join(
+        [
+            "We solve this problem step by step.",
+            *lines,
+            f"So the answer to the question is {steps[-1][-1]}.",
+        ]
+    )

@@ -1,7 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before each step (Jordan 2024, "Muon: an optimizer for hidden layers").
+"""Muon: momentum whose matrices are made orthogonal before each step (Jordan 2024, "Muon: an
+optimizer for hidden layers").
 
-At the demo's size 200 steps of it reach what AdamW needs 400 for. Matrices of one shape are worked on together, because
-for many small ones the time goes into calls.
+At the demo's size 200 steps of it reach what AdamW needs 400 for. Matrices of one shape are worked
+on together, because for many small ones the time goes into calls.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import torch
 from torch import Tensor, nn
 
 ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz quintic: they pull all singular values to about 1
+# of the Newton-Schulz quintic: they pull all singular values to about 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum over matrices [out, in]."""
 
-    def __init__(self, matrices: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95
+    ) -> None:
         shapes = sorted({tuple(matrix.shape) for matrix in matrices})
-        groups = [{"params": [matrix for matrix in matrices if tuple(matrix.shape) == shape]} for shape in shapes]
+        groups = [
+            {"params": [matrix for matrix in matrices if tuple(matrix.shape) == shape]}
+            for shape in shapes
+        ]
         super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -32,7 +39,8 @@ class Muon(torch.optim.Optimizer):
             average = state.setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 1 - momentum)
             update = orthogonal(gradient.lerp(average, momentum))
-            scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5  # tall matrices need longer steps to move as far
+            # tall matrices need longer steps to move as far
+            scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5
             for matrix, direction in zip(matrices, update.unbind(), strict=True):
                 matrix.add_(direction, alpha=-group["lr"] * scale)
 

@@ -1,4 +1,5 @@
-"""Training the demo's target: a small Qwen3 model, deep and narrow so that its layers are what decoding spends its time in.
+"""Training the demo's target: a small Qwen3 model, deep and narrow so that its layers are what
+decoding spends its time in.
 
 T tokens of a batch, V vocabulary.
 """
@@ -25,7 +26,9 @@ WARMUP_STEPS = 20
 
 
 class Example(NamedTuple):
-    """A conversation as token ids; the first `prompt` of them are the question and the generation prompt."""
+    """A conversation as token ids; the first `prompt` of them are the question and the
+    generation prompt.
+    """
 
     input_ids: list[int]
     prompt: int
@@ -58,7 +61,9 @@ def new_target(config: DemoConfig, tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def initialise(model: Any, generator: torch.Generator) -> None:
-    """Normal weights of deviation 1 / sqrt(inputs); what is added to the residual stream is smaller by sqrt(2 layers)."""
+    """Normal weights of deviation 1 / sqrt(inputs); what is added to the residual stream is
+    smaller by sqrt(2 layers).
+    """
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -67,12 +72,27 @@ def initialise(model: Any, generator: torch.Generator) -> None:
             weight.normal_(std=scale / depth if added else scale, generator=generator)
 
 
-def train_target(model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress) -> float:
-    """Train in place for `config.steps` steps of about `config.batch_tokens` tokens; the mean loss of the last tenth."""
+def train_target(
+    model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress
+) -> float:
+    """Train in place for `config.steps` steps of about `config.batch_tokens` tokens; the mean
+    loss of the last tenth.
+    """
     batches = make_batches(examples, config.batch_tokens, random.Random(config.seed))
-    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "embed_tokens" not in name]
-    others = [weight for name, weight in model.named_parameters() if weight.dim() != 2 or "embed_tokens" in name]
-    optimizers = Muon(matrices, lr=config.lr), torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0)
+    matrices = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.dim() == 2 and "embed_tokens" not in name
+    ]
+    others = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.dim() != 2 or "embed_tokens" in name
+    ]
+    optimizers = (
+        Muon(matrices, lr=config.lr),
+        torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     losses: list[float] = []
     model.train()
@@ -100,16 +120,23 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
-def make_batches(examples: Sequence[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
-    """Batches of about `batch_tokens` padded tokens, in random order, each with its share of every domain.
+def make_batches(
+    examples: Sequence[Example], batch_tokens: int, rng: random.Random
+) -> list[list[Example]]:
+    """Batches of about `batch_tokens` padded tokens, in random order, each with its share of every
+    domain.
 
-    Domains are laid into one another by length, the shortest of each first: that leaves little padding, and a step that
-    sees one domain alone would pull the weights to and fro.
+    Domains are laid into one another by length, the shortest of each first: that leaves little
+    padding, and a step that sees one domain alone would pull the weights to and fro.
     """
     by_domain: dict[str, list[Example]] = {}
     for example in sorted(examples, key=lambda example: len(example.input_ids)):
         by_domain.setdefault(example.domain, []).append(example)
-    placed = [(place / len(group), example) for group in by_domain.values() for place, example in enumerate(group)]
+    placed = [
+        (place / len(group), example)
+        for group in by_domain.values()
+        for place, example in enumerate(group)
+    ]
     batches: list[list[Example]] = [[]]
     for _, example in sorted(placed, key=lambda entry: entry[0]):
         longest = max(len(other.input_ids) for other in [*batches[-1], example])

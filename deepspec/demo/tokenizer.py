@@ -1,4 +1,6 @@
-"""The demo's tokenizer: byte-level BPE trained on its corpus, with Qwen's turn markers and chat template."""
+"""The demo's tokenizer: byte-level BPE trained on its corpus, with Qwen's turn markers and chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 PAD, START_OF_TURN, END_OF_TURN, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
-SPECIAL_TOKENS = (PAD, START_OF_TURN, END_OF_TURN, MASK)  # ids 0 to 3; the recipe's target.mask_token_id is 3
+# ids 0 to 3; the recipe's target.mask_token_id is 3
+SPECIAL_TOKENS = (PAD, START_OF_TURN, END_OF_TURN, MASK)
 
 MAX_POSITIONS = 1024
 
-# Qwen3's without tools and thinking: `enable_thinking` is accepted, as every template accepts any variable, and changes nothing.
+# Qwen3's without tools and thinking: `enable_thinking` is accepted, as every template accepts any
+# variable, and changes nothing.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -20,7 +24,8 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
-    """A `PreTrainedTokenizerFast` of at most `vocab_size` tokens; equal texts make an equal tokenizer.
+    """A `PreTrainedTokenizerFast` of at most `vocab_size` tokens; equal texts make an equal
+    tokenizer.
 
     Digits stay single tokens, as in Qwen's tokenizer: arithmetic is learnt digit by digit.
     """
@@ -28,12 +33,18 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

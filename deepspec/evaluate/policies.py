@@ -1,4 +1,6 @@
-"""Where confidence meets a run: what cuts blocks while it decodes, and what its rounds say about confidence afterwards."""
+"""Where confidence meets a run: what cuts blocks while it decodes, and what its rounds say
+about confidence afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ from deepspec.target.model import Target
 
 log = logging.getLogger(__name__)
 
-POLICY = "policy.json"  # of a result: what its blocks are cut by, so that a run that goes on cuts them alike
+# of a result: what its blocks are cut by, so that a run that goes on cuts them alike
+POLICY = "policy.json"
 CALIBRATION = "calibration.json"  # of a result, and beside the draft that it was fitted for
 
 
-def live_policy(config: RunConfig, artifact: Artifact, draft: Artifact, models: Models) -> Policy | None:
-    """What cuts the blocks of this result: temperatures and curve are those of its first start. None cuts nothing."""
+def live_policy(
+    config: RunConfig, artifact: Artifact, draft: Artifact, models: Models
+) -> Policy | None:
+    """What cuts the blocks of this result: temperatures and curve are those of its first start.
+    None cuts nothing.
+    """
     settings = config.evaluate
     if settings.verify == "full":
         return None
@@ -33,21 +40,30 @@ def live_policy(config: RunConfig, artifact: Artifact, draft: Artifact, models: 
     if fields is None:
         calibration = _read_json(draft, f"draft/{CALIBRATION}")
         if calibration is None:
-            log.warning("stage=evaluate the draft's confidence is not calibrated: an evaluation with evaluate.verify=full does that")
+            log.warning(
+                "stage=evaluate the draft's confidence is not calibrated: an evaluation with evaluate.verify=full does that"
+            )
         curve = speed_curve(config, models).to_json() if settings.verify == "scheduled" else None
         fields = {"temperatures": calibration and calibration["temperatures"], "curve": curve}
         if not artifact.store.write_new(artifact.path(POLICY), pretty_json(fields)):
-            fields = _read_json(artifact, POLICY) or fields  # another worker was first, and its curve stands for all
+            # another worker was first, and its curve stands for all
+            fields = _read_json(artifact, POLICY) or fields
     curve_of = SpeedCurve(**fields["curve"], where=POLICY) if fields["curve"] else None
     return make_policy(settings, temperatures=fields["temperatures"], curve=curve_of)
 
 
 def confidence_sections(
-    config: RunConfig, artifact: Artifact, draft: Artifact, rows: Sequence[Mapping[str, Any]], models: Models
+    config: RunConfig,
+    artifact: Artifact,
+    draft: Artifact,
+    rows: Sequence[Mapping[str, Any]],
+    models: Models,
 ) -> dict[str, Any]:
-    """What a result's summary says of confidence and of the scheduler, and its calibration, put beside the draft as well.
+    """What a result's summary says of confidence and of the scheduler, and its calibration, put
+    beside the draft as well.
 
-    Only of blocks that were verified whole: of those that were cut nobody knows what the target thinks of the rest.
+    Only of blocks that were verified whole: of those that were cut nobody knows what the target
+    thinks of the rest.
     """
     block_size = models.draft.block_size
     if config.evaluate.verify != "full" or (fitted := fit_calibration(rows, block_size)) is None:
@@ -60,7 +76,9 @@ def confidence_sections(
         "calibration": calibration_summary(rows, block_size),
         "scheduler": scheduler_summary(rows, block_size, curve, fitted.temperatures),
     }
-    return {name: {**section, **_made_with(name, curve)} for name, section in found.items() if section}
+    return {
+        name: {**section, **_made_with(name, curve)} for name, section in found.items() if section
+    }
 
 
 def _made_with(name: str, curve: SpeedCurve) -> dict[str, Any]:

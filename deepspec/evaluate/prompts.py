@@ -1,4 +1,6 @@
-"""Benchmarks as an evaluation takes them: so many prompts of each, cut into units, rendered turn by turn."""
+"""Benchmarks as an evaluation takes them: so many prompts of each, cut into units, rendered
+turn by turn.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from deepspec.prompts.benchmarks import read_benchmark
 from deepspec.target.chat import Chat
 
 SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
-SLICE_BATCHES = 4  # times the batch size, where it is larger than 1: a batch is then full for most of the time
+# times the batch size, where it is larger than 1: a batch is then full for most of the time
+SLICE_BATCHES = 4
 DOMAIN_OF_DEMO: dict[str, Domain] = dict(zip(DEMO, ("math", "code", "chat"), strict=True))
 
 Turns = tuple[str, ...]  # what the user says in a conversation, one by one
@@ -30,7 +33,9 @@ class Benchmark(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A slice of a benchmark at one temperature and batch size: evaluated, recorded and resumed as one shard."""
+    """A slice of a benchmark at one temperature and batch size: evaluated, recorded and resumed
+    as one shard.
+    """
 
     number: int
     benchmark: str
@@ -54,10 +59,12 @@ class Fitting(NamedTuple):
 
 
 def load_benchmarks(config: RunConfig) -> list[Benchmark]:
-    """All benchmarks of the run, every one checked before the first is used; known ones are put into the store if need be.
+    """All benchmarks of the run, every one checked before the first is used; known ones are put
+    into the store if need be.
 
     Raises:
-        DataError: a file that is missing, empty, or has a line without turns; a data set that is neither stored nor reachable.
+        DataError: a file that is missing, empty, or has a line without turns; a data set that is
+            neither stored nor reachable.
     """
     return [_load(config, settings) for settings in config.evaluate.benchmarks]
 
@@ -71,7 +78,9 @@ def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
         prompts = [prompts[index] for index in sorted(chosen.tolist())]
     if settings.turns == "first":
         prompts = [turns[:1] for turns in prompts]
-    domain = settings.domain or (known.domain if known else DOMAIN_OF_DEMO.get(settings.name, "other"))
+    domain = settings.domain or (
+        known.domain if known else DOMAIN_OF_DEMO.get(settings.name, "other")
+    )
     return Benchmark(short_name(settings.name), domain, prompts)
 
 
@@ -82,12 +91,24 @@ def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]
         together = SLICE_PROMPTS if size == 1 else SLICE_BATCHES * size
         for name, domain, prompts in benchmarks:
             for first in range(0, len(prompts), together):
-                units.append(Unit(len(units), name, domain, temperature, size, first, prompts[first : first + together]))
+                units.append(
+                    Unit(
+                        len(units),
+                        name,
+                        domain,
+                        temperature,
+                        size,
+                        first,
+                        prompts[first : first + together],
+                    )
+                )
     return units
 
 
 def render(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
-    """The conversation up to the turn that comes after as many answers; the target's own answers stand in between."""
+    """The conversation up to the turn that comes after as many answers; the target's own
+    answers stand in between.
+    """
     messages = [Message("user", turns[0])]
     for answer, turn in zip(answers, turns[1:], strict=False):
         messages += [Message("assistant", answer), Message("user", turn)]
@@ -95,9 +116,17 @@ def render(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPro
     return RenderedPrompt(ids, xxhash.xxh3_64_hexdigest(json.dumps(ids).encode()))
 
 
-def split_fitting(prompts: Mapping[int, RenderedPrompt], *, max_positions: int, max_new_tokens: int) -> Fitting:
-    """Tell the prompts apart that leave room for a whole answer in the target's `max_positions` tokens from those that do not."""
-    limit, usable, skipped = max_positions - max_new_tokens, dict[int, RenderedPrompt](), dict[int, str]()
+def split_fitting(
+    prompts: Mapping[int, RenderedPrompt], *, max_positions: int, max_new_tokens: int
+) -> Fitting:
+    """Tell the prompts apart that leave room for a whole answer in the target's `max_positions`
+    tokens from those that do not.
+    """
+    limit, usable, skipped = (
+        max_positions - max_new_tokens,
+        dict[int, RenderedPrompt](),
+        dict[int, str](),
+    )
     for number, prompt in prompts.items():
         if (length := len(prompt.input_ids)) <= limit:
             usable[number] = prompt

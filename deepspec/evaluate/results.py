@@ -14,18 +14,32 @@ DOMAINS = ("math", "code", "chat")
 
 
 def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
-    """All committed rows; a column that an older version did not write has what it would have held."""
-    return [_whole(row) for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
+    """All committed rows; a column that an older version did not write has what it would have
+    held.
+    """
+    return [
+        _whole(row)
+        for record in artifact.records().values()
+        for row in read_table(artifact.fetch_shard(record)).to_pylist()
+    ]
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:
     domain = row["benchmark"] if row["benchmark"] in DOMAINS else "other"
-    absent = {"batch_size": 1, "group": row["prompt"], "domain": domain, "turn": 0, "regret": None, "confidence": None}
+    absent = {
+        "batch_size": 1,
+        "group": row["prompt"],
+        "domain": domain,
+        "turn": 0,
+        "regret": None,
+        "confidence": None,
+    }
     return {**absent, **row}
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
-    """All metrics per benchmark and temperature, and the macro means at the first temperature as the headline.
+    """All metrics per benchmark and temperature, and the macro means at the first temperature as
+    the headline.
 
     Raises:
         DataError: no prompt was decoded.

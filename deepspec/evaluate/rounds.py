@@ -1,4 +1,5 @@
-"""Recorded rounds as arrays: what calibration is fitted on, and what the scheduler's simulator replays.
+"""Recorded rounds as arrays: what calibration is fitted on, and what the scheduler's simulator
+replays.
 
 N rounds, g block size.
 """
@@ -20,9 +21,11 @@ Bools = NDArray[np.bool_]
 
 
 class Rounds(NamedTuple):
-    """Rounds that proposed and verified a whole block, prompt by prompt in the order in which they were decoded.
+    """Rounds that proposed and verified a whole block, prompt by prompt in the order in which they
+    were decoded.
 
-    Slot k (1-based) was accepted where `accepted >= k`, and was put to the test only where `accepted >= k - 1`.
+    Slot k (1-based) was accepted where `accepted >= k`, and was put to the test only where
+    `accepted >= k - 1`.
     """
 
     confidence: Floats  # [N, g] the draft's own, in (0, 1)
@@ -38,7 +41,9 @@ class Rounds(NamedTuple):
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows at the first temperature and batch size, which a run's headline figures are about."""
+    """The rows at the first temperature and batch size, which a run's headline figures are
+    about.
+    """
 
     def conditions(row: Mapping[str, Any]) -> tuple[float, int]:
         return row["temperature"], row.get("batch_size") or 1
@@ -49,11 +54,13 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def read_rounds(rows: Sequence[Mapping[str, Any]], block_size: int) -> Rounds:
     """The rounds of `rows` whose every label is known; none where the draft has no confidence head.
 
-    Left out are blocks that were cut before verification, and rounds that an accepted stop token ended inside the block:
-    what the target would have said of the tokens behind it was dropped. A round that the limit of new tokens cut is
-    whole, as its verdict was recorded before the cut. Prompts are told apart by benchmark and number, whatever the
-    temperature and batch size, so that a split by prompt never has the same prompt on both sides. Of a result decoded
-    with `evaluate.verify` other than `full`, only the blocks the draft was sure of remain: fit on one that was.
+    Left out are blocks that were cut before verification, and rounds that an accepted stop token
+    ended inside the block: what the target would have said of the tokens behind it was dropped. A
+    round that the limit of new tokens cut is whole, as its verdict was recorded before the cut.
+    Prompts are told apart by benchmark and number, whatever the temperature and batch size, so that
+    a split by prompt never has the same prompt on both sides. Of a result decoded with
+    `evaluate.verify` other than `full`, only the blocks the draft was sure of remain: fit on one
+    that was.
     """
     prompts: dict[tuple[str, int], int] = {}
     confidence: list[Sequence[float]] = []
@@ -74,13 +81,19 @@ def read_rounds(rows: Sequence[Mapping[str, Any]], block_size: int) -> Rounds:
             accepted.append(kept)
             prompt.append(number)
     if left_out:
-        log.info("rounds=%d left_out=%d cut short, or ended by a stop token amid the block", len(accepted), left_out)
+        log.info(
+            "rounds=%d left_out=%d cut short, or ended by a stop token amid the block",
+            len(accepted),
+            left_out,
+        )
     values = np.array(confidence, dtype=np.float64).reshape(-1, block_size)
     return Rounds(values, np.array(accepted, dtype=np.int64), np.array(prompt, dtype=np.int64))
 
 
 def split_by_prompt(rounds: Rounds, *, seed: int = 0) -> tuple[Rounds, Rounds]:
-    """Rounds of half of the prompts, drawn by `seed`, and those of the other half (which has the odd one)."""
+    """Rounds of half of the prompts, drawn by `seed`, and those of the other half (which has
+    the odd one).
+    """
     prompts = np.random.default_rng(seed).permutation(np.unique(rounds.prompt))
     first = np.isin(rounds.prompt, prompts[: len(prompts) // 2])
     return rounds.where(first), rounds.where(~first)

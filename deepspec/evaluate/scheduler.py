@@ -1,16 +1,20 @@
-"""How much of each proposed block the target verifies: all, up to the first low confidence, or what pays (Algorithm 1).
+"""How much of each proposed block the target verifies: all, up to the first low confidence, or what
+pays (Algorithm 1).
 
-Lossless, whatever the confidences are worth, as long as slot j's confidence depends on no token from slot j on: DSpark's
-sees the state of its slot, computed from mask tokens, and the token before it. Whether slot j is verified is then settled
-before its token x_j counts for anything: the scheduler admits candidates in descending survival, and within a request
-survival only falls, so admitting is a walk. Each step looks at the next slot of every request, a number that follows from
-tokens admitted already, and either admits one or ends for all. Hence x_j, when its slot is admitted, is still distributed
-as the draft said, given all that was looked at, and verification turns it into the target's distribution; when it is not
-admitted, the target draws that token itself.
+Lossless, whatever the confidences are worth, as long as slot j's confidence depends on no token
+from slot j on: DSpark's sees the state of its slot, computed from mask tokens, and the token before
+it. Whether slot j is verified is then settled before its token x_j counts for anything: the
+scheduler admits candidates in descending survival, and within a request survival only falls, so
+admitting is a walk. Each step looks at the next slot of every request, a number that follows from
+tokens admitted already, and either admits one or ends for all. Hence x_j, when its slot is
+admitted, is still distributed as the draft said, given all that was looked at, and verification
+turns it into the target's distribution; when it is not admitted, the target draws that token
+itself.
 
-To go on looking for a better total after a step that does not improve (Appendix A) breaks this: slot j would be admitted
-for the sake of slot j + 1, whose confidence depends on x_j, so that admitted tokens are no longer the draft's. The same
-happens under any rule if a confidence looks at its own token, as the draft's probability of it would.
+To go on looking for a better total after a step that does not improve (Appendix A) breaks this:
+slot j would be admitted for the sake of slot j + 1, whose confidence depends on x_j, so that
+admitted tokens are no longer the draft's. The same happens under any rule if a confidence looks at
+its own token, as the draft's probability of it would.
 
 R requests, g block size.
 """
@@ -32,26 +36,34 @@ from deepspec.evaluate.speed_curve import SpeedCurve
 def schedule(confidence: Floats, curve: SpeedCurve) -> Ints:
     """Slots [R] of each request to verify, given calibrated confidences [R, g] (Algorithm 1).
 
-    Every request has one token in the step, the anchor, and is sure of one new one. Candidates join in descending
-    survival for as long as each improves tau * SPS(b), tokens expected times steps per second; equal ones join in the order of
-    requests, an earlier slot before a later one. Where a step's seconds grow ever faster with b, what the early stop finds is
-    the best of all prefixes; on a curve with stairs it may stop in front of one, which `SpeedCurve.smooth` takes away.
+    Every request has one token in the step, the anchor, and is sure of one new one. Candidates join
+    in descending survival for as long as each improves tau * SPS(b), tokens expected times steps
+    per second; equal ones join in the order of requests, an earlier slot before a later one. Where
+    a step's seconds grow ever faster with b, what the early stop finds is the best of all prefixes;
+    on a curve with stairs it may stop in front of one, which `SpeedCurve.smooth` takes away.
     """
     requests, block_size = confidence.shape
     survival = np.cumprod(confidence, axis=1).ravel()
-    order = np.argsort(-survival, kind="stable")  # a request's slots stand in order, and survival never rises along them
+    # a request's slots stand in order, and survival never rises along them
+    order = np.argsort(-survival, kind="stable")
     expected = requests + np.concatenate([[0.0], np.cumsum(survival[order])])
     throughput = expected * curve(requests + np.arange(len(expected)))
     worse = np.flatnonzero(~(throughput[1:] > throughput[:-1]))
     admitted = order[: worse[0]] if len(worse) else order
-    return np.bincount(admitted // block_size, minlength=requests) if block_size else np.zeros(requests, dtype=np.int64)
+    return (
+        np.bincount(admitted // block_size, minlength=requests)
+        if block_size
+        else np.zeros(requests, dtype=np.int64)
+    )
 
 
 class Policy(Protocol):
     """What the batched decoder asks in each round."""
 
     def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        """Slots [R] to verify, 0 to g, given the draft's confidences [R, g] and which requests go on [R]; 0 for the others."""
+        """Slots [R] to verify, 0 to g, given the draft's confidences [R, g] and which requests
+        go on [R]; 0 for the others.
+        """
         ...
 
 
@@ -69,7 +81,9 @@ class Threshold(NamedTuple):
     temperatures: Sequence[float] | None = None  # [g]
 
     def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        return np.where(running, cut_below(calibrated(confidence, self.temperatures), self.threshold), 0)
+        return np.where(
+            running, cut_below(calibrated(confidence, self.temperatures), self.threshold), 0
+        )
 
 
 class Scheduled(NamedTuple):
@@ -81,11 +95,15 @@ class Scheduled(NamedTuple):
     def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
         lengths = np.zeros(len(confidence), dtype=np.int64)
         if running.any():
-            lengths[running] = schedule(calibrated(confidence[running], self.temperatures), self.curve)
+            lengths[running] = schedule(
+                calibrated(confidence[running], self.temperatures), self.curve
+            )
         return lengths
 
 
-def make_policy(settings: EvaluateConfig, *, temperatures: Sequence[float] | None, curve: SpeedCurve | None) -> Policy:
+def make_policy(
+    settings: EvaluateConfig, *, temperatures: Sequence[float] | None, curve: SpeedCurve | None
+) -> Policy:
     """The policy that `evaluate.verify` names.
 
     Raises:
@@ -97,5 +115,9 @@ def make_policy(settings: EvaluateConfig, *, temperatures: Sequence[float] | Non
         return Threshold(settings.threshold, temperatures)
     if curve is None:
         fix = "profile the target first, or choose full or threshold"
-        raise ConfigError("the prefix scheduler needs to know how fast the target steps", where="evaluate.verify", fix=fix)
+        raise ConfigError(
+            "the prefix scheduler needs to know how fast the target steps",
+            where="evaluate.verify",
+            fix=fix,
+        )
     return Scheduled(curve, temperatures)

@@ -1,7 +1,9 @@
-"""Speculative decoding, batched: the draft proposes a block, the target verifies it in one pass, losslessly.
+"""Speculative decoding, batched: the draft proposes a block, the target verifies it in one pass,
+losslessly.
 
-Every row keeps its own length in both caches; taking back rejected tokens is not moving a length forward. Rows whose
-answers are finished take the prompts that wait. B rows, g block size, m captured layers, D hidden size, V vocabulary.
+Every row keeps its own length in both caches; taking back rejected tokens is not moving a length
+forward. Rows whose answers are finished take the prompts that wait. B rows, g block size, m
+captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from deepspec.model.sampling import Verdict, verify
 from deepspec.target.generate import Decode, Rows, Seats, Started, pad_right
 from deepspec.target.model import Target, TargetOutput
 
-# (confidence [B, g] float32, running [B] bool) -> how many of each row's tokens the target is to verify [B], 0 to g
+# (confidence [B, g] float32, running [B] bool) -> how many of each row's tokens the target is to
+# verify [B], 0 to g
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -28,12 +31,17 @@ class Trace(NamedTuple):
     token_ids: list[int]
     proposed: list[int]  # tokens that the target verified
     accepted: list[int]
-    committed: list[int]  # tokens each round added; one more than accepted unless the round ended on an accepted stop token
-    confidence: list[list[float]]  # of every token that was drafted, verified or not; empty where the draft has no such head
+    # tokens each round added; one more than accepted unless the round ended on an accepted stop
+    # token
+    committed: list[int]
+    # of every token that was drafted, verified or not; empty where the draft has no such head
+    confidence: list[list[float]]
 
 
 class Seconds(NamedTuple):
-    """Wall-clock of one batch, with what of it went into drafting and into the target's verification."""
+    """Wall-clock of one batch, with what of it went into drafting and into the target's
+    verification.
+    """
 
     total: float
     draft: float
@@ -44,11 +52,17 @@ class Decoding:
     """The answers of all prompts, as the rows at work add to them."""
 
     def __init__(self, seats: Seats, settings: Decode) -> None:
-        self.max_new_tokens, self.stop_ids, self.seats = settings.max_new_tokens, settings.stop_ids, seats
+        self.max_new_tokens, self.stop_ids, self.seats = (
+            settings.max_new_tokens,
+            settings.stop_ids,
+            seats,
+        )
         self.traces = [Trace([], [], [], [], []) for _ in seats.waiting]
 
     def start(self, tokens: Sequence[int], admitted: Mapping[int, int]) -> None:
-        """The first token of each newly seated prompt comes from its own forward pass and belongs to no round."""
+        """The first token of each newly seated prompt comes from its own forward pass and
+        belongs to no round.
+        """
         for token, (row, prompt) in zip(tokens, admitted.items(), strict=True):
             self._extend(row, prompt, [token])
 
@@ -57,7 +71,13 @@ class Decoding:
         for row, prompt in self.seats.running.items():
             self.traces[prompt].confidence.append(confidence[row])
 
-    def commit(self, proposal: Sequence[list[int]], lengths: Sequence[int], accepted: Sequence[int], following: Sequence[int]) -> list[int]:
+    def commit(
+        self,
+        proposal: Sequence[list[int]],
+        lengths: Sequence[int],
+        accepted: Sequence[int],
+        following: Sequence[int],
+    ) -> list[int]:
         """Add a round's tokens to every running row, lengths[row] of whose proposal were verified.
 
         Returns:
@@ -70,7 +90,9 @@ class Decoding:
             stop = next((index for index, token in enumerate(kept) if token in self.stop_ids), None)
             if stop is None:
                 added = [*kept, following[row]]
-            else:  # an accepted stop token ends the answer: what follows it is dropped, and there is no bonus token
+            else:
+                # an accepted stop token ends the answer: what follows it is dropped, and there is
+                # no bonus token
                 kept = added = kept[: stop + 1]
             trace.proposed.append(lengths[row])
             trace.accepted.append(len(kept))
@@ -91,12 +113,19 @@ class Decoding:
 
 @torch.inference_mode()
 def speculate(
-    target: Target, draft: Any, prompts: Sequence[Sequence[int]], settings: Decode, *, seeds: Sequence[int], policy: Policy | None = None
+    target: Target,
+    draft: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: Decode,
+    *,
+    seeds: Sequence[int],
+    policy: Policy | None = None,
 ) -> tuple[list[Trace], Seconds]:
     """Decode the prompts; `policy` says how much of a block is verified, None all of it.
 
-    At temperature 0 the tokens are those of greedy decoding, else distributed as the target's. Prompt b draws from its own
-    stream `seeds[b]`, of which every round takes the same number: nothing depends on who shares its batch.
+    At temperature 0 the tokens are those of greedy decoding, else distributed as the target's.
+    Prompt b draws from its own stream `seeds[b]`, of which every round takes the same number:
+    nothing depends on who shares its batch.
     """
     clock, seats = _Clock(target.device), Seats(len(prompts), settings.batch_size)
     rows, block = Rows(target, seats, prompts, seeds, settings), draft.block_size
@@ -113,7 +142,12 @@ def speculate(
             for part in (cache, draft_cache, rows):
                 part.keep(kept)
         clock.lap()
-        proposal = draft.propose(draft_cache, rows.tokens, rows.sampling, rows.uniforms.take(block) if rows.uniforms else None)
+        proposal = draft.propose(
+            draft_cache,
+            rows.tokens,
+            rows.sampling,
+            rows.uniforms.take(block) if rows.uniforms else None,
+        )
         clock.draft += clock.lap()
         lengths = _lengths(proposal, policy, decoding)
         inputs = torch.cat([rows.tokens[:, None], proposal.tokens[:, : max(lengths)]], dim=1)
@@ -121,9 +155,18 @@ def speculate(
         output = target.forward(inputs, cache)
         verdict = _verify(rows, output, proposal, lengths)
         clock.verify += clock.lap()
-        counts = decoding.commit(proposal.tokens.tolist(), lengths, verdict.num_accepted.tolist(), verdict.next_token.tolist())
-        cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
-        following = inputs.roll(-1, dims=1).scatter_(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+        counts = decoding.commit(
+            proposal.tokens.tolist(),
+            lengths,
+            verdict.num_accepted.tolist(),
+            verdict.next_token.tolist(),
+        )
+        cache.lengths = [
+            length + count for length, count in zip(cache.lengths, counts, strict=True)
+        ]
+        following = inputs.roll(-1, dims=1).scatter_(
+            1, verdict.num_accepted[:, None], verdict.next_token[:, None]
+        )
         clock.lap()
         draft.accept(draft_cache, output.context, following, counts)
         clock.draft += clock.lap()
@@ -131,9 +174,14 @@ def speculate(
 
 
 def _start_draft(draft: Any, draft_cache: Any, started: Started, *, alone: bool) -> None:
-    """Give the draft the features of newly seated prompts, and of each position the token that follows it."""
+    """Give the draft the features of newly seated prompts, and of each position the token that
+    follows it.
+    """
     counts = [len(prompt) for prompt in started.prompts]
-    shifted = [[*prompt[1:], token] for prompt, token in zip(started.prompts, started.first.tolist(), strict=True)]
+    shifted = [
+        [*prompt[1:], token]
+        for prompt, token in zip(started.prompts, started.first.tolist(), strict=True)
+    ]
     following = pad_right(shifted, started.first.device)
     if alone:
         draft_cache.reset()
@@ -145,7 +193,9 @@ def _start_draft(draft: Any, draft_cache: Any, started: Started, *, alone: bool)
 
 
 def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> list[int]:
-    """How many of each row's tokens the target is to verify [B]; what the draft says of them is kept on the way."""
+    """How many of each row's tokens the target is to verify [B]; what the draft says of them is
+    kept on the way.
+    """
     num_rows, block = proposal.tokens.shape
     if proposal.confidence is None:
         return [block] * num_rows
@@ -158,8 +208,14 @@ def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> l
     return lengths
 
 
-def _verify(rows: Rows, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]) -> Verdict:
-    logits, block, width = rows.target.logits(output.last_hidden), proposal.tokens.shape[1], max(lengths)
+def _verify(
+    rows: Rows, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]
+) -> Verdict:
+    logits, block, width = (
+        rows.target.logits(output.last_hidden),
+        proposal.tokens.shape[1],
+        max(lengths),
+    )
     draws = rows.uniforms.take(block + 1) if rows.uniforms else None
     if draws is not None:  # the last number is for the token that follows, however few are verified
         draws = torch.cat([draws[:, :width], draws[:, block:]], 1)

@@ -1,4 +1,6 @@
-"""The evaluate stage: each benchmark decoded plainly and speculatively by the same target, counts kept per prompt."""
+"""The evaluate stage: each benchmark decoded plainly and speculatively by the same target,
+counts kept per prompt.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,11 @@ from deepspec.target.model import DTYPES, load_target, read_text_config
 log = logging.getLogger(__name__)
 
 
-def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent) -> Artifact:
-    """Decode the missing units (all, or of those asked for), and write the summary when none is missing.
+def run_evaluate(
+    config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent
+) -> Artifact:
+    """Decode the missing units (all, or of those asked for), and write the summary when none is
+    missing.
 
     Raises:
         DataError: not one prompt fits into the target, or `resources.speed_curve` is no curve.
@@ -52,7 +57,8 @@ def run_evaluate(config: RunConfig, *, shards: Sequence[int] | None = None, repo
         stage.begin()
         made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
         todo = [Work(number, made_from) for number in missing]
-        work_through(config, artifact, todo, stage.unit, report, repeatable=False)  # no two workers take the same seconds
+        # no two workers take the same seconds
+        work_through(config, artifact, todo, stage.unit, report, repeatable=False)
     if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
         artifact.store.write(artifact.path("summary.json"), pretty_json(stage.summary()))
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
@@ -82,7 +88,9 @@ class _Evaluation:
         rows, skipped = self.evaluator.evaluate(self.units[work.shard])
         put_rejects(self.artifact, work.shard, skipped)
         write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-        return Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped))
+        return Counts(
+            rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped)
+        )
 
     def summary(self) -> dict[str, Any]:
         found, rows = summary(self.artifact), read_rows(self.artifact)
@@ -95,25 +103,42 @@ def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
     """Target and draft in the same dtype on the same device.
 
     Raises:
-        ArtifactMismatch: the draft was made for a target of another shape; found before any weight is read.
+        ArtifactMismatch: the draft was made for a target of another shape; found before any weight
+            is read.
     """
     chat, dtype = load_chat(config), config.evaluate.dtype or config.target.dtype
     folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(config)
-    check_pair(read_spec(folder), read_text_config(config.target, folder=of_target), layer_ids=config.target.layer_ids)
-    target = load_target(config.target, folder=of_target, device=config.resources.device, dtype=dtype)
+    check_pair(
+        read_spec(folder),
+        read_text_config(config.target, folder=of_target),
+        layer_ids=config.target.layer_ids,
+    )
+    target = load_target(
+        config.target, folder=of_target, device=config.resources.device, dtype=dtype
+    )
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
     return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))
 
 
 def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
-    """Refuse a draft of another target than the one whose text config is given and whose `layer_ids` are captured."""
+    """Refuse a draft of another target than the one whose text config is given and whose
+    `layer_ids` are captured.
+    """
     facts = {
         "vocabulary size": (spec.vocab_size, target.vocab_size),
         "hidden size": (spec.hidden_size, target.hidden_size),
         "layers": (spec.num_target_layers, target.num_hidden_layers),
         "captured layers": (tuple(spec.target_layer_ids), tuple(layer_ids)),
     }
-    wrong = [f"{name}: draft {of_draft}, target {of_target}" for name, (of_draft, of_target) in facts.items() if of_draft != of_target]
+    wrong = [
+        f"{name}: draft {of_draft}, target {of_target}"
+        for name, (of_draft, of_target) in facts.items()
+        if of_draft != of_target
+    ]
     if wrong:
         fix = "evaluate it with the target it was trained for"
-        raise ArtifactMismatch(f"the draft was trained for another target ({'; '.join(wrong)})", where="draft/config.json", fix=fix)
+        raise ArtifactMismatch(
+            f"the draft was trained for another target ({'; '.join(wrong)})",
+            where="draft/config.json",
+            fix=fix,
+        )

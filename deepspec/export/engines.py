@@ -1,7 +1,9 @@
-"""What each serving engine expects a draft's config.json and tensors to be called, and how to read that back.
+"""What each serving engine expects a draft's config.json and tensors to be called, and how to read
+that back.
 
-Engines count captured layers from the embedding (their id is ours + 1) and lay blocks out in their own default way. A
-wrong id or layout serves at about one percent acceptance without any error, so both are always written out.
+Engines count captured layers from the embedding (their id is ours + 1) and lay blocks out in their
+own default way. A wrong id or layout serves at about one percent acceptance without any error, so
+both are always written out.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from deepspec.model.spec import DraftSpec
 
 Engine = Literal["vllm", "sglang", "speculators", "hf"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "speculators", "hf")
-SHARED = ("embed_tokens.weight", "lm_head.weight")  # the target's own; an engine takes them from the target
-LAYOUT = {"sample_from_anchor": True, "dspark_bonus_anchor": False}  # slot k predicts anchor + 1 + k
+# the target's own; an engine takes them from the target
+SHARED = ("embed_tokens.weight", "lm_head.weight")
+# slot k predicts anchor + 1 + k
+LAYOUT = {"sample_from_anchor": True, "dspark_bonus_anchor": False}
 
 
 def why_not(spec: DraftSpec, engine: Engine) -> str | None:
-    """Why no such engine can load this draft (as of mid-2026, read from their sources), or None where it can."""
+    """Why no such engine can load this draft (as of mid-2026, read from their sources), or None
+    where it can.
+    """
     if engine == "hf":
         return None
     is_gemma = spec.family is GEMMA4
@@ -41,7 +47,11 @@ def _why_not_dspark(spec: DraftSpec, engine: Engine, *, is_gemma: bool) -> str |
     if spec.markov is None or spec.markov.kind != "vanilla":
         kind = "no" if spec.markov is None else f"a {spec.markov.kind}"
         return f"it computes the vanilla Markov head only, and this draft has {kind} Markov head"
-    return "the speculators format describes Qwen3 layers only" if is_gemma and engine == "speculators" else None
+    return (
+        "the speculators format describes Qwen3 layers only"
+        if is_gemma and engine == "speculators"
+        else None
+    )
 
 
 def refuse_unservable(spec: DraftSpec, engine: Engine) -> None:
@@ -73,8 +83,14 @@ def engine_config(spec: DraftSpec, engine: Engine, *, dtype: str) -> dict[str, A
 def _rope(spec: DraftSpec) -> dict[str, Any]:
     """The rotary embedding, said outright even where the target's config leaves it to a default."""
     if spec.family is not GEMMA4:
-        return {"rope_theta": spec.rope.theta, "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope.theta}}
-    return {"rope_parameters": spec.text_config.get("rope_parameters") or {"full_attention": spec.family.default_rope}}
+        return {
+            "rope_theta": spec.rope.theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope.theta},
+        }
+    return {
+        "rope_parameters": spec.text_config.get("rope_parameters")
+        or {"full_attention": spec.family.default_rope}
+    }
 
 
 def _dflash_section(spec: DraftSpec) -> dict[str, Any]:
@@ -83,18 +99,26 @@ def _dflash_section(spec: DraftSpec) -> dict[str, Any]:
         "num_target_layers": spec.num_target_layers,
         "mask_token_id": spec.mask_token_id,
         "block_size": spec.block_size,
-        # Two names of one layout. An engine that knows neither takes slot 0 for the anchor itself; vLLM of mid-2026
-        # refuses the first name, which is better than serving nonsense.
+        # Two names of one layout. An engine that knows neither takes slot 0 for the anchor itself;
+        # vLLM of mid-2026 refuses the first name, which is better than serving nonsense.
         "sample_from_anchor": True,
         "query_zero_predicts_next": True,
     }
 
 
-def _speculators_config(spec: DraftSpec, config: dict[str, Any], engine_ids: list[int]) -> dict[str, Any]:
+def _speculators_config(
+    spec: DraftSpec, config: dict[str, Any], engine_ids: list[int]
+) -> dict[str, Any]:
     proposal = {"proposal_type": "greedy", "speculative_tokens": spec.block_size}
     verifier = {"name_or_path": target_name(spec) or None, "architectures": ["Qwen3ForCausalLM"]}
     wrapped: dict[str, Any] = {
-        "architectures": [{"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}[spec.algorithm]],
+        "architectures": [
+            {
+                "dspark": "DSparkSpeculator",
+                "dflash": "DFlashSpeculator",
+                "eagle3": "Eagle3Speculator",
+            }[spec.algorithm]
+        ],
         "speculators_model_type": spec.algorithm,
         "transformer_layer_config": config,
         "speculators_config": {
@@ -110,38 +134,72 @@ def _speculators_config(spec: DraftSpec, config: dict[str, Any], engine_ids: lis
         "block_size": spec.block_size,
     }
     if spec.algorithm == "eagle3":
-        return wrapped | {"eagle_aux_hidden_state_layer_ids": engine_ids, "norm_before_residual": False}
-    keys = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "num_anchors")
-    return wrapped | {"mask_token_id": spec.mask_token_id, **LAYOUT} | {key: config[key] for key in keys if key in config}
+        return wrapped | {
+            "eagle_aux_hidden_state_layer_ids": engine_ids,
+            "norm_before_residual": False,
+        }
+    keys = (
+        "markov_rank",
+        "markov_head_type",
+        "enable_confidence_head",
+        "confidence_head_with_markov",
+        "num_anchors",
+    )
+    return (
+        wrapped
+        | {"mask_token_id": spec.mask_token_id, **LAYOUT}
+        | {key: config[key] for key in keys if key in config}
+    )
 
 
 def target_name(spec: DraftSpec) -> str:
-    return str(spec.text_config.get("target_model_name_or_path") or spec.text_config.get("_name_or_path") or "")
+    return str(
+        spec.text_config.get("target_model_name_or_path")
+        or spec.text_config.get("_name_or_path")
+        or ""
+    )
 
 
-def engine_tensors(spec: DraftSpec, engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors to write, under the names that `engine` reads; all of them keep the published names."""
+def engine_tensors(
+    spec: DraftSpec, engine: Engine, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors to write, under the names that `engine` reads; all of them keep the published
+    names.
+    """
     left_out = SHARED if spec.algorithm == "dflash" and engine in ("vllm", "sglang") else ()
     return {name: tensor for name, tensor in tensors.items() if name not in left_out}
 
 
 def published_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The published config.json behind an engine's, from what that engine would read and nothing else.
+    """The published config.json behind an engine's, from what that engine would read and nothing
+    else.
 
     Raises:
         KeyError: something that the engine reads is not there.
     """
     if "speculators_model_type" in config:
-        inner, algorithm = dict(config["transformer_layer_config"]), config["speculators_model_type"]
+        inner, algorithm = (
+            dict(config["transformer_layer_config"]),
+            config["speculators_model_type"],
+        )
         inner["target_layer_ids"] = [layer - 1 for layer in config["aux_hidden_state_layer_ids"]]
-        inner["block_size"] = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        inner["block_size"] = config["speculators_config"]["proposal_methods"][0][
+            "speculative_tokens"
+        ]
         if algorithm != "eagle3":
-            inner |= {"mask_token_id": config["mask_token_id"]} | {key: config[key] for key in LAYOUT}
+            inner |= {"mask_token_id": config["mask_token_id"]} | {
+                key: config[key] for key in LAYOUT
+            }
         return inner
     read = dict(config)
     if "dflash_config" in config:
         section = config["dflash_config"]
-        read |= {key: section[key] for key in ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor")}
+        read |= {
+            key: section[key]
+            for key in ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor")
+        }
     elif "eagle_aux_hidden_state_layer_ids" in config:
-        read["target_layer_ids"] = [layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]]
+        read["target_layer_ids"] = [
+            layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]
+        ]
     return read

@@ -1,4 +1,5 @@
-"""Export a draft for a serving engine: written beside its place, read back, compared, and only then renamed into it.
+"""Export a draft for a serving engine: written beside its place, read back, compared, and only then
+renamed into it.
 
 B batch, T tokens, g block size, m captured layers, D hidden size, V vocabulary.
 """
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from deepspec.config.run import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.export.engines import ENGINES, SHARED, Engine, engine_config, engine_tensors, published_config, refuse_unservable
+from deepspec.export.engines import (
+    ENGINES,
+    SHARED,
+    Engine,
+    engine_config,
+    engine_tensors,
+    published_config,
+    refuse_unservable,
+)
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import Draft, empty_draft, load_tensors, read_spec
 from deepspec.model.drafter import Proposal
@@ -27,22 +36,33 @@ from deepspec.storage.store import pretty_json
 
 log = logging.getLogger(__name__)
 
-TEMPERATURES = "confidence_head.sts_temperatures"  # SGLang's buffer [g], which calibration alone can fill
+# SGLang's buffer [g], which calibration alone can fill
+TEMPERATURES = "confidence_head.sts_temperatures"
 NUM_TOKENS = 9  # of the fixed input
 
 
 def export_draft(draft: Path, *, engine: str, out: Path) -> None:
-    """Write `draft` (its folder, or the train artifact that holds it) to `out` as `engine` expects it.
+    """Write `draft` (its folder, or the train artifact that holds it) to `out` as `engine` expects
+    it.
 
     Raises:
         ConfigError: an unknown engine, a folder in use, or a draft that this engine cannot load.
-        ArtifactMismatch: no draft there, weights that do not fit, or an export that does not draft as the original.
+        ArtifactMismatch: no draft there, weights that do not fit, or an export that does not draft
+            as the original.
     """
     chosen = next((name for name in ENGINES if name == engine), None)
     if chosen is None:
-        raise ConfigError(f"there is no engine {engine!r}", where="--to", fix=f"choose one of: {', '.join(ENGINES)}")
+        raise ConfigError(
+            f"there is no engine {engine!r}",
+            where="--to",
+            fix=f"choose one of: {', '.join(ENGINES)}",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the folder to export to exists and is not empty", where=str(out), fix="name another one, or remove it")
+        raise ConfigError(
+            "the folder to export to exists and is not empty",
+            where=str(out),
+            fix="name another one, or remove it",
+        )
     source = find_draft(draft)
     spec = read_spec(source)
     refuse_unservable(spec, chosen)
@@ -71,7 +91,9 @@ def find_draft(folder: Path) -> Path:
     raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
 
 
-def write_export(folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: Engine, source: Path) -> None:
+def write_export(
+    folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: Engine, source: Path
+) -> None:
     """Weights, config.json, model card, and the calibration where there is one."""
     folder.mkdir()
     written = engine_tensors(spec, engine, tensors)
@@ -80,7 +102,11 @@ def write_export(folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, e
         shutil.copyfile(calibration, folder / "calibration.json")
         if engine == "sglang" and spec.confidence is not None:
             written[TEMPERATURES] = read_temperatures(calibration, spec.block_size)
-    save_file({name: tensor.contiguous() for name, tensor in written.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in written.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     (folder / "config.json").write_bytes(pretty_json(engine_config(spec, engine, dtype=dtype)))
     (folder / "README.md").write_text(model_card(spec, engine, source=source), encoding="utf-8")
@@ -95,13 +121,21 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     content, fix = _read_json(calibration), "calibrate this draft again, or remove the file"
     found = content.get("temperatures") if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise ArtifactMismatch("the file holds no list of temperatures", where=str(calibration), fix=fix)
+        raise ArtifactMismatch(
+            "the file holds no list of temperatures", where=str(calibration), fix=fix
+        )
     if len(found) != block_size:
         what = f"the calibration holds {len(found)} temperatures, the draft proposes {block_size} tokens"
         raise ArtifactMismatch(what, where=str(calibration), fix=fix)
-    wrong = [value for value in found if not isinstance(value, int | float) or not 0 < value < float("inf")]
+    wrong = [
+        value
+        for value in found
+        if not isinstance(value, int | float) or not 0 < value < float("inf")
+    ]
     if wrong:
-        raise ArtifactMismatch(f"a temperature is a number above 0, not {wrong[0]}", where=str(calibration), fix=fix)
+        raise ArtifactMismatch(
+            f"a temperature is a number above 0, not {wrong[0]}", where=str(calibration), fix=fix
+        )
     return torch.tensor(found, dtype=torch.float32)
 
 
@@ -115,26 +149,43 @@ def compare(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> None:
     exported = load_file(folder / "model.safetensors")
     exported.pop(TEMPERATURES, None)
     reloaded = DraftSpec.from_config(config)
-    complete = {name: tensors[name] for name in SHARED if name not in exported} | exported  # the target's, as in the engine
+    # the target's, as in the engine
+    complete = {name: tensors[name] for name in SHARED if name not in exported} | exported
     pair = [_loaded(each, held, folder) for each, held in ((spec, tensors), (reloaded, complete))]
     original, again = (fixed_proposal(draft) for draft in pair)
-    same = [one is two or (one is not None and two is not None and torch.equal(one, two)) for one, two in zip(original, again, strict=True)]
-    layout = config.get("sample_from_anchor", True) is True and config.get("dspark_bonus_anchor", False) is False
+    same = [
+        one is two or (one is not None and two is not None and torch.equal(one, two))
+        for one, two in zip(original, again, strict=True)
+    ]
+    layout = (
+        config.get("sample_from_anchor", True) is True
+        and config.get("dspark_bonus_anchor", False) is False
+    )
     if not all(same) or not layout or reloaded != spec:
         fix = "report this; the export was not written"
-        raise ArtifactMismatch("the export, read back, does not draft as the original does", where=str(folder), fix=fix)
+        raise ArtifactMismatch(
+            "the export, read back, does not draft as the original does", where=str(folder), fix=fix
+        )
 
 
 def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Draft:
     draft = empty_draft(spec)
-    # Copied out of the mapped files: where a tensor lies in its file decides its alignment, and that the last bits of a product.
-    load_tensors(draft, {name: tensor.clone() for name, tensor in tensors.items()}, dtype=torch.float32, where=str(folder))
+    # Copied out of the mapped files: where a tensor lies in its file decides its alignment, and
+    # that the last bits of a product.
+    load_tensors(
+        draft,
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        dtype=torch.float32,
+        where=str(folder),
+    )
     return draft.eval()
 
 
 @torch.inference_mode()
 def fixed_proposal(draft: Draft) -> Proposal:
-    """What a draft proposes for a fixed input, its distributions [1, g, V] and confidence [1, g] included."""
+    """What a draft proposes for a fixed input, its distributions [1, g, V] and confidence [1,
+    g] included.
+    """
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(1, NUM_TOKENS, draft.num_context_features, generator=generator)
     tokens = torch.randint(0, draft.spec.vocab_size, (1, NUM_TOKENS), generator=generator)
@@ -149,6 +200,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtifactMismatch(
-            f"the file is not JSON: {error}", where=str(path), fix="export the draft again from where it was trained"
+            f"the file is not JSON: {error}",
+            where=str(path),
+            fix="export the draft again from where it was trained",
         ) from None
     return fields

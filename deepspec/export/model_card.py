@@ -1,4 +1,6 @@
-"""The README.md of an exported draft: what it is, how to serve it, what it was made from, how it was measured."""
+"""The README.md of an exported draft: what it is, how to serve it, what it was made from, how
+it was measured.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,26 @@ from deepspec.storage.store import Store
 
 UNKNOWN = "Unknown: the draft lies outside the artifact store that it was trained in."
 SERVE = {
-    ("vllm", "dspark"): '`--speculative-config \'{{"method": "dspark", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
-    ("vllm", "dflash"): '`--speculative-config \'{{"method": "dflash", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
-    ("vllm", "eagle3"): '`--speculative-config \'{{"method": "eagle3", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
-    ("sglang", "dspark"): "`--speculative-algorithm DSPARK --speculative-draft-model-path THIS FOLDER`",
-    ("sglang", "dflash"): "`--speculative-algorithm DFLASH --speculative-draft-model-path THIS FOLDER`",
+    (
+        "vllm",
+        "dspark",
+    ): '`--speculative-config \'{{"method": "dspark", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
+    (
+        "vllm",
+        "dflash",
+    ): '`--speculative-config \'{{"method": "dflash", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
+    (
+        "vllm",
+        "eagle3",
+    ): '`--speculative-config \'{{"method": "eagle3", "model": "THIS FOLDER", "num_speculative_tokens": {block}}}\'`',
+    (
+        "sglang",
+        "dspark",
+    ): "`--speculative-algorithm DSPARK --speculative-draft-model-path THIS FOLDER`",
+    (
+        "sglang",
+        "dflash",
+    ): "`--speculative-algorithm DFLASH --speculative-draft-model-path THIS FOLDER`",
 }
 ANCHOR_FIRST = """
 The anchor is this draft's first prediction slot (`dflash_config.sample_from_anchor: true`): {block} queries propose {block}
@@ -32,21 +49,39 @@ folder or accept next to nothing of it; look at the acceptance length after the 
 
 
 def model_card(spec: DraftSpec, engine: Engine, *, source: Path) -> str:
-    """The card's text; recipe, training data and acceptance are read from beside the draft where they can be reached."""
+    """The card's text; recipe, training data and acceptance are read from beside the draft
+    where they can be reached.
+    """
     target = target_name(spec)
-    front = {"library_name": engine if engine != "hf" else "transformers", "tags": ["speculative-decoding", spec.algorithm]}
+    front = {
+        "library_name": engine if engine != "hf" else "transformers",
+        "tags": ["speculative-decoding", spec.algorithm],
+    }
     front |= {"base_model": target} if target and not target.startswith(("/", ".")) else {}
     artifact = artifact_around(source)
-    serve = SERVE.get((engine, spec.algorithm), "Load it with `deepspec.model.checkpoint.load_draft`." if engine == "hf" else "")
-    note = ANCHOR_FIRST.format(block=spec.block_size) if spec.algorithm == "dflash" and engine != "hf" else ""
+    serve = SERVE.get(
+        (engine, spec.algorithm),
+        "Load it with `deepspec.model.checkpoint.load_draft`." if engine == "hf" else "",
+    )
+    note = (
+        ANCHOR_FIRST.format(block=spec.block_size)
+        if spec.algorithm == "dflash" and engine != "hf"
+        else ""
+    )
     sections = {
-        f"{spec.algorithm} draft model for {Path(target).name or spec.family.name}": _facts(spec, engine),
+        f"{spec.algorithm} draft model for {Path(target).name or spec.family.name}": _facts(
+            spec, engine
+        ),
         "Serving": serve.format(block=spec.block_size) + "\n" + note,
         "Recipe": _recipe(artifact),
         "Training data": "\n".join(_lineage(artifact)) or UNKNOWN,
-        "Measured acceptance": "\n".join(_acceptance(artifact)) or "Unknown: no sealed evaluation of this draft was found beside it.",
+        "Measured acceptance": "\n".join(_acceptance(artifact))
+        or "Unknown: no sealed evaluation of this draft was found beside it.",
     }
-    body = [f"{'#' if number == 0 else '##'} {title}\n\n{text.strip()}\n" for number, (title, text) in enumerate(sections.items())]
+    body = [
+        f"{'#' if number == 0 else '##'} {title}\n\n{text.strip()}\n"
+        for number, (title, text) in enumerate(sections.items())
+    ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(body)
 
 
@@ -57,7 +92,10 @@ def artifact_around(source: Path) -> Artifact | None:
         return None
     fields = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
     info = ArtifactInfo.model_validate(fields)
-    return Artifact(Store(str(folder.parent.parent)), ArtifactKey(info.stage, info.name, info.fingerprint, info.recipe, info.inputs))
+    return Artifact(
+        Store(str(folder.parent.parent)),
+        ArtifactKey(info.stage, info.name, info.fingerprint, info.recipe, info.inputs),
+    )
 
 
 def _facts(spec: DraftSpec, engine: Engine) -> str:
@@ -70,9 +108,17 @@ def _facts(spec: DraftSpec, engine: Engine) -> str:
         "mask token id": spec.mask_token_id,
         "Markov head": f"{spec.markov.kind}, rank {spec.markov.rank}" if spec.markov else "none",
         "confidence head": "yes" if spec.confidence else "none",
-        "block layout": "slot k predicts anchor + 1 + k (`sample_from_anchor: true`)" if spec.algorithm != "eagle3" else "token by token",
+        "block layout": "slot k predicts anchor + 1 + k (`sample_from_anchor: true`)"
+        if spec.algorithm != "eagle3"
+        else "token by token",
     }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)])
+    return "\n".join(
+        [
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
+        ]
+    )
 
 
 def _recipe(artifact: Artifact | None) -> str:
@@ -91,7 +137,9 @@ def _lineage(artifact: Artifact | None) -> Iterator[str]:
         key = ArtifactKey(found.stage, found.name, found.fingerprint, {}, ())
         manifest = Artifact(artifact.store, key).manifest()
         seal = (
-            f"digest `{manifest.digest}`, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens" if manifest else "not sealed"
+            f"digest `{manifest.digest}`, {manifest.totals['rows']} rows, {manifest.totals['tokens']} tokens"
+            if manifest
+            else "not sealed"
         )
         yield f"{'  ' * depth}- {found.stage} `{found.name}-{found.fingerprint}`: {seal}"
 
@@ -102,11 +150,16 @@ def _acceptance(artifact: Artifact | None) -> Iterator[str]:
         return
     store = artifact.store
     for folder in store.names("evaluate"):
-        if not (store.exists(f"evaluate/{folder}/manifest.json") and store.exists(f"evaluate/{folder}/summary.json")):
+        if not (
+            store.exists(f"evaluate/{folder}/manifest.json")
+            and store.exists(f"evaluate/{folder}/summary.json")
+        ):
             continue
         info = ArtifactInfo.model_validate_json(store.read(f"evaluate/{folder}/artifact.json"))
         if artifact.key.as_input() not in info.inputs:
             continue
         summary = json.loads(store.read(f"evaluate/{folder}/summary.json"))
-        lengths = ", ".join(f"{name} {value:.2f}" for name, value in summary["acceptance_length"].items())
+        lengths = ", ".join(
+            f"{name} {value:.2f}" for name, value in summary["acceptance_length"].items()
+        )
         yield f"- `evaluate/{folder}` at temperature {summary['temperature']}: tokens per round (bonus included) {lengths}"

@@ -1,4 +1,6 @@
-"""A figure as a picture that needs nothing but itself: one SVG, or a `data:` URL that any page or Markdown shows."""
+"""A figure as a picture that needs nothing but itself: one SVG, or a `data:` URL that any page
+or Markdown shows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deepspec.figures.drawing import Figure
 
-HEAD, HEAD_WITH_KEYS = 24, 42  # room above the axes for the title, and for the names of the lines under it
+# room above the axes for the title, and for the names of the lines under it
+HEAD, HEAD_WITH_KEYS = 24, 42
 
 
 class Key(NamedTuple):
@@ -22,7 +25,9 @@ class Key(NamedTuple):
 
 
 def svg(figure: Figure, keys: Sequence[Key] = ()) -> str:
-    """The figure with its title and the names of its lines, light or dark as the reader's system is."""
+    """The figure with its title and the names of its lines, light or dark as the reader's
+    system is.
+    """
     environment = Environment(
         loader=PackageLoader("deepspec.figures", "templates"),
         autoescape=True,
@@ -32,7 +37,9 @@ def svg(figure: Figure, keys: Sequence[Key] = ()) -> str:
     )
     template = environment.get_template("picture.svg.j2")
     step = (figure.width - 24) / max(len(keys), 1)
-    return template.render(figure=figure, keys=keys, head=HEAD_WITH_KEYS if keys else HEAD, step=step)
+    return template.render(
+        figure=figure, keys=keys, head=HEAD_WITH_KEYS if keys else HEAD, step=step
+    )
 
 
 def data_url(picture: str) -> str:

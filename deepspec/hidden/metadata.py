@@ -1,8 +1,10 @@
-"""What a cache holds beside its shards, written once: schema, channel scales, and all that training needs of the target.
+"""What a cache holds beside its shards, written once: schema, channel scales, and all that training
+needs of the target.
 
-The static channel scales come from samples of the first shards, whatever shards a lane was given, so every lane arrives
-at the same; the first to write them wins and all others read those. Each shard's record names the scales that it was
-encoded with. A lossy codec is measured on other samples, and refused if it loses too much: before any shard is written.
+The static channel scales come from samples of the first shards, whatever shards a lane was given,
+so every lane arrives at the same; the first to write them wins and all others read those. Each
+shard's record names the scales that it was encoded with. A lossy codec is measured on other
+samples, and refused if it loses too much: before any shard is written.
 """
 
 from __future__ import annotations
@@ -48,25 +50,43 @@ def lacks_files(config: RunConfig, artifact: Artifact) -> bool:
     return not all(artifact.store.exists(artifact.path(name)) for name in files_beside(config))
 
 
-def prepare(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, report: Report) -> Layout:
+def prepare(
+    config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, report: Report
+) -> Layout:
     """The layout of the cache; what stands beside the shards is there when this returns.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
+        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+            allows.
     """
     artifact, scales = stage.artifact, dict[str, Tensor]()
-    missing = [name for name in beside_codec(config) if not artifact.store.exists(artifact.path(name))]
+    missing = [
+        name for name in beside_codec(config) if not artifact.store.exists(artifact.path(name))
+    ]
     first = first_states(config, stage, chat, target) if missing else None
     if first is not None and SCALES in missing:
-        made = {"context": channel_scale(first.context[: first.half]), "last_hidden": channel_scale(first.last[: first.half])}
-        artifact.store.write_new(artifact.path(SCALES), save({name: scale.cpu().contiguous() for name, scale in made.items()}))
+        made = {
+            "context": channel_scale(first.context[: first.half]),
+            "last_hidden": channel_scale(first.last[: first.half]),
+        }
+        artifact.store.write_new(
+            artifact.path(SCALES),
+            save({name: scale.cpu().contiguous() for name, scale in made.items()}),
+        )
     if beside_codec(config):
         scales = load(artifact.store.read(artifact.path(SCALES)))
-    check_made_with(artifact, made_with(config, artifact), [record for record in [_any_record(artifact)] if record])
+    check_made_with(
+        artifact,
+        made_with(config, artifact),
+        [record for record in [_any_record(artifact)] if record],
+    )
     layout = make_layout(config, chat, target, scales)
     if first is not None and FIDELITY in missing:
         found = measure_codecs(config, layout, first, target)
-        artifact.store.write(artifact.path(FIDELITY), pretty_json({"tokens": len(first.context) - first.half, **found._asdict()}))
+        artifact.store.write(
+            artifact.path(FIDELITY),
+            pretty_json({"tokens": len(first.context) - first.half, **found._asdict()}),
+        )
     if FIDELITY in beside_codec(config):
         check_fidelity(config, artifact, report)
     if lacks_files(config, artifact):
@@ -75,13 +95,17 @@ def prepare(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, 
 
 
 def beside_codec(config: RunConfig) -> tuple[str, ...]:
-    """What the codecs need beside the shards: the channel scales, and for a lossy one its measured fidelity."""
+    """What the codecs need beside the shards: the channel scales, and for a lossy one its
+    measured fidelity.
+    """
     names = {config.hidden.codec, config.hidden.codec_of_last_hidden}
     return () if names == {"raw"} else (SCALES, FIDELITY) if names & set(LOSSY) else (SCALES,)
 
 
 def made_with(config: RunConfig, artifact: Artifact) -> str:
-    """Checksum of the channel scales, without which a shard's bytes mean nothing; empty for raw states."""
+    """Checksum of the channel scales, without which a shard's bytes mean nothing; empty for raw
+    states.
+    """
     return artifact.store.checksum(artifact.path(SCALES)) if SCALES in beside_codec(config) else ""
 
 
@@ -89,7 +113,8 @@ def check_made_with(artifact: Artifact, wanted: str, records: Iterable[Record]) 
     """Refuse to mix shards that were encoded with other scales than those that are there now.
 
     Raises:
-        DamagedData: the scales were lost, damaged, or made again elsewhere and came out differently.
+        DamagedData: the scales were lost, damaged, or made again elsewhere and came out
+            differently.
     """
     others = [record.shard for record in records if record.made_with != wanted]
     if others:
@@ -104,7 +129,9 @@ def _any_record(artifact: Artifact) -> Record | None:
 
 
 class FirstStates(NamedTuple):
-    """Tokens spread over the first samples: those the scales are made from, and others that the codecs are measured on."""
+    """Tokens spread over the first samples: those the scales are made from, and others that the
+    codecs are measured on.
+    """
 
     context: Tensor  # [N, m, D] bfloat16
     last: Tensor  # [N, 1, D] bfloat16, after the final norm
@@ -112,73 +139,119 @@ class FirstStates(NamedTuple):
 
 
 def first_states(config: RunConfig, stage: ShardedStage, chat: Chat, target: Target) -> FirstStates:
-    """Up to `2 * SCALE_TOKENS` tokens, at most `ROW_TOKENS` of any sample: one long answer is not what the rest is like."""
+    """Up to `2 * SCALE_TOKENS` tokens, at most `ROW_TOKENS` of any sample: one long answer is
+    not what the rest is like.
+    """
     sides: tuple[list[TargetOutput], list[TargetOutput]] = ([], [])
     for number, row in enumerate(_first_rows(config, stage, chat)):
         output = target.forward(torch.tensor([row.input_ids], device=target.device))
-        places = torch.linspace(0, len(row.input_ids) - 1, min(ROW_TOKENS, len(row.input_ids)), device=target.device).long()
-        sides[number % 2].append(TargetOutput(output.context[0, places].bfloat16(), output.last_hidden[0, places].bfloat16()))
+        places = torch.linspace(
+            0, len(row.input_ids) - 1, min(ROW_TOKENS, len(row.input_ids)), device=target.device
+        ).long()
+        sides[number % 2].append(
+            TargetOutput(
+                output.context[0, places].bfloat16(), output.last_hidden[0, places].bfloat16()
+            )
+        )
         if all(sum(len(part.last_hidden) for part in side) >= SCALE_TOKENS for side in sides):
             break
     layers, size = len(config.target.layer_ids), int(target.text_config.hidden_size)
     nothing = torch.zeros(0, layers * size, dtype=torch.bfloat16, device=target.device)
     context = torch.cat([nothing, *(part.context for side in sides for part in side)])
     last = torch.cat([nothing[:, :size], *(part.last_hidden for side in sides for part in side)])
-    return FirstStates(context.unflatten(1, (layers, size)), last[:, None], sum(len(part.last_hidden) for part in sides[0]))
+    return FirstStates(
+        context.unflatten(1, (layers, size)),
+        last[:, None],
+        sum(len(part.last_hidden) for part in sides[0]),
+    )
 
 
 def _first_rows(config: RunConfig, stage: ShardedStage, chat: Chat) -> Iterator[CaptureRow]:
     """The samples of the first shards, in an order that knows nothing of their length."""
     for record in stage.upstream.records().values():
         answers = read_table(stage.upstream.fetch_shard(record)).to_pylist()
-        yield from sorted(capture_rows(answers, chat, config.hidden).rows, key=lambda row: row.sample_id)
+        yield from sorted(
+            capture_rows(answers, chat, config.hidden).rows, key=lambda row: row.sample_id
+        )
 
 
-def measure_codecs(config: RunConfig, layout: Layout, first: FirstStates, target: Target) -> Fidelity:
+def measure_codecs(
+    config: RunConfig, layout: Layout, first: FirstStates, target: Target
+) -> Fidelity:
     """How much the codecs keep of tokens that the scales were not made from."""
     context, last = first.context[first.half :], first.last[first.half :]
     kept = config.hidden.last_hidden != "none"
     return measure(
-        context, layout.context.dequantize(layout.context.quantize(context)),
+        context,
+        layout.context.dequantize(layout.context.quantize(context)),
         last=last.flatten(1) if kept else None,
-        decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)) if kept else None,
+        decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last))
+        if kept
+        else None,
         logits=lambda states: target.logits(states.to(target.dtype)),
-    )  # fmt: skip
+    )
 
 
 def check_fidelity(config: RunConfig, artifact: Artifact, report: Report) -> None:
     """Tell what was measured, and refuse what is past the limits, however often it is tried."""
     kept = json.loads(artifact.store.read(artifact.path(FIDELITY)))
     found = Fidelity(**{name: kept[name] for name in Fidelity._fields})
-    numbers = {name: round(value, 5) for name, value in found._asdict().items() if value is not None}
-    log.info("stage=hidden codec=%s %s", config.hidden.codec, " ".join(f"{name}={value}" for name, value in numbers.items()))
+    numbers = {
+        name: round(value, 5) for name, value in found._asdict().items() if value is not None
+    }
+    log.info(
+        "stage=hidden codec=%s %s",
+        config.hidden.codec,
+        " ".join(f"{name}={value}" for name, value in numbers.items()),
+    )
     report({"event": "fidelity", "stage": "hidden", "codec": config.hidden.codec, **numbers})
     refuse(found, config.resources.fidelity, where=artifact.url)
 
 
-def make_layout(config: RunConfig, chat: Chat, target: Target, scales: Mapping[str, Tensor]) -> Layout:
+def make_layout(
+    config: RunConfig, chat: Chat, target: Target, scales: Mapping[str, Tensor]
+) -> Layout:
     """The codecs, and where the states come from, for the schema."""
     settings, size = config.hidden, int(target.text_config.hidden_size)
     context = make_codec(
-        settings.codec, tensor="context", num_layers=len(config.target.layer_ids), hidden_size=size,
-        compression=settings.compression, channel_scale=scales.get("context"),
-    )  # fmt: skip
+        settings.codec,
+        tensor="context",
+        num_layers=len(config.target.layer_ids),
+        hidden_size=size,
+        compression=settings.compression,
+        channel_scale=scales.get("context"),
+    )
     last = make_codec(
-        settings.codec_of_last_hidden, tensor="last_hidden", num_layers=1, hidden_size=size,
-        compression=settings.compression if settings.codec_of_last_hidden == "int8" else "none", channel_scale=scales.get("last_hidden"),
-    )  # fmt: skip
+        settings.codec_of_last_hidden,
+        tensor="last_hidden",
+        num_layers=1,
+        hidden_size=size,
+        compression=settings.compression if settings.codec_of_last_hidden == "int8" else "none",
+        channel_scale=scales.get("last_hidden"),
+    )
     metadata = {
-        "target": config.target.model, "revision": str(config.target.revision), "layers": json.dumps(config.target.layer_ids),
-        "last_hidden": "post_final_norm", "codec": settings.codec, **chat.digests(),
-    }  # fmt: skip
+        "target": config.target.model,
+        "revision": str(config.target.revision),
+        "layers": json.dumps(config.target.layer_ids),
+        "last_hidden": "post_final_norm",
+        "codec": settings.codec,
+        **chat.digests(),
+    }
     return Layout(context, last, metadata)
 
 
 def _write_frozen(artifact: Artifact, target: Target, layout: Layout) -> None:
-    """The schema, the target's config, and its embedding and lm_head: all that training needs to know of the target."""
+    """The schema, the target's config, and its embedding and lm_head: all that training needs
+    to know of the target.
+    """
     artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
-    # Where the target lay and which library read it decide nothing, and would make equal caches look different.
-    config = {key: value for key, value in target.text_config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    # Where the target lay and which library read it decide nothing, and would make equal caches
+    # look different.
+    config = {
+        key: value
+        for key, value in target.text_config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
     artifact.store.write(artifact.path(CONFIG), pretty_json(config))
     with artifact.store.staged() as local:
         save_file(frozen_tensors(target), local)
@@ -188,4 +261,7 @@ def _write_frozen(artifact: Artifact, target: Target, layout: Layout) -> None:
 def frozen_tensors(target: Target) -> dict[str, Tensor]:
     """The target's embedding and lm_head [V, D], which every draft shares and keeps as they are."""
     embedding = target.model.get_input_embeddings().weight
-    return {"embed_tokens.weight": embedding.detach().cpu().clone(), "lm_head.weight": target.lm_head.weight.detach().cpu().clone()}
+    return {
+        "embed_tokens.weight": embedding.detach().cpu().clone(),
+        "lm_head.weight": target.lm_head.weight.detach().cpu().clone(),
+    }

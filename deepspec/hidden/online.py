@@ -1,7 +1,9 @@
-"""Hidden states computed while training asks for them: the target runs beside the draft, and no state is ever written.
+"""Hidden states computed while training asks for them: the target runs beside the draft, and no
+state is ever written.
 
-What training is about to need is rendered by threads, run through the target in batches of `resources.batch_tokens`, and
-quantized as capture does it, `resources.prefetch_mb` ahead. Every rank has a target of its own on its own device.
+What training is about to need is rendered by threads, run through the target in batches of
+`resources.batch_tokens`, and quantized as capture does it, `resources.prefetch_mb` ahead. Every
+rank has a target of its own on its own device.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from deepspec.cache.prefetch import read_ahead
 from deepspec.cache.reader import SCALES, SCHEMA, read_schema
 from deepspec.cache.source import Source
 from deepspec.config.run import RunConfig
-from deepspec.hidden.expected_index import POLL_S, Rows, await_planned, plan_samples, read_planned, unplanned
+from deepspec.hidden.expected_index import (
+    POLL_S,
+    Rows,
+    await_planned,
+    plan_samples,
+    read_planned,
+    unplanned,
+)
 from deepspec.hidden.metadata import beside_codec, lacks_files, prepare
 from deepspec.hidden.rolling_workers import render_in_children
 from deepspec.hidden.sequences import CaptureRow, token_batches
@@ -39,7 +48,9 @@ ROWS_AHEAD = 256  # rendered and waiting for the target
 
 
 class OnlineStates(Source):
-    """The target and the rows that it is to be run over; used by the thread that reads ahead and by the main one."""
+    """The target and the rows that it is to be run over; used by the thread that reads ahead
+    and by the main one.
+    """
 
     def __init__(self, capture: Capture, index: Planned, rows: Rows) -> None:
         self.capture, self.index, self.rows = capture, index, rows
@@ -49,10 +60,19 @@ class OnlineStates(Source):
     def __getitem__(self, number: int) -> HiddenSample:
         return self._computed([self.rows[number]])[0]
 
-    def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
-        rows = read_ahead(((1, partial(self.rows.__getitem__, number)) for number in numbers), max_bytes=ROWS_AHEAD, threads=threads)
+    def stream(
+        self, numbers: Iterable[int], *, max_bytes: int, threads: int
+    ) -> Iterator[HiddenSample]:
+        rows = read_ahead(
+            ((1, partial(self.rows.__getitem__, number)) for number in numbers),
+            max_bytes=ROWS_AHEAD,
+            threads=threads,
+        )
         batches = token_batches(rows, self.capture.config.resources.batch_tokens)
-        for samples in read_ahead(((self._num_bytes(batch), partial(self._computed, batch)) for batch in batches), max_bytes=max_bytes):
+        for samples in read_ahead(
+            ((self._num_bytes(batch), partial(self._computed, batch)) for batch in batches),
+            max_bytes=max_bytes,
+        ):
             yield from samples
 
     def file(self, name: str) -> Path:
@@ -67,19 +87,36 @@ class OnlineStates(Source):
 
 
 def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineStates:
-    """The source, once the first process has rendered all answers and written what stands beside the shards.
+    """The source, once the first process has rendered all answers and written what stands beside
+    the shards.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
+        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+            allows.
     """
     stage = open_unsealed(config)
-    return compute_online(config, stage, shared_plan(config, stage, is_first=is_first), is_first=is_first, report=report)
+    return compute_online(
+        config,
+        stage,
+        shared_plan(config, stage, is_first=is_first),
+        is_first=is_first,
+        report=report,
+    )
 
 
-def compute_online(config: RunConfig, stage: ShardedStage, index: Planned, *, is_first: bool, report: Report) -> OnlineStates:
-    """The source over an index that is known, the target loaded; the first process writes what stands beside the shards."""
+def compute_online(
+    config: RunConfig, stage: ShardedStage, index: Planned, *, is_first: bool, report: Report
+) -> OnlineStates:
+    """The source over an index that is known, the target loaded; the first process writes what
+    stands beside the shards.
+    """
     chat = load_chat(config)
-    target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
+    target = load_target(
+        config.target,
+        folder=target_folder(config),
+        device=config.resources.device,
+        attention="fastest",
+    )
     if is_first:
         prepare(config, stage, chat, target, report)
     await_files(config, stage.artifact)
@@ -95,9 +132,15 @@ def open_unsealed(config: RunConfig) -> ShardedStage:
 
 
 def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> Planned:
-    """The index of samples, which the first process makes where it is missing and all others wait for."""
+    """The index of samples, which the first process makes where it is missing and all others
+    wait for.
+    """
     if is_first:
-        render_in_children(config, stage.artifact, [record.shard for record in unplanned(stage.artifact, stage.upstream.records())])
+        render_in_children(
+            config,
+            stage.artifact,
+            [record.shard for record in unplanned(stage.artifact, stage.upstream.records())],
+        )
         plan_samples(config, stage, load_chat(config))
     await_planned(stage)
     return read_planned(stage)
@@ -111,5 +154,7 @@ def await_files(config: RunConfig, artifact: Artifact) -> None:
 
 def read_layout(config: RunConfig, artifact: Artifact) -> Layout:
     """The layout that a capture has written beside its shards; there need be no manifest yet."""
-    scales = load(artifact.store.read(artifact.path(SCALES))) if SCALES in beside_codec(config) else {}
+    scales = (
+        load(artifact.store.read(artifact.path(SCALES))) if SCALES in beside_codec(config) else {}
+    )
     return Layout.of(read_schema(artifact.store.read(artifact.path(SCHEMA))), scales)

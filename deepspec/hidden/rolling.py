@@ -1,7 +1,9 @@
-"""Hidden states from shards that are captured ahead of training and deleted behind it (`feeder.py`), as a rank reads them.
+"""Hidden states from shards that are captured ahead of training and deleted behind it
+(`feeder.py`), as a rank reads them.
 
-A shard is read as soon as its record exists, and waited for before. Where one is deleted under a reader that runs ahead of
-what is on the disk, its file is gone, and the reader waits for it to be captured again.
+A shard is read as soon as its record exists, and waited for before. Where one is deleted under a
+reader that runs ahead of what is on the disk, its file is gone, and the reader waits for it to be
+captured again.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
 from deepspec.formatting import human_bytes
 from deepspec.hidden.expected_index import FOLDER
 from deepspec.hidden.metadata import lacks_files
-from deepspec.hidden.online import await_files, compute_online, open_unsealed, read_layout, shared_plan
+from deepspec.hidden.online import (
+    await_files,
+    compute_online,
+    open_unsealed,
+    read_layout,
+    shared_plan,
+)
 from deepspec.hidden.rolling_capture import Feeder
 from deepspec.process.events import Report
 from deepspec.storage.local import read_into
@@ -52,7 +60,14 @@ class _Shard(NamedTuple):
 class RollingStates(Source):
     """Shards that come and go; `kept` are samples that are needed again and again, in memory."""
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, index: Planned, layout: Layout, kept: Mapping[int, HiddenSample]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: ShardedStage,
+        index: Planned,
+        layout: Layout,
+        kept: Mapping[int, HiddenSample],
+    ) -> None:
         self.config, self.stage, self.artifact = config, stage, stage.artifact
         self.index, self.layout, self.schema = index, layout, layout.schema()
         self._kept, self._answers = kept, stage.upstream.records()
@@ -68,10 +83,19 @@ class RollingStates(Source):
 
     def __getitem__(self, number: int) -> HiddenSample:
         kept = self._kept.get(number)
-        return self._read(number, np.empty(self._room(number), dtype=np.uint8)) if kept is None else kept
+        return (
+            self._read(number, np.empty(self._room(number), dtype=np.uint8))
+            if kept is None
+            else kept
+        )
 
-    def stream(self, numbers: Iterable[int], *, max_bytes: int, threads: int) -> Iterator[HiddenSample]:
-        reads = ((self._most_bytes(number), self._room(number), partial(self._read, number)) for number in numbers)
+    def stream(
+        self, numbers: Iterable[int], *, max_bytes: int, threads: int
+    ) -> Iterator[HiddenSample]:
+        reads = (
+            (self._most_bytes(number), self._room(number), partial(self._read, number))
+            for number in numbers
+        )
         return read_buffered(reads, max_bytes=max_bytes, threads=threads)
 
     def file(self, name: str) -> Path:
@@ -87,7 +111,9 @@ class RollingStates(Source):
             self._feeder.close()
 
     def _most_bytes(self, number: int) -> int:
-        return self.layout.most_bytes(int(self.index.num_tokens[number]), int(self.index.num_last[number]))
+        return self.layout.most_bytes(
+            int(self.index.num_tokens[number]), int(self.index.num_last[number])
+        )
 
     def _room(self, number: int) -> int:
         return self._most_bytes(number) if self.artifact.store.is_local else 0
@@ -108,14 +134,25 @@ class RollingStates(Source):
                 continue
             if xxhash.xxh3_64_intdigest(message) != int(found.checksum[row]):
                 what = f"row {row} of shard {shard} is damaged"
-                raise DamagedData(what, where=f"{self.artifact.url}/{found.file}", fix=f"remove records/{shard:05d}.json there")
+                raise DamagedData(
+                    what,
+                    where=f"{self.artifact.url}/{found.file}",
+                    fix=f"remove records/{shard:05d}.json there",
+                )
             return self.layout.decode(message, self.schema)
 
     def _message(self, shard: _Shard, row: int, buffer: np.ndarray) -> memoryview:
-        offset, num_bytes, store = int(shard.offset[row]), int(shard.num_bytes[row]), self.artifact.store
+        offset, num_bytes, store = (
+            int(shard.offset[row]),
+            int(shard.num_bytes[row]),
+            self.artifact.store,
+        )
         if not store.is_local:
-            return memoryview(store.read_range(self.artifact.path(shard.file), offset, offset + num_bytes))
-        # Opened for each read: a file that is held open keeps its bytes on the disk after it was deleted.
+            return memoryview(
+                store.read_range(self.artifact.path(shard.file), offset, offset + num_bytes)
+            )
+        # Opened for each read: a file that is held open keeps its bytes on the disk after it was
+        # deleted.
         opened = os.open(store.path(self.artifact.path(shard.file)), os.O_RDONLY)
         try:
             room = buffer.data[:num_bytes]
@@ -140,27 +177,39 @@ class RollingStates(Source):
             else:  # the first rank, which has them captured, notices when no more of them come
                 self._progress()
             if self._closed.wait(POLL_S):
-                raise TransientError(f"training ended while shard {shard} was waited for", where=self.artifact.url)
+                raise TransientError(
+                    f"training ended while shard {shard} was waited for", where=self.artifact.url
+                )
 
     def _look(self, shard: int) -> _Shard | None:
         record = self.artifact.record(shard)
         if record is None or record.upstream != self._answers[shard].checksum:
             return None
         (data,) = self.artifact.store.read_many([self.artifact.path(index_file(record))])
-        if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:  # being deleted
+        # being deleted
+        if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
             return None
         self._shards[shard] = found = self._compared(record, data)
         return found
 
     def _compared(self, record: Record, data: bytes) -> _Shard:
-        """The shard's rows, which must be those that were planned: training takes a sample by its number."""
+        """The shard's rows, which must be those that were planned: training takes a sample by
+        its number.
+        """
         batch = read_rows(data).combine_chunks().to_batches()[0]
         start, end = np.searchsorted(self.index.shard, [record.shard, record.shard + 1])
         for name in ("sample_id", "num_tokens", "num_supervised", "held_out"):
             if not np.array_equal(column_values(batch, name), getattr(self.index, name)[start:end]):
                 what = f"shard {record.shard} holds other samples than were planned ({name})"
-                raise ArtifactMismatch(what, where=self.artifact.url, fix=f"remove the folder {FOLDER!r} there: it is made again")
-        return _Shard(record.file, *(column_values(batch, name) for name in ("offset", "num_bytes", "checksum")))
+                raise ArtifactMismatch(
+                    what,
+                    where=self.artifact.url,
+                    fix=f"remove the folder {FOLDER!r} there: it is made again",
+                )
+        return _Shard(
+            record.file,
+            *(column_values(batch, name) for name in ("offset", "num_bytes", "checksum")),
+        )
 
 
 class FedStates(RollingStates):
@@ -170,31 +219,42 @@ class FedStates(RollingStates):
         """Begin to capture.
 
         Raises:
-            StoreError: `resources.rolling_gb` cannot hold what one step needs, or another training uses these shards.
+            StoreError: `resources.rolling_gb` cannot hold what one step needs, or another training
+                uses these shards.
         """
         self._feeder = Feeder(self.config, self.stage, self.index, self.layout, course)
         self._feeder.start()
 
 
-def open_rolling(config: RunConfig, *, share: Callable[[Planned], Sequence[int]], is_first: bool, report: Report) -> RollingStates:
-    """The source; the target is loaded only until this rank's `share` of held-out samples is in memory.
+def open_rolling(
+    config: RunConfig, *, share: Callable[[Planned], Sequence[int]], is_first: bool, report: Report
+) -> RollingStates:
+    """The source; the target is loaded only until this rank's `share` of held-out samples is in
+    memory.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity` allows.
+        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+            allows.
     """
     stage = open_unsealed(config)
     index = shared_plan(config, stage, is_first=is_first)
     numbers, kept = share(index), dict[int, HiddenSample]()
     if numbers or (is_first and lacks_files(config, stage.artifact)):
         online = compute_online(config, stage, index, is_first=is_first, report=report)
-        samples = online.stream(iter(numbers), max_bytes=config.resources.prefetch_mb * 1_000_000, threads=config.resources.read_threads)
+        samples = online.stream(
+            iter(numbers),
+            max_bytes=config.resources.prefetch_mb * 1_000_000,
+            threads=config.resources.read_threads,
+        )
         kept = {number: _on_host(sample) for number, sample in zip(numbers, samples, strict=True)}
         del online, samples
         gc.collect()  # the hooks that tap a target refer to it, and it to its model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.info(
-            "stage=train kept %d held-out samples in memory (%s)", len(kept), human_bytes(sum(each.num_bytes for each in kept.values()))
+            "stage=train kept %d held-out samples in memory (%s)",
+            len(kept),
+            human_bytes(sum(each.num_bytes for each in kept.values())),
         )
     await_files(config, stage.artifact)
     kind = FedStates if is_first else RollingStates
@@ -204,6 +264,7 @@ def open_rolling(config: RunConfig, *, share: Callable[[Planned], Sequence[int]]
 def _on_host(sample: HiddenSample) -> HiddenSample:
     """The sample in memory of its own: its tensors are parts of a whole batch's."""
     context, last = (
-        Stored(stored.codec, tuple(part.to("cpu", copy=True) for part in stored.parts)) for stored in (sample.context, sample.last_hidden)
+        Stored(stored.codec, tuple(part.to("cpu", copy=True) for part in stored.parts))
+        for stored in (sample.context, sample.last_hidden)
     )
     return sample._replace(context=context, last_hidden=last)

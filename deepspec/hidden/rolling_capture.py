@@ -1,15 +1,18 @@
-"""Keeps on the disk what training needs next, and no more than `resources.rolling_gb`: captures ahead of it, deletes behind it.
+"""Keeps on the disk what training needs next, and no more than `resources.rolling_gb`: captures
+ahead of it, deletes behind it.
 
-Which shards these are follows from the order of training and the place that it has reached: of the windows from that place
-on, as many shards as fit. All others are deleted, those of them that are missing are captured. So a start after a crash,
-or with shards that somebody else left, needs no rule of its own.
+Which shards these are follows from the order of training and the place that it has reached: of the
+windows from that place on, as many shards as fit. All others are deleted, those of them that are
+missing are captured. So a start after a crash, or with shards that somebody else left, needs no
+rule of its own.
 
-When is a shard behind? `reached(place)` is called by the first rank when it begins a step. What ended the step before was
-a sum over all ranks, so each of them has had every sample of it in a batch on its device; no thread reads them any more.
-Threads that read ahead are at later places. The shard may come again at one of those, but only a shard that is kept for it
-is sure to be there: a reader that is further ahead finds the file gone (or unlinked while it reads, which does no harm), and
-waits until it is captured again. Deleting removes the record first, so that what is left of a crash is no shard, but a file
-that no record names; the next start takes it away.
+When is a shard behind? `reached(place)` is called by the first rank when it begins a step. What
+ended the step before was a sum over all ranks, so each of them has had every sample of it in a
+batch on its device; no thread reads them any more. Threads that read ahead are at later places. The
+shard may come again at one of those, but only a shard that is kept for it is sure to be there: a
+reader that is further ahead finds the file gone (or unlinked while it reads, which does no harm),
+and waits until it is captured again. Deleting removes the record first, so that what is left of a
+crash is no shard, but a file that no record names; the next start takes it away.
 """
 
 from __future__ import annotations
@@ -38,20 +41,26 @@ from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
 
-SHARD_BYTES = 1 << 16  # beyond its samples: the schema twice, the list of messages, what direct writes pad
+# beyond its samples: the schema twice, the list of messages, what direct writes pad
+SHARD_BYTES = 1 << 16
 
 
 class Feeder:
     """A thread that captures and deletes, and one for each lane that is at work."""
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, index: Planned, layout: Layout, course: Course) -> None:
+    def __init__(
+        self, config: RunConfig, stage: ShardedStage, index: Planned, layout: Layout, course: Course
+    ) -> None:
         self.config, self.shelf, self.course = config, Shelf(stage), course
         self.max_bytes = round(config.resources.rolling_gb * 1e9)
         self.most_bytes = shard_bytes(index, layout)
         self._news = threading.Condition()
         self._place, self._window_end, self._moved = course.start, 0, True
         self._in_capture: set[int] = set()
-        self._idle = [Lane(config, stage.artifact, gpu, number=number) for number, gpu in enumerate(lane_gpus(config))]
+        self._idle = [
+            Lane(config, stage.artifact, gpu, number=number)
+            for number, gpu in enumerate(lane_gpus(config))
+        ]
         self._ended, self._error = threading.Event(), list[DeepSpecError]()
         self._children: Scope | None = None
         self.progress: Callable[[], object] = bool  # called with every shard that is there
@@ -61,7 +70,8 @@ class Feeder:
         """Take what is there, and begin.
 
         Raises:
-            StoreError: the windows of one step do not fit into `resources.rolling_gb`, or another training uses these shards.
+            StoreError: the windows of one step do not fit into `resources.rolling_gb`, or another
+                training uses these shards.
         """
         self._require_room()
         self.shelf.open()
@@ -85,7 +95,10 @@ class Feeder:
         if self._error:
             raise self._error[0]
         if not (self._threads[0].is_alive() or self._ended.is_set() or self.shelf.is_sealed()):
-            raise ChildFailed("the thread that has shards captured has ended; why is in the log", where=self.shelf.artifact.url)
+            raise ChildFailed(
+                "the thread that has shards captured has ended; why is in the log",
+                where=self.shelf.artifact.url,
+            )
 
     def close(self) -> None:
         """End all lanes; returns when nothing of them runs."""
@@ -103,11 +116,15 @@ class Feeder:
         self.shelf.close()
 
     def near(self, place: int) -> dict[int, None]:
-        """The shards that are to be on the disk when training is at `place`, in the order in which it needs them."""
+        """The shards that are to be on the disk when training is at `place`, in the order in
+        which it needs them.
+        """
         found, total = dict[int, None](), 0
         if place >= self.course.end:  # which may lie within a window
             return found
-        for window in takewhile(lambda window: window.start < self.course.end, self.course.order.windows(place)):
+        for window in takewhile(
+            lambda window: window.start < self.course.end, self.course.order.windows(place)
+        ):
             for shard in window.shards:
                 if shard in found:
                     continue
@@ -119,16 +136,23 @@ class Feeder:
 
     def _run(self) -> None:
         try:
-            with transient_system_errors("the shards that training uses up"), scope(self.config.resources.stop_s) as self._children:
+            with (
+                transient_system_errors("the shards that training uses up"),
+                scope(self.config.resources.stop_s) as self._children,
+            ):
                 while not self._ended.is_set() and not self._error and not self.shelf.is_sealed():
                     self._turn()
-                while not self._ended.is_set() and any(thread.is_alive() for thread in self._threads[1:]):
+                while not self._ended.is_set() and any(
+                    thread.is_alive() for thread in self._threads[1:]
+                ):
                     self._ended.wait(1.0)  # leaving the scope would end what they still capture
         except DeepSpecError as error:
             self._error.append(error)
 
     def _turn(self) -> None:
-        """Delete what is not needed soon, start what is and is missing, and wait until something happens."""
+        """Delete what is not needed soon, start what is and is missing, and wait until
+        something happens.
+        """
         with self._news:
             self._moved, self._window_end = False, next(self.course.order.windows(self._place)).end
             near = self.near(self._place)
@@ -136,10 +160,16 @@ class Feeder:
         for shard in gone:
             self.shelf.delete(shard)
         with self._news:
-            missing = [shard for shard in near if shard not in self.shelf.sizes and shard not in self._in_capture]
+            missing = [
+                shard
+                for shard in near
+                if shard not in self.shelf.sizes and shard not in self._in_capture
+            ]
             # A shard that was captured but not heard of, and passed already, is still on the disk.
             if missing and self._idle and not self._in_capture - near.keys():
-                size = min(self.config.resources.shards_per_task, -(-len(missing) // len(self._idle)))
+                size = min(
+                    self.config.resources.shards_per_task, -(-len(missing) // len(self._idle))
+                )
                 for group in deal(missing, size)[: len(self._idle)]:
                     self._begin(self._idle.pop(), group)
             self._news.wait_for(lambda: self._moved or self._ended.is_set())
@@ -148,14 +178,24 @@ class Feeder:
         self._in_capture |= set(group)
         log.info("stage=train capturing shards=%s", shard_list(group))
         context = contextvars.copy_context()  # that of the scope, which ends the child
-        thread = threading.Thread(target=context.run, args=(self._capture, lane, group), name="capture lane", daemon=True)
-        self._threads = [self._threads[0], *(each for each in self._threads[1:] if each.is_alive()), thread]
+        thread = threading.Thread(
+            target=context.run, args=(self._capture, lane, group), name="capture lane", daemon=True
+        )
+        self._threads = [
+            self._threads[0],
+            *(each for each in self._threads[1:] if each.is_alive()),
+            thread,
+        ]
         thread.start()
 
     def _capture(self, lane: Lane, group: Sequence[int]) -> None:
         try:
             with transient_system_errors(f"capture of shards {shard_list(group)}"):
-                lane.capture(lambda: [shard for shard in group if shard in self._in_capture], self._heard, self._ended)
+                lane.capture(
+                    lambda: [shard for shard in group if shard in self._in_capture],
+                    self._heard,
+                    self._ended,
+                )
                 self._committed([shard for shard in group if shard in self._in_capture])
         except DeepSpecError as error:
             self._error.append(error)
@@ -178,16 +218,33 @@ class Feeder:
             self._news.notify()
         self.progress()
         if lost:
-            raise ChildFailed(f"capture ended well and left no record of shards {shard_list(lost)}", where=self.shelf.artifact.url)
+            raise ChildFailed(
+                f"capture ended well and left no record of shards {shard_list(lost)}",
+                where=self.shelf.artifact.url,
+            )
 
     def _require_room(self) -> None:
         """Raise StoreError unless the windows that any one step touches fit together."""
         step, end = self.course.step_samples, self.course.end
         most = 0
-        for window in takewhile(lambda window: window.start < end, self.course.order.windows(self.course.start)):
+        for window in takewhile(
+            lambda window: window.start < end, self.course.order.windows(self.course.start)
+        ):
             step_end = min(end, -(-window.end // step) * step)
-            together = takewhile(lambda other, stop=step_end: other.start < stop, self.course.order.windows(window.start))  # type: ignore[misc]
-            most = max(most, sum(self.most_bytes[shard] for shard in {shard for each in together for shard in each.shards}))
+            together = [
+                other
+                for other in takewhile(
+                    lambda other: other.start < end, self.course.order.windows(window.start)
+                )
+                if other.start < step_end
+            ]
+            most = max(
+                most,
+                sum(
+                    self.most_bytes[shard]
+                    for shard in {shard for each in together for shard in each.shards}
+                ),
+            )
         if most > self.max_bytes:
             train, rows = self.config.train, self.config.prompts.shard_rows
             what = f"a step at the border of two windows needs {human_bytes(most)} of hidden states, resources.rolling_gb holds "

@@ -1,4 +1,6 @@
-"""The shards of a cache of which only some are on the disk at a time: what is there, how large it is, and taking it away."""
+"""The shards of a cache of which only some are on the disk at a time: what is there, how large
+it is, and taking it away.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Shelf:
-    """`sizes` are the bytes of each shard that has a record, its index rows included. One process at a time has it."""
+    """`sizes` are the bytes of each shard that has a record, its index rows included. One
+    process at a time has it.
+    """
 
     def __init__(self, stage: ShardedStage) -> None:
         self.artifact, self._answers = stage.artifact, stage.upstream.records()
@@ -34,7 +38,11 @@ class Shelf:
         self._lock = self._alone()
         store, path = self.artifact.store, self.artifact.path
         gc.remove_abandoned(store)
-        fits = {shard: record for shard, record in self.artifact.records().items() if self._is_whole(record)}
+        fits = {
+            shard: record
+            for shard, record in self.artifact.records().items()
+            if self._is_whole(record)
+        }
         for shard in set(self.artifact.record_shards()) - set(fits):
             store.remove(path(f"records/{shard:05d}.json"))
         named = {name for record in fits.values() for name in (record.file, index_file(record))}
@@ -43,7 +51,11 @@ class Shelf:
                 if f"{folder}/{name}" not in named:
                     store.remove(path(f"{folder}/{name}"))
         self.sizes = {shard: self._size(record) for shard, record in fits.items()}
-        log.info("stage=train rolling: %d shards are there, %s of them", len(fits), human_bytes(sum(self.sizes.values())))
+        log.info(
+            "stage=train rolling: %d shards are there, %s of them",
+            len(fits),
+            human_bytes(sum(self.sizes.values())),
+        )
 
     def close(self) -> None:
         if self._lock:
@@ -56,7 +68,9 @@ class Shelf:
         return [shard for shard in shards if shard not in found]
 
     def delete(self, shard: int) -> None:
-        """The record first: what a crash leaves is then no shard, but files that no record names, which `open` removes."""
+        """The record first: what a crash leaves is then no shard, but files that no record
+        names, which `open` removes.
+        """
         record = self.artifact.record(shard)
         self.artifact.store.remove(self.artifact.path(f"records/{shard:05d}.json"))
         for name in (record.file, index_file(record)) if record else ():
@@ -65,7 +79,9 @@ class Shelf:
         log.info("stage=train shard=%d was used up", shard)
 
     def is_sealed(self) -> bool:
-        """Whether somebody has captured all of it by hand: then nothing of it is deleted any more."""
+        """Whether somebody has captured all of it by hand: then nothing of it is deleted any
+        more.
+        """
         return self.artifact.manifest() is not None
 
     def _size(self, record: Record) -> int:
@@ -74,10 +90,14 @@ class Shelf:
     def _is_whole(self, record: Record) -> bool:
         answers, exists = self._answers.get(record.shard), self.artifact.store.exists
         is_current = answers is not None and record.upstream == answers.checksum
-        return is_current and all(exists(self.artifact.path(name)) for name in (record.file, index_file(record)))
+        return is_current and all(
+            exists(self.artifact.path(name)) for name in (record.file, index_file(record))
+        )
 
     def _alone(self) -> IO[str]:
-        """Hold the lock of these shards, which ends with the process, however that ends; it knows of this machine only."""
+        """Hold the lock of these shards, which ends with the process, however that ends; it
+        knows of this machine only.
+        """
         folder = folder_beside(self.artifact, "logs")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "rolling.lock").open("w")
@@ -86,5 +106,9 @@ class Shelf:
         except BlockingIOError:
             lock.close()
             fix = "wait for it; or train this one with resources.source=online, or in a store of its own"
-            raise StoreError("another training uses up the shards of this cache", where=self.artifact.url, fix=fix) from None
+            raise StoreError(
+                "another training uses up the shards of this cache",
+                where=self.artifact.url,
+                fix=fix,
+            ) from None
         return lock

@@ -1,4 +1,6 @@
-"""What a training without a cache has children do: `python -m deepspec hidden` for shards to use up, or for the index alone."""
+"""What a training without a cache has children do: `python -m deepspec hidden` for shards to
+use up, or for the index alone.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,14 @@ from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
 
-SHARDS_A_PROCESS = 64  # a process takes seconds to start, and renders a shard of 128 rows in less than one
+# a process takes seconds to start, and renders a shard of 128 rows in less than one
+SHARDS_A_PROCESS = 64
 
 
 def lane_gpus(config: RunConfig) -> list[str | None]:
-    """The GPU of each capture lane: the last of the visible ones; None where a lane takes what training computes on."""
+    """The GPU of each capture lane: the last of the visible ones; None where a lane takes what
+    training computes on.
+    """
     resources = config.resources
     gpus = visible_gpus() if resources.device != "cpu" else []
     return list(gpus[-resources.rolling_gpus :]) if gpus and resources.rolling_gpus else [None]
@@ -39,16 +44,27 @@ def lane_gpus(config: RunConfig) -> list[str | None]:
 class Lane:
     """Captures groups of shards, one after the other, on one GPU."""
 
-    def __init__(self, config: RunConfig, artifact: Artifact, gpu: str | None, *, number: int) -> None:
+    def __init__(
+        self, config: RunConfig, artifact: Artifact, gpu: str | None, *, number: int
+    ) -> None:
         self.config, self.artifact = config, artifact
         self.env = {"DEEPSPEC_EVENTS": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        self.request, self.log_path = run_as_file(config, artifact), folder_beside(artifact, "logs") / f"rolling-{number}.log"
+        self.request, self.log_path = (
+            run_as_file(config, artifact),
+            folder_beside(artifact, "logs") / f"rolling-{number}.log",
+        )
 
-    def capture(self, missing: Callable[[], Sequence[int]], on_event: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
+    def capture(
+        self,
+        missing: Callable[[], Sequence[int]],
+        on_event: Callable[[dict[str, Any]], None],
+        stop: threading.Event,
+    ) -> None:
         """Capture what is `missing`, until nothing is.
 
         Raises:
-            DeepSpecError: the child's own error, when it was tried `resources.retries` times more or trying is no use.
+            DeepSpecError: the child's own error, when it was tried `resources.retries` times more
+                or trying is no use.
         """
         resources = self.config.resources
         for attempt in count(1):
@@ -65,33 +81,55 @@ class Lane:
                 gc.remove_abandoned(self.artifact.store)
                 if stop.is_set() or attempt > resources.retries or not _worth_another_try(error):
                     raise
-                log.warning("stage=hidden shards=%s failed, and are tried again (%d): %s", shard_list(shards), attempt, error.what)
+                log.warning(
+                    "stage=hidden shards=%s failed, and are tried again (%d): %s",
+                    shard_list(shards),
+                    attempt,
+                    error.what,
+                )
             stop.wait(resources.retry_delay_s * 2 ** (attempt - 1))
 
 
 def run_as_file(config: RunConfig, artifact: Artifact) -> Request:
     """The run as a file of its own, for children: how its options were given is not known here."""
-    path = folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
+    path = (
+        folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_yaml(config), encoding="utf-8")
     return Request(str(path))
 
 
 def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[int]) -> None:
-    """Have as many processes as are worth their start write the planned index of these shards; few shards are left to the caller."""
+    """Have as many processes as are worth their start write the planned index of these shards;
+    few shards are left to the caller.
+    """
     resources = config.resources
-    processes = min(resources.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS)
+    processes = min(
+        resources.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS
+    )
     if processes < 2:
         return
-    request, env = run_as_file(config, artifact), {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    request, env = (
+        run_as_file(config, artifact),
+        {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)
 
     def render(group: Sequence[int]) -> None:
-        run_child([*request.command("hidden", group), "--for", "index"], on_event=silent, on_line=_warnings, env=env)
+        run_child(
+            [*request.command("hidden", group), "--for", "index"],
+            on_event=silent,
+            on_line=_warnings,
+            env=env,
+        )
 
     with ThreadPoolExecutor(processes) as pool, scope():
         # Each thread in a context of its own, in which it finds the scope that ends its child.
-        for done in [pool.submit(copy_context().run, render, group) for group in deal(shards, -(-len(shards) // processes))]:
+        for done in [
+            pool.submit(copy_context().run, render, group)
+            for group in deal(shards, -(-len(shards) // processes))
+        ]:
             done.result()
 
 

@@ -1,4 +1,6 @@
-"""What capture runs the target over: training sequences of a shard of answers, in batches of like length."""
+"""What capture runs the target over: training sequences of a shard of answers, in batches of
+like length.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +22,56 @@ class CaptureRow(NamedTuple):
 
 
 class CaptureRows(NamedTuple):
-    rows: list[CaptureRow]  # shortest first: consecutive ones make batches that waste little on padding
+    # shortest first: consecutive ones make batches that waste little on padding
+    rows: list[CaptureRow]
     rejects: list[dict[str, Any]]  # sequences left out, with the reason
 
 
-def capture_rows(answers: Sequence[dict[str, Any]], chat: Chat, settings: HiddenConfig) -> CaptureRows:
-    """The training sequences of a shard of answers, cut behind the last supervised token and at `max_length`.
+def capture_rows(
+    answers: Sequence[dict[str, Any]], chat: Chat, settings: HiddenConfig
+) -> CaptureRows:
+    """The training sequences of a shard of answers, cut behind the last supervised token and at
+    `max_length`.
 
     A sequence without two supervised tokens in a row teaches nothing and is left out.
     """
     rows: list[CaptureRow] = []
     rejects: list[dict[str, Any]] = []
     for answer in answers:
-        messages, texts = parse_messages(answer["messages"]), [turn["text"] for turn in answer["turns"]]
+        messages, texts = (
+            parse_messages(answer["messages"]),
+            [turn["text"] for turn in answer["turns"]],
+        )
         turns, tools = [], parse_tools(answer.get("tools"))
         for number, turn in enumerate(answer["turns"]):
             conversation = conversation_so_far(messages, texts[:number])
-            ids = turn["token_ids"] or chat.answer_ids(turn["text"], finished=turn["finish_reason"] == "stop")
+            ids = turn["token_ids"] or chat.answer_ids(
+                turn["text"], finished=turn["finish_reason"] == "stop"
+            )
             turns.append((chat.render(conversation or [], tools), list(ids)))
         for number, sample in enumerate(build_samples(turns)):
-            input_ids, mask = sample.input_ids[: settings.max_length], sample.loss_mask[: settings.max_length]
+            input_ids, mask = (
+                sample.input_ids[: settings.max_length],
+                sample.loss_mask[: settings.max_length],
+            )
             if any(first and second for first, second in pairwise(mask)):
-                rows.append(CaptureRow(sequence_id(answer["id"], number), answer["held_out"], input_ids, mask))
+                rows.append(
+                    CaptureRow(
+                        sequence_id(answer["id"], number), answer["held_out"], input_ids, mask
+                    )
+                )
             else:
-                detail = f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
-                rejects.append({"id": answer["id"], "sequence": number, "reason": "too_little_supervised", "detail": detail})
+                detail = (
+                    f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
+                )
+                rejects.append(
+                    {
+                        "id": answer["id"],
+                        "sequence": number,
+                        "reason": "too_little_supervised",
+                        "detail": detail,
+                    }
+                )
     return CaptureRows(sorted(rows, key=in_order), rejects)
 
 

@@ -1,4 +1,6 @@
-"""A training sample as it will be captured, with the supervised tokens marked: where debugging a draft begins."""
+"""A training sample as it will be captured, with the supervised tokens marked: where debugging
+a draft begins.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ BEGIN, END = "⟦", "⟧"  # around what is supervised, where colours would be l
 
 
 def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> Iterator[Text]:
-    """The sequences that capture makes of one row of the answers; each a headline, then its tokens as text.
+    """The sequences that capture makes of one row of the answers; each a headline, then its tokens
+    as text.
 
     Raises:
         ConfigError: there is no such shard or row.
@@ -28,19 +31,31 @@ def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> It
     if record is None:
         there = ", ".join(map(str, sorted(artifact.record_shards())[:20])) or "none"
         fix = f"run `python -m deepspec answers {config.typed} --shards {shard}`"
-        raise ConfigError(f"shard {shard} of the answers is not committed; of those that are: {there}", where=artifact.url, fix=fix)
+        raise ConfigError(
+            f"shard {shard} of the answers is not committed; of those that are: {there}",
+            where=artifact.url,
+            fix=fix,
+        )
     if not 0 <= row < record.rows:
         fix = f"give --row 0 to {record.rows - 1}"
-        raise ConfigError(f"shard {shard} has {record.rows} rows, there is no row {row}", where=artifact.url, fix=fix)
+        raise ConfigError(
+            f"shard {shard} has {record.rows} rows, there is no row {row}",
+            where=artifact.url,
+            fix=fix,
+        )
     (answer,) = read_table(artifact.fetch_shard(record)).slice(row, 1).to_pylist()
     chat = load_chat(config)
     found = capture_rows([answer], chat, config.hidden)
     numbers = {sequence_id(answer["id"], number): number for number in range(len(answer["turns"]))}
-    for sample in sorted(found.rows, key=lambda sample: numbers[sample.sample_id]):  # capture wants them by length
+    # capture wants them by length
+    for sample in sorted(found.rows, key=lambda sample: numbers[sample.sample_id]):
         yield Text(_headline(answer, sample, numbers[sample.sample_id]), style="bold")
         yield _marked(sample, chat, colours=colours)
     for reject in found.rejects:
-        yield Text(f"sequence {reject['sequence']} is left out: {reject['reason']} ({reject['detail']})", style="bold red")
+        yield Text(
+            f"sequence {reject['sequence']} is left out: {reject['reason']} ({reject['detail']})",
+            style="bold red",
+        )
 
 
 def _headline(answer: dict[str, object], sample: CaptureRow, number: int) -> str:
@@ -51,10 +66,15 @@ def _headline(answer: dict[str, object], sample: CaptureRow, number: int) -> str
 
 
 def _marked(sample: CaptureRow, chat: Chat, *, colours: bool) -> Text:
-    """Runs of tokens of one kind are decoded together, so that characters of several tokens stay whole."""
+    """Runs of tokens of one kind are decoded together, so that characters of several tokens
+    stay whole.
+    """
     text, place = Text(), 0
     for supervised, run in groupby(sample.loss_mask):
         ids = sample.input_ids[place : (place := place + len(list(run)))]
         said = str(chat.tokenizer.decode(ids, skip_special_tokens=False))
-        text.append(said if colours or not supervised else f"{BEGIN}{said}{END}", style="bold green" if supervised else "dim")
+        text.append(
+            said if colours or not supervised else f"{BEGIN}{said}{END}",
+            style="bold green" if supervised else "dim",
+        )
     return text

@@ -1,8 +1,8 @@
 """The hidden stage: answers run through the target once, its hidden states written as Arrow shards.
 
-The target's next forward pass runs while the last one's states are brought to the host, encoded, hashed and written, and
-the shard before is committed. Rows are written in the order they are computed (by length, so that a batch wastes
-little), a row's shard and place being in the index.
+The target's next forward pass runs while the last one's states are brought to the host, encoded,
+hashed and written, and the shard before is committed. Rows are written in the order they are
+computed (by length, so that a batch wastes little), a row's shard and place being in the index.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def run_capture(
 ) -> Artifact:
     """Capture the missing shards (all, or of those asked for), and seal when none is missing.
 
-    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there is never sealed. Only which
-    samples there are is an `index`, which trainings without a cache need first.
+    Shards for a `rolling` training are used up by it: all of them need not fit, and what is there
+    is never sealed. Only which samples there are is an `index`, which trainings without a cache
+    need first.
     """
     stage = open_sharded(config, "hidden", shards)
     if purpose == "index":
@@ -56,9 +57,20 @@ def run_capture(
         return stage.artifact
     if stage.todo or lacks_files(config, stage.artifact):
         chat = load_chat(config)
-        target = load_target(config.target, folder=target_folder(config), device=config.resources.device, attention="fastest")
+        target = load_target(
+            config.target,
+            folder=target_folder(config),
+            device=config.resources.device,
+            attention="fastest",
+        )
         layout = prepare(config, stage, chat, target, report)
-        work_through(config, stage.artifact, stage.todo, Capture(config, stage, chat, target, layout).shard, report)
+        work_through(
+            config,
+            stage.artifact,
+            stage.todo,
+            Capture(config, stage, chat, target, layout).shard,
+            report,
+        )
 
     def finish(records: list[Record]) -> None:
         check_made_with(stage.artifact, made_with(config, stage.artifact), records)
@@ -72,8 +84,16 @@ def run_capture(
 class Capture:
     """The target, loaded once for all shards of a lane, and the way its states are stored."""
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, layout: Layout) -> None:
-        self.config, self.stage, self.chat, self.target, self.layout = config, stage, chat, target, layout
+    def __init__(
+        self, config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, layout: Layout
+    ) -> None:
+        self.config, self.stage, self.chat, self.target, self.layout = (
+            config,
+            stage,
+            chat,
+            target,
+            layout,
+        )
         self.host, self.made_with = HostCopy(target.device), made_with(config, stage.artifact)
         self.checks = StateChecks(target, config.resources)
 
@@ -81,15 +101,20 @@ class Capture:
         """Write one shard.
 
         Raises:
-            DamagedData: the states are not what they should be; the file holds what there is of them.
+            DamagedData: the states are not what they should be; the file holds what there is of
+                them.
         """
         resources = self.config.resources
         answers = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
         rows, left_out = capture_rows(answers, self.chat, self.config.hidden)
         self.checks.begin(len(rows))
         with ShardWriter(local, self.layout, work.shard, writes=resources.writes) as writer:
-            # Several samples are encoded at a time, and written in their order; the bytes that wait at either place are counted.
-            with ThreadPoolExecutor(resources.encode_threads) as encoders, Background(resources.write_buffer_mb * 1_000_000) as background:
+            # Several samples are encoded at a time, and written in their order; the bytes that wait
+            # at either place are counted.
+            with (
+                ThreadPoolExecutor(resources.encode_threads) as encoders,
+                Background(resources.write_buffer_mb * 1_000_000) as background,
+            ):
                 for row, states in self.states(rows):
                     sample = self.sample(row, states)
                     self.checks.look(row, states, sample)
@@ -99,34 +124,62 @@ class Capture:
         self.checks.settle()
         put_rejects(self.stage.artifact, work.shard, left_out)
         log.info("shard=%d the target waited %.2f s for the disk", work.shard, background.stalled_s)
-        tokens, supervised = (sum(len(row.input_ids) for row in rows), sum(sum(row.loss_mask) for row in rows))
+        tokens, supervised = (
+            sum(len(row.input_ids) for row in rows),
+            sum(sum(row.loss_mask) for row in rows),
+        )
         return Counts(
-            rows=len(rows), tokens=tokens, rejected=len(left_out), extra={"supervised": supervised}, checksum=written.checksum,
-            index_rows=written.index_rows, made_with=self.made_with,
-        )  # fmt: skip
+            rows=len(rows),
+            tokens=tokens,
+            rejected=len(left_out),
+            extra={"supervised": supervised},
+            checksum=written.checksum,
+            index_rows=written.index_rows,
+            made_with=self.made_with,
+        )
 
-    def encoding(self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool) -> Callable[[], Encoded]:
+    def encoding(
+        self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool
+    ) -> Callable[[], Encoded]:
         """The job that brings a sample to the host and encodes it."""
         ready = self.host.ready()
 
         def encode() -> Encoded:
-            context, last_hidden = (self.host.bring(stored, ready) for stored in (sample.context, sample.last_hidden))
-            return writer.encode(sample._replace(context=context, last_hidden=last_hidden), held_out=int(held_out))
+            context, last_hidden = (
+                self.host.bring(stored, ready) for stored in (sample.context, sample.last_hidden)
+            )
+            return writer.encode(
+                sample._replace(context=context, last_hidden=last_hidden), held_out=int(held_out)
+            )
 
         return encode
 
     def states(self, rows: Sequence[CaptureRow]) -> Iterator[tuple[CaptureRow, TargetOutput]]:
-        """Each row with its own states, [T, m * D] and [T, D]: packed where the attention kernel can, else in padded batches."""
+        """Each row with its own states, [T, m * D] and [T, D]: packed where the attention
+        kernel can, else in padded batches.
+        """
         for batch in token_batches(rows, self.config.resources.batch_tokens):
             if self.target.packs:
-                yield from zip(batch, self.target.forward_packed([row.input_ids for row in batch]), strict=True)
+                yield from zip(
+                    batch, self.target.forward_packed([row.input_ids for row in batch]), strict=True
+                )
                 continue
-            output = self.target.forward(pad_right([row.input_ids for row in batch], self.target.device))
+            output = self.target.forward(
+                pad_right([row.input_ids for row in batch], self.target.device)
+            )
             for index, row in enumerate(batch):
-                yield row, TargetOutput(output.context[index, : len(row.input_ids)], output.last_hidden[index, : len(row.input_ids)])
+                yield (
+                    row,
+                    TargetOutput(
+                        output.context[index, : len(row.input_ids)],
+                        output.last_hidden[index, : len(row.input_ids)],
+                    ),
+                )
 
     def sample(self, row: CaptureRow, states: TargetOutput) -> HiddenSample:
-        """The row as it will be stored, quantized where the target runs: a GPU then sends half the bytes to the host."""
+        """The row as it will be stored, quantized where the target runs: a GPU then sends half
+        the bytes to the host.
+        """
         spans = torch.from_numpy(kept_spans(row, self.config.hidden))
         last = states.last_hidden[kept_positions(spans).to(states.last_hidden.device)]
         context, last_hidden = self.layout.context, self.layout.last_hidden
@@ -134,7 +187,10 @@ class Capture:
             sample_id=row.sample_id,
             input_ids=torch.tensor(row.input_ids, dtype=torch.int32),
             loss_mask=torch.tensor(row.loss_mask, dtype=torch.uint8),
-            context=Stored(context, context.quantize(states.context.bfloat16().unflatten(1, (context.num_layers, -1)))),
+            context=Stored(
+                context,
+                context.quantize(states.context.bfloat16().unflatten(1, (context.num_layers, -1))),
+            ),
             last_hidden=Stored(last_hidden, last_hidden.quantize(last.bfloat16()[:, None])),
             last_spans=spans,
         )
@@ -147,8 +203,8 @@ def _write(writer: ShardWriter, encoded: Future[Encoded]) -> None:
 class HostCopy:
     """Brings captured tensors to the host beside the target's forward passes.
 
-    On a GPU the copy has a stream of its own, which waits for the states and not for what was started after them, and
-    pinned memory, which PyTorch keeps and uses again.
+    On a GPU the copy has a stream of its own, which waits for the states and not for what was
+    started after them, and pinned memory, which PyTorch keeps and uses again.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -165,7 +221,10 @@ class HostCopy:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(ready)
             parts = tuple(
-                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in stored.parts
+                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
+                    part, non_blocking=True
+                )
+                for part in stored.parts
             )
         self.stream.synchronize()
         return stored._replace(parts=parts)

@@ -1,6 +1,7 @@
 """Where training blocks start and what they predict.
 
-The samples of a batch lie one behind the other in one packed row: T tokens in all, S samples, K anchors, g block size.
+The samples of a batch lie one behind the other in one packed row: T tokens in all, S samples, K
+anchors, g block size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Samples(NamedTuple):
         return cls(ends - lengths, ends)
 
     def holding(self, places: Tensor) -> Samples:
-        """The bounds of the sample that each of these places [N] is in; fill behind the last sample counts to it."""
+        """The bounds of the sample that each of these places [N] is in; fill behind the last
+        sample counts to it.
+        """
         numbers = torch.searchsorted(self.ends, places, right=True).clamp(max=len(self.ends) - 1)
         return Samples(self.starts[numbers], self.ends[numbers])
 
@@ -34,7 +37,8 @@ class BlockPlan(NamedTuple):
     """Everything about a batch's blocks that needs no forward pass; one block per anchor."""
 
     anchors: Tensor  # [K] long, where in the row each is, ascending
-    samples: Samples  # [K] of the sample that it belongs to; all zero for fill, of which nothing counts
+    # [K] of the sample that it belongs to; all zero for fill, of which nothing counts
+    samples: Samples
     positions: Tensor  # [T] long, of every token within its own sample
     anchor_tokens: Tensor  # [K] long
     labels: Tensor  # [K, g] long, what slot j of a block predicts: the token at its anchor + 1 + j
@@ -48,20 +52,29 @@ class BlockPlan(NamedTuple):
 
     @property
     def places(self) -> Tensor:
-        """Where in the row the position before each counted slot's label is [N]: the anchor's for slot 0."""
+        """Where in the row the position before each counted slot's label is [N]: the anchor's
+        for slot 0.
+        """
         blocks, slots = self.counted.nonzero(as_tuple=True)
         return self.anchors[blocks] + slots
 
 
 def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Places [T] that may be anchors: they and the token after them belong to an answer of one sample (mask [T] bool)."""
+    """Places [T] that may be anchors: they and the token after them belong to an answer of one
+    sample (mask [T] bool).
+    """
     pairs = F.pad(loss_mask[:-1] & loss_mask[1:], (0, 1))
-    pairs[lengths.cumsum(0) - 1] = False  # a sample's last token: the one after it is another sample's
+    # a sample's last token: the one after it is another sample's
+    pairs[lengths.cumsum(0) - 1] = False
     return pairs
 
 
-def sample_anchors(loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]) -> Tensor:
-    """Up to `num_anchors` anchors [K] per sample, uniformly without replacement, ascending; sample s draws from seeds[s] alone."""
+def sample_anchors(
+    loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]
+) -> Tensor:
+    """Up to `num_anchors` anchors [K] per sample, uniformly without replacement, ascending;
+    sample s draws from seeds[s] alone.
+    """
     drawn, sizes = [], lengths.tolist()
     candidates = anchor_candidates(loss_mask, lengths).cpu()[: sum(sizes)].split(sizes)
     start = 0
@@ -75,15 +88,24 @@ def sample_anchors(loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seed
 
 
 def positions_within(lengths: Tensor, num_tokens: int) -> Tensor:
-    """The position [T] of every token within its own sample; fill goes on counting behind the last one."""
+    """The position [T] of every token within its own sample; fill goes on counting behind the
+    last one.
+    """
     places = torch.arange(num_tokens, device=lengths.device)
     return places - Samples.of(lengths).holding(places).starts
 
 
 def plan_blocks(
-    input_ids: Tensor, loss_mask: Tensor, lengths: Tensor, *, anchors: Tensor, block_size: int, decay: float | None
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    lengths: Tensor,
+    *,
+    anchors: Tensor,
+    block_size: int,
+    decay: float | None,
 ) -> BlockPlan:
-    """What each slot predicts, and which count: inside the sample, in an answer, and all slots before it count.
+    """What each slot predicts, and which count: inside the sample, in an answer, and all slots
+    before it count.
 
     Slot j weighs exp(-j / decay), or 1 where `decay` is None.
     """
@@ -94,11 +116,15 @@ def plan_blocks(
     counted = (loss_mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
     weights = counted.float() if decay is None else counted * torch.exp(-slots / decay)
     positions = positions_within(lengths, len(input_ids))
-    return BlockPlan(anchors, samples, positions, input_ids[anchors], input_ids[places], counted, weights)
+    return BlockPlan(
+        anchors, samples, positions, input_ids[anchors], input_ids[places], counted, weights
+    )
 
 
 def filled(plan: BlockPlan, multiple: int) -> BlockPlan:
-    """The plan with blocks that count nothing behind the others, up to a multiple of so many: shapes then repeat."""
+    """The plan with blocks that count nothing behind the others, up to a multiple of so many:
+    shapes then repeat.
+    """
     room = -len(plan.anchors) % multiple
     if room == 0:
         return plan

@@ -1,8 +1,10 @@
-"""Attention of training: each query sees a run of its own sample's tokens, and the other slots of its own block.
+"""Attention of training: each query sees a run of its own sample's tokens, and the other slots of
+its own block.
 
-All samples of a batch lie in one packed row; what separates them is where a query's run starts. Compiled flex attention
-where it works, with tiles that no query sees left out; elsewhere plain PyTorch, sample by sample.
-T tokens, K blocks, g block size, n = K * g queries, c keys and values per query of its own, H heads, G key-value heads, E head size.
+All samples of a batch lie in one packed row; what separates them is where a query's run starts.
+Compiled flex attention where it works, with tiles that no query sees left out; elsewhere plain
+PyTorch, sample by sample. T tokens, K blocks, g block size, n = K * g queries, c keys and values
+per query of its own, H heads, G key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ TILE = 128  # queries and keys that flex attention works on at a time
 
 
 class Sight(NamedTuple):
-    """What the queries of each block see of the row's tokens, besides their own block: `first` up to before `last`."""
+    """What the queries of each block see of the row's tokens, besides their own block: `first`
+    up to before `last`.
+    """
 
     first: Tensor  # [K] long, where the block's sample starts
     last: Tensor  # [K] long
@@ -28,19 +32,23 @@ class Sight(NamedTuple):
     path: Literal["flex", "dense"]
 
 
-def attend(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float) -> Tensor:
+def attend(
+    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float
+) -> Tensor:
     """Attention output [1, n, H * E] of queries [1, n, H, E].
 
     Args:
         queries: of all blocks, one behind the other.
         context: keys and values of the row's tokens.
-        own: keys and values of the slots themselves (n each): those of its own block are seen, of each entry.
+        own: keys and values of the slots themselves (n each): those of its own block are seen, of
+            each entry.
         sight: what a query sees of `context`.
         scale: factor on the scores.
     """
     if sight.path == "flex":
         return flex(queries, context, own, sight, scale=scale)
-    with torch.autocast(queries.device.type, enabled=False):  # scores are as exact as the rotated queries and keys
+    # scores are as exact as the rotated queries and keys
+    with torch.autocast(queries.device.type, enabled=False):
         return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, sight)
 
 
@@ -63,23 +71,33 @@ class SampleSight(NamedTuple):
 
 def by_sample(sight: Sight) -> list[SampleSight]:
     """The samples that have blocks."""
-    firsts, counts = (values.tolist() for values in torch.unique_consecutive(sight.first, return_counts=True))
+    firsts, counts = (
+        values.tolist() for values in torch.unique_consecutive(sight.first, return_counts=True)
+    )
     samples: list[SampleSight] = []
     for first, last in zip(firsts, sight.last.split(counts), strict=True):
-        start = max(first, samples[-1].end if samples else 0)  # fill stands behind the samples and says 0
+        # fill stands behind the samples and says 0
+        start = max(first, samples[-1].end if samples else 0)
         samples.append(SampleSight(start, max(start, int(last.max())), last))
     return samples
 
 
-def sample_by_sample(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight) -> Tensor:
+def sample_by_sample(
+    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight
+) -> Tensor:
     """[1, n, H * E], sample by sample; `queries` [H, n, E] are scaled.
 
-    Tensors are split once for all samples: the gradient of a slice would be a tensor as large as all of them together.
+    Tensors are split once for all samples: the gradient of a slice would be a tensor as large as
+    all of them together.
     """
     samples, size = by_sample(sight), sight.block_size
     num_slots = [len(sample.last) * size for sample in samples]
     ends = [0, *(sample.end for sample in samples)]
-    runs = [length for end, sample in zip(ends, samples, strict=False) for length in (sample.start - end, sample.num_tokens)]
+    runs = [
+        length
+        for end, sample in zip(ends, samples, strict=False)
+        for length in (sample.start - end, sample.num_tokens)
+    ]
     runs.append(context[0].shape[2] - ends[-1])
 
     def of_tokens(x: Tensor) -> tuple[Tensor, ...]:
@@ -89,22 +107,41 @@ def sample_by_sample(queries: Tensor, context: KeysValues, own: Sequence[KeysVal
         return x[0].to(queries.dtype).split(num_slots, 1)
 
     keys, values = (of_tokens(x) for x in context)
-    of_own = [tuple(zip(of_slots(own_keys), of_slots(own_values), strict=True)) for own_keys, own_values in own]
+    of_own = [
+        tuple(zip(of_slots(own_keys), of_slots(own_values), strict=True))
+        for own_keys, own_values in own
+    ]
     parts = [
-        _attend_sample(slots, (keys[number], values[number]), [pairs[number] for pairs in of_own], samples[number].unseen(size), size)
+        _attend_sample(
+            slots,
+            (keys[number], values[number]),
+            [pairs[number] for pairs in of_own],
+            samples[number].unseen(size),
+            size,
+        )
         for number, slots in enumerate(queries.split(num_slots, 1))
     ]
     return torch.cat(parts, 1).transpose(0, 1).flatten(1)[None]
 
 
-def _attend_sample(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], unseen: Tensor, size: int) -> Tensor:
-    """[H, n, E] of one sample's queries [H, n, E] over its run of tokens [G, t, E] twice and its slots [G, n, E] twice each."""
+def _attend_sample(
+    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], unseen: Tensor, size: int
+) -> Tensor:
+    """[H, n, E] of one sample's queries [H, n, E] over its run of tokens [G, t, E] twice and
+    its slots [G, n, E] twice each.
+    """
     keys, values = context
     num_groups, num_tokens, _ = keys.shape
     grouped = queries.unflatten(0, (num_groups, -1))  # heads that share keys are further queries
     by_block = grouped.unflatten(2, (-1, size))
-    scores = (grouped.flatten(1, 2) @ keys.transpose(1, 2)).view(*grouped.shape[:3], num_tokens).masked_fill(unseen, -torch.inf)
-    own_scores = [(by_block @ _blocks(own_keys, size).transpose(-1, -2)).flatten(2, 3) for own_keys, _ in own]
+    scores = (
+        (grouped.flatten(1, 2) @ keys.transpose(1, 2))
+        .view(*grouped.shape[:3], num_tokens)
+        .masked_fill(unseen, -torch.inf)
+    )
+    own_scores = [
+        (by_block @ _blocks(own_keys, size).transpose(-1, -2)).flatten(2, 3) for own_keys, _ in own
+    ]
     weights = torch.cat([scores, *own_scores], -1).softmax(-1)
     of_tokens, *of_own = weights.split([num_tokens, *[size] * len(own)], -1)
     out = (of_tokens.flatten(1, 2) @ values).view(grouped.shape)
@@ -118,24 +155,37 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size))[:, None]
 
 
-def flex(queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float) -> Tensor:
+def flex(
+    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float
+) -> Tensor:
     """The same by flex attention."""
     device = queries.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
-    keys, values = (torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1))
+    keys, values = (
+        torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
+    )
     # Autocast does not know flex attention, and rotated queries come in the tables' float32.
     mask = tiles(sight, num_tokens=context[0].shape[2], copies=len(own))
     kernel: Any = _compiled() if queries.is_cuda else flex_attention
     shares = queries.shape[2] != keys.shape[1]
-    out = kernel(queries.transpose(1, 2).to(dtype), keys, values, block_mask=mask, scale=scale, enable_gqa=shares)
+    out = kernel(
+        queries.transpose(1, 2).to(dtype),
+        keys,
+        values,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=shares,
+    )
     return cast("Tensor", out).transpose(1, 2).flatten(2)
 
 
 def tiles(sight: Sight, *, num_tokens: int, copies: int) -> BlockMask:
-    """The tiles of 128 queries x 128 keys in which something is seen, worked out without looking at single keys.
+    """The tiles of 128 queries x 128 keys in which something is seen, worked out without looking at
+    single keys.
 
-    Keys are the row's tokens, then `copies` times the slots. Asking of every key whether it is seen, as PyTorch's own
-    helper does, would take a gigabyte for 8,192 tokens with 512 anchors a sample.
+    Keys are the row's tokens, then `copies` times the slots. Asking of every key whether it is
+    seen, as PyTorch's own helper does, would take a gigabyte for 8,192 tokens with 512 anchors a
+    sample.
     """
     first, last, size = sight.first, sight.last, sight.block_size
     num_queries, device = len(first) * size, first.device
@@ -146,32 +196,50 @@ def tiles(sight: Sight, *, num_tokens: int, copies: int) -> BlockMask:
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // size
         in_own = (key >= width) & ((key - width) % period // size == block)
-        return ((key >= first[block]) & (key < last[block])) | in_own  # `last` lies within the tokens
+        # `last` lies within the tokens
+        return ((key >= first[block]) & (key < last[block])) | in_own
 
     low = torch.arange(0, num_keys, TILE, device=device)
     rows = torch.arange(0, num_queries, TILE, device=device)
     bounds = torch.stack([first, last]).repeat_interleave(size, 1)
-    bounds = torch.cat([bounds, bounds[:, -1:].expand(-1, -num_queries % TILE)], 1).view(2, len(rows), TILE)
+    bounds = torch.cat([bounds, bounds[:, -1:].expand(-1, -num_queries % TILE)], 1).view(
+        2, len(rows), TILE
+    )
     (first_min, last_min), (first_max, last_max) = bounds.amin(-1), bounds.amax(-1)
     some = (low < last_max[:, None]) & (low + TILE > first_min[:, None])
     whole = (low >= first_max[:, None]) & (low + TILE <= last_min[:, None])
-    slots = rows // size * size, (rows + TILE + size - 1) // size * size  # of all blocks that the tile has a query of
+    # of all blocks that the tile has a query of
+    slots = rows // size * size, (rows + TILE + size - 1) // size * size
     for copy in range(copies):
-        start, end = (num_tokens + copy * num_queries + bound.clamp(max=num_queries)[:, None] for bound in slots)
+        start, end = (
+            num_tokens + copy * num_queries + bound.clamp(max=num_queries)[:, None]
+            for bound in slots
+        )
         some |= (low < end) & (low + TILE > start)
-    (counts, order), (whole_counts, whole_order) = (_listed(chosen) for chosen in (some & ~whole, whole))
+    (counts, order), (whole_counts, whole_order) = (
+        _listed(chosen) for chosen in (some & ~whole, whole)
+    )
     return BlockMask.from_kv_blocks(
-        counts, order, whole_counts, whole_order, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(num_queries, num_keys)
+        counts,
+        order,
+        whole_counts,
+        whole_order,
+        BLOCK_SIZE=TILE,
+        mask_mod=sees,
+        seq_lengths=(num_queries, num_keys),
     )
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of a row's tiles are chosen, and their numbers in front of the others'; [1, 1, rows] and [1, 1, rows, tiles]."""
+    """How many of a row's tiles are chosen, and their numbers in front of the others'; [1, 1,
+    rows] and [1, 1, rows, tiles].
+    """
     order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None]
 
 
 @lru_cache
 def _compiled() -> Callable[..., Tensor]:
-    # Not compiled, flex attention computes dense scores and saves nothing (trap D10). Lengths differ from batch to batch.
+    # Not compiled, flex attention computes dense scores and saves nothing (trap D10). Lengths
+    # differ from batch to batch.
     return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))

@@ -1,4 +1,6 @@
-"""Which attention training takes: compiled flex attention where it works, found out by a small pass, else plain PyTorch."""
+"""Which attention training takes: compiled flex attention where it works, found out by a small
+pass, else plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,25 @@ PROBE_TOKENS, PROBE_BLOCK = 128, 8
 
 
 def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
-    """Which attention training takes on this device, for the dtype it computes in; probed and logged once."""
+    """Which attention training takes on this device, for the dtype it computes in; probed and
+    logged once.
+    """
     device = weight.device
     if device.type != "cuda":
         return _dense(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+    dtype = (
+        torch.get_autocast_dtype(device.type)
+        if torch.is_autocast_enabled(device.type)
+        else weight.dtype
+    )
     return _choose(device.type, dtype, heads)
 
 
 @lru_cache
 def _dense(device: str) -> Literal["dense"]:
-    log.info("training attention=dense device=%s (flex attention has no backward pass there)", device)
+    log.info(
+        "training attention=dense device=%s (flex attention has no backward pass there)", device
+    )
     return "dense"
 
 
@@ -39,24 +49,39 @@ def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["fl
         probe(device, dtype, heads)
     except _kernel_errors() as error:
         reason = str(error).strip().partition("\n")[0]
-        log.warning("training attention=dense device=cuda FALLBACK: compiled flex attention fails here, memory grows: %s", reason)
+        log.warning(
+            "training attention=dense device=cuda FALLBACK: compiled flex attention fails here, memory grows: %s",
+            reason,
+        )
         return "dense"
-    log.info("training attention=flex (compiled) device=cuda dtype=%s head_dim=%d", dtype, heads.head_dim)
+    log.info(
+        "training attention=flex (compiled) device=cuda dtype=%s head_dim=%d", dtype, heads.head_dim
+    )
     return "flex"
 
 
 def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
-    """One small forward and backward pass of flex attention; raises what its compiler or its kernel raises."""
+    """One small forward and backward pass of flex attention; raises what its compiler or its
+    kernel raises.
+    """
     starts = torch.zeros(2, dtype=torch.long, device=device)
     sight = Sight(starts, starts + torch.tensor([3, 60], device=device), PROBE_BLOCK, "flex")
-    shapes = ((2 * PROBE_BLOCK, heads.num_heads), *[(heads.num_kv_heads, length) for length in (PROBE_TOKENS, 2 * PROBE_BLOCK)])
+    shapes = (
+        (2 * PROBE_BLOCK, heads.num_heads),
+        *[(heads.num_kv_heads, length) for length in (PROBE_TOKENS, 2 * PROBE_BLOCK)],
+    )
     with torch.enable_grad():
-        queries, context, own = (torch.ones(1, *shape, heads.head_dim, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+        queries, context, own = (
+            torch.ones(1, *shape, heads.head_dim, device=device, dtype=dtype, requires_grad=True)
+            for shape in shapes
+        )
         flex(queries, (context, context), [(own, own)], sight, scale=1.0).sum().backward()
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What a kernel that does not fit the device raises: torch's compiler a RuntimeError, Triton an error of its own."""
+    """What a kernel that does not fit the device raises: torch's compiler a RuntimeError,
+    Triton an error of its own.
+    """
     try:
         triton = importlib.import_module("triton.runtime.errors")
     except ImportError:

@@ -1,6 +1,8 @@
-"""Block drafters: DFlash is the backbone alone, DSpark the same with a Markov and a confidence head.
+"""Block drafters: DFlash is the backbone alone, DSpark the same with a Markov and a confidence
+head.
 
-B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov rank, E head dimension.
+B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov
+rank, E head dimension.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS, Execution
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import DecoderLayer, Layers, RMSNorm, RotaryTable, embedding_scale, softcap
+from deepspec.model.layers import (
+    DecoderLayer,
+    Layers,
+    RMSNorm,
+    RotaryTable,
+    embedding_scale,
+    softcap,
+)
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
@@ -39,11 +48,19 @@ class BlockDraft(nn.Module):
         self.hidden_norm = RMSNorm(size, spec.rms_norm_eps)
         self.layers = Layers(DecoderLayer(spec, input_size=size) for _ in range(spec.num_layers))
         self.norm = RMSNorm(size, spec.rms_norm_eps)
-        self.markov_head = MarkovHead(spec.markov, vocab_size=spec.vocab_size, hidden_size=size) if spec.markov else None
+        self.markov_head = (
+            MarkovHead(spec.markov, vocab_size=spec.vocab_size, hidden_size=size)
+            if spec.markov
+            else None
+        )
         self.confidence_head = ConfidenceHead(spec) if spec.confidence else None
         self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
         self.detach_confidence = spec.confidence is not None and spec.confidence.detach
-        self.configure_loss(LossConfig() if spec.algorithm == "dspark" else LossConfig(ce=1.0, tv=0.0, confidence=0.0))
+        self.configure_loss(
+            LossConfig()
+            if spec.algorithm == "dspark"
+            else LossConfig(ce=1.0, tv=0.0, confidence=0.0)
+        )
         for frozen in (self.embed_tokens, self.lm_head):
             frozen.weight.requires_grad = False
 
@@ -58,7 +75,11 @@ class BlockDraft(nn.Module):
     @property
     def loss_weights(self) -> dict[str, float]:
         settings = self.loss_settings
-        weights = {"ce": settings.ce, "tv": settings.tv, "confidence": settings.confidence if self.confidence_head else 0.0}
+        weights = {
+            "ce": settings.ce,
+            "tv": settings.tv,
+            "confidence": settings.confidence if self.confidence_head else 0.0,
+        }
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def configure_loss(self, settings: LossConfig) -> None:
@@ -68,13 +89,24 @@ class BlockDraft(nn.Module):
 
     def plan(self, batch: TrainBatch) -> BlockPlan:
         """Draw the anchors of each sample from its seed, and what their blocks predict."""
-        drawn = sample_anchors(batch.loss_mask, batch.lengths, num_anchors=self.spec.num_anchors, seeds=batch.seeds)
+        drawn = sample_anchors(
+            batch.loss_mask, batch.lengths, num_anchors=self.spec.num_anchors, seeds=batch.seeds
+        )
         return self.plan_for(batch, drawn)
 
     def plan_for(self, batch: TrainBatch, anchors: Tensor) -> BlockPlan:
-        """The plan for anchors that are already chosen: their places [K] in the packed row, ascending."""
+        """The plan for anchors that are already chosen: their places [K] in the packed row,
+        ascending.
+        """
         ids, mask, lengths = batch.input_ids, batch.loss_mask, batch.lengths
-        plan = plan_blocks(ids, mask, lengths, anchors=anchors, block_size=self.block_size, decay=self.loss_settings.decay)
+        plan = plan_blocks(
+            ids,
+            mask,
+            lengths,
+            anchors=anchors,
+            block_size=self.block_size,
+            decay=self.loss_settings.decay,
+        )
         return filled(plan, FILL_BLOCKS) if self.execution.compile else plan
 
     def denominators(self, plan: BlockPlan) -> dict[str, Tensor]:
@@ -88,7 +120,10 @@ class BlockDraft(nn.Module):
         features = previous = None
         if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(plan.previous)
-            features, previous = self.markov_head.features(states, embedded)[counted], embedded[counted]
+            features, previous = (
+                self.markov_head.features(states, embedded)[counted],
+                embedded[counted],
+            )
         slots = Slots(
             states=states[counted],
             features=features,
@@ -113,8 +148,12 @@ class BlockDraft(nn.Module):
         table = self.rotary(len(context) + size, device=weight.device, dtype=weight.dtype)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
-        sight = Sight(first, plan.anchors, size, training_path(weight, self.spec.heads))  # the anchor's own state is not known yet
-        fused, x = self._fuse(context[None]), self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None]
+        # the anchor's own state is not known yet
+        sight = Sight(first, plan.anchors, size, training_path(weight, self.spec.heads))
+        fused, x = (
+            self._fuse(context[None]),
+            self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None],
+        )
         for layer in self.layers:
             x = self.execution.layer(layer.over_blocks, x, fused, rotations, sight, self.execution)
         return self.norm(x)[0].unflatten(0, (-1, size))
@@ -125,9 +164,15 @@ class BlockDraft(nn.Module):
 
     def _embed_blocks(self, anchor_tokens: Tensor) -> Tensor:
         """Inputs [..., g, D] of blocks: the anchor's embedding, then the mask token's."""
-        ids = F.pad(anchor_tokens[..., None], (0, self.block_size - 1), value=self.spec.mask_token_id)
+        ids = F.pad(
+            anchor_tokens[..., None], (0, self.block_size - 1), value=self.spec.mask_token_id
+        )
         embedded = self.embed_tokens(ids)
-        return embedded * embedding_scale(self.spec.hidden_size, embedded.dtype) if self.spec.family.scaled_embeddings else embedded
+        return (
+            embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
+            if self.spec.family.scaled_embeddings
+            else embedded
+        )
 
     def vocabulary(self) -> Vocabulary:
         w2 = self.markov_head.markov_w2.weight if self.markov_head is not None else None
@@ -136,14 +181,20 @@ class BlockDraft(nn.Module):
     # Decoding
 
     def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype and device."""
+        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype
+        and device.
+        """
         room = capacity + self.block_size
         table = self.rotary(room, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
         return DraftCache([LayerCache(rows, room) for _ in self.layers], [0] * rows, table)
 
     @torch.no_grad()  # a graph through the cache would grow from round to round
-    def accept(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append the fused features of the first counts[b] positions of `context` [B, n, m * D] to row b."""
+    def accept(
+        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Append the fused features of the first counts[b] positions of `context` [B, n, m * D]
+        to row b.
+        """
         longest = max(counts)
         if longest == 0:
             return
@@ -151,23 +202,40 @@ class BlockDraft(nn.Module):
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             keys, values = layer.self_attn.keys_values(fused, rotation)
             stored.write(keys, values, cache.lengths)
-        cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
+        cache.lengths = [
+            length + count for length, count in zip(cache.lengths, counts, strict=True)
+        ]
 
     prefill = accept
 
     @torch.no_grad()
-    def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
-        """One backbone pass, then tokens left to right; `anchor` [B] long, `uniforms` [B, g] unless greedy."""
-        rotation, mask, x = cache.rotation(self.block_size), cache.mask(self.block_size), self._embed_blocks(anchor)
+    def propose(
+        self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Proposal:
+        """One backbone pass, then tokens left to right; `anchor` [B] long, `uniforms` [B, g]
+        unless greedy.
+        """
+        rotation, mask, x = (
+            cache.rotation(self.block_size),
+            cache.mask(self.block_size),
+            self._embed_blocks(anchor),
+        )
         for layer, stored in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, rotation, stored, cache.lengths, mask)  # what it writes is overwritten by the next accept
+            # what it writes is overwritten by the next accept
+            x = layer(x, rotation, stored, cache.lengths, mask)
         states = self.norm(x)
         logits = softcap(self.lm_head(states), self.spec.logit_softcap)
         drawn = None if uniforms is None or sampling.temperature == 0 else uniforms
         if self.markov_head is not None:
-            tokens, probs, previous = sample_block(self.markov_head, states, logits, anchor=anchor, sampling=sampling, uniforms=drawn)
+            tokens, probs, previous = sample_block(
+                self.markov_head, states, logits, anchor=anchor, sampling=sampling, uniforms=drawn
+            )
         else:  # no slot waits for another
             probs, previous = None if drawn is None else distribution(logits, sampling), None
             tokens = logits.argmax(-1) if probs is None or drawn is None else draw(probs, drawn)
-        confidence = self.confidence_head(states, previous).float().sigmoid() if self.confidence_head is not None else None
+        confidence = (
+            self.confidence_head(states, previous).float().sigmoid()
+            if self.confidence_head is not None
+            else None
+        )
         return Proposal(tokens, probs, confidence)

@@ -1,4 +1,6 @@
-"""Drafts on disk: config.json and model.safetensors under the published names, and fresh drafts from a seed."""
+"""Drafts on disk: config.json and model.safetensors under the published names, and fresh drafts
+from a seed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def empty_draft(spec: DraftSpec) -> Draft:
 
 
 def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Draft:
-    """A fresh float32 draft: own weights follow from `seed` alone, embedding and lm_head [V, D] are frozen copies.
+    """A fresh float32 draft: own weights follow from `seed` alone, embedding and lm_head [V, D] are
+    frozen copies.
 
     Raises:
         ConfigError: embedding or lm_head is not of the target's shape.
@@ -34,7 +37,11 @@ def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -
     for name, tensor in (("embedding", embed), ("lm_head", lm_head)):
         if tuple(tensor.shape) != shape:
             what = f"the {name} is {list(tensor.shape)}, the target's config says {list(shape)}"
-            raise ConfigError(what, where="target", fix="give the tensors of the target that the config belongs to")
+            raise ConfigError(
+                what,
+                where="target",
+                fix="give the tensors of the target that the config belongs to",
+            )
     draft = empty_draft(spec).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,15 +72,20 @@ def save_draft(draft: Draft, folder: Path) -> None:
     partial.replace(folder / "model.safetensors")
     dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(draft.spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    partial.write_text(
+        json.dumps(draft.spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n"
+    )
     partial.replace(folder / "config.json")
 
 
-def load_draft(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Draft:
+def load_draft(
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Draft:
     """The draft in `folder`, every tensor accounted for, in evaluation mode.
 
     Raises:
-        ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another shape (all named).
+        ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another
+            shape (all named).
         ConfigError: a config that describes no draft known here.
     """
     draft, weights = empty_draft(read_spec(Path(folder))), Path(folder) / "model.safetensors"
@@ -95,7 +107,9 @@ def read_spec(folder: Path) -> DraftSpec:
     return DraftSpec.from_config(json.loads(config.read_text(encoding="utf-8")))
 
 
-def load_tensors(draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> None:
+def load_tensors(
+    draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str
+) -> None:
     """Give the draft these tensors, cast to `dtype`.
 
     Raises:
@@ -105,10 +119,19 @@ def load_tensors(draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.d
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted]
-    problems += [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if found.get(name, shape) != shape]
+    problems += [
+        f"{name} is {found[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
     if problems:
         fix = "give the config.json that was saved with these weights"
-        raise ArtifactMismatch("weights and config do not fit: " + "; ".join(problems), where=where, fix=fix)
-    draft.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
-    for name, parameter in draft.named_parameters():  # assigning brings the tensors' own flags along
+        raise ArtifactMismatch(
+            "weights and config do not fit: " + "; ".join(problems), where=where, fix=fix
+        )
+    draft.load_state_dict(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True
+    )
+    # assigning brings the tensors' own flags along
+    for name, parameter in draft.named_parameters():
         parameter.requires_grad = not name.startswith(("embed_tokens.", "lm_head."))

@@ -1,11 +1,14 @@
-"""The losses over the vocabulary without its logits: lm_head, Markov bias and all terms in chunks of a few slots.
+"""The losses over the vocabulary without its logits: lm_head, Markov bias and all terms in chunks
+of a few slots.
 
-A chunk's logits live while it is worked on; their gradient is formed in the same pass, from the coefficients that the
-terms will have in the sum. Nothing of size slots x vocabulary is kept, and the target's distribution is computed once for
-every position, not once for every slot that looks at it. All probabilities are float32.
+A chunk's logits live while it is worked on; their gradient is formed in the same pass, from the
+coefficients that the terms will have in the sum. Nothing of size slots x vocabulary is kept, and
+the target's distribution is computed once for every position, not once for every slot that looks at
+it. All probabilities are float32.
 
-With p the draft's and q the target's distribution of a slot, d = p - q, s = sign(d), and one-hot label y, the gradients
-by the slot's logits are: cross-entropy p - y; soft cross-entropy d; total variation p (s - <p, s>).
+With p the draft's and q the target's distribution of a slot, d = p - q, s = sign(d), and one-hot
+label y, the gradients by the slot's logits are: cross-entropy p - y; soft cross-entropy d; total
+variation p (s - <p, s>).
 
 N slots, U target positions, D hidden size, V vocabulary, r Markov rank.
 """
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from deepspec.model.layers import softcap
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}  # logits in memory at a time: 16 or 128 MB of float32, three times
+# logits in memory at a time: 16 or 128 MB of float32, three times
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 MIN_CHUNK = 16  # slots, below which a matrix product is no longer worth its name
 
 
@@ -34,11 +38,17 @@ class Vocabulary(NamedTuple):
     def draft_logits(self, states: Tensor, features: Tensor | None) -> Tensor:
         """Raw float32 logits [N, V] of normed draft states [N, D] and Markov features [N, r]."""
         logits = softcap(F.linear(states, self.lm_head), self.softcap).float()
-        return logits if self.markov_w2 is None or features is None else logits + F.linear(features, self.markov_w2)
+        return (
+            logits
+            if self.markov_w2 is None or features is None
+            else logits + F.linear(features, self.markov_w2)
+        )
 
     def target_logits(self, states: Tensor) -> Tensor:
         """Raw float32 logits [N, V] of the target's final states [N, D]; carries no gradient."""
-        return softcap(F.linear(states.detach().to(self.lm_head.dtype), self.lm_head.detach()), self.softcap).float()
+        return softcap(
+            F.linear(states.detach().to(self.lm_head.dtype), self.lm_head.detach()), self.softcap
+        ).float()
 
 
 class Targets(NamedTuple):
@@ -73,9 +83,17 @@ class Scores(NamedTuple):
 
 
 def score(
-    states: Tensor, features: Tensor | None, vocabulary: Vocabulary, targets: Targets, *, labels: Tensor | None, coefficients: Coefficients
+    states: Tensor,
+    features: Tensor | None,
+    vocabulary: Vocabulary,
+    targets: Targets,
+    *,
+    labels: Tensor | None,
+    coefficients: Coefficients,
 ) -> Scores:
-    """Score the draft's normed states [N, D], with Markov features [N, r], against labels [N] and the target."""
+    """Score the draft's normed states [N, D], with Markov features [N, r], against labels [N]
+    and the target.
+    """
     w2 = vocabulary.markov_w2 if features is not None else None
     order = targets.of_slot.argsort(stable=True)  # slots of one position side by side
     work = _Work(vocabulary.softcap, targets.states, targets.of_slot, labels, coefficients, order)
@@ -93,11 +111,26 @@ class _Work(NamedTuple):
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, lm_head: Tensor, work: _Work) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        features: Tensor | None,
+        w2: Tensor | None,
+        lm_head: Tensor,
+        work: _Work,
+    ) -> tuple[Tensor, ...]:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         with torch.autocast(kind, enabled=False):
-            chunks = _Chunks(states, features, w2, lm_head, work, dtype=dtype, needs_gradient=any(ctx.needs_input_grad[:3]))
+            chunks = _Chunks(
+                states,
+                features,
+                w2,
+                lm_head,
+                work,
+                dtype=dtype,
+                needs_gradient=any(ctx.needs_input_grad[:3]),
+            )
             rows = max(MIN_CHUNK, CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"]) // len(lm_head))
             for first in range(0, len(states), rows):
                 chunks.add(work.order[first : first + rows])
@@ -108,7 +141,10 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [None if part is None else part * gradients[0].to(part.dtype) for part in ctx.saved_tensors]
+        saved = [
+            None if part is None else part * gradients[0].to(part.dtype)
+            for part in ctx.saved_tensors
+        ]
         return (*saved, None, None)
 
 
@@ -116,21 +152,39 @@ class _Chunks:
     """What is gathered chunk by chunk: the terms of each slot, and the gradient of their sum."""
 
     def __init__(  # noqa: PLR0913 - the inputs of the autograd function, as they are
-        self, states: Tensor, features: Tensor | None, w2: Tensor | None, lm_head: Tensor, work: _Work,
-        *, dtype: torch.dtype, needs_gradient: bool,
-    ) -> None:  # fmt: skip
+        self,
+        states: Tensor,
+        features: Tensor | None,
+        w2: Tensor | None,
+        lm_head: Tensor,
+        work: _Work,
+        *,
+        dtype: torch.dtype,
+        needs_gradient: bool,
+    ) -> None:
         self.states, self.features, self.work, self.dtype = states, features, work, dtype
         self.lm_head = lm_head.to(dtype)
         self.w2 = None if w2 is None else w2.to(dtype)
-        self.cross_entropy, self.soft, self.distance, self.hits = states.new_zeros(4, len(states), dtype=torch.float32).unbind(0)
+        self.cross_entropy, self.soft, self.distance, self.hits = states.new_zeros(
+            4, len(states), dtype=torch.float32
+        ).unbind(0)
         self.to_states = torch.zeros_like(states) if needs_gradient else None
-        self.to_features = torch.zeros_like(features) if needs_gradient and features is not None else None
-        # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it anew. Autograd casts it at the end.
-        self.to_w2 = torch.zeros_like(w2, dtype=torch.float32) if needs_gradient and w2 is not None else None
+        self.to_features = (
+            torch.zeros_like(features) if needs_gradient and features is not None else None
+        )
+        # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it anew.
+        # Autograd casts it at the end.
+        self.to_w2 = (
+            torch.zeros_like(w2, dtype=torch.float32) if needs_gradient and w2 is not None else None
+        )
 
     def total(self) -> Tensor:
         found, coefficients = (self.cross_entropy, self.soft, self.distance), self.work.coefficients
-        terms = [(weight * term).sum() for weight, term in zip(coefficients, found, strict=True) if weight is not None]
+        terms = [
+            (weight * term).sum()
+            for weight, term in zip(coefficients, found, strict=True)
+            if weight is not None
+        ]
         return torch.stack(terms).sum() if terms else self.cross_entropy.new_zeros(())
 
     def add(self, slots: Tensor) -> None:
@@ -140,7 +194,9 @@ class _Chunks:
         slope = None
         if work.softcap is not None:
             base = softcap(base, work.softcap)
-            slope = 1 - (base.float() / work.softcap).square_() if self.to_states is not None else None
+            slope = (
+                1 - (base.float() / work.softcap).square_() if self.to_states is not None else None
+            )
         logits = base.float()
         del base
         if self.w2 is not None and self.features is not None:
@@ -150,16 +206,25 @@ class _Chunks:
             self._backward(slots, gradient, slope)
 
     def _target(self, slots: Tensor) -> Tensor:
-        """The target's distribution at each slot [n, V], computed once for every position among them."""
+        """The target's distribution at each slot [n, V], computed once for every position among
+        them.
+        """
         of_slot = self.work.of_slot[slots]
         first, last = int(of_slot[0]), int(of_slot[-1])
         logits = F.linear(self.work.target_states[first : last + 1].to(self.dtype), self.lm_head)
         return softcap(logits, self.work.softcap).float().softmax(-1)[of_slot - first]
 
     def _terms(self, slots: Tensor, logits: Tensor, target: Tensor) -> Tensor | None:
-        """Fill in the slots' terms; their gradient by the logits [n, V], which both inputs are used up for."""
-        work, labels = self.work, None if self.work.labels is None else self.work.labels[slots, None]
-        hard, soft, distance = (None if weight is None else weight[slots, None] for weight in work.coefficients)
+        """Fill in the slots' terms; their gradient by the logits [n, V], which both inputs are
+        used up for.
+        """
+        work, labels = (
+            self.work,
+            None if self.work.labels is None else self.work.labels[slots, None],
+        )
+        hard, soft, distance = (
+            None if weight is None else weight[slots, None] for weight in work.coefficients
+        )
         log_sum = logits.logsumexp(-1, keepdim=True)
         if labels is not None:
             self.cross_entropy[slots] = (log_sum - logits.gather(-1, labels))[:, 0]
@@ -185,7 +250,12 @@ class _Chunks:
         return gradient
 
     def _backward(self, slots: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
-        if self.w2 is not None and self.features is not None and self.to_features is not None and self.to_w2 is not None:
+        if (
+            self.w2 is not None
+            and self.features is not None
+            and self.to_features is not None
+            and self.to_w2 is not None
+        ):
             by_logits = gradient.to(self.dtype)
             self.to_features[slots] = (by_logits @ self.w2).to(self.features.dtype)
             self.to_w2 += by_logits.T @ self.features[slots].to(self.dtype)

@@ -20,7 +20,9 @@ from deepspec.model.spec import DraftSpec
 
 
 class TrainBatch(NamedTuple):
-    """Samples of one micro-batch, packed one behind the other; behind the last there may be fill, which no loss counts."""
+    """Samples of one micro-batch, packed one behind the other; behind the last there may be
+    fill, which no loss counts.
+    """
 
     input_ids: Tensor  # [T] long
     loss_mask: Tensor  # [T] bool
@@ -32,8 +34,10 @@ class TrainBatch(NamedTuple):
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [B, g] long
-    probs: Tensor | None  # [B, g, V] float32, the very distributions the tokens were drawn from; None at temperature 0
-    confidence: Tensor | None  # [B, g] float32 in (0, 1): chance of acceptance, given that all before it are accepted
+    # [B, g, V] float32, the very distributions the tokens were drawn from; None at temperature 0
+    probs: Tensor | None
+    # [B, g] float32 in (0, 1): chance of acceptance, given that all before it are accepted
+    confidence: Tensor | None
 
 
 class DraftCache:
@@ -53,7 +57,8 @@ class DraftCache:
         for row, length in zip(rows, fresh.lengths, strict=True):
             self.lengths[row] = length
         if self.last_output is not None and fresh.last_output is not None:
-            self.last_output = self.last_output.clone()  # it may have been made in inference mode, or be somebody's view
+            # it may have been made in inference mode, or be somebody's view
+            self.last_output = self.last_output.clone()
             self.last_output[rows] = fresh.last_output
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -68,7 +73,9 @@ class DraftCache:
         self.lengths = [0] * len(self.lengths)
 
     def rotation(self, num_new: int) -> Rotation:
-        """Of the next `num_new` positions of every row: [n, 1, E], or [B, n, 1, E] where rows differ in length."""
+        """Of the next `num_new` positions of every row: [n, 1, E], or [B, n, 1, E] where rows
+        differ in length.
+        """
         start = self.lengths[0]
         cos, sin = self.table
         if all(length == start for length in self.lengths):
@@ -77,12 +84,16 @@ class DraftCache:
         return Rotation(cos[places], sin[places])
 
     def mask(self, num_new: int) -> Tensor | None:
-        """Which keys a row's new positions see, all of them alike [B, 1, 1, longest + n]; None where rows are of one length."""
+        """Which keys a row's new positions see, all of them alike [B, 1, 1, longest + n]; None
+        where rows are of one length.
+        """
         longest = max(self.lengths)
         if min(self.lengths) == longest:
             return None
         device = self.table.cos.device
-        return (torch.arange(longest + num_new, device=device) < self._starts(device) + num_new)[:, None, None]
+        return (torch.arange(longest + num_new, device=device) < self._starts(device) + num_new)[
+            :, None, None
+        ]
 
     def _starts(self, device: torch.device) -> Tensor:
         return torch.tensor(self.lengths, device=device)[:, None]
@@ -108,32 +119,49 @@ class Drafter(Protocol):
     def configure_loss(self, settings: LossConfig) -> None: ...
 
     def plan(self, batch: TrainBatch) -> Any:
-        """Everything about a batch's loss that needs no forward pass; random choices follow from `batch.seeds`."""
-        ...
-
-    def denominators(self, plan: Any) -> dict[str, Tensor]:
-        """What each of `LossOutput.numerators` is divided by, once summed over the optimizer step."""
-        ...
-
-    def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
-        """Forward pass and loss sums; a batch with nothing to learn from gives zeros that still have a graph."""
-        ...
-
-    def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens; room for a block comes on top."""
-        ...
-
-    def prefill(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append the first counts[b] positions of `context` [B, T, m * D] to row b.
-
-        `next_tokens` [B, T] is the token that follows each position; block drafters do not look at it.
+        """Everything about a batch's loss that needs no forward pass; random choices follow
+        from `batch.seeds`.
         """
         ...
 
-    def accept(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
+    def denominators(self, plan: Any) -> dict[str, Tensor]:
+        """What each of `LossOutput.numerators` is divided by, once summed over the optimizer
+        step.
+        """
+        ...
+
+    def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
+        """Forward pass and loss sums; a batch with nothing to learn from gives zeros that still
+        have a graph.
+        """
+        ...
+
+    def new_cache(self, rows: int, capacity: int) -> DraftCache:
+        """Empty cache for rows of at most `capacity` verified tokens; room for a block comes on
+        top.
+        """
+        ...
+
+    def prefill(
+        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Append the first counts[b] positions of `context` [B, T, m * D] to row b.
+
+        `next_tokens` [B, T] is the token that follows each position; block drafters do not look at
+        it.
+        """
+        ...
+
+    def accept(
+        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    ) -> None:
         """The same after a round of verification; what the proposal left behind is overwritten."""
         ...
 
-    def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
-        """Draft the tokens behind `anchor` [B] long, which sits at position lengths[b]; `uniforms` [B, g] unless greedy."""
+    def propose(
+        self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Proposal:
+        """Draft the tokens behind `anchor` [B] long, which sits at position lengths[b];
+        `uniforms` [B, g] unless greedy.
+        """
         ...

@@ -1,7 +1,8 @@
 """Eagle3 (arXiv 2503.01840): one decoder layer that goes on from its own outputs, token by token.
 
-Position t (RoPE position t) reads the target's fused state g_t and token t + 1, and predicts token t + 2.
-B batch, T tokens, S training-time-test steps, P scored places, g block size, m captured layers, D hidden size, V vocabulary.
+Position t (RoPE position t) reads the target's fused state g_t and token t + 1, and predicts token
+t + 2. B batch, T tokens, S training-time-test steps, P scored places, g block size, m captured
+layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,18 +22,29 @@ from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS, Execution
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import Attention, DecoderLayer, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
+from deepspec.model.layers import (
+    Attention,
+    DecoderLayer,
+    RMSNorm,
+    RotaryTable,
+    Rotation,
+    embedding_scale,
+    softcap,
+)
 from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 
 
 class Eagle3Plan(NamedTuple):
-    places: Tensor  # [P] long, where in the packed row some step is scored at, ascending (then fill, which no step counts)
+    # [P] long, where in the packed row some step is scored at, ascending (then fill, which no step
+    # counts)
+    places: Tensor
     starts: Tensor  # [P] long, where the sample of each begins
     positions: Tensor  # [T] long, of every token within its own sample
     counted: Tensor  # [S, P] bool, which of the places step s is scored at
-    weights: Tensor  # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
+    # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
+    weights: Tensor
     num_samples: Tensor  # float32
 
 
@@ -78,7 +90,9 @@ class Eagle3Draft(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return {f"ce@{step}": self.spec.step_loss_decay**step for step in range(self.spec.ttt_length)}
+        return {
+            f"ce@{step}": self.spec.step_loss_decay**step for step in range(self.spec.ttt_length)
+        }
 
     def configure_loss(self, settings: LossConfig) -> None:
         """Nothing to set: Eagle3's loss has no terms of its own to weigh."""
@@ -86,7 +100,9 @@ class Eagle3Draft(nn.Module):
     # Training
 
     def plan(self, batch: TrainBatch) -> Eagle3Plan:
-        """Step s scores position t where t + s is supervised and not the sample's last token; no chance involved."""
+        """Step s scores position t where t + s is supervised and not the sample's last token;
+        no chance involved.
+        """
         num_tokens = len(batch.input_ids)
         places = torch.arange(num_tokens, device=batch.lengths.device)
         samples = Samples.of(batch.lengths).holding(places)
@@ -94,32 +110,73 @@ class Eagle3Draft(nn.Module):
         counted = batch.loss_mask[ahead.clamp(max=num_tokens - 1)] & (ahead < samples.ends - 1)
         scored = counted.any(0).nonzero()[:, 0]
         fill = (0, -len(scored) % FILL_TOKENS if self.execution.compile else 0)
-        starts, weights = F.pad(samples.starts[scored], fill), F.pad(1.0 / (samples.ends - samples.starts)[scored], fill)
+        starts, weights = (
+            F.pad(samples.starts[scored], fill),
+            F.pad(1.0 / (samples.ends - samples.starts)[scored], fill),
+        )
         num_samples = weights.new_tensor(len(batch.lengths))
-        return Eagle3Plan(F.pad(scored, fill), starts, places - samples.starts, F.pad(counted[:, scored], fill), weights, num_samples)
+        return Eagle3Plan(
+            F.pad(scored, fill),
+            starts,
+            places - samples.starts,
+            F.pad(counted[:, scored], fill),
+            weights,
+            num_samples,
+        )
 
     def denominators(self, plan: Eagle3Plan) -> dict[str, Tensor]:
         return dict.fromkeys(self.loss_weights, plan.num_samples)
 
     def loss(self, batch: TrainBatch, plan: Eagle3Plan) -> LossOutput:
-        """Soft cross-entropy to the target's distribution at every step of the training-time test."""
+        """Soft cross-entropy to the target's distribution at every step of the training-time
+        test.
+        """
         if len(plan.places) == 0:
             return zero_loss(self, self.loss_weights)
         scored = []
-        for step, (states, counted) in enumerate(zip(self.step_states(batch, plan), plan.counted, strict=True)):
-            # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token, so it is there.
-            scored.append(Scored(self.norm(states[counted]), plan.places[counted] + 1 + step, plan.weights[counted], counted))
+        for step, (states, counted) in enumerate(
+            zip(self.step_states(batch, plan), plan.counted, strict=True)
+        ):
+            # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token,
+            # so it is there.
+            scored.append(
+                Scored(
+                    self.norm(states[counted]),
+                    plan.places[counted] + 1 + step,
+                    plan.weights[counted],
+                    counted,
+                )
+            )
         vocabulary = Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
-        return step_losses(scored, vocabulary, batch.last_hidden, self.loss_weights, plan.num_samples)
+        return step_losses(
+            scored, vocabulary, batch.last_hidden, self.loss_weights, plan.num_samples
+        )
 
     def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
-        """The layer's raw output [P, D] at the plan's places, step by step; each step reads the one before."""
-        run, attention, num_tokens = self.execution.positionwise, self.layer.self_attn, len(batch.input_ids)
-        table = self.rotary(num_tokens + self.spec.ttt_length, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
+        """The layer's raw output [P, D] at the plan's places, step by step; each step reads the
+        one before.
+        """
+        run, attention, num_tokens = (
+            self.execution.positionwise,
+            self.layer.self_attn,
+            len(batch.input_ids),
+        )
+        table = self.rotary(
+            num_tokens + self.spec.ttt_length,
+            device=self.fc.weight.device,
+            dtype=self.fc.weight.dtype,
+        )
         fused = self.fc(batch.context[None].to(self.fc.weight.dtype))
-        x = run(Eagle3Layer.attention_input, self.layer, self._embed(batch.input_ids.roll(-1))[None], fused)
+        x = run(
+            Eagle3Layer.attention_input,
+            self.layer,
+            self._embed(batch.input_ids.roll(-1))[None],
+            fused,
+        )
         context = run(Attention.keys_values, attention, x, table.at(plan.positions))
-        sight = Sight(plan.starts, plan.places + 1, 1, training_path(self.fc.weight, self.spec.heads))
+        sight = Sight(
+            plan.starts, plan.places + 1, 1, training_path(self.fc.weight, self.spec.heads)
+        )
         own: list[KeysValues] = []
         x, states = x[:, plan.places], fused[:, plan.places]
         for step in range(self.spec.ttt_length):
@@ -128,32 +185,64 @@ class Eagle3Draft(nn.Module):
                 tokens = batch.input_ids[(plan.places + 1 + step).clamp(max=num_tokens - 1)]
                 x = run(Eagle3Layer.attention_input, self.layer, self._embed(tokens)[None], states)
                 own.append(run(Attention.keys_values, attention, x, rotation))
-            states = self.execution.layer(self._step, x, states, context, tuple(own), rotation, sight)
+            states = self.execution.layer(
+                self._step, x, states, context, tuple(own), rotation, sight
+            )
             yield states[0]
 
-    def _step(self, x: Tensor, states: Tensor, context: KeysValues, own: Sequence[KeysValues], rotation: Rotation, sight: Sight) -> Tensor:
-        """The layer's output [1, P, D]: attention reads `x` [1, P, 2 D], the residual stream is `states`."""
+    def _step(
+        self,
+        x: Tensor,
+        states: Tensor,
+        context: KeysValues,
+        own: Sequence[KeysValues],
+        rotation: Rotation,
+        sight: Sight,
+    ) -> Tensor:
+        """The layer's output [1, P, D]: attention reads `x` [1, P, 2 D], the residual stream is
+        `states`.
+        """
         run, attention = self.execution.positionwise, self.layer.self_attn
-        attended = attend(run(Attention.queries, attention, x, rotation), context, own, sight, scale=attention.scale)
+        attended = attend(
+            run(Attention.queries, attention, x, rotation),
+            context,
+            own,
+            sight,
+            scale=attention.scale,
+        )
         return run(Eagle3Layer.after_attention, self.layer, states, attention.o_proj(attended))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedded = self.embed_tokens(tokens)
-        return embedded * embedding_scale(self.spec.hidden_size, embedded.dtype) if self.spec.family.scaled_embeddings else embedded
+        return (
+            embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
+            if self.spec.family.scaled_embeddings
+            else embedded
+        )
 
     # Decoding
 
     def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype and device."""
+        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype
+        and device.
+        """
         room = capacity + self.block_size
         weight = self.fc.weight
-        cache = DraftCache([LayerCache(rows, room)], [0] * rows, self.rotary(room, device=weight.device, dtype=weight.dtype))
+        cache = DraftCache(
+            [LayerCache(rows, room)],
+            [0] * rows,
+            self.rotary(room, device=weight.device, dtype=weight.dtype),
+        )
         cache.last_output = weight.new_zeros(rows, self.spec.hidden_size)
         return cache
 
     @torch.no_grad()  # a graph through the cache would grow from round to round
-    def accept(self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]) -> None:
-        """Append (features of a position, token after it) for the first counts[b] positions of row b."""
+    def accept(
+        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Append (features of a position, token after it) for the first counts[b] positions of
+        row b.
+        """
         longest = max(counts)
         if longest == 0:
             return
@@ -168,14 +257,20 @@ class Eagle3Draft(nn.Module):
         output = self._continue(cache, x[rows, last][:, None], fused[rows, last][:, None])
         cache.lengths = lengths
         if min(counts) == 0 and cache.last_output is not None:
-            output = torch.where(torch.tensor(counts, device=output.device)[:, None] > 0, output, cache.last_output)
+            output = torch.where(
+                torch.tensor(counts, device=output.device)[:, None] > 0, output, cache.last_output
+            )
         cache.last_output = output
 
     prefill = accept
 
     @torch.no_grad()
-    def propose(self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
-        """Sample from the last output, feed output and token back, `block_size` times; the anchor is in the cache already."""
+    def propose(
+        self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Proposal:
+        """Sample from the last output, feed output and token back, `block_size` times; the
+        anchor is in the cache already.
+        """
         lengths, states = cache.lengths, cast("Tensor", cache.last_output)
         drawn = None if sampling.temperature == 0 else uniforms
         tokens: list[Tensor] = []
@@ -197,8 +292,12 @@ class Eagle3Draft(nn.Module):
         return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None, None)
 
     def _continue(self, cache: DraftCache, x: Tensor, residual: Tensor) -> Tensor:
-        """Output [B, D] of the position at each row's length, already written; `x` [B, 1, 2 D], `residual` [B, 1, D]."""
+        """Output [B, D] of the position at each row's length, already written; `x` [B, 1, 2 D],
+        `residual` [B, 1, D].
+        """
         attention, stored = self.layer.self_attn, cache.layers[0]
         keys, values = stored.read(max(cache.lengths) + 1)
-        attended = attention.attend(attention.queries(x, cache.rotation(1)), keys, values, cache.mask(1))
+        attended = attention.attend(
+            attention.queries(x, cache.rotation(1)), keys, values, cache.mask(1)
+        )
         return self.layer.after_attention(residual, attended)[:, 0]

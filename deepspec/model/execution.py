@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-FILL_TOKENS, FILL_BLOCKS = 128, 16  # what a compiled pass rounds its numbers of tokens and blocks up to: shapes then repeat
+# what a compiled pass rounds its numbers of tokens and blocks up to: shapes then repeat
+FILL_TOKENS, FILL_BLOCKS = 128, 16
 
 
 class Execution(NamedTuple):
     """Nothing of it changes a result beyond rounding."""
 
-    compile: bool = False  # what is computed position by position; attention has a compiled kernel of its own
-    recompute: bool = False  # a layer's inputs are kept for the backward pass, and nothing of what it computes
+    # what is computed position by position; attention has a compiled kernel of its own
+    compile: bool = False
+    # a layer's inputs are kept for the backward pass, and nothing of what it computes
+    recompute: bool = False
 
     def positionwise(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """What `function` returns; compiled where asked for."""

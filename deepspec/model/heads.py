@@ -1,4 +1,5 @@
-"""DSpark's two heads: the Markov head biases a slot's logits by the token before it, the confidence head foresees acceptance.
+"""DSpark's two heads: the Markov head biases a slot's logits by the token before it, the confidence
+head foresees acceptance.
 
 Every Markov head is a low-rank bias W2 f, where f [.., r] depends on its kind (eq. 5-6).
 N any leading shape, g block size, D hidden size, r Markov rank, V vocabulary.
@@ -31,7 +32,9 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def features(self, states: Tensor, previous: Tensor) -> Tensor:
-        """The f [N, g, r] of whole blocks: normed states [N, g, D] and the tokens before each slot embedded [N, g, r]."""
+        """The f [N, g, r] of whole blocks: normed states [N, g, D] and the tokens before each
+        slot embedded [N, g, r].
+        """
         if self.kind != "rnn":
             return self.step(states, previous, None)[0]
         carried, steps = None, []
@@ -40,12 +43,18 @@ class MarkovHead(nn.Module):
             steps.append(feature)
         return torch.stack(steps, dim=-2)
 
-    def step(self, state: Tensor, previous: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The f [N, r] of one slot and what the next slot's step is to be given; None carries nothing into a block's first."""
+    def step(
+        self, state: Tensor, previous: Tensor, carried: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The f [N, r] of one slot and what the next slot's step is to be given; None carries
+        nothing into a block's first.
+        """
         if self.kind == "vanilla":
             return previous, None
         if self.kind == "gated":
-            return torch.sigmoid(self.gate_proj(torch.cat([state, previous.to(state.dtype)], -1))) * previous, None
+            return torch.sigmoid(
+                self.gate_proj(torch.cat([state, previous.to(state.dtype)], -1))
+            ) * previous, None
         if carried is None:
             carried = torch.zeros_like(previous)
         joint = self.joint_proj(torch.cat([carried, previous, state], -1))
@@ -61,7 +70,13 @@ class Sampled(NamedTuple):
 
 
 def sample_block(
-    head: MarkovHead, states: Tensor, logits: Tensor, *, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
+    head: MarkovHead,
+    states: Tensor,
+    logits: Tensor,
+    *,
+    anchor: Tensor,
+    sampling: SamplingConfig,
+    uniforms: Tensor | None,
 ) -> Sampled:
     """Draw a block left to right, each slot's logits biased by the token drawn before it.
 
@@ -87,11 +102,15 @@ def sample_block(
             token = draw(probs[-1], uniforms[:, slot])
         tokens.append(token)
         previous.append(embedded)
-    return Sampled(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None, torch.stack(previous, 1))
+    return Sampled(
+        torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None, torch.stack(previous, 1)
+    )
 
 
 class ConfidenceHead(nn.Module):
-    """Logit of the chance that the target accepts a slot's token, given all slots before it accepted (eq. 7)."""
+    """Logit of the chance that the target accepts a slot's token, given all slots before it
+    accepted (eq. 7).
+    """
 
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
@@ -100,6 +119,12 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(spec.hidden_size + rank, 1)
 
     def forward(self, states: Tensor, previous: Tensor | None) -> Tensor:
-        """Normed states [N, D] and, if configured so, embedded tokens before them [N, r] -> logits [N]."""
-        inputs = torch.cat([states, previous.to(states.dtype)], -1) if self.with_markov and previous is not None else states
+        """Normed states [N, D] and, if configured so, embedded tokens before them [N, r] ->
+        logits [N].
+        """
+        inputs = (
+            torch.cat([states, previous.to(states.dtype)], -1)
+            if self.with_markov and previous is not None
+            else states
+        )
         return self.proj(inputs).squeeze(-1)

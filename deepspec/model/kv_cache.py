@@ -1,7 +1,7 @@
 """Keys and values of one attention layer, preallocated, with rows of different lengths.
 
-Lengths live with the caller: taking a row back means lowering its length, and what stood behind it is overwritten.
-B rows, n new positions, H key-value heads, E head dimension.
+Lengths live with the caller: taking a row back means lowering its length, and what stood behind it
+is overwritten. B rows, n new positions, H key-value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Put row b's `keys` and `values` [B, H, n, E] at its positions lengths[b] .. lengths[b] + n - 1.
+        """Put row b's `keys` and `values` [B, H, n, E] at its positions lengths[b] .. lengths[b] +
+        n - 1.
 
         Returns:
-            views of all keys and values up to the end of the longest row [B, H, max(lengths) + n, E]; what a row
-            holds behind its own end is finite, and for the caller to mask.
+            views of all keys and values up to the end of the longest row [B, H, max(lengths) + n,
+            E]; what a row holds behind its own end is finite, and for the caller to mask.
 
         Raises:
             DeepSpecError: the longest row does not fit.
@@ -38,8 +39,11 @@ class LayerCache:
         start, end = lengths[0], max(lengths) + keys.shape[2]
         if end > self.capacity:
             fix = "ask for a cache as long as prompt, answer and one block together"
-            raise DeepSpecError(f"a row of {end} positions does not fit a cache of {self.capacity}", fix=fix)
-        if len(lengths) == 1 or min(lengths) == max(lengths):  # no index tensors: a decode round at batch 1 is all overhead
+            raise DeepSpecError(
+                f"a row of {end} positions does not fit a cache of {self.capacity}", fix=fix
+            )
+        # no index tensors: a decode round at batch 1 is all overhead
+        if len(lengths) == 1 or min(lengths) == max(lengths):
             self.keys[:, :, start:end] = keys
             self.values[:, :, start:end] = values
         else:
@@ -49,9 +53,13 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def read(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Views of the first `num_positions` keys and values of every row, once something has been written."""
+        """Views of the first `num_positions` keys and values of every row, once something has
+        been written.
+        """
         if self.keys is None or self.values is None:
-            raise DeepSpecError("nothing has been written to this cache", fix="prefill before drafting")
+            raise DeepSpecError(
+                "nothing has been written to this cache", fix="prefill before drafting"
+            )
         return self.keys[:, :, :num_positions], self.values[:, :, :num_positions]
 
     def put(self, rows: Sequence[int], fresh: LayerCache, num_positions: int) -> None:
@@ -71,10 +79,19 @@ class LayerCache:
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros: a masked slot's weight is 0, and 0 times uninitialised memory may be NaN.
-        return torch.zeros(self.rows, like.shape[1], self.capacity, like.shape[3], dtype=like.dtype, device=like.device)
+        return torch.zeros(
+            self.rows,
+            like.shape[1],
+            self.capacity,
+            like.shape[3],
+            dtype=like.dtype,
+            device=like.device,
+        )
 
 
 @lru_cache(maxsize=8)  # all layers of a round ask for the same places
 def _places(lengths: tuple[int, ...], num_new: int, device: torch.device) -> tuple[Tensor, Tensor]:
     starts = torch.tensor(lengths, device=device)
-    return torch.arange(len(lengths), device=device)[:, None], starts[:, None] + torch.arange(num_new, device=device)
+    return torch.arange(len(lengths), device=device)[:, None], starts[:, None] + torch.arange(
+        num_new, device=device
+    )

@@ -1,6 +1,7 @@
 """Transformer layers of a draft; a family is a record, so there is one class for all of them.
 
-B batch, n new positions, L all positions, T context tokens, D hidden size, H heads, K key-value heads, E head dimension.
+B batch, n new positions, L all positions, T context tokens, D hidden size, H heads, K key-value
+heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from deepspec.model.spec import DraftSpec
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a run of positions, [n, 1, E] or [B, n, 1, E]; the sine's first half is negated."""
+    """Cosines and sines of a run of positions, [n, 1, E] or [B, n, 1, E]; the sine's first half
+    is negated.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -35,26 +38,35 @@ class Rotation(NamedTuple):
 class RotaryTable:
     """Rotations by position, computed in float32 and only then rounded to the compute dtype.
 
-    No buffer of a module on purpose: `.to(bfloat16)` would round the frequencies, and far positions would turn wrongly.
+    No buffer of a module on purpose: `.to(bfloat16)` would round the frequencies, and far positions
+    would turn wrongly.
     """
 
     def __init__(self, settings: RopeSettings, head_dim: int) -> None:
-        exponents = torch.arange(0, 2 * settings.num_rotated, 2, dtype=torch.float32, device="cpu") / head_dim
+        exponents = (
+            torch.arange(0, 2 * settings.num_rotated, 2, dtype=torch.float32, device="cpu")
+            / head_dim
+        )
         still = torch.zeros(head_dim // 2 - settings.num_rotated, device="cpu")
         self.inverse_frequencies = torch.cat([1.0 / settings.theta**exponents, still])  # [E / 2]
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
     def __call__(self, num_positions: int, *, device: torch.device, dtype: torch.dtype) -> Rotation:
-        """Rotations of positions 0 .. at least `num_positions` - 1, each [>= num_positions, 1, E]."""
+        """Rotations of positions 0 .. at least `num_positions` - 1, each [>= num_positions, 1,
+        E].
+        """
         table = self._tables.get((device, dtype))
         if table is None or len(table.cos) < num_positions:
-            with torch.inference_mode(mode=False):  # the table outlives this call and may be used in training later
+            # the table outlives this call and may be used in training later
+            with torch.inference_mode(mode=False):
                 table = self._compute(1 << (num_positions - 1).bit_length(), device, dtype)
             self._tables[device, dtype] = table
         return table
 
     def _compute(self, num_positions: int, device: torch.device, dtype: torch.dtype) -> Rotation:
-        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * self.inverse_frequencies
+        angles = (
+            torch.arange(num_positions, dtype=torch.float32)[:, None] * self.inverse_frequencies
+        )
         cos, sin = angles.cos(), angles.sin()
         tables = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return Rotation(*(table[:, None].to(device, dtype) for table in tables))
@@ -79,7 +91,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries over keys and values that the caller collects; `input_size` is D, or 2 D for Eagle3."""
+    """Queries over keys and values that the caller collects; `input_size` is D, or 2 D for
+    Eagle3.
+    """
 
     def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
         super().__init__()
@@ -96,7 +110,9 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[B, n, input_size] -> [B, n, H, E]."""
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.heads.head_dim))), rotation)
+        return rotate(
+            self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.heads.head_dim))), rotation
+        )
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """[B, n, input_size] -> two of [B, K, n, E]."""
@@ -108,12 +124,21 @@ class Attention(nn.Module):
         return rotate(self.k_norm(keys), rotation).transpose(1, 2), values.transpose(1, 2)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention output [B, n, D] of a row's new positions, which all see the same keys: `mask` [B, 1, 1, L], None is all."""
+        """Attention output [B, n, D] of a row's new positions, which all see the same keys:
+        `mask` [B, 1, 1, L], None is all.
+        """
         num_rows, num_new, num_heads, head_dim = queries.shape
-        # Heads that share keys become further queries: no copies of the keys, and one matmul for the group.
-        grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4)
-        out = F.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale)
-        return self.o_proj(out.view(num_rows, num_heads, num_new, head_dim).transpose(1, 2).flatten(2))
+        # Heads that share keys become further queries: no copies of the keys, and one matmul for
+        # the group.
+        grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(
+            0, 2, 3, 1, 4
+        )
+        out = F.scaled_dot_product_attention(
+            grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale
+        )
+        return self.o_proj(
+            out.view(num_rows, num_heads, num_new, head_dim).transpose(1, 2).flatten(2)
+        )
 
 
 class MLP(nn.Module):
@@ -159,20 +184,46 @@ class DecoderLayer(nn.Module):
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x * self.layer_scalar if self.has_scalar else x
 
-    def forward(self, x: Tensor, rotation: Rotation, stored: LayerCache, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
-        """Decoding: the layer over the next positions `x` [B, n, D], whose keys and values are written behind `lengths`."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        stored: LayerCache,
+        lengths: Sequence[int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Decoding: the layer over the next positions `x` [B, n, D], whose keys and values are
+        written behind `lengths`.
+        """
         normed = self.input_layernorm(x)
         keys, values = stored.write(*self.self_attn.keys_values(normed, rotation), lengths)
-        return self.after_attention(x, self.self_attn.attend(self.self_attn.queries(normed, rotation), keys, values, mask))
+        return self.after_attention(
+            x, self.self_attn.attend(self.self_attn.queries(normed, rotation), keys, values, mask)
+        )
 
-    def over_blocks(self, x: Tensor, fused: Tensor, rotations: tuple[Rotation, Rotation], sight: Sight, execution: Execution) -> Tensor:
-        """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused context [1, T, D] as well."""
+    def over_blocks(
+        self,
+        x: Tensor,
+        fused: Tensor,
+        rotations: tuple[Rotation, Rotation],
+        sight: Sight,
+        execution: Execution,
+    ) -> Tensor:
+        """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused
+        context [1, T, D] as well.
+        """
         of_context, of_slots = rotations
         run, attention = execution.positionwise, self.self_attn
         context = run(Attention.keys_values, attention, fused, of_context)
         normed = run(RMSNorm.forward, self.input_layernorm, x)
         own = run(Attention.keys_values, attention, normed, of_slots)
-        attended = attend(run(Attention.queries, attention, normed, of_slots), context, [own], sight, scale=attention.scale)
+        attended = attend(
+            run(Attention.queries, attention, normed, of_slots),
+            context,
+            [own],
+            sight,
+            scale=attention.scale,
+        )
         return run(type(self).after_attention, self, x, attention.o_proj(attended))
 
 

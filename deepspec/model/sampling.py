@@ -1,7 +1,8 @@
-"""Distributions, draws from them, and lossless verification (speculative sampling: Leviathan 2023, Chen 2023).
+"""Distributions, draws from them, and lossless verification (speculative sampling: Leviathan 2023,
+Chen 2023).
 
-All probabilities are float32, and the tensor a token was drawn from is the one its verification sees.
-B rows, g draft tokens, V vocabulary.
+All probabilities are float32, and the tensor a token was drawn from is the one its verification
+sees. B rows, g draft tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ class Verdict(NamedTuple):
 
 
 def distribution(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Probabilities [..., V] float32 that tokens are drawn from, given raw logits [..., V] of any float dtype.
+    """Probabilities [..., V] float32 that tokens are drawn from, given raw logits [..., V] of any
+    float dtype.
 
-    Temperature first, then top-k, top-p on what is left, min-p; temperature 0 is one-hot at the (first) largest logit.
+    Temperature first, then top-k, top-p on what is left, min-p; temperature 0 is one-hot at the
+    (first) largest logit.
     """
     if sampling.temperature == 0:
-        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return torch.zeros(logits.shape, device=logits.device).scatter_(
+            -1, logits.argmax(-1, keepdim=True), 1.0
+        )
     scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
@@ -45,8 +50,11 @@ def _kept(probs: Tensor, sampling: SamplingConfig) -> Tensor | None:
     kept = None
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: the one that crosses top_p is kept
-        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before < sampling.top_p)
+        # mass of the likelier tokens: the one that crosses top_p is kept
+        before = ordered.cumsum(-1) - ordered
+        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(
+            -1, order, before < sampling.top_p
+        )
     if sampling.min_p > 0:
         likely = probs >= sampling.min_p * probs.amax(-1, keepdim=True)
         kept = likely if kept is None else kept & likely
@@ -54,9 +62,11 @@ def _kept(probs: Tensor, sampling: SamplingConfig) -> Tensor | None:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token id per distribution [...] long, by inverse CDF: `probs` [..., V] (any positive sum), `uniforms` [...] in [0, 1).
+    """One token id per distribution [...] long, by inverse CDF: `probs` [..., V] (any positive
+    sum), `uniforms` [...] in [0, 1).
 
-    A row's token depends on its own distribution and number only, and always has probability above zero.
+    A row's token depends on its own distribution and number only, and always has probability above
+    zero.
     """
     cumulative = probs.double().cumsum(-1)
     total = cumulative[..., -1:]
@@ -74,14 +84,17 @@ def verify(
     uniforms: Tensor | None,
     num_proposed: Tensor | None = None,
 ) -> Verdict:
-    """Accept a prefix of each row's draft tokens such that the output is distributed as the target's own.
+    """Accept a prefix of each row's draft tokens such that the output is distributed as the
+    target's own.
 
     Args:
         draft_tokens: [B, g] long.
-        draft_probs: [B, g, V], the very distributions they were drawn from; None says that each was certain.
+        draft_probs: [B, g, V], the very distributions they were drawn from; None says that each was
+            certain.
         target_logits: [B, g + 1, V] raw logits of the target behind [anchor, draft tokens].
         sampling: the target's; at temperature 0 only likeliest tokens are compared.
-        uniforms: [B, g + 1] in [0, 1): one per acceptance test, the last for the token that follows.
+        uniforms: [B, g + 1] in [0, 1): one per acceptance test, the last for the token that
+            follows.
         num_proposed: [B] long, how many of the g tokens count, for rows that proposed fewer.
     """
     num_slots = draft_tokens.shape[1]
@@ -90,9 +103,14 @@ def verify(
         accepted = _limit(draft_tokens == likeliest[:, :num_slots], num_proposed)
         num_accepted = accepted.cumprod(1).sum(1)
         return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0])
-    target_probs, uniforms = distribution(target_logits, sampling), uniforms.to(target_logits.device)
+    target_probs, uniforms = (
+        distribution(target_logits, sampling),
+        uniforms.to(target_logits.device),
+    )
     if draft_probs is None:
-        draft_probs = torch.zeros_like(target_probs[:, :num_slots]).scatter_(-1, draft_tokens[..., None], 1.0)
+        draft_probs = torch.zeros_like(target_probs[:, :num_slots]).scatter_(
+            -1, draft_tokens[..., None], 1.0
+        )
     of_draft = draft_probs.gather(-1, draft_tokens[..., None])[..., 0]
     of_target = target_probs[:, :num_slots].gather(-1, draft_tokens[..., None])[..., 0]
     # u < p / q as a product: a token of probability 0 is never accepted, one with p >= q always is.
@@ -105,12 +123,21 @@ def verify(
 def _limit(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
     if num_proposed is None:
         return accepted
-    return accepted & (torch.arange(accepted.shape[1], device=accepted.device) < num_proposed[:, None])
+    return accepted & (
+        torch.arange(accepted.shape[1], device=accepted.device) < num_proposed[:, None]
+    )
 
 
-def _following(target_probs: Tensor, draft_probs: Tensor, num_accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
-    """Unnormalised distribution [B, V] of the token behind the accepted ones: max(p - q, 0), or p where nothing was rejected."""
-    rows, num_slots = torch.arange(len(num_accepted), device=num_accepted.device), draft_probs.shape[1]
+def _following(
+    target_probs: Tensor, draft_probs: Tensor, num_accepted: Tensor, num_proposed: Tensor | None
+) -> Tensor:
+    """Unnormalised distribution [B, V] of the token behind the accepted ones: max(p - q, 0), or
+    p where nothing was rejected.
+    """
+    rows, num_slots = (
+        torch.arange(len(num_accepted), device=num_accepted.device),
+        draft_probs.shape[1],
+    )
     wanted = target_probs[rows, num_accepted]
     if num_slots == 0:
         return wanted
@@ -122,7 +149,9 @@ def _following(target_probs: Tensor, draft_probs: Tensor, num_accepted: Tensor, 
 
 
 class UniformStream:
-    """Uniform numbers in [0, 1), one stream per row; what a row gets depends on its seed and how many it took before."""
+    """Uniform numbers in [0, 1), one stream per row; what a row gets depends on its seed and
+    how many it took before.
+    """
 
     CHUNK = 512
 
@@ -135,18 +164,26 @@ class UniformStream:
         """The next `num` numbers of every row [B, num] float64, on the CPU."""
         if self._next + num > self._numbers.shape[1]:
             fresh = np.stack([source.random(max(num, self.CHUNK)) for source in self._sources])
-            self._numbers, self._next = np.concatenate([self._numbers[:, self._next :], fresh], axis=1), 0
+            self._numbers, self._next = (
+                np.concatenate([self._numbers[:, self._next :], fresh], axis=1),
+                0,
+            )
         self._next += num
         return torch.from_numpy(self._numbers[:, self._next - num : self._next])
 
     def start(self, rows: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Start rows anew with other seeds; returns the first number of each [n] float64, which the others do not wait for."""
-        self._numbers = self._numbers.copy()  # numbers already handed out are views of the old array
+        """Start rows anew with other seeds; returns the first number of each [n] float64, which
+        the others do not wait for.
+        """
+        # numbers already handed out are views of the old array
+        self._numbers = self._numbers.copy()
         first = np.empty(len(rows))
         for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
             self._sources[row] = _source(seed)
             first[place] = self._sources[row].random()
-            self._numbers[row, self._next :] = self._sources[row].random(self._numbers.shape[1] - self._next)
+            self._numbers[row, self._next :] = self._sources[row].random(
+                self._numbers.shape[1] - self._next
+            )
         return torch.from_numpy(first)
 
     def keep(self, rows: Sequence[int]) -> None:

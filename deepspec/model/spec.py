@@ -1,4 +1,6 @@
-"""Everything that decides the shape of a draft: made from a target's config.json, written to and read from its own."""
+"""Everything that decides the shape of a draft: made from a target's config.json, written to
+and read from its own.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deepspec.config.families import Family, HeadGeometry, HFConfig, RopeSettings, family_of, head_geometry, rope_settings, text_config
+from deepspec.config.families import (
+    Family,
+    HeadGeometry,
+    HFConfig,
+    RopeSettings,
+    family_of,
+    head_geometry,
+    rope_settings,
+    text_config,
+)
 from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
 from deepspec.errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-# Describe the target's own layers; in a draft's config they would contradict its layers or mislead a reader.
+# Describe the target's own layers; in a draft's config they would contradict its layers or mislead
+# a reader.
 TARGET_ONLY = ("per_layer_config", "quantization_config", "architectures", "dtype", "torch_dtype")
 
 
@@ -40,19 +52,34 @@ class DraftSpec:
     confidence: ConfidenceConfig | None = None
     ttt_length: int = 0  # training-time-test steps; Eagle3 only
     step_loss_decay: float = 1.0
-    text_config: HFConfig = field(repr=False, compare=False, hash=False)  # what the draft's config.json is built on
+    # what the draft's config.json is built on
+    text_config: HFConfig = field(repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
-        _check_layers(self.target_layer_ids, self.num_target_layers, lowest=0 if self.algorithm == "eagle3" else -1)
+        _check_layers(
+            self.target_layer_ids,
+            self.num_target_layers,
+            lowest=0 if self.algorithm == "eagle3" else -1,
+        )
         if self.block_size < 1 or self.num_layers < 1:
             what = f"a draft of {self.num_layers} layers that proposes {self.block_size} tokens per round cannot be"
-            raise ConfigError(what, where="draft.block_size, draft.num_layers", fix="choose at least 1 of each")
+            raise ConfigError(
+                what, where="draft.block_size, draft.num_layers", fix="choose at least 1 of each"
+            )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             what = f"mask token {self.mask_token_id} is outside the target's vocabulary of {self.vocab_size} tokens"
-            raise ConfigError(what, where="target.mask_token_id", fix=f"choose an unused token id from 0 to {self.vocab_size - 1}")
+            raise ConfigError(
+                what,
+                where="target.mask_token_id",
+                fix=f"choose an unused token id from 0 to {self.vocab_size - 1}",
+            )
         if self.activation not in ACTIVATIONS:
             where = f"config.json: {self.family.activation_key}"
-            raise ConfigError(f"activation {self.activation!r} is not supported", where=where, fix=f"known are: {', '.join(ACTIVATIONS)}")
+            raise ConfigError(
+                f"activation {self.activation!r} is not supported",
+                where=where,
+                fix=f"known are: {', '.join(ACTIVATIONS)}",
+            )
 
     @property
     def num_context_features(self) -> int:
@@ -82,14 +109,24 @@ class DraftSpec:
             "target_layer_ids": tuple(layer_ids),
         }
         if isinstance(draft, Eagle3DraftConfig):
-            settings |= {"mask_token_id": None, "ttt_length": draft.ttt_length, "step_loss_decay": draft.step_loss_decay}
+            settings |= {
+                "mask_token_id": None,
+                "ttt_length": draft.ttt_length,
+                "step_loss_decay": draft.step_loss_decay,
+            }
         elif mask_token_id is None:
-            raise ConfigError("a block draft needs a mask token", where="target.mask_token_id", fix="choose an unused token id")
+            raise ConfigError(
+                "a block draft needs a mask token",
+                where="target.mask_token_id",
+                fix="choose an unused token id",
+            )
         else:
             settings |= {"mask_token_id": mask_token_id, "num_anchors": draft.num_anchors}
             settings |= {"markov": draft.markov, "confidence": draft.confidence}
         base = dict(text)
-        base["_name_or_path"] = target_config.get("_name_or_path") or text.get("_name_or_path") or ""
+        base["_name_or_path"] = (
+            target_config.get("_name_or_path") or text.get("_name_or_path") or ""
+        )
         base["target_model_type"] = target_config.get("model_type", "")
         base["target_text_model_type"] = text.get("model_type", "")
         return cls(**_dimensions(target_config), **settings, text_config=base)
@@ -103,11 +140,15 @@ class DraftSpec:
         """
         architecture = (config.get("architectures") or [""])[0]
         is_eagle3 = "ttt_length" in config or "Eagle3" in architecture
-        needed = ["target_layer_ids", "num_target_layers", "num_hidden_layers"] + ([] if is_eagle3 else ["block_size", "mask_token_id"])
+        needed = ["target_layer_ids", "num_target_layers", "num_hidden_layers"] + (
+            [] if is_eagle3 else ["block_size", "mask_token_id"]
+        )
         missing = [key for key in needed if config.get(key) is None]
         if missing:
             what = f"this is no draft's config: {', '.join(missing)} missing"
-            raise ConfigError(what, where="config.json", fix="give the folder of a draft, not of a target")
+            raise ConfigError(
+                what, where="config.json", fix="give the folder of a draft, not of a target"
+            )
         read = _eagle3_settings if is_eagle3 else _block_settings
         common = {
             "num_layers": config["num_hidden_layers"],
@@ -117,10 +158,16 @@ class DraftSpec:
         return cls(**_dimensions(config), **common, **read(config), text_config=dict(config))
 
     def to_config(self) -> dict[str, Any]:
-        """The draft's config.json: the target's text config plus the published keys of the algorithm."""
+        """The draft's config.json: the target's text config plus the published keys of the
+        algorithm.
+        """
         base = {key: value for key, value in self.text_config.items() if key not in TARGET_ONLY}
         base |= {
-            "architectures": [self.family.eagle3_architecture if self.algorithm == "eagle3" else self.family.block_architecture],
+            "architectures": [
+                self.family.eagle3_architecture
+                if self.algorithm == "eagle3"
+                else self.family.block_architecture
+            ],
             "num_target_layers": self.num_target_layers,
             "num_hidden_layers": self.num_layers,
             "target_layer_ids": list(self.target_layer_ids),
@@ -130,7 +177,11 @@ class DraftSpec:
         }
         if self.family.global_head_dim is not None:
             base |= {"global_head_dim": self.heads.head_dim}
-            base |= {"num_global_key_value_heads": self.heads.num_kv_heads} if self.heads.values_are_keys else {}
+            base |= (
+                {"num_global_key_value_heads": self.heads.num_kv_heads}
+                if self.heads.values_are_keys
+                else {}
+            )
         else:  # Gemma4's wrapper needs naming, Qwen3 has none
             base.pop("target_model_type", None)
             base.pop("target_text_model_type", None)
@@ -142,7 +193,8 @@ class DraftSpec:
             "num_anchors": self.num_anchors,
             "markov_rank": self.markov.rank if self.markov else 0,
             "enable_confidence_head": self.confidence is not None,
-            # Slot k predicts anchor + 1 + k. Engines default to other layouts and then serve at 1 % acceptance, silently.
+            # Slot k predicts anchor + 1 + k. Engines default to other layouts and then serve at 1 %
+            # acceptance, silently.
             "sample_from_anchor": True,
             "dspark_bonus_anchor": False,
         }
@@ -157,16 +209,25 @@ class DraftSpec:
             "ttt_length": self.ttt_length,
             "step_loss_decay": self.step_loss_decay,
             "draft_num_hidden_layers": self.num_layers,
-            "target_model_name_or_path": self.text_config.get("target_model_name_or_path") or self.text_config.get("_name_or_path", ""),
+            "target_model_name_or_path": self.text_config.get("target_model_name_or_path")
+            or self.text_config.get("_name_or_path", ""),
         }
 
 
 def _dimensions(config: HFConfig) -> dict[str, Any]:
     """What target and draft have in common, from the config.json of either."""
     family, text = family_of(config), text_config(config)
-    missing = [key for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads") if not text.get(key)]
+    missing = [
+        key
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        if not text.get(key)
+    ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} missing or 0", where="config.json", fix="give the config.json that belongs to the weights")
+        raise ConfigError(
+            f"{', '.join(missing)} missing or 0",
+            where="config.json",
+            fix="give the config.json that belongs to the weights",
+        )
     heads = head_geometry(text, family)
     return {
         "family": family,
@@ -184,12 +245,20 @@ def _dimensions(config: HFConfig) -> dict[str, Any]:
 
 def _block_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     rank = config.get("markov_rank") or 0
-    markov = MarkovConfig(rank=rank, kind=config.get("markov_head_type", "vanilla")) if rank else None
+    markov = (
+        MarkovConfig(rank=rank, kind=config.get("markov_head_type", "vanilla")) if rank else None
+    )
     confidence = None
     if config.get("enable_confidence_head"):
-        confidence = ConfidenceConfig(markov_features=bool(config.get("confidence_head_with_markov", False)))
+        confidence = ConfidenceConfig(
+            markov_features=bool(config.get("confidence_head_with_markov", False))
+        )
         if confidence.markov_features and markov is None:
-            raise ConfigError("confidence_head_with_markov needs markov_rank above 0", where="config.json", fix="set one of the two")
+            raise ConfigError(
+                "confidence_head_with_markov needs markov_rank above 0",
+                where="config.json",
+                fix="set one of the two",
+            )
     return {
         "algorithm": "dspark" if markov or confidence else "dflash",
         "block_size": config["block_size"],
@@ -222,4 +291,8 @@ def _check_layers(layer_ids: Sequence[int], num_layers: int, *, lowest: int) -> 
     wrong = [layer for layer in layer_ids if not lowest <= layer < num_layers - 1]
     if wrong:
         why = "; eagle3 cannot read the embedding output" if wrong == [-1] else ""
-        raise ConfigError(f"a target of {num_layers} layers has no layers {wrong} to capture{why}", where=where, fix=fix)
+        raise ConfigError(
+            f"a target of {num_layers} layers has no layers {wrong} to capture{why}",
+            where=where,
+            fix=fix,
+        )

@@ -1,4 +1,6 @@
-"""A run's plan, computed from what was sampled and measured: tokens, size, capture, training, and whether it fits."""
+"""A run's plan, computed from what was sampled and measured: tokens, size, capture, training,
+and whether it fits.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class SampleSize(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """What is to be captured: `prompts` is None where the source does not say how many rows it has."""
+    """What is to be captured: `prompts` is None where the source does not say how many rows it
+    has.
+    """
 
     prompts: Number | None
     counts: TokenCounts  # of all prompts, or of PER_PROMPTS of them
@@ -113,7 +117,9 @@ class TrainingPart(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that `python -m deepspec plan` says; hours are wall-clock over all lanes, bytes are decimal."""
+    """Everything that `python -m deepspec plan` says; hours are wall-clock over all lanes,
+    bytes are decimal.
+    """
 
     run: str
     target: str
@@ -123,7 +129,8 @@ class Plan(NamedTuple):
     capture: CapturePart
     training: TrainingPart
     sources: SourcesPart
-    fit: Fit | None  # of the source that the run has chosen; None where the size of the whole is not known
+    # of the source that the run has chosen; None where the size of the whole is not known
+    fit: Fit | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -140,16 +147,34 @@ def compute_plan(config: RunConfig, facts: Facts, *, room: Callable[[float], Fit
     fit = known(sources.option(sources.chosen).num_bytes) if known else None
     target = "the demo's" if config.demo else config.target.model
     notes = _notes(config, facts, size, capture)
-    return Plan(config.name, target, config.store, tokens, size, capture, training, sources, fit, tuple(notes))
+    return Plan(
+        config.name,
+        target,
+        config.store,
+        tokens,
+        size,
+        capture,
+        training,
+        sources,
+        fit,
+        tuple(notes),
+    )
 
 
 def effort_of(facts: Facts, size: SizePart, capture: CapturePart, training: TrainingPart) -> Effort:
     return Effort(
-        cache_bytes=size.num_bytes.value, missing_bytes=size.missing_bytes.value, beside_bytes=size.frozen_bytes.value,
-        shard_bytes=size.shard_bytes.value, num_shards=int(size.shards.value), capture_hours=capture.hours.value,
-        capture_hours_left=capture.hours_left.value, train_hours=training.hours.value, passes=training.passes.value,
-        lanes=facts.lanes, device=facts.speed.device,
-    )  # fmt: skip
+        cache_bytes=size.num_bytes.value,
+        missing_bytes=size.missing_bytes.value,
+        beside_bytes=size.frozen_bytes.value,
+        shard_bytes=size.shard_bytes.value,
+        num_shards=int(size.shards.value),
+        capture_hours=capture.hours.value,
+        capture_hours_left=capture.hours_left.value,
+        train_hours=training.hours.value,
+        passes=training.passes.value,
+        lanes=facts.lanes,
+        device=facts.speed.device,
+    )
 
 
 def token_part(work: Workload) -> TokenPart:
@@ -175,19 +200,29 @@ def size_part(config: RunConfig, facts: Facts) -> SizePart:
     prompts = facts.work.prompts.value if facts.work.prompts else PER_PROMPTS
     num_shards = max(1, -(-int(prompts) // config.prompts.shard_rows))
     shard_bytes = num_bytes / prompts * min(prompts, config.prompts.shard_rows) if prompts else 0.0
-    origin = facts.work.origin if codecs == Codecs("raw", codecs.last and "raw", "none") else f"{facts.work.origin}, {codecs} assumed"
+    origin = (
+        facts.work.origin
+        if codecs == Codecs("raw", codecs.last and "raw", "none")
+        else f"{facts.work.origin}, {codecs} assumed"
+    )
     return SizePart(
         codecs=str(codecs),
         bytes_by_codec=bytes_by_codec(counts, codecs, shape),
         num_bytes=Number(num_bytes, origin),
         frozen_bytes=Number(frozen, "exact"),
-        missing_bytes=Number(facts.missing * num_bytes + (frozen if facts.missing else 0), f"{1 - facts.missing:.0%} is committed"),
+        missing_bytes=Number(
+            facts.missing * num_bytes + (frozen if facts.missing else 0),
+            f"{1 - facts.missing:.0%} is committed",
+        ),
         shards=Number(num_shards, f"shard_rows {config.prompts.shard_rows}"),
         shard_bytes=Number(shard_bytes, origin),
         puts=Number(
-            put_requests(num_shards, shard_bytes=shard_bytes, frozen_bytes=frozen), f"parts of {part_bytes(int(shard_bytes)) >> 20} MiB"
+            put_requests(num_shards, shard_bytes=shard_bytes, frozen_bytes=frozen),
+            f"parts of {part_bytes(int(shard_bytes)) >> 20} MiB",
         ),
-        gets_per_pass=Number(round(counts.samples * (1 - config.prompts.held_out)), "one a training sample"),
+        gets_per_pass=Number(
+            round(counts.samples * (1 - config.prompts.held_out)), "one a training sample"
+        ),
     )
 
 
@@ -209,37 +244,59 @@ def capture_part(facts: Facts, size: SizePart) -> CapturePart:
 
 
 def training_part(config: RunConfig, facts: Facts, size: SizePart) -> TrainingPart:
-    """Training as estimated from its FLOPs at the speed of the measurement, or as long as the user says."""
+    """Training as estimated from its FLOPs at the speed of the measurement, or as long as the
+    user says.
+    """
     kept, counts = 1 - config.prompts.held_out, facts.work.counts
     passes = count_passes(config, kept * counts.samples)
     per_sample = counts.scaled(1 / max(counts.samples, 1))
     if isinstance(config.draft, Eagle3DraftConfig):
-        slots, positions = per_sample.supervised * config.draft.ttt_length, per_sample.tokens * config.draft.ttt_length
+        slots, positions = (
+            per_sample.supervised * config.draft.ttt_length,
+            per_sample.tokens * config.draft.ttt_length,
+        )
     else:
         slots = min(config.draft.num_anchors, per_sample.supervised) * config.draft.block_size
         positions = per_sample.tokens + slots
-    flops = training_flops(counts, facts.shape, trainable=facts.draft_parameters, slots=slots, positions=positions)
+    flops = training_flops(
+        counts, facts.shape, trainable=facts.draft_parameters, slots=slots, positions=positions
+    )
     estimated = passes.value * kept * flops / (facts.speed.flops_per_s * facts.lanes) / 3600
     hours = estimated if facts.train_hours is None else facts.train_hours
     return TrainingPart(
         passes=passes,
         draft_parameters=Number(facts.draft_parameters, "exact"),
         hours=Number(hours, "assumed from FLOPs" if facts.train_hours is None else "as given"),
-        read_bytes_per_s=Number(kept * passes.value * size.num_bytes.value / max(3600 * hours, 1e-9), "to keep up with that"),
+        read_bytes_per_s=Number(
+            kept * passes.value * size.num_bytes.value / max(3600 * hours, 1e-9),
+            "to keep up with that",
+        ),
     )
 
 
 def _notes(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart) -> list[str]:
-    notes = shard_notes(int(size.shards.value), shard_bytes=size.shard_bytes.value, shard_rows=config.prompts.shard_rows)
+    notes = shard_notes(
+        int(size.shards.value),
+        shard_bytes=size.shard_bytes.value,
+        shard_rows=config.prompts.shard_rows,
+    )
     if facts.work.prompts is None:
-        notes.append("the source does not say how many rows it has: all totals are of 1,000 prompts, and nothing says whether it fits")
+        notes.append(
+            "the source does not say how many rows it has: all totals are of 1,000 prompts, and nothing says whether it fits"
+        )
     if not facts.work.has_answers and config.target.thinking:
-        notes.append("the target thinks: its answers may be much longer than planned; answer a few shards and plan again")
+        notes.append(
+            "the target thinks: its answers may be much longer than planned; answer a few shards and plan again"
+        )
     if facts.speed.device == "cpu" and capture.hours.value > LONG_HOURS:
-        notes.append("the hours are those of this machine's CPU: plan again on a machine with the GPU that will capture")
+        notes.append(
+            "the hours are those of this machine's CPU: plan again on a machine with the GPU that will capture"
+        )
     store = capture.store_bytes_per_s
     if store and store.value < capture.bytes_per_s.value:
-        notes.append("the store takes bytes more slowly than the capture makes them: the capture will wait for it")
+        notes.append(
+            "the store takes bytes more slowly than the capture makes them: the capture will wait for it"
+        )
     return notes
 
 

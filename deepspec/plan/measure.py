@@ -1,4 +1,5 @@
-"""What this machine can do: how fast it runs the target's layers, how fast the store takes bytes, how large the draft is.
+"""What this machine can do: how fast it runs the target's layers, how fast the store takes bytes,
+how large the draft is.
 
 No weight of the target is read: time does not depend on their values. B batch, T tokens.
 """
@@ -37,7 +38,8 @@ STORE_PROBE_BYTES = 128_000_000
 
 
 def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) -> Speed:
-    """Time a few decoder layers of the target's shape with random weights, and scale to all of them.
+    """Time a few decoder layers of the target's shape with random weights, and scale to all of
+    them.
 
     Raises:
         DataError: not an architecture that can be built.
@@ -48,7 +50,10 @@ def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) ->
     model = _shallow(text_config, max(depths), DTYPES[config.target.dtype], device)
     layers = model.get_submodule("layers")
     per_layer = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
-    budget = min(config.resources.batch_tokens, MAX_CPU_TOKENS if device.type == "cpu" else config.resources.batch_tokens)
+    budget = min(
+        config.resources.batch_tokens,
+        MAX_CPU_TOKENS if device.type == "cpu" else config.resources.batch_tokens,
+    )
     length = max(1, min(median_tokens, budget, text_config.max_position_embeddings))
     affordable = _affordable_tokens(model, device)
     rows = max(1, min(budget, affordable) // length)
@@ -60,7 +65,9 @@ def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) ->
     if slope <= 0:  # a layer so small that it drowns in the noise
         slope = deep / depths[0]
     seconds = shallow + slope * (text_config.num_hidden_layers - depths[1])
-    speed = Speed(ids.numel() / seconds, 2 * per_layer * ids.numel() / slope, device.type, ids.numel())
+    speed = Speed(
+        ids.numel() / seconds, 2 * per_layer * ids.numel() / slope, device.type, ids.numel()
+    )
     log.info("measured tokens_per_s=%.0f flops_per_s=%.3g device=%s tokens=%d", *speed)
     return speed
 
@@ -77,13 +84,22 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
     if getattr(config, "layer_types", None):
         config.layer_types = [*config.layer_types[: num_layers - 1], config.layer_types[-1]]
     try:
-        # Weights are filled below: drawing a billion normal values would take longer than timing them.
+        # Weights are filled below: drawing a billion normal values would take longer than timing
+        # them.
         with no_init_weights():
-            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").to(
+                device
+            )
     except ValueError as error:
-        what = f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}"
-        raise DataError(what, where="target.model", fix="use a target that Transformers knows") from None
-    noise = (torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) * 0.02).to(device, dtype)
+        what = (
+            f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}"
+        )
+        raise DataError(
+            what, where="target.model", fix="use a target that Transformers knows"
+        ) from None
+    noise = (torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) * 0.02).to(
+        device, dtype
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             for piece in parameter.view(-1).split(NOISE):
@@ -92,10 +108,14 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
 
 
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a pass that leave time for a second one; a large target on a CPU gets through only a few."""
+    """Tokens of a pass that leave time for a second one; a large target on a CPU gets through
+    only a few.
+    """
     probe = torch.randint(SMALL_VOCABULARY, (1, PROBE_TOKENS), device=device)
     _pass_seconds(model, probe)  # the first one also loads kernels
-    return max(PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / _pass_seconds(model, probe)))
+    return max(
+        PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / _pass_seconds(model, probe))
+    )
 
 
 def _seconds(model: nn.Module, ids: Tensor) -> float:
@@ -116,7 +136,9 @@ def _pass_seconds(model: nn.Module, ids: Tensor) -> float:
 
 
 def num_lanes(config: RunConfig, device: str) -> int:
-    """Lanes that add up: one per GPU as the flows deal them out; on a CPU they would share what one was timed with."""
+    """Lanes that add up: one per GPU as the flows deal them out; on a CPU they would share what
+    one was timed with.
+    """
     if device == "cpu":
         return 1
     return config.resources.lanes or max(1, torch.cuda.device_count())
@@ -138,7 +160,9 @@ def measure_store(store: Store) -> float | None:
         seconds = time.perf_counter() - started
         store.remove(name)
     except OSError as error:
-        raise StoreError(f"cannot write: {error}", where=f"store {store.url}", fix="choose another with --store") from None
+        raise StoreError(
+            f"cannot write: {error}", where=f"store {store.url}", fix="choose another with --store"
+        ) from None
     return len(data) / seconds
 
 
@@ -149,5 +173,9 @@ def draft_parameters(config: RunConfig, text_config: Any) -> int:
         ConfigError: a target for which no draft is known.
     """
     layers, mask = config.target.layer_ids, config.target.mask_token_id
-    draft = empty_draft(DraftSpec.from_target(text_config.to_dict(), config.draft, layer_ids=layers, mask_token_id=mask))
+    draft = empty_draft(
+        DraftSpec.from_target(
+            text_config.to_dict(), config.draft, layer_ids=layers, mask_token_id=mask
+        )
+    )
     return sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)

@@ -1,4 +1,6 @@
-"""The plan of a run: what the sample, the target's config and this machine say, put together into numbers to decide by."""
+"""The plan of a run: what the sample, the target's config and this machine say, put together
+into numbers to decide by.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from deepspec.artifacts.lineage import artifact_of, store_of
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.formatting import human_bytes
-from deepspec.plan.arithmetic import Fit, Shape, bytes_by_codec, hidden_bytes, hidden_settings, histogram, require_fit, room
+from deepspec.plan.arithmetic import (
+    Fit,
+    Shape,
+    bytes_by_codec,
+    hidden_bytes,
+    hidden_settings,
+    histogram,
+    require_fit,
+    room,
+)
 from deepspec.plan.forecast import Facts, Plan, compute_plan
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.plan.workload import sample_workload
@@ -46,22 +57,34 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
         missing=_missing_share(config),
         train_hours=train_hours,
     )
-    return compute_plan(config, facts, room=lambda needed: room(needed, store, min_free_gb=config.resources.min_free_gb))
+    return compute_plan(
+        config,
+        facts,
+        room=lambda needed: room(needed, store, min_free_gb=config.resources.min_free_gb),
+    )
 
 
 def _require_demo(config: RunConfig) -> None:
     if config.demo is not None and artifact_of(config, "demo").manifest() is None:
         what = "the demo's target and prompts do not exist yet, so there is nothing to measure"
-        raise ArtifactMismatch(what, where=artifact_of(config, "demo").url, fix=f"run `python -m deepspec demo {config.typed}` first")
+        raise ArtifactMismatch(
+            what,
+            where=artifact_of(config, "demo").url,
+            fix=f"run `python -m deepspec demo {config.typed}` first",
+        )
 
 
 def _missing_share(config: RunConfig) -> float:
-    hidden, prompts = artifact_of(config, "hidden").record_shards(), artifact_of(config, "prompts").record_shards()
+    hidden, prompts = (
+        artifact_of(config, "hidden").record_shards(),
+        artifact_of(config, "prompts").record_shards(),
+    )
     return 1 - len(hidden) / max(len(prompts), len(hidden), 1)
 
 
 def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
-    """Refuse to start a capture whose missing shards the store cannot hold; for the start of the hidden stage.
+    """Refuse to start a capture whose missing shards the store cannot hold; for the start of the
+    hidden stage.
 
     Raises:
         StoreError: naming what is needed, what is free, and what would fit.
@@ -77,7 +100,11 @@ def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
     sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)
     advice = fit_advice(fit, {name: missing * size for name, size in sizes.items()})
     if config.resources.check_space == "refuse":
-        require_fit(fit, where=f"store {config.store}", fix=f"{advice}, or --force to begin all the same and pause when it is full")
+        require_fit(
+            fit,
+            where=f"store {config.store}",
+            fix=f"{advice}, or --force to begin all the same and pause when it is full",
+        )
     elif not fit.fits:
         log.warning("the hidden states will not fit into %s: %s", config.store, advice)
 
@@ -87,11 +114,19 @@ def require_plan_fits(plan: Plan) -> None:
     if plan.fit is None:
         return
     if plan.sources.chosen != "cache":
-        require_fit(plan.fit, where=f"store {plan.store}", fix="lower resources.rolling_gb, or choose another store (--store)")
+        require_fit(
+            plan.fit,
+            where=f"store {plan.store}",
+            fix="lower resources.rolling_gb, or choose another store (--store)",
+        )
         return
     missing = plan.size.missing_bytes.value / max(plan.size.num_bytes.value, 1)
     sizes = {name: missing * size for name, size in plan.size.bytes_by_codec.items()}
-    require_fit(plan.fit, where=f"store {plan.store}", fix=f"{fit_advice(plan.fit, sizes)}, or --force to be told without being stopped")
+    require_fit(
+        plan.fit,
+        where=f"store {plan.store}",
+        fix=f"{fit_advice(plan.fit, sizes)}, or --force to be told without being stopped",
+    )
 
 
 def fit_advice(fit: Fit, sizes: dict[str, float]) -> str:

@@ -1,6 +1,8 @@
-"""Which source of hidden states is cheapest for a run: what each puts on the disk, how often it captures, and whether it fits.
+"""Which source of hidden states is cheapest for a run: what each puts on the disk, how often it
+captures, and whether it fits.
 
-GPU hours are of all GPUs together, hours are wall-clock on those that the plan was made for. All units are decimal.
+GPU hours are of all GPUs together, hours are wall-clock on those that the plan was made for. All
+units are decimal.
 """
 
 from __future__ import annotations
@@ -50,33 +52,52 @@ class SourcesPart(NamedTuple):
         return next(option for option in self.options if option.name == name)
 
 
-def compare_sources(config: RunConfig, effort: Effort, *, room: Callable[[float], Fit] | None) -> SourcesPart:
-    """The three sources side by side, and the one of those that fit which takes the fewest GPU hours of capture."""
+def compare_sources(
+    config: RunConfig, effort: Effort, *, room: Callable[[float], Fit] | None
+) -> SourcesPart:
+    """The three sources side by side, and the one of those that fit which takes the fewest GPU
+    hours of capture.
+    """
     options = tuple(
         option._replace(fits=room(option.num_bytes).fits if room else None)
         for option in (_cache(effort), _rolling(config, effort), _online(config, effort))
     )
     chosen: SourceName = "cache" if not effort.missing_bytes else config.resources.source
     fitting = [option for option in options if option.fits is not False] or [options[-1]]
-    # Of equal ones the first: what a cache holds serves the next draft too, and nothing on a disk is simpler than something.
-    best = min(fitting, key=lambda option: (option.capture_gpu_hours, ("cache", "online", "rolling").index(option.name)))
+    # Of equal ones the first: what a cache holds serves the next draft too, and nothing on a disk
+    # is simpler than something.
+    best = min(
+        fitting,
+        key=lambda option: (
+            option.capture_gpu_hours,
+            ("cache", "online", "rolling").index(option.name),
+        ),
+    )
     return SourcesPart(options, chosen, best.name, _reason(config, best, options))
 
 
 def count_passes(config: RunConfig, samples: float) -> Number:
     steps, epochs = config.train.max_steps, float(config.train.epochs)
     by_steps = (steps or 0) * config.train.global_batch / max(samples, 1)
-    return Number(by_steps, "train.max_steps") if steps and by_steps < epochs else Number(epochs, "train.epochs")
+    return (
+        Number(by_steps, "train.max_steps")
+        if steps and by_steps < epochs
+        else Number(epochs, "train.epochs")
+    )
 
 
 def _cache(effort: Effort) -> SourceOption:
     left = effort.capture_hours_left
     share = left / effort.capture_hours if effort.capture_hours else 0.0
-    return SourceOption("cache", effort.missing_bytes, share, left * effort.lanes, left + effort.train_hours, None)
+    return SourceOption(
+        "cache", effort.missing_bytes, share, left * effort.lanes, left + effort.train_hours, None
+    )
 
 
 def _rolling(config: RunConfig, effort: Effort) -> SourceOption:
-    """Capture has GPUs of its own where there are enough: then the slower of the two decides. What fits as a whole is never deleted."""
+    """Capture has GPUs of its own where there are enough: then the slower of the two decides.
+    What fits as a whole is never deleted.
+    """
     resources, captures = config.resources, effort.passes / config.train.window_epochs
     if effort.cache_bytes <= resources.rolling_gb * 1e9:
         captures = min(captures, 1.0)
@@ -94,7 +115,14 @@ def _online(config: RunConfig, effort: Effort) -> SourceOption:
     """Only training samples go through the target, but in every pass."""
     captures = effort.passes * (1 - config.prompts.held_out)
     hours = captures * effort.capture_hours
-    return SourceOption("online", effort.beside_bytes, captures, hours * effort.lanes, hours + effort.train_hours, None)
+    return SourceOption(
+        "online",
+        effort.beside_bytes,
+        captures,
+        hours * effort.lanes,
+        hours + effort.train_hours,
+        None,
+    )
 
 
 def _reason(config: RunConfig, best: SourceOption, options: tuple[SourceOption, ...]) -> str:

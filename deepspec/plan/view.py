@@ -29,7 +29,12 @@ def render(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [f"plan of {plan.run}: target {plan.target}, store {plan.store}"]
     for title, lines in sections.items():
         parts += ["", title, Padding(_table(lines), (0, 0, 0, 2), expand=False)]
-    parts += ["", f"{plan.sources.best}: {plan.sources.reason}", _verdict(plan.fit), *(f"note: {note}" for note in plan.notes)]
+    parts += [
+        "",
+        f"{plan.sources.best}: {plan.sources.reason}",
+        _verdict(plan.fit),
+        *(f"note: {note}" for note in plan.notes),
+    ]
     return Group(*parts)
 
 
@@ -59,7 +64,11 @@ def _token_lines(plan: Plan) -> Iterator[Line]:
     yield "samples", f"{part.samples.value:,.0f}", part.samples.origin
     yield "tokens", f"{human_count(part.tokens.value)}{error}", part.tokens.origin
     lengths = part.per_sample
-    yield "tokens per sample", f"p5 {lengths.p5} p50 {lengths.p50} p95 {lengths.p95} max {lengths.max}", ""
+    yield (
+        "tokens per sample",
+        f"p5 {lengths.p5} p50 {lengths.p50} p95 {lengths.p95} max {lengths.max}",
+        "",
+    )
     yield "", f"{_bars(lengths)}", f"0 to {lengths.max} tokens"
     yield "supervised", f"{part.supervised.value:.1%} of the tokens", part.supervised.origin
     cut = f"{part.cut_samples.value:.1%} of samples, {part.cut_tokens.value:.1%} of tokens"
@@ -76,18 +85,30 @@ def _size_lines(plan: Plan) -> Iterator[Line]:
     part = plan.size
     for codec, size in part.bytes_by_codec.items():
         mark = "  <- this run" if codec == part.codecs else ""
-        assumed = "by arithmetic" if codec.split(",")[0] in ("raw", "int8", "fp8") and "zstd" not in codec else "ratio assumed"
+        assumed = (
+            "by arithmetic"
+            if codec.split(",")[0] in ("raw", "int8", "fp8") and "zstd" not in codec
+            else "ratio assumed"
+        )
         yield codec, f"{human_bytes(size)}{mark}", assumed
     yield "embedding, lm_head", human_bytes(part.frozen_bytes.value), part.frozen_bytes.origin
     yield "still missing", human_bytes(part.missing_bytes.value), part.missing_bytes.origin
-    yield "shards", f"{part.shards.value:,.0f} of {human_bytes(part.shard_bytes.value)}", part.shards.origin
+    yield (
+        "shards",
+        f"{part.shards.value:,.0f} of {human_bytes(part.shard_bytes.value)}",
+        part.shards.origin,
+    )
     yield "S3 PUTs", f"{part.puts.value:,.0f}", part.puts.origin
     yield "S3 GETs per pass", f"{part.gets_per_pass.value:,.0f}", part.gets_per_pass.origin
 
 
 def _capture_lines(plan: Plan) -> Iterator[Line]:
     part = plan.capture
-    yield "speed of a lane", f"{human_count(part.tokens_per_s.value)} tokens/s", part.tokens_per_s.origin
+    yield (
+        "speed of a lane",
+        f"{human_count(part.tokens_per_s.value)} tokens/s",
+        part.tokens_per_s.origin,
+    )
     yield "time", human_hours(part.hours.value), part.hours.origin
     if part.hours_left.value < part.hours.value:
         yield "time left", human_hours(part.hours_left.value), part.hours_left.origin
@@ -95,12 +116,20 @@ def _capture_lines(plan: Plan) -> Iterator[Line]:
     if part.store_bytes_per_s is None:
         yield "the store takes", "not measured", "too little room to try"
     else:
-        yield "the store takes", f"{human_bytes(part.store_bytes_per_s.value)}/s", part.store_bytes_per_s.origin
+        yield (
+            "the store takes",
+            f"{human_bytes(part.store_bytes_per_s.value)}/s",
+            part.store_bytes_per_s.origin,
+        )
 
 
 def _training_lines(plan: Plan) -> Iterator[Line]:
     part = plan.training
-    yield "draft", f"{human_count(part.draft_parameters.value)} trainable parameters", part.draft_parameters.origin
+    yield (
+        "draft",
+        f"{human_count(part.draft_parameters.value)} trainable parameters",
+        part.draft_parameters.origin,
+    )
     yield "passes", f"{part.passes.value:.3g}", part.passes.origin
     yield "time", human_hours(part.hours.value), part.hours.origin
     yield "reads", f"{human_bytes(part.read_bytes_per_s.value)}/s", part.read_bytes_per_s.origin
@@ -112,7 +141,11 @@ def _source_lines(plan: Plan) -> Iterator[Line]:
         mark = " <- this run" if option.name == part.chosen else ""
         said = f"{human_bytes(option.num_bytes)}, captured {option.captures:.3g} x{mark}"
         fits = "" if option.fits is None else ", fits" if option.fits else ", does NOT fit"
-        yield option.name, said, f"{human_hours(option.capture_gpu_hours)} of capture, {human_hours(option.hours)} in all{fits}"
+        yield (
+            option.name,
+            said,
+            f"{human_hours(option.capture_gpu_hours)} of capture, {human_hours(option.hours)} in all{fits}",
+        )
     yield "cheapest", f"resources.source={part.best}", ""
 
 

@@ -1,7 +1,9 @@
-"""How long a run's training samples are: from its answers where there are some, else from its prompts, else its source.
+"""How long a run's training samples are: from its answers where there are some, else from its
+prompts, else its source.
 
-A sample of rows goes through the very function that cuts them for capture, so templates, turns and `hidden.max_length`
-count as they will. Answers that are not there yet are as long as the source's own, or as long as assumed.
+A sample of rows goes through the very function that cuts them for capture, so templates, turns and
+`hidden.max_length` count as they will. Answers that are not there yet are as long as the source's
+own, or as long as assumed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ UNCUT = 2**31  # tokens; a max_length that cuts nothing
 
 
 class _Rows(NamedTuple):
-    """A sample of rows as the answers stage would write them, and how many such rows there are in all."""
+    """A sample of rows as the answers stage would write them, and how many such rows there are
+    in all.
+    """
 
     answers: list[dict[str, Any]]
     sampled: int  # prompts looked at
@@ -47,10 +51,19 @@ def sample_workload(config: RunConfig, chat: Chat, *, num_rows: int) -> Workload
     Raises:
         DataError: the source cannot be read or holds nothing usable.
     """
-    rows = _from_answers(config, num_rows) or _from_prompts(config, chat, num_rows) or _from_source(config, chat, num_rows)
+    rows = (
+        _from_answers(config, num_rows)
+        or _from_prompts(config, chat, num_rows)
+        or _from_source(config, chat, num_rows)
+    )
     per_answer = [_sizes(answer, chat, config) for answer in rows.answers]
     sizes = tuple(size for found in per_answer for size in found)
-    sampled = TokenCounts(len(sizes), *(float(sum(column)) for column in list(zip(*sizes, strict=True))[:3]) if sizes else (0.0,) * 3)
+    sampled = TokenCounts(
+        len(sizes),
+        *(float(sum(column)) for column in list(zip(*sizes, strict=True))[:3])
+        if sizes
+        else (0.0,) * 3,
+    )
     total = rows.prompts.value if rows.prompts else PER_PROMPTS
     counts = sampled.scaled(total / max(rows.sampled, 1))
     whole = rows.prompts is not None and rows.sampled >= total
@@ -58,15 +71,27 @@ def sample_workload(config: RunConfig, chat: Chat, *, num_rows: int) -> Workload
         counts = _with_known_answers(counts, rows, total)
     has_answers = rows.answer_tokens is not None
     known = "exact" if whole and has_answers else rows.origin
-    error = 0.0 if whole else relative_error([sum(size.tokens for size in found) for found in per_answer])
+    error = (
+        0.0
+        if whole
+        else relative_error([sum(size.tokens for size in found) for found in per_answer])
+    )
     return Workload(rows.prompts, counts, known, rows.answers_from, has_answers, error, sizes)
 
 
 def _with_known_answers(counts: TokenCounts, rows: _Rows, total: float) -> TokenCounts:
-    """The estimate with its answer tokens set right: the sample's were a little more or less than the records'."""
-    sampled = sum(turn["num_tokens"] for answer in rows.answers for turn in answer["turns"]) * total / rows.sampled
+    """The estimate with its answer tokens set right: the sample's were a little more or less
+    than the records'.
+    """
+    sampled = (
+        sum(turn["num_tokens"] for answer in rows.answers for turn in answer["turns"])
+        * total
+        / rows.sampled
+    )
     added = counts.supervised * ((rows.answer_tokens or sampled) / max(sampled, 1) - 1)
-    return TokenCounts(counts.samples, counts.tokens + added, counts.supervised + added, counts.kept_last + added)
+    return TokenCounts(
+        counts.samples, counts.tokens + added, counts.supervised + added, counts.kept_last + added
+    )
 
 
 def _sizes(answer: Mapping[str, Any], chat: Chat, config: RunConfig) -> list[SampleSize]:
@@ -75,16 +100,25 @@ def _sizes(answer: Mapping[str, Any], chat: Chat, config: RunConfig) -> list[Sam
     uncut = [len(row.input_ids) for row in rows]
     if any(length == config.hidden.max_length for length in uncut):
         uncut_settings = config.hidden.model_copy(update={"max_length": UNCUT})
-        whole = {row.sample_id: row for row in capture_rows([dict(answer)], chat, uncut_settings).rows}
+        whole = {
+            row.sample_id: row for row in capture_rows([dict(answer)], chat, uncut_settings).rows
+        }
         uncut = [len(whole[row.sample_id].input_ids) for row in rows]
     return [
-        SampleSize(len(row.input_ids), sum(row.loss_mask), int(last_hidden_spans(row.loss_mask)[:, 1].sum()), length)
+        SampleSize(
+            len(row.input_ids),
+            sum(row.loss_mask),
+            int(last_hidden_spans(row.loss_mask)[:, 1].sum()),
+            length,
+        )
         for row, length in zip(rows, uncut, strict=True)
     ]
 
 
 def _from_answers(config: RunConfig, num_rows: int) -> _Rows | None:
-    """Answers that are committed, scaled to all prompts; their records know the answer tokens exactly."""
+    """Answers that are committed, scaled to all prompts; their records know the answer tokens
+    exactly.
+    """
     records, prompts = artifact_of(config, "answers").records(), _committed_prompts(config)
     answered = sum(record.rows for record in records.values())
     if not answered or not prompts:
@@ -95,7 +129,14 @@ def _from_answers(config: RunConfig, num_rows: int) -> _Rows | None:
     sampled = seen if len(answers) == answered else round(len(answers) * seen / answered)
     tokens = sum(record.tokens for record in records.values()) * total / seen
     there = "all" if len(records) == len(prompts) else f"{len(records)} of {len(prompts)} shards"
-    return _Rows(answers, sampled, Number(total, "exact"), f"sample of {sampled} answers", f"{there} committed", tokens)
+    return _Rows(
+        answers,
+        sampled,
+        Number(total, "exact"),
+        f"sample of {sampled} answers",
+        f"{there} committed",
+        tokens,
+    )
 
 
 def _from_prompts(config: RunConfig, chat: Chat, num_rows: int) -> _Rows | None:
@@ -117,12 +158,15 @@ def _committed_prompts(config: RunConfig) -> dict[int, Record]:
 
 
 def _spread(config: RunConfig, stage: str, num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows evenly spread over a few evenly spread shards of a stage; all rows where there are no more."""
+    """Rows evenly spread over a few evenly spread shards of a stage; all rows where there are
+    no more.
+    """
     artifact = artifact_of(config, stage)
     records = list(artifact.records().values())
     total = sum(record.rows for record in records)
     if total > num_rows:
-        records = _evenly(records, max(SAMPLE_SHARDS, -(-num_rows * len(records) // total)))  # small shards: as many as it takes
+        # small shards: as many as it takes
+        records = _evenly(records, max(SAMPLE_SHARDS, -(-num_rows * len(records) // total)))
     for index, record in enumerate(records):
         wanted = num_rows * (index + 1) // len(records) - num_rows * index // len(records)
         table = read_table(artifact.fetch_shard(record))
@@ -131,11 +175,16 @@ def _spread(config: RunConfig, stage: str, num_rows: int) -> Iterator[dict[str, 
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)
+    return (
+        [items[index * len(items) // count] for index in range(count)]
+        if len(items) > count
+        else list(items)
+    )
 
 
 def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
-    """The source's first usable rows; how many there are in all is what the source says, if it does.
+    """The source's first usable rows; how many there are in all is what the source says, if it
+    does.
 
     Raises:
         DataError: no row is usable.
@@ -153,10 +202,18 @@ def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
         ended = True
     if not found:
         fix = "rows carry `messages`, `conversations`, `turns` or `prompt`; see the prompts stage's rejects for reasons"
-        raise DataError(f"none of the source's first {read} rows is usable", where=f"prompts.source {config.prompts.source}", fix=fix)
+        raise DataError(
+            f"none of the source's first {read} rows is usable",
+            where=f"prompts.source {config.prompts.source}",
+            fix=fix,
+        )
     stand_ins = StandIns(config, chat, [text for _, texts in found for text in texts])
     answers = [stand_ins.answered(prompt.id, prompt.messages, texts) for prompt, texts in found]
-    prompts = Number(len(found), "source, all usable") if ended else _source_prompts(config, len(found) / read)
+    prompts = (
+        Number(len(found), "source, all usable")
+        if ended
+        else _source_prompts(config, len(found) / read)
+    )
     return _Rows(answers, len(found), prompts, f"first {len(found)} of source", stand_ins.origin)
 
 
@@ -166,7 +223,10 @@ def _source_prompts(config: RunConfig, usable: float) -> Number | None:
         return Number(limit, "limit; length unknown") if limit else None
     if limit and limit <= rows * usable:
         return Number(limit, "prompts.limit")
-    return Number(round(rows * usable), "rows of the source" if usable == 1 else f"rows of the source, {usable:.1%} usable")
+    return Number(
+        round(rows * usable),
+        "rows of the source" if usable == 1 else f"rows of the source, {usable:.1%} usable",
+    )
 
 
 def count_source_rows(config: RunConfig) -> int | None:
@@ -197,7 +257,12 @@ def _dataset_rows(source: DatasetSource) -> int | None:
     if not is_on_hub(source):
         return sum(1 for _ in read_dataset(source))
     try:
-        splits = datasets.load_dataset_builder(source.name, source.subset, revision=source.revision).info.splits or {}
+        splits = (
+            datasets.load_dataset_builder(
+                source.name, source.subset, revision=source.revision
+            ).info.splits
+            or {}
+        )
     except (OSError, ValueError):
         return None  # the rows themselves were readable; only their number is unknown
     return int(splits[source.split].num_examples) or None if source.split in splits else None
@@ -205,6 +270,8 @@ def _dataset_rows(source: DatasetSource) -> int | None:
 
 def _source_answers(config: RunConfig, num_rows: int) -> list[str]:
     try:
-        return [text for row in islice(read_source(config), num_rows) for text in assistant_texts(row)]
+        return [
+            text for row in islice(read_source(config), num_rows) for text in assistant_texts(row)
+        ]
     except (DataError, OSError):
         return []  # the prompts are committed: the source may be gone

@@ -1,7 +1,9 @@
-"""Starting the heavy work in child processes: `python -m deepspec <verb>`, followed by its events, ended with its parent.
+"""Starting the heavy work in child processes: `python -m deepspec <verb>`, followed by its events,
+ended with its parent.
 
-A child runs under `guard`, so that whatever happens here (an exception, Ctrl-C, SIGTERM, SIGKILL) nothing of it is left.
-Its JSON events and log lines are handed on as they come, and its error is raised again as the same class.
+A child runs under `guard`, so that whatever happens here (an exception, Ctrl-C, SIGTERM, SIGKILL)
+nothing of it is left. Its JSON events and log lines are handed on as they come, and its error is
+raised again as the same class.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NamedTuple
 
-from deepspec.errors import EXIT_TRANSIENT, ChildFailed, DeepSpecError, TransientError, error_from_json
+from deepspec.errors import (
+    EXIT_TRANSIENT,
+    ChildFailed,
+    DeepSpecError,
+    TransientError,
+    error_from_json,
+)
 from deepspec.process.shard_ranges import shard_list
 from deepspec.process.supervisor import KILLED, SWEEP_S, kill_marked
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
-MARK = "DEEPSPEC_CHILD"  # in the environment of a child and all its descendants, so that they can be found
+# in the environment of a child and all its descendants, so that they can be found
+MARK = "DEEPSPEC_CHILD"
 LAST_LINES, TICK_S = 8, 0.5
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -38,7 +47,9 @@ OnLine = Callable[[str], None]
 
 
 class Stopped(DeepSpecError):
-    """The child was ended on request: its scope was left, by Ctrl-C, a cancelled run or another error."""
+    """The child was ended on request: its scope was left, by Ctrl-C, a cancelled run or another
+    error.
+    """
 
 
 class Request(NamedTuple):
@@ -63,7 +74,9 @@ class Request(NamedTuple):
 
 
 class Scope:
-    """The children that are to end together, each within `GRACE_S + patience_s` of being asked to."""
+    """The children that are to end together, each within `GRACE_S + patience_s` of being asked
+    to.
+    """
 
     def __init__(self, patience_s: float = 0.0) -> None:
         self.closed, self.patience_s = False, patience_s
@@ -76,12 +89,21 @@ class Scope:
         Raises:
             Stopped: the scope is closed; nothing is started in it any more, not even by a retry.
         """
-        guarded = [sys.executable, "-m", "deepspec.process.supervisor", str(GRACE_S + self.patience_s), *command]
+        guarded = [
+            sys.executable,
+            "-m",
+            "deepspec.process.supervisor",
+            str(GRACE_S + self.patience_s),
+            *command,
+        ]
         with self._lock:
             if self.closed:
                 raise Stopped(f"{name_of(command)} was not started: the run is being ended")
-            # A session of its own: Ctrl-C in the terminal goes to this process alone, which ends the children in order.
-            child = subprocess.Popen(guarded, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=dict(env), start_new_session=True)
+            # A session of its own: Ctrl-C in the terminal goes to this process alone, which ends
+            # the children in order.
+            child = subprocess.Popen(
+                guarded, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=dict(env), start_new_session=True
+            )
             self._children.add(child)
         return child
 
@@ -110,12 +132,15 @@ class Scope:
 
 
 _scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039  (the process's own, never closed)
-current_scope = _scope.get  # that of the children started here; work done elsewhere for it ends when it is closed
+# that of the children started here; work done elsewhere for it ends when it is closed
+current_scope = _scope.get
 
 
 @contextlib.contextmanager
 def scope(patience_s: float = 0.0) -> Iterator[Scope]:
-    """However this block is left, no child that was started in it runs any more (threads: those that copied its context)."""
+    """However this block is left, no child that was started in it runs any more (threads: those
+    that copied its context).
+    """
     inner = Scope(patience_s)
     token = _scope.set(inner)
     try:
@@ -134,7 +159,8 @@ def run_child(
     timeout_s: float | None = None,
     log_path: Path | None = None,
 ) -> None:
-    """Run a command to its end; both callbacks are called in this thread, and everything it says goes to `log_path`.
+    """Run a command to its end; both callbacks are called in this thread, and everything it says
+    goes to `log_path`.
 
     Raises:
         DeepSpecError: the error that the child reported, as its own class.
@@ -185,7 +211,9 @@ class _Ear:
                 self.late = time.monotonic() >= deadline
 
     def keep(self, log: RawIOBase, data: bytes) -> None:
-        """What a child says while it waits for room on a full disk may not fit into its log there: that must not end it."""
+        """What a child says while it waits for room on a full disk may not fit into its log
+        there: that must not end it.
+        """
         try:
             log.write(data)
         except OSError as error:
@@ -196,8 +224,10 @@ class _Ear:
     def hear(self, heard: bytearray, data: bytes) -> None:
         *lines, heard[:] = (heard + data).split(b"\n")
         for raw in lines:
-            line = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # a bar redrawn in place: its last state
-            if line.strip() and self.failure is None:  # what follows an error is its echo: other ranks, a launcher's stack trace
+            # a bar redrawn in place: its last state
+            line = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+            # what follows an error is its echo: other ranks, a launcher's stack trace
+            if line.strip() and self.failure is None:
                 self.hear_line(line)
 
     def hear_line(self, line: str) -> None:
@@ -214,16 +244,30 @@ class _Ear:
         if self.failure is not None:
             found = error_from_json(self.failure)
             unknown = self.failure.get("transient") and type(found) is ChildFailed
-            return TransientError(found.what, where=found.where, fix=found.fix) if unknown else found
+            return (
+                TransientError(found.what, where=found.where, fix=found.fix) if unknown else found
+            )
         if self.late:
-            return TransientError(f"{name} did not finish in time", where=self.where, fix="it is tried again by itself")
+            return TransientError(
+                f"{name} did not finish in time",
+                where=self.where,
+                fix="it is tried again by itself",
+            )
         said = "; it last said:\n    " + "\n    ".join(self.last) if self.last else ""
         number = -code if code < 0 else code - KILLED
         if number in set(signal.Signals):
             what = f"{name} was killed by {signal.Signals(number).name}{said}"
-            return TransientError(what, where=self.where, fix="run it again: only what is missing is done (SIGKILL: often out of memory)")
+            return TransientError(
+                what,
+                where=self.where,
+                fix="run it again: only what is missing is done (SIGKILL: often out of memory)",
+            )
         kind = TransientError if code == EXIT_TRANSIENT else ChildFailed
-        return kind(f"{name} ended with exit code {code} without saying why{said}", where=self.where, fix="see its last lines above")
+        return kind(
+            f"{name} ended with exit code {code} without saying why{said}",
+            where=self.where,
+            fix="see its last lines above",
+        )
 
 
 def _event(line: str) -> dict[str, Any] | None:

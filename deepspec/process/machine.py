@@ -1,4 +1,6 @@
-"""What this machine has for a process: GPUs as CUDA numbers them, found without loading CUDA, and free ports on loopback."""
+"""What this machine has for a process: GPUs as CUDA numbers them, found without loading CUDA,
+and free ports on loopback.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ def shard_list(shards: Sequence[int], digits: int = 1) -> str:
             runs[-1][1] = shard
         else:
             runs.append([shard, shard])
-    return ",".join("-".join(f"{end:0{digits}d}" for end in (first, last)[: 1 + (first < last)]) for first, last in runs)
+    return ",".join(
+        "-".join(f"{end:0{digits}d}" for end in (first, last)[: 1 + (first < last)])
+        for first, last in runs
+    )
 
 
 def parse_shards(text: str) -> list[int]:
@@ -34,6 +37,10 @@ def parse_shards(text: str) -> list[int]:
         match = SHARD_RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last > LAST_SHARD:
-            raise ConfigError(f"{part!r} is not a shard or a range of shards", where="--shards", fix="for example 17,18,40-52")
+            raise ConfigError(
+                f"{part!r} is not a shard or a range of shards",
+                where="--shards",
+                fix="for example 17,18,40-52",
+            )
         shards.update(range(first, last + 1))
     return sorted(shards)

@@ -1,8 +1,10 @@
-"""Runs a command that must never outlive its parent: `python -m deepspec.process.supervisor GRACE_S COMMAND ...`.
+"""Runs a command that must never outlive its parent: `python -m deepspec.process.supervisor GRACE_S
+COMMAND ...`.
 
-Standard input is a lifeline: the parent holds its other end and writes nothing, so end of file means that the parent
-closed it or died, in whatever way. Then, and also when the command has ended, no descendant is left behind; not even
-torchrun's ranks, each of which lives in a session of its own where killing a process group does not reach it.
+Standard input is a lifeline: the parent holds its other end and writes nothing, so end of file
+means that the parent closed it or died, in whatever way. Then, and also when the command has ended,
+no descendant is left behind; not even torchrun's ranks, each of which lives in a session of its own
+where killing a process group does not reach it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from pathlib import Path
 from types import FrameType
 
 KILLED = 128  # exit status of a command that died of signal n: KILLED + n, as in a shell
-LEAVE_S = 1.0  # what a helper process may take to notice that its parent has ended (multiprocessing's resource tracker)
+# what a helper process may take to notice that its parent has ended (multiprocessing's resource
+# tracker)
+LEAVE_S = 1.0
 SWEEP_S = 10.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -37,13 +41,16 @@ def main(grace_s: float, command: list[str]) -> int:
     guard = os.getpid()
 
     def die_with_guard() -> None:
-        # SIGTERM and not SIGKILL: torchrun ends its ranks on SIGTERM, and leaves them behind when it is killed.
+        # SIGTERM and not SIGKILL: torchrun ends its ranks on SIGTERM, and leaves them behind when
+        # it is killed.
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != guard:
             os._exit(KILLED + signal.SIGTERM)
 
     # Only this thread exists here, so running Python between fork and exec is safe.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_guard)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_guard
+    )
     leave_s = LEAVE_S
     try:
         wait_with_lifeline(child)
@@ -71,7 +78,8 @@ def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
     """Return when the child has ended; raise LifelineCut when standard input has."""
     try:
         ended, pause_s = [os.pidfd_open(child.pid)], None
-    except (AttributeError, OSError):  # no such call here: look at the child from time to time instead
+    except (AttributeError, OSError):
+        # no such call here: look at the child from time to time instead
         ended, pause_s = [], 0.2
     while child.poll() is None:
         readable, _, _ = select.select([0, *ended], [], [], pause_s)
@@ -92,7 +100,9 @@ def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def sweep(child: subprocess.Popen[bytes], leave_s: float) -> None:
-    """Kill whatever descends from this process, once `leave_s` is over; as a subreaper it is given every orphan."""
+    """Kill whatever descends from this process, once `leave_s` is over; as a subreaper it is
+    given every orphan.
+    """
     now = time.monotonic()
     patience, limit = now + leave_s, now + leave_s + SWEEP_S
     while (alive := list(descendants(os.getpid()))) and time.monotonic() < limit:
@@ -126,13 +136,16 @@ def living_processes() -> Iterator[tuple[int, int]]:
     """(process, its parent) of everything that runs here, zombies left out."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]  # the name before ")" may hold anything
+            # the name before ")" may hold anything
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 yield int(stat.parent.name), int(parent)
 
 
 def kill_marked(variable: str) -> None:
-    """Kill every process that has `NAME=value` in its environment: what is left of a child whose guard was killed itself."""
+    """Kill every process that has `NAME=value` in its environment: what is left of a child
+    whose guard was killed itself.
+    """
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if variable.encode() in environment.read_bytes().split(b"\0"):

@@ -8,20 +8,34 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from deepspec.process.events import answering_note, words_of
 
-UNSAID = ("event", "stage", "done", "total", "unit", "left_s")  # in the note beside a bar: its columns show them
+# in the note beside a bar: its columns show them
+UNSAID = ("event", "stage", "done", "total", "unit", "left_s")
 
 
 class TimeLeftColumn(TimeRemainingColumn):
-    """The time left as the stage reckons it itself (field `left_s`); the bar's own guess is far off after a resume in the middle."""
+    """The time left as the stage reckons it itself (field `left_s`); the bar's own guess is far
+    off after a resume in the middle.
+    """
 
     def render(self, task: Task) -> Text:
         left_s = task.fields.get("left_s")
-        return super().render(task) if left_s is None else Text(str(timedelta(seconds=left_s)), style="progress.remaining")
+        return (
+            super().render(task)
+            if left_s is None
+            else Text(str(timedelta(seconds=left_s)), style="progress.remaining")
+        )
 
 
 class TerminalReport:
@@ -40,7 +54,11 @@ class TerminalReport:
 
     def show(self, event: dict[str, Any]) -> None:
         if event["event"] == "result":
-            typer.echo(json.dumps({key: event[key] for key in ("acceptance_length", "lossless", "speedup")}))
+            typer.echo(
+                json.dumps(
+                    {key: event[key] for key in ("acceptance_length", "lossless", "speedup")}
+                )
+            )
         if event["event"] not in ("progress", "answering"):
             return
         if event["stage"] not in self.tasks:
@@ -52,7 +70,11 @@ class TerminalReport:
         numbers = {key: value for key, value in event.items() if key not in UNSAID}
         note = ", ".join(words_of(numbers))
         self.progress.update(
-            self.tasks[event["stage"]], completed=event["done"], total=event["total"], note=note, left_s=event.get("left_s")
+            self.tasks[event["stage"]],
+            completed=event["done"],
+            total=event["total"],
+            note=note,
+            left_s=event.get("left_s"),
         )
         if event["done"] == event["total"]:
             self.progress.stop()

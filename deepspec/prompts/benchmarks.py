@@ -1,7 +1,9 @@
-"""The prompts of a benchmark: a known one from the store, into which it is read from the hub once; or a file's.
+"""The prompts of a benchmark: a known one from the store, into which it is read from the hub once;
+or a file's.
 
-A known benchmark is an artifact of one shard, named by its data set, revision and wording and by nothing of the run: who
-evaluates (or looks for benchmark prompts among training prompts) with the same store reads the same prompts without a network.
+A known benchmark is an artifact of one shard, named by its data set, revision and wording and by
+nothing of the run: who evaluates (or looks for benchmark prompts among training prompts) with the
+same store reads the same prompts without a network.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def read_benchmark(config: RunConfig, name: str) -> list[BenchmarkPrompt]:
     """All prompts of a benchmark, in the order of its data set or file.
 
     Raises:
-        DataError: a file that is missing, empty, or has a line without turns; a data set that is neither stored nor reachable.
+        DataError: a file that is missing, empty, or has a line without turns; a data set that is
+            neither stored nor reachable.
     """
     if known := find_benchmark(name):
         artifact = stored_benchmark(config, known)
@@ -49,14 +52,26 @@ def read_benchmark(config: RunConfig, name: str) -> list[BenchmarkPrompt]:
         path = str(demo.store.fetch(demo.path(f"benchmarks/{name.removeprefix('demo/')}.jsonl")))
     prompts = [BenchmarkPrompt(_turns(row, place)) for place, row in read_places(path)]
     if not prompts:
-        raise DataError("the file is empty", where=path, fix='give {"turns": ["the first user message", ...]} on each line')
+        raise DataError(
+            "the file is empty",
+            where=path,
+            fix='give {"turns": ["the first user message", ...]} on each line',
+        )
     return prompts
 
 
 def _turns(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
     turns = row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise DataError("the line has no turns", where=place, fix='each line must be {"turns": ["the first user message", ...]}')
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+    ):
+        raise DataError(
+            "the line has no turns",
+            where=place,
+            fix='each line must be {"turns": ["the first user message", ...]}',
+        )
     return tuple(turns)
 
 
@@ -69,7 +84,8 @@ def stored_benchmark(config: RunConfig, benchmark: BenchmarkSet) -> Artifact:
     artifact = Artifact(store_of(config), benchmark_key(benchmark))
     if artifact.record(SHARD) is None:
         _commit(config, benchmark, artifact)
-    if artifact.manifest() is None:  # its prompts are there: a worker that was killed between the two, or `verify`, needs no network
+    # its prompts are there: a worker that was killed between the two, or `verify`, needs no network
+    if artifact.manifest() is None:
         artifact.seal(inputs={}, shards=[SHARD])
     return artifact
 
@@ -80,29 +96,52 @@ def _commit(config: RunConfig, benchmark: BenchmarkSet, artifact: Artifact) -> N
     try:
         rows = [_stored(benchmark, row) for row in _hub_rows(benchmark, artifact)]
         if not rows:
-            raise DataError("the data set has no rows", where=f"data set {benchmark.dataset}", fix="check its split and files")
+            raise DataError(
+                "the data set has no rows",
+                where=f"data set {benchmark.dataset}",
+                fix="check its split and files",
+            )
     except DataError as error:
         fix = f'{error.fix}; or give its prompts as a JSONL file in its place, {{"turns": [...]}} on each line'
-        raise DataError(f"benchmark {benchmark.name}: {error.what}", where=error.where, fix=fix) from None
+        raise DataError(
+            f"benchmark {benchmark.name}: {error.what}", where=error.where, fix=fix
+        ) from None
     with artifact.store.staged() as local:
         write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-        artifact.commit(SHARD, local, Counts(rows=len(rows)), upstream=None, seconds=time.monotonic() - started)
+        artifact.commit(
+            SHARD, local, Counts(rows=len(rows)), upstream=None, seconds=time.monotonic() - started
+        )
     log.info("benchmark=%s prompts=%d artifact=%s", benchmark.name, len(rows), artifact.url)
 
 
 def _stored(benchmark: BenchmarkSet, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"turns": turns_of(benchmark, row), "problem": row[benchmark.problem] if benchmark.problem else None}
+    return {
+        "turns": turns_of(benchmark, row),
+        "problem": row[benchmark.problem] if benchmark.problem else None,
+    }
 
 
 def _hub_rows(benchmark: BenchmarkSet, artifact: Artifact) -> Iterator[Mapping[str, Any]]:
     unpinned = DatasetSource(
-        kind="dataset", name=benchmark.dataset, subset=benchmark.subset, split=benchmark.split, revision=benchmark.revision
+        kind="dataset",
+        name=benchmark.dataset,
+        subset=benchmark.subset,
+        split=benchmark.split,
+        revision=benchmark.revision,
     )
-    return read_dataset(pinned(unpinned, artifact, setting=f"{benchmark.name}@"), files=benchmark.files)
+    return read_dataset(
+        pinned(unpinned, artifact, setting=f"{benchmark.name}@"), files=benchmark.files
+    )
 
 
 def benchmark_digests(config: RunConfig, stage: str) -> dict[str, str]:
-    """The manifest digests of the known benchmarks that the stage reads, by `benchmarks/fingerprint`."""
-    artifacts = [stored_benchmark(config, benchmark) for benchmark in known_benchmarks(config, stage)]
-    found = {f"benchmarks/{artifact.key.fingerprint}": artifact.manifest() for artifact in artifacts}
+    """The manifest digests of the known benchmarks that the stage reads, by
+    `benchmarks/fingerprint`.
+    """
+    artifacts = [
+        stored_benchmark(config, benchmark) for benchmark in known_benchmarks(config, stage)
+    ]
+    found = {
+        f"benchmarks/{artifact.key.fingerprint}": artifact.manifest() for artifact in artifacts
+    }
     return {name: manifest.digest for name, manifest in found.items() if manifest is not None}

@@ -1,4 +1,6 @@
-"""Training prompts that are benchmark prompts: found by their normalised text, so that they can be dropped (trap A7)."""
+"""Training prompts that are benchmark prompts: found by their normalised text, so that they can
+be dropped (trap A7).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ NOT_WORDS = re.compile(r"[\W_]+")
 class BenchmarkPrompts:
     """The turns of the benchmarks in `prompts.decontaminate`, normalised.
 
-    Of a known benchmark the bare problems are looked for as well: a training set has them without the benchmark's wording.
+    Of a known benchmark the bare problems are looked for as well: a training set has them without
+    the benchmark's wording.
 
     Raises:
         DataError: a benchmark that cannot be read, or a line without turns.
@@ -26,16 +29,23 @@ class BenchmarkPrompts:
         for name in config.prompts.decontaminate:
             for turns, problem in read_benchmark(config, name):
                 self._name_of.update({normalised(text): name for text in (*turns, problem or "")})
-        self._name_of.pop("", None)  # a turn without a word in it would match every other such message
+        # a turn without a word in it would match every other such message
+        self._name_of.pop("", None)
 
     def match(self, messages: str) -> str | None:
         """The benchmark that holds one of the users' messages of a prompt, if any does."""
         if not self._name_of:
             return None
-        said = (normalised(message.content) for message in parse_messages(messages) if message.role == "user")
+        said = (
+            normalised(message.content)
+            for message in parse_messages(messages)
+            if message.role == "user"
+        )
         return next((self._name_of[text] for text in said if text in self._name_of), None)
 
 
 def normalised(text: str) -> str:
-    """The text as bare words: case, accents' encoding, punctuation and spacing make no difference."""
+    """The text as bare words: case, accents' encoding, punctuation and spacing make no
+    difference.
+    """
     return NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()

@@ -1,4 +1,6 @@
-"""A row of any source as a prompt: roles checked, what the assistant said left out, an id from what is left."""
+"""A row of any source as a prompt: roles checked, what the assistant said left out, an id from
+what is left.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,16 @@ from typing import Any, NamedTuple
 from deepspec.config.run import PromptsConfig
 from deepspec.storage.store import canonical_json
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-            "tool": "tool", "function": "tool", "observation": "tool"}  # fmt: skip
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 DUPLICATE = "duplicate"  # a reason that is no fault of a row
 
 
@@ -61,7 +71,8 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
     kept = [
         message
         for message, following in zip(messages, [*messages[1:], None], strict=True)
-        # What the assistant said is said anew, but for its calls of tools: their results are theirs alone.
+        # What the assistant said is said anew, but for its calls of tools: their results are theirs
+        # alone.
         if message["role"] != "assistant" or (following is not None and following["role"] == "tool")
     ]
     try:
@@ -71,7 +82,13 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
     number = _hash(content + (tools or "").encode())
     draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
-    return Prompt(number, draw < settings.held_out, str(domain) if domain is not None else None, content.decode(), tools)
+    return Prompt(
+        number,
+        draw < settings.held_out,
+        str(domain) if domain is not None else None,
+        content.decode(),
+        tools,
+    )
 
 
 def _hash(data: bytes) -> int:
@@ -80,13 +97,19 @@ def _hash(data: bytes) -> int:
 
 
 def _order(messages: Sequence[Mapping[str, Any]]) -> Rejected | None:
-    """Why these messages are no conversation: system only first, then user and assistant in turn, tools after their call."""
+    """Why these messages are no conversation: system only first, then user and assistant in
+    turn, tools after their call.
+    """
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
         return Rejected("system_not_first", f"roles are {roles}")
     follows = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-    if not turns or turns[0] != "user" or any(second not in follows[first] for first, second in pairwise(turns)):
+    if (
+        not turns
+        or turns[0] != "user"
+        or any(second not in follows[first] for first, second in pairwise(turns))
+    ):
         return Rejected("roles_out_of_order", f"roles are {roles}")
     return None
 
@@ -97,7 +120,9 @@ def _tools(value: Any) -> str | Rejected | None:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
     except json.JSONDecodeError as error:
         return Rejected("bad_tools", f"tools are not JSON: {error.msg}")
-    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+    if tools is not None and not (
+        isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
         return Rejected("bad_tools", "tools are not a list of objects")
     try:
         return canonical_json(tools).decode() if tools else None
@@ -109,7 +134,11 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | Rejected:
     """The conversation of a row in any of the four shapes that sources use."""
     entries: Any = row.get("messages") or row.get("conversations")
     if not entries and isinstance(row.get("turns"), list | tuple):
-        entries = [part for turn in row["turns"] for part in ({"role": "user", "content": turn}, {"role": "assistant", "content": "-"})]
+        entries = [
+            part
+            for turn in row["turns"]
+            for part in ({"role": "user", "content": turn}, {"role": "assistant", "content": "-"})
+        ]
     if not entries and isinstance(row.get("prompt"), str):
         entries = [{"role": "user", "content": row["prompt"]}]
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
@@ -118,7 +147,10 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | Rejected:
     for entry in entries:
         if not isinstance(entry, Mapping):
             return Rejected("unknown_role", f"a message is a {type(entry).__name__}")
-        speaker, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+        speaker, content = (
+            entry.get("role", entry.get("from")),
+            entry.get("content", entry.get("value")),
+        )
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             return Rejected("unknown_role", f"role {speaker!r}")
         more = {key: entry[key] for key in ("tool_calls", "tool_call_id", "name") if entry.get(key)}

@@ -1,4 +1,6 @@
-"""Where prompts come from: rows of files and data sets, streamed, in an order that never changes."""
+"""Where prompts come from: rows of files and data sets, streamed, in an order that never
+changes.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,23 @@ COLUMNS = ("messages", "conversations", "turns", "prompt")  # that a conversatio
 
 
 def read_source(config: RunConfig) -> Iterator[Mapping[str, Any]]:
-    """The source's rows, one at a time, in an order that never changes; a `column` that was named stands under a known name.
+    """The source's rows, one at a time, in an order that never changes; a `column` that was named
+    stands under a known name.
 
     Raises:
-        DataError: the source cannot be read, or its first row has no conversation in a column that is known.
+        DataError: the source cannot be read, or its first row has no conversation in a column that
+            is known.
     """
     source = config.prompts.source
     column = None if isinstance(source, DemoSource) else source.column
     for number, row in enumerate(_rows(config)):
         if number == 0 and not (row.keys() & ({column} if column else {*COLUMNS})):
             what = f"the first row has no column {column or ' or '.join(COLUMNS)}, only {', '.join(sorted(row)) or 'none'}"
-            raise DataError(what, where=f"prompts.source {source}", fix="name the one that holds the conversation in prompts.source.column")
+            raise DataError(
+                what,
+                where=f"prompts.source {source}",
+                fix="name the one that holds the conversation in prompts.source.column",
+            )
         yield _renamed(row, column) if column else row
 
 
@@ -60,15 +68,21 @@ def read_file(path: str) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL or Parquet file, streamed.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a JSON object (its number is named).
+        DataError: the file is missing or empty, or a line is not a JSON object (its number is
+            named).
     """
     return (row for _, row in read_places(path))
 
 
 def read_places(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows as `read_file` has them, each with its place in words: the file, and the line or the Parquet row from 1."""
+    """The rows as `read_file` has them, each with its place in words: the file, and the line or
+    the Parquet row from 1.
+    """
     if path.endswith(".parquet"):
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(_read_parquet(path), start=1))
+        yield from (
+            (f"{path}, row {number}", row)
+            for number, row in enumerate(_read_parquet(path), start=1)
+        )
         return
     number = 0
     try:
@@ -78,9 +92,15 @@ def read_places(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     place = f"{path}, line {number}"
                     yield place, _json_row(line, place)
     except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=path, fix="check the path and that the file is UTF-8 text") from None
+        raise DataError(
+            f"cannot be read: {error}",
+            where=path,
+            fix="check the path and that the file is UTF-8 text",
+        ) from None
     if number == 0:
-        raise DataError("the file is empty", where=path, fix="give a file with one JSON object per line")
+        raise DataError(
+            "the file is empty", where=path, fix="give a file with one JSON object per line"
+        )
 
 
 def _json_row(line: str, where: str) -> Mapping[str, Any]:
@@ -88,9 +108,13 @@ def _json_row(line: str, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where, fix=fix) from None
+        raise DataError(
+            f"not JSON: {error.msg} at column {error.colno}", where=where, fix=fix
+        ) from None
     if not isinstance(row, dict):
-        raise DataError(f"the line holds a {type(row).__name__}, not an object", where=where, fix=fix)
+        raise DataError(
+            f"the line holds a {type(row).__name__}, not an object", where=where, fix=fix
+        )
     return row
 
 
@@ -102,7 +126,9 @@ def _read_parquet(path: str) -> Iterator[Mapping[str, Any]]:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot be read as Parquet: {error}", where=path, fix="check the path and the file") from None
+        raise DataError(
+            f"cannot be read as Parquet: {error}", where=path, fix="check the path and the file"
+        ) from None
 
 
 def is_on_hub(source: DatasetSource) -> bool:
@@ -110,9 +136,11 @@ def is_on_hub(source: DatasetSource) -> bool:
 
 
 def pinned(source: DatasetSource, artifact: Artifact, *, setting: str) -> DatasetSource:
-    """The source with a commit to read: a run that goes on must not read a newer one than its artifact began with.
+    """The source with a commit to read: a run that goes on must not read a newer one than its
+    artifact began with.
 
-    The commit stands in the artifact's `source.json`; `setting` is what a user would write to name it, up to the commit.
+    The commit stands in the artifact's `source.json`; `setting` is what a user would write to name
+    it, up to the commit.
     """
     if not is_on_hub(source) or source.revision:
         return source
@@ -120,9 +148,14 @@ def pinned(source: DatasetSource, artifact: Artifact, *, setting: str) -> Datase
     with suppress(FileNotFoundError):
         return _at(source, json.loads(artifact.store.read(path))["revision"])
     revision = newest_revision(source)
-    if not artifact.store.write_new(path, canonical_json({"name": source.name, "revision": revision})):
-        return _at(source, json.loads(artifact.store.read(path))["revision"])  # another worker was first
-    log.warning("data set %s is not pinned; its newest commit is read: %s%s", source.name, setting, revision)
+    if not artifact.store.write_new(
+        path, canonical_json({"name": source.name, "revision": revision})
+    ):
+        # another worker was first
+        return _at(source, json.loads(artifact.store.read(path))["revision"])
+    log.warning(
+        "data set %s is not pinned; its newest commit is read: %s%s", source.name, setting, revision
+    )
     return _at(source, revision)
 
 
@@ -153,11 +186,18 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 def _not_loaded(source: DatasetSource, error: Exception) -> DataError:
     where = f"data set {source.name}, split {source.split}, revision {source.revision}"
-    return DataError(f"cannot be loaded: {error}", where=where, fix="check name, subset, split and revision, and the network")
+    return DataError(
+        f"cannot be loaded: {error}",
+        where=where,
+        fix="check name, subset, split and revision, and the network",
+    )
 
 
-def read_dataset(source: DatasetSource, *, files: Sequence[str] = ()) -> Iterator[Mapping[str, Any]]:
-    """Rows of a data set on the hub, or in a local folder, streamed; with `files` those of these files, whatever the split.
+def read_dataset(
+    source: DatasetSource, *, files: Sequence[str] = ()
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set on the hub, or in a local folder, streamed; with `files` those of these
+    files, whatever the split.
 
     Raises:
         DataError: it cannot be loaded.
@@ -167,14 +207,17 @@ def read_dataset(source: DatasetSource, *, files: Sequence[str] = ()) -> Iterato
     on_hub = is_on_hub(source)
     folder = f"hf://datasets/{source.name}@{source.revision}" if on_hub else source.name
     rows: Iterable[Mapping[str, Any]]
-    # In the shared cache `datasets` tells folders with a card apart by their last name only, and took one for another.
+    # In the shared cache `datasets` tells folders with a card apart by their last name only, and
+    # took one for another.
     with TemporaryDirectory() as cache:
         place = {"revision": source.revision} if on_hub else {"cache_dir": cache}
         try:
             if files:
                 rows = (row for file in files for row in read_file(f"{folder}/{file}"))
             else:
-                rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True, **place)
+                rows = datasets.load_dataset(
+                    source.name, source.subset, split=source.split, streaming=True, **place
+                )
             yield from rows  # read as it is asked for, so this may fail as well
         except _hub_errors() as error:
             raise _not_loaded(source, error) from None

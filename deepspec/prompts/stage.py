@@ -1,7 +1,8 @@
 """The prompts stage: rows of any source become shards of conversations with stable ids.
 
-A prompt row keeps the user and system messages; what the assistant said in the source is dropped, since the target
-answers anew. Rows that cannot be used go to the rejects with a reason; nothing vanishes.
+A prompt row keeps the user and system messages; what the assistant said in the source is dropped,
+since the target answers anew. Rows that cannot be used go to the rejects with a reason; nothing
+vanishes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ SCHEMA = pa.schema(
         pa.field("id", pa.uint64(), nullable=False),
         pa.field("held_out", pa.bool_(), nullable=False),
         pa.field("domain", pa.string()),
-        pa.field("messages", pa.large_string(), nullable=False),  # JSON: [{role, content, ...}], assistant turns left out
-        pa.field("tools", pa.large_string()),  # JSON: what the target may call; null where there are none
+        # JSON: [{role, content, ...}], assistant turns left out
+        pa.field("messages", pa.large_string(), nullable=False),
+        # JSON: what the target may call; null where there are none
+        pa.field("tools", pa.large_string()),
     ]
 )
 BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is no fault of a row
@@ -44,7 +47,8 @@ BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is no fault of a row
 def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     """Read the source once, committing each shard that is not there yet, and seal.
 
-    The source is read in order and shards are cut by row, so a run that was killed makes the same shards again.
+    The source is read in order and shards are cut by row, so a run that was killed makes the same
+    shards again.
 
     Raises:
         DataError: a source that cannot be read, is empty, or has too many unusable rows.
@@ -60,16 +64,32 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     shard = -1
     for shard, (prompts, rejects) in enumerate(_shards(config, read_source(config), benchmarks)):
         started = time.monotonic()
-        dropped = {reason: sum(reject["reason"] == reason for reject in rejects) for reason in (DUPLICATE, BENCHMARK)}
+        dropped = {
+            reason: sum(reject["reason"] == reason for reject in rejects)
+            for reason in (DUPLICATE, BENCHMARK)
+        }
         for name, number in {"rows": len(prompts), "rejected": len(rejects), **dropped}.items():
             totals[name] += number
         if shard not in committed:
             put_rejects(artifact, shard, rejects)
             with artifact.store.staged() as local:
-                write_table(pa.Table.from_pylist([prompt._asdict() for prompt in prompts], SCHEMA), local)
+                write_table(
+                    pa.Table.from_pylist([prompt._asdict() for prompt in prompts], SCHEMA), local
+                )
                 counts = Counts(rows=len(prompts), rejected=len(rejects), extra=dropped)
-                artifact.commit(shard, local, counts, upstream=None, seconds=time.monotonic() - started)
-        report({"event": "progress", "stage": "prompts", "done": shard + 1, "total": None, "unit": "shards", **totals})
+                artifact.commit(
+                    shard, local, counts, upstream=None, seconds=time.monotonic() - started
+                )
+        report(
+            {
+                "event": "progress",
+                "stage": "prompts",
+                "done": shard + 1,
+                "total": None,
+                "unit": "shards",
+                **totals,
+            }
+        )
     _check_share(config, totals)
     artifact.seal(inputs=inputs, shards=range(shard + 1))
     return artifact
@@ -81,18 +101,29 @@ def _pinned(config: RunConfig, artifact: Artifact) -> RunConfig:
     if not isinstance(source, DatasetSource):
         return config
     found = pinned(source, artifact, setting="prompts.source.revision=")
-    return config.model_copy(update={"prompts": config.prompts.model_copy(update={"source": found})})
+    return config.model_copy(
+        update={"prompts": config.prompts.model_copy(update={"source": found})}
+    )
 
 
 def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
     where = f"prompts.source {config.prompts.source}"
     if totals["rows"] == 0:
-        raise DataError("the source holds no usable prompt", where=where, fix="see the rejects beside the artifact for the reasons")
-    unusable = totals["rejected"] - totals[DUPLICATE] - totals[BENCHMARK]  # what was dropped on purpose is no fault of the source
+        raise DataError(
+            "the source holds no usable prompt",
+            where=where,
+            fix="see the rejects beside the artifact for the reasons",
+        )
+    # what was dropped on purpose is no fault of the source
+    unusable = totals["rejected"] - totals[DUPLICATE] - totals[BENCHMARK]
     share = unusable / (totals["rows"] + totals["rejected"])
     if share > config.prompts.max_rejected:
         what = f"{unusable} rows ({share:.1%}) were rejected, prompts.max_rejected is {config.prompts.max_rejected:.1%}"
-        raise DataError(what, where=where, fix="see the rejects beside the artifact; correct the rows or raise the limit")
+        raise DataError(
+            what,
+            where=where,
+            fix="see the rejects beside the artifact; correct the rows or raise the limit",
+        )
 
 
 def _shards(

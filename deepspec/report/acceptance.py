@@ -1,21 +1,37 @@
-"""What a report says of acceptance and speed: one section per temperature, several runs side by side."""
+"""What a report says of acceptance and speed: one section per temperature, several runs side by
+side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.figures.drawing import Figure, Point, Series, bar_figure, interval_figure, line_figure, powers
+from deepspec.figures.drawing import (
+    Figure,
+    Point,
+    Series,
+    bar_figure,
+    interval_figure,
+    line_figure,
+    powers,
+)
 from deepspec.figures.picture import Key
 from deepspec.report.page import Gallery, Section, Table
 
-PHASES = {"draft_seconds": "draft", "verify_seconds": "verify", "bookkeeping_seconds": "bookkeeping"}
+PHASES = {
+    "draft_seconds": "draft",
+    "verify_seconds": "verify",
+    "bookkeeping_seconds": "bookkeeping",
+}
 PLAIN = 7  # the colour of plain decoding
 Part = Mapping[str, Any]
 
 
 class Result(NamedTuple):
-    """A result as the report shows it: `summary` computed from its rows, with what the evaluation added to it."""
+    """A result as the report shows it: `summary` computed from its rows, with what the
+    evaluation added to it.
+    """
 
     label: str
     summary: Mapping[str, Any]
@@ -31,13 +47,23 @@ def temperature_sections(results: Sequence[Result]) -> Iterator[Section]:
     for key in keys:
         of_this = [result for result in results if key in result.summary["temperatures"]]
         lines = _lines(of_this, key)
-        blocks: list[Table | Gallery] = [_summary_table(lines, of_this), _intervals(lines, of_this), _lossless_table(of_this, key)]
-        blocks += [_curves(lines, of_this), _position_table(lines, of_this), *_speed(lines, of_this)]
+        blocks: list[Table | Gallery] = [
+            _summary_table(lines, of_this),
+            _intervals(lines, of_this),
+            _lossless_table(of_this, key),
+        ]
+        blocks += [
+            _curves(lines, of_this),
+            _position_table(lines, of_this),
+            *_speed(lines, of_this),
+        ]
         yield Section(f"Temperature {float(key):g}", blocks)
 
 
 class Line(NamedTuple):
-    """One row of the tables: a benchmark, a domain or all of them, in each run (None where a run has no such part)."""
+    """One row of the tables: a benchmark, a domain or all of them, in each run (None where a
+    run has no such part).
+    """
 
     name: str
     domain: str
@@ -49,7 +75,12 @@ def _lines(results: Sequence[Result], key: str) -> list[Line]:
     """Benchmarks, then domains where they say more, then micro and macro."""
     overall = [result.summary["temperatures"][key] for result in results]
     of_benchmarks = [
-        {part["benchmark"]: part for part in result.summary["benchmarks"] if part["temperature"] == float(key)} for result in results
+        {
+            part["benchmark"]: part
+            for part in result.summary["benchmarks"]
+            if part["temperature"] == float(key)
+        }
+        for result in results
     ]
     of_domains = [{part["domain"]: part for part in found["domains"]} for found in overall]
     names = list(dict.fromkeys(name for found in of_benchmarks for name in found))
@@ -59,14 +90,27 @@ def _lines(results: Sequence[Result], key: str) -> list[Line]:
         parts = [found.get(name) for found in of_benchmarks]
         lines.append(Line(name, next(part["domain"] for part in parts if part), parts))
     if len(domains) < len(names):
-        lines += [Line(f"all {name}", name, [found.get(name) for found in of_domains], is_overall=True) for name in domains]
-    lines.append(Line("micro (all rounds)", "", [found["micro"] for found in overall], is_overall=True))
-    lines.append(Line("macro (mean of benchmarks)", "", [found["macro"] for found in overall], is_overall=True))
+        lines += [
+            Line(f"all {name}", name, [found.get(name) for found in of_domains], is_overall=True)
+            for name in domains
+        ]
+    lines.append(
+        Line("micro (all rounds)", "", [found["micro"] for found in overall], is_overall=True)
+    )
+    lines.append(
+        Line(
+            "macro (mean of benchmarks)", "", [found["macro"] for found in overall], is_overall=True
+        )
+    )
     return lines
 
 
-def _rows(lines: Sequence[Line], results: Sequence[Result]) -> Iterator[tuple[list[str], Part, Line]]:
-    """The words that a row begins with, what it is about, and its line; the run is named where there are several."""
+def _rows(
+    lines: Sequence[Line], results: Sequence[Result]
+) -> Iterator[tuple[list[str], Part, Line]]:
+    """The words that a row begins with, what it is about, and its line; the run is named where
+    there are several.
+    """
     for line in lines:
         for result, part in zip(results, line.parts, strict=True):
             if part is not None:
@@ -86,25 +130,49 @@ def _summary_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
         speeds = part.get("tokens_per_s")
         rows.append(
             [
-                *words, line.domain, f"{part['prompts']:,}" if "prompts" in part else "", f"{part['rounds']:,}" if "rounds" in part else "",
+                *words,
+                line.domain,
+                f"{part['prompts']:,}" if "prompts" in part else "",
+                f"{part['rounds']:,}" if "rounds" in part else "",
                 ranged(part["acceptance_length"], part["intervals"]["acceptance_length"]),
                 ranged(part["verify_rate"], part["intervals"]["verify_rate"]),
-                f"{speeds['plain']:,.0f}" if speeds else "", f"{speeds['speculative']:,.0f}" if speeds else "",
+                f"{speeds['plain']:,.0f}" if speeds else "",
+                f"{speeds['speculative']:,.0f}" if speeds else "",
                 ranged(part["speedup"], part["intervals"]["speedup"]),
             ]
-        )  # fmt: skip
-    header = [*_named(results), "domain", "prompts", "rounds", "acceptance length", "verify rate", "plain tokens/s", "tokens/s", "speed-up"]
+        )
+    header = [
+        *_named(results),
+        "domain",
+        "prompts",
+        "rounds",
+        "acceptance length",
+        "verify rate",
+        "plain tokens/s",
+        "tokens/s",
+        "speed-up",
+    ]
     note = (
         "Acceptance length: tokens committed per round, the target's bonus token included. Verify rate: committed tokens of all "
         "verified positions. In brackets 95 % bootstrap intervals: over prompts, of the speed-up over groups decoded together. "
         "Speed is that of the first batch size."
     )
-    return Table("Acceptance and speed", header, rows, words=len(_named(results)) + 1, strong=frozenset(strong), note=note)
+    return Table(
+        "Acceptance and speed",
+        header,
+        rows,
+        words=len(_named(results)) + 1,
+        strong=frozenset(strong),
+        note=note,
+    )
 
 
 def _intervals(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
     figures = []
-    for title, name, reference in (("Acceptance length", "acceptance_length", 1.0), ("Speed-up over plain decoding", "speedup", 1.0)):
+    for title, name, reference in (
+        ("Acceptance length", "acceptance_length", 1.0),
+        ("Speed-up over plain decoding", "speedup", 1.0),
+    ):
         rows: list[tuple[str, list[Point | None]]] = []
         for line in lines:
             points: list[Point | None] = []
@@ -124,9 +192,21 @@ def _lossless_table(results: Sequence[Result], key: str) -> Table:
         found = result.summary["temperatures"][key]["losslessness"]
         verdict = {True: "yes", False: "NO", None: "not by these counts"}[found["ok"]]
         regret = "" if found["max_regret"] is None else f"{found['max_regret']:.3g}"
-        cells = [result.label, found["dtype"] or "unknown", verdict, found["words"], f"{found['identical']}/{found['prompts']}", regret]
+        cells = [
+            result.label,
+            found["dtype"] or "unknown",
+            verdict,
+            found["words"],
+            f"{found['identical']}/{found['prompts']}",
+            regret,
+        ]
         rows.append(cells)
-    return Table("Losslessness", ["run", "number format", "shown", "what is known", "identical", "largest regret"], rows, words=4)
+    return Table(
+        "Losslessness",
+        ["run", "number format", "shown", "what is known", "identical", "largest regret"],
+        rows,
+        words=4,
+    )
 
 
 def _curves(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
@@ -143,7 +223,10 @@ def _curves(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
 
 
 def _with_positions(lines: Sequence[Line]) -> list[Line]:
-    return sorted((line for line in lines if any(part and part.get("tried") for part in line.parts)), key=_importance)
+    return sorted(
+        (line for line in lines if any(part and part.get("tried") for part in line.parts)),
+        key=_importance,
+    )
 
 
 def _importance(line: Line) -> int:
@@ -154,7 +237,10 @@ def _curve(line: Line, results: Sequence[Result]) -> Figure | None:
     series = []
     longest = max(len(part["tried"]) for part in line.parts if part)
     for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
-        for name, counted in (("prefix_acceptance", "reached"), ("conditional_acceptance", "tried")):
+        for name, counted in (
+            ("prefix_acceptance", "reached"),
+            ("conditional_acceptance", "tried"),
+        ):
             if part is None:
                 continue
             found = zip(part[name], part["intervals"][name], part[counted], strict=True)
@@ -167,14 +253,26 @@ def _curve(line: Line, results: Sequence[Result]) -> Figure | None:
             series.append(Series(points, colour, dashed=name == "prefix_acceptance"))
     if not longest:
         return None
-    return line_figure(line.name, series, labels=("position in the block", "accepted"), x=range(1, longest + 1), y=(0.0, 1.0))
+    return line_figure(
+        line.name,
+        series,
+        labels=("position in the block", "accepted"),
+        x=range(1, longest + 1),
+        y=(0.0, 1.0),
+    )
 
 
 def _position_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
-    longest = max((len(part["tried"]) for line in lines for part in line.parts if part and "tried" in part), default=0)
+    longest = max(
+        (len(part["tried"]) for line in lines for part in line.parts if part and "tried" in part),
+        default=0,
+    )
     rows = []
     for words, part, _ in _rows(_with_positions(lines), results):
-        for name, counted in (("conditional_acceptance", "tried"), ("prefix_acceptance", "reached")):
+        for name, counted in (
+            ("conditional_acceptance", "tried"),
+            ("prefix_acceptance", "reached"),
+        ):
             found = zip(part[name], part["intervals"][name], part[counted], strict=True)
             cells = [ranged(value, known) if count else "–" for value, known, count in found]
             rows.append([*words, name.partition("_")[0], *cells, *["–"] * (longest - len(cells))])
@@ -183,24 +281,63 @@ def _position_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
 
 
 def _speed(lines: Sequence[Line], results: Sequence[Result]) -> Iterator[Table | Gallery]:
-    """Speed-up against batch size where there are several, seconds by phase, and both as a table."""
+    """Speed-up against batch size where there are several, seconds by phase, and both as a
+    table.
+    """
     timed = [line for line in lines if any(part and "batch_sizes" in part for part in line.parts)]
-    sizes = sorted({size["batch_size"] for line in timed for part in line.parts if part for size in part["batch_sizes"]})
+    sizes = sorted(
+        {
+            size["batch_size"]
+            for line in timed
+            for part in line.parts
+            if part
+            for size in part["batch_sizes"]
+        }
+    )
     if len(sizes) > 1:
         highest = max(
-            max(size["interval"] or [size["speedup"]]) for line in timed for part in line.parts if part for size in part["batch_sizes"]
+            max(size["interval"] or [size["speedup"]])
+            for line in timed
+            for part in line.parts
+            if part
+            for size in part["batch_sizes"]
         )
-        figures = [_by_batch_size(line, results, sizes, max(1.0, highest) * 1.05) for line in sorted(timed, key=_importance)]
+        figures = [
+            _by_batch_size(line, results, sizes, max(1.0, highest) * 1.05)
+            for line in sorted(timed, key=_importance)
+        ]
         note = "Speed-up over plain decoding at the same batch size, with its 95 % interval."
         yield Gallery("Speed-up by batch size", run_keys(results), figures, note)
-    keys = [Key("plain decoding", PLAIN), *(Key(words, colour) for colour, words in enumerate(PHASES.values()))]
+    keys = [
+        Key("plain decoding", PLAIN),
+        *(Key(words, colour) for colour, words in enumerate(PHASES.values())),
+    ]
     pooled = next(line for line in timed if line.name.startswith("micro"))
-    bars = [_phases(result, part) for result, part in zip(results, pooled.parts, strict=True) if part]
+    bars = [
+        _phases(result, part) for result, part in zip(results, pooled.parts, strict=True) if part
+    ]
     yield Gallery(
-        "Seconds by phase", keys, bars, "Seconds of plain and of speculative decoding of the same prompts, all benchmarks together."
+        "Seconds by phase",
+        keys,
+        bars,
+        "Seconds of plain and of speculative decoding of the same prompts, all benchmarks together.",
     )
-    rows = [[*words, *_speed_cells(size)] for words, part, _ in _rows(timed, results) for size in part["batch_sizes"]]
-    header = [*_named(results), "batch", "prompts", "groups", "plain tokens/s", "tokens/s", "speed-up", "plain s", "speculative s"]
+    rows = [
+        [*words, *_speed_cells(size)]
+        for words, part, _ in _rows(timed, results)
+        for size in part["batch_sizes"]
+    ]
+    header = [
+        *_named(results),
+        "batch",
+        "prompts",
+        "groups",
+        "plain tokens/s",
+        "tokens/s",
+        "speed-up",
+        "plain s",
+        "speculative s",
+    ]
     header += [f"{name} s" for name in PHASES.values()]
     yield Table("Speed by batch size, and seconds by phase", header, rows, len(_named(results)))
 
@@ -212,7 +349,9 @@ def _speed_cells(size: Mapping[str, Any]) -> list[str]:
     return [*counts, *speeds, ranged(size["speedup"], size["interval"]), *seconds]
 
 
-def _by_batch_size(line: Line, results: Sequence[Result], sizes: Sequence[int], highest: float) -> Figure:
+def _by_batch_size(
+    line: Line, results: Sequence[Result], sizes: Sequence[int], highest: float
+) -> Figure:
     series = []
     for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
         found = part["batch_sizes"] if part else []
@@ -221,14 +360,29 @@ def _by_batch_size(line: Line, results: Sequence[Result], sizes: Sequence[int], 
             note = f"{result.label}, batch {size['batch_size']}: {ranged(size['speedup'], size['interval'])}"
             points.append(Point(size["batch_size"], size["speedup"], size["interval"], note))
         series.append(Series(points, colour))
-    return line_figure(line.name, series, labels=("prompts decoded together", "speed-up"), x=powers(sizes), y=(0.0, highest), reference=1.0)
+    return line_figure(
+        line.name,
+        series,
+        labels=("prompts decoded together", "speed-up"),
+        x=powers(sizes),
+        y=(0.0, highest),
+        reference=1.0,
+    )
 
 
 def _phases(result: Result, part: Part) -> Figure:
     rows = []
     for size in part["batch_sizes"]:
-        rows.append((f"{size['batch_size']} plain", [("plain decoding", size["seconds"]["plain_seconds"], PLAIN)]))
-        phases = [(words, size["seconds"][name], colour) for colour, (name, words) in enumerate(PHASES.items())]
+        rows.append(
+            (
+                f"{size['batch_size']} plain",
+                [("plain decoding", size["seconds"]["plain_seconds"], PLAIN)],
+            )
+        )
+        phases = [
+            (words, size["seconds"][name], colour)
+            for colour, (name, words) in enumerate(PHASES.items())
+        ]
         rows.append((f"{size['batch_size']} speculative", phases))
     return bar_figure(result.label, rows, label="seconds")
 

@@ -1,6 +1,7 @@
 """A report as sections of tables, figures and listings, written as one HTML file or as Markdown.
 
-The HTML needs nothing but itself: no scripts, no fonts, no requests. Whatever users named is escaped by the templates.
+The HTML needs nothing but itself: no scripts, no fonts, no requests. Whatever users named is
+escaped by the templates.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Format = Literal["html", "markdown"]
 
 
 class Table(NamedTuple):
-    """`words` is the number of leading columns that hold words; the others are numbers. `strong` are rows to make stand out."""
+    """`words` is the number of leading columns that hold words; the others are numbers.
+    `strong` are rows to make stand out.
+    """
 
     title: str
     header: Sequence[str]
@@ -72,7 +75,12 @@ class Page(NamedTuple):
 def render(page: Page, form: Format) -> str:
     """The page as text; equal pages give equal texts."""
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader("deepspec.report", "templates"), PackageLoader("deepspec.figures", "templates")]),
+        loader=ChoiceLoader(
+            [
+                PackageLoader("deepspec.report", "templates"),
+                PackageLoader("deepspec.figures", "templates"),
+            ]
+        ),
         autoescape=form == "html",
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -80,14 +88,22 @@ def render(page: Page, form: Format) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, anchor=_anchor)
-    tests: dict[str, Any] = {kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Listing)}
+    tests: dict[str, Any] = {
+        kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Listing)
+    }
     environment.tests.update(tests)
     template = environment.get_template("report.html.j2" if form == "html" else "report.md.j2")
     return template.render(page=page)
 
 
 def for_terminal(table: Table) -> RichTable:
-    shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, caption=table.note or None, caption_justify="left")
+    shown = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        caption=table.note or None,
+        caption_justify="left",
+    )
     for number, name in enumerate(table.header):
         shown.add_column(name, justify="left" if number < table.words else "right")
     for number, row in enumerate(table.rows):

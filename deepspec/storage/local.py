@@ -1,4 +1,6 @@
-"""A store in a local folder: what is visible under a name is whole and on the disk, or it is not there."""
+"""A store in a local folder: what is visible under a name is whole and on the disk, or it is
+not there.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,21 @@ class Disk:
         return [_read_if_there(self.root / key) for key in keys]
 
     def read_range(self, key: str, start: int, end: int) -> Buffer:
-        descriptor, data = os.open(self.root / key, os.O_RDONLY), memoryview(bytearray(max(0, end - start)))
+        descriptor, data = (
+            os.open(self.root / key, os.O_RDONLY),
+            memoryview(bytearray(max(0, end - start))),
+        )
         try:
             count = read_into(descriptor, data, start)
         finally:
             os.close(descriptor)
         if count != len(data):
             what = f"the file ends before byte {end}"
-            raise DamagedData(what, where=str(self.root / key), fix="run `python -m deepspec verify`, then the stage again")
+            raise DamagedData(
+                what,
+                where=str(self.root / key),
+                fix="run `python -m deepspec verify`, then the stage again",
+            )
         return data
 
     def size(self, key: str) -> int:
@@ -97,7 +106,9 @@ class Disk:
             if error.errno != errno.EXDEV:
                 raise
             what = "a file from another disk cannot be moved there in one step"
-            raise OSError(errno.EXDEV, f"{what}; write it to a name from `staged()`", str(local)) from None
+            raise OSError(
+                errno.EXDEV, f"{what}; write it to a name from `staged()`", str(local)
+            ) from None
         _fsync(target.parent)
 
     def fetch(self, key: str, checksum: str | None = None) -> Path:
@@ -117,7 +128,9 @@ class Disk:
 
 
 def read_into(descriptor: int, room: memoryview, offset: int) -> int:
-    """Fill `room` from the file's bytes at `offset`; returns how many there were. One call of the system ends at 2 GiB."""
+    """Fill `room` from the file's bytes at `offset`; returns how many there were. One call of
+    the system ends at 2 GiB.
+    """
     done = 0
     while done < len(room) and (count := os.preadv(descriptor, [room[done:]], offset + done)):
         done += count

@@ -1,4 +1,6 @@
-"""A store in a bucket: retries, verified uploads, fetched copies and create-only writes, above either client."""
+"""A store in a bucket: retries, verified uploads, fetched copies and create-only writes, above
+either client.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ import xxhash
 
 from deepspec.errors import DamagedData
 from deepspec.storage.retries import CHECK_S, Calls, within
-from deepspec.storage.s3_client import PART_BYTES, Bucket, Buffer, Failure, Head, Listing, ShortBody, Upload
+from deepspec.storage.s3_client import (
+    PART_BYTES,
+    Bucket,
+    Buffer,
+    Failure,
+    Head,
+    Listing,
+    ShortBody,
+    Upload,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +108,9 @@ class Remote:
         return True
 
     def conditional_writes_work(self) -> bool:
-        """Whether the server keeps two writers of one new name apart; that one can write here at all shows on the way."""
+        """Whether the server keeps two writers of one new name apart; that one can write here
+        at all shows on the way.
+        """
         key = f".probe-{uuid.uuid4().hex}"
         first, second = self._create(key, b"first"), self._create(key, b"second")
         self.calls.once("remove", key, lambda bucket: bucket.remove(key))
@@ -125,7 +138,8 @@ class Remote:
 
     @staticmethod
     def _is_owner(bucket: Bucket, key: str, owner: str) -> bool:
-        """Whether the object that is in the way is our own: its answer got lost and the request was sent again.
+        """Whether the object that is in the way is our own: its answer got lost and the request was
+        sent again.
 
         The owner tells that even from somebody else's equal bytes.
         """
@@ -143,7 +157,9 @@ class Remote:
             log.warning("op=publish key=%s reason=%s", key, wrong)
             self.calls.once("remove", key, lambda bucket: bucket.remove(key))
         fix = "check the network and the server, then run the same again"
-        raise DamagedData(f"twice, what arrived is not what was sent: {wrong}", where=f"{self.url}/{key}", fix=fix)
+        raise DamagedData(
+            f"twice, what arrived is not what was sent: {wrong}", where=f"{self.url}/{key}", fix=fix
+        )
 
     def _upload(self, local: Path, key: str) -> None:
         if local.stat().st_size <= SINGLE_PUT_BYTES:
@@ -152,7 +168,8 @@ class Remote:
         try:
             self.calls.attempt("upload", key, lambda bucket: bucket.upload(local, key))
         except Failure as failure:
-            # The answer to a completed upload may get lost; asked again, the server knows of no such upload any more.
+            # The answer to a completed upload may get lost; asked again, the server knows of no
+            # such upload any more.
             if failure.problem.kind != "missing":
                 raise self.calls.error(failure, key) from None
 
@@ -176,13 +193,17 @@ class Remote:
 
     def fetch(self, key: str, checksum: str | None = None) -> Path:
         path = PurePosixPath(key)
-        folder = self.scratch / "fetched" / xxhash.xxh3_64_hexdigest(self.url.encode()) / path.parent
+        folder = (
+            self.scratch / "fetched" / xxhash.xxh3_64_hexdigest(self.url.encode()) / path.parent
+        )
         if checksum and (folder / f"{checksum}-{path.name}").exists():
             return folder / f"{checksum}-{path.name}"
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             head = self.head(key)
-            version = checksum or xxhash.xxh3_128_hexdigest(f"{head.num_bytes} {head.etag}".encode())
+            version = checksum or xxhash.xxh3_128_hexdigest(
+                f"{head.num_bytes} {head.etag}".encode()
+            )
             cached = folder / f"{version}-{path.name}"
             partial = folder / f".{uuid.uuid4().hex}"
             try:
@@ -194,7 +215,9 @@ class Remote:
                 partial.unlink(missing_ok=True)
 
     def _download(self, key: str, head: Head, partial: Path, *, checksum: str | None) -> Head:
-        """Writes `partial`; returns what is there afterwards: if it was replaced meanwhile, the copy may be made of both."""
+        """Writes `partial`; returns what is there afterwards: if it was replaced meanwhile, the
+        copy may be made of both.
+        """
         digest = xxhash.xxh3_128()
         with partial.open("wb") as file:
             for block in self._blocks(key, head.num_bytes):
@@ -205,7 +228,11 @@ class Remote:
         after = self.head(key)
         if after == head and checksum and digest.hexdigest() != checksum:
             what = f"its checksum is {digest.hexdigest()}, not {checksum}"
-            raise DamagedData(what, where=f"{self.url}/{key}", fix="run `python -m deepspec verify`, then the stage again")
+            raise DamagedData(
+                what,
+                where=f"{self.url}/{key}",
+                fix="run `python -m deepspec verify`, then the stage again",
+            )
         return after
 
     def _blocks(self, key: str, num_bytes: int) -> Iterator[Buffer]:
@@ -214,7 +241,9 @@ class Remote:
         with ThreadPoolExecutor(BLOCKS_AHEAD) as pool:
             waiting = deque[Any]()
             for start in range(0, num_bytes, PART_BYTES):
-                waiting.append(pool.submit(self.read_range, key, start, min(start + PART_BYTES, num_bytes)))
+                waiting.append(
+                    pool.submit(self.read_range, key, start, min(start + PART_BYTES, num_bytes))
+                )
                 if len(waiting) > BLOCKS_AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -241,7 +270,10 @@ class Remote:
         apart = within(CHECK_S, quick.conditional_writes_work, where=f"store {self.url}")
         self._checked_in.add(os.getpid())
         if not apart:
-            log.warning("store=%s ignores If-None-Match: racing workers are not kept apart, the last record wins, both are whole", self.url)
+            log.warning(
+                "store=%s ignores If-None-Match: racing workers are not kept apart, the last record wins, both are whole",
+                self.url,
+            )
 
     def _read_if_there(self, key: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):

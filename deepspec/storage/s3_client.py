@@ -1,7 +1,9 @@
-"""What any S3 client must do for the store (`Bucket`), and what is said and tried again when one fails.
+"""What any S3 client must do for the store (`Bucket`), and what is said and tried again when one
+fails.
 
-Two clients fit: `bucket_fsspec` (s3fs, always there) and `bucket_obstore` (faster, optional). Neither retries by itself
-what `retried` retries, so that how long an outage may last is decided in one place.
+Two clients fit: `bucket_fsspec` (s3fs, always there) and `bucket_obstore` (faster, optional).
+Neither retries by itself what `retried` retries, so that how long an outage may last is decided in
+one place.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from deepspec.errors import TransientError
 
 log = logging.getLogger(__name__)
 
-TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 12, 0.2, 5.0, 0.3  # at least 36 s in all: a server may restart meanwhile
+# at least 36 s in all: a server may restart meanwhile
+TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 12, 0.2, 5.0, 0.3
 CONNECT_S, READ_S = 5, 60
 PART_BYTES, MAX_PARTS = 8 << 20, 10_000
 OWNER = "deepspec-owner"  # user metadata of an object: the one call that put it there
@@ -27,23 +30,59 @@ CLIENT_VARIABLE = "DEEPSPEC_S3_CLIENT"
 
 ResultT = TypeVar("ResultT")
 Buffer = bytes | memoryview
-Kind = Literal["missing", "no bucket", "exists", "denied", "no credentials", "bad range", "unsupported", "transient", "fatal"]
+Kind = Literal[
+    "missing",
+    "no bucket",
+    "exists",
+    "denied",
+    "no credentials",
+    "bad range",
+    "unsupported",
+    "transient",
+    "fatal",
+]
 
 KINDS: dict[str, Kind] = {
-    "NoSuchKey": "missing", "NoSuchUpload": "missing", "NoSuchBucket": "no bucket",
-    "PreconditionFailed": "exists", "ConditionalRequestConflict": "exists",
-    "AccessDenied": "denied", "SignatureDoesNotMatch": "denied", "InvalidAccessKeyId": "denied", "InvalidToken": "denied",
-    "ExpiredToken": "denied", "AllAccessDisabled": "denied", "AccountProblem": "denied",
-    "InvalidRange": "bad range", "NotImplemented": "unsupported",
-    # The body changed or broke off on its way to the server, or the server asks for less or a second try.
-    "BadDigest": "transient", "XAmzContentSHA256Mismatch": "transient", "IncompleteBody": "transient", "RequestTimeout": "transient",
-    "SlowDown": "transient", "Throttling": "transient", "ThrottlingException": "transient", "RequestLimitExceeded": "transient",
-    "TooManyRequests": "transient", "InternalError": "transient", "ServiceUnavailable": "transient", "OperationAborted": "transient",
-}  # fmt: skip
+    "NoSuchKey": "missing",
+    "NoSuchUpload": "missing",
+    "NoSuchBucket": "no bucket",
+    "PreconditionFailed": "exists",
+    "ConditionalRequestConflict": "exists",
+    "AccessDenied": "denied",
+    "SignatureDoesNotMatch": "denied",
+    "InvalidAccessKeyId": "denied",
+    "InvalidToken": "denied",
+    "ExpiredToken": "denied",
+    "AllAccessDisabled": "denied",
+    "AccountProblem": "denied",
+    "InvalidRange": "bad range",
+    "NotImplemented": "unsupported",
+    # The body changed or broke off on its way to the server, or the server asks for less or a
+    # second try.
+    "BadDigest": "transient",
+    "XAmzContentSHA256Mismatch": "transient",
+    "IncompleteBody": "transient",
+    "RequestTimeout": "transient",
+    "SlowDown": "transient",
+    "Throttling": "transient",
+    "ThrottlingException": "transient",
+    "RequestLimitExceeded": "transient",
+    "TooManyRequests": "transient",
+    "InternalError": "transient",
+    "ServiceUnavailable": "transient",
+    "OperationAborted": "transient",
+}
 STATUS_KINDS: dict[int, Kind] = {
-    401: "denied", 403: "denied", 404: "missing", 408: "transient", 409: "exists", 412: "exists", 416: "bad range", 429: "transient",
+    401: "denied",
+    403: "denied",
+    404: "missing",
+    408: "transient",
+    409: "exists",
+    412: "exists",
+    416: "bad range",
+    429: "transient",
     501: "unsupported",
-}  # fmt: skip
+}
 
 
 class Entry(NamedTuple):
@@ -89,7 +128,9 @@ class ShortBody(ConnectionError):
 
 
 class Bucket(Protocol):
-    """One client of one process. Keys are relative to the store; every method is one try and may raise any of `errors`."""
+    """One client of one process. Keys are relative to the store; every method is one try and
+    may raise any of `errors`.
+    """
 
     errors: tuple[type[Exception], ...]
 
@@ -105,22 +146,29 @@ class Bucket(Protocol):
         """One request; the server checks the bytes it gets where it can."""
 
     def put_new(self, key: str, data: bytes, owner: str) -> None:
-        """One request with `If-None-Match: *`, never a multipart upload: servers ignore the condition there."""
+        """One request with `If-None-Match: *`, never a multipart upload: servers ignore the
+        condition there.
+        """
 
     def upload(self, local: Path, key: str) -> None:
         """In concurrent parts; a failed upload is aborted, its error raised."""
 
 
 class Upload(NamedTuple):
-    """A multipart upload that was begun and neither completed nor aborted; `started` in unix seconds."""
+    """A multipart upload that was begun and neither completed nor aborted; `started` in unix
+    seconds.
+    """
 
     key: str
     upload_id: str
     started: float
 
 
-def retried(what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s: float | None = None) -> ResultT:
-    """What `call` returns, tried again while the reason for its failure may pass: `TRIES` tries, at least 36 s.
+def retried(
+    what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s: float | None = None
+) -> ResultT:
+    """What `call` returns, tried again while the reason for its failure may pass: `TRIES` tries, at
+    least 36 s.
 
     With `within_s`, no further try begins after so many seconds.
 
@@ -138,13 +186,25 @@ def retried(what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s:
     def say(state: tenacity.RetryCallState) -> None:
         wait_s = state.next_action.sleep if state.next_action else 0.0
         reason = state.outcome.exception() if state.outcome else ""
-        log.warning("op=%s try=%d of=%d next_in_s=%.1f reason=%s", what, state.attempt_number, TRIES, wait_s, reason)
+        log.warning(
+            "op=%s try=%d of=%d next_in_s=%.1f reason=%s",
+            what,
+            state.attempt_number,
+            TRIES,
+            wait_s,
+            reason,
+        )
 
     stop = tenacity.stop_after_attempt(TRIES)
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Failure) and error.problem.kind == "transient"),
-        wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S) + tenacity.wait_random(0, JITTER_S),
-        stop=stop if within_s is None else tenacity.stop_any(stop, tenacity.stop_after_delay(within_s)),
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, Failure) and error.problem.kind == "transient"
+        ),
+        wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
+        + tenacity.wait_random(0, JITTER_S),
+        stop=stop
+        if within_s is None
+        else tenacity.stop_any(stop, tenacity.stop_after_delay(within_s)),
         before_sleep=say,
         reraise=True,
     )
@@ -154,12 +214,20 @@ def retried(what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s:
         if failure.problem.kind != "transient":
             raise
         reason = failure.problem.words
-    raise TransientError(f"the server did not answer: {reason}", where=what, fix="run the same again once the server is back")
+    raise TransientError(
+        f"the server did not answer: {reason}",
+        where=what,
+        fix="run the same again once the server is back",
+    )
 
 
 def problem_of_answer(status: int | None, code: str) -> Problem:
     """What an answer with this HTTP status and S3 error code means."""
-    kind = KINDS.get(code) or STATUS_KINDS.get(status or 0) or ("transient" if (status or 0) >= 500 else "fatal")
+    kind = (
+        KINDS.get(code)
+        or STATUS_KINDS.get(status or 0)
+        or ("transient" if (status or 0) >= 500 else "fatal")
+    )
     return Problem(kind, " ".join(str(part) for part in (status, code) if part))
 
 

@@ -1,4 +1,6 @@
-"""The store's objects through fsspec: s3fs for S3, and whatever else fsspec knows (`memory://` for the tests)."""
+"""The store's objects through fsspec: s3fs for S3, and whatever else fsspec knows (`memory://`
+for the tests).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import logging
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,7 +37,9 @@ ABORT_S = 20.0
 
 
 class FsspecBucket:
-    """Any file system of fsspec; its own locks keep the threads of one process apart, nothing more."""
+    """Any file system of fsspec; its own locks keep the threads of one process apart, nothing
+    more.
+    """
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
@@ -51,7 +56,9 @@ class FsspecBucket:
         if isinstance(error, FileExistsError):
             return Problem("exists", "exists already")
         passing = isinstance(error, ConnectionError | TimeoutError)
-        return Problem("transient" if passing else "fatal", scrub(f"{type(error).__name__}: {error}"))
+        return Problem(
+            "transient" if passing else "fatal", scrub(f"{type(error).__name__}: {error}")
+        )
 
     def read(self, key: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(key)))
@@ -63,7 +70,9 @@ class FsspecBucket:
         info = self.fs.info(self.path(key))
         if info["type"] == "directory":
             raise FileNotFoundError(key)
-        return Head(int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime")))
+        return Head(
+            int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
+        )
 
     def listing(self, folder: str) -> Listing:
         path = self.path(folder)
@@ -73,9 +82,14 @@ class FsspecBucket:
             name = PurePosixPath(info["name"]).name
             if info["type"] == "directory":
                 folders.append(name)
-            elif info["name"].strip("/") != path.strip("/"):  # asked for an object, S3 lists the object itself
-                modified = info.get("LastModified") or info.get("created") or info.get("mtime") or 0.0
-                seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
+            elif info["name"].strip("/") != path.strip("/"):
+                # asked for an object, S3 lists the object itself
+                modified = (
+                    info.get("LastModified") or info.get("created") or info.get("mtime") or 0.0
+                )
+                seconds = (
+                    modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
+                )
                 files.append(Entry(name, int(info["size"]), seconds))
         return Listing(files, folders)
 
@@ -96,7 +110,9 @@ class FsspecBucket:
         self.fs.put_file(str(local), self.path(key))
 
     def uploads(self) -> list[Upload]:
-        """Every multipart upload below the store's prefix that is neither complete nor aborted; only S3 has any."""
+        """Every multipart upload below the store's prefix that is neither complete nor aborted;
+        only S3 has any.
+        """
         return []
 
     def abort(self, upload: Upload) -> None:
@@ -111,22 +127,45 @@ class S3fsBucket(FsspecBucket):
         import botocore.exceptions
 
         super().__init__(s3_filesystem(), root)
-        self.errors = (OSError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, aiohttp.ClientError)
+        self.errors = (
+            OSError,
+            botocore.exceptions.BotoCoreError,
+            botocore.exceptions.ClientError,
+            aiohttp.ClientError,
+        )
         self._no_credentials = (
-            botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError, botocore.exceptions.ProfileNotFound,
-            botocore.exceptions.CredentialRetrievalError, botocore.exceptions.TokenRetrievalError,
-        )  # fmt: skip
-        self._connection = (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError, aiohttp.ClientError)
+            botocore.exceptions.NoCredentialsError,
+            botocore.exceptions.PartialCredentialsError,
+            botocore.exceptions.ProfileNotFound,
+            botocore.exceptions.CredentialRetrievalError,
+            botocore.exceptions.TokenRetrievalError,
+        )
+        self._connection = (
+            botocore.exceptions.ConnectionError,
+            botocore.exceptions.HTTPClientError,
+            aiohttp.ClientError,
+        )
         self.name, _, self.prefix = root.partition("/")
 
     def call(self, method: str, key: str, **fields: Any) -> dict[str, Any]:
-        return dict(self.fs.call_s3(method, Bucket=self.name, Key=f"{self.prefix}/{key}" if self.prefix else key, **fields))
+        return dict(
+            self.fs.call_s3(
+                method,
+                Bucket=self.name,
+                Key=f"{self.prefix}/{key}" if self.prefix else key,
+                **fields,
+            )
+        )
 
     def problem(self, error: Exception) -> Problem:
-        # s3fs gives the server's answer a class and an errno of its own; the cause still says what it was.
+        # s3fs gives the server's answer a class and an errno of its own; the cause still says what
+        # it was.
         response = getattr(error.__cause__ or error, "response", None)
         if isinstance(response, dict):
-            status, code = response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code", ""))
+            status, code = (
+                response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
+                str(response.get("Error", {}).get("Code", "")),
+            )
             return problem_of_answer(status, "" if code.isdigit() else code)
         if isinstance(error, self._no_credentials):
             return Problem("no credentials", type(error).__name__)
@@ -138,7 +177,8 @@ class S3fsBucket(FsspecBucket):
 
     def read(self, key: str) -> bytes:
         try:
-            return bytes(self.fs.cat_file(self.path(key), start=0))  # a range, because s3fs asks for the size first otherwise
+            # a range, because s3fs asks for the size first otherwise
+            return bytes(self.fs.cat_file(self.path(key), start=0))
         except OSError as error:
             if self.problem(error).kind == "bad range":  # an empty object has no byte 0
                 return b""
@@ -146,7 +186,11 @@ class S3fsBucket(FsspecBucket):
 
     def head(self, key: str) -> Head:
         found = self.call("head_object", key)
-        return Head(int(found["ContentLength"]), str(found["ETag"]).strip('"'), found.get("Metadata", {}).get(OWNER, ""))
+        return Head(
+            int(found["ContentLength"]),
+            str(found["ETag"]).strip('"'),
+            found.get("Metadata", {}).get(OWNER, ""),
+        )
 
     def remove(self, key: str) -> None:
         self.call("delete_object", key)
@@ -161,14 +205,20 @@ class S3fsBucket(FsspecBucket):
         size = part_bytes(local.stat().st_size)
         num_parts = max(1, -(-local.stat().st_size // size))
         owner = uuid.uuid4().hex
-        upload_id = str(self.call("create_multipart_upload", key, Metadata={OWNER: owner})["UploadId"])
+        upload_id = str(
+            self.call("create_multipart_upload", key, Metadata={OWNER: owner})["UploadId"]
+        )
 
         def send(number: int) -> dict[str, Any]:
             with local.open("rb") as file:
                 file.seek((number - 1) * size)
                 body = file.read(size)
-            put = lambda: self.call("upload_part", key, UploadId=upload_id, PartNumber=number, Body=body)  # noqa: E731
-            return {"PartNumber": number, "ETag": retried(f"upload {key} part {number}", put, self)["ETag"]}
+            part = {"UploadId": upload_id, "PartNumber": number, "Body": body}
+            put = partial(self.call, "upload_part", key, **part)
+            return {
+                "PartNumber": number,
+                "ETag": retried(f"upload {key} part {number}", put, self)["ETag"],
+            }
 
         whole = False
         try:
@@ -183,10 +233,16 @@ class S3fsBucket(FsspecBucket):
     def _complete(self, upload: Upload, parts: list[dict[str, Any]], owner: str) -> None:
         """Make one object of the parts.
 
-        If the answer is lost it is looked for, not asked for again: a gateway that died in the middle keeps the upload locked.
+        If the answer is lost it is looked for, not asked for again: a gateway that died in the
+        middle keeps the upload locked.
         """
         try:
-            self.call("complete_multipart_upload", upload.key, UploadId=upload.upload_id, MultipartUpload={"Parts": parts})
+            self.call(
+                "complete_multipart_upload",
+                upload.key,
+                UploadId=upload.upload_id,
+                MultipartUpload={"Parts": parts},
+            )
         except self.errors as error:
             if self.problem(error).kind != "transient" or not self._is_there(upload.key, owner):
                 raise
@@ -198,7 +254,9 @@ class S3fsBucket(FsspecBucket):
             return False
 
     def _abort_or_leave(self, upload: Upload) -> None:
-        """A server that cannot even abort now must not hide why the upload failed; `gc` finds what is left."""
+        """A server that cannot even abort now must not hide why the upload failed; `gc` finds
+        what is left.
+        """
         try:
             self.abort(upload)
         except (Failure, TransientError) as error:
@@ -209,12 +267,23 @@ class S3fsBucket(FsspecBucket):
         marks: dict[str, str] = {}
         prefix = f"{self.prefix}/" if self.prefix else ""
         while True:
-            page = self.fs.call_s3("list_multipart_uploads", Bucket=self.name, Prefix=prefix, **marks)
+            page = self.fs.call_s3(
+                "list_multipart_uploads", Bucket=self.name, Prefix=prefix, **marks
+            )
             for upload in page.get("Uploads", []):
-                found.append(Upload(upload["Key"].removeprefix(prefix), upload["UploadId"], upload["Initiated"].timestamp()))
+                found.append(
+                    Upload(
+                        upload["Key"].removeprefix(prefix),
+                        upload["UploadId"],
+                        upload["Initiated"].timestamp(),
+                    )
+                )
             if not page.get("IsTruncated"):
                 return found
-            marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            marks = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
 
     def abort(self, upload: Upload) -> None:
         abort = lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id)  # noqa: E731
@@ -226,18 +295,29 @@ class S3fsBucket(FsspecBucket):
 
 
 def s3_filesystem() -> Any:
-    """A new s3fs client that looks for credentials and endpoint where every AWS tool does, and does not retry.
+    """A new s3fs client that looks for credentials and endpoint where every AWS tool does, and does
+    not retry.
 
-    The body of each request is hashed into its signature, so that a server refuses bytes that changed on the way;
-    newer checksum headers are left out, because servers other than Amazon's refuse those.
+    The body of each request is hashed into its signature, so that a server refuses bytes that
+    changed on the way; newer checksum headers are left out, because servers other than Amazon's
+    refuse those.
     """
     import s3fs
 
     settings = {
-        "retries": {"total_max_attempts": 1}, "connect_timeout": CONNECT_S, "read_timeout": READ_S, "max_pool_connections": 64,
-        "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": CONNECT_S,
+        "read_timeout": READ_S,
+        "max_pool_connections": 64,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
         "s3": {"payload_signing_enabled": True},
-    }  # fmt: skip
-    fs = s3fs.S3FileSystem(config_kwargs=settings, use_listings_cache=False, skip_instance_cache=True, default_block_size=PART_BYTES)
+    }
+    fs = s3fs.S3FileSystem(
+        config_kwargs=settings,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        default_block_size=PART_BYTES,
+    )
     fs.retries = 1
     return fs

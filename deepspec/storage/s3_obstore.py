@@ -1,4 +1,6 @@
-"""S3 through obstore: the fast client for the paths that move gigabytes. Optional; s3fs does the same with more CPU."""
+"""S3 through obstore: the fast client for the paths that move gigabytes. Optional; s3fs does
+the same with more CPU.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,28 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deepspec.storage.s3_client import CONNECT_S, OWNER, READ_S, Buffer, Entry, Head, Listing, Problem, part_bytes, problem_of_answer, scrub
+from deepspec.storage.s3_client import (
+    CONNECT_S,
+    OWNER,
+    READ_S,
+    Buffer,
+    Entry,
+    Head,
+    Listing,
+    Problem,
+    part_bytes,
+    problem_of_answer,
+    scrub,
+)
 
 PARTS_AT_ONCE = 4
-CREDENTIALS_KEPT = timedelta(minutes=10)  # botocore renews at least ten minutes early; obstore asks again five minutes before the end
+# botocore renews at least ten minutes early; obstore asks again five minutes before the end
+CREDENTIALS_KEPT = timedelta(minutes=10)
 STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>(\w+)</Code>")
 
-_used_in: list[int] = []  # the process that started obstore's threads; they do not exist in its forks
+# the process that started obstore's threads; they do not exist in its forks
+_used_in: list[int] = []
 
 
 @functools.cache
@@ -27,7 +43,9 @@ def installed() -> bool:
 
 
 def usable() -> bool:
-    """Whether obstore works in this process: a fork of a process that used it would wait for ever, even with a new client."""
+    """Whether obstore works in this process: a fork of a process that used it would wait for
+    ever, even with a new client.
+    """
     return installed() and _used_in[:1] in ([], [os.getpid()])
 
 
@@ -44,7 +62,8 @@ class ObstoreBucket:
         self._exists = (exceptions.AlreadyExistsError, exceptions.PreconditionError)
         self._denied = (exceptions.PermissionDeniedError,)
         self._no_credentials = (exceptions.UnauthenticatedError,)
-        # A part that fails once is not worth sending the whole file again; everything else is retried in one place.
+        # A part that fails once is not worth sending the whole file again; everything else is
+        # retried in one place.
         connect = _s3_connection(root)
         self.store, self.uploads = connect(0), connect(3)
 
@@ -73,11 +92,18 @@ class ObstoreBucket:
     def head(self, key: str) -> Head:
         # obstore.head would leave out the attributes.
         found = self.obstore.get(self.store, key, options={"head": True})
-        return Head(int(found.meta["size"]), str(found.meta["e_tag"]).strip('"'), str(found.attributes.get(OWNER, "")))
+        return Head(
+            int(found.meta["size"]),
+            str(found.meta["e_tag"]).strip('"'),
+            str(found.attributes.get(OWNER, "")),
+        )
 
     def listing(self, folder: str) -> Listing:
         found = self.obstore.list_with_delimiter(self.store, folder)
-        files = [Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp()) for o in found["objects"]]
+        files = [
+            Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp())
+            for o in found["objects"]
+        ]
         return Listing(files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]])
 
     def remove(self, key: str) -> None:
@@ -87,11 +113,20 @@ class ObstoreBucket:
         self.obstore.put(self.store, key, data, use_multipart=False)
 
     def put_new(self, key: str, data: bytes, owner: str) -> None:
-        self.obstore.put(self.store, key, data, use_multipart=False, mode="create", attributes={OWNER: owner})
+        self.obstore.put(
+            self.store, key, data, use_multipart=False, mode="create", attributes={OWNER: owner}
+        )
 
     def upload(self, local: Path, key: str) -> None:
         size = part_bytes(local.stat().st_size)
-        self.obstore.put(self.uploads, key, local, use_multipart=True, chunk_size=size, max_concurrency=PARTS_AT_ONCE)
+        self.obstore.put(
+            self.uploads,
+            key,
+            local,
+            use_multipart=True,
+            chunk_size=size,
+            max_concurrency=PARTS_AT_ONCE,
+        )
 
 
 def _s3_connection(root: str) -> Callable[[int], Any]:
@@ -102,21 +137,37 @@ def _s3_connection(root: str) -> Callable[[int], Any]:
     session = Session()
     meta = session.create_client("s3").meta
     name, _, prefix = root.partition("/")
-    config = {"endpoint": meta.endpoint_url, "region": meta.region_name or "us-east-1", "virtual_hosted_style_request": "false"}
-    options: dict[str, Any] = {"connect_timeout": f"{CONNECT_S}s", "read_timeout": f"{READ_S}s", "timeout": "600s"}
+    config = {
+        "endpoint": meta.endpoint_url,
+        "region": meta.region_name or "us-east-1",
+        "virtual_hosted_style_request": "false",
+    }
+    options: dict[str, Any] = {
+        "connect_timeout": f"{CONNECT_S}s",
+        "read_timeout": f"{READ_S}s",
+        "timeout": "600s",
+    }
     options["allow_http"] = meta.endpoint_url.startswith("http://")
     bundle = session.get_config_variable("ca_bundle")
     if bundle and not options["allow_http"]:
         options["root_certificate"] = Path(bundle).read_bytes()
     where: dict[str, Any] = {"prefix": prefix or None, "config": config, "client_options": options}
     where["credential_provider"] = _credentials(session)
-    backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=2), "base": 2}
+    backoff = {
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=2),
+        "base": 2,
+    }
     limits = {"retry_timeout": timedelta(seconds=30), "backoff": backoff}
-    return lambda max_retries: S3Store(name, **where, retry_config={**limits, "max_retries": max_retries})
+    return lambda max_retries: S3Store(
+        name, **where, retry_config={**limits, "max_retries": max_retries}
+    )
 
 
 def _credentials(session: Any) -> Callable[[], dict[str, Any]]:
-    """What obstore calls for keys; botocore renews those of a role in time, so obstore asks again every few minutes."""
+    """What obstore calls for keys; botocore renews those of a role in time, so obstore asks
+    again every few minutes.
+    """
 
     def provide() -> dict[str, Any]:
         found = session.get_credentials()
@@ -124,6 +175,11 @@ def _credentials(session: Any) -> Callable[[], dict[str, Any]]:
             raise PermissionError("no credentials")
         keys = found.get_frozen_credentials()
         expires = datetime.now(UTC) + CREDENTIALS_KEPT
-        return {"access_key_id": keys.access_key, "secret_access_key": keys.secret_key, "token": keys.token, "expires_at": expires}
+        return {
+            "access_key_id": keys.access_key,
+            "secret_access_key": keys.secret_key,
+            "token": keys.token,
+            "expires_at": expires,
+        }
 
     return provide

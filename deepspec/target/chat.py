@@ -1,6 +1,7 @@
 """Chat rendering, in one place for answers, capture and evaluation: the tokenizer's own template.
 
-The loss mask covers what the target generated, its end-of-turn token included, and nothing that a template inserted.
+The loss mask covers what the target generated, its end-of-turn token included, and nothing that a
+template inserted.
 """
 
 from __future__ import annotations
@@ -35,9 +36,17 @@ class Chat:
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(marker)
         if self.end_of_turn in (None, tokenizer.unk_token_id):
             what = f"the tokenizer does not know {marker!r}, the end of a turn in the family {target.chat_family!r}"
-            raise DataError(what, where=f"target.model {target.model}", fix="set target.chat_family to the model's family")
+            raise DataError(
+                what,
+                where=f"target.model {target.model}",
+                fix="set target.chat_family to the model's family",
+            )
         if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template", where=f"target.model {target.model}", fix="use an instruct model")
+            raise DataError(
+                "the tokenizer has no chat template",
+                where=f"target.model {target.model}",
+                fix="use an instruct model",
+            )
 
     def stop_ids(self, generation_eos: int | Sequence[int] | None = None) -> frozenset[int]:
         """Token ids that end an answer."""
@@ -45,26 +54,46 @@ class Chat:
         return frozenset({self.end_of_turn, *(token for token in ids if token is not None)})
 
     def digests(self) -> dict[str, str]:
-        """What tokenizer and template a cache was made with: two that tokenize alike have the same digests."""
-        texts = {"tokenizer": json.dumps(self.tokenizer.get_vocab(), sort_keys=True), "chat_template": str(self.tokenizer.chat_template)}
-        return {f"{name}_digest": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+        """What tokenizer and template a cache was made with: two that tokenize alike have the
+        same digests.
+        """
+        texts = {
+            "tokenizer": json.dumps(self.tokenizer.get_vocab(), sort_keys=True),
+            "chat_template": str(self.tokenizer.chat_template),
+        }
+        return {
+            f"{name}_digest": hashlib.sha256(text.encode()).hexdigest()[:16]
+            for name, text in texts.items()
+        }
 
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of the conversation so far, the generation prompt of the next answer included."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of the conversation so far, the generation prompt of the next answer
+        included.
+        """
         entries = [message.entry() for message in messages]
         ids = self.tokenizer.apply_chat_template(
-            entries, tools=list(tools) if tools else None, add_generation_prompt=True, enable_thinking=self.thinking,
-            tokenize=True, return_dict=False,
-        )  # fmt: skip
+            entries,
+            tools=list(tools) if tools else None,
+            add_generation_prompt=True,
+            enable_thinking=self.thinking,
+            tokenize=True,
+            return_dict=False,
+        )
         return list(ids)
 
     def decode(self, token_ids: Sequence[int], stop_ids: Collection[int]) -> str:
-        """The text of an answer, without the token that ended it; other special tokens (the marks of thinking) are part of it."""
+        """The text of an answer, without the token that ended it; other special tokens (the
+        marks of thinking) are part of it.
+        """
         kept = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
         return str(self.tokenizer.decode(list(kept), skip_special_tokens=False))
 
     def answer_ids(self, text: str, *, finished: bool) -> list[int]:
-        """Token ids of an answer that came as text; `finished` answers get their end-of-turn token back."""
+        """Token ids of an answer that came as text; `finished` answers get their end-of-turn
+        token back.
+        """
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         return [*ids, self.end_of_turn] if finished else ids
 
@@ -74,10 +103,16 @@ def load_chat(config: RunConfig) -> Chat:
 
     folder = target_folder(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder or config.target.model), revision=config.target.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder or config.target.model), revision=config.target.revision
+        )
     except (OSError, ValueError) as error:
         what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        raise DataError(what, where=f"target.model {config.target.model}", fix="check the name, or give a local folder") from None
+        raise DataError(
+            what,
+            where=f"target.model {config.target.model}",
+            fix="check the name, or give a local folder",
+        ) from None
     return Chat(tokenizer, config.target)
 
 
@@ -92,9 +127,9 @@ def target_folder(config: RunConfig) -> Path | None:
 def build_samples(turns: Sequence[tuple[list[int], list[int]]]) -> list[Sample]:
     """Training sequences of a conversation, from (prompt ids, answer ids) of each of its turns.
 
-    Turns share a sequence while each prompt continues the tokens before it; where the template renders earlier turns
-    anew (Qwen3 drops their thinking), the turn starts a sequence of its own, so that every supervised token has exactly
-    the context it was generated in.
+    Turns share a sequence while each prompt continues the tokens before it; where the template
+    renders earlier turns anew (Qwen3 drops their thinking), the turn starts a sequence of its own,
+    so that every supervised token has exactly the context it was generated in.
     """
     samples: list[Sample] = []
     for prompt_ids, answer_ids in turns:

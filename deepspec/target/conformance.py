@@ -25,7 +25,10 @@ from deepspec.target.model import Target
 NUM_ROWS, SHORTEST = 3, 24
 NEW_TOKENS = 12  # that a check of decoding adds to a row
 ROUNDING = 1e-4  # share of the largest value, float32
-CONVERSATION = (("What is two plus two?", "It is four."), ("And doubled?", "Eight, then.\nAnything else?"))
+CONVERSATION = (
+    ("What is two plus two?", "It is four."),
+    ("And doubled?", "Eight, then.\nAnything else?"),
+)
 
 
 class Check(NamedTuple):
@@ -42,7 +45,9 @@ class Check(NamedTuple):
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ, 0 where there is nothing to compare."""
+    """Largest absolute difference; infinite where the shapes differ, 0 where there is nothing
+    to compare.
+    """
     if found.shape != wanted.shape:
         return math.inf
     return (found.detach().double() - wanted.double()).abs().max().item() if found.numel() else 0.0
@@ -63,7 +68,13 @@ def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
 
 def spread(num_layers: int) -> tuple[int, ...]:
     """The embedding output, the first, a middle and the last layer but one."""
-    return tuple(sorted(layer for layer in {-1, 0, num_layers // 2, num_layers - 2} if -1 <= layer < num_layers - 1))
+    return tuple(
+        sorted(
+            layer
+            for layer in {-1, 0, num_layers // 2, num_layers - 2}
+            if -1 <= layer < num_layers - 1
+        )
+    )
 
 
 def make_rows(target: Target) -> list[list[int]]:
@@ -72,7 +83,9 @@ def make_rows(target: Target) -> list[list[int]]:
     window = target.text_config.sliding_window if "sliding_attention" in kinds else 0
     length = min(max(SHORTEST, window + 2 * NEW_TOKENS), target.max_positions - NEW_TOKENS)
     generator = torch.Generator().manual_seed(0)
-    rows: list[list[int]] = torch.randint(0, target.text_config.vocab_size - 1, (NUM_ROWS, length), generator=generator).tolist()
+    rows: list[list[int]] = torch.randint(
+        0, target.text_config.vocab_size - 1, (NUM_ROWS, length), generator=generator
+    ).tolist()
     return rows
 
 
@@ -86,27 +99,51 @@ def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
     logits = target.logits(output.last_hidden)
     padding, cached = _rows_alone(target, rows)
     return [
-        Check("layer taps", share(output.context, tapped), ROUNDING, f"layers {list(target.layer_ids)} of hidden_states"),
-        Check("final norm and lm_head", share(logits, wanted.logits), ROUNDING, "the model's own logits"),
+        Check(
+            "layer taps",
+            share(output.context, tapped),
+            ROUNDING,
+            f"layers {list(target.layer_ids)} of hidden_states",
+        ),
+        Check(
+            "final norm and lm_head",
+            share(logits, wanted.logits),
+            ROUNDING,
+            "the model's own logits",
+        ),
         Check("padded rows", padding, ROUNDING, "a row in a batch is the row alone"),
-        Check("cached and uncached", cached, ROUNDING, f"rows of different lengths, up to {len(rows[0])} tokens"),
+        Check(
+            "cached and uncached",
+            cached,
+            ROUNDING,
+            f"rows of different lengths, up to {len(rows[0])} tokens",
+        ),
     ]
 
 
 def _rows_alone(target: Target, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Largest errors of right-padded rows, and of rows continued from a cache, each row having its own length."""
+    """Largest errors of right-padded rows, and of rows continued from a cache, each row having
+    its own length.
+    """
     ragged = [row[: len(row) - 5 * number] for number, row in enumerate(rows)]
-    together, cache = target.forward(pad_right(ragged, target.device)), target.new_cache(len(rows), len(rows[0]))
+    together, cache = (
+        target.forward(pad_right(ragged, target.device)),
+        target.new_cache(len(rows), len(rows[0])),
+    )
     prefill(target, cache, [row[:-4] for row in ragged])
     steps = []
     for size in (1, 3):  # one token as in plain decoding, then several as in verification
-        new = [row[length : length + size] for row, length in zip(ragged, cache.lengths, strict=True)]
+        new = [
+            row[length : length + size] for row, length in zip(ragged, cache.lengths, strict=True)
+        ]
         steps.append(target.forward(torch.tensor(new, device=target.device), cache))
         cache.lengths = [length + size for length in cache.lengths]
     padding = cached = 0.0
     for number, row in enumerate(ragged):
         alone = target.forward(pad_right([row], target.device))
-        padding = max(padding, share(together.last_hidden[number, : len(row)], alone.last_hidden[0]))
+        padding = max(
+            padding, share(together.last_hidden[number, : len(row)], alone.last_hidden[0])
+        )
         for kind in (0, 1):
             continued = torch.cat([step[kind][number] for step in steps])
             cached = max(cached, share(continued, alone[kind][0, -4:]))
@@ -122,7 +159,10 @@ def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
     """The loss mask decodes to exactly the answers and their ends of turn (traps B1 to B5)."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return [Check("loss mask", 0.0, note="not checked: there is no tokenizer in the folder")]
     chat = Chat(AutoTokenizer.from_pretrained(str(folder)), settings)
     turns, history = [], []
@@ -130,7 +170,12 @@ def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
         history.append(Message("user", question))
         turns.append((chat.render(history), chat.answer_ids(answer, finished=True)))
         history.append(Message("assistant", answer))
-    supervised = [token for sample in build_samples(turns) for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]
+    supervised = [
+        token
+        for sample in build_samples(turns)
+        for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True)
+        if kept
+    ]
     wanted = "".join(answer + END_OF_TURN[settings.chat_family] for _, answer in CONVERSATION)
     text = chat.tokenizer.decode(supervised)
     return [Check("loss mask decodes to the answers", float(text != wanted), note=repr(text)[:60])]

@@ -1,6 +1,8 @@
-"""A conversation with an engine: the answers that it waits for, one at a time, each on what was answered before.
+"""A conversation with an engine: the answers that it waits for, one at a time, each on what was
+answered before.
 
-What an engine is given (`Request`) and what it gives back (`Turn`, `Refused` or `Failed`) is here, and nothing of how.
+What an engine is given (`Request`) and what it gives back (`Turn`, `Refused` or `Failed`) is here,
+and nothing of how.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from typing import Any, NamedTuple
 from deepspec.config.run import AnswersConfig
 from deepspec.messages import Message, parse_messages, parse_tools
 
-MORE_ROOM = 4  # times max_new_tokens that a second try of a truncated answer gets where nothing else is set
+# times max_new_tokens that a second try of a truncated answer gets where nothing else is set
+MORE_ROOM = 4
 
 
 FAILED = "failed"  # the reason of a row that no run got an answer to
 
 
 class Request(NamedTuple):
-    """One answer to make: the conversation up to the user's message, and the seed of this answer's random stream."""
+    """One answer to make: the conversation up to the user's message, and the seed of this
+    answer's random stream.
+    """
 
     id: int
     turn: int
@@ -48,7 +53,9 @@ class Refused(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A request that got no answer this time, after every attempt; the row is tried again in a later run."""
+    """A request that got no answer this time, after every attempt; the row is tried again in a
+    later run.
+    """
 
     detail: str
 
@@ -57,7 +64,9 @@ Outcome = Turn | Refused | Failed
 
 
 class Conversation:
-    """A row on its way through an engine: `next_request` and `hear` in turn, until there is no request any more."""
+    """A row on its way through an engine: `next_request` and `hear` in turn, until there is no
+    request any more.
+    """
 
     def __init__(self, row: Mapping[str, Any], settings: AnswersConfig) -> None:
         self.row, self.settings = row, settings
@@ -81,20 +90,29 @@ class Conversation:
         if not isinstance(outcome, Turn):
             self.ended = outcome
             return
-        truncated, more = outcome.finish_reason == "length", self.settings.retry_max_new_tokens or MORE_ROOM * self.settings.max_new_tokens
+        truncated, more = (
+            outcome.finish_reason == "length",
+            self.settings.retry_max_new_tokens or MORE_ROOM * self.settings.max_new_tokens,
+        )
         if truncated and self.settings.truncated == "retry" and self._limit < more:
             self._limit = more
         elif truncated and self.settings.truncated == "drop":
-            self.ended = Refused("truncated", f"the answer of turn {len(self.turns)} ran into {self._limit} tokens")
+            self.ended = Refused(
+                "truncated", f"the answer of turn {len(self.turns)} ran into {self._limit} tokens"
+            )
         else:
             self.turns.append(outcome)
             self._limit = self.settings.max_new_tokens
 
 
-def conversation_so_far(messages: Sequence[Message], answers: Sequence[str]) -> list[Message] | None:
-    """The messages up to the first place that waits for an answer, answers in the places before; None when all are answered.
+def conversation_so_far(
+    messages: Sequence[Message], answers: Sequence[str]
+) -> list[Message] | None:
+    """The messages up to the first place that waits for an answer, answers in the places before;
+    None when all are answered.
 
-    An answer belongs behind a user's message or a tool's result, unless the source's own call of a tool follows there.
+    An answer belongs behind a user's message or a tool's result, unless the source's own call of a
+    tool follows there.
     """
     conversation, given = [], iter(answers)
     for message, following in zip(messages, [*messages[1:], None], strict=True):
@@ -108,5 +126,7 @@ def conversation_so_far(messages: Sequence[Message], answers: Sequence[str]) -> 
 
 
 def stream_seed(seed: int, row: int, turn: int) -> int:
-    """The seed of one answer's random stream (63 bits): chance belongs to the sample, not to the batch it lands in."""
+    """The seed of one answer's random stream (63 bits): chance belongs to the sample, not to
+    the batch it lands in.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}:{turn}".encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,6 @@
-"""Plain autoregressive decoding of the target, batched: how answers are made and what speed-ups are measured against."""
+"""Plain autoregressive decoding of the target, batched: how answers are made and what speed-ups
+are measured against.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ class Decode(NamedTuple):
 
 
 class Seats:
-    """Which prompt each row of a batch works on; rows that are done take the prompts that wait (continuous batching).
+    """Which prompt each row of a batch works on; rows that are done take the prompts that wait
+    (continuous batching).
 
-    Rows are filled once a quarter of them is free: prompts then share a forward pass, as answers do.
+    Rows are filled once a quarter of them is free: prompts then share a forward pass, as answers
+    do.
     """
 
     def __init__(self, num_prompts: int, batch_size: int | None) -> None:
@@ -44,11 +48,16 @@ class Seats:
         return admitted
 
     def spare(self) -> list[int]:
-        """The rows to go on with alone, under new numbers, once nobody waits and half of them are done; none: go on with all."""
+        """The rows to go on with alone, under new numbers, once nobody waits and half of them
+        are done; none: go on with all.
+        """
         rows = sorted(self.running)
         if self.waiting or not rows or 2 * len(rows) > self.num_rows:
             return []
-        self.num_rows, self.running = len(rows), {number: self.running[row] for number, row in enumerate(rows)}
+        self.num_rows, self.running = (
+            len(rows),
+            {number: self.running[row] for number, row in enumerate(rows)},
+        )
         return rows
 
 
@@ -62,12 +71,29 @@ class Started(NamedTuple):
 
 
 class Rows:
-    """The target's side of a batch: who is seated, its cache, and each row's last token and stream of chance."""
+    """The target's side of a batch: who is seated, its cache, and each row's last token and
+    stream of chance.
+    """
 
-    def __init__(self, target: Target, seats: Seats, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Decode) -> None:
-        self.target, self.seats, self.prompts, self.seeds, self.sampling = target, seats, prompts, seeds, settings.sampling
+    def __init__(
+        self,
+        target: Target,
+        seats: Seats,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: Decode,
+    ) -> None:
+        self.target, self.seats, self.prompts, self.seeds, self.sampling = (
+            target,
+            seats,
+            prompts,
+            seeds,
+            settings.sampling,
+        )
         self.capacity = max(map(len, prompts)) + settings.max_new_tokens
-        self.uniforms = None if settings.sampling.temperature == 0 else UniformStream([0] * seats.num_rows)
+        self.uniforms = (
+            None if settings.sampling.temperature == 0 else UniformStream([0] * seats.num_rows)
+        )
         self.tokens = torch.zeros(seats.num_rows, dtype=torch.long, device=target.device)
 
     def new_cache(self, *, room: int = 0) -> TargetCache:
@@ -75,7 +101,9 @@ class Rows:
         return self.target.new_cache(self.seats.num_rows, self.capacity + room)
 
     def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Started:
-        """Run newly seated prompts through the target, into their rows of the cache; draw their first tokens."""
+        """Run newly seated prompts through the target, into their rows of the cache; draw their
+        first tokens.
+        """
         rows, prompts = list(admitted), [self.prompts[prompt] for prompt in admitted.values()]
         if len(rows) == self.seats.num_rows:
             cache.reset()
@@ -84,7 +112,11 @@ class Rows:
             fresh = self.target.new_cache(len(rows), max(map(len, prompts)))
             context, last_hidden = prefill(self.target, fresh, prompts)
             cache.put(rows, fresh)
-        numbers = self.uniforms.start(rows, [self.seeds[prompt] for prompt in admitted.values()]) if self.uniforms else None
+        numbers = (
+            self.uniforms.start(rows, [self.seeds[prompt] for prompt in admitted.values()])
+            if self.uniforms
+            else None
+        )
         first = choose_tokens(self.target.logits(last_hidden), self.sampling, numbers)
         self.tokens = self.tokens.index_copy(0, torch.tensor(rows, device=first.device), first)
         return Started(rows, prompts, context, first)
@@ -97,11 +129,13 @@ class Rows:
 
 
 @torch.inference_mode()
-def generate(target: Target, prompts: Sequence[Sequence[int]], settings: Decode, *, seeds: Sequence[int]) -> list[list[int]]:
+def generate(
+    target: Target, prompts: Sequence[Sequence[int]], settings: Decode, *, seeds: Sequence[int]
+) -> list[list[int]]:
     """New token ids of each prompt, the stop token included where one came before the limit.
 
-    Prompt b draws from its own stream `seeds[b]`, so what it says does not depend on who shares its batch (up to the
-    rounding of batched arithmetic).
+    Prompt b draws from its own stream `seeds[b]`, so what it says does not depend on who shares its
+    batch (up to the rounding of batched arithmetic).
     """
     seats = Seats(len(prompts), settings.batch_size)
     rows = Rows(target, seats, prompts, seeds, settings)
@@ -123,7 +157,9 @@ def generate(target: Target, prompts: Sequence[Sequence[int]], settings: Decode,
             cache.keep(kept)
             rows.keep(kept)
         last_hidden = target.forward(rows.tokens[:, None], cache).last_hidden[:, -1]
-        cache.lengths = [length + (row in seats.running) for row, length in enumerate(cache.lengths)]
+        cache.lengths = [
+            length + (row in seats.running) for row, length in enumerate(cache.lengths)
+        ]
         numbers = rows.uniforms.take(1)[:, 0] if rows.uniforms else None
         rows.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, numbers)
         working = dict(seats.running)
@@ -131,27 +167,38 @@ def generate(target: Target, prompts: Sequence[Sequence[int]], settings: Decode,
         add([tokens[row] for row in working], working)
 
 
-def prefill(target: Target, cache: TargetCache, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def prefill(
+    target: Target, cache: TargetCache, prompts: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
     """Run the prompts through the target into the cache.
 
     Returns:
-        their context features [B, T, m * D] (right-padded) and the final hidden state of each one's last token [B, D].
+        their context features [B, T, m * D] (right-padded) and the final hidden state of each one's
+            last token [B, D].
     """
     output = target.forward(pad_right(prompts, target.device), cache)
     cache.lengths = [len(prompt) for prompt in prompts]
     last = torch.tensor([length - 1 for length in cache.lengths], device=target.device)
-    return output.context, output.last_hidden[torch.arange(len(prompts), device=target.device), last]
+    return output.context, output.last_hidden[
+        torch.arange(len(prompts), device=target.device), last
+    ]
 
 
 def choose_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Tensor:
-    """One token id per row of `logits` [B, V]: the likeliest where `uniforms` is None, else drawn with its number [B]."""
+    """One token id per row of `logits` [B, V]: the likeliest where `uniforms` is None, else
+    drawn with its number [B].
+    """
     if uniforms is None:
         return logits.argmax(dim=-1)
     return draw(distribution(logits, sampling), uniforms.to(logits.device))
 
 
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device, *, length: int | None = None) -> Tensor:
-    """Token ids [B, T] long, zero behind the end of each row; as long as the longest where `length` is None."""
+def pad_right(
+    rows: Sequence[Sequence[int]], device: torch.device, *, length: int | None = None
+) -> Tensor:
+    """Token ids [B, T] long, zero behind the end of each row; as long as the longest where
+    `length` is None.
+    """
     padded = torch.zeros(len(rows), length or max(map(len, rows)), dtype=torch.long)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)

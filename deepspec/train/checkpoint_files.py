@@ -1,4 +1,6 @@
-"""Checkpoints: everything a run needs to go on exactly, safetensors and JSON only, its record written last."""
+"""Checkpoints: everything a run needs to go on exactly, safetensors and JSON only, its record
+written last.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from deepspec.storage.store import file_checksum, pretty_json
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Piece, Strategy
 
-KEEP = 2  # the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
+# the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
+KEEP = 2
 
 
 class CheckpointRecord(BaseModel):
@@ -33,21 +36,31 @@ class CheckpointRecord(BaseModel):
     acceptance_length: float | None = None
     """Over held-out samples; None where it was not measured."""
     since_best: int = 0
-    """Measured checkpoints in a row, this one included, that were no better than one before them."""
+    """Measured checkpoints in a row, this one included, that were no better than one before
+    them.
+    """
     inputs: dict[str, str] = {}
     """Manifest digests of what it was trained on, by `stage/fingerprint`."""
 
 
-def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, draft: Any, record: CheckpointRecord) -> None:
-    """Write the state after `record.step` optimizer steps, on all ranks; it counts once its record is there, with all files' checksums.
+def save_checkpoint(
+    artifact: Artifact, strategy: Strategy, world: World, *, draft: Any, record: CheckpointRecord
+) -> None:
+    """Write the state after `record.step` optimizer steps, on all ranks; it counts once its record
+    is there, with all files' checksums.
 
-    The first rank writes the draft, as whole as any reader wants it; each rank writes its share of the optimizer's state,
-    dealt out by whole parameters. Of 2 billion trained parameters in float32 the draft takes 8 GB (embedding and lm_head
-    come on top) in the first rank's host memory and scratch folder, the state 16 GB: 250 MB of it on each of 64 ranks, which
-    write at the same time. A parameter is put together on all ranks, one after the other, so that beside their own shares
-    they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until it is saved.
+    The first rank writes the draft, as whole as any reader wants it; each rank writes its share of
+    the optimizer's state, dealt out by whole parameters. Of 2 billion trained parameters in float32
+    the draft takes 8 GB (embedding and lm_head come on top) in the first rank's host memory and
+    scratch folder, the state 16 GB: 250 MB of it on each of 64 ranks, which write at the same time.
+    A parameter is put together on all ranks, one after the other, so that beside their own shares
+    they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until it is
+    saved.
     """
-    folder, share = f"checkpoints/{record.step:08d}", f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+    folder, share = (
+        f"checkpoints/{record.step:08d}",
+        f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors",
+    )
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
         save_file(optimizer_share(strategy, world), local / share)
@@ -58,7 +71,10 @@ def save_checkpoint(artifact: Artifact, strategy: Strategy, world: World, *, dra
             artifact.put_file(local / name, f"{folder}/{name}")
     shares = world.words(files[share])  # once a rank has all of them, all are there
     if world.is_first:
-        files |= {f"optimizer-{number:05d}-of-{world.size:05d}.safetensors": checksum for number, checksum in enumerate(shares, 1)}
+        files |= {
+            f"optimizer-{number:05d}-of-{world.size:05d}.safetensors": checksum
+            for number, checksum in enumerate(shares, 1)
+        }
         put_record(artifact, record.model_copy(update={"files": files}))
         _remove_old(artifact)
 
@@ -85,7 +101,10 @@ def _remove_old(artifact: Artifact) -> None:
 
 
 def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
-    artifact.store.write(artifact.path(f"checkpoints/{record.step:08d}/record.json"), pretty_json(record.model_dump()))
+    artifact.store.write(
+        artifact.path(f"checkpoints/{record.step:08d}/record.json"),
+        pretty_json(record.model_dump()),
+    )
 
 
 def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
@@ -94,46 +113,70 @@ def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
 
 
 def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord | None:
-    """The one with the longest acceptance, of equal ones the latest; None where none was measured (trap D9)."""
+    """The one with the longest acceptance, of equal ones the latest; None where none was
+    measured (trap D9).
+    """
     measured = [record for record in records.values() if record.acceptance_length is not None]
-    return max(measured, key=lambda record: (record.acceptance_length or 0.0, record.step), default=None)
+    return max(
+        measured, key=lambda record: (record.acceptance_length or 0.0, record.step), default=None
+    )
 
 
 def _record(artifact: Artifact, step: int) -> CheckpointRecord:
-    return CheckpointRecord.model_validate_json(artifact.store.read(artifact.path(f"checkpoints/{step:08d}/record.json")))
+    return CheckpointRecord.model_validate_json(
+        artifact.store.read(artifact.path(f"checkpoints/{step:08d}/record.json"))
+    )
 
 
 def checkpoint_steps(artifact: Artifact) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
     names = [name for name in artifact.store.names(artifact.path("checkpoints")) if name.isdigit()]
-    return [int(name) for name in names if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))]
+    return [
+        int(name)
+        for name in names
+        if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))
+    ]
 
 
-def resume_draft(artifact: Artifact, draft: Any, inputs: Mapping[str, str] | None = None) -> CheckpointRecord | None:
-    """Load the newest complete checkpoint's weights into the draft, on the device that it is on; None if there is no checkpoint.
+def resume_draft(
+    artifact: Artifact, draft: Any, inputs: Mapping[str, str] | None = None
+) -> CheckpointRecord | None:
+    """Load the newest complete checkpoint's weights into the draft, on the device that it is on;
+    None if there is no checkpoint.
 
     Raises:
-        ArtifactMismatch: it was trained on another version of one of the `inputs`, of which a shard was made again since.
+        ArtifactMismatch: it was trained on another version of one of the `inputs`, of which a shard
+            was made again since.
         DamagedData: its bytes are not those that were saved.
     """
     steps = checkpoint_steps(artifact)
     if not steps:
         return None
     record = _record(artifact, steps[-1])
-    # A training may go on from another source, which names other inputs: those that both name must be the same.
-    changed = [name for name, digest in record.inputs.items() if (inputs or {}).get(name, digest) != digest]
+    # A training may go on from another source, which names other inputs: those that both name must
+    # be the same.
+    changed = [
+        name for name, digest in record.inputs.items() if (inputs or {}).get(name, digest) != digest
+    ]
     if changed:
         what = f"the checkpoint of step {record.step} was trained on another version of {', '.join(changed)}, which was made again since"
-        raise ArtifactMismatch(what, where=artifact.url, fix="remove the folder 'checkpoints' there to train anew")
-    weights = load_file(whole_file(artifact, record, "model.safetensors"), device=str(next(draft.parameters()).device))
+        raise ArtifactMismatch(
+            what, where=artifact.url, fix="remove the folder 'checkpoints' there to train anew"
+        )
+    weights = load_file(
+        whole_file(artifact, record, "model.safetensors"),
+        device=str(next(draft.parameters()).device),
+    )
     draft.load_state_dict(weights, strict=True)
     return record
 
 
 def resume_optimizer(artifact: Artifact, record: CheckpointRecord, strategy: Strategy) -> None:
-    """Load its optimizer state, tensor by tensor, whatever the number of ranks and the strategy that saved it.
+    """Load its optimizer state, tensor by tensor, whatever the number of ranks and the strategy
+    that saved it.
 
-    Every rank reads all of the files (from a bucket: each fetches them, unless they are in its scratch folder already).
+    Every rank reads all of the files (from a bucket: each fetches them, unless they are in its
+    scratch folder already).
 
     Raises:
         DamagedData: the bytes are not those that were saved.
@@ -156,13 +199,20 @@ def whole_file(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
     local = artifact.store.fetch(artifact.path(f"{folder}/{name}"))
     if file_checksum(local) != record.files[name]:
         fix = "remove that folder to go on from the checkpoint before it"
-        raise DamagedData(f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix)
+        raise DamagedData(
+            f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix
+        )
     return local
 
 
 def append_metrics(artifact: Artifact, history: list[dict[str, Any]]) -> None:
-    """Rewrite metrics.jsonl, one line per logged step; the steps behind a resumed checkpoint are written once."""
-    artifact.store.write(artifact.path("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in history).encode())
+    """Rewrite metrics.jsonl, one line per logged step; the steps behind a resumed checkpoint
+    are written once.
+    """
+    artifact.store.write(
+        artifact.path("metrics.jsonl"),
+        "".join(json.dumps(line) + "\n" for line in history).encode(),
+    )
 
 
 def read_metrics(artifact: Artifact, before: int) -> list[dict[str, Any]]:

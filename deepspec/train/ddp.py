@@ -1,4 +1,6 @@
-"""`train.strategy: ddp`: parameters, gradients and optimizer whole on every rank, and one sum of gradients a step."""
+"""`train.strategy: ddp`: parameters, gradients and optimizer whole on every rank, and one sum
+of gradients a step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from deepspec.train.strategy import COMPUTE_DTYPES, Piece
 
 
 class Replicated:
-    """`ddp`: parameters, gradients and optimizer whole on every rank, and one sum of gradients a step."""
+    """`ddp`: parameters, gradients and optimizer whole on every rank, and one sum of gradients
+    a step.
+    """
 
     def __init__(self, draft: Any, settings: TrainConfig, world: World) -> None:
         self.draft, self.settings, self.world = draft.train(), settings, world
@@ -42,7 +46,9 @@ class Replicated:
 
     def apply(self, *, lr: float, denominator: float) -> float:
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # in no loss, as a head whose term has no weight: it decays as it does on any number of ranks
+            # in no loss, as a head whose term has no weight: it decays as it does on any number of
+            # ranks
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.world.sum_gradients(self.parameters.values())
         if not denominator:

@@ -59,8 +59,13 @@ class World(NamedTuple):
 
 
 def join_world(device: str, *, timeout: timedelta) -> World:
-    """Join the ranks that torchrun started, each other rank waited for until `timeout`; without torchrun, a world of one."""
-    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    """Join the ranks that torchrun started, each other rank waited for until `timeout`; without
+    torchrun, a world of one.
+    """
+    size, local_rank = (
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank)

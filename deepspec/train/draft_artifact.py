@@ -1,4 +1,6 @@
-"""The draft at both ends of training: fresh, for the cache's target, and sealed, as the best checkpoint has it."""
+"""The draft at both ends of training: fresh, for the cache's target, and sealed, as the best
+checkpoint has it.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,34 @@ DRAFT_FILES = ("config.json", "model.safetensors")
 
 
 def make_draft(config: RunConfig, source: Source) -> Any:
-    """A fresh draft for the target whose states are read, its embedding and lm_head from beside them (`checks`: it is the run's)."""
+    """A fresh draft for the target whose states are read, its embedding and lm_head from beside
+    them (`checks`: it is the run's).
+    """
     artifact = source.artifact
     target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
-    spec = DraftSpec.from_target(target_config, config.draft, layer_ids=config.target.layer_ids, mask_token_id=config.target.mask_token_id)
+    spec = DraftSpec.from_target(
+        target_config,
+        config.draft,
+        layer_ids=config.target.layer_ids,
+        mask_token_id=config.target.mask_token_id,
+    )
     frozen = load_file(source.file("frozen.safetensors"))
-    draft = build_draft(spec, embed=frozen["embed_tokens.weight"], lm_head=frozen["lm_head.weight"], seed=config.train.seed)
+    draft = build_draft(
+        spec,
+        embed=frozen["embed_tokens.weight"],
+        lm_head=frozen["lm_head.weight"],
+        seed=config.train.seed,
+    )
     draft.configure_loss(config.loss)
-    draft.execution = Execution(compile=config.resources.compile, recompute=config.resources.recompute)
+    draft.execution = Execution(
+        compile=config.resources.compile, recompute=config.resources.recompute
+    )
     return draft
 
 
 def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:
-    """Make the best checkpoint's draft (the last one's, where none was measured) the artifact's, and write the manifest.
+    """Make the best checkpoint's draft (the last one's, where none was measured) the artifact's,
+    and write the manifest.
 
     Raises:
         DamagedData: its bytes are not those that were saved.
@@ -43,5 +60,12 @@ def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:
     chosen = best_checkpoint(records) or records[max(records)]
     for name in DRAFT_FILES:
         artifact.put_file(whole_file(artifact, chosen, name), f"draft/{name}")
-    artifact.seal(files=[*(f"draft/{name}" for name in DRAFT_FILES), "metrics.jsonl"], inputs=inputs)
-    log.info("stage=train sealed with the draft of step %d of %d: %s/draft", chosen.step, max(records), artifact.url)
+    artifact.seal(
+        files=[*(f"draft/{name}" for name in DRAFT_FILES), "metrics.jsonl"], inputs=inputs
+    )
+    log.info(
+        "stage=train sealed with the draft of step %d of %d: %s/draft",
+        chosen.step,
+        max(records),
+        artifact.url,
+    )

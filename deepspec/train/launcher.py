@@ -1,7 +1,9 @@
-"""Training on every GPU: `python -m deepspec train RUN` becomes the parent of torchrun's ranks, and speaks for them.
+"""Training on every GPU: `python -m deepspec train RUN` becomes the parent of torchrun's ranks, and
+speaks for them.
 
-Several nodes: `torchrun --nnodes=... --nproc-per-node=... --rdzv-... -m deepspec train RUN` on each. A process that torchrun
-started starts nothing itself, it joins the others (`world`). PyTorch is not loaded here.
+Several nodes: `torchrun --nnodes=... --nproc-per-node=... --rdzv-... -m deepspec train RUN` on
+each. A process that torchrun started starts nothing itself, it joins the others (`world`). PyTorch
+is not loaded here.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def num_ranks(config: RunConfig) -> int:
     """How many processes are to train together on this machine.
 
     Raises:
-        ConfigError: more than there are GPUs for, or that a step's samples cannot be dealt to evenly.
+        ConfigError: more than there are GPUs for, or that a step's samples cannot be dealt to
+            evenly.
     """
     resources = config.resources
     gpus = visible_gpus() if resources.device != "cpu" else []
@@ -49,13 +52,18 @@ def num_ranks(config: RunConfig) -> int:
     wanted = resources.train_ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
-        raise ConfigError(what, where="resources.train_ranks", fix="lower it, or leave it null; resources.device=cpu trains without GPUs")
+        raise ConfigError(
+            what,
+            where="resources.train_ranks",
+            fix="lower it, or leave it null; resources.device=cpu trains without GPUs",
+        )
     check_batch(config, wanted)
     return wanted
 
 
 def check_batch(config: RunConfig, num_ranks: int) -> None:
-    """Refuse a batch of which some ranks would get more samples than others, or none, and be waited for at every step.
+    """Refuse a batch of which some ranks would get more samples than others, or none, and be waited
+    for at every step.
 
     Raises:
         ConfigError: names the nearest batches that can be dealt evenly.
@@ -66,8 +74,14 @@ def check_batch(config: RunConfig, num_ranks: int) -> None:
         return
     nearest = " or ".join(str(value) for value in (below, below + num_ranks) if value)
     fewer = next(ranks for ranks in range(num_ranks, 0, -1) if batch % ranks == 0)
-    fix = f"set it to {nearest}; or train on {fewer} (resources.train_ranks), which changes no result"
-    raise ConfigError(f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks", where="train.global_batch", fix=fix)
+    fix = (
+        f"set it to {nearest}; or train on {fewer} (resources.train_ranks), which changes no result"
+    )
+    raise ConfigError(
+        f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks",
+        where="train.global_batch",
+        fix=fix,
+    )
 
 
 def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
@@ -79,28 +93,47 @@ def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
 
 
 def launch_ranks(request: Request, ranks: int, *, report: Report, stop_s: float) -> None:
-    """Train in `ranks` processes to the end; what the first one reports and all of them log is handed on.
+    """Train in `ranks` processes to the end; what the first one reports and all of them log is
+    handed on.
 
-    SIGTERM is passed on: the ranks save a checkpoint and end, for which they have `stop_s` beyond what any child has.
+    SIGTERM is passed on: the ranks save a checkpoint and end, for which they have `stop_s` beyond
+    what any child has.
 
     Raises:
-        DeepSpecError: the first error that a rank reported, as its own class; the other ranks are gone.
+        DeepSpecError: the first error that a rank reported, as its own class; the other ranks are
+            gone.
         TransientError: a rank was killed, or this process was asked to stop.
     """
     python, *verb = request.command("train")
-    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *verb]
-    # What torchrun would set with a warning: ranks that take all cores each are slower than one alone.
+    command = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *verb,
+    ]
+    # What torchrun would set with a warning: ranks that take all cores each are slower than one
+    # alone.
     env = {"DEEPSPEC_EVENTS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with scope(stop_s) as children, on_sigterm(lambda: threading.Thread(target=children.close).start()):
+    with (
+        scope(stop_s) as children,
+        on_sigterm(lambda: threading.Thread(target=children.close).start()),
+    ):
         try:
             run_child(command, on_event=report, on_line=lines_before_failure(), env=env)
         except Stopped:
-            raise TransientError("training was asked to stop", fix="run it again: it goes on from its newest checkpoint") from None
+            raise TransientError(
+                "training was asked to stop",
+                fix="run it again: it goes on from its newest checkpoint",
+            ) from None
         except ChildFailed as error:
             killed = KILLED_RANK.search(error.what)
             if killed is None:
                 raise
-            fix = "run it again: it goes on from its newest checkpoint (SIGKILL: often out of memory)"
+            fix = (
+                "run it again: it goes on from its newest checkpoint (SIGKILL: often out of memory)"
+            )
             raise TransientError(f"rank {killed[1]} was killed by {killed[2]}", fix=fix) from None
 
 
@@ -115,7 +148,9 @@ def on_sigterm(act: Callable[[], object]) -> Iterator[None]:
 
 
 def lines_before_failure() -> OnLine:
-    """The ranks' log on standard error, up to torchrun's own account of a failure: a stack trace that names no cause."""
+    """The ranks' log on standard error, up to torchrun's own account of a failure: a stack
+    trace that names no cause.
+    """
     failed = False
 
     def show(line: str) -> None:

@@ -1,4 +1,6 @@
-"""The train stage: a draft learns from hidden states, read from a cache or made while it trains (`source`)."""
+"""The train stage: a draft learns from hidden states, read from a cache or made while it trains
+(`source`).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from deepspec.errors import TrainingFailed, TransientError
 from deepspec.process.events import Report, silent
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
-from deepspec.train.checkpoint_files import append_metrics, read_metrics, resume_draft, resume_optimizer
+from deepspec.train.checkpoint_files import (
+    append_metrics,
+    read_metrics,
+    resume_draft,
+    resume_optimizer,
+)
 from deepspec.train.checkpointing import Checkpoints, held_out
 from deepspec.train.distributed import join_world
 from deepspec.train.draft_artifact import make_draft, seal_draft
@@ -41,10 +48,12 @@ LOG_STEPS = 10  # optimizer steps between two lines of metrics
 
 
 def run_train(config: RunConfig, report: Report = silent) -> Artifact:
-    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and seal.
+    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and
+    seal.
 
     Raises:
-        ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not this run's; no weight was loaded.
+        ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not
+            this run's; no weight was loaded.
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
     with ExitStack() as at_end:
@@ -58,7 +67,8 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
         log.info("stage=train nothing is left to do: %s/draft", artifact.url)
         return artifact
     resources = config.resources
-    # The watchdog is to speak first: a collective that times out says less, and one that saves may be slow.
+    # The watchdog is to speak first: a collective that times out says less, and one that saves may
+    # be slow.
     world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
     check_batch(config, world.size)
     check_strategy(config, world)
@@ -76,24 +86,40 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     first = record.step if record else 0
     data.begin(first)
     log.info(
-        "stage=train steps=%d of %d samples=%d ranks=%d device=%s", first, data.total_steps, len(data.numbers), world.size, world.device
+        "stage=train steps=%d of %d samples=%d ranks=%d device=%s",
+        first,
+        data.total_steps,
+        len(data.numbers),
+        world.size,
+        world.device,
     )
     if first == data.total_steps:  # killed before it was sealed: no sample will be needed, nor made
         return _sealed(artifact, inputs, data)
     if first == 0:
         _preflight(config, data, draft)
-    strategy = make_strategy(config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1]))
+    strategy = make_strategy(
+        config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1])
+    )
     del draft  # its parts are the strategy's now
     if record:
         resume_optimizer(artifact, record, strategy)
     stop = threading.Event()
     try:
         with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
-            cache.tell(watchdog.beat)  # until all shards of a window are captured no step may be possible
-            train(Trainer(config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs), data, first, report)
+            # until all shards of a window are captured no step may be possible
+            cache.tell(watchdog.beat)
+            train(
+                Trainer(
+                    config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs
+                ),
+                data,
+                first,
+                report,
+            )
     except RuntimeError:
         if world.size > 1 and stop.is_set():
-            # torchrun asks the ranks that are left to end, once: what fails after that is the echo of the one that died.
+            # torchrun asks the ranks that are left to end, once: what fails after that is the echo
+            # of the one that died.
             log.exception("stage=train ends as it was asked to")
             signal.raise_signal(signal.SIGTERM)
         raise
@@ -120,7 +146,9 @@ def _sealed(artifact: Artifact, inputs: dict[str, str], data: StepData) -> Artif
 
 
 def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
-    """Optimizer steps `first` to the last, logging and saving on the way, and before it stops because it was asked to."""
+    """Optimizer steps `first` to the last, logging and saving on the way, and before it stops
+    because it was asked to.
+    """
     meter, total = Meter(), data.total_steps
     history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
     scalars = trainer.world.is_first and can_write_scalars()
@@ -134,9 +162,21 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             result = train_step(trainer, data, step, meter)
         done = step + 1
         if logged := done % LOG_STEPS == 0 or done == total:
-            numbers = {"loss": result.loss, "gradient_norm": result.gradient_norm, **meter.read(trainer.world), **trainer.vitals.read()}
+            numbers = {
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
+                **meter.read(trainer.world),
+                **trainer.vitals.read(),
+            }
             speed = pace.read(done)
-            history.append({"step": done, "time": time.time(), **numbers, "tokens_per_s": speed["tokens_per_s"]})
+            history.append(
+                {
+                    "step": done,
+                    "time": time.time(),
+                    **numbers,
+                    "tokens_per_s": speed["tokens_per_s"],
+                }
+            )
         if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
             history += held_out(checkpoints.save(done, result))
             if trainer.world.is_first:
@@ -144,10 +184,28 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
             if scalars:
                 write_scalars(trainer.artifact, history)
         if logged:
-            shown = {"loss": round(result.loss, 4), "acceptance_length": round(numbers.get("acceptance_length", 0.0), 3), **speed}
-            report({"event": "progress", "stage": "train", "done": done, "total": total, "unit": "steps", "tokens": pace.tokens, **shown})
+            shown = {
+                "loss": round(result.loss, 4),
+                "acceptance_length": round(numbers.get("acceptance_length", 0.0), 3),
+                **speed,
+            }
+            report(
+                {
+                    "event": "progress",
+                    "stage": "train",
+                    "done": done,
+                    "total": total,
+                    "unit": "steps",
+                    "tokens": pace.tokens,
+                    **shown,
+                }
+            )
         if result.stop and done < total:
             trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
             fix = "run it again: it goes on from there"
-            raise TransientError(f"training was asked to stop, and did after step {done}", where=trainer.artifact.url, fix=fix)
+            raise TransientError(
+                f"training was asked to stop, and did after step {done}",
+                where=trainer.artifact.url,
+                fix=fix,
+            )
         trainer.watchdog.beat()

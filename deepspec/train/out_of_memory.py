@@ -10,13 +10,16 @@ import torch
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 
-SAID = ("out of memory", "can't allocate memory")  # by CUDA's libraries and by PyTorch's CPU allocator, in plain RuntimeErrors
-KNOBS = ("num_anchors", "block_size", "ttt_length")  # of the draft: each is a factor of a step's activations
+# by CUDA's libraries and by PyTorch's CPU allocator, in plain RuntimeErrors
+SAID = ("out of memory", "can't allocate memory")
+# of the draft: each is a factor of a step's activations
+KNOBS = ("num_anchors", "block_size", "ttt_length")
 
 
 @contextlib.contextmanager
 def knobs_named(config: RunConfig) -> Iterator[None]:
-    """Turns an allocation that failed within the block into one error that names what decides a step's size.
+    """Turns an allocation that failed within the block into one error that names what decides a
+    step's size.
 
     Raises:
         TrainingFailed: out of memory, on the GPU or the CPU.
@@ -24,7 +27,9 @@ def knobs_named(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error).lower() for words in SAID):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            words in str(error).lower() for words in SAID
+        ):
             raise
         draft = config.draft.model_dump()
         knobs = [f"draft.{name} (now {draft[name]})" for name in KNOBS if name in draft]

@@ -1,4 +1,6 @@
-"""Which strategy a run trains with: `ddp`, or DeepSpeed's ZeRO where `train.strategy` asks for it."""
+"""Which strategy a run trains with: `ddp`, or DeepSpeed's ZeRO where `train.strategy` asks for
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,19 @@ def check_strategy(config: RunConfig, world: World) -> None:
         load_deepspeed(world.device)
 
 
-def make_strategy(config: RunConfig, artifact: Artifact, world: World, *, draft: Any, filler: Callable[[], TrainBatch]) -> Strategy:
-    """The one that `train.strategy` names, with the draft as it is now and an optimizer that has not begun.
+def make_strategy(
+    config: RunConfig,
+    artifact: Artifact,
+    world: World,
+    *,
+    draft: Any,
+    filler: Callable[[], TrainBatch],
+) -> Strategy:
+    """The one that `train.strategy` names, with the draft as it is now and an optimizer that has
+    not begun.
 
-    `filler` gives any small batch with something to learn from: what a rank without one of its own goes through.
+    `filler` gives any small batch with something to learn from: what a rank without one of its own
+    goes through.
     """
     if config.train.strategy == "ddp":
         return Replicated(draft, config.train, world)

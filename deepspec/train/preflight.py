@@ -1,4 +1,6 @@
-"""What is looked at before the first step: a run that cannot learn anything fails in a minute instead of a day."""
+"""What is looked at before the first step: a run that cannot learn anything fails in a minute
+instead of a day.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from deepspec.train.optimizer import trainable
 
 log = logging.getLogger(__name__)
 
-SUPERVISED = (0.01, 0.99)  # share of a cache's tokens outside of which its masks are wrong, not its conversations (trap B1)
+# share of a cache's tokens outside of which its masks are wrong, not its conversations (trap B1)
+SUPERVISED = (0.01, 0.99)
 OVERFIT_STEPS = 8
 OVERFIT_LR = 1e-3
 
@@ -32,11 +35,19 @@ def check_before_training(config: RunConfig, data: StepData, draft: Any) -> None
     share = float(index.num_supervised[numbers].sum() / index.num_tokens[numbers].sum())
     if not SUPERVISED[0] <= share <= SUPERVISED[1]:
         what = f"{share:.1%} of the training tokens are supervised, where {SUPERVISED[0]:.0%} to {SUPERVISED[1]:.0%} can be"
-        raise TrainingFailed(what, where=where, fix=f"look at a sample: `python -m deepspec show {config.typed}`")
+        raise TrainingFailed(
+            what, where=where, fix=f"look at a sample: `python -m deepspec show {config.typed}`"
+        )
     batch = data.load(data.drawn(0)[:1])
     _check_states(batch, config, where)
     before, after = _overfit(draft, batch)
-    log.info("stage=train preflight supervised_share=%.3f loss_of_one_sample=%.4f after_%d_steps=%.4f", share, before, OVERFIT_STEPS, after)
+    log.info(
+        "stage=train preflight supervised_share=%.3f loss_of_one_sample=%.4f after_%d_steps=%.4f",
+        share,
+        before,
+        OVERFIT_STEPS,
+        after,
+    )
     if not after < before:
         what = f"trained on one sample alone, its loss does not fall: {before:.4f}, after {OVERFIT_STEPS} steps {after:.4f}"
         fix = "compare loss.* with the draft's heads; resources.preflight=warn goes on anyway"
@@ -50,7 +61,11 @@ def _check_states(batch: TrainBatch, config: RunConfig, where: str) -> None:
     for name, states in needed.items():
         if not torch.isfinite(states).all() or not states.any():
             what = f"the {name} of the first sample are {'all zero' if torch.isfinite(states).all() else 'not finite'}"
-            raise TrainingFailed(what, where=where, fix=f"run `python -m deepspec verify {config.typed}`, and capture again what it names")
+            raise TrainingFailed(
+                what,
+                where=where,
+                fix=f"run `python -m deepspec verify {config.typed}`, and capture again what it names",
+            )
 
 
 def _overfit(draft: Any, batch: TrainBatch) -> tuple[float, float]:

@@ -1,4 +1,6 @@
-"""Which of the three sources a training reads: as `resources.source` says, but a sealed cache is used where there is one."""
+"""Which of the three sources a training reads: as `resources.source` says, but a sealed cache
+is used where there is one.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,27 @@ def open_source(config: RunConfig, world: World, report: Report) -> Source:
 
     Raises:
         ArtifactMismatch: the cache is to be read and not finished.
-        FidelityTooLow: the codec loses more of the target's states than `resources.fidelity` allows.
+        FidelityTooLow: the codec loses more of the target's states than `resources.fidelity`
+            allows.
     """
     resources = config.resources
     if not trains_without_cache(config):
         if resources.source != "cache":
-            log.info("stage=train the cache is sealed: it is read as it is, whatever resources.source says (%s)", resources.source)
-        return HiddenCache(artifact_of(config, "hidden"), cache_gb=resources.cache_gb, check_reads=resources.check_reads)
+            log.info(
+                "stage=train the cache is sealed: it is read as it is, whatever resources.source says (%s)",
+                resources.source,
+            )
+        return HiddenCache(
+            artifact_of(config, "hidden"),
+            cache_gb=resources.cache_gb,
+            check_reads=resources.check_reads,
+        )
     if resources.source == "rolling":
         count = config.train.acceptance_samples
         return open_rolling(
-            config, share=lambda index: own_share(acceptance_numbers(index, count), world), is_first=world.is_first, report=report
+            config,
+            share=lambda index: own_share(acceptance_numbers(index, count), world),
+            is_first=world.is_first,
+            report=report,
         )
     return open_online(config, is_first=world.is_first, report=report)

@@ -1,8 +1,10 @@
-"""How the ranks of a training share its work: what the loop needs of `ddp` and of DeepSpeed's ZeRO alike.
+"""How the ranks of a training share its work: what the loop needs of `ddp` and of DeepSpeed's ZeRO
+alike.
 
-Under either, losses and gradients are sums over micro-batches and ranks, divided once by the denominator of the whole global
-batch; and the optimizer's state goes to disk and comes back as whole tensors under the parameters' names, so that one goes on
-from the other's checkpoints, on any number of ranks.
+Under either, losses and gradients are sums over micro-batches and ranks, divided once by the
+denominator of the whole global batch; and the optimizer's state goes to disk and comes back as
+whole tensors under the parameters' names, so that one goes on from the other's checkpoints, on any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -35,22 +37,29 @@ class Strategy(Protocol):
         ...
 
     def rounds(self, own: int) -> int:
-        """Calls of `backward` that a step takes on this rank, of which `own` have a micro-batch (trap D3)."""
+        """Calls of `backward` that a step takes on this rank, of which `own` have a micro-batch
+        (trap D3).
+        """
         ...
 
     def backward(self, batch: TrainBatch | None) -> LossOutput:
-        """Add the gradient of a micro-batch's loss numerator; None adds nothing, and only keeps up with the other ranks."""
+        """Add the gradient of a micro-batch's loss numerator; None adds nothing, and only keeps
+        up with the other ranks.
+        """
         ...
 
     def apply(self, *, lr: float, denominator: float) -> float:
-        """Sum the gradients over the ranks, divide, clip, step, clear; returns the norm before clipping.
+        """Sum the gradients over the ranks, divide, clip, step, clear; returns the norm before
+        clipping.
 
         Where that is not finite, no parameter has changed.
         """
         ...
 
     def whole(self) -> Any:
-        """The draft in float32 and one piece, as it is now; to be read, and let go of before the next step."""
+        """The draft in float32 and one piece, as it is now; to be read, and let go of before
+        the next step.
+        """
         ...
 
     def optimizer_state(self, name: str) -> Iterator[Piece]:

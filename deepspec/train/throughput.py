@@ -1,4 +1,6 @@
-"""How fast a training goes, how long it will take, how well it is fed and how much memory it took."""
+"""How fast a training goes, how long it will take, how well it is fed and how much memory it
+took.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from deepspec.model.drafter import TrainBatch
 
 
 class Vitals:
-    """Time spent waiting for data since the last reading, and the peak of memory since the start."""
+    """Time spent waiting for data since the last reading, and the peak of memory since the
+    start.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +44,9 @@ class Vitals:
 
 
 class Pace:
-    """Steps and tokens since training began in this process: what a resumed one did before took time that nobody knows."""
+    """Steps and tokens since training began in this process: what a resumed one did before took
+    time that nobody knows.
+    """
 
     def __init__(self, first: int, total: int) -> None:
         self.first, self.total, self.tokens = first, total, 0
@@ -50,7 +56,9 @@ class Pace:
         self.tokens += num_tokens
 
     def read(self, done: int) -> dict[str, float]:
-        """Tokens per second, and the seconds left to the last step at that speed, checkpoints included; `done` steps are."""
+        """Tokens per second, and the seconds left to the last step at that speed, checkpoints
+        included; `done` steps are.
+        """
         seconds = max(time.monotonic() - self._began, 1e-9)
         left_s = (self.total - done) * seconds / max(done - self.first, 1)
         return {"tokens_per_s": round(self.tokens / seconds, 1), "left_s": round(left_s)}

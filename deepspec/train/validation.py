@@ -1,8 +1,9 @@
-"""Acceptance while training: the draft really drafts along held-out answers, the cached tokens in the target's place.
+"""Acceptance while training: the draft really drafts along held-out answers, the cached tokens in
+the target's place.
 
-What the target generated is known, so no target is needed: a drafted token counts as accepted where it is the target's own.
-At temperature 0 of the answers that is exactly greedy decoding; where they were sampled it is a lower bound that rises and
-falls with what decoding will accept.
+What the target generated is known, so no target is needed: a drafted token counts as accepted where
+it is the target's own. At temperature 0 of the answers that is exactly greedy decoding; where they
+were sampled it is a lower bound that rises and falls with what decoding will accept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Rounds(NamedTuple):
 
 
 def acceptance_numbers(index: Index | Planned, count: int) -> list[int]:
-    """The first `count` held-out samples by their id, so that it does not matter in which order the shards were captured."""
+    """The first `count` held-out samples by their id, so that it does not matter in which order
+    the shards were captured.
+    """
     held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
     return held_out[np.argsort(index.sample_id[held_out])][:count].tolist()
 
@@ -43,13 +46,18 @@ class Answers(NamedTuple):
 
 
 def acceptance_length(draft: Any, cache: Source, numbers: Sequence[int], world: World) -> float:
-    """Tokens committed per round over these samples of the cache, shared out to all ranks; 0 where there is no round."""
+    """Tokens committed per round over these samples of the cache, shared out to all ranks; 0
+    where there is no round.
+    """
     own = own_share(numbers, world)
     total = torch.zeros(2, dtype=torch.float64)
     was_training = draft.training
     draft.eval()
     for first in range(0, len(own), ROWS):
-        total += torch.tensor(draft_along(draft, load_answers(cache, own[first : first + ROWS], world.device)), dtype=torch.float64)
+        total += torch.tensor(
+            draft_along(draft, load_answers(cache, own[first : first + ROWS], world.device)),
+            dtype=torch.float64,
+        )
     draft.train(was_training)  # trap D8
     committed, rounds = world.sum(total.to(world.device)).tolist()
     return committed / rounds if rounds else 0.0
@@ -63,7 +71,9 @@ def own_share(numbers: Sequence[int], world: World) -> list[int]:
 def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) -> Answers:
     length = max(int(cache.index.num_tokens[number]) for number in numbers)
     input_ids = torch.zeros(len(numbers), length, dtype=torch.long)
-    context = torch.zeros(len(numbers), length, cache.layout.context.width, dtype=torch.bfloat16, device=device)
+    context = torch.zeros(
+        len(numbers), length, cache.layout.context.width, dtype=torch.bfloat16, device=device
+    )
     masks = []
     for row, number in enumerate(numbers):
         sample = cache[number]
@@ -83,16 +93,25 @@ def draft_along(draft: Any, answers: Answers) -> Rounds:
     known, anchors = [0] * rows, [next_anchor(mask, 0) for mask in answers.loss_mask]
     committed = rounds = 0
     while any(anchor is not None for anchor in anchors):
-        counts = [0 if anchor is None else anchor - start for anchor, start in zip(anchors, known, strict=True)]
-        draft.accept(cache, _cut(answers.context, known, counts), _cut(following, known, counts), counts)
+        counts = [
+            0 if anchor is None else anchor - start
+            for anchor, start in zip(anchors, known, strict=True)
+        ]
+        draft.accept(
+            cache, _cut(answers.context, known, counts), _cut(following, known, counts), counts
+        )
         known = [start + count for start, count in zip(known, counts, strict=True)]
-        here = torch.tensor([ids[row][place] for row, place in enumerate(known)], device=answers.input_ids.device)
+        here = torch.tensor(
+            [ids[row][place] for row, place in enumerate(known)], device=answers.input_ids.device
+        )
         drafted = draft.propose(cache, here, GREEDY, None).tokens.tolist()
         for row, anchor in enumerate(anchors):
             if anchor is None:
                 continue
             left = answer_end(answers.loss_mask[row], anchor) - anchor - 1
-            matched = leading_matches(drafted[row], ids[row][anchor + 1 : anchor + 1 + min(left, block)])
+            matched = leading_matches(
+                drafted[row], ids[row][anchor + 1 : anchor + 1 + min(left, block)]
+            )
             committed += matched + (matched < left)
             rounds += 1
             anchors[row] = next_anchor(answers.loss_mask[row], anchor + matched + 1)
@@ -100,7 +119,9 @@ def draft_along(draft: Any, answers: Answers) -> Rounds:
 
 
 def next_anchor(mask: Sequence[bool], place: int) -> int | None:
-    """The first position from `place` on that belongs to an answer, as the one after it does: from there can be drafted."""
+    """The first position from `place` on that belongs to an answer, as the one after it does:
+    from there can be drafted.
+    """
     return next((at for at in range(place, len(mask) - 1) if mask[at] and mask[at + 1]), None)
 
 
@@ -111,11 +132,18 @@ def answer_end(mask: Sequence[bool], place: int) -> int:
 
 def leading_matches(drafted: Sequence[int], answer: Sequence[int]) -> int:
     together = zip(drafted, answer, strict=False)
-    return next((at for at, (ours, theirs) in enumerate(together) if ours != theirs), min(len(drafted), len(answer)))
+    return next(
+        (at for at, (ours, theirs) in enumerate(together) if ours != theirs),
+        min(len(drafted), len(answer)),
+    )
 
 
 def _cut(values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """`values` [B, T, ...] from each row's start on, as many positions as the longest count needs."""
-    places = torch.tensor(starts, device=values.device)[:, None] + torch.arange(max(1, *counts), device=values.device)
+    """`values` [B, T, ...] from each row's start on, as many positions as the longest count
+    needs.
+    """
+    places = torch.tensor(starts, device=values.device)[:, None] + torch.arange(
+        max(1, *counts), device=values.device
+    )
     rows = torch.arange(len(starts), device=values.device)[:, None]
     return values[rows, places.clamp(max=values.shape[1] - 1)]

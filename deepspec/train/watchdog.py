@@ -1,4 +1,6 @@
-"""A training that stands still ends by itself, and says where it stood, instead of holding its GPUs for ever."""
+"""A training that stands still ends by itself, and says where it stood, instead of holding its
+GPUs for ever.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ from deepspec.process.events import Report
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 2.0  # ranks stall together: all have dumped their stacks before one reports, upon which all are ended
+# ranks stall together: all have dumped their stacks before one reports, upon which all are ended
+LINGER_S = 2.0
 
 
 class Watchdog:
-    """Ends the process with "try again" when `beat` was not called for `limit_s` seconds while the block was in progress.
+    """Ends the process with "try again" when `beat` was not called for `limit_s` seconds while the
+    block was in progress.
 
     Called for every step, and for every shard that is captured for one.
     """
@@ -37,7 +41,12 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._left.set()
         self._heard.set()
         self._thread.join()
@@ -49,7 +58,9 @@ class Watchdog:
             self._heard.clear()
 
     def _end(self) -> None:
-        """The main thread may never return from where it is, so nothing here waits for it or unwinds it."""
+        """The main thread may never return from where it is, so nothing here waits for it or
+        unwinds it.
+        """
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(LINGER_S)
         what = f"no training step was finished for {self.limit_s / 60:g} minutes (resources.stall_minutes)"

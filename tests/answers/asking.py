@@ -23,8 +23,14 @@ from tests.conftest import tiny_run
 
 
 def server_run(store: Path, *urls: str, settings: tuple[str, ...] = ()) -> RunConfig:
-    return tiny_run(store, "answers.engine=openai", f"resources.endpoints={json.dumps(urls)}", "resources.request_timeout_s=1",
-                    "resources.max_refused=1", *settings)  # fmt: skip
+    return tiny_run(
+        store,
+        "answers.engine=openai",
+        f"resources.endpoints={json.dumps(urls)}",
+        "resources.request_timeout_s=1",
+        "resources.max_refused=1",
+        *settings,
+    )
 
 
 def row(number: int, *said: str) -> dict:
@@ -43,11 +49,15 @@ def stage_of(config: RunConfig, *shards: list[dict]) -> ShardedStage:
     for number, rows in enumerate(shards):
         with upstream.store.staged() as local:
             write_table(pa.Table.from_pylist(rows, prompts.SCHEMA), local)
-            todo.append(Work(number, upstream.commit(number, local, Counts(rows=len(rows)), upstream=None)))
+            todo.append(
+                Work(number, upstream.commit(number, local, Counts(rows=len(rows)), upstream=None))
+            )
     return ShardedStage(artifact_of(config, "answers"), upstream, todo)
 
 
-def ask(config: RunConfig, *rows: dict, keep_journal: bool = False) -> tuple[list[dict], list[dict]]:
+def ask(
+    config: RunConfig, *rows: dict, keep_journal: bool = False
+) -> tuple[list[dict], list[dict]]:
     """One shard with these rows, answered by the run's servers: its rows and its rejects."""
     stage, rejects = stage_of(config, list(rows)), []
     if not keep_journal:

@@ -1,4 +1,6 @@
-"""Servers that the stage starts for itself: up in time or refused with the reason, and gone whatever happens."""
+"""Servers that the stage starts for itself: up in time or refused with the reason, and gone
+whatever happens.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ SCRIPTED = [sys.executable, "-m", "tests.answer_server", "{port}", "{name}"]
 
 
 def serving_run(store: Path, command: list[str], *settings: str) -> RunConfig:
-    server = ("answers.engine=openai", "resources.serve=vllm", f"resources.serve_command={json.dumps(command)}")
+    server = (
+        "answers.engine=openai",
+        "resources.serve=vllm",
+        f"resources.serve_command={json.dumps(command)}",
+    )
     return tiny_run(store, *server, "resources.lost_s=30", *settings)
 
 
@@ -52,14 +58,19 @@ def test_a_server_is_started_used_and_taken_down(store: Path):
 
 
 def test_a_server_that_dies_is_started_again_and_nothing_is_lost(store: Path):
-    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")  # 24 answers in all
+    # 24 answers in all
+    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")
     run_prompts(config)
     assert run_answers(config).manifest() is not None
     assert left_over("tests.answer_server") == []
 
 
-def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes_on(store: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nobody waits `lost_s` for what will not come; what was answered between its deaths is kept."""
+def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes_on(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody waits `lost_s` for what will not come; what was answered between its deaths is
+    kept.
+    """
     monkeypatch.setattr("deepspec.answers.managed_server.RESTARTS", 1)
     config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")
     run_prompts(config)
@@ -73,11 +84,21 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
     ("command", "error", "says"),
     [
         (["no-such-program"], ConfigError, "no program 'no-such-program'"),
-        ([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"], ChildFailed, "out of memory"),
-        ([sys.executable, "-c", "import time; time.sleep(987)"], TransientError, "not up within 1 s"),
+        (
+            [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"],
+            ChildFailed,
+            "out of memory",
+        ),
+        (
+            [sys.executable, "-c", "import time; time.sleep(987)"],
+            TransientError,
+            "not up within 1 s",
+        ),
     ],
 )
-def test_a_server_that_does_not_come_up_is_one_clear_error(store: Path, command: list[str], error: type[Exception], says: str):
+def test_a_server_that_does_not_come_up_is_one_clear_error(
+    store: Path, command: list[str], error: type[Exception], says: str
+):
     config = serving_run(store, command, "resources.serve_deadline_s=1")
     run_prompts(config)
     with pytest.raises(error, match=says):
@@ -90,7 +111,10 @@ def test_the_server_ends_with_a_stage_that_is_killed(store: Path, tmp_path: Path
     config = serving_run(store, SCRIPTED)
     run_prompts(config)
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    stage = subprocess.Popen([sys.executable, "-m", "deepspec", "answers", str(tmp_path / "run.yaml")], stderr=subprocess.DEVNULL)
+    stage = subprocess.Popen(
+        [sys.executable, "-m", "deepspec", "answers", str(tmp_path / "run.yaml")],
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not left_over("-m tests.answer_server") and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -103,9 +127,13 @@ def test_the_server_ends_with_a_stage_that_is_killed(store: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("program", ["vllm", "sglang", "transformers"])
-def test_the_command_names_model_port_and_format(tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_names_model_port_and_format(
+    tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("shutil.which", lambda name, path=None: name)
-    config = tiny_run(tmp_path, "answers.engine=openai", f"resources.serve={program}", "resources.device=cpu")
+    config = tiny_run(
+        tmp_path, "answers.engine=openai", f"resources.serve={program}", "resources.device=cpu"
+    )
     command = " ".join(serve_command(config, model="a/model", port=1234))
     for words in ("a/model", "--host 127.0.0.1", "--port 1234", f"--dtype {config.target.dtype}"):
         assert words in command
@@ -114,6 +142,16 @@ def test_the_command_names_model_port_and_format(tmp_path: Path, program: str, m
 
 def test_servers_given_and_servers_started_are_one_too_many(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"either resources\.endpoints"):
-        tiny_run(tmp_path, "answers.engine=openai", "resources.serve=vllm", 'resources.endpoints=["http://127.0.0.1:1/v1"]')
+        tiny_run(
+            tmp_path,
+            "answers.engine=openai",
+            "resources.serve=vllm",
+            'resources.endpoints=["http://127.0.0.1:1/v1"]',
+        )
     with pytest.raises(ConfigError, match="does not know it"):
-        tiny_run(tmp_path, "answers.engine=openai", "resources.serve=transformers", "answers.sampling.presence_penalty=1")
+        tiny_run(
+            tmp_path,
+            "answers.engine=openai",
+            "resources.serve=transformers",
+            "answers.sampling.presence_penalty=1",
+        )

@@ -23,7 +23,12 @@ def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
     assert [turn["text"] for turn in answered[0]["turns"]] == ["cba", "fed"]
     assert [message["content"] for message in server.bodies[1]["messages"]] == ["abc", "cba", "def"]
     turn = answered[0]["turns"][0]
-    assert (turn["endpoint"], turn["served_model"], turn["num_tokens"], turn["num_prompt_tokens"]) == (server.url, "demo", 5, 3)
+    assert (
+        turn["endpoint"],
+        turn["served_model"],
+        turn["num_tokens"],
+        turn["num_prompt_tokens"],
+    ) == (server.url, "demo", 5, 3)
     assert turn["seed"] == server.bodies[0]["seed"]
 
 
@@ -42,7 +47,9 @@ def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
         ("resources.served_model=other", {"model": "other"}),
     ],
 )
-def test_every_parameter_is_sent_under_its_own_name_and_alone(tmp_path: Path, setting: str, sent: dict):
+def test_every_parameter_is_sent_under_its_own_name_and_alone(
+    tmp_path: Path, setting: str, sent: dict
+):
     """Trap A4: against the body without the setting, this one field differs and no other."""
     with answer_server(models=()) as server:
         for settings in ((), (setting,)):
@@ -53,14 +60,18 @@ def test_every_parameter_is_sent_under_its_own_name_and_alone(tmp_path: Path, se
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "transformers", "openai"])
 def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: str):
-    """What is left out vLLM, SGLang and transformers take from the model's generation_config.json: top_k 20 where 0 was asked for."""
+    """What is left out vLLM, SGLang and transformers take from the model's
+    generation_config.json: top_k 20 where 0 was asked for.
+    """
     with answer_server() as server:
         server.owner = dialect if dialect in ("vllm", "sglang") else "somebody"
         settings = ("resources.dialect=transformers",) if dialect == "transformers" else ()
         ask(server_run(tmp_path, server.url, settings=settings), row(1, "a"))
     body = server.bodies[0]
     if dialect == "transformers":
-        body = json.loads(body["generation_config"]) | {key: value for key, value in body.items() if key != "generation_config"}
+        body = json.loads(body["generation_config"]) | {
+            key: value for key, value in body.items() if key != "generation_config"
+        }
         assert body["do_sample"] is True
     expected = {"openai": {}, "transformers": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}}
     known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
@@ -71,13 +82,22 @@ def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: s
 def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all(tmp_path: Path):
     target = tiny_run(tmp_path).target.model_copy(update={"chat_family": "gemma4"})
     message = {"role": "assistant", "content": "cba", "reasoning": "hm"}
-    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "m",
-             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+    reply = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
     request = Request(1, 0, [Message("user", "abc")], 7, 12)
     turn = read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1")
     assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
-    message |= {"content": "thought\nhmcba", "reasoning": None}  # special tokens left out: nobody knows where it ended
-    assert isinstance(read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1"), Refused)
+    # special tokens left out: nobody knows where it ended
+    message |= {"content": "thought\nhmcba", "reasoning": None}
+    assert isinstance(
+        read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1"),
+        Refused,
+    )
 
 
 def test_the_seed_is_the_rows_own(tmp_path: Path):
@@ -90,12 +110,21 @@ def test_tools_and_their_results_reach_the_server(tmp_path: Path):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
-        {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2", "tool_call_id": "1"}, {"role": "user", "content": "thanks"},
-    ]  # fmt: skip
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "user", "content": "thanks"},
+    ]
     with answer_server() as server:
-        answered, _ = ask(server_run(tmp_path, server.url), {**row(1), "messages": json.dumps(messages), "tools": json.dumps(tools)})
+        answered, _ = ask(
+            server_run(tmp_path, server.url),
+            {**row(1), "messages": json.dumps(messages), "tools": json.dumps(tools)},
+        )
     assert [turn["text"] for turn in answered[0]["turns"]] == ["2", "sknaht"]
     assert server.bodies[0]["tools"] == tools
-    assert [message["role"] for message in server.bodies[0]["messages"]] == ["user", "assistant", "tool"]
+    assert [message["role"] for message in server.bodies[0]["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+    ]
     assert server.bodies[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'

@@ -1,4 +1,6 @@
-"""Answers from servers: every way in which a server fails, and nothing lost or doubled by any of them."""
+"""Answers from servers: every way in which a server fails, and nothing lost or doubled by any
+of them.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_what_cannot_succeed_goes_to_the_rejects_at_once_with_the_servers_words(
 @pytest.mark.parametrize(("setting", "kept"), [("keep", 1), ("drop", 0)])
 def test_truncated_answers_are_known_as_such(tmp_path: Path, setting: str, kept: int):
     with answer_server(always("truncate")) as server:
-        answered, rejects = ask(server_run(tmp_path, server.url, settings=(f"answers.truncated={setting}",)), row(1, "abc"))
+        answered, rejects = ask(
+            server_run(tmp_path, server.url, settings=(f"answers.truncated={setting}",)),
+            row(1, "abc"),
+        )
     assert (len(answered), len(rejects)) == (kept, 1 - kept)
     assert all(turn["finish_reason"] == "length" for found in answered for turn in found["turns"])
 
@@ -101,17 +106,23 @@ def test_a_server_that_counts_no_tokens_is_taken_at_its_word(tmp_path: Path):
     assert answered[0]["turns"][0]["num_tokens"] == 0
 
 
-def test_a_proxy_is_not_asked_for_a_server_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with answer_server() as server:
         assert len(ask(server_run(tmp_path, server.url), row(1, "abc"))[0]) == 1
 
 
-def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(store: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+):
     full = iter([True, True])
     for name in ("deepspec.answers.stage.write_table", "deepspec.answers.journal.Journal.note"):
-        real = resolve_name(name.replace(".answers.", ".answers:").replace(".journal.", ".journal:"))
+        real = resolve_name(
+            name.replace(".answers.", ".answers:").replace(".journal.", ".journal:")
+        )
 
         def fails_once(*args, real=real):
             if next(full, False):
@@ -126,9 +137,13 @@ def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(store: Path, monke
     assert next(full, None) is None and len(server.bodies) == 24
 
 
-def test_a_disk_that_takes_nothing_fails_shard_after_shard_and_hangs_on_none(store: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_takes_nothing_fails_shard_after_shard_and_hangs_on_none(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+):
     with answer_server() as server:
-        config = server_run(store, server.url, settings=("prompts.shard_rows=1", "resources.endpoint_requests=1"))
+        config = server_run(
+            store, server.url, settings=("prompts.shard_rows=1", "resources.endpoint_requests=1")
+        )
         stage = artifact_of(config, "prompts")
         run_prompts(config)
 
@@ -144,8 +159,14 @@ def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
     """Row 1 probes; that there is no place for row 2 meanwhile must not end them both."""
     plans = ["503"]
     with answer_server(lambda body, before: plans[0]) as server:
-        config = server_run(tmp_path, server.url, settings=("resources.lost_s=0.3", "resources.endpoint_requests=2"))
-        with Ahead(config, stage_of(config, *([row(4 * n + i, "x") for i in range(4)] for n in range(30))), no_meter()) as ahead:
+        config = server_run(
+            tmp_path, server.url, settings=("resources.lost_s=0.3", "resources.endpoint_requests=2")
+        )
+        with Ahead(
+            config,
+            stage_of(config, *([row(4 * n + i, "x") for i in range(4)] for n in range(30))),
+            no_meter(),
+        ) as ahead:
             outcomes = []
             for work in ahead:
                 try:
@@ -157,20 +178,37 @@ def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
     assert outcomes[0] == 0 and outcomes[-1] == 4
 
 
-def test_a_slow_server_is_not_lost_while_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Row 2 fails again and again while row 1 takes longer than `lost_s`: its answer is on its way."""
+def test_a_slow_server_is_not_lost_while_it_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Row 2 fails again and again while row 1 takes longer than `lost_s`: its answer is on its
+    way.
+    """
     monkeypatch.setattr("deepspec.answers.server_pool.REST_S", 0.02)
-    plan = lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "500" if before < 3 else "answer"  # noqa: E731
+
+    def plan(body, before):
+        if body["messages"][-1]["content"] == "slow":
+            return "slow"
+        return "500" if before < 3 else "answer"
+
     with answer_server(plan) as server:
-        settings = ("resources.lost_s=0.2", "resources.request_timeout_s=10", "resources.request_tries=20")
-        answered, _ = ask(server_run(tmp_path, server.url, settings=settings), row(1, "slow"), row(2, "x"))
+        settings = (
+            "resources.lost_s=0.2",
+            "resources.request_timeout_s=10",
+            "resources.request_tries=20",
+        )
+        answered, _ = ask(
+            server_run(tmp_path, server.url, settings=settings), row(1, "slow"), row(2, "x")
+        )
     assert len(answered) == 2
 
 
 def test_a_row_that_makes_its_server_hang_up_is_given_up_like_any_other(tmp_path: Path):
     plan = lambda body, before: "gone" if body["messages"][-1]["content"] == "poison" else "answer"  # noqa: E731
     with answer_server(plan) as server:
-        config = server_run(tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=1"))
+        config = server_run(
+            tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=1")
+        )
         with pytest.raises(TransientError, match="1 of 2 rows got no answer"):
             ask(config, row(1, "a"), row(2, "poison"))
         answered, rejects = ask(config, row(1, "a"), row(2, "poison"), keep_journal=True)
@@ -178,12 +216,17 @@ def test_a_row_that_makes_its_server_hang_up_is_given_up_like_any_other(tmp_path
 
 
 def test_a_server_of_another_model_is_refused_before_the_first_prompt(tmp_path: Path):
-    with answer_server(models=("somebody-else",)) as server, pytest.raises(ConfigError, match="serves somebody-else, not demo"):
+    with (
+        answer_server(models=("somebody-else",)) as server,
+        pytest.raises(ConfigError, match="serves somebody-else, not demo"),
+    ):
         OpenAIEngine(server_run(tmp_path, server.url), no_meter())
     assert server.bodies == []
 
 
-def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with answer_server(key="right") as server:
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -195,16 +238,34 @@ def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(tmp_path: Path, m
 
 
 def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: Path):
-    """Records, rejects, failures, journal, events and logs, of servers that take the key and of one that repeats it."""
+    """Records, rejects, failures, journal, events and logs, of servers that take the key and of
+    one that repeats it.
+    """
     key, plans = "sk-secret-of-a-user", itertools.cycle(["answer", "answer", "400", "500"])
-    with answer_server(lambda body, before: next(plans), key=key) as server, answer_server(key="another") as refusing:
+    with (
+        answer_server(lambda body, before: next(plans), key=key) as server,
+        answer_server(key="another") as refusing,
+    ):
         said = []
         for url, shards in ((server.url, "0-2"), (refusing.url, "3-5")):
             config = server_run(store, url, settings=("resources.request_tries=3",))
             run_prompts(config)
             (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-            env = {**os.environ, "OPENAI_API_KEY": key, "DEEPSPEC_EVENTS": "1", "DEEPSPEC_LOG": "DEBUG"}
-            command = [sys.executable, "-m", "deepspec", "answers", str(tmp_path / "run.yaml"), "--shards", shards]
+            env = {
+                **os.environ,
+                "OPENAI_API_KEY": key,
+                "DEEPSPEC_EVENTS": "1",
+                "DEEPSPEC_LOG": "DEBUG",
+            }
+            command = [
+                sys.executable,
+                "-m",
+                "deepspec",
+                "answers",
+                str(tmp_path / "run.yaml"),
+                "--shards",
+                shards,
+            ]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             said.append(done.stdout + done.stderr)
     assert "OPENAI_API_KEY is refused" in said[1]
@@ -214,7 +275,9 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: P
     assert [words for words in said if key in words] == []
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x"]
+)
 def test_an_endpoint_that_is_none_or_holds_a_key_is_refused(tmp_path: Path, url: str):
     with pytest.raises(ConfigError, match=r"resources\.endpoints"):
         server_run(tmp_path, url)
@@ -223,7 +286,9 @@ def test_an_endpoint_that_is_none_or_holds_a_key_is_refused(tmp_path: Path, url:
 def test_losing_every_server_fails_the_shard_as_transient(tmp_path: Path):
     with answer_server() as server:
         pass  # it is gone again, its port closed
-    config = server_run(tmp_path, server.url, settings=("resources.lost_s=0.5", "resources.request_tries=50"))
+    config = server_run(
+        tmp_path, server.url, settings=("resources.lost_s=0.5", "resources.request_tries=50")
+    )
     with pytest.raises(TransientError, match="no server has answered"):
         ask(config, *(row(number, "x") for number in range(8)))
 
@@ -232,25 +297,44 @@ def test_one_of_two_servers_lost_loses_nothing(tmp_path: Path):
     with answer_server() as gone:
         pass
     with answer_server() as server:
-        answered, rejects = ask(server_run(tmp_path, gone.url, server.url), *(row(number, f"p{number}") for number in range(200)))
+        answered, rejects = ask(
+            server_run(tmp_path, gone.url, server.url),
+            *(row(number, f"p{number}") for number in range(200)),
+        )
     assert (len(answered), rejects) == (200, [])
 
 
-def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_rejects(tmp_path: Path):
-    """Trap A2: neither lost at the first failure nor tried for ever; the other rows are asked once."""
-    with answer_server(lambda body, before: "500" if "poison" in body["messages"][-1]["content"] else "answer") as server:
-        config = server_run(tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=2"))
+def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_rejects(
+    tmp_path: Path,
+):
+    """Trap A2: neither lost at the first failure nor tried for ever; the other rows are asked
+    once.
+    """
+    with answer_server(
+        lambda body, before: "500" if "poison" in body["messages"][-1]["content"] else "answer"
+    ) as server:
+        config = server_run(
+            tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=2")
+        )
         for _ in range(2):
             with pytest.raises(TransientError, match="1 of 3 rows got no answer"):
                 ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), keep_journal=True)
-        answered, rejects = ask(config, row(1, "a"), row(2, "poison"), row(3, "b"), keep_journal=True)
+        answered, rejects = ask(
+            config, row(1, "a"), row(2, "poison"), row(3, "b"), keep_journal=True
+        )
     assert [found["id"] for found in answered] == [1, 3]
     assert [found["reason"] for found in rejects] == ["failed"]
-    assert Counter(body["messages"][-1]["content"] for body in server.bodies) == {"a": 1, "b": 1, "poison": 4}
+    assert Counter(body["messages"][-1]["content"] for body in server.bodies) == {
+        "a": 1,
+        "b": 1,
+        "poison": 4,
+    }
 
 
 def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Path):
-    """Only what a server said about the row itself is counted: an outage must not send rows to the rejects."""
+    """Only what a server said about the row itself is counted: an outage must not send rows to
+    the rejects.
+    """
     with answer_server(lambda body, before: "answer" if before > 3 else "429 0.01") as server:
         settings = ("resources.request_tries=2", "resources.endpoint_requests=1")
         answered, rejects = ask(server_run(tmp_path, server.url, settings=settings), row(1, "abc"))
@@ -261,9 +345,13 @@ def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
     """A lane of 32 shards must not wait for each of them."""
     with answer_server() as server:
         pass  # it is gone again, its port closed
-    config = server_run(tmp_path, server.url, settings=("resources.lost_s=2", "resources.endpoint_requests=1"))
+    config = server_run(
+        tmp_path, server.url, settings=("resources.lost_s=2", "resources.endpoint_requests=1")
+    )
     ended = []
-    with Ahead(config, stage_of(config, *([row(number, "x")] for number in range(8))), no_meter()) as ahead:
+    with Ahead(
+        config, stage_of(config, *([row(number, "x")] for number in range(8))), no_meter()
+    ) as ahead:
         for work in ahead:
             with pytest.raises(TransientError, match="no server has answered"):
                 ahead.take(work)
@@ -272,9 +360,17 @@ def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
 
 
 def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_path: Path):
-    """One answer of shard 0 comes after a second; the other shards are whole before, in the order in which they end."""
-    with answer_server(lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "answer") as server:
-        config = server_run(tmp_path, server.url, settings=("resources.request_timeout_s=10", "resources.endpoint_requests=4"))
+    """One answer of shard 0 comes after a second; the other shards are whole before, in the
+    order in which they end.
+    """
+    with answer_server(
+        lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "answer"
+    ) as server:
+        config = server_run(
+            tmp_path,
+            server.url,
+            settings=("resources.request_timeout_s=10", "resources.endpoint_requests=4"),
+        )
         shards = [[row(0, "slow")], *([row(number, "a", "b")] for number in range(1, 12))]
         with Ahead(config, stage_of(config, *shards), no_meter()) as ahead:
             ended = [(work.shard, len(ahead.take(work)[0].turns)) for work in ahead]
@@ -283,12 +379,16 @@ def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_
 
 
 def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: Path):
-    """A server pinned to a model of another name said 400 to every row, and the shard was committed empty."""
+    """A server pinned to a model of another name said 400 to every row, and the shard was
+    committed empty.
+    """
     plans = ["400"]
     with answer_server(lambda body, before: plans[0], models=()) as server:
         config = server_run(store, server.url, settings=("resources.max_refused=0.2",))
         run_prompts(config)
-        with pytest.raises(ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"):
+        with pytest.raises(
+            ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"
+        ):
             run_answers(config, shards=[0])
         plans[0] = "answer"
         assert run_answers(config, shards=[0]).records()[0].rows == 4
@@ -297,12 +397,24 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
 def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
     events = []
     with answer_server(latency_s=0.2) as server:
-        config = server_run(store, server.url, settings=("resources.progress_s=0.01", "resources.endpoint_requests=2"))
+        config = server_run(
+            store,
+            server.url,
+            settings=("resources.progress_s=0.01", "resources.endpoint_requests=2"),
+        )
         run_prompts(config)
         run_answers(config, report=events.append)
     told = [event for event in events if event["event"] == "answering"]
-    assert any(0 < event["rows"] < 4 and event["in_flight"] == 2 and event["left_s"] is not None for event in told)
-    assert (told[-1]["rows"], told[-1]["rows_todo"], told[-1]["tokens"], told[-1]["in_flight"]) == (24, 24, 120, 0)
+    assert any(
+        0 < event["rows"] < 4 and event["in_flight"] == 2 and event["left_s"] is not None
+        for event in told
+    )
+    assert (told[-1]["rows"], told[-1]["rows_todo"], told[-1]["tokens"], told[-1]["in_flight"]) == (
+        24,
+        24,
+        120,
+        0,
+    )
     assert len(json.dumps(told[-1])) < 300
 
 
@@ -316,7 +428,10 @@ def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store:
         (record,) = stages[1].artifact.records().values()
     assert len(server.bodies) == 8
     assert record.counts["truncated"] == 0
-    assert {path.name for path in Path(stage.artifact.store.root, stage.artifact.folder, "shards").iterdir()} == {Path(record.file).name}
+    assert {
+        path.name
+        for path in Path(stage.artifact.store.root, stage.artifact.folder, "shards").iterdir()
+    } == {Path(record.file).name}
 
 
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
@@ -343,7 +458,8 @@ def test_an_overloaded_server_is_given_less_and_by_and_by_more():
     for _ in range(32):
         endpoint.failed(sent)
     assert endpoint.room == 0  # rests
-    assert endpoint.rests_until < time.monotonic() + 2  # not for a minute, as after 32 failures one by one
+    # not for a minute, as after 32 failures one by one
+    assert endpoint.rests_until < time.monotonic() + 2
     endpoint.rests_until = 0
     assert endpoint.room == 1  # is probed
     endpoint.answered()
@@ -354,19 +470,28 @@ TROUBLES = ["500", "503", "429 0.1", "hang up", "bad json", "no choices", "trunc
 
 
 @pytest.mark.slow
-def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_each(store: Path, tmp_path: Path):
+def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_each(
+    store: Path, tmp_path: Path
+):
     """Trap A1: the reference loses 16 to 20 of 2,000 in this test and doubles as many."""
     rng = random.Random(5)
 
     def plan(body: dict, before: int) -> str:
         return rng.choice(TROUBLES) if rng.random() < 0.05 else "answer"
 
-    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"prompt number {number}"} for number in range(2000)])
+    prompts = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": f"prompt number {number}"} for number in range(2000)]
+    )
     with ExitStack() as stack:
         servers = [stack.enter_context(answer_server(plan, latency_s=0.1)) for _ in range(8)]
         source = json.dumps({"kind": "files", "paths": [str(prompts)]})
         urls = json.dumps([server.url for server in servers])
-        overrides = [f"prompts.source={source}", "prompts.limit=null", "prompts.shard_rows=500", "resources.endpoint_requests=8"]
+        overrides = [
+            f"prompts.source={source}",
+            "prompts.limit=null",
+            "prompts.shard_rows=500",
+            "resources.endpoint_requests=8",
+        ]
         overrides += ["answers.engine=openai", f"resources.endpoints={urls}"]
         config = tiny_run(store, *overrides)
         run_prompts(config)
@@ -384,9 +509,17 @@ def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_eac
             child.wait()
         artifact = run_answers(config)
         asked = sum(len(server.bodies) for server in servers)
-    rows = [found for record in artifact.records().values() for found in read_table(artifact.fetch_shard(record)).to_pylist()]
-    wanted = {json.loads(found["messages"])[0]["content"]: found["turns"][0]["text"] for found in rows}
-    assert wanted == {f"prompt number {number}": f"prompt number {number}"[::-1] for number in range(2000)}
+    rows = [
+        found
+        for record in artifact.records().values()
+        for found in read_table(artifact.fetch_shard(record)).to_pylist()
+    ]
+    wanted = {
+        json.loads(found["messages"])[0]["content"]: found["turns"][0]["text"] for found in rows
+    }
+    assert wanted == {
+        f"prompt number {number}": f"prompt number {number}"[::-1] for number in range(2000)
+    }
     assert len(rows) == 2000
     assert sum(record.rejected for record in artifact.records().values()) == 0
     assert asked < 2000 * 1.25  # troubles, and at most what was in flight at a kill, three times

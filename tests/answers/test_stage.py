@@ -1,4 +1,6 @@
-"""The answers stage with engines that need no model: what is kept, what is refused, what is tried again."""
+"""The answers stage with engines that need no model: what is kept, what is refused, what is
+tried again.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ FLAKY = "answers.engine=tests.engines:Flaky"
 
 
 def all_rows(artifact: Artifact) -> list[dict]:
-    return [row for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
+    return [
+        row
+        for record in artifact.records().values()
+        for row in read_table(artifact.fetch_shard(record)).to_pylist()
+    ]
 
 
 def row(number: int, *messages: str) -> dict:
@@ -35,7 +41,9 @@ def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
     config = tiny_run(store, ECHO)
     prompts = all_rows(run_prompts(config))
     answers = all_rows(run_answers(config))
-    assert [(a["id"], a["held_out"], a["domain"]) for a in answers] == [(p["id"], p["held_out"], p["domain"]) for p in prompts]
+    assert [(a["id"], a["held_out"], a["domain"]) for a in answers] == [
+        (p["id"], p["held_out"], p["domain"]) for p in prompts
+    ]
     assert all(len(answer["turns"]) == 1 for answer in answers)
 
 
@@ -55,27 +63,50 @@ def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
 
 def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
-    fine, refused = answer_rows([row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0)
+    fine, refused = answer_rows(
+        [row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0
+    )
     assert (fine.ended, len(fine.turns)) == (None, 1)
     assert refused.ended == Refused("refused", "the test asked for it")
 
 
-@pytest.mark.parametrize(("setting", "texts"), [("keep", ["enif", "siht eta"]), ("drop", ["enif"]), ("retry", ["enif", "siht etacnurt"])])
-def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(store: Path, setting: str, texts: list[str]):
+@pytest.mark.parametrize(
+    ("setting", "texts"),
+    [("keep", ["enif", "siht eta"]), ("drop", ["enif"]), ("retry", ["enif", "siht etacnurt"])],
+)
+def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(
+    store: Path, setting: str, texts: list[str]
+):
     """Trap A3; a second try gets more room, the first one's limit decides nothing after it."""
     config = tiny_run(store, f"answers.truncated={setting}", "answers.max_new_tokens=8")
     found = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config, shard=0)
     assert [turn.text for conversation in found for turn in conversation.turns] == texts
-    assert all(conversation.turns or isinstance(conversation.ended, Refused) for conversation in found)
+    assert all(
+        conversation.turns or isinstance(conversation.ended, Refused) for conversation in found
+    )
 
 
 def test_an_answer_that_runs_into_the_larger_limit_too_is_kept_as_truncated(store: Path):
-    config = tiny_run(store, "answers.truncated=retry", "answers.max_new_tokens=4", "answers.retry_max_new_tokens=9")
+    config = tiny_run(
+        store,
+        "answers.truncated=retry",
+        "answers.max_new_tokens=4",
+        "answers.retry_max_new_tokens=9",
+    )
     (found,) = answer_rows([row(1, "truncate this", "x")], Echo(config), config, shard=0)
-    assert [(turn.text, turn.finish_reason) for turn in found.turns] == [("siht etac", "length"), ("x", "stop")]
+    assert [(turn.text, turn.finish_reason) for turn in found.turns] == [
+        ("siht etac", "length"),
+        ("x", "stop"),
+    ]
 
 
-@pytest.mark.parametrize("settings", [("answers.retry_max_new_tokens=99",), ("answers.truncated=retry", "answers.retry_max_new_tokens=3")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("answers.retry_max_new_tokens=99",),
+        ("answers.truncated=retry", "answers.retry_max_new_tokens=3"),
+    ],
+)
 def test_a_larger_limit_that_is_none_is_refused(store: Path, settings: tuple[str, ...]):
     with pytest.raises(ConfigError, match="retry_max_new_tokens goes with"):
         tiny_run(store, *settings)
@@ -88,7 +119,9 @@ def test_a_shard_counts_its_turns_and_truncations(store: Path):
     assert all(entry["turns"] == 4 and entry["truncated"] == 0 for entry in counts)
 
 
-def test_a_failing_shard_leaves_the_others_committed_and_is_named(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failing_shard_leaves_the_others_committed_and_is_named(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Shard 3 fails once as transient, shard 5 for good: the next runs do only what is missing."""
     monkeypatch.setenv("FLAKY_DIR", str(tmp_path))
     (tmp_path / "broken").touch()
@@ -111,7 +144,9 @@ def test_a_failing_shard_leaves_the_others_committed_and_is_named(store: Path, t
     assert artifact.manifest() is not None
 
 
-def test_the_digest_does_not_depend_on_the_order_in_which_shards_were_made(store: Path, tmp_path: Path):
+def test_the_digest_does_not_depend_on_the_order_in_which_shards_were_made(
+    store: Path, tmp_path: Path
+):
     import shutil
 
     other = tmp_path / "other"
@@ -143,11 +178,18 @@ def test_an_engine_that_cannot_be_imported_is_refused(store: Path):
 
 
 def test_streams_differ_by_row_turn_and_seed():
-    assert len({stream_seed(seed, row, turn) for seed in (1, 2) for row in (1, 2) for turn in (0, 1)}) == 8
+    assert (
+        len({stream_seed(seed, row, turn) for seed in (1, 2) for row in (1, 2) for turn in (0, 1)})
+        == 8
+    )
 
 
 def test_the_conversation_ends_at_the_first_unanswered_user_message():
     messages = [Message("user", "a"), Message("user", "b")]
     assert [message.content for message in conversation_so_far(messages, []) or []] == ["a"]
-    assert [message.content for message in conversation_so_far(messages, ["x"]) or []] == ["a", "x", "b"]
+    assert [message.content for message in conversation_so_far(messages, ["x"]) or []] == [
+        "a",
+        "x",
+        "b",
+    ]
     assert conversation_so_far(messages, ["x", "y"]) is None

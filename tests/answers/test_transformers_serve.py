@@ -23,7 +23,10 @@ from tests.conftest import tiny_run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("transformers", path=str(Path(sys.executable).parent)) is None, reason="no `transformers` command"),
+    pytest.mark.skipif(
+        shutil.which("transformers", path=str(Path(sys.executable).parent)) is None,
+        reason="no `transformers` command",
+    ),
 ]
 
 
@@ -41,11 +44,22 @@ class Served:
 
     def start(self) -> None:
         command = [str(Path(sys.executable).parent / "transformers"), "serve", str(self.model)]
-        command += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
+        command += [
+            "--device",
+            "cpu",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--dtype",
+            "float32",
+        ]
         (self.folder / "hub").mkdir(exist_ok=True)
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(self.folder / "hub")}
         log = (self.folder / f"{self.port}.log").open("ab")
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=env, start_new_session=True
+        )
 
     def wait(self) -> None:
         deadline = time.monotonic() + 90
@@ -56,7 +70,9 @@ class Served:
             except httpx.HTTPError:
                 pass
             assert time.monotonic() < deadline, "the server did not come up"
-            assert self.process.poll() is None, (self.folder / f"{self.port}.log").read_text()[-2000:]
+            assert self.process.poll() is None, (self.folder / f"{self.port}.log").read_text()[
+                -2000:
+            ]
             time.sleep(0.2)
 
     def kill(self) -> None:
@@ -79,13 +95,19 @@ def served(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def turns_of(artifact) -> dict[int, list[dict]]:
-    rows = [row for record in artifact.records().values() for row in read_table(artifact.fetch_shard(record)).to_pylist()]
+    rows = [
+        row
+        for record in artifact.records().values()
+        for row in read_table(artifact.fetch_shard(record)).to_pylist()
+    ]
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: row["turns"] for row in rows}
 
 
 def same_answers(ours: dict[int, list[dict]], theirs: dict[int, list[dict]]) -> None:
-    """The server takes white space off both ends of what the target said; the count of tokens tells that they are the same."""
+    """The server takes white space off both ends of what the target said; the count of tokens
+    tells that they are the same.
+    """
     assert ours.keys() == theirs.keys()
     for row, turns in ours.items():
         for one, other in zip(turns, theirs[row], strict=True):
@@ -104,16 +126,23 @@ def expected(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return turns_of(run_answers(config))
 
 
-def test_two_servers_one_killed_amid_its_answers_and_started_again(store: Path, served: list[Served], expected: dict[int, list[dict]]):
+def test_two_servers_one_killed_amid_its_answers_and_started_again(
+    store: Path, served: list[Served], expected: dict[int, list[dict]]
+):
     """Every row once, and each as the target in this process answers it."""
-    urls, name = json.dumps([server.url for server in served]), f"resources.served_model={served[0].model}"
+    urls, name = (
+        json.dumps([server.url for server in served]),
+        f"resources.served_model={served[0].model}",
+    )
     settings = (
         "resources.request_tries=20",
         "resources.progress_s=0.05",
         "resources.endpoint_requests=2",
         "resources.dialect=transformers",
     )
-    config = tiny_run(store, GREEDY, "answers.engine=openai", f"resources.endpoints={urls}", name, *settings)
+    config = tiny_run(
+        store, GREEDY, "answers.engine=openai", f"resources.endpoints={urls}", name, *settings
+    )
     run_prompts(config)
     happened: list[str] = []
 
@@ -136,6 +165,12 @@ def test_a_server_of_ones_own_answers_the_same(
 ):
     (tmp_path / "hub").mkdir()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    config = tiny_run(store, GREEDY, "answers.engine=openai", "resources.serve=transformers", "resources.device=cpu")
+    config = tiny_run(
+        store,
+        GREEDY,
+        "answers.engine=openai",
+        "resources.serve=transformers",
+        "resources.device=cpu",
+    )
     run_prompts(config)
     same_answers(turns_of(run_answers(config)), expected)

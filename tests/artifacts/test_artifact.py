@@ -107,13 +107,18 @@ def test_a_record_with_a_flipped_bit_counts_as_missing(artifact: Artifact):
     """Not only a torn one: a digit that turned into another would still be JSON."""
     commit(artifact, 0, b"zero")
     data = artifact.store.read(artifact.path("records/00000.json"))
-    artifact.store.write(artifact.path("records/00000.json"), data.replace(b'"tokens": 4', b'"tokens": 5'))
+    artifact.store.write(
+        artifact.path("records/00000.json"), data.replace(b'"tokens": 4', b'"tokens": 5')
+    )
     assert artifact.records() == {}
 
 
 def test_a_record_of_another_shard_counts_as_missing(artifact: Artifact):
     commit(artifact, 0, b"zero")
-    artifact.store.write(artifact.path("records/00001.json"), artifact.store.read(artifact.path("records/00000.json")))
+    artifact.store.write(
+        artifact.path("records/00001.json"),
+        artifact.store.read(artifact.path("records/00000.json")),
+    )
     assert list(artifact.records()) == [0]
 
 
@@ -151,13 +156,17 @@ def test_a_record_of_another_artifact_counts_as_missing(tmp_path: Path):
     other.create({})
     commit(other, 0, b"theirs")
     artifact = make_artifact(tmp_path)
-    artifact.store.write(artifact.path("records/00000.json"), other.store.read(other.path("records/00000.json")))
+    artifact.store.write(
+        artifact.path("records/00000.json"), other.store.read(other.path("records/00000.json"))
+    )
     assert artifact.records() == {}
     assert commit(artifact, 0, b"ours") == artifact.records()[0]
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
-def test_a_record_that_names_a_file_outside_the_artifact_counts_as_missing(artifact: Artifact, name: str):
+def test_a_record_that_names_a_file_outside_the_artifact_counts_as_missing(
+    artifact: Artifact, name: str
+):
     record = commit(artifact, 0, b"zero").model_copy(update={"file": name}).with_digest()
     artifact.store.write(artifact.path("records/00000.json"), record.model_dump_json().encode())
     assert artifact.records() == {}
@@ -187,7 +196,12 @@ RACER = textwrap.dedent(
 
 def test_workers_that_race_for_the_same_shards_end_with_one_record_each(tmp_path: Path):
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(3)
     ]
     for racer in racers:
@@ -251,9 +265,13 @@ WRITER = textwrap.dedent(
 
 
 def test_sigkill_at_any_point_of_a_commit_leaves_no_record_without_its_data(tmp_path: Path):
-    """Killed a dozen times in the middle of committing, every shard that has a record has its bytes, too."""
+    """Killed a dozen times in the middle of committing, every shard that has a record has its
+    bytes, too.
+    """
     for attempt in range(12):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+        )
         assert writer.stdout is not None
         writer.stdout.readline()
         try:

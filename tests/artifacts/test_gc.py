@@ -30,7 +30,10 @@ def put(store: Store, name: str, *, age_s: float = 48 * HOUR) -> str:
 
 
 def record(store: Store, shard: int, file: str) -> None:
-    store.write(f"hidden/tiny-0/records/{shard:05d}.json", json.dumps({"shard": shard, "file": file}).encode())
+    store.write(
+        f"hidden/tiny-0/records/{shard:05d}.json",
+        json.dumps({"shard": shard, "file": file}).encode(),
+    )
 
 
 def paths(found: list[gc.Orphan]) -> list[str]:
@@ -38,8 +41,14 @@ def paths(found: list[gc.Orphan]) -> list[str]:
 
 
 def test_a_file_that_no_record_names_is_an_orphan_after_the_grace_period(store: Store):
-    kept = [put(store, "hidden/tiny-0/shards/00000-a.arrow"), put(store, "hidden/tiny-0/rows/00000-a.arrow")]
-    lost = [put(store, "hidden/tiny-0/shards/00000-b.arrow"), put(store, "hidden/tiny-0/rows/00000-b.arrow")]
+    kept = [
+        put(store, "hidden/tiny-0/shards/00000-a.arrow"),
+        put(store, "hidden/tiny-0/rows/00000-a.arrow"),
+    ]
+    lost = [
+        put(store, "hidden/tiny-0/shards/00000-b.arrow"),
+        put(store, "hidden/tiny-0/rows/00000-b.arrow"),
+    ]
     young = put(store, "hidden/tiny-0/shards/00001-c.arrow", age_s=HOUR)
     record(store, 0, "shards/00000-a.arrow")
     os.utime(store.path("hidden/tiny-0/records/00000.json"), (0, 0))
@@ -47,12 +56,22 @@ def test_a_file_that_no_record_names_is_an_orphan_after_the_grace_period(store: 
     assert paths(found) == sorted(lost) and {orphan.kind for orphan in found} == {"shard"}
     assert paths(gc.orphans(store, grace_s=HOUR / 2)) == sorted([*lost, young])
     assert gc.remove(store, found) == 8
-    assert [store.exists(name) for name in [*kept, *lost, young]] == [True, True, False, False, True]
+    assert [store.exists(name) for name in [*kept, *lost, young]] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert gc.orphans(store) == []
 
 
-def test_a_commit_between_the_listing_and_the_reading_of_records_is_safe(store: Store, monkeypatch: pytest.MonkeyPatch):
-    """The data file is listed, then its worker (asleep for two days) writes the record: the file has a name by then."""
+def test_a_commit_between_the_listing_and_the_reading_of_records_is_safe(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """The data file is listed, then its worker (asleep for two days) writes the record: the
+    file has a name by then.
+    """
     name = put(store, "hidden/tiny-0/shards/00003-a.arrow")
     committed = []
 
@@ -66,14 +85,18 @@ def test_a_commit_between_the_listing_and_the_reading_of_records_is_safe(store: 
 
 
 @pytest.fixture(params=["local", "remote"])
-def either(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def either(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Store:
     monkeypatch.setattr(gc, "RELIST_S", -1.0)  # every listing is too old
     urls = {"local": str(tmp_path / "either"), "remote": f"memory://gc-{uuid.uuid4().hex}"}
     return Store(urls[request.param], scratch=str(tmp_path / "scratch"))
 
 
 def test_a_file_that_was_committed_after_it_was_found_is_kept(either: Store):
-    """A capture that is run again makes the same bytes, so the same name: what was an orphan has a record by the time it would go."""
+    """A capture that is run again makes the same bytes, so the same name: what was an orphan
+    has a record by the time it would go.
+    """
     live = ["hidden/tiny-0/shards/00000-a.arrow", "hidden/tiny-0/rows/00000-a.arrow"]
     lost = "hidden/tiny-0/shards/00001-b.arrow"
     for name in [*live, lost]:
@@ -106,7 +129,9 @@ def test_a_file_that_was_written_again_after_it_was_found_is_kept(either: Store)
 
 
 def test_the_old_file_of_a_shard_made_again_ages_from_the_new_record(store: Store):
-    """A trainer that opened the manifest before the shard was made again still reads the old file, however old that is."""
+    """A trainer that opened the manifest before the shard was made again still reads the old
+    file, however old that is.
+    """
     old = put(store, "hidden/tiny-0/shards/00000-a.arrow")
     put(store, "hidden/tiny-0/shards/00000-b.arrow", age_s=0)
     record(store, 0, "shards/00000-b.arrow")
@@ -117,7 +142,9 @@ def test_the_old_file_of_a_shard_made_again_ages_from_the_new_record(store: Stor
     assert paths(found) == [old] and found[0].age_s == pytest.approx(25 * HOUR, abs=60)
 
 
-def test_a_remote_folder_is_not_listed_again_for_each_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_remote_folder_is_not_listed_again_for_each_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     store = Store(f"memory://gc-{uuid.uuid4().hex}", scratch=str(tmp_path))
     folders = ["hidden/tiny-0/rows", "hidden/tiny-0/shards"]
     for shard in range(20):
@@ -125,8 +152,14 @@ def test_a_remote_folder_is_not_listed_again_for_each_of_its_files(tmp_path: Pat
             store.write(f"{folder}/{shard:05d}-a.arrow", b"data")
     found, listed = gc.orphans(store, grace_s=-60), []
     monkeypatch.setattr(gc, "RELIST_S", 60.0)
-    monkeypatch.setattr(store, "entries", lambda name, entries=store.entries: listed.append(name) or entries(name))
-    assert gc.remove(store, found) == 160 and sorted(listed) == folders and gc.orphans(store, grace_s=-60) == []
+    monkeypatch.setattr(
+        store, "entries", lambda name, entries=store.entries: listed.append(name) or entries(name)
+    )
+    assert (
+        gc.remove(store, found) == 160
+        and sorted(listed) == folders
+        and gc.orphans(store, grace_s=-60) == []
+    )
 
 
 def test_probes_that_a_killed_check_left_at_the_root_are_found(either: Store):
@@ -141,7 +174,11 @@ def test_staged_files_stay_while_their_process_lives(store: Store):
     host = os.uname().nodename
     with subprocess.Popen(["true"]) as ended:
         pass
-    mine, gone, elsewhere = f".staged/{host}-{os.getpid()}-aa", f".staged/{host}-{ended.pid}-bb", ".staged/other-host-1-cc"
+    mine, gone, elsewhere = (
+        f".staged/{host}-{os.getpid()}-aa",
+        f".staged/{host}-{ended.pid}-bb",
+        ".staged/other-host-1-cc",
+    )
     for name in (mine, gone, elsewhere):
         put(store, name)
     young = put(store, ".staged/other-host-1-dd", age_s=HOUR)
@@ -180,11 +217,16 @@ def test_a_record_that_cannot_be_read_stops_the_collection_of_its_artifact(store
 
 @pytest.mark.timeout(60)  # of which it takes two; a listing for each shard would take more
 def test_ten_thousand_shards_are_looked_through_together(store: Store):
-    shards, records = Path(store.path("hidden/tiny-0/shards")), Path(store.path("hidden/tiny-0/records"))
+    shards, records = (
+        Path(store.path("hidden/tiny-0/shards")),
+        Path(store.path("hidden/tiny-0/records")),
+    )
     shards.mkdir(parents=True)
     records.mkdir()
     for shard in range(10_000):
         (shards / f"{shard:05d}-a.arrow").touch()
-        (records / f"{shard:05d}.json").write_text(json.dumps({"file": f"shards/{shard:05d}-a.arrow"}))
+        (records / f"{shard:05d}.json").write_text(
+            json.dumps({"file": f"shards/{shard:05d}-a.arrow"})
+        )
     (shards / "00007-b.arrow").touch()
     assert paths(gc.orphans(store, grace_s=-60)) == ["hidden/tiny-0/shards/00007-b.arrow"]

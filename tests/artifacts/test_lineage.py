@@ -51,14 +51,23 @@ def test_a_changed_setting_renames_its_stage_and_those_after_it(override: str, f
 
 @pytest.mark.parametrize(
     "override",
-    ["resources.answer_rows=3", "resources.source=online", "resources.batch_tokens=77", "name=other", "train.strategy=deepspeed"],
+    [
+        "resources.answer_rows=3",
+        "resources.source=online",
+        "resources.batch_tokens=77",
+        "name=other",
+        "train.strategy=deepspeed",
+    ],
 )
 def test_how_the_work_is_done_is_in_no_fingerprint(override: str):
     assert fingerprints(override) == fingerprints()
 
 
 def test_three_drafts_of_one_target_share_one_cache():
-    shared = {tuple(fingerprints(recipe=f"{algorithm}-demo")[stage] for stage in ORDER[:4]) for algorithm in ("dspark", "dflash")}
+    shared = {
+        tuple(fingerprints(recipe=f"{algorithm}-demo")[stage] for stage in ORDER[:4])
+        for algorithm in ("dspark", "dflash")
+    }
     assert len(shared) == 1
 
 
@@ -75,7 +84,9 @@ def test_a_prompts_file_counts_by_what_it_holds(tmp_path: Path):
 
 def test_a_users_own_prompts_are_read_before_the_demo_trains_its_target(tmp_path: Path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
-    assert stages_of(tiny_run(tmp_path, f"prompts.source={{kind: files, paths: [{path}]}}"))[:2] == ("prompts", "demo")
+    assert stages_of(tiny_run(tmp_path, f"prompts.source={{kind: files, paths: [{path}]}}"))[
+        :2
+    ] == ("prompts", "demo")
     assert stages_of(tiny_run(tmp_path)) == ORDER
 
 

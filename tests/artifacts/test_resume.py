@@ -1,4 +1,6 @@
-"""Killed at any moment, the same command goes on where the records end, and the sealed digests are those of a quiet run."""
+"""Killed at any moment, the same command goes on where the records end, and the sealed digests
+are those of a quiet run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status
 from tests.conftest import REPOSITORY, tiny_run
 
-# All stages in one process, forked from one that has imported them: what a kill interrupts is the stages' own work.
+# All stages in one process, forked from one that has imported them: what a kill interrupts is the
+# stages' own work.
 RUNS = """
 import os, sys, traceback
 from pathlib import Path
@@ -57,7 +60,10 @@ STAGES = ("prompts", "answers", "hidden", "train", "evaluate")
 @pytest.fixture
 def runs() -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "DEEPSPEC_LOG": "WARNING"}
-    command, pipes = [sys.executable, "-c", RUNS], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command, pipes = (
+        [sys.executable, "-c", RUNS],
+        {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
+    )
     with subprocess.Popen(command, text=True, cwd=REPOSITORY, env=environment, **pipes) as started:
         yield started
 
@@ -82,7 +88,9 @@ def committed(store: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(runs: subprocess.Popen[str], store: Path, tmp_path: Path):
+def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(
+    runs: subprocess.Popen[str], store: Path, tmp_path: Path
+):
     quiet = tmp_path / "quiet"
     shutil.copytree(store, quiet)
     seconds = run(runs, quiet)
@@ -91,7 +99,9 @@ def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(runs: 
         before = committed(store)
         run(runs, store, kill_after=chance.uniform(0, seconds / 3))
         after = committed(store)
-        assert all(after.get(path) == made for path, made in before.items()), "a committed shard was made again"
+        assert all(after.get(path) == made for path, made in before.items()), (
+            "a committed shard was made again"
+        )
     run(runs, store)
     for stage in STAGES:
         assert stage_status(tiny_run(store), stage).sealed

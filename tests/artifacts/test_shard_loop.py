@@ -1,4 +1,6 @@
-"""Working through shards: one fails and the others go on, a full disk makes the stage wait, damage is set aside."""
+"""Working through shards: one fails and the others go on, a full disk makes the stage wait,
+damage is set aside.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,15 @@ KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())
 
 
 def works(count: int) -> list[Work]:
-    return [Work(shard, Record(artifact="up", shard=shard, file="x", num_bytes=0, checksum=f"up{shard}", rows=1)) for shard in range(count)]
+    return [
+        Work(
+            shard,
+            Record(
+                artifact="up", shard=shard, file="x", num_bytes=0, checksum=f"up{shard}", rows=1
+            ),
+        )
+        for shard in range(count)
+    ]
 
 
 def make(work: Work, local: Path) -> Counts:
@@ -39,7 +49,9 @@ def artifact(tmp_path: Path) -> Artifact:
     return made
 
 
-def test_a_shard_is_committed_while_the_next_is_made(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_shard_is_committed_while_the_next_is_made(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     committing, making = threading.Event(), threading.Event()
     put = artifact.put
 
@@ -76,7 +88,9 @@ def test_a_shard_that_fails_is_noted_and_the_others_are_made(artifact: Artifact,
 
 
 def hopeless(made: list[int], *, transient: bool = False):
-    """Notes each shard in `made` and fails it, all but every third; the third ones are committed."""
+    """Notes each shard in `made` and fails it, all but every third; the third ones are
+    committed.
+    """
 
     def make_or_fail(work: Work, local: Path) -> Counts:
         made.append(work.shard)
@@ -88,17 +102,33 @@ def hopeless(made: list[int], *, transient: bool = False):
 
 
 @pytest.mark.parametrize(
-    ("override", "allowed"), [("resources.max_failed=0.01", 10), ("resources.max_failed=0.25", 15), ("resources.max_failed=0", 0)]
+    ("override", "allowed"),
+    [
+        ("resources.max_failed=0.01", 10),
+        ("resources.max_failed=0.25", 15),
+        ("resources.max_failed=0", 0),
+    ],
 )
-def test_where_too_many_shards_fail_for_good_no_more_are_begun(artifact: Artifact, tmp_path: Path, override: str, allowed: int):
+def test_where_too_many_shards_fail_for_good_no_more_are_begun(
+    artifact: Artifact, tmp_path: Path, override: str, allowed: int
+):
     made: list[int] = []
     with pytest.raises(ShardsFailed) as caught:
-        work_through(tiny_run(tmp_path, override), artifact, works(60), hopeless(made), lambda event: None)
+        work_through(
+            tiny_run(tmp_path, override), artifact, works(60), hopeless(made), lambda event: None
+        )
     assert len(caught.value.failures) == allowed + 1 and len(made) < 30
-    assert list(artifact.records()) == [shard for shard in made if shard % 3 == 2], "what was made is kept"
+    assert list(artifact.records()) == [shard for shard in made if shard % 3 == 2], (
+        "what was made is kept"
+    )
     left = 60 - len(made)
-    assert f"{allowed + 1} of 60 shards failed; {left} were not begun, because more failed for good than" in str(caught.value)
-    assert f"resources.max_failed allows ({allowed})" in str(caught.value) and "--shards" not in str(caught.value)
+    assert (
+        f"{allowed + 1} of 60 shards failed; {left} were not begun, because more failed for good than"
+        in str(caught.value)
+    )
+    assert f"resources.max_failed allows ({allowed})" in str(
+        caught.value
+    ) and "--shards" not in str(caught.value)
 
 
 def test_a_shard_that_fails_is_told_at_once_with_its_reason(artifact: Artifact, tmp_path: Path):
@@ -113,13 +143,23 @@ def test_a_shard_that_fails_is_told_at_once_with_its_reason(artifact: Artifact, 
 def test_shards_that_may_do_better_next_time_stop_nothing(artifact: Artifact, tmp_path: Path):
     made: list[int] = []
     with pytest.raises(ShardsFailed, match="20 of 30 shards failed: "):
-        work_through(tiny_run(tmp_path), artifact, works(30), hopeless(made, transient=True), lambda event: None)
+        work_through(
+            tiny_run(tmp_path),
+            artifact,
+            works(30),
+            hopeless(made, transient=True),
+            lambda event: None,
+        )
     assert made == list(range(30))
 
 
-def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_for_a_worker_at_some_of_it(tmp_path: Path):
+def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_for_a_worker_at_some_of_it(
+    tmp_path: Path,
+):
     config = tiny_run(tmp_path)
-    assert [failures_allowed(config.resources, shards) for shards in (1, 10, 1000, 1099, 1100, 10_000)] == [10, 10, 10, 10, 11, 100]
+    assert [
+        failures_allowed(config.resources, shards) for shards in (1, 10, 1000, 1099, 1100, 10_000)
+    ] == [10, 10, 10, 10, 11, 100]
     store = Store(str(tmp_path / "store"))
     before = Artifact(store, ArtifactKey("prompts", "tiny", "ba9876543210", {}, ()))
     for shard in range(50):
@@ -129,7 +169,9 @@ def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_f
     assert stage_size(artifact, 70) == 70
 
 
-def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     free = iter([0.5e9, 0.5e9, 3e9, 3e9, 3e9])
     monkeypatch.setattr(Store, "free_bytes", lambda store: next(free))
     events = []
@@ -140,7 +182,9 @@ def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(artifact: Art
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(artifact: Artifact, tmp_path: Path, code: int):
+def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(
+    artifact: Artifact, tmp_path: Path, code: int
+):
     refusals = iter([True, True, False])
 
     def full_twice(work: Work, local: Path) -> Counts:
@@ -149,7 +193,13 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(artifact: Ar
             raise OSError(code, os.strerror(code))
         return make(work, local)
 
-    work_through(tiny_run(tmp_path, "resources.space_poll_s=0.01"), artifact, works(2), full_twice, lambda event: None)
+    work_through(
+        tiny_run(tmp_path, "resources.space_poll_s=0.01"),
+        artifact,
+        works(2),
+        full_twice,
+        lambda event: None,
+    )
     assert list(artifact.records()) == [0, 1]
 
 
@@ -158,13 +208,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    ).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there_is_room(small_disk: Path, tmp_path: Path):
+def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there_is_room(
+    small_disk: Path, tmp_path: Path
+):
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 3_200_000)
     artifact = Artifact(Store(str(small_disk / "store")), KEY)
@@ -175,10 +231,20 @@ def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there
         return Counts(rows=1)
 
     paused = threading.Event()
-    helper = threading.Thread(target=lambda: paused.wait(30) and (time.sleep(0.2), ballast.unlink()))
+    helper = threading.Thread(
+        target=lambda: paused.wait(30) and (time.sleep(0.2), ballast.unlink())
+    )
     helper.start()
     config = tiny_run(tmp_path, "resources.space_poll_s=0.05")
-    work_through(config, artifact, works(6), large, lambda event: paused.set() if event["event"] == "paused" else None)
+    work_through(
+        config,
+        artifact,
+        works(6),
+        large,
+        lambda event: paused.set() if event["event"] == "paused" else None,
+    )
     helper.join()
     assert paused.is_set()
-    assert [artifact.fetch_shard(record).read_bytes() for record in artifact.records().values()] == [bytes([n]) * 300_000 for n in range(6)]
+    assert [
+        artifact.fetch_shard(record).read_bytes() for record in artifact.records().values()
+    ] == [bytes([n]) * 300_000 for n in range(6)]

@@ -1,4 +1,6 @@
-"""What is missing is decided by the store alone; a redone shard makes what was made from it stale."""
+"""What is missing is decided by the store alone; a redone shard makes what was made from it
+stale.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ ECHO = "answers.engine=tests.engines:Echo"
 
 
 @pytest.mark.parametrize(
-    ("text", "shards"), [("", []), ("17", [17]), ("17,18,40-42", [17, 18, 40, 41, 42]), (" 3 , 1-2,", [1, 2, 3]), ("5,5", [5])]
+    ("text", "shards"),
+    [
+        ("", []),
+        ("17", [17]),
+        ("17,18,40-42", [17, 18, 40, 41, 42]),
+        (" 3 , 1-2,", [1, 2, 3]),
+        ("5,5", [5]),
+    ],
 )
 def test_shard_lists_are_numbers_and_ranges(text: str, shards: list[int]):
     assert parse_shards(text) == shards
@@ -58,7 +67,12 @@ def test_status_counts_rows_tokens_bytes_and_failures(store: Path):
     artifact = run_answers(config, shards=[1, 2])
     put_failure(artifact, 0, ConfigError("broken"))
     after = stage_status(config, "answers")
-    assert (after.committed, after.missing, after.rows, after.failures) == (2, [0, 3, 4, 5], 8, {0: "broken"})
+    assert (after.committed, after.missing, after.rows, after.failures) == (
+        2,
+        [0, 3, 4, 5],
+        8,
+        {0: "broken"},
+    )
     assert after.num_bytes == sum(record.num_bytes for record in artifact.records().values())
 
 

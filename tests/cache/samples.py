@@ -27,7 +27,9 @@ def make_sample(number: int, tokens: int, layout: Layout = LAYOUT) -> HiddenSamp
     spans = torch.from_numpy(last_hidden_spans(mask))
 
     def stored(codec, rows: int) -> Stored:
-        states = torch.randn(rows, codec.num_layers, codec.hidden_size, generator=generator).bfloat16()
+        states = torch.randn(
+            rows, codec.num_layers, codec.hidden_size, generator=generator
+        ).bfloat16()
         return Stored(codec, tuple(codec.quantize(states)))
 
     return HiddenSample(
@@ -42,20 +44,32 @@ def make_sample(number: int, tokens: int, layout: Layout = LAYOUT) -> HiddenSamp
 
 def same(first: HiddenSample, second: HiddenSample) -> bool:
     tensors = [
-        (sample.input_ids, sample.loss_mask, sample.context.decode(), sample.last_hidden.decode(), sample.last_spans)
+        (
+            sample.input_ids,
+            sample.loss_mask,
+            sample.context.decode(),
+            sample.last_hidden.decode(),
+            sample.last_spans,
+        )
         for sample in (first, second)
     ]
-    return first.sample_id == second.sample_id and all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    return first.sample_id == second.sample_id and all(
+        torch.equal(a, b) for a, b in zip(*tensors, strict=True)
+    )
 
 
-def write_shard(path: Path, samples: Sequence[HiddenSample], *, shard: int = 7, layout: Layout = LAYOUT) -> Written:
+def write_shard(
+    path: Path, samples: Sequence[HiddenSample], *, shard: int = 7, layout: Layout = LAYOUT
+) -> Written:
     with ShardWriter(path, layout, shard) as writer:
         for sample in samples:
             writer.append(sample, held_out=0)
         return writer.finish()
 
 
-def make_cache(artifact: Artifact, shards: Sequence[Sequence[HiddenSample]], layout: Layout = LAYOUT) -> Artifact:
+def make_cache(
+    artifact: Artifact, shards: Sequence[Sequence[HiddenSample]], layout: Layout = LAYOUT
+) -> Artifact:
     """A sealed cache of these samples."""
     from deepspec.artifacts.records import Counts
     from deepspec.cache.index import INDEX, write_index

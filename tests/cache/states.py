@@ -13,11 +13,20 @@ from deepspec.cache.codecs import make_codec
 TOKENS, LAYERS, HIDDEN = 600, 3, 512
 MASSIVE_TOKENS = 2  # the first ones, like the first tokens of a text in a real model
 MASSIVE_CHANNELS = 3  # the first ones of the outlier channels
-CHOICES = [("raw", "none"), ("lossless", "none"), ("int8", "none"), ("int8", "zstd"), ("fp8", "none"), ("fp8", "zstd")]
+CHOICES = [
+    ("raw", "none"),
+    ("lossless", "none"),
+    ("int8", "none"),
+    ("int8", "zstd"),
+    ("fp8", "none"),
+    ("fp8", "zstd"),
+]
 
 
 def llm_like(tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    """States as a large model has them: unequal channels, a few up to 60 times the rest, and two massive tokens."""
+    """States as a large model has them: unequal channels, a few up to 60 times the rest, and
+    two massive tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     scale = torch.exp(torch.randn(LAYERS, HIDDEN, generator=generator) * 0.5)
     scale[:, :8] *= torch.empty(8).uniform_(10, 60, generator=generator)
@@ -33,7 +42,13 @@ def outliers(scale: Tensor) -> Tensor:
     return scale.sum(dim=0).argsort(descending=True)[:8]
 
 
-def make(name: str, scale: Tensor | None = None, compression: str = "none", tensor: str = "context", **size: int) -> Codec:
+def make(
+    name: str,
+    scale: Tensor | None = None,
+    compression: str = "none",
+    tensor: str = "context",
+    **size: int,
+) -> Codec:
     sizes: dict[str, Any] = {"num_layers": LAYERS, "hidden_size": HIDDEN, **size}
     return make_codec(name, tensor=tensor, compression=compression, channel_scale=scale, **sizes)  # type: ignore[arg-type]
 

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from deepspec.cache.codecs import channel_scale
 from deepspec.errors import ArtifactMismatch, ConfigError
-from tests.cache.states import HIDDEN, LAYERS, MASSIVE_TOKENS, bits, error, llm_like, make, round_trip
+from tests.cache.states import (
+    HIDDEN,
+    LAYERS,
+    MASSIVE_TOKENS,
+    bits,
+    error,
+    llm_like,
+    make,
+    round_trip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +33,23 @@ def scale() -> Tensor:
 @pytest.mark.parametrize("name", ["raw", "lossless"])
 @pytest.mark.parametrize("scaled", ["with", "without"])
 def test_every_one_of_the_65536_bit_patterns_comes_back(name: str, scaled: str):
-    """NaNs with their payloads, infinities, both zeros and denormals included, under any channel scale."""
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    every = torch.stack([patterns.view(-1, 1, 64), patterns.flip(0).view(-1, 1, 64)], dim=1).view(-1, 2, 64)
+    """NaNs with their payloads, infinities, both zeros and denormals included, under any
+    channel scale.
+    """
+    patterns = (
+        torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    )
+    every = torch.stack([patterns.view(-1, 1, 64), patterns.flip(0).view(-1, 1, 64)], dim=1).view(
+        -1, 2, 64
+    )
     scale = torch.logspace(-38, 38, 128).view(2, 64) if scaled == "with" else None
     codec = make(name, scale, num_layers=2, hidden_size=64)
     assert torch.equal(bits(round_trip(codec, every)), bits(every))
 
 
-def test_lossless_needs_less_than_seven_tenths_and_the_channel_scale_helps(states: Tensor, scale: Tensor):
+def test_lossless_needs_less_than_seven_tenths_and_the_channel_scale_helps(
+    states: Tensor, scale: Tensor
+):
     sizes = {
         known: sum(len(part) for part in codec.compress(codec.quantize(states)))
         for known, codec in (("scale", make("lossless", scale)), ("none", make("lossless")))
@@ -41,35 +58,48 @@ def test_lossless_needs_less_than_seven_tenths_and_the_channel_scale_helps(state
     assert sizes["scale"] < sizes["none"]
 
 
-@pytest.mark.parametrize(("name", "worst_layer", "worst_token"), [("int8", 0.009, 0.03), ("fp8", 0.03, 0.04)])
-def test_lossy_codecs_stay_within_their_bounds(states: Tensor, scale: Tensor, name: str, worst_layer: float, worst_token: float):
+@pytest.mark.parametrize(
+    ("name", "worst_layer", "worst_token"), [("int8", 0.009, 0.03), ("fp8", 0.03, 0.04)]
+)
+def test_lossy_codecs_stay_within_their_bounds(
+    states: Tensor, scale: Tensor, name: str, worst_layer: float, worst_token: float
+):
     decoded = round_trip(make(name, scale), states)
     ordinary = slice(MASSIVE_TOKENS, None)
     assert error(states, decoded, 0, 2).max() < worst_layer
-    assert error(states[ordinary], decoded[ordinary], 0).max() < {"int8": 0.012, "fp8": 0.04}[name]  # per channel
+    # per channel
+    assert error(states[ordinary], decoded[ordinary], 0).max() < {"int8": 0.012, "fp8": 0.04}[name]
     assert error(states, decoded, 2).max() < worst_token
 
 
 def test_without_the_channel_scale_outliers_ruin_ordinary_channels(states: Tensor, scale: Tensor):
     ordinary = slice(MASSIVE_TOKENS, None)
     worst = {
-        known: float(error(states[ordinary], round_trip(make("int8", given), states)[ordinary], 0).max())
+        known: float(
+            error(states[ordinary], round_trip(make("int8", given), states)[ordinary], 0).max()
+        )
         for known, given in (("scale", scale), ("ones", torch.ones(LAYERS, HIDDEN)))
     }
     assert worst["ones"] > 0.3 > 0.012 > worst["scale"]
 
 
 def test_a_scale_of_what_is_usual_keeps_massive_tokens_from_spoiling_all_others(states: Tensor):
-    """The root mean square follows the two massive tokens, and their channels lose their detail in the other 598."""
+    """The root mean square follows the two massive tokens, and their channels lose their detail
+    in the other 598.
+    """
     first = llm_like(tokens=300, seed=1)
     ordinary = slice(MASSIVE_TOKENS, None)
     decoded = {
         "usual": round_trip(make("int8", channel_scale(first)), states),
         "rms": round_trip(make("int8", first.float().square().mean(dim=0).sqrt()), states),
     }
-    worst = {kind: float(error(states[ordinary], found[ordinary], 0).max()) for kind, found in decoded.items()}
+    worst = {
+        kind: float(error(states[ordinary], found[ordinary], 0).max())
+        for kind, found in decoded.items()
+    }
     assert worst["rms"] > 5 * worst["usual"]
-    assert error(states, decoded["rms"], 2).max() > 1.3 * error(states, decoded["usual"], 2).max()  # the worst token
+    # the worst token
+    assert error(states, decoded["rms"], 2).max() > 1.3 * error(states, decoded["usual"], 2).max()
 
 
 def test_an_unscaled_fp8_cast_would_lose_the_outliers(states: Tensor):
@@ -98,7 +128,9 @@ def test_int8_without_a_scale_names_its_columns_and_does_nothing_else(states: Te
 
 def test_fp8_bits_decode_to_what_torch_makes_of_them():
     """All 256 codes but the two NaNs, which `quantize` never writes; scale 1."""
-    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)[None]
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)[
+        None
+    ]
     codec = make("fp8", num_layers=1, hidden_size=254)
     decoded = codec.dequantize((codes, torch.ones(1, 1, dtype=torch.bfloat16).view(torch.uint8)))
     assert torch.equal(bits(decoded), bits(codes.view(torch.float8_e4m3fn).to(torch.bfloat16)))
@@ -106,12 +138,18 @@ def test_fp8_bits_decode_to_what_torch_makes_of_them():
 
 def test_fp8_scales_reach_from_the_largest_to_the_smallest_values():
     states = torch.tensor([[3e38, 1e38], [1e-30, 5e-31], [7e5, 7e5]]).bfloat16()[:, None]
-    assert error(states, round_trip(make("fp8", num_layers=1, hidden_size=2), states), 1, 2).max() < 0.04
+    assert (
+        error(states, round_trip(make("fp8", num_layers=1, hidden_size=2), states), 1, 2).max()
+        < 0.04
+    )
 
 
 def test_bytes_per_token_follow_from_the_sizes():
     width = LAYERS * HIDDEN
-    token_bytes = {name: [column.token_bytes for column in make(name).columns()] for name in ("raw", "lossless", "int8", "fp8")}
+    token_bytes = {
+        name: [column.token_bytes for column in make(name).columns()]
+        for name in ("raw", "lossless", "int8", "fp8")
+    }
     assert token_bytes == {
         "raw": [2 * width],
         "lossless": [width, width],
@@ -120,7 +158,9 @@ def test_bytes_per_token_follow_from_the_sizes():
     }
 
 
-@pytest.mark.parametrize(("hidden_size", "groups"), [(2560, 20), (96, 1), (32, 1), (192, 2), (131, 131)])
+@pytest.mark.parametrize(
+    ("hidden_size", "groups"), [(2560, 20), (96, 1), (32, 1), (192, 2), (131, 131)]
+)
 def test_a_group_divides_the_hidden_size(hidden_size: int, groups: int):
     codec = make("int8", torch.ones(1, hidden_size), num_layers=1, hidden_size=hidden_size)
     assert codec.columns()[1].shape == (1, groups)
@@ -129,7 +169,9 @@ def test_a_group_divides_the_hidden_size(hidden_size: int, groups: int):
 
 
 def test_fp8_never_writes_a_nan_where_the_scale_itself_is_rounded_coarsely():
-    """5.8e-38 / 448 is 1.4 of bfloat16's smallest step: stored as 1, which makes the value 627 scales."""
+    """5.8e-38 / 448 is 1.4 of bfloat16's smallest step: stored as 1, which makes the value 627
+    scales.
+    """
     states = torch.full((1, 1, 2), 5.8e-38).bfloat16()
     codes, _ = make("fp8", num_layers=1, hidden_size=2).quantize(states)
     assert bool(torch.isfinite(codes.view(torch.float8_e4m3fn).float()).all())

@@ -21,7 +21,10 @@ KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
 
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    made = make_cache(Artifact(Store(str(tmp_path / "store")), KEY), [[make_sample(4 * s + r, 6 + r) for r in range(4)] for s in range(3)])
+    made = make_cache(
+        Artifact(Store(str(tmp_path / "store")), KEY),
+        [[make_sample(4 * s + r, 6 + r) for r in range(4)] for s in range(3)],
+    )
     monkeypatch.setattr(verify, "artifact_of", lambda config, stage: made)
     return made
 
@@ -45,7 +48,9 @@ def test_nothing_is_said_of_a_whole_cache(artifact: Artifact, tmp_path: Path):
     assert problems(artifact, tmp_path) == []
 
 
-@pytest.mark.parametrize("column", ["context", "last_hidden", "input_ids", "loss_mask", "sample_id"])
+@pytest.mark.parametrize(
+    "column", ["context", "last_hidden", "input_ids", "loss_mask", "sample_id"]
+)
 def test_a_flipped_bit_names_shard_row_and_column(artifact: Artifact, tmp_path: Path, column: str):
     import pyarrow as pa
 
@@ -65,7 +70,9 @@ def test_a_flipped_bit_names_shard_row_and_column(artifact: Artifact, tmp_path: 
 
 
 def test_every_byte_of_a_shard_is_covered(artifact: Artifact):
-    """Header, padding and footer as well: the shard's checksum is over the whole file, and damage there has a name, too."""
+    """Header, padding and footer as well: the shard's checksum is over the whole file, and
+    damage there has a name, too.
+    """
     record = artifact.records()[0]
     size = record.num_bytes
     for offset in (0, 9, rows_of(artifact, record)[0]["offset"] + 5, size - 3, size // 2):
@@ -84,7 +91,9 @@ def test_a_cut_off_shard_says_from_which_row(artifact: Artifact, tmp_path: Path)
     assert "row 1 and what follows is cut off" in problem
 
 
-def test_a_missing_shard_a_missing_record_and_damaged_rows_are_named(artifact: Artifact, tmp_path: Path):
+def test_a_missing_shard_a_missing_record_and_damaged_rows_are_named(
+    artifact: Artifact, tmp_path: Path
+):
     records = artifact.records()
     artifact.store.remove(artifact.path(records[0].file))
     artifact.store.remove(artifact.path("records/00001.json"))
@@ -99,7 +108,9 @@ def test_a_missing_shard_a_missing_record_and_damaged_rows_are_named(artifact: A
 
 
 @pytest.mark.parametrize("name", ["schema.arrow", "index.arrow", "records.arrow"])
-def test_a_damaged_file_beside_the_shards_is_removed_and_the_shards_stay(artifact: Artifact, tmp_path: Path, name: str):
+def test_a_damaged_file_beside_the_shards_is_removed_and_the_shards_stay(
+    artifact: Artifact, tmp_path: Path, name: str
+):
     flip(artifact, name, 100)
     assert any(name in problem for problem in problems(artifact, tmp_path))
     assert len(artifact.records()) == 3
@@ -110,7 +121,9 @@ def test_a_flipped_bit_in_a_record_is_found(artifact: Artifact, tmp_path: Path):
     path = Path(artifact.store.path(artifact.path("records/00001.json")))
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "tokens": fields["tokens"] + 1}))
-    assert any("shard 1: its record is damaged" in problem for problem in problems(artifact, tmp_path))
+    assert any(
+        "shard 1: its record is damaged" in problem for problem in problems(artifact, tmp_path)
+    )
     assert list(artifact.records()) == [0, 2]
 
 
@@ -123,8 +136,12 @@ def test_a_changed_manifest_is_found(artifact: Artifact, tmp_path: Path):
     assert len(artifact.records()) == 3
 
 
-def test_a_shard_made_anew_while_it_was_being_judged_keeps_its_record(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Hashing takes hours at tens of terabytes; what another run commits meanwhile is not what was found damaged."""
+def test_a_shard_made_anew_while_it_was_being_judged_keeps_its_record(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hashing takes hours at tens of terabytes; what another run commits meanwhile is not what
+    was found damaged.
+    """
     record = artifact.records()[1]
     flip(artifact, record.file, record.num_bytes // 2)
     newer = record.model_copy(update={"host": "another"})
@@ -132,7 +149,9 @@ def test_a_shard_made_anew_while_it_was_being_judged_keeps_its_record(artifact: 
 
     def slow(relative: str) -> str:
         if relative == artifact.path(record.file):
-            artifact.store.write(artifact.path("records/00001.json"), newer.model_dump_json().encode())
+            artifact.store.write(
+                artifact.path("records/00001.json"), newer.model_dump_json().encode()
+            )
         return original(relative)
 
     monkeypatch.setattr(artifact.store, "checksum", slow)
@@ -140,7 +159,9 @@ def test_a_shard_made_anew_while_it_was_being_judged_keeps_its_record(artifact: 
     assert artifact.read_records([1])[1] == newer
 
 
-def test_a_bad_sector_is_damage_like_any_other(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_sector_is_damage_like_any_other(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import errno
     import os
 

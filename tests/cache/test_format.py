@@ -21,14 +21,20 @@ from tests.cache.samples import LAYOUT, SIZE, make_sample
         ([], []),
     ],
 )
-def test_the_final_state_is_kept_one_position_beyond_each_supervised_run(mask: list[int], spans: list[list[int]]):
+def test_the_final_state_is_kept_one_position_beyond_each_supervised_run(
+    mask: list[int], spans: list[list[int]]
+):
     assert last_hidden_spans([bool(value) for value in mask]).tolist() == spans
 
 
 def test_kept_final_states_go_back_to_their_places():
     sample, full = make_sample(1, 8), torch.zeros(10, SIZE, dtype=torch.bfloat16)
     sample.place_last_hidden(full)
-    kept = [index for start, length in sample.last_spans.tolist() for index in range(start, start + length)]
+    kept = [
+        index
+        for start, length in sample.last_spans.tolist()
+        for index in range(start, start + length)
+    ]
     assert torch.equal(full[kept], sample.last_hidden.decode())
     assert full[[index for index in range(10) if index not in kept]].abs().sum() == 0
 

@@ -46,7 +46,9 @@ def test_the_shards_used_longest_ago_make_room(tmp_path: Path):
 
 
 def test_bytes_that_no_list_names_go_first(tmp_path: Path):
-    """A process killed between its two files left them: counted but never evicted, in the end they pushed out every good copy."""
+    """A process killed between its two files left them: counted but never evicted, in the end
+    they pushed out every good copy.
+    """
     for number in range(9):
         (tmp_path / f"{number:032x}.data").write_bytes(content(number))
     cache = DiskCache(tmp_path, 10 * MB)
@@ -61,13 +63,17 @@ def fill(folder: Path, first: int) -> None:
     for number in range(first, first + 60):
         key = f"shard {number % 40}"
         found = cache.get(key, 0, MB)
-        # A race may leave a listed range of zeros, which its reader's checksum refuses; never somebody else's bytes.
+        # A race may leave a listed range of zeros, which its reader's checksum refuses; never
+        # somebody else's bytes.
         assert found is None or bytes(found) in (content(number % 40), bytes(MB))
         cache.put(key, 0, memoryview(content(number % 40)))
 
 
 def test_several_processes_share_it_within_its_bound(tmp_path: Path):
-    processes = [multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path, first)) for first in (0, 13, 26)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path, first))
+        for first in (0, 13, 26)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -14,7 +14,9 @@ from deepspec.cache.prefetch import BufferPool, read_ahead
 
 
 def test_results_come_in_order_whoever_is_done_first():
-    jobs = [(1, lambda number=number: time.sleep(0.02 * (5 - number)) or number) for number in range(6)]
+    jobs = [
+        (1, lambda number=number: time.sleep(0.02 * (5 - number)) or number) for number in range(6)
+    ]
     assert list(read_ahead(jobs, max_bytes=4, threads=4)) == list(range(6))
 
 
@@ -57,7 +59,9 @@ def test_buffers_are_used_again():
 
 
 def test_what_nobody_uses_stays_within_its_bound_whatever_the_sizes():
-    """Each size kept as many buffers as ever were in use at once: real lengths under a budget of 512 MB left 3.6 GB lying."""
+    """Each size kept as many buffers as ever were in use at once: real lengths under a budget
+    of 512 MB left 3.6 GB lying.
+    """
     budget, alive = 16 << 20, dict[int, int]()
     pool, in_use = BufferPool(max_bytes=budget), deque[np.ndarray]()
     lengths = np.random.default_rng(0).lognormal(np.log(300_000), 1.0, 2000).astype(int)
@@ -72,7 +76,10 @@ def test_what_nobody_uses_stays_within_its_bound_whatever_the_sizes():
             alive[id(buffer)] = len(buffer)
             weakref.finalize(buffer, alive.pop, id(buffer))
         in_use.append(buffer)
-        most_in_use, most_alive = max(most_in_use, sum(map(len, in_use))), max(most_alive, sum(alive.values()))
+        most_in_use, most_alive = (
+            max(most_in_use, sum(map(len, in_use))),
+            max(most_alive, sum(alive.values())),
+        )
         del buffer
     assert most_alive <= most_in_use + budget
 
@@ -88,5 +95,6 @@ def test_the_buffers_that_lay_unused_longest_go_first():
     assert pool.take(2 << 16) is large
     pool.take(1)
     assert pool.take(1) is small_again and pool.take(1) is not small
-    pool.give(np.empty(8 << 16, dtype=np.uint8))  # larger than all that may lie there: it pushes nothing out
+    # larger than all that may lie there: it pushes nothing out
+    pool.give(np.empty(8 << 16, dtype=np.uint8))
     assert pool.free_bytes == 0

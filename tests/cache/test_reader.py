@@ -32,7 +32,9 @@ def artifact(tmp_path: Path) -> Artifact:
 
 def flip_a_bit(cache: HiddenCache, number: int) -> None:
     """In the stored message of a sample."""
-    path = Path(cache.artifact.store.path(cache.artifact.path(cache.files[int(cache.index.shard[number])])))
+    path = Path(
+        cache.artifact.store.path(cache.artifact.path(cache.files[int(cache.index.shard[number])]))
+    )
     data = bytearray(path.read_bytes())
     data[int(cache.index.offset[number]) + 300] ^= 1
     path.write_bytes(data)
@@ -78,7 +80,9 @@ def test_a_flipped_bit_is_found_before_decoding_and_names_shard_and_row(artifact
     assert same(cache[5], FLAT[5])
 
 
-def test_damage_that_came_after_the_first_read_is_found_when_every_read_is_checked(artifact: Artifact):
+def test_damage_that_came_after_the_first_read_is_found_when_every_read_is_checked(
+    artifact: Artifact,
+):
     always = HiddenCache(artifact, check_reads="always")
     assert same(always[6], FLAT[6])
     flip_a_bit(always, 6)
@@ -119,11 +123,15 @@ class AsDataset(Dataset[torch.Tensor]):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_that_were_forked_or_spawned_read_what_the_parent_opened(artifact: Artifact, method: str):
+def test_workers_that_were_forked_or_spawned_read_what_the_parent_opened(
+    artifact: Artifact, method: str
+):
     """Trap C9; the parent has read before it forks."""
     cache = HiddenCache(artifact)
     assert same(cache[0], FLAT[0])
-    loader = DataLoader(AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(
+        AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context=method
+    )
     for number, context in enumerate(loader):
         assert torch.equal(context, FLAT[number].context.decode())
 
@@ -133,7 +141,9 @@ def test_a_pickled_cache_holds_no_data(artifact: Artifact):
 
 
 def test_opening_and_reading_import_no_pandas(artifact: Artifact):
-    """pyarrow's conversions import pandas where it is installed: half a second and 30 MB for every rank."""
+    """pyarrow's conversions import pandas where it is installed: half a second and 30 MB for
+    every rank.
+    """
     code = f"""
 import sys
 from deepspec.artifacts.artifact import Artifact
@@ -148,11 +158,20 @@ assert "pandas" not in sys.modules
 
 
 def test_the_samples_stay_good_when_a_buffer_is_used_again(artifact: Artifact):
-    """A streamed sample lives in memory that the next ones will use: what was decoded into memory of its own stays."""
+    """A streamed sample lives in memory that the next ones will use: what was decoded into
+    memory of its own stays.
+    """
     cache = HiddenCache(artifact)
-    kept = [sample.context.decode(out=torch.empty(len(sample.input_ids), LAYOUT.context.width, dtype=torch.bfloat16))
-            for sample in cache.stream(range(12), max_bytes=1, threads=1)]  # fmt: skip
-    assert all(torch.equal(context, sample.context.decode()) for context, sample in zip(kept, FLAT, strict=True))
+    kept = [
+        sample.context.decode(
+            out=torch.empty(len(sample.input_ids), LAYOUT.context.width, dtype=torch.bfloat16)
+        )
+        for sample in cache.stream(range(12), max_bytes=1, threads=1)
+    ]
+    assert all(
+        torch.equal(context, sample.context.decode())
+        for context, sample in zip(kept, FLAT, strict=True)
+    )
 
 
 def test_an_emptied_shard_is_damage_in_a_mapped_cache_too(artifact: Artifact):
@@ -163,7 +182,9 @@ def test_an_emptied_shard_is_damage_in_a_mapped_cache_too(artifact: Artifact):
         cache[5]
 
 
-def test_a_cache_larger_than_memory_is_read_and_not_mapped(artifact: Artifact, monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_larger_than_memory_is_read_and_not_mapped(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("deepspec.cache.reader.physical_memory", lambda: 1)
     cache = HiddenCache(artifact)
     assert not cache.mapped

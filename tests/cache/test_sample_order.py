@@ -12,7 +12,10 @@ NUMBERS = np.arange(50)
 
 
 def epoch(order: WindowedOrder, number: int) -> list[int]:
-    return [order.at(place)[1] for place in range(number * order.num_samples, (number + 1) * order.num_samples)]
+    return [
+        order.at(place)[1]
+        for place in range(number * order.num_samples, (number + 1) * order.num_samples)
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
@@ -23,7 +26,9 @@ def test_every_sample_comes_once_an_epoch(window: int):
 
 def test_within_a_window_only_its_shards_are_read():
     seen = epoch(WindowedOrder(NUMBERS, SHARDS, window_shards=2, seed=1), 0)
-    windows = [{SHARDS[number] for number in seen[start : start + 10]} for start in range(0, 50, 10)]
+    windows = [
+        {SHARDS[number] for number in seen[start : start + 10]} for start in range(0, 50, 10)
+    ]
     assert [len(window) for window in windows] == [2] * 5
     assert len(set.union(*windows)) == 10
 
@@ -34,7 +39,9 @@ def test_samples_of_a_window_are_mixed():
 
 
 def test_the_order_is_that_of_seed_and_epoch_and_of_nothing_else():
-    first, again, other = (WindowedOrder(NUMBERS, SHARDS, window_shards=3, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        WindowedOrder(NUMBERS, SHARDS, window_shards=3, seed=seed) for seed in (1, 1, 2)
+    )
     assert epoch(first, 1) == epoch(again, 1)
     assert epoch(first, 0) != epoch(first, 1)
     assert epoch(first, 0) != epoch(other, 0)
@@ -60,9 +67,13 @@ def test_a_window_is_passed_several_times_each_in_another_order_before_the_next_
         passes = [line[start : start + 10] for start in range(first, first + 30, 10)]
         assert len({frozenset(number for _, number in samples) for samples in passes}) == 1
         assert len({tuple(number for _, number in samples) for samples in passes}) == 3
-        assert [epoch for epoch, _ in line[first : first + 30 : 10]] == [3 * (first // 150) + number for number in range(3)]
+        assert [epoch for epoch, _ in line[first : first + 30 : 10]] == [
+            3 * (first // 150) + number for number in range(3)
+        ]
     assert len({number for _, number in line[:150]}) == 50
-    assert sorted(sample for sample in line if sample[0] == 4) == [(4, number) for number in range(50)]
+    assert sorted(sample for sample in line if sample[0] == 4) == [
+        (4, number) for number in range(50)
+    ]
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -73,5 +84,7 @@ def test_the_windows_of_the_line_are_those_that_its_samples_lie_in(passes: int):
     while end < 400:
         window = next(windows)
         assert window.start <= end < window.end
-        assert {SHARDS[order.at(place)[1]] for place in range(window.start, window.end)} == set(window.shards)
+        assert {SHARDS[order.at(place)[1]] for place in range(window.start, window.end)} == set(
+            window.shards
+        )
         end = window.end

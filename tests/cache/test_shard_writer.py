@@ -80,10 +80,13 @@ def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
     assert read_rows(written.index_rows).num_rows == 0
 
 
-def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sinks, "BUFFER_BYTES", 8192)
     pieces = [
-        np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8) for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))
+        np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
+        for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))
     ]
     with HashingSink(tmp_path / "file") as sink:
         for piece in pieces:
@@ -93,7 +96,9 @@ def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(tmp_pa
     assert sink.digest() == xxhash.xxh3_128_hexdigest(whole)
 
 
-def test_a_full_disk_is_an_error_of_the_writer_and_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_an_error_of_the_writer_and_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The thread that writes meets it; whoever goes on writing, or closes, is told."""
 
     def full(*_):
@@ -150,12 +155,24 @@ def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
     context[-1] = torch.arange(context.shape[1], dtype=torch.int64).to(torch.uint8)
     nothing = torch.zeros(0, 16, dtype=torch.uint8)
     ids, spans = torch.arange(tokens, dtype=torch.int32), torch.zeros(0, 2, dtype=torch.int32)
-    sample = HiddenSample(1, ids, ids.to(torch.uint8), Stored(layout.context, (context,)), Stored(layout.last_hidden, (nothing,)), spans)
+    sample = HiddenSample(
+        1,
+        ids,
+        ids.to(torch.uint8),
+        Stored(layout.context, (context,)),
+        Stored(layout.last_hidden, (nothing,)),
+        spans,
+    )
     path = tmp_path / "large.arrow"
     row = read_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
     with pa.memory_map(str(path)) as source:
-        found = layout.decode(source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema())
+        found = layout.decode(
+            source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema()
+        )
         assert found.context.parts[0].shape == context.shape
         assert torch.equal(found.context.parts[0][-1], context[-1])
-        assert pa.ipc.open_file(source).get_batch(0).column("context").values.type.byte_width == context.shape[1]
+        assert (
+            pa.ipc.open_file(source).get_batch(0).column("context").values.type.byte_width
+            == context.shape[1]
+        )
     path.unlink()

@@ -61,11 +61,17 @@ def test_lineage_of_nothing_says_so(capsys, store: Path):
 def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_same(
     capsys, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    moved, config = tmp_path / "elsewhere", tiny_run(captured, "train.lr=0.25", "resources.answer_rows=3")
+    moved, config = (
+        tmp_path / "elsewhere",
+        tiny_run(captured, "train.lr=0.25", "resources.answer_rows=3"),
+    )
     shutil.copytree(captured, moved)
     result = artifact_of(config, "evaluate")
     Artifact(Store(str(moved)), result.key).create(config.model_dump(mode="json"))
-    for folder, place in ((str(moved / result.folder), "/"), (moved.name + "/" + result.folder, tmp_path)):
+    for folder, place in (
+        (str(moved / result.folder), "/"),
+        (moved.name + "/" + result.folder, tmp_path),
+    ):
         monkeypatch.chdir(place)
         code, out, err = run(capsys, "show-config", folder)
         assert (code, err) == (0, "")
@@ -73,12 +79,24 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
         again = load_run(str(tmp_path / "that.yaml"))
         assert again.store == str(moved) and again.resources.answer_rows == 3
         stages = stages_of(config)
-        assert [artifact_of(again, stage).key for stage in stages] == [artifact_of(config, stage).key for stage in stages]
-    _, out, err = run(capsys, "show-config", str(moved / result.folder), "--set", "train.lr=0.5", "--store", "other")
+        assert [artifact_of(again, stage).key for stage in stages] == [
+            artifact_of(config, stage).key for stage in stages
+        ]
+    _, out, err = run(
+        capsys,
+        "show-config",
+        str(moved / result.folder),
+        "--set",
+        "train.lr=0.5",
+        "--store",
+        "other",
+    )
     assert "lr: 0.5" in out and "store: other" in out and err == ""
 
 
-def test_a_run_that_would_make_something_else_by_now_is_printed_with_a_warning(capsys, tmp_path: Path):
+def test_a_run_that_would_make_something_else_by_now_is_printed_with_a_warning(
+    capsys, tmp_path: Path
+):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
     config = tiny_run(tmp_path / "store", f"prompts.source={{kind: files, paths: [{prompts}]}}")
     artifact = artifact_of(config, "prompts")
@@ -86,18 +104,29 @@ def test_a_run_that_would_make_something_else_by_now_is_printed_with_a_warning(c
     prompts.unlink()
     file_digest.cache_clear()
     code, out, err = run(capsys, "show-config", artifact.url)
-    assert code == 0 and str(prompts) in out and "warning: a file that the run reads is not here" in err
+    assert (
+        code == 0
+        and str(prompts) in out
+        and "warning: a file that the run reads is not here" in err
+    )
     write_jsonl(prompts, [{"prompt": "two"}])
     assert f"not {artifact.key.fingerprint}" in run(capsys, "show-config", artifact.url)[2]
 
 
-def test_a_run_that_this_version_does_not_know_and_no_artifact_at_all_are_said(capsys, tmp_path: Path):
+def test_a_run_that_this_version_does_not_know_and_no_artifact_at_all_are_said(
+    capsys, tmp_path: Path
+):
     artifact = artifact_of(tiny_run(tmp_path), "prompts")
     code, _, err = run(capsys, "show-config", artifact.url)
     assert code == 2 and "there is no artifact here" in err
     artifact.create({**tiny_run(tmp_path).model_dump(mode="json"), "gone": 1})
     code, out, err = run(capsys, "show-config", artifact.url)
-    assert code == 2 and "gone: there is no such field" in err and "made by deepspec" in err and out == ""
+    assert (
+        code == 2
+        and "gone: there is no such field" in err
+        and "made by deepspec" in err
+        and out == ""
+    )
 
 
 def test_verify_finds_nothing_wrong_or_names_it(capsys, captured: Path, tmp_path: Path):
@@ -118,7 +147,9 @@ def test_a_users_mistake_is_one_paragraph_and_exit_code_2(capsys, tmp_path: Path
     assert "Traceback" not in err
 
 
-def test_a_parent_process_gets_the_error_as_one_json_line(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_parent_process_gets_the_error_as_one_json_line(
+    capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("DEEPSPEC_EVENTS", "1")
     (tmp_path / "file").write_text("in the way")
     code, out, _ = run(capsys, "prompts", "demo", "--store", str(tmp_path / "file"))

@@ -1,4 +1,6 @@
-"""The known benchmarks: their wordings give the golden prompts byte for byte, and a wrong name is answered with the nearest right ones."""
+"""The known benchmarks: their wordings give the golden prompts byte for byte, and a wrong name
+is answered with the nearest right ones.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,36 @@ from deepspec.prompts.sources import read_file
 from tests.conftest import SHARED
 
 GOLDEN = sorted((SHARED / "eval_datasets").glob("*.jsonl"))
-PROTOCOL = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500, "mt-bench": 80,
-            "alpaca": 500, "arena-hard-v2": 500}  # fmt: skip
+PROTOCOL = {
+    "gsm8k": 500,
+    "math500": 500,
+    "aime25": 30,
+    "humaneval": 164,
+    "mbpp": 256,
+    "livecodebench": 500,
+    "mt-bench": 80,
+    "alpaca": 500,
+    "arena-hard-v2": 500,
+}
 
 
 def row_behind(name: str, turns: list[str]) -> dict:
-    """The data set's row that a golden line was made from: the columns cut out of the first wording that fits it."""
+    """The data set's row that a golden line was made from: the columns cut out of the first
+    wording that fits it.
+    """
     for wording in KNOWN[name].wordings:
-        pattern = "".join(re.escape(text) + (f"(?P<{column}>.+)" if column else "") for text, column, _, _ in Formatter().parse(wording))
+        pattern = "".join(
+            re.escape(text) + (f"(?P<{column}>.+)" if column else "")
+            for text, column, _, _ in Formatter().parse(wording)
+        )
         found = [re.fullmatch(pattern, turn, re.DOTALL) for turn in turns]
         if all(found):
             rows = [match.groupdict() for match in found if match]
-            return rows[0] if len(rows) == 1 else {column: [row[column] for row in rows] for column in columns_of(wording)}
+            return (
+                rows[0]
+                if len(rows) == 1
+                else {column: [row[column] for row in rows] for column in columns_of(wording)}
+            )
     pytest.fail(f"no wording of {name} fits {turns[0][:80]!r}")
 
 
@@ -44,20 +64,43 @@ def test_the_table_has_the_protocols_numbers_and_every_golden_file():
 
 
 def test_a_row_is_worded_as_far_as_its_columns_are_filled():
-    assert turns_of(KNOWN["alpaca"], {"instruction": "Sum up.", "input": "A text."}) == ["Sum up.\n\nInput:\nA text."]
+    assert turns_of(KNOWN["alpaca"], {"instruction": "Sum up.", "input": "A text."}) == [
+        "Sum up.\n\nInput:\nA text."
+    ]
     assert turns_of(KNOWN["alpaca"], {"instruction": "Greet {me}.", "input": ""}) == ["Greet {me}."]
-    code = turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": "class S:"})[0]
-    assert "### Question:\nQ\n\n### Format: Use the following code structure:\n```python\nclass S:\n```\n\n### Answer" in code
-    assert "# YOUR CODE HERE" in turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": ""})[0]
+    code = turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": "class S:"})[
+        0
+    ]
+    assert (
+        "### Question:\nQ\n\n### Format: Use the following code structure:\n```python\nclass S:\n```\n\n### Answer"
+        in code
+    )
+    assert (
+        "# YOUR CODE HERE"
+        in turns_of(KNOWN["livecodebench"], {"question_content": "Q", "starter_code": ""})[0]
+    )
 
 
 def test_a_data_set_whose_columns_changed_is_refused_with_those_it_has():
-    with pytest.raises(DataError, match=r"nothing in question, its columns are answer, query") as caught:
+    with pytest.raises(
+        DataError, match=r"nothing in question, its columns are answer, query"
+    ) as caught:
         turns_of(KNOWN["gsm8k"], {"query": "1 + 1?", "answer": "2"})
     assert "gsm8k@COMMIT" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "gsm8k@main", "my.jsonl", "./anything", "s3://bucket/set.jsonl", "x.parquet", "demo/math"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gsm8k",
+        "gsm8k@main",
+        "my.jsonl",
+        "./anything",
+        "s3://bucket/set.jsonl",
+        "x.parquet",
+        "demo/math",
+    ],
+)
 def test_known_names_and_files_pass(name: str):
     assert check_name(name, others=["demo/math"]) == name
 
@@ -65,8 +108,14 @@ def test_known_names_and_files_pass(name: str):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("evaluate.benchmarks=[{name: gsm8}]", ["evaluate.benchmarks.0.name", "'gsm8'", "did you mean 'gsm8k'"]),
-        ("evaluate.benchmarks=[{name: gsm8k}, {name: mtbench}]", ["evaluate.benchmarks.1.name", "'mt-bench'"]),
+        (
+            "evaluate.benchmarks=[{name: gsm8}]",
+            ["evaluate.benchmarks.0.name", "'gsm8'", "did you mean 'gsm8k'"],
+        ),
+        (
+            "evaluate.benchmarks=[{name: gsm8k}, {name: mtbench}]",
+            ["evaluate.benchmarks.1.name", "'mt-bench'"],
+        ),
         ("evaluate.benchmarks=[{name: aime}]", ["'aime25'", "'aime24'"]),
         ("evaluate.benchmarks=[{name: demo/maths}]", ["did you mean 'demo/math'"]),
         ("evaluate.benchmarks=[{name: qqq}]", ["known are gsm8k, math500", "give a file"]),
@@ -84,12 +133,22 @@ def test_a_benchmark_is_named_by_what_decides_its_prompts():
     gsm8k = KNOWN["gsm8k"]
     pinned = find_benchmark("gsm8k@v1")
     assert pinned == gsm8k._replace(revision="v1")
-    others = [pinned, gsm8k._replace(split="train"), gsm8k._replace(wordings=("{question}",)), gsm8k._replace(problem=None)]
-    assert len({benchmark_key(benchmark).fingerprint for benchmark in (gsm8k, *others) if benchmark}) == 5
+    others = [
+        pinned,
+        gsm8k._replace(split="train"),
+        gsm8k._replace(wordings=("{question}",)),
+        gsm8k._replace(problem=None),
+    ]
+    assert (
+        len({benchmark_key(benchmark).fingerprint for benchmark in (gsm8k, *others) if benchmark})
+        == 5
+    )
     assert benchmark_key(gsm8k._replace(num_prompts=3, domain="other")) == benchmark_key(gsm8k)
 
 
-def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(monkeypatch: pytest.MonkeyPatch):
+def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(
+    monkeypatch: pytest.MonkeyPatch,
+):
     run = load_run("demo", ["evaluate.benchmarks=[{name: gsm8k}]"])
     before = artifact_key(run, "evaluate").fingerprint
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(num_prompts=3))
@@ -97,4 +156,7 @@ def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(monkeypa
 
 
 def test_revisions_are_whole_commits_or_left_open():
-    assert all(benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision) for benchmark in KNOWN.values())
+    assert all(
+        benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision)
+        for benchmark in KNOWN.values()
+    )

@@ -1,4 +1,6 @@
-"""A demo built in seconds: a folder that the other stages read like any model's, the same bytes again."""
+"""A demo built in seconds: a folder that the other stages read like any model's, the same bytes
+again.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,25 @@ import torch
 from deepspec.config.run import DemoConfig
 from deepspec.demo.build import DemoSummary, build_demo
 
-CONFIG = DemoConfig(conversations=90, held_out=3, vocab_size=300, num_layers=2, hidden_size=32, steps=3, batch_tokens=400)
+CONFIG = DemoConfig(
+    conversations=90,
+    held_out=3,
+    vocab_size=300,
+    num_layers=2,
+    hidden_size=32,
+    steps=3,
+    batch_tokens=400,
+)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummary, list[tuple[int, int]]]:
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, DemoSummary, list[tuple[int, int]]]:
     folder, seen = tmp_path_factory.mktemp("built"), []
-    summary = build_demo(folder, CONFIG, on_progress=lambda done, total, numbers: seen.append((done, total)))
+    summary = build_demo(
+        folder, CONFIG, on_progress=lambda done, total, numbers: seen.append((done, total))
+    )
     return folder, summary, seen
 
 
@@ -29,12 +43,23 @@ def test_the_target_loads_offline_and_speaks(built):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = built[0] / "target"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    assert (type(model).__name__, model.config.num_hidden_layers, model.dtype) == ("Qwen3ForCausalLM", 2, torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    assert (type(model).__name__, model.config.num_hidden_layers, model.dtype) == (
+        "Qwen3ForCausalLM",
+        2,
+        torch.float32,
+    )
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert (model.generation_config.eos_token_id, tokenizer.mask_token_id) == (2, 3)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "Why?"}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        return_tensors="pt",
+        return_dict=True,
     )["input_ids"]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
@@ -42,7 +67,11 @@ def test_the_target_loads_offline_and_speaks(built):
 def test_prompts_and_benchmarks_have_the_rows_that_the_stages_read(built):
     prompts = rows_of(built[0] / "prompts.jsonl")
     assert len(prompts) == CONFIG.conversations
-    assert all(set(row) == {"messages", "domain"} and [turn["role"] for turn in row["messages"]] == ["user"] for row in prompts)
+    assert all(
+        set(row) == {"messages", "domain"}
+        and [turn["role"] for turn in row["messages"]] == ["user"]
+        for row in prompts
+    )
     asked = {row["messages"][0]["content"] for row in prompts}
     for domain in ("math", "code", "chat"):
         held_out = rows_of(built[0] / "benchmarks" / f"{domain}.jsonl")
@@ -61,5 +90,11 @@ def test_progress_and_summary_tell_the_steps(built):
 def test_the_same_configuration_gives_the_same_bytes(built, tmp_path: Path):
     build_demo(tmp_path, CONFIG)
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(built[0]) for path in built[0].rglob("*") if path.is_file())
-    assert [str(file) for file in files if (tmp_path / file).read_bytes() != (built[0] / file).read_bytes()] == []
+    assert files == sorted(
+        path.relative_to(built[0]) for path in built[0].rglob("*") if path.is_file()
+    )
+    assert [
+        str(file)
+        for file in files
+        if (tmp_path / file).read_bytes() != (built[0] / file).read_bytes()
+    ] == []

@@ -31,7 +31,9 @@ def test_the_same_seed_makes_the_same_corpus_another_seed_another(corpus: Corpus
 
 def test_every_domain_has_its_third_and_its_held_out_prompts(corpus: Corpus):
     assert Counter(row.domain for row in corpus.training) == dict.fromkeys(DOMAINS, 300)
-    assert {domain: len(rows) for domain, rows in corpus.held_out.items()} == dict.fromkeys(DOMAINS, 10)
+    assert {domain: len(rows) for domain, rows in corpus.held_out.items()} == dict.fromkeys(
+        DOMAINS, 10
+    )
 
 
 def test_the_domains_are_mixed_from_the_first_prompts_on(corpus: Corpus):
@@ -63,8 +65,13 @@ def test_every_step_of_a_worked_answer_is_right():
         question, answer = make_problem(rng)
         steps = re.findall(r"(\d+) ([*+-]) (\d+) = (\d+)", answer)
         results = {"*": lambda a, b: a * b, "+": lambda a, b: a + b, "-": lambda a, b: a - b}
-        assert all(results[sign](int(left), int(right)) == int(result) for left, sign, right, result in steps)
+        assert all(
+            results[sign](int(left), int(right)) == int(result)
+            for left, sign, right, result in steps
+        )
         assert len(steps) == answer.count("Step ")
         assert answer.endswith(f" {steps[-1][3]}.")
         known = {*re.findall(r"\d+", question), *(result for *_, result in steps)}
-        assert all({left, right} <= known for left, _, right, _ in steps), "a step uses only what is given or worked out"
+        assert all({left, right} <= known for left, _, right, _ in steps), (
+            "a step uses only what is given or worked out"
+        )

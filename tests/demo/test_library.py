@@ -34,10 +34,20 @@ def test_functions_come_sorted_once_each_and_their_source_parses():
 
 
 def test_a_function_is_known_by_signature_source_and_summary():
-    by_name = {(function.module, function.owner, function.name): function for function in library_functions()}
+    by_name = {
+        (function.module, function.owner, function.name): function
+        for function in library_functions()
+    }
     function = by_name["posixpath", None, "normcase"]
-    assert (function.signature, function.kind, function.place) == ("normcase(s)", "function", "the module `posixpath`")
+    assert (function.signature, function.kind, function.place) == (
+        "normcase(s)",
+        "function",
+        "the module `posixpath`",
+    )
     assert function.source.startswith("def normcase(s):\n    ")
     assert '"""' not in function.source, "the docstring belongs to the chat domain"
     assert function.summary.startswith("Normalize case of pathname.")
-    assert by_name["pathlib", "PurePath", "as_posix"].place == "the class `PurePath` in the module `pathlib`"
+    assert (
+        by_name["pathlib", "PurePath", "as_posix"].place
+        == "the class `PurePath` in the module `pathlib`"
+    )

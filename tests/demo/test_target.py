@@ -11,10 +11,19 @@ from torch.nn import functional as F
 from deepspec.config.run import DemoConfig
 from deepspec.demo.build import encode
 from deepspec.demo.corpus import make_corpus
-from deepspec.demo.target import WARMUP_STEPS, Example, batch_loss, make_batches, new_target, schedule
+from deepspec.demo.target import (
+    WARMUP_STEPS,
+    Example,
+    batch_loss,
+    make_batches,
+    new_target,
+    schedule,
+)
 from deepspec.demo.tokenizer import train_tokenizer
 
-CONFIG = DemoConfig(conversations=60, held_out=2, vocab_size=300, num_layers=2, hidden_size=32, steps=3)
+CONFIG = DemoConfig(
+    conversations=60, held_out=2, vocab_size=300, num_layers=2, hidden_size=32, steps=3
+)
 
 
 def examples_of(*lengths: int, domain: str = "math") -> list[Example]:
@@ -27,7 +36,9 @@ def test_every_example_is_in_one_batch_within_the_token_limit():
     assert sorted(len(example.input_ids) for batch in batches for example in batch) == sorted(
         len(example.input_ids) for example in examples
     )
-    assert all(len(batch) * max(len(example.input_ids) for example in batch) <= 200 for batch in batches)
+    assert all(
+        len(batch) * max(len(example.input_ids) for example in batch) <= 200 for batch in batches
+    )
 
 
 def test_an_example_longer_than_a_batch_stands_alone():
@@ -51,18 +62,24 @@ def test_the_learning_rate_rises_linearly_and_falls_to_zero():
 @pytest.fixture(scope="module")
 def tokenizer_and_examples():
     corpus = make_corpus(CONFIG)
-    tokenizer = train_tokenizer((row.answer for row in corpus.training), vocab_size=CONFIG.vocab_size)
+    tokenizer = train_tokenizer(
+        (row.answer for row in corpus.training), vocab_size=CONFIG.vocab_size
+    )
     return tokenizer, [encode(tokenizer, row) for row in corpus.training]
 
 
 def test_the_loss_is_that_of_the_answers_alone_whatever_the_padding(tokenizer_and_examples):
-    """Labels are the answer and its end of turn: the first is predicted from the prompt's last token, nothing after the end."""
+    """Labels are the answer and its end of turn: the first is predicted from the prompt's last
+    token, nothing after the end.
+    """
     tokenizer, examples = tokenizer_and_examples
     model = new_target(CONFIG, tokenizer).eval()
     total, count = 0.0, 0
     for ids, prompt, _ in examples[:3]:
         logits = model(torch.tensor([ids])).logits[0]
-        total += F.cross_entropy(logits[prompt - 1 : -1], torch.tensor(ids[prompt:]), reduction="sum").item()
+        total += F.cross_entropy(
+            logits[prompt - 1 : -1], torch.tensor(ids[prompt:]), reduction="sum"
+        ).item()
         count += len(ids) - prompt
     assert batch_loss(model, examples[:3]).item() == pytest.approx(total / count, rel=1e-5)
 

@@ -1,4 +1,6 @@
-"""The tokenizer: fixed ids of the special tokens, text that survives the round trip, Qwen's turns."""
+"""The tokenizer: fixed ids of the special tokens, text that survives the round trip, Qwen's
+turns.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,24 @@ def test_the_template_marks_turns_as_qwen_does(tokenizer: Any):
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert text == "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
     system = [{"role": "system", "content": "Be brief."}, MESSAGES[0]]
-    text = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    text = tokenizer.apply_chat_template(
+        system, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert (
+        text
+        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-def test_every_conversation_renders_and_decodes_back_and_its_answer_ends_the_turn(corpus: Corpus, tokenizer: Any):
+def test_every_conversation_renders_and_decodes_back_and_its_answer_ends_the_turn(
+    corpus: Corpus, tokenizer: Any
+):
     for row in corpus.training:
         example = encode(tokenizer, row)
         rendered = tokenizer.apply_chat_template(row.messages, tokenize=True, return_dict=False)
-        assert rendered == [*example.input_ids, *tokenizer.encode("\n")], "training sees what a server would see"
+        assert rendered == [*example.input_ids, *tokenizer.encode("\n")], (
+            "training sees what a server would see"
+        )
         answer = example.input_ids[example.prompt :]
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer[:-1]) == row.answer

@@ -1,4 +1,6 @@
-"""Results as an evaluation writes them, made up: rows of any size in no time, and an artifact that holds them."""
+"""Results as an evaluation writes them, made up: rows of any size in no time, and an artifact
+that holds them.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ def made_rows(
     better: float = 0.0,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One row per prompt; each prompt has its own rate of acceptance, around its benchmark's (plus `better`)."""
+    """One row per prompt; each prompt has its own rate of acceptance, around its benchmark's
+    (plus `better`).
+    """
     rows = []
     for temperature in temperatures:
         for batch_size in batch_sizes:
             for name, (domain, rate) in benchmarks.items():
                 for prompt in range(prompts):
                     rng = np.random.default_rng([seed, prompt, len(name)])
-                    own = np.clip(rate + better - 0.1 * temperature + rng.normal(0, 0.08), 0.05, 0.97)
+                    own = np.clip(
+                        rate + better - 0.1 * temperature + rng.normal(0, 0.08), 0.05, 0.97
+                    )
                     taken = rng.random((int(rng.integers(8, 20)), block)) < own
                     accepted = np.where(taken.all(1), block, taken.argmin(1))
                     tokens, rounds = int(accepted.sum() + len(accepted)), len(accepted)
@@ -46,15 +52,30 @@ def made_rows(
                     seconds = rounds * per_round * rng.uniform(0.95, 1.05)
                     rows.append(
                         {
-                            "benchmark": name, "domain": domain, "temperature": temperature, "batch_size": batch_size,
-                            "group": prompt // batch_size, "prompt": prompt, "turn": 0, "prompt_digest": f"{name}-{prompt}",
-                            "num_prompt_tokens": 60, "num_tokens": tokens, "plain_tokens": tokens, "identical": temperature == 0,
-                            "regret": None, "proposed": [block] * rounds, "accepted": accepted.tolist(),
-                            "committed": (accepted + 1).tolist(), "confidence": None, "token_ids": [5] * tokens, "seconds": seconds,
-                            "draft_seconds": 0.3 * seconds, "verify_seconds": 0.6 * seconds,
+                            "benchmark": name,
+                            "domain": domain,
+                            "temperature": temperature,
+                            "batch_size": batch_size,
+                            "group": prompt // batch_size,
+                            "prompt": prompt,
+                            "turn": 0,
+                            "prompt_digest": f"{name}-{prompt}",
+                            "num_prompt_tokens": 60,
+                            "num_tokens": tokens,
+                            "plain_tokens": tokens,
+                            "identical": temperature == 0,
+                            "regret": None,
+                            "proposed": [block] * rounds,
+                            "accepted": accepted.tolist(),
+                            "committed": (accepted + 1).tolist(),
+                            "confidence": None,
+                            "token_ids": [5] * tokens,
+                            "seconds": seconds,
+                            "draft_seconds": 0.3 * seconds,
+                            "verify_seconds": 0.6 * seconds,
                             "plain_seconds": tokens * 0.012 / batch_size * rng.uniform(0.95, 1.05),
                         }
-                    )  # fmt: skip
+                    )
     return rows
 
 
@@ -65,18 +86,43 @@ def made_calibration(block: int = 7) -> dict[str, Any]:
         middles = np.linspace(0.05, 0.95, 10)
         shares = [float(np.clip(m - off * m * (1 - m), 0, 1)) for m in middles.tolist()]
         bins = [
-            {"low": m - 0.05, "high": m + 0.05, "count": int(40 + 200 * m), "confidence": m, "accepted": share}
+            {
+                "low": m - 0.05,
+                "high": m + 0.05,
+                "count": int(40 + 200 * m),
+                "confidence": m,
+                "accepted": share,
+            }
             for m, share in zip(middles.tolist(), shares, strict=True)
         ]
-        return {"ece": 0.12 * off, "auroc": 0.8 - 0.01 * k, "brier": 0.15 + 0.05 * off, "count": 900 // k, "bins": bins}
+        return {
+            "ece": 0.12 * off,
+            "auroc": 0.8 - 0.01 * k,
+            "brier": 0.15 + 0.05 * off,
+            "count": 900 // k,
+            "bins": bins,
+        }
 
-    both = [{"position": k, "before": position(k, 1.2), "after": position(k, 0.15)} for k in range(1, block + 1)]
+    both = [
+        {"position": k, "before": position(k, 1.2), "after": position(k, 0.15)}
+        for k in range(1, block + 1)
+    ]
     sweep = [
-        {"threshold": t, "acceptance_length": 4.6 - 3.2 * t**2, "verify_rate": 0.55 + 0.35 * t, "proposed_per_round": 7 - 6 * t}
+        {
+            "threshold": t,
+            "acceptance_length": 4.6 - 3.2 * t**2,
+            "verify_rate": 0.55 + 0.35 * t,
+            "proposed_per_round": 7 - 6 * t,
+        }
         for t in np.arange(0, 1, 0.05).tolist()
     ]
     temperatures, split = [1.1 + 0.1 * k for k in range(block)], {"prompts": 36, "rounds": 450}
-    found = {"positions": both, "cumulative": both, "temperatures": temperatures, "thresholds": sweep}
+    found = {
+        "positions": both,
+        "cumulative": both,
+        "temperatures": temperatures,
+        "thresholds": sweep,
+    }
     return {**found, "fitted_on": split, "reported_on": split}
 
 
@@ -87,27 +133,52 @@ def made_scheduler() -> dict[str, Any]:
         found = []
         for number in requests:
             throughput = gain * 400 * number / (1 + number / knee)
-            found.append({"requests": number, "throughput": throughput, "per_user": throughput / number, "verified_per_round": gain * 4})
+            found.append(
+                {
+                    "requests": number,
+                    "throughput": throughput,
+                    "per_user": throughput / number,
+                    "verified_per_round": gain * 4,
+                }
+            )
         return found
 
     fixed = {f"fixed@{k}": policy(0.5 + 0.1 * min(k, 4), 90 - 9 * k) for k in range(8)}
     return {
         "requests": requests,
-        "policies": {"full": policy(1.0, 20), **fixed, "threshold@0.5": policy(1.0, 50), "scheduled": policy(1.05, 80)},
+        "policies": {
+            "full": policy(1.0, 20),
+            **fixed,
+            "threshold@0.5": policy(1.0, 50),
+            "scheduled": policy(1.05, 80),
+        },
     }
 
 
 def put_result(
-    config: RunConfig, rows: Sequence[dict[str, Any]], *, more: dict[str, Any] | None = None, without: Sequence[str] = ()
+    config: RunConfig,
+    rows: Sequence[dict[str, Any]],
+    *,
+    more: dict[str, Any] | None = None,
+    without: Sequence[str] = (),
 ) -> Artifact:
-    """A sealed result of the run that holds these rows, its summary with `more` sections; `without` leaves columns out."""
+    """A sealed result of the run that holds these rows, its summary with `more` sections;
+    `without` leaves columns out.
+    """
     artifact = artifact_of(config, "evaluate")
     artifact.create(section_of(config))
     kept = [{name: value for name, value in row.items() if name not in without} for row in rows]
     with artifact.store.staged() as local:
         write_table(pa.Table.from_pylist(kept), local)
-        artifact.commit(0, local, Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows)), upstream=None)
-    artifact.store.write(artifact.path("summary.json"), pretty_json({**summary(artifact), **(more or {})}))
+        artifact.commit(
+            0,
+            local,
+            Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows)),
+            upstream=None,
+        )
+    artifact.store.write(
+        artifact.path("summary.json"), pretty_json({**summary(artifact), **(more or {})})
+    )
     artifact.seal(shards=[0], files=["summary.json"], inputs={})
     return artifact
 

@@ -1,4 +1,6 @@
-"""Made rows of a result whose confidences are known to be too sharp or too blunt, by a known temperature per slot."""
+"""Made rows of a result whose confidences are known to be too sharp or too blunt, by a known
+temperature per slot.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,12 @@ from typing import Any
 import numpy as np
 
 
-def made_rows(prompts: int, rounds: int, *, temperatures: Sequence[float], seed: int = 0) -> list[dict[str, Any]]:
-    """As many prompts of so many rounds; a confidence is right once its logit is divided by its slot's temperature."""
+def made_rows(
+    prompts: int, rounds: int, *, temperatures: Sequence[float], seed: int = 0
+) -> list[dict[str, Any]]:
+    """As many prompts of so many rounds; a confidence is right once its logit is divided by its
+    slot's temperature.
+    """
     rng, block_size = np.random.default_rng(seed), len(temperatures)
     rows = []
     for prompt in range(prompts):
@@ -19,8 +25,13 @@ def made_rows(prompts: int, rounds: int, *, temperatures: Sequence[float], seed:
         told = 1 / (1 + np.exp(-logits * np.asarray(temperatures)))
         rows.append(
             {
-                "benchmark": "made", "temperature": 1.0, "prompt": prompt, "proposed": [block_size] * rounds, "accepted": accepted,
-                "committed": [kept + 1 for kept in accepted], "confidence": told.tolist(),
+                "benchmark": "made",
+                "temperature": 1.0,
+                "prompt": prompt,
+                "proposed": [block_size] * rounds,
+                "accepted": accepted,
+                "committed": [kept + 1 for kept in accepted],
+                "confidence": told.tolist(),
             }
-        )  # fmt: skip
+        )
     return rows

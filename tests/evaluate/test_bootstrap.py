@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspec.evaluate.bootstrap import RESAMPLES, interval, intervals, pooled, resampled, total, weights
-from deepspec.evaluate.counts import Tally, acceptance_length, clock, conditional_acceptance, speedup, tally
+from deepspec.evaluate.bootstrap import (
+    RESAMPLES,
+    interval,
+    intervals,
+    pooled,
+    resampled,
+    total,
+    weights,
+)
+from deepspec.evaluate.counts import (
+    Tally,
+    acceptance_length,
+    clock,
+    conditional_acceptance,
+    speedup,
+    tally,
+)
 from tests.evaluate.made_results import made_rows
 
 
@@ -30,7 +45,10 @@ def test_a_resample_is_the_metric_of_the_rows_that_were_drawn():
     by_hand = []
     for counts in drawn.astype(int).tolist():
         again = [row for row, times in zip(rows, counts, strict=True) for _ in range(times)]
-        by_hand.append(sum(sum(row["committed"]) for row in again) / sum(len(row["committed"]) for row in again))
+        by_hand.append(
+            sum(sum(row["committed"]) for row in again)
+            / sum(len(row["committed"]) for row in again)
+        )
     assert np.allclose(acceptance_length(resampled(sums, drawn)), by_hand)
 
 
@@ -49,7 +67,9 @@ def test_prompts_decoded_together_are_drawn_together():
     rows = made_rows(benchmarks={"gsm8k": ("math", 0.8)}, prompts=8, batch_sizes=[4])
     times = clock([rows[:4], rows[4:]])
     found = speedup(resampled(times, weights(2, key="x")))
-    assert len(np.unique(found.round(9))) == 3, "of two groups: the one twice, the other twice, or both"
+    assert len(np.unique(found.round(9))) == 3, (
+        "of two groups: the one twice, the other twice, or both"
+    )
 
 
 def test_benchmarks_pooled_are_the_sum_of_theirs():

@@ -1,4 +1,6 @@
-"""Calibration: measures by hand, rounds whose labels are known, temperatures that were hidden in made rounds."""
+"""Calibration: measures by hand, rounds whose labels are known, temperatures that were hidden
+in made rounds.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from deepspec.evaluate.calibration import (
     reliability,
     threshold_sweep,
     write_calibration,
-)  # fmt: skip
+)
 from deepspec.evaluate.rounds import Rounds, read_rounds, split_by_prompt
 from deepspec.export.export import TEMPERATURES, export_draft
 from deepspec.model.checkpoint import save_draft
@@ -36,7 +38,9 @@ from tests.evaluate.made_rounds import made_rows
 from tests.model.drafts import make_draft
 
 # Three rounds of two slots: all accepted, the first alone, none.
-THREE = Rounds(np.array([[0.9, 0.8], [0.75, 0.3], [0.2, 0.6]]), np.array([2, 1, 0]), np.array([0, 0, 1]))
+THREE = Rounds(
+    np.array([[0.9, 0.8], [0.75, 0.3], [0.2, 0.6]]), np.array([2, 1, 0]), np.array([0, 0, 1])
+)
 
 
 def row(**columns: Any) -> dict[str, Any]:
@@ -45,9 +49,14 @@ def row(**columns: Any) -> dict[str, Any]:
 
 def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_count():
     probability, label = np.array([0.12, 0.18, 0.95, 1.0]), np.array([False, True, True, True])
-    assert expected_calibration_error(probability, label) == pytest.approx((abs(0.3 - 1) + abs(1.95 - 2)) / 4)
+    assert expected_calibration_error(probability, label) == pytest.approx(
+        (abs(0.3 - 1) + abs(1.95 - 2)) / 4
+    )
     filled = [part for part in reliability(probability, label) if part["count"]]
-    assert [(part["low"], part["high"], part["count"], part["accepted"]) for part in filled] == [(0.1, 0.2, 2, 0.5), (0.9, 1.0, 2, 1.0)]
+    assert [(part["low"], part["high"], part["count"], part["accepted"]) for part in filled] == [
+        (0.1, 0.2, 2, 0.5),
+        (0.9, 1.0, 2, 1.0),
+    ]
     assert [part["confidence"] for part in filled] == pytest.approx([0.15, 0.975])
 
 
@@ -55,7 +64,11 @@ def test_auroc_counts_pairs_in_the_right_order_and_ties_half():
     rng = np.random.default_rng(1)
     for _ in range(20):
         probability, label = rng.integers(0, 6, 40) / 6, rng.random(40) < 0.4
-        pairs = [(yes > no) + 0.5 * (yes == no) for yes in probability[label] for no in probability[~label]]
+        pairs = [
+            (yes > no) + 0.5 * (yes == no)
+            for yes in probability[label]
+            for no in probability[~label]
+        ]
         assert auroc(probability, label) == pytest.approx(np.mean(pairs))
     assert auroc(np.array([0.1, 0.9]), np.array([True, True])) is None
 
@@ -87,20 +100,30 @@ def test_nothing_measured_is_said_to_be_nothing():
     [
         (3, 1, 2, True),  # rejected at the second
         (3, 3, 4, True),  # all accepted, and the bonus
-        (3, 2, 2, False),  # ended by an accepted stop token: what the target thought of the third is unknown
+        # ended by an accepted stop token: what the target thought of the third is unknown
+        (3, 2, 2, False),
         (3, 3, 3, True),  # the stop token was the last one: every label is known
         (2, 1, 2, False),  # cut before verification
     ],
 )
-def test_only_rounds_whose_every_label_is_known_are_read(proposed: int, accepted: int, committed: int, kept: bool):
+def test_only_rounds_whose_every_label_is_known_are_read(
+    proposed: int, accepted: int, committed: int, kept: bool
+):
     told = [[0.5, 0.6, 0.7]]
-    rounds = read_rounds([row(proposed=[proposed], accepted=[accepted], committed=[committed], confidence=told)], 3)
+    rounds = read_rounds(
+        [row(proposed=[proposed], accepted=[accepted], committed=[committed], confidence=told)], 3
+    )
     assert len(rounds.accepted) == kept
     assert rounds.confidence.tolist() == (told if kept else [])
 
 
-def test_a_draft_without_confidence_leaves_no_rounds_and_no_summary(caplog: pytest.LogCaptureFixture):
-    rows = [row(proposed=[3] * 200, accepted=[1] * 200, committed=[2] * 200, confidence=told) for told in (None, [])]
+def test_a_draft_without_confidence_leaves_no_rounds_and_no_summary(
+    caplog: pytest.LogCaptureFixture,
+):
+    rows = [
+        row(proposed=[3] * 200, accepted=[1] * 200, committed=[2] * 200, confidence=told)
+        for told in (None, [])
+    ]
     assert read_rounds(rows, 3).confidence.shape == (0, 3)
     with caplog.at_level("INFO"):
         assert calibration_summary(rows, 3) is None
@@ -109,7 +132,11 @@ def test_a_draft_without_confidence_leaves_no_rounds_and_no_summary(caplog: pyte
 
 def test_a_prompt_is_never_on_both_sides_of_the_split():
     """Not even where it was decoded at several temperatures and batch sizes."""
-    rows = [{**each, "temperature": temperature} for temperature in (0.0, 1.0) for each in made_rows(7, 4, temperatures=(1.0, 1.0))]
+    rows = [
+        {**each, "temperature": temperature}
+        for temperature in (0.0, 1.0)
+        for each in made_rows(7, 4, temperatures=(1.0, 1.0))
+    ]
     rounds = read_rounds(rows, 2)
     first, second = split_by_prompt(rounds)
     assert set(first.prompt) | set(second.prompt) == set(range(7))
@@ -134,7 +161,9 @@ def test_each_temperature_is_the_best_for_the_product_given_the_ones_before():
     first, second = fit_temperatures(rounds)
 
     def error(*temperatures: float) -> float:
-        chance = np.prod(calibrated(rounds.confidence[:, : len(temperatures)], temperatures), axis=1)
+        chance = np.prod(
+            calibrated(rounds.confidence[:, : len(temperatures)], temperatures), axis=1
+        )
         return expected_calibration_error(chance, rounds.accepted >= len(temperatures))
 
     assert error(first) == pytest.approx(min(error(each) for each in grid))
@@ -155,17 +184,25 @@ def test_hidden_temperatures_are_found_and_mend_prompts_that_were_not_fitted_on(
             assert place["after"]["ece"] < 0.5 * place["before"]["ece"]
             assert sum(part["count"] for part in place["after"]["bins"]) == place["after"]["count"]
     one = found["positions"][0]
-    assert one["after"]["auroc"] == pytest.approx(one["before"]["auroc"])  # a temperature keeps the order within a slot
+    # a temperature keeps the order within a slot
+    assert one["after"]["auroc"] == pytest.approx(one["before"]["auroc"])
     json.dumps(found, allow_nan=False)
 
 
 def test_what_is_reported_was_not_fitted_on():
     """Prompts with numbers of rounds of their own show which of them went where."""
-    rows = [{**each, "prompt": number} for number in range(6) for each in made_rows(1, 100 + number, temperatures=(1.0,), seed=number)]
+    rows = [
+        {**each, "prompt": number}
+        for number in range(6)
+        for each in made_rows(1, 100 + number, temperatures=(1.0,), seed=number)
+    ]
     fitted, reported = split_by_prompt(read_rounds(rows, 1))
     found = calibration_summary(rows, 1)
     assert found is not None
-    assert (found["fitted_on"]["rounds"], found["reported_on"]["rounds"]) == (len(fitted.accepted), len(reported.accepted))
+    assert (found["fitted_on"]["rounds"], found["reported_on"]["rounds"]) == (
+        len(fitted.accepted),
+        len(reported.accepted),
+    )
     assert len(fitted.accepted) != len(reported.accepted)
     assert found["temperatures"] == list(fit_temperatures(fitted))
     assert found["positions"][0]["before"] == per_position(reported)[0]
@@ -174,7 +211,11 @@ def test_what_is_reported_was_not_fitted_on():
 def test_only_the_first_temperature_and_batch_size_are_calibrated():
     rows = made_rows(10, 60, temperatures=(1.0, 1.0))
     assert fit_calibration(rows, 2) is not None
-    more = [{**each, "batch_size": size, "temperature": t} for t, size in ((0.0, 1), (1.0, 8)) for each in rows]
+    more = [
+        {**each, "batch_size": size, "temperature": t}
+        for t, size in ((0.0, 1), (1.0, 8))
+        for each in rows
+    ]
     assert fit_calibration([*rows, *more], 2) == fit_calibration(rows, 2)
 
 
@@ -205,7 +246,12 @@ def test_a_calibration_is_written_read_and_goes_out_with_the_export(tmp_path: Pa
     write_calibration(found, path)
     assert read_calibration(path, 4) == pytest.approx(found.temperatures)
     told = json.loads(path.read_text())
-    assert (told["rounds"], told["prompts"], told["benchmarks"], told["grid"]["steps"]) == (1200, 10, ["made"], 161)
+    assert (told["rounds"], told["prompts"], told["benchmarks"], told["grid"]["steps"]) == (
+        1200,
+        10,
+        ["made"],
+        161,
+    )
     export_draft(tmp_path / "draft", engine="sglang", out=tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")[TEMPERATURES]
     assert exported.dtype == torch.float32
@@ -225,7 +271,9 @@ def test_a_calibration_is_written_read_and_goes_out_with_the_export(tmp_path: Pa
         ('{"temperatures": [1.0, NaN]}', "above 0, not nan"),
     ],
 )
-def test_a_file_that_is_no_calibration_of_this_draft_is_refused(text: str, said: str, tmp_path: Path):
+def test_a_file_that_is_no_calibration_of_this_draft_is_refused(
+    text: str, said: str, tmp_path: Path
+):
     path = tmp_path / "calibration.json"
     path.write_text(text)
     with pytest.raises(ArtifactMismatch, match=said):
@@ -239,7 +287,22 @@ def test_a_block_is_cut_at_the_first_low_confidence_whatever_comes_behind():
 
 def test_the_sweep_replays_what_a_threshold_would_have_proposed():
     none, some, many = threshold_sweep(THREE, (0.0, 0.7, 0.95))
-    assert none == {"threshold": 0.0, "acceptance_length": 6 / 3, "verify_rate": 6 / 9, "proposed_per_round": 2.0}
+    assert none == {
+        "threshold": 0.0,
+        "acceptance_length": 6 / 3,
+        "verify_rate": 6 / 9,
+        "proposed_per_round": 2.0,
+    }
     # Cut to 2, 1, 0 slots: 2 + 1 + 0 accepted and three bonus tokens.
-    assert some == {"threshold": 0.7, "acceptance_length": 6 / 3, "verify_rate": 6 / 6, "proposed_per_round": 1.0}
-    assert many == {"threshold": 0.95, "acceptance_length": 1.0, "verify_rate": 1.0, "proposed_per_round": 0.0}
+    assert some == {
+        "threshold": 0.7,
+        "acceptance_length": 6 / 3,
+        "verify_rate": 6 / 6,
+        "proposed_per_round": 1.0,
+    }
+    assert many == {
+        "threshold": 0.95,
+        "acceptance_length": 1.0,
+        "verify_rate": 1.0,
+        "proposed_per_round": 0.0,
+    }

@@ -1,4 +1,6 @@
-"""Two results on the same prompts: paired, so that small differences show; unmatched prompts are counted, not compared."""
+"""Two results on the same prompts: paired, so that small differences show; unmatched prompts
+are counted, not compared.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.evaluate.made_results import BENCHMARKS, folder_of, made_rows, put_re
 
 
 def line_of(found, name: str, kind: str = "acceptance"):
-    return next(line for line in found[kind] if name in (line.get("benchmark"), line.get("overall")))
+    return next(
+        line for line in found[kind] if name in (line.get("benchmark"), line.get("overall"))
+    )
 
 
 def test_a_better_draft_is_told_from_a_worse_one():
@@ -37,10 +41,14 @@ def test_a_result_is_no_better_than_itself():
 
 
 def test_pairs_make_the_interval_narrower_than_two_separate_ones():
-    """Both sides share what makes a prompt hard; drawn apart, that would hide a difference this small."""
+    """Both sides share what makes a prompt hard; drawn apart, that would hide a difference this
+    small.
+    """
     rows, better = made_rows(prompts=60), made_rows(prompts=60, better=0.01)
     low, high = line_of(compare(rows, better), "micro")["interval"]
-    shuffled = [{**row, "prompt_digest": f"{row['benchmark']}-{(row['prompt'] + 7) % 60}"} for row in better]
+    shuffled = [
+        {**row, "prompt_digest": f"{row['benchmark']}-{(row['prompt'] + 7) % 60}"} for row in better
+    ]
     apart = line_of(compare(rows, shuffled), "micro")["interval"]
     assert high - low < 0.5 * (apart[1] - apart[0])
 
@@ -49,14 +57,20 @@ def test_prompts_are_matched_by_what_was_rendered_not_by_their_number():
     rows = made_rows(prompts=5)
     there = [{**row, "prompt": row["prompt"] + 100} for row in reversed(rows[3:])]
     pairs = match(rows, there)
-    assert all(a["prompt_digest"] == b["prompt_digest"] and a["benchmark"] == b["benchmark"] for a, b in pairs)
+    assert all(
+        a["prompt_digest"] == b["prompt_digest"] and a["benchmark"] == b["benchmark"]
+        for a, b in pairs
+    )
     found = compare(rows, [*there, *made_rows(benchmarks={"mine": ("other", 0.5)}, prompts=4)])
     assert (found["matched"], found["unmatched"]) == (12, [3, 4])
     assert not any(line.get("benchmark") == "mine" for line in found["acceptance"])
 
 
 def test_a_prompt_that_is_there_twice_is_matched_twice():
-    rows = [{**row, "prompt_digest": "same"} for row in made_rows(benchmarks={"gsm8k": ("math", 0.9)}, prompts=3)]
+    rows = [
+        {**row, "prompt_digest": "same"}
+        for row in made_rows(benchmarks={"gsm8k": ("math", 0.9)}, prompts=3)
+    ]
     assert [b["prompt"] for _, b in match(rows, rows[:2])] == [0, 1]
 
 
@@ -64,7 +78,10 @@ def test_speed_is_compared_at_each_batch_size_that_both_have():
     found = compare(made_rows(batch_sizes=[1, 4]), made_rows(batch_sizes=[1, 4, 8], better=0.05))
     assert {line["batch_size"] for line in found["speed"]} == {1, 4}
     assert line_of(found, "macro", "speed")["above_zero"] > 0.99
-    assert {line["groups"] for line in found["speed"] if line.get("benchmark") == "gsm8k"} == {24, 6}
+    assert {line["groups"] for line in found["speed"] if line.get("benchmark") == "gsm8k"} == {
+        24,
+        6,
+    }
 
 
 def test_of_a_single_prompt_nothing_is_sure():
@@ -85,12 +102,17 @@ def test_results_without_a_common_prompt_are_refused():
 @pytest.fixture
 def two(tmp_path: Path) -> list[str]:
     """The folders of two results in stores of their own."""
-    worse = put_result(tiny_run(tmp_path / "[a]"), made_rows())  # which `rich` would take for markup
-    better = put_result(tiny_run(tmp_path / "b", "draft.num_layers=1", "name=mine"), made_rows(better=0.05))
+    # which `rich` would take for markup
+    worse = put_result(tiny_run(tmp_path / "[a]"), made_rows())
+    better = put_result(
+        tiny_run(tmp_path / "b", "draft.num_layers=1", "name=mine"), made_rows(better=0.05)
+    )
     return [folder_of(worse), folder_of(better)]
 
 
-def test_the_command_shows_who_is_compared_on_what_and_what_was_set_otherwise(capsys, two: list[str]):
+def test_the_command_shows_who_is_compared_on_what_and_what_was_set_otherwise(
+    capsys, two: list[str]
+):
     code, out, _ = run(capsys, "compare", *two)
     assert code == 0
     for words in (
@@ -109,7 +131,12 @@ def test_the_command_shows_who_is_compared_on_what_and_what_was_set_otherwise(ca
 def test_the_command_gives_scripts_one_json_object(capsys, two: list[str]):
     code, out, _ = run(capsys, "compare", *two, "--json")
     found = json.loads(out)
-    assert (code, found["a"]["name"], found["b"]["name"], found["settings"]) == (0, "dspark-demo", "mine", {"draft.num_layers": ["2", "1"]})
+    assert (code, found["a"]["name"], found["b"]["name"], found["settings"]) == (
+        0,
+        "dspark-demo",
+        "mine",
+        {"draft.num_layers": ["2", "1"]},
+    )
     assert found == json.loads(json.dumps(compare_results(*two)))
 
 

@@ -7,9 +7,16 @@ import pytest
 
 from deepspec.evaluate import counts as acceptance
 from deepspec.evaluate.bootstrap import total
-from deepspec.evaluate.counts import clock, conditional_acceptance, longest_proposal, prefix_acceptance, tally
+from deepspec.evaluate.counts import (
+    clock,
+    conditional_acceptance,
+    longest_proposal,
+    prefix_acceptance,
+    tally,
+)
 
-# Two prompts, block size 3. Committed = accepted + bonus, but for the last round, which ended on an accepted stop token.
+# Two prompts, block size 3. Committed = accepted + bonus, but for the last round, which ended on an
+# accepted stop token.
 ROWS = [
     {"proposed": [3, 3], "accepted": [3, 0], "committed": [4, 1]},
     {"proposed": [3, 3], "accepted": [1, 2], "committed": [2, 2]},
@@ -58,12 +65,21 @@ def test_the_turns_of_one_prompt_are_added():
 
 def test_nothing_decoded_is_not_a_number_and_no_division():
     nothing = sums([{"proposed": [], "accepted": [], "committed": []}])
-    assert np.isnan(acceptance.acceptance_length(nothing)) and np.isnan(acceptance.verify_rate(nothing))
+    assert np.isnan(acceptance.acceptance_length(nothing)) and np.isnan(
+        acceptance.verify_rate(nothing)
+    )
     assert prefix_acceptance(nothing).tolist() == []
 
 
 def test_speed_up_is_the_ratio_of_tokens_per_second():
-    timing = {"num_tokens": 10, "plain_tokens": 20, "seconds": 1.0, "plain_seconds": 4.0, "draft_seconds": 0.2, "verify_seconds": 0.7}
+    timing = {
+        "num_tokens": 10,
+        "plain_tokens": 20,
+        "seconds": 1.0,
+        "plain_seconds": 4.0,
+        "draft_seconds": 0.2,
+        "verify_seconds": 0.7,
+    }
     times = total(clock([[timing], [timing, timing]]))
     assert (acceptance.tokens_per_s(times), acceptance.plain_tokens_per_s(times)) == (10.0, 5.0)
     assert acceptance.speedup(times) == pytest.approx(2.0)

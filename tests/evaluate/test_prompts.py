@@ -1,4 +1,6 @@
-"""Benchmarks as evaluated: how many prompts, which turns, what a turn is rendered on, what is too long."""
+"""Benchmarks as evaluated: how many prompts, which turns, what a turn is rendered on, what is
+too long.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import pytest
 from deepspec.artifacts.lineage import artifact_of, describe
 from deepspec.config.benchmarks import KNOWN
 from deepspec.errors import ConfigError
-from deepspec.evaluate.prompts import RenderedPrompt, load_benchmarks, make_units, render, split_fitting
+from deepspec.evaluate.prompts import (
+    RenderedPrompt,
+    load_benchmarks,
+    make_units,
+    render,
+    split_fitting,
+)
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import run_evaluate
 from deepspec.messages import Message
@@ -22,11 +30,20 @@ from tests.conftest import tiny_run, write_jsonl
 
 @pytest.fixture
 def mt_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A local data set of mt-bench's shape in the place of the hub's: twelve prompts of two turns, ten of them the protocol's."""
+    """A local data set of mt-bench's shape in the place of the hub's: twelve prompts of two
+    turns, ten of them the protocol's.
+    """
     (tmp_path / "set").mkdir()
-    rows = [{"prompt": [f"What is {number} plus 1?", "And what was the question?"]} for number in range(12)]
+    rows = [
+        {"prompt": [f"What is {number} plus 1?", "And what was the question?"]}
+        for number in range(12)
+    ]
     write_jsonl(tmp_path / "set" / "train.jsonl", rows)
-    monkeypatch.setitem(KNOWN, "mt-bench", KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"), num_prompts=10, revision=None))
+    monkeypatch.setitem(
+        KNOWN,
+        "mt-bench",
+        KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"), num_prompts=10, revision=None),
+    )
     return str(tmp_path / "set")
 
 
@@ -34,7 +51,9 @@ def load(store: Path, **settings: object):
     return load_benchmarks(tiny_run(store, f"evaluate.benchmarks={json.dumps([settings])}"))[0]
 
 
-def test_a_known_benchmark_takes_its_own_number_of_first_turns_and_a_limit_another(mt_bench: str, tmp_path: Path):
+def test_a_known_benchmark_takes_its_own_number_of_first_turns_and_a_limit_another(
+    mt_bench: str, tmp_path: Path
+):
     default = load(tmp_path / "store", name="mt-bench")
     assert (default.name, default.domain, len(default.prompts)) == ("mt-bench", "chat", 10)
     assert all(len(turns) == 1 for turns in default.prompts)
@@ -47,7 +66,9 @@ def test_a_known_benchmark_takes_its_own_number_of_first_turns_and_a_limit_anoth
 
 
 def test_a_file_takes_all_its_prompts_and_is_of_no_domain_unless_it_is_said(tmp_path: Path):
-    path = str(write_jsonl(tmp_path / "mine.jsonl", [{"turns": [f"q {number}"]} for number in range(700)]))
+    path = str(
+        write_jsonl(tmp_path / "mine.jsonl", [{"turns": [f"q {number}"]} for number in range(700)])
+    )
     found = load(tmp_path / "store", name=path)
     assert (found.name, found.domain, len(found.prompts)) == ("mine", "other", 700)
     assert load(tmp_path / "store", name=path, domain="code").domain == "code"
@@ -56,7 +77,11 @@ def test_a_file_takes_all_its_prompts_and_is_of_no_domain_unless_it_is_said(tmp_
 def test_the_demos_benchmarks_have_the_domains_of_their_names(store: Path):
     config = tiny_run(store)
     units = make_units(config, load_benchmarks(config))
-    assert {(unit.benchmark, unit.domain) for unit in units} == {("math", "math"), ("code", "code"), ("chat", "chat")}
+    assert {(unit.benchmark, unit.domain) for unit in units} == {
+        ("math", "math"),
+        ("code", "code"),
+        ("chat", "chat"),
+    }
 
 
 def test_two_benchmarks_of_one_name_are_refused(store: Path, tmp_path: Path):
@@ -72,12 +97,16 @@ def test_a_turn_is_rendered_on_the_answers_before_it(store: Path):
     assert render(chat, turns).input_ids == chat.render([Message("user", "one")])
     said = [Message("user", "one"), Message("assistant", "1"), Message("user", "two")]
     assert render(chat, turns, ["1"]).input_ids == chat.render(said)
-    assert render(chat, turns, ["1", "2"]).input_ids == chat.render([*said, Message("assistant", "2"), Message("user", "three")])
+    assert render(chat, turns, ["1", "2"]).input_ids == chat.render(
+        [*said, Message("assistant", "2"), Message("user", "three")]
+    )
     assert render(chat, turns, ["1"]).digest != render(chat, turns, ["2"]).digest
 
 
 def test_a_prompt_without_room_for_its_answer_is_told_apart_with_the_reason():
-    prompts = {number: RenderedPrompt([0] * length, "") for number, length in ((3, 60), (4, 61), (7, 200))}
+    prompts = {
+        number: RenderedPrompt([0] * length, "") for number, length in ((3, 60), (4, 61), (7, 200))
+    }
     usable, skipped = split_fitting(prompts, max_positions=100, max_new_tokens=40)
     assert list(usable) == [3]
     assert list(skipped) == [4, 7]
@@ -86,37 +115,60 @@ def test_a_prompt_without_room_for_its_answer_is_told_apart_with_the_reason():
     assert "keeps 40" in skipped[4]
 
 
-def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(mt_bench: str, captured: Path, tmp_path: Path):
-    """The second turn goes on from the target's own plain answer, which greedy speculative decoding repeats."""
+def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
+    mt_bench: str, captured: Path, tmp_path: Path
+):
+    """The second turn goes on from the target's own plain answer, which greedy speculative
+    decoding repeats.
+    """
     shutil.copytree(captured, tmp_path / "ready")
     settings = "[{name: mt-bench, limit: 3, turns: all}]"
-    config = tiny_run(tmp_path / "ready", f"evaluate.benchmarks={settings}", "evaluate.temperatures=[0.0]")
+    config = tiny_run(
+        tmp_path / "ready", f"evaluate.benchmarks={settings}", "evaluate.temperatures=[0.0]"
+    )
     run_train(config)
     rows = read_rows(run_evaluate(config))
-    assert [(row["benchmark"], row["domain"], row["turn"]) for row in rows] == [("mt-bench", "chat", turn) for turn in (0, 0, 0, 1, 1, 1)]
+    assert [(row["benchmark"], row["domain"], row["turn"]) for row in rows] == [
+        ("mt-bench", "chat", turn) for turn in (0, 0, 0, 1, 1, 1)
+    ]
     chat = load_chat(config)
     (benchmark,) = load_benchmarks(config)
     for first, second in zip(rows[:3], rows[3:], strict=True):
         assert first["identical"]
         answer = chat.decode(first["token_ids"], chat.stop_ids())
-        assert second["prompt_digest"] == render(chat, benchmark.prompts[first["prompt"]], [answer]).digest
+        assert (
+            second["prompt_digest"]
+            == render(chat, benchmark.prompts[first["prompt"]], [answer]).digest
+        )
     evaluated = artifact_of(config, "evaluate")
     lines = list(describe(evaluated.url.removeprefix("file://")))
-    assert any(line.strip().startswith("benchmarks/mt-bench-") and f"data set {mt_bench}" in line for line in lines)
+    assert any(
+        line.strip().startswith("benchmarks/mt-bench-") and f"data set {mt_bench}" in line
+        for line in lines
+    )
     manifest = evaluated.manifest()
     assert manifest is not None
     assert any(name.startswith("benchmarks/") for name in manifest.inputs)
 
 
-def test_a_prompt_that_is_too_long_is_skipped_counted_and_kept_with_its_reason(captured: Path, tmp_path: Path):
+def test_a_prompt_that_is_too_long_is_skipped_counted_and_kept_with_its_reason(
+    captured: Path, tmp_path: Path
+):
     shutil.copytree(captured, tmp_path / "ready")
-    path = write_jsonl(tmp_path / "mine.jsonl", [{"turns": ["word " * 5000, "and?"]}, {"turns": ["hello"]}])
-    overrides = [f"evaluate.benchmarks=[{{name: {path}, turns: all}}]", "evaluate.temperatures=[0.0]"]
+    path = write_jsonl(
+        tmp_path / "mine.jsonl", [{"turns": ["word " * 5000, "and?"]}, {"turns": ["hello"]}]
+    )
+    overrides = [
+        f"evaluate.benchmarks=[{{name: {path}, turns: all}}]",
+        "evaluate.temperatures=[0.0]",
+    ]
     config = tiny_run(tmp_path / "ready", *overrides)
     run_train(config)
     artifact = run_evaluate(config)
     assert [(row["prompt"], row["turn"]) for row in read_rows(artifact)] == [(1, 0)]
     assert artifact.records()[0].rejected == 1
-    (reject,) = map(json.loads, artifact.store.read(artifact.path("rejects/00000.jsonl")).decode().splitlines())
+    (reject,) = map(
+        json.loads, artifact.store.read(artifact.path("rejects/00000.jsonl")).decode().splitlines()
+    )
     assert (reject["prompt"], reject["turn"], reject["reason"]) == (0, 0, "too_long")
     assert "evaluate.max_new_tokens keeps 12" in reject["detail"]

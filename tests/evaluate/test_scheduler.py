@@ -1,4 +1,6 @@
-"""The prefix scheduler: Algorithm 1 against a walk step by step, and that no policy changes what the target would say."""
+"""The prefix scheduler: Algorithm 1 against a walk step by step, and that no policy changes
+what the target would say.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,21 @@ STAIRS = SpeedCurve([1, 2, 3, 4, 5, 6, 7], [1.0, 0.7, 0.69, 0.5, 0.49, 0.4, 0.39
 def walk(confidence: np.ndarray, curve: SpeedCurve) -> list[int]:
     """Algorithm 1 word for word, one admission at a time."""
     requests, block_size = confidence.shape
-    lengths, survival, expected, tokens = [0] * requests, np.ones(requests), float(requests), requests
+    lengths, survival, expected, tokens = (
+        [0] * requests,
+        np.ones(requests),
+        float(requests),
+        requests,
+    )
     while True:
-        chances = [s * confidence[r, n] if n < block_size else -1.0 for r, (s, n) in enumerate(zip(survival, lengths, strict=True))]
+        chances = [
+            s * confidence[r, n] if n < block_size else -1.0
+            for r, (s, n) in enumerate(zip(survival, lengths, strict=True))
+        ]
         best = int(np.argmax(chances))
-        if chances[best] < 0 or (expected + chances[best]) * curve(tokens + 1) <= expected * curve(tokens):
+        if chances[best] < 0 or (expected + chances[best]) * curve(tokens + 1) <= expected * curve(
+            tokens
+        ):
             return lengths
         survival[best], lengths[best] = chances[best], lengths[best] + 1
         expected, tokens = expected + chances[best], tokens + 1
@@ -40,11 +52,16 @@ def walk(confidence: np.ndarray, curve: SpeedCurve) -> list[int]:
 
 def any_curve(rng: np.random.Generator, most: int) -> SpeedCurve:
     """Stairs of random heights: some tokens cost nothing, others much."""
-    return SpeedCurve(range(1, most + 1), 1 / (1 + np.cumsum(rng.exponential(0.3, most) * (rng.random(most) < 0.5))))
+    return SpeedCurve(
+        range(1, most + 1),
+        1 / (1 + np.cumsum(rng.exponential(0.3, most) * (rng.random(most) < 0.5))),
+    )
 
 
 def test_one_request_by_hand():
-    """tau * SPS: 1 * 1.0, 1.9 * 0.8 = 1.52, 2.71 * 0.6 = 1.63, and 3.44 * 0.4 = 1.38 does not improve."""
+    """tau * SPS: 1 * 1.0, 1.9 * 0.8 = 1.52, 2.71 * 0.6 = 1.63, and 3.44 * 0.4 = 1.38 does not
+    improve.
+    """
     curve = SpeedCurve([1, 2, 3, 4], [1.0, 0.8, 0.6, 0.4])
     assert schedule(np.full((1, 3), 0.9), curve).tolist() == [2]
 
@@ -58,7 +75,8 @@ def test_where_tokens_cost_nothing_all_are_verified_and_where_they_cost_in_propo
     confidence = np.full((3, 4), 0.5)
     assert schedule(confidence, FLAT).tolist() == [4, 4, 4]
     assert schedule(confidence, SpeedCurve([1], [10.0])).tolist() == [0, 0, 0]
-    assert schedule(np.zeros((2, 3)), FLAT).tolist() == [0, 0]  # a token that is never accepted improves nothing
+    # a token that is never accepted improves nothing
+    assert schedule(np.zeros((2, 3)), FLAT).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
@@ -80,7 +98,9 @@ def test_where_each_further_token_costs_more_no_choice_of_prefixes_is_better():
         seconds = 1 + np.cumsum(np.sort(rng.exponential(0.1, 12)))
         curve = SpeedCurve(range(1, 13), 1 / seconds)
 
-        def value(lengths: tuple[int, ...], survival: np.ndarray = survival, curve: SpeedCurve = curve) -> float:
+        def value(
+            lengths: tuple[int, ...], survival: np.ndarray = survival, curve: SpeedCurve = curve
+        ) -> float:
             expected = 3 + sum(survival[r, :n].sum() for r, n in enumerate(lengths))
             return float(expected * curve(3 + sum(lengths)))
 
@@ -91,21 +111,35 @@ def test_where_each_further_token_costs_more_no_choice_of_prefixes_is_better():
 def test_a_disturbed_measurement_costs_nothing_once_it_is_smoothed():
     """The scheduler believes a curve with noise, steps take what they truly take."""
     rng, tokens = np.random.default_rng(7), np.array([1, 2, 4, 8, 16, 32, 64, 128])
-    true, rounds = SpeedCurve(tokens, 1 / (5 + 0.15 * tokens)), read_rounds(made_rows(20, 50, temperatures=(1.0,) * 7), 7)
-    best = {number: max(simulate(rounds, Fixed(k), true, requests=number).throughput for k in range(8)) for number in (2, 8)}
+    true, rounds = (
+        SpeedCurve(tokens, 1 / (5 + 0.15 * tokens)),
+        read_rounds(made_rows(20, 50, temperatures=(1.0,) * 7), 7),
+    )
+    best = {
+        number: max(simulate(rounds, Fixed(k), true, requests=number).throughput for k in range(8))
+        for number in (2, 8)
+    }
     reached: dict[str, list[float]] = {"measured": [], "smooth": []}
     for _ in range(6):
-        measured = SpeedCurve(tokens, true(tokens) * np.exp(-np.abs(rng.normal(0, 0.3, len(tokens)))))
+        measured = SpeedCurve(
+            tokens, true(tokens) * np.exp(-np.abs(rng.normal(0, 0.3, len(tokens))))
+        )
         for name, curve in (("measured", measured), ("smooth", measured.smooth())):
-            reached[name] += [simulate(rounds, Scheduled(curve), true, requests=number).throughput / best[number] for number in best]
+            reached[name] += [
+                simulate(rounds, Scheduled(curve), true, requests=number).throughput / best[number]
+                for number in best
+            ]
     assert min(reached["smooth"]) > 0.98 > min(reached["measured"])
 
 
-# Losslessness, by enumeration: two slots, three tokens of output, the confidence of slot 2 follows from the token in slot 1.
+# Losslessness, by enumeration: two slots, three tokens of output, the confidence of slot 2 follows
+# from the token in slot 1.
 
 
 class Request(NamedTuple):
-    """Conditional distributions by the tokens before, and the draft's confidences given its whole draft."""
+    """Conditional distributions by the tokens before, and the draft's confidences given its
+    whole draft.
+    """
 
     draft: dict[tuple[int, ...], np.ndarray]
     target: dict[tuple[int, ...], np.ndarray]
@@ -116,7 +150,9 @@ class Request(NamedTuple):
         return [((a, b), self.draft[()][a] * self.draft[(a,)][b]) for a in tokens for b in tokens]
 
     def spoken(self, before: tuple[int, ...] = ()) -> np.ndarray:
-        """What the target says on its own: probability of each three tokens, as an array of three axes."""
+        """What the target says on its own: probability of each three tokens, as an array of
+        three axes.
+        """
         found = np.zeros((len(self.target[()]),) * 3)
         if len(before) == 3:
             found[before] = 1.0
@@ -125,8 +161,12 @@ class Request(NamedTuple):
             found += chance * self.spoken((*before, token))
         return found
 
-    def verified(self, drafted: tuple[int, ...], length: int, before: tuple[int, ...] = ()) -> np.ndarray:
-        """What comes out when the first `length` drafted tokens are verified and the target goes on from there."""
+    def verified(
+        self, drafted: tuple[int, ...], length: int, before: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """What comes out when the first `length` drafted tokens are verified and the target
+        goes on from there.
+        """
         place = len(before)
         if place == length:
             return self.spoken(before)
@@ -135,7 +175,9 @@ class Request(NamedTuple):
         rest = np.maximum(p - q, 0)
         found = accepted * self.verified(drafted, length, (*before, token))
         for other in np.flatnonzero(rest if accepted < 1 else 0):
-            found = found + (1 - accepted) * rest[other] / rest.sum() * self.spoken((*before, int(other)))
+            found = found + (1 - accepted) * rest[other] / rest.sum() * self.spoken(
+                (*before, int(other))
+            )
         return found
 
 
@@ -146,7 +188,10 @@ def a_request(rng: np.random.Generator, vocabulary: int = 2) -> Request:
     first = [(token,) for token in range(vocabulary)]
     both = [(*one, token) for one in first for token in range(vocabulary)]
     sure = rng.uniform(0.1, 1.0, 1 + vocabulary)
-    drafts, targets = {key: some() for key in [(), *first]}, {key: some() for key in [(), *first, *both]}
+    drafts, targets = (
+        {key: some() for key in [(), *first]},
+        {key: some() for key in [(), *first, *both]},
+    )
     return Request(drafts, targets, lambda drafted: [sure[0], sure[1 + drafted[0]]])
 
 
@@ -154,12 +199,24 @@ Rule = Callable[[np.ndarray], np.ndarray]
 
 
 def bias(requests: list[Request], rule: Rule) -> float:
-    """Total variation between the joint distribution of all requests' outputs and that of the target alone."""
+    """Total variation between the joint distribution of all requests' outputs and that of the
+    target alone.
+    """
     found: np.ndarray | float = 0.0
     for drawn in itertools.product(*(request.drafts() for request in requests)):
         drafts, chances = zip(*drawn, strict=True)
-        lengths = rule(np.array([request.confidence(drafted) for request, drafted in zip(requests, drafts, strict=True)]))
-        outputs = [request.verified(*each) for request, *each in zip(requests, drafts, lengths.tolist(), strict=True)]
+        lengths = rule(
+            np.array(
+                [
+                    request.confidence(drafted)
+                    for request, drafted in zip(requests, drafts, strict=True)
+                ]
+            )
+        )
+        outputs = [
+            request.verified(*each)
+            for request, *each in zip(requests, drafts, lengths.tolist(), strict=True)
+        ]
         found = found + np.prod(chances) * joint(outputs)
     return float(np.abs(found - joint([request.spoken() for request in requests])).sum() / 2)
 
@@ -186,7 +243,9 @@ def without_the_early_stop(curve: SpeedCurve) -> Rule:
 
 
 def everyone(policy: Scheduled | Threshold | Full) -> Rule:
-    return lambda confidence: policy.verify_lengths(confidence, np.ones(len(confidence), dtype=bool))
+    return lambda confidence: policy.verify_lengths(
+        confidence, np.ones(len(confidence), dtype=bool)
+    )
 
 
 @pytest.mark.parametrize("requests", [1, 2])
@@ -194,9 +253,14 @@ def test_the_early_stop_leaves_the_targets_distribution_as_it_is(requests: int):
     rng = np.random.default_rng(4)
     biases, adapted = [], 0
     for _ in range(40):
-        rule, chosen = everyone(Scheduled(any_curve(rng, 3 * requests), temperatures=(1.5, 0.7))), set()
+        rule, chosen = (
+            everyone(Scheduled(any_curve(rng, 3 * requests), temperatures=(1.5, 0.7))),
+            set(),
+        )
 
-        def seen(confidence: np.ndarray, rule: Rule = rule, chosen: set[tuple[int, ...]] = chosen) -> np.ndarray:
+        def seen(
+            confidence: np.ndarray, rule: Rule = rule, chosen: set[tuple[int, ...]] = chosen
+        ) -> np.ndarray:
             lengths = rule(confidence)
             chosen.add(tuple(lengths.tolist()))
             return lengths
@@ -209,16 +273,25 @@ def test_the_early_stop_leaves_the_targets_distribution_as_it_is(requests: int):
 
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_search_beyond_the_early_stop_biases_what_comes_out(requests: int):
-    """Appendix A: no slot pays alone, two do where the second is sure, and whether it is follows from the first token."""
+    """Appendix A: no slot pays alone, two do where the second is sure, and whether it is
+    follows from the first token.
+    """
     rng = np.random.default_rng(5)
     for _ in range(10):
         sure = float(rng.uniform(0.3, 0.7))
         batch = [
-            a_request(rng)._replace(confidence=lambda drafted, sure=sure: [sure, 0.05 if drafted[0] else 1.0]) for _ in range(requests)
+            a_request(rng)._replace(
+                confidence=lambda drafted, sure=sure: [sure, 0.05 if drafted[0] else 1.0]
+            )
+            for _ in range(requests)
         ]
         dear, cheap = 1.4 * sure / requests, 0.01
-        curve = SpeedCurve(range(1, 3 * requests + 1), 1 / np.cumsum([1.0] + [0.0] * (requests - 1) + [dear, cheap] * requests))
-        assert bias(batch, without_the_early_stop(curve)) > 1e-4  # exact arithmetic: anything above rounding is a bias
+        curve = SpeedCurve(
+            range(1, 3 * requests + 1),
+            1 / np.cumsum([1.0] + [0.0] * (requests - 1) + [dear, cheap] * requests),
+        )
+        # exact arithmetic: anything above rounding is a bias
+        assert bias(batch, without_the_early_stop(curve)) > 1e-4
         assert bias(batch, everyone(Scheduled(curve))) < 1e-12
 
 
@@ -230,9 +303,17 @@ def test_a_threshold_and_a_whole_block_leave_it_as_it_is():
         assert bias(batch, everyone(Full())) < 1e-12
 
 
-@pytest.mark.parametrize("policy", [Scheduled(SpeedCurve([1, 2, 3], [1.0, 0.6, 0.4])), Threshold(0.5)], ids=["scheduled", "threshold"])
-def test_the_condition_a_confidence_that_looks_at_its_own_token_biases_every_policy(policy: Scheduled | Threshold):
-    """As the draft's own probability of the token would: a likely token is verified, and an unlikely one never comes out."""
+@pytest.mark.parametrize(
+    "policy",
+    [Scheduled(SpeedCurve([1, 2, 3], [1.0, 0.6, 0.4])), Threshold(0.5)],
+    ids=["scheduled", "threshold"],
+)
+def test_the_condition_a_confidence_that_looks_at_its_own_token_biases_every_policy(
+    policy: Scheduled | Threshold,
+):
+    """As the draft's own probability of the token would: a likely token is verified, and an
+    unlikely one never comes out.
+    """
     sound = a_request(np.random.default_rng(6))
     likely = int(np.argmax(sound.draft[()]))
     looking = sound._replace(confidence=lambda drafted: [0.9 if drafted[0] == likely else 0.1, 0.1])
@@ -240,7 +321,10 @@ def test_the_condition_a_confidence_that_looks_at_its_own_token_biases_every_pol
     assert bias([sound], everyone(policy)) < 1e-12
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].algorithm == "dspark" and CONFIGS[name].confidence])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in CONFIGS if CONFIGS[name].algorithm == "dspark" and CONFIGS[name].confidence],
+)
 def test_the_condition_holds_for_every_draft_with_a_confidence_head(name: str):
     """Drawn anew from slot j on, a block has the same confidences up to and including slot j's."""
     draft, batch = make_draft(CONFIGS[name]), make_batch((12,))
@@ -261,15 +345,18 @@ def test_the_condition_holds_for_every_draft_with_a_confidence_head(name: str):
 
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_appendix_a_through_real_verification(early_stop: bool):
-    """Slot 1 alone does not pay, slots 1 and 2 do where slot 2 is sure; and whether it is sure follows from token 1.
+    """Slot 1 alone does not pay, slots 1 and 2 do where slot 2 is sure; and whether it is sure
+    follows from token 1.
 
-    tau * SPS is 1.0, 1.6 * 0.6 = 0.96, and 2.2 * 0.59 = 1.30 or 1.66 * 0.59 = 0.98. So the search beyond the early stop
-    verifies a block only where it begins with token 0.
+    tau * SPS is 1.0, 1.6 * 0.6 = 0.96, and 2.2 * 0.59 = 1.30 or 1.66 * 0.59 = 0.98. So the search
+    beyond the early stop verifies a block only where it begins with token 0.
     """
     curve, rounds = SpeedCurve([1, 2, 3], [1.0, 0.6, 0.59]), 20_000
     draft, target = torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.multinomial(draft, rounds * 2, replacement=True, generator=generator).reshape(rounds, 2)
+    tokens = torch.multinomial(draft, rounds * 2, replacement=True, generator=generator).reshape(
+        rounds, 2
+    )
     sure = np.array([[0.6, 1.0], [0.6, 0.1]])  # by the first token
     rule = everyone(Scheduled(curve)) if early_stop else without_the_early_stop(curve)
     lengths = torch.tensor([int(rule(row[None])[0]) for row in sure])
@@ -298,16 +385,24 @@ def test_requests_that_have_ended_take_no_part():
     assert Threshold(0.5).verify_lengths(confidence, running).tolist() == [2, 0, 1]
     alone = schedule(confidence[running], STAIRS).tolist()
     assert Scheduled(STAIRS).verify_lengths(confidence, running).tolist() == [alone[0], 0, alone[1]]
-    assert Scheduled(STAIRS).verify_lengths(confidence, np.zeros(3, dtype=bool)).tolist() == [0, 0, 0]
+    assert Scheduled(STAIRS).verify_lengths(confidence, np.zeros(3, dtype=bool)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_temperatures_come_before_the_cut():
     confidence, running = np.array([[0.8, 0.8]]), np.array([True])
     assert Threshold(0.7).verify_lengths(confidence, running).tolist() == [2]
-    assert Threshold(0.7, temperatures=(1.0, 3.0)).verify_lengths(confidence, running).tolist() == [1]
+    assert Threshold(0.7, temperatures=(1.0, 3.0)).verify_lengths(confidence, running).tolist() == [
+        1
+    ]
     curve = SpeedCurve([1, 2, 3], [1.0, 0.6, 0.4])
     assert Scheduled(curve).verify_lengths(confidence, running).tolist() == [1]
-    assert Scheduled(curve, temperatures=(5.0, 1.0)).verify_lengths(confidence, running).tolist() == [0]
+    assert Scheduled(curve, temperatures=(5.0, 1.0)).verify_lengths(
+        confidence, running
+    ).tolist() == [0]
 
 
 def test_the_settings_name_the_policy():
@@ -315,7 +410,9 @@ def test_the_settings_name_the_policy():
     temperatures = (1.0, 2.0)
 
     def made(verify: str, curve: SpeedCurve | None = None) -> object:
-        return make_policy(settings.model_copy(update={"verify": verify}), temperatures=temperatures, curve=curve)
+        return make_policy(
+            settings.model_copy(update={"verify": verify}), temperatures=temperatures, curve=curve
+        )
 
     assert made("full") == Full()
     assert made("threshold") == Threshold(0.3, temperatures)

@@ -18,7 +18,9 @@ TWO = Rounds(np.array([[0.9, 0.9], [0.2, 0.2]]), np.array([2, 0]), np.array([0, 
 CURVE = SpeedCurve([1, 2, 3, 4, 5, 6], [10.0, 8.0, 5.0, 4.0, 2.5, 2.0])
 
 
-@pytest.mark.parametrize(("length", "committed", "seconds"), [(0, 1 + 1, 0.1), (1, 2 + 1, 0.125), (2, 3 + 1, 0.2)])
+@pytest.mark.parametrize(
+    ("length", "committed", "seconds"), [(0, 1 + 1, 0.1), (1, 2 + 1, 0.125), (2, 3 + 1, 0.2)]
+)
 def test_one_request_at_a_fixed_length(length: int, committed: int, seconds: float):
     found = simulate(TWO, Fixed(length), CURVE, requests=1)
     assert found.throughput == found.per_user == pytest.approx(committed / (2 * seconds))
@@ -27,7 +29,9 @@ def test_one_request_at_a_fixed_length(length: int, committed: int, seconds: flo
 
 
 def test_two_requests_share_the_step_and_its_time():
-    """They begin half the rounds apart: each step has one of either kind, 3 tokens and 1, in 6 / 2.0 = 0.5 seconds."""
+    """They begin half the rounds apart: each step has one of either kind, 3 tokens and 1, in 6
+    / 2.0 = 0.5 seconds.
+    """
     found = simulate(TWO, Fixed(2), CURVE, requests=2)
     assert found.throughput == pytest.approx((3 + 1) / 0.5)
     assert found.per_user == pytest.approx(found.throughput / 2)
@@ -48,26 +52,48 @@ def test_the_scheduler_is_never_far_from_the_best_fixed_length_on_calibrated_rou
     policies = found["policies"]
     assert policies["full"] == policies["fixed@4"]
     for number, point in enumerate(policies["scheduled"]):
-        assert point["throughput"] > 0.99 * max(policies[f"fixed@{length}"][number]["throughput"] for length in range(5))
+        assert point["throughput"] > 0.99 * max(
+            policies[f"fixed@{length}"][number]["throughput"] for length in range(5)
+        )
     json.dumps(found, allow_nan=False)
 
 
 def test_a_summary_names_every_policy_at_every_number_of_requests():
-    found = scheduler_summary(made_rows(4, 10, temperatures=(1.0, 1.0)), 2, CURVE, (1.0, 2.0), requests=(1, 3))
+    found = scheduler_summary(
+        made_rows(4, 10, temperatures=(1.0, 1.0)), 2, CURVE, (1.0, 2.0), requests=(1, 3)
+    )
     assert found is not None
     assert found["requests"] == [1, 3]
-    names = {"full", "fixed@0", "fixed@1", "fixed@2", "threshold@0.2", "threshold@0.4", "threshold@0.6", "threshold@0.8", "scheduled"}
+    names = {
+        "full",
+        "fixed@0",
+        "fixed@1",
+        "fixed@2",
+        "threshold@0.2",
+        "threshold@0.4",
+        "threshold@0.6",
+        "threshold@0.8",
+        "scheduled",
+    }
     assert set(found["policies"]) == names
     for points in found["policies"].values():
         assert [point["requests"] for point in points] == [1, 3]
-        assert all(set(point) == {"requests", "throughput", "per_user", "verified_per_round", "lengths"} for point in points)
+        assert all(
+            set(point) == {"requests", "throughput", "per_user", "verified_per_round", "lengths"}
+            for point in points
+        )
 
 
 def test_prompts_that_the_temperatures_were_fitted_on_are_not_served():
     rows = made_rows(4, 10, temperatures=(1.0, 1.0))
     fitted = set(split_by_prompt(read_rounds(rows, 2))[0].prompt.tolist())
-    perfect = [{**row, "accepted": [2] * 10, "committed": [3] * 10} if row["prompt"] in fitted else row for row in rows]
-    assert scheduler_summary(perfect, 2, CURVE, None, requests=(2,)) == scheduler_summary(rows, 2, CURVE, None, requests=(2,))
+    perfect = [
+        {**row, "accepted": [2] * 10, "committed": [3] * 10} if row["prompt"] in fitted else row
+        for row in rows
+    ]
+    assert scheduler_summary(perfect, 2, CURVE, None, requests=(2,)) == scheduler_summary(
+        rows, 2, CURVE, None, requests=(2,)
+    )
 
 
 def test_rows_without_confidence_give_no_summary():

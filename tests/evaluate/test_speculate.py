@@ -1,4 +1,6 @@
-"""Speculative decoding with scripted drafts: whatever is proposed, the answer is the target's own."""
+"""Speculative decoding with scripted drafts: whatever is proposed, the answer is the target's
+own.
+"""
 
 from __future__ import annotations
 
@@ -49,22 +51,47 @@ class Scripted:
     def new_cache(self, rows: int, capacity: int) -> ScriptedCache:
         return ScriptedCache(rows)
 
-    def prefill(self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]) -> None:
+    def prefill(
+        self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]
+    ) -> None:
         assert context.shape[:2] == next_tokens.shape
         for row, (tokens, count) in enumerate(zip(next_tokens.tolist(), counts, strict=True)):
             prompt = [prompt[1:] for prompt in self.prompts].index(tokens[: count - 1])
-            assert tokens[count - 1] == self.answers[prompt][0], "the first token of the answer follows the prompt"
+            assert tokens[count - 1] == self.answers[prompt][0], (
+                "the first token of the answer follows the prompt"
+            )
             cache.rows[row] = (prompt, 1)
 
-    def propose(self, cache: ScriptedCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Proposal:
+    def propose(
+        self,
+        cache: ScriptedCache,
+        anchor: Tensor,
+        sampling: SamplingConfig,
+        uniforms: Tensor | None,
+    ) -> Proposal:
         blocks = []
         for prompt, done in cache.rows:
-            block = [*self.answers[prompt][done : done + self.block_size], *[0] * self.block_size][: self.block_size]
-            blocks.append([token if index < self.right else (token + 1) % 97 for index, token in enumerate(block)])
-        return Proposal(torch.tensor(blocks), None, torch.linspace(0.9, 0.3, self.block_size).expand(len(blocks), -1))
+            block = [*self.answers[prompt][done : done + self.block_size], *[0] * self.block_size][
+                : self.block_size
+            ]
+            blocks.append(
+                [
+                    token if index < self.right else (token + 1) % 97
+                    for index, token in enumerate(block)
+                ]
+            )
+        return Proposal(
+            torch.tensor(blocks),
+            None,
+            torch.linspace(0.9, 0.3, self.block_size).expand(len(blocks), -1),
+        )
 
-    def accept(self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]) -> None:
-        cache.rows = [(prompt, done + count) for (prompt, done), count in zip(cache.rows, counts, strict=True)]
+    def accept(
+        self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]
+    ) -> None:
+        cache.rows = [
+            (prompt, done + count) for (prompt, done), count in zip(cache.rows, counts, strict=True)
+        ]
 
 
 MANY = [[5 + number, *range(20, 22 + number % 5), 40 + number] for number in range(11)]
@@ -72,7 +99,9 @@ MANY = [[5 + number, *range(20, 22 + number % 5), 40 + number] for number in ran
 
 @pytest.mark.parametrize("right", [0, 1, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 8, None])
-def test_the_tokens_are_those_of_greedy_decoding_however_good_the_draft_and_however_many_rows(batch_size: int | None, right: int):
+def test_the_tokens_are_those_of_greedy_decoding_however_good_the_draft_and_however_many_rows(
+    batch_size: int | None, right: int
+):
     """Eleven prompts on a few rows: those that finish make room for those that wait."""
     target = make_target()
     settings = GREEDY._replace(batch_size=batch_size)
@@ -93,16 +122,24 @@ MODELS = {"qwen3": tiny_qwen3, "gemma4": tiny_gemma4}
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("family", MODELS)
 def test_no_answer_depends_on_who_shares_its_batch(family: str, algorithm: str, temperature: float):
-    """Real drafts, sliding windows included; at temperature 1 every prompt has a random stream of its own."""
+    """Real drafts, sliding windows included; at temperature 1 every prompt has a random stream
+    of its own.
+    """
     target = Target(MODELS[family](), (0, 2))
     config = target.model.config.to_dict()
-    spec = DraftSpec.from_target(config, ALGORITHMS[algorithm], layer_ids=target.layer_ids, mask_token_id=96)
-    draft = build_draft(spec, embed=target.decoder.embed_tokens.weight, lm_head=target.lm_head.weight, seed=0).eval()
+    spec = DraftSpec.from_target(
+        config, ALGORITHMS[algorithm], layer_ids=target.layer_ids, mask_token_id=96
+    )
+    draft = build_draft(
+        spec, embed=target.decoder.embed_tokens.weight, lm_head=target.lm_head.weight, seed=0
+    ).eval()
     settings = Decode(SamplingConfig(temperature=temperature), 20, frozenset({3, 7, 11}))
     seeds = range(len(MANY))
     alone, _ = speculate(target, draft, MANY, settings._replace(batch_size=1), seeds=seeds)
     for batch_size in (2, 4, None):
-        together, _ = speculate(target, draft, MANY, settings._replace(batch_size=batch_size), seeds=seeds)
+        together, _ = speculate(
+            target, draft, MANY, settings._replace(batch_size=batch_size), seeds=seeds
+        )
         assert [trace.token_ids for trace in together] == [trace.token_ids for trace in alone]
         assert [trace.accepted for trace in together] == [trace.accepted for trace in alone]
     if temperature == 0:
@@ -121,10 +158,16 @@ def test_a_policy_decides_how_much_is_verified_and_nothing_else(temperature: flo
         return np.where(running, np.arange(len(running)) % 4, 0)
 
     draft = Scripted(MANY, plain, 4)
-    traces, _ = speculate(target, draft, MANY, settings._replace(batch_size=4), seeds=range(len(MANY)), policy=cut)
+    traces, _ = speculate(
+        target, draft, MANY, settings._replace(batch_size=4), seeds=range(len(MANY)), policy=cut
+    )
     assert asked
     assert {length for trace in traces for length in trace.proposed} == {0, 1, 2, 3}
-    assert all(accepted <= length for trace in traces for accepted, length in zip(trace.accepted, trace.proposed, strict=True))
+    assert all(
+        accepted <= length
+        for trace in traces
+        for accepted, length in zip(trace.accepted, trace.proposed, strict=True)
+    )
     if temperature == 0:
         assert [trace.token_ids for trace in traces] == plain
 

@@ -17,7 +17,9 @@ from tests.target.test_model import make_target
 
 def test_seconds_are_interpolated_between_points_flat_in_front_and_proportional_behind():
     curve = SpeedCurve([2, 4, 8], [10.0, 5.0, 2.5])  # 0.1, 0.2 and 0.4 seconds
-    assert curve.seconds([1, 2, 3, 4, 6, 8, 16]) == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.4, 0.8])
+    assert curve.seconds([1, 2, 3, 4, 6, 8, 16]) == pytest.approx(
+        [0.1, 0.1, 0.15, 0.2, 0.3, 0.4, 0.8]
+    )
     assert curve(3) == pytest.approx(1 / 0.15)
 
 
@@ -44,10 +46,14 @@ def test_a_smooth_curve_lies_under_the_measured_seconds_and_every_further_token_
 @pytest.mark.parametrize(
     ("tokens", "speeds", "said"),
     [
-        ([], [], "no curve"), ([1, 2], [1.0], "no curve"), ([2, 1], [1.0, 1.0], "ascend"), ([0, 1], [1.0, 1.0], "ascend"),
-        ([1, 2], [1.0, 0.0], "above 0"), ([1, 2], [1.0, float("inf")], "above 0"),
+        ([], [], "no curve"),
+        ([1, 2], [1.0], "no curve"),
+        ([2, 1], [1.0, 1.0], "ascend"),
+        ([0, 1], [1.0, 1.0], "ascend"),
+        ([1, 2], [1.0, 0.0], "above 0"),
+        ([1, 2], [1.0, float("inf")], "above 0"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_curve_is_refused(tokens: list[int], speeds: list[float], said: str):
     with pytest.raises(DataError, match=said):
         SpeedCurve(tokens, speeds)
@@ -55,11 +61,16 @@ def test_what_is_no_curve_is_refused(tokens: list[int], speeds: list[float], sai
 
 def test_a_curve_goes_through_a_file(tmp_path: Path):
     SpeedCurve([1, 8], [50.0, 40.0]).write(tmp_path / "curve.json")
-    assert json.loads((tmp_path / "curve.json").read_text()) == {"tokens": [1, 8], "steps_per_second": [50.0, 40.0]}
+    assert json.loads((tmp_path / "curve.json").read_text()) == {
+        "tokens": [1, 8],
+        "steps_per_second": [50.0, 40.0],
+    }
     assert read_curve(tmp_path / "curve.json")(8) == pytest.approx(40.0)
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"tokens": [1]}', '{"tokens": ["x"], "steps_per_second": [1.0]}'])
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", '{"tokens": [1]}', '{"tokens": ["x"], "steps_per_second": [1.0]}']
+)
 def test_a_file_that_holds_no_curve_is_refused(text: str, tmp_path: Path):
     (tmp_path / "curve.json").write_text(text)
     with pytest.raises(DataError, match="no speed curve"):

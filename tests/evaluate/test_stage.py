@@ -41,7 +41,8 @@ def ready(captured: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("recipe", ["dspark-demo", "dflash-demo", "eagle3-demo"])
 def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe: str):
-    config = tiny_run(ready, "target.layer_ids=[0, 1, 2]", recipe=recipe)  # eagle3 cannot read the embedding, layer -1
+    # eagle3 cannot read the embedding, layer -1
+    config = tiny_run(ready, "target.layer_ids=[0, 1, 2]", recipe=recipe)
     run_capture(config)
     run_train(config)
     rows = read_rows(run_evaluate(config))
@@ -55,19 +56,32 @@ def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe
     assert found["speedup"] > 0
 
 
-def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(ready: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(
+    ready: Path, capsys: pytest.CaptureFixture[str]
+):
     config = tiny_run(ready)
     run_train(config)
     code, out, _ = command(capsys, "evaluate", "demo", "--store", str(ready), *SETS)
-    assert code == 0 and set(json.loads(out.splitlines()[-1])) == {"acceptance_length", "lossless", "speedup"}
+    assert code == 0 and set(json.loads(out.splitlines()[-1])) == {
+        "acceptance_length",
+        "lossless",
+        "speedup",
+    }
     artifact = artifact_of(config, "evaluate")
-    page, text = (artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md"))
+    page, text = (
+        artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md")
+    )
     assert page.startswith("<!DOCTYPE html>") and report_text(config) == text
     for found in (page, text):
-        assert all(artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)), "the whole lineage"
+        assert all(
+            artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)
+        ), "the whole lineage"
         assert "every answer is token for token that of plain greedy decoding" in found
     macro = results(config)["macro"]
-    assert f"{macro['acceptance_length']:.2f} ({macro['intervals']['acceptance_length'][0]:.2f}" in text
+    assert (
+        f"{macro['acceptance_length']:.2f} ({macro['intervals']['acceptance_length'][0]:.2f}"
+        in text
+    )
     compared = compare_results(artifact.url, artifact.url)
     assert (compared["matched"], compared["unmatched"], compared["settings"]) == (9 + 9, [0, 0], {})
 
@@ -80,15 +94,23 @@ def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pyt
     assert artifact.manifest() is None
     decoded = []
     original = Evaluator.evaluate
-    monkeypatch.setattr(Evaluator, "evaluate", lambda self, unit: decoded.append(unit.number) or original(self, unit))
+    monkeypatch.setattr(
+        Evaluator,
+        "evaluate",
+        lambda self, unit: decoded.append(unit.number) or original(self, unit),
+    )
     run_evaluate(config)
     assert decoded == [1, 3, 4, 5]
     run_evaluate(config)
     assert decoded == [1, 3, 4, 5]
 
 
-def test_of_two_workers_at_the_same_unit_the_first_one_stands(ready: Path, monkeypatch: pytest.MonkeyPatch):
-    """Seconds are part of a row, so no two evaluations are equal: the second worker's whole work was reported as failed."""
+def test_of_two_workers_at_the_same_unit_the_first_one_stands(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Seconds are part of a row, so no two evaluations are equal: the second worker's whole
+    work was reported as failed.
+    """
     config = tiny_run(ready, MATH, "evaluate.temperatures=[0.0]")
     run_train(config)
     original = Evaluator.evaluate
@@ -105,7 +127,9 @@ def test_of_two_workers_at_the_same_unit_the_first_one_stands(ready: Path, monke
 
 
 def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: Path):
-    config = tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", "evaluate.temperatures=[0.0]")
+    config = tiny_run(
+        ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", "evaluate.temperatures=[0.0]"
+    )
     run_train(config)
     for row in read_rows(run_evaluate(config)):
         assert len(row["prompt_digest"]) == 16
@@ -120,20 +144,31 @@ def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
     config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]")
     run_train(config)
     rows = read_rows(run_evaluate(config))
-    alone, together = ({(row["temperature"], row["prompt"]): row for row in rows if row["batch_size"] == size} for size in (1, 2))
+    alone, together = (
+        {(row["temperature"], row["prompt"]): row for row in rows if row["batch_size"] == size}
+        for size in (1, 2)
+    )
     assert len(alone) == len(together) == 6
     for key, row in alone.items():
         assert together[key]["token_ids"] == row["token_ids"]
         assert together[key]["accepted"] == row["accepted"]
     assert {row["group"] for row in alone.values()} == {0, 1, 2}
-    assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {(0, together[0.0, 0]["seconds"])}
+    assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {
+        (0, together[0.0, 0]["seconds"])
+    }
     sizes = [speed["batch_size"] for speed in results(config)["benchmarks"][0]["batch_sizes"]]
     assert sizes == [1, 2]
 
 
-def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_size(ready: Path, monkeypatch: pytest.MonkeyPatch):
-    """Above batch size 1 plain decoding always went first, and nothing had been decoded at that size before it was timed."""
-    config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0, 1.0]")
+def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_size(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Above batch size 1 plain decoding always went first, and nothing had been decoded at that
+    size before it was timed.
+    """
+    config = tiny_run(
+        ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0, 1.0]"
+    )
     run_train(config)
     order: list[tuple[int, str]] = []
 
@@ -171,22 +206,40 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
     curve = tmp_path / "curve.json"
     curve.write_text(json.dumps({"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}))
     wanted = {row["prompt"]: row["token_ids"] for row in read_rows(uncut)}
-    for cut in (["evaluate.verify=threshold", "evaluate.threshold=0.6"], ["evaluate.verify=scheduled", f"resources.speed_curve={curve}"]):
+    for cut in (
+        ["evaluate.verify=threshold", "evaluate.threshold=0.6"],
+        ["evaluate.verify=scheduled", f"resources.speed_curve={curve}"],
+    ):
         artifact = run_evaluate(tiny_run(ready, MATH, "evaluate.temperatures=[0.0]", *cut))
         rows = read_rows(artifact)
-        assert {row["prompt"]: row["token_ids"] for row in rows} == wanted, "what is verified changes no answer"
+        assert {row["prompt"]: row["token_ids"] for row in rows} == wanted, (
+            "what is verified changes no answer"
+        )
         assert any(length < config.draft.block_size for row in rows for length in row["proposed"])
-        assert json.loads(artifact.store.read(artifact.path("policy.json")))["temperatures"] == shipped["temperatures"]
+        assert (
+            json.loads(artifact.store.read(artifact.path("policy.json")))["temperatures"]
+            == shipped["temperatures"]
+        )
 
 
-def test_workers_that_start_together_cut_blocks_by_one_curve(ready: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each measured a curve, cut by its own, and left its own in the result: what half of the blocks were cut by was lost."""
+def test_workers_that_start_together_cut_blocks_by_one_curve(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each measured a curve, cut by its own, and left its own in the result: what half of the
+    blocks were cut by was lost.
+    """
     config = tiny_run(ready, MATH, "evaluate.verify=scheduled")
     run_train(config)
-    artifact, curve = artifact_of(config, "evaluate"), {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}
+    artifact, curve = (
+        artifact_of(config, "evaluate"),
+        {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]},
+    )
 
     def overtaken(*_: object) -> SpeedCurve:
-        artifact.store.write(artifact.path("policy.json"), json.dumps({"temperatures": None, "curve": curve}).encode())
+        artifact.store.write(
+            artifact.path("policy.json"),
+            json.dumps({"temperatures": None, "curve": curve}).encode(),
+        )
         return SpeedCurve([1], [5.0])
 
     monkeypatch.setattr(policies, "speed_curve", overtaken)
@@ -204,16 +257,31 @@ def test_blocks_of_a_draft_without_confidence_cannot_be_cut(tmp_path: Path, reci
 
 
 @pytest.mark.parametrize(
-    "wrong", ["temperatures=[-1]", "temperatures=[.nan]", "temperatures=[.inf]", "temperatures=[0, 0.0]", "batch_sizes=[8, 8]"]
+    "wrong",
+    [
+        "temperatures=[-1]",
+        "temperatures=[.nan]",
+        "temperatures=[.inf]",
+        "temperatures=[0, 0.0]",
+        "batch_sizes=[8, 8]",
+    ],
 )
-def test_temperatures_and_batch_sizes_that_cannot_be_are_refused_before_anything_runs(tmp_path: Path, wrong: str):
-    """A temperature below 0 ended in a stack trace once the draft was trained; one named twice had every prompt counted twice."""
+def test_temperatures_and_batch_sizes_that_cannot_be_are_refused_before_anything_runs(
+    tmp_path: Path, wrong: str
+):
+    """A temperature below 0 ended in a stack trace once the draft was trained; one named twice
+    had every prompt counted twice.
+    """
     with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
         tiny_run(tmp_path, f"evaluate.{wrong}")
 
 
-def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It was first opened when everything had been decoded, or, where too few rounds told confidence, never."""
+def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was first opened when everything had been decoded, or, where too few rounds told
+    confidence, never.
+    """
     config = tiny_run(ready, MATH, f"resources.speed_curve={tmp_path / 'none.json'}")
     run_train(config)
     monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("a prompt was decoded"))
@@ -221,7 +289,9 @@ def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(re
         run_evaluate(config)
 
 
-def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(ready: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0]")
     run_train(config)
     original = units.generate
@@ -241,26 +311,42 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(ready: Path, monk
 def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
     config = tiny_run(ready)
     made = make_units(config, load_benchmarks(config))
-    assert [(unit.temperature, unit.benchmark) for unit in made] == [(t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")]
+    assert [(unit.temperature, unit.benchmark) for unit in made] == [
+        (t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")
+    ]
     assert [unit.number for unit in made] == list(range(6))
 
 
 def test_a_limit_takes_a_seeded_choice(ready: Path):
     chosen = [
-        load_benchmarks(tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", f"evaluate.seed={s}")) for s in (0, 0, 3)
+        load_benchmarks(
+            tiny_run(
+                ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", f"evaluate.seed={s}"
+            )
+        )
+        for s in (0, 0, 3)
     ]
     assert chosen[0] == chosen[1]
     assert all(len(benchmarks[0].prompts) == 2 for benchmarks in chosen)
 
 
-@pytest.mark.parametrize(("rows", "said"), [([{"turns": []}], "line 1"), ([{"turns": ["x"]}, {"prompt": "y"}], "line 2"), ([], "empty")])
-def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(ready: Path, tmp_path: Path, rows: list, said: str):
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([{"turns": []}], "line 1"), ([{"turns": ["x"]}, {"prompt": "y"}], "line 2"), ([], "empty")],
+)
+def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(
+    ready: Path, tmp_path: Path, rows: list, said: str
+):
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     with pytest.raises(DataError, match=said):
-        load_benchmarks(tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]"))
+        load_benchmarks(
+            tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]")
+        )
 
 
-def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(ready: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_run(ready)
     run_train(config)
     artifact = artifact_of(config, "train")
@@ -268,12 +354,18 @@ def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(ready: P
     wrong = {**described, "hidden_size": 64, "num_target_layers": 9}
     artifact.store.write(artifact.path("draft/config.json"), json.dumps(wrong).encode())
     monkeypatch.setattr(run, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
-    with pytest.raises(ArtifactMismatch, match="hidden size: draft 64, target 32; layers: draft 9, target 4"):
+    with pytest.raises(
+        ArtifactMismatch, match="hidden size: draft 64, target 32; layers: draft 9, target 4"
+    ):
         run_evaluate(config)
 
 
-def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_did(ready: Path, tmp_path: Path):
-    config = tiny_run(ready, "evaluate.benchmarks=[{name: demo/math, limit: 1}]", "evaluate.temperatures=[0.0]")
+def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_did(
+    ready: Path, tmp_path: Path
+):
+    config = tiny_run(
+        ready, "evaluate.benchmarks=[{name: demo/math, limit: 1}]", "evaluate.temperatures=[0.0]"
+    )
     run_train(config)
     run_evaluate(config)
     train = artifact_of(config, "train")
@@ -283,6 +375,8 @@ def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_
         artifact = artifact_of(config, stage)
         manifest = artifact.manifest()
         assert manifest is not None
-        assert f"{artifact.key.name}-{artifact.key.fingerprint}`: digest `{manifest.digest}`" in card
+        assert (
+            f"{artifact.key.name}-{artifact.key.fingerprint}`: digest `{manifest.digest}`" in card
+        )
     macro = results(config)["acceptance_length"]["macro"]
     assert f"at temperature 0.0: tokens per round (bonus included) macro {macro:.2f}" in card

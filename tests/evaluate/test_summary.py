@@ -1,4 +1,6 @@
-"""The summary of a result: every benchmark by itself, micro and macro named (trap E7), speed at each batch size (trap E6)."""
+"""The summary of a result: every benchmark by itself, micro and macro named (trap E7), speed at
+each batch size (trap E6).
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,22 @@ def test_micro_pools_rounds_and_macro_averages_benchmarks():
     many = made_rows(benchmarks={"alpaca": ("chat", 0.4)}, prompts=30)
     found = summarise([*few, *many])
     lengths = {part["benchmark"]: part["acceptance_length"] for part in found["benchmarks"]}
-    assert found["acceptance_length"] == {"macro": pytest.approx(np.mean(list(lengths.values()))), **lengths}
+    assert found["acceptance_length"] == {
+        "macro": pytest.approx(np.mean(list(lengths.values()))),
+        **lengths,
+    }
     committed = sum(sum(row["committed"]) for row in [*few, *many])
     rounds = sum(len(row["committed"]) for row in [*few, *many])
     assert found["micro"]["acceptance_length"] == committed / rounds
-    assert found["micro"]["acceptance_length"] < found["macro"]["acceptance_length"], "the many prompts are the worse ones"
+    assert found["micro"]["acceptance_length"] < found["macro"]["acceptance_length"], (
+        "the many prompts are the worse ones"
+    )
 
 
 def test_domains_are_told_apart():
-    rows = made_rows(benchmarks={"gsm8k": ("math", 0.9), "math500": ("math", 0.8), "alpaca": ("chat", 0.5)})
+    rows = made_rows(
+        benchmarks={"gsm8k": ("math", 0.9), "math500": ("math", 0.8), "alpaca": ("chat", 0.5)}
+    )
     domains = {part["domain"]: part for part in summarise(rows)["domains"]}
     assert domains["math"]["benchmarks"] == ["gsm8k", "math500"]
     assert domains["math"]["acceptance_length"] > domains["chat"]["acceptance_length"]
@@ -38,7 +47,9 @@ def test_every_number_lies_in_its_interval():
             low, high = part["intervals"][name]
             assert low <= part[name] <= high
     for name in ("prefix_acceptance", "conditional_acceptance"):
-        for value, (low, high) in zip(found["micro"][name], found["micro"]["intervals"][name], strict=True):
+        for value, (low, high) in zip(
+            found["micro"][name], found["micro"]["intervals"][name], strict=True
+        ):
             assert low <= value <= high
 
 
@@ -47,14 +58,23 @@ def test_acceptance_is_of_the_first_batch_size_and_speed_of_each():
     assert both["acceptance_length"] == one["acceptance_length"]
     assert (both["prompts"], both["rounds"]) == (one["prompts"], one["rounds"])
     sizes = both["benchmarks"][0]["batch_sizes"]
-    assert [(size["batch_size"], size["groups"], size["prompts"]) for size in sizes] == [(1, 24, 24), (4, 6, 24), (8, 3, 24)]
+    assert [(size["batch_size"], size["groups"], size["prompts"]) for size in sizes] == [
+        (1, 24, 24),
+        (4, 6, 24),
+        (8, 3, 24),
+    ]
     assert len({size["speedup"] for size in sizes}) == 3
     assert both["speedup"] == both["batch_sizes"][0]["speedup"]
 
 
 def test_an_answer_that_only_a_larger_batch_gets_wrong_is_told():
-    """Losslessness was looked at in the first batch size alone: a broken batched decoder was reported as lossless."""
-    rows = [{**row, "identical": row["batch_size"] == 1, "regret": None} for row in made_rows(batch_sizes=[1, 4])]
+    """Losslessness was looked at in the first batch size alone: a broken batched decoder was
+    reported as lossless.
+    """
+    rows = [
+        {**row, "identical": row["batch_size"] == 1, "regret": None}
+        for row in made_rows(batch_sizes=[1, 4])
+    ]
     found = summarise([{**row, "temperature": 0.0} for row in rows], dtype="float32")
     assert found["losslessness"]["ok"] is False
     assert found["lossless"] == [len(rows) // 2, len(rows)]
@@ -70,7 +90,11 @@ def test_the_seconds_of_the_phases_are_those_of_the_whole():
 def test_a_single_prompt_has_numbers_but_no_intervals():
     found = summarise(made_rows(benchmarks={"gsm8k": ("math", 0.9)}, prompts=1))
     assert found["macro"]["acceptance_length"] > 1
-    assert found["macro"]["intervals"] == {"acceptance_length": None, "verify_rate": None, "speedup": None}
+    assert found["macro"]["intervals"] == {
+        "acceptance_length": None,
+        "verify_rate": None,
+        "speedup": None,
+    }
     assert found["intervals"]["acceptance_length"] is None
     assert found["intervals"]["prefix_acceptance"] == [None] * 7
 
@@ -79,7 +103,11 @@ def test_an_answer_without_a_round_counts_for_nothing():
     empty = {"proposed": [], "accepted": [], "committed": [], "num_tokens": 1, "plain_tokens": 1}
     rows = [{**row, **empty} for row in made_rows(prompts=2)]
     found = summarise(rows)
-    assert (found["rounds"], found["micro"]["acceptance_length"], found["acceptance_length"]["macro"]) == (0, 0.0, 0.0)
+    assert (
+        found["rounds"],
+        found["micro"]["acceptance_length"],
+        found["acceptance_length"]["macro"],
+    ) == (0, 0.0, 0.0)
     assert found["intervals"]["acceptance_length"] is None
 
 
@@ -94,8 +122,13 @@ def test_an_answer_without_a_round_counts_for_nothing():
         (1.0, "float32", [False, False], [None, None], None, "distributed as the target's"),
     ],
 )
-def test_losslessness_is_claimed_as_far_as_the_counts_show_it(temperature, dtype, identical, regrets, ok, said):
-    rows = [{"identical": same, "regret": regret} for same, regret in zip(identical, regrets, strict=True)]
+def test_losslessness_is_claimed_as_far_as_the_counts_show_it(
+    temperature, dtype, identical, regrets, ok, said
+):
+    rows = [
+        {"identical": same, "regret": regret}
+        for same, regret in zip(identical, regrets, strict=True)
+    ]
     found = losslessness(rows, temperature, dtype)
     assert found["ok"] is ok
     assert said in found["words"]

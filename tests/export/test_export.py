@@ -1,4 +1,6 @@
-"""Exports: what each engine reads, what none can load, and that an export drafts as its original."""
+"""Exports: what each engine reads, what none can load, and that an export drafts as its
+original.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,36 @@ LOADABLE = {
     ("qwen3", "eagle3"): {"vllm", "speculators"},
     ("gemma4", "vanilla"): {"vllm"},
 }
-PAIRS = [(family, name, engine) for family in ("qwen3", "gemma4") for name in CONFIGS for engine in ENGINES]
+PAIRS = [
+    (family, name, engine)
+    for family in ("qwen3", "gemma4")
+    for name in CONFIGS
+    for engine in ENGINES
+]
 
 
-def exported(folder: Path, engine: str, name: str = "vanilla", *, target: str = "qwen3") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def exported(
+    folder: Path, engine: str, name: str = "vanilla", *, target: str = "qwen3"
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     save_draft(make_draft(CONFIGS[name], target=target), folder / "draft")
     export_draft(folder / "draft", engine=engine, out=folder / "out")
-    return json.loads((folder / "out" / "config.json").read_text()), load_file(folder / "out" / "model.safetensors")
+    return json.loads((folder / "out" / "config.json").read_text()), load_file(
+        folder / "out" / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize(("family", "name", "engine"), PAIRS)
-def test_every_pair_is_exported_or_refused_with_its_reason(family: str, name: str, engine: Any, tmp_path: Path) -> None:
+def test_every_pair_is_exported_or_refused_with_its_reason(
+    family: str, name: str, engine: Any, tmp_path: Path
+) -> None:
     allowed = {"hf", *LOADABLE.get((family, name), set())}
     if engine in allowed:
         exported(tmp_path, engine, name, target=family)
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+        ]
         return
     reason = why_not(make_spec(CONFIGS[name], target=family), engine)
     assert reason
@@ -57,10 +74,16 @@ def test_dspark_goes_out_as_it_is_with_its_layout_written_out(engine: str, tmp_p
     """Trap E8."""
     config, tensors = exported(tmp_path, engine)
     wanted = {
-        "architectures": ["Qwen3DSparkModel"], "sample_from_anchor": True, "dspark_bonus_anchor": False, "block_size": 4,
-        "target_layer_ids": [-1, 1, 2], "mask_token_id": VOCAB - 1, "rope_theta": 10000.0, "dtype": "float32",
+        "architectures": ["Qwen3DSparkModel"],
+        "sample_from_anchor": True,
+        "dspark_bonus_anchor": False,
+        "block_size": 4,
+        "target_layer_ids": [-1, 1, 2],
+        "mask_token_id": VOCAB - 1,
+        "rope_theta": 10000.0,
+        "dtype": "float32",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }  # fmt: skip
+    }
     assert {key: config[key] for key in wanted} == wanted
     assert set(tensors) == set(make_draft().state_dict())
 
@@ -72,14 +95,20 @@ def test_a_gemma4_draft_goes_to_vllm_under_its_own_architecture(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_dflash_leaves_out_what_the_target_has_and_says_how_its_blocks_lie(engine: str, tmp_path: Path) -> None:
+def test_dflash_leaves_out_what_the_target_has_and_says_how_its_blocks_lie(
+    engine: str, tmp_path: Path
+) -> None:
     config, tensors = exported(tmp_path, engine, "dflash")
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["hidden_act"] == "silu"
     assert config["dflash_config"] == {
-        "target_layer_ids": [-1, 1, 2], "num_target_layers": 5, "mask_token_id": VOCAB - 1, "block_size": 4,
-        "sample_from_anchor": True, "query_zero_predicts_next": True,
-    }  # fmt: skip
+        "target_layer_ids": [-1, 1, 2],
+        "num_target_layers": 5,
+        "mask_token_id": VOCAB - 1,
+        "block_size": 4,
+        "sample_from_anchor": True,
+        "query_zero_predicts_next": True,
+    }
     assert not {"embed_tokens.weight", "lm_head.weight"} & set(tensors)
     assert "sample_from_anchor: true" in (tmp_path / "out" / "README.md").read_text()
 
@@ -95,12 +124,18 @@ def test_eagle3_counts_its_layers_as_vllm_does(tmp_path: Path) -> None:
 def test_the_speculators_format_wraps_the_drafts_config(name: str, tmp_path: Path) -> None:
     config, _ = exported(tmp_path, "speculators", name)
     algorithm = make_spec(CONFIGS[name]).algorithm
-    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == algorithm
+    assert (
+        config["speculators_model_type"] == config["speculators_config"]["algorithm"] == algorithm
+    )
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
     assert config["aux_hidden_state_layer_ids"] == ([1, 2, 3] if name == "eagle3" else [0, 2, 3])
     assert config["transformer_layer_config"]["num_hidden_layers"] == (1 if name == "eagle3" else 2)
     if name != "eagle3":
-        assert (config["mask_token_id"], config["block_size"], config["sample_from_anchor"]) == (VOCAB - 1, 4, True)
+        assert (config["mask_token_id"], config["block_size"], config["sample_from_anchor"]) == (
+            VOCAB - 1,
+            4,
+            True,
+        )
 
 
 def test_an_hf_export_loads_here_again_in_its_own_dtype(tmp_path: Path) -> None:
@@ -110,7 +145,9 @@ def test_an_hf_export_loads_here_again_in_its_own_dtype(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
 
 
-def test_an_export_that_would_draft_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_would_draft_otherwise_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The negative control of the comparison: ids written without the engine's + 1."""
     honest = exporting.engine_config
 
@@ -126,9 +163,16 @@ def test_an_export_that_would_draft_otherwise_is_not_written(tmp_path: Path, mon
 def test_temperatures_are_written_only_where_the_draft_was_calibrated(tmp_path: Path) -> None:
     assert TEMPERATURES not in exported(tmp_path / "without", "sglang")[1]
     save_draft(make_draft(), tmp_path / "draft")
-    (tmp_path / "draft" / "calibration.json").write_text(json.dumps({"temperatures": [1.0, 1.5, 2.0, 2.5]}))
+    (tmp_path / "draft" / "calibration.json").write_text(
+        json.dumps({"temperatures": [1.0, 1.5, 2.0, 2.5]})
+    )
     export_draft(tmp_path / "draft", engine="sglang", out=tmp_path / "out")
-    assert load_file(tmp_path / "out" / "model.safetensors")[TEMPERATURES].tolist() == [1.0, 1.5, 2.0, 2.5]
+    assert load_file(tmp_path / "out" / "model.safetensors")[TEMPERATURES].tolist() == [
+        1.0,
+        1.5,
+        2.0,
+        2.5,
+    ]
     (tmp_path / "draft" / "calibration.json").write_text(json.dumps({"temperatures": [1.0]}))
     with pytest.raises(ArtifactMismatch, match="1 temperatures"):
         export_draft(tmp_path / "draft", engine="sglang", out=tmp_path / "other")
@@ -155,27 +199,51 @@ def test_a_draft_with_a_tensor_missing_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_exports_a_train_artifact_and_its_card_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_the_command_exports_a_train_artifact_and_its_card_says_where_it_comes_from(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "store" / "train" / "dspark-demo-0123456789ab"
     save_draft(make_draft(), folder / "draft")
     made_from = {"stage": "hidden", "name": "demo", "fingerprint": "aaaabbbbcccc"}
     train = {"stage": "train", "name": "dspark-demo", "fingerprint": "0123456789ab"}
-    info = {**train, "recipe": {"train": {"lr": 6e-4}}, "inputs": [made_from], "code_version": "0.1.0"}
+    info = {
+        **train,
+        "recipe": {"train": {"lr": 6e-4}},
+        "inputs": [made_from],
+        "code_version": "0.1.0",
+    }
     (folder / "artifact.json").write_text(json.dumps(info))
     hidden = tmp_path / "store" / "hidden" / "demo-aaaabbbbcccc"
     hidden.mkdir(parents=True)
-    (hidden / "artifact.json").write_text(json.dumps({**made_from, "recipe": {}, "inputs": [], "code_version": "0.1.0"}))
+    (hidden / "artifact.json").write_text(
+        json.dumps({**made_from, "recipe": {}, "inputs": [], "code_version": "0.1.0"})
+    )
     result = tmp_path / "store" / "evaluate" / "dspark-demo-ffff"
     result.mkdir(parents=True)
-    evaluation = {"stage": "evaluate", "name": "dspark-demo", "fingerprint": "ffff", "recipe": {}, "inputs": [train], "code_version": ""}
+    evaluation = {
+        "stage": "evaluate",
+        "name": "dspark-demo",
+        "fingerprint": "ffff",
+        "recipe": {},
+        "inputs": [train],
+        "code_version": "",
+    }
     (result / "artifact.json").write_text(json.dumps(evaluation))
-    (result / "summary.json").write_text(json.dumps({"acceptance_length": {"macro": 3.456, "math": 4.0}, "temperature": 1.0}))
+    (result / "summary.json").write_text(
+        json.dumps({"acceptance_length": {"macro": 3.456, "math": 4.0}, "temperature": 1.0})
+    )
     (result / "manifest.json").write_text("{}")
 
     done = CliRunner().invoke(app, ["export", str(folder), "--to", "vllm", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     card = (tmp_path / "out" / "README.md").read_text()
-    for fact in ("hidden `demo-aaaabbbbcccc`", "lr: 0.0006", "macro 3.46, math 4.00", '"num_speculative_tokens": 4', "vanilla, rank 6"):
+    for fact in (
+        "hidden `demo-aaaabbbbcccc`",
+        "lr: 0.0006",
+        "macro 3.46, math 4.00",
+        '"num_speculative_tokens": 4',
+        "vanilla, rank 6",
+    ):
         assert fact in card
     assert str(tmp_path) not in card
 

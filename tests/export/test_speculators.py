@@ -1,4 +1,6 @@
-"""The speculators package itself reads what is exported to its format; skipped where it is not installed."""
+"""The speculators package itself reads what is exported to its format; skipped where it is not
+installed.
+"""
 
 from __future__ import annotations
 
@@ -27,5 +29,12 @@ def test_the_real_package_finds_every_tensor_and_the_layout(name: str, tmp_path:
         assert (config.aux_hidden_state_layer_ids, config.mask_token_id) == ([0, 2, 3], VOCAB - 1)
         assert (config.sample_from_anchor, config.block_size) == (True, 4)
     model = speculators.SpeculatorModel.registered_model_class_from_config(config)(config)
-    wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith("verifier_")}
-    assert {key: tensor.shape for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items()} == wanted
+    wanted = {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if not key.startswith("verifier_")
+    }
+    assert {
+        key: tensor.shape
+        for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+    } == wanted

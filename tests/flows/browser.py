@@ -1,4 +1,6 @@
-"""A headless Chromium that opens pages, waits for their words, takes pictures, and tells what the console complained of."""
+"""A headless Chromium that opens pages, waits for their words, takes pictures, and tells what
+the console complained of.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,19 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 PATIENCE_S = 120.0
 PORT_NOTE = "DevToolsActivePort"  # written by Chromium into its profile
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-proxy-server")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-proxy-server",
+)
 
 
 class Browser:
@@ -28,11 +39,19 @@ class Browser:
         self.connection, self.complaints, self._number = connection, list[str](), 0
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
         self._number += 1
-        self.connection.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
+        self.connection.send(
+            json.dumps({"id": self._number, "method": method, "params": parameters})
+        )
         while True:
             message = json.loads(self.connection.recv(timeout=PATIENCE_S))
             self._note(message)
@@ -43,21 +62,32 @@ class Browser:
     def _note(self, message: dict[str, Any]) -> None:
         said = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(str(said["exceptionDetails"].get("exception", said["exceptionDetails"])))
+            self.complaints.append(
+                str(said["exceptionDetails"].get("exception", said["exceptionDetails"]))
+            )
         elif message.get("method") == "Log.entryAdded" and said["entry"]["level"] == "error":
             self.complaints.append(f"{said['entry']['text']} {said['entry'].get('url', '')}")
-        elif message.get("method") == "Runtime.consoleAPICalled" and said["type"] in ("error", "assert"):
-            self.complaints.append(str([part.get("value", part.get("description")) for part in said["args"]]))
+        elif message.get("method") == "Runtime.consoleAPICalled" and said["type"] in (
+            "error",
+            "assert",
+        ):
+            self.complaints.append(
+                str([part.get("value", part.get("description")) for part in said["args"]])
+            )
 
     def ask(self, expression: str) -> Any:
         """What the expression is worth in the page."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"].get("value")
+        return self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )["result"].get("value")
 
     def wait(self, expression: str, *, seconds: float = PATIENCE_S) -> None:
         """Return when the expression is true in the page."""
         limit = time.monotonic() + seconds
         while not self.ask(f"Boolean({expression})"):
-            assert time.monotonic() < limit, f"{expression} did not come true; the page says: {self.text()[:2000]}"
+            assert time.monotonic() < limit, (
+                f"{expression} did not come true; the page says: {self.text()[:2000]}"
+            )
             time.sleep(0.2)
 
     def text(self) -> str:
@@ -85,7 +115,9 @@ class Browser:
             time.sleep(2)
 
     def picture(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        )
 
 
 @contextlib.contextmanager
@@ -97,7 +129,9 @@ def browser(profile: Path, *, size: Sequence[int] = (1280, 900)) -> Iterator[Bro
         process = subprocess.Popen([*command, "about:blank"], stdout=log, stderr=log)
     try:
         port = _port(profile / PORT_NOTE)
-        pages = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=PATIENCE_S, trust_env=False).json()
+        pages = httpx.get(
+            f"http://127.0.0.1:{port}/json/list", timeout=PATIENCE_S, trust_env=False
+        ).json()
         url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
         with connect(url, max_size=None, proxy=None, open_timeout=PATIENCE_S) as connection:
             yield Browser(connection, size)

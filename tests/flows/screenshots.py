@@ -1,6 +1,8 @@
-"""Takes the pictures in docs/images: `python -m tests.flows.screenshots [FOLDER]`, some minutes on two cores.
+"""Takes the pictures in docs/images: `python -m tests.flows.screenshots [FOLDER]`, some minutes on
+two cores.
 
-A server with its UI and a worker of its own, a small pipeline, a run of which shards fail, and a browser that looks at them.
+A server with its UI and a worker of its own, a small pipeline, a run of which shards fail, and a
+browser that looks at them.
 """
 
 from __future__ import annotations
@@ -13,15 +15,29 @@ from tests.conftest import REPOSITORY, TINY, write_jsonl
 from tests.flows.browser import Browser, browser
 from tests.flows.test_deployment import Site, opened_site
 
-SMALL = [*TINY, "prompts.limit=40", "train.max_steps=100", "train.checkpoint_steps=20", "resources.shards_per_task=2", "resources.lanes=2"]
+SMALL = [
+    *TINY,
+    "prompts.limit=40",
+    "train.max_steps=100",
+    "train.checkpoint_steps=20",
+    "resources.shards_per_task=2",
+    "resources.lanes=2",
+]
 
 
 def take_pictures(site: Site, page: Browser, folder: Path) -> None:
     """Each page once everything on it is there."""
-    (pipeline,) = site.post("flow_runs/filter", flow_runs={"name": {"any_": ["pipeline demo"]}}).json()
-    page.open(f"{site.url.removesuffix('/api')}/runs/flow-run/{pipeline['id']}", "Completed", "Subflow Runs")
+    (pipeline,) = site.post(
+        "flow_runs/filter", flow_runs={"name": {"any_": ["pipeline demo"]}}
+    ).json()
+    page.open(
+        f"{site.url.removesuffix('/api')}/runs/flow-run/{pipeline['id']}",
+        "Completed",
+        "Subflow Runs",
+    )
     page.click("Subflow Runs")
-    page.wait_for("prepare demo", "train demo", "evaluate demo")  # the graph above them is a canvas, without words
+    # the graph above them is a canvas, without words
+    page.wait_for("prepare demo", "train demo", "evaluate demo")
     page.settle()
     page.picture(folder / "pipeline-run.png")
     for key, words, name in [
@@ -43,7 +59,9 @@ def main(folder: Path) -> None:
         write_jsonl(site.run_file.parent / "prompts.jsonl", prompts)
         (site.run_file.parent / "broken").touch()
         site.deployment_run("prepare/demo", code=1, recipe=str(site.run_file))
-        site.deployment_run("pipeline/demo", overrides=SMALL, store=str(Path(scratch) / "store"), timeout=1800)
+        site.deployment_run(
+            "pipeline/demo", overrides=SMALL, store=str(Path(scratch) / "store"), timeout=1800
+        )
         with browser(Path(scratch) / "profile", size=(1200, 760)) as page:
             take_pictures(site, page, folder)
 

@@ -36,7 +36,9 @@ def publish_all_once(artifacts: list[Artifact]) -> None:
 
 
 def event_of(key: str, *, seconds: float = 60) -> dict[str, Any]:
-    """The asset's newest materialization that the server knows; events take a moment to get there."""
+    """The asset's newest materialization that the server knows; events take a moment to get
+    there.
+    """
     limit = time.monotonic() + seconds
     while not (found := events_of(key)):
         assert time.monotonic() < limit, f"the server knows nothing of {key}"
@@ -47,11 +49,17 @@ def event_of(key: str, *, seconds: float = 60) -> dict[str, Any]:
 def events_of(key: str) -> list[dict[str, Any]]:
     wanted = {"event": {"name": [MATERIALIZED]}, "resource": {"id": [key]}, "order": "DESC"}
     with get_client(sync_client=True) as client:
-        return list(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])
+        return list(
+            client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+        )
 
 
 def inputs_in(event: dict[str, Any]) -> set[str]:
-    return {one["prefect.resource.id"] for one in event["related"] if one["prefect.resource.role"] == "asset"}
+    return {
+        one["prefect.resource.id"]
+        for one in event["related"]
+        if one["prefect.resource.role"] == "asset"
+    }
 
 
 def chain_on_server(key: str) -> dict[str, set[str]]:
@@ -71,7 +79,9 @@ def chain_in_store(artifact: Artifact) -> dict[str, set[str]]:
     info = artifact.info()
     assert info is not None
     return {
-        key(ArtifactInput.model_validate(found.model_dump())): {key(entry) for entry in found.inputs}
+        key(ArtifactInput.model_validate(found.model_dump())): {
+            key(entry) for entry in found.inputs
+        }
         for _, found in chain(artifact.store, info)
     }
 
@@ -94,14 +104,19 @@ def test_the_servers_events_and_the_store_tell_the_same_chain(tmp_path: Path):
     assert on_server == chain_in_store(result)
     assert len(on_server) == 6 and "/a=20store/evaluate/" in asset_key(result.url)
     payload = event_of(asset_key(result.url))["payload"]
-    assert payload["digest"] == result.manifest().digest and payload["fingerprint"] == result.key.fingerprint
+    assert (
+        payload["digest"] == result.manifest().digest
+        and payload["fingerprint"] == result.key.fingerprint
+    )
     assert {"rows", "tokens", "shards", "num_bytes", "rejected"} < set(payload)
 
 
 def test_what_a_server_does_not_know_is_told_once_with_the_first_thing_that_was_made_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Stages that were made by hand or with another server had no event, and a known benchmark never had one."""
+    """Stages that were made by hand or with another server had no event, and a known benchmark
+    never had one.
+    """
     config = tiny_run(tmp_path / "store", "evaluate.benchmarks=[{name: gsm8k}]")
     result = artifact_of(config, "evaluate")
     (benchmark,) = [entry for entry in result.key.inputs if entry.stage == "benchmarks"]
@@ -122,7 +137,9 @@ def test_hidden_states_that_training_made_are_passed_over(tmp_path: Path):
     artifact_of(config, "hidden").create({})
     *_, draft = artifacts = sealed(config, "demo", "prompts", "answers", "train")
     publish_all(artifacts)
-    made_from = {asset_key(artifact_of(config, stage).url) for stage in upstream_of(config, "hidden")}
+    made_from = {
+        asset_key(artifact_of(config, stage).url) for stage in upstream_of(config, "hidden")
+    }
     assert inputs_in(event_of(asset_key(draft.url))) == made_from
 
 
@@ -136,7 +153,9 @@ def test_a_stage_that_a_flow_seals_is_an_asset_and_nothing_of_the_run_is_told(ru
     assert "resources" not in json.dumps(event) and "endpoint" not in json.dumps(event)
 
 
-def test_a_server_that_is_away_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_is_away_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (prompts,) = sealed(tiny_run(tmp_path), "demo")
 
     @flow
@@ -148,7 +167,9 @@ def test_a_server_that_is_away_costs_the_run_nothing(tmp_path: Path, monkeypatch
     assert away() == "went on"
 
 
-def test_an_url_that_prefect_does_not_take_is_said_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_url_that_prefect_does_not_take_is_said_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     (demo,) = sealed(tiny_run(tmp_path.joinpath(*["x" * 100] * 6)), "demo")
     publish_all([demo])
     assert "is no asset in Prefect" in caplog.text

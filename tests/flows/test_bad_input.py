@@ -1,4 +1,6 @@
-"""What cannot be done as asked is one paragraph in the run's log (what, where, fix), and nothing is made or written before it."""
+"""What cannot be done as asked is one paragraph in the run's log (what, where, fix), and
+nothing is made or written before it.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,16 @@ def run_file(tmp_path_factory: pytest.TempPathFactory):
 
 
 def logs_of(state: State) -> list[Log]:
-    """The run's log as the UI shows it, complete: Prefect's own last line comes after every other."""
+    """The run's log as the UI shows it, complete: Prefect's own last line comes after every
+    other.
+    """
     run_id = state.state_details.flow_run_id
     limit = time.monotonic() + 60
     with get_client(sync_client=True) as client:
         while True:
-            found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), sort=LogSort.TIMESTAMP_ASC)
+            found = client.read_logs(
+                LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), sort=LogSort.TIMESTAMP_ASC
+            )
             if any(line.message.startswith("Finished in state") for line in found):
                 return found
             assert time.monotonic() < limit, "the log did not arrive"
@@ -58,11 +64,17 @@ def logs_of(state: State) -> list[Log]:
 
 
 def refusal(state: State) -> str:
-    """The only error in the log of a run that failed, apart from Prefect's last line, which repeats it."""
+    """The only error in the log of a run that failed, apart from Prefect's last line, which
+    repeats it.
+    """
     assert state.is_failed()
     lines = logs_of(state)
     assert not any("Traceback" in line.message for line in lines)
-    (said,) = [line.message for line in lines if line.level >= ERROR and not line.message.startswith("Finished in state")]
+    (said,) = [
+        line.message
+        for line in lines
+        if line.level >= ERROR and not line.message.startswith("Finished in state")
+    ]
     return said
 
 
@@ -78,7 +90,9 @@ def refusal(state: State) -> str:
         ({"store": "s3://key:hidden-word@bucket"}, "keys do not belong into a store's URL"),
     ],
 )
-def test_a_run_that_cannot_be_says_so_in_its_log_in_one_paragraph(run_file: Path, asked: dict[str, object], said: str):
+def test_a_run_that_cannot_be_says_so_in_its_log_in_one_paragraph(
+    run_file: Path, asked: dict[str, object], said: str
+):
     told = refusal(regenerate(**{"recipe": str(run_file), **asked}, return_state=True))
     assert said in told and "\n  fix: " in told and "hidden-word" not in told
     assert stage_status(load_run(str(run_file)), "answers").committed == 0
@@ -87,7 +101,9 @@ def test_a_run_that_cannot_be_says_so_in_its_log_in_one_paragraph(run_file: Path
 def test_the_parts_of_a_pipeline_are_not_begun_where_the_whole_cannot_be(run_file: Path):
     with get_client(sync_client=True) as client:
         before = len(client.read_flow_runs())
-        assert "there is no such field" in refusal(pipeline(recipe=str(run_file), overrides=("train.lrr=1",), return_state=True))
+        assert "there is no such field" in refusal(
+            pipeline(recipe=str(run_file), overrides=("train.lrr=1",), return_state=True)
+        )
         assert len(client.read_flow_runs()) == before + 1
 
 
@@ -100,8 +116,14 @@ def test_the_parts_of_a_pipeline_are_not_begun_where_the_whole_cannot_be(run_fil
     ],
 )
 def test_a_bucket_that_the_worker_cannot_use_is_named(
-    run_file: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch, variable: str | None, value: str | None, bucket: str | None, said: str
-):  # fmt: skip
+    run_file: Path,
+    s3_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    value: str | None,
+    bucket: str | None,
+    said: str,
+):
     if variable:
         monkeypatch.setenv(variable, value)
     store = f"s3://{bucket}/store" if bucket else s3_url
@@ -135,8 +157,14 @@ def old_server() -> Iterator[str]:
 def test_a_run_by_hand_and_a_workers_run_refuse_a_server_of_another_version(run_file: Path):
     with old_server() as url:
         found = run(flow_command("prepare", run_file), environment(PREFECT_API_URL=url))
-        assert found.returncode == 2 and "the Prefect server has version 3.7.9, which does not fit" in found.stderr
-        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(UserError, match=r"3\.7\.9, which does not fit"):
+        assert (
+            found.returncode == 2
+            and "the Prefect server has version 3.7.9, which does not fit" in found.stderr
+        )
+        with (
+            temporary_settings({PREFECT_API_URL: url}),
+            pytest.raises(UserError, match=r"3\.7\.9, which does not fit"),
+        ):
             run_stages(Request(str(run_file)), ("prompts",))
     assert stage_status(load_run(str(run_file)), "prompts").committed == 0
 
@@ -144,18 +172,29 @@ def test_a_run_by_hand_and_a_workers_run_refuse_a_server_of_another_version(run_
 @pytest.mark.slow
 def test_a_server_that_accepts_and_never_answers_is_given_up_soon(run_file: Path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        found = run(flow_command("prepare", run_file), environment(PREFECT_API_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/api"))
-    assert found.returncode == 2 and "the Prefect server does not answer" in found.stderr and "Traceback" not in found.stderr
+        found = run(
+            flow_command("prepare", run_file),
+            environment(PREFECT_API_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/api"),
+        )
+    assert (
+        found.returncode == 2
+        and "the Prefect server does not answer" in found.stderr
+        and "Traceback" not in found.stderr
+    )
 
 
 def test_at_its_end_a_run_does_not_wait_for_ever_for_a_server_that_hangs():
-    """Prefect's own threads wait: seven events that a stopped server did not take kept a run that was over for a quarter of an hour."""
+    """Prefect's own threads wait: seven events that a stopped server did not take kept a run
+    that was over for a quarter of an hour.
+    """
     script = "import threading; from flows.cli import end_in_time; end_in_time(7, 0.2); threading.Event().wait(600)"
     assert run([sys.executable, "-c", script], environment()).returncode == 7
 
 
 def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
-    """A worker's process wrote it when the flow failed and again when the process ended; a parent's log has it, too."""
+    """A worker's process wrote it when the flow failed and again when the process ended; a
+    parent's log has it, too.
+    """
     show_plainly()
     logger, error = logging.getLogger(FLOW_RUNS), UserError("it cannot be", fix="do something else")
     written = list[str]()
@@ -173,14 +212,22 @@ def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
 def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
     run_prompts(load_run(str(run_file)))
     wrong = ("answers.engine=openai", "resources.serve=vllm", "resources.api_key_secret=nowhere")
-    assert "there is no Secret block of this name" in refusal(regenerate(recipe=str(run_file), overrides=wrong, return_state=True))
+    assert "there is no Secret block of this name" in refusal(
+        regenerate(recipe=str(run_file), overrides=wrong, return_state=True)
+    )
     progress, failure = Artifact.get("flaky-answers"), Artifact.get("flaky-failure")
     assert progress is not None and "failed: 0 of 6 shards" in str(progress.description)
-    assert failure is not None and "### Once that is corrected, the same run again" in str(failure.data)
+    assert failure is not None and "### Once that is corrected, the same run again" in str(
+        failure.data
+    )
 
 
-def test_shards_by_hand_may_be_written_as_people_do(run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """`1,  2` was refused by the flow's own pattern, and called a lost server that is to be asked again."""
+def test_shards_by_hand_may_be_written_as_people_do(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`1,  2` was refused by the flow's own pattern, and called a lost server that is to be
+    asked again.
+    """
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     run_prompts(load_run(str(run_file)))
     run_flow("regenerate", Request(str(run_file)), " 1,  2,")

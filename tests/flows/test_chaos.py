@@ -1,7 +1,9 @@
-"""200 scripted shards over two workers while a random thing is killed every second or so; then run again to the end.
+"""200 scripted shards over two workers while a random thing is killed every second or so; then run
+again to the end.
 
-Whatever died, the sealed digest is that of a run that nobody disturbed, no committed shard was made again, and no process is left.
-DEEPSPEC_CHAOS_KILLS=30 python -m pytest tests/flows/test_chaos.py kills more often than the suite has time for.
+Whatever died, the sealed digest is that of a run that nobody disturbed, no committed shard was made
+again, and no process is left. DEEPSPEC_CHAOS_KILLS=30 python -m pytest tests/flows/test_chaos.py
+kills more often than the suite has time for.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ def chaos_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of 200 prompts, each a shard."""
     path = flaky_run(tmp_path, monkeypatch)
     fields = yaml.safe_load(path.read_text())
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(SHARDS)])
+    write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(SHARDS)]
+    )
     fields["prompts"]["shard_rows"], fields["answers"]["engine"] = 1, "tests.flows.engines:Paced"
-    fields["resources"] |= {"shards_per_task": 25, "retries": 100}  # a group that is killed comes back: nothing is given up here
+    # a group that is killed comes back: nothing is given up here
+    fields["resources"] |= {"shards_per_task": 25, "retries": 100}
     path.write_text(yaml.safe_dump(fields))
     return path
 
@@ -66,18 +71,25 @@ def digest(config: RunConfig) -> str:
 
 def committed(config: RunConfig) -> dict[str, int]:
     """Modification times of all records: a shard that is made again would show a new one."""
-    return {path.name: path.stat().st_mtime_ns for path in Path(artifact_of(config, "answers").url, "records").glob("*.json")}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in Path(artifact_of(config, "answers").url, "records").glob("*.json")
+    }
 
 
 class Chaos:
-    """Two workers and two runs, kept at work; each kill is somebody's by chance, with a fixed seed."""
+    """Two workers and two runs, kept at work; each kill is somebody's by chance, with a fixed
+    seed.
+    """
 
     def __init__(self, made: Machines, run_file: Path) -> None:
         self.machines, self.run_file, self.chance = made, run_file, random.Random(8)
         self.deployment, self.killed, self.begun = made.deploy("regenerate"), Counter[str](), 0
 
     def keep_going(self) -> None:
-        """What a site's service manager and its users do: start again what is gone; a run of everything, or of one half."""
+        """What a site's service manager and its users do: start again what is gone; a run of
+        everything, or of one half.
+        """
         if not self.machines.processes(SERVER):
             self.machines.start_server()
         for number in range(WORKERS):
@@ -87,13 +99,23 @@ class Chaos:
             self.begin(["", *HALVES][self.begun % 3])
 
     def waiting(self) -> int:
-        """Runs that a worker is about to start. One that was killed just then leaves its run pending for ever: it is not waited for."""
-        found = self.machines.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}})
+        """Runs that a worker is about to start. One that was killed just then leaves its run
+        pending for ever: it is not waited for.
+        """
+        found = self.machines.post(
+            "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}}
+        )
         old = datetime.now(UTC) - timedelta(seconds=PENDING_S)
-        return sum(run["state_type"] == "SCHEDULED" or datetime.fromisoformat(run["state"]["timestamp"]) > old for run in found)
+        return sum(
+            run["state_type"] == "SCHEDULED"
+            or datetime.fromisoformat(run["state"]["timestamp"]) > old
+            for run in found
+        )
 
     def at_work(self) -> bool:
-        return bool(self.waiting() or self.machines.processes(FLOW) or self.machines.processes(LANE))
+        return bool(
+            self.waiting() or self.machines.processes(FLOW) or self.machines.processes(LANE)
+        )
 
     def begin(self, shards: str) -> str:
         self.begun += 1
@@ -103,7 +125,9 @@ class Chaos:
         return self.chance.sample(FIVE * -(-KILLS // 5), KILLS)
 
     def kill(self, kind: str) -> None:
-        """SIGKILL to one process of a kind, as soon as there is one: a child or its guard, a run, a worker, the server."""
+        """SIGKILL to one process of a kind, as soon as there is one: a child or its guard, a
+        run, a worker, the server.
+        """
         wait_until(lambda: self.killed_one(kind), f"a process {kind!r} to kill")
         self.killed[kind] += 1
 
@@ -119,7 +143,9 @@ class Chaos:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_left(chaos_run: Path, database: Path, tmp_path: Path):
+def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_left(
+    chaos_run: Path, database: Path, tmp_path: Path
+):
     quiet = digest(undisturbed(chaos_run, tmp_path / "quiet"))
     config = load_run(str(chaos_run))
     run_prompts(config)
@@ -135,11 +161,18 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
             time.sleep(PAUSE_S)
             chaos.keep_going()
             after = committed(config)
-            assert all(after.get(name) == made_at for name, made_at in before.items()), "a committed shard was made again"
+            assert all(after.get(name) == made_at for name, made_at in before.items()), (
+                "a committed shard was made again"
+            )
         left = stage_status(config, "answers").missing
         assert 0 < len(left) < SHARDS, "the last kill still disturbed something"
         (tmp_path / "pace").unlink()
-        wait_until(lambda: finished(chaos, config), f"the end after {dict(chaos.killed)}", seconds=180, pause_s=1.0)
+        wait_until(
+            lambda: finished(chaos, config),
+            f"the end after {dict(chaos.killed)}",
+            seconds=180,
+            pause_s=1.0,
+        )
         assert digest(config) == quiet
         assert len(committed(config)) == SHARDS and committed(config).items() >= after.items()
         wait_until(lambda: not chaos.at_work(), "the end of runs and children")
@@ -148,7 +181,9 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
                 process.terminate()
             wait_until(lambda kind=kind: not made.processes(kind), f"the end of {kind}")
         assert [command_of(process) for process in made.processes()] == []
-    print(f"killed: {dict(chaos.killed)}, runs: {chaos.begun}, missing after the last kill: {len(left)}")
+    print(
+        f"killed: {dict(chaos.killed)}, runs: {chaos.begun}, missing after the last kill: {len(left)}"
+    )
 
 
 def begun(chaos: Chaos, config: RunConfig) -> bool:
@@ -157,7 +192,9 @@ def begun(chaos: Chaos, config: RunConfig) -> bool:
 
 
 def finished(chaos: Chaos, config: RunConfig) -> bool:
-    """Whether the artifact is sealed; where nobody works on it any more, a run of what is missing is begun."""
+    """Whether the artifact is sealed; where nobody works on it any more, a run of what is
+    missing is begun.
+    """
     if not stage_status(config, "answers").sealed:
         chaos.keep_going()
         return False

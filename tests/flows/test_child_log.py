@@ -1,4 +1,6 @@
-"""A child may say as much as it likes: the run's log has a bounded part of it, and says where the rest is."""
+"""A child may say as much as it likes: the run's log has a bounded part of it, and says where
+the rest is.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,31 @@ def chatty(path: Path) -> None:
         forward("x" * 100_000)
 
 
-def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
     chatty(tmp_path / "answers-0000.log")
     said = [
         record
         for record in caplog.records
-        if record.name == "prefect.flow_runs" and " deepspec.artifacts.shard_loop: " in record.getMessage()
+        if record.name == "prefect.flow_runs"
+        and " deepspec.artifacts.shard_loop: " in record.getMessage()
     ]
     levels = [record.levelname for record in said]
     # A slow machine may take seconds for the thousand lines, in which one or the other comes back.
     assert (
-        WARNINGS_AT_ONCE <= levels.count("ERROR") <= WARNINGS_AT_ONCE + 20 and OTHERS_AT_ONCE <= levels.count("INFO") <= OTHERS_AT_ONCE + 5
+        WARNINGS_AT_ONCE <= levels.count("ERROR") <= WARNINGS_AT_ONCE + 20
+        and OTHERS_AT_ONCE <= levels.count("INFO") <= OTHERS_AT_ONCE + 5
     )
-    (rest,) = [record.getMessage() for record in caplog.records if "lines were left out here" in record.getMessage()]
-    assert rest == f"{1001 - len(said)} lines were left out here; {tmp_path / 'answers-0000.log'} has them all"
+    (rest,) = [
+        record.getMessage()
+        for record in caplog.records
+        if "lines were left out here" in record.getMessage()
+    ]
+    assert (
+        rest
+        == f"{1001 - len(said)} lines were left out here; {tmp_path / 'answers-0000.log'} has them all"
+    )
 
 
 @flow
@@ -43,7 +56,9 @@ def quiet(path: Path) -> None:
         forward("a line of somebody else's program")
 
 
-def test_a_quiet_childs_lines_are_all_there_and_long_ones_cut(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+def test_a_quiet_childs_lines_are_all_there_and_long_ones_cut(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
     quiet(tmp_path / "x.log")
     said = [record.getMessage() for record in caplog.records]
     assert "y" * 2000 in said and "a line of somebody else's program" in said

@@ -1,4 +1,6 @@
-"""`python -m flows.<name>`: one command, no server set up; mistakes are one paragraph, and nothing outlives the run."""
+"""`python -m flows.<name>`: one command, no server set up; mistakes are one paragraph, and
+nothing outlives the run.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,18 @@ def flow_command(flow: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"flows.{flow}", *map(str, arguments)]
 
 
-def run(command: list[str], env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, check=False)
+def run(
+    command: list[str], env: dict[str, str], timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=REPOSITORY,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +65,21 @@ def prefect_home(database: Path, tmp_path_factory: pytest.TempPathFactory) -> st
         (["nowhere.yaml"], "cannot be read"),
         (["demo", "--shards", "17"], "has no shards"),
         (["demo", "--store", "/proc/nowhere"], "cannot write"),
-        (["demo", "--set", "prompts.source={kind: files, paths: [/nowhere.jsonl]}", "--store", "STORE"], "/nowhere.jsonl"),
+        (
+            [
+                "demo",
+                "--set",
+                "prompts.source={kind: files, paths: [/nowhere.jsonl]}",
+                "--store",
+                "STORE",
+            ],
+            "/nowhere.jsonl",
+        ),
     ],
 )
-def test_a_users_mistake_is_one_paragraph_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path):
+def test_a_users_mistake_is_one_paragraph_and_exit_code_2(
+    arguments: list[str], said: str, tmp_path: Path
+):
     arguments = [argument.replace("STORE", str(tmp_path)) for argument in arguments]
     found = run(flow_command("pipeline", *arguments), environment(HOME=str(tmp_path)))
     assert found.returncode == 2, found.stderr
@@ -65,25 +88,33 @@ def test_a_users_mistake_is_one_paragraph_and_exit_code_2(arguments: list[str], 
 
 
 def test_a_server_that_does_not_answer_is_named(run_file: Path):
-    found = run(flow_command("prepare", run_file), environment(PREFECT_API_URL="http://127.0.0.1:9/api"))
+    found = run(
+        flow_command("prepare", run_file), environment(PREFECT_API_URL="http://127.0.0.1:9/api")
+    )
     assert found.returncode == 2
     assert "http://127.0.0.1:9/api" in found.stderr and "Traceback" not in found.stderr
 
 
 def test_a_private_server_that_cannot_start_says_why(run_file: Path, prefect_home: str):
-    broken = environment(PREFECT_HOME=prefect_home, PREFECT_SERVER_DATABASE_CONNECTION_URL="nonsense://x")
+    broken = environment(
+        PREFECT_HOME=prefect_home, PREFECT_SERVER_DATABASE_CONNECTION_URL="nonsense://x"
+    )
     found = run(flow_command("prepare", run_file), broken)
     assert found.returncode == 2, found.stderr
     assert "private server did not start" in found.stderr and "server.log" in found.stderr
 
 
-def test_a_user_who_has_a_server_gets_no_private_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_user_who_has_a_server_gets_no_private_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     monkeypatch.setenv("PREFECT_API_URL", "http://somewhere/api")
     assert start_private_server(None) is None
     monkeypatch.delenv("PREFECT_API_URL")
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    (tmp_path / "profiles.toml").write_text('active = "site"\n[profiles.site]\nPREFECT_API_URL = "http://site/api"\n')
+    (tmp_path / "profiles.toml").write_text(
+        'active = "site"\n[profiles.site]\nPREFECT_API_URL = "http://site/api"\n'
+    )
     assert start_private_server(None) is None
 
 
@@ -92,15 +123,29 @@ LANES = 2
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(run_file: Path, prefect_home: str, number: signal.Signals):
-    """Two lanes, each with a server of the target that it started, which answers the first shard of each and then no more."""
+def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(
+    run_file: Path, prefect_home: str, number: signal.Signals
+):
+    """Two lanes, each with a server of the target that it started, which answers the first
+    shard of each and then no more.
+    """
     questions(run_file, answered=(0, 3))
     request = Request(str(run_file), (*SERVED, f"resources.lanes={LANES}"))
-    env, config = environment(PREFECT_HOME=prefect_home), load_run(request.source, request.overrides)
+    env, config = (
+        environment(PREFECT_HOME=prefect_home),
+        load_run(request.source, request.overrides),
+    )
     command = flow_command("prepare", *request.arguments())
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # As from a terminal: what a shell runs in the background ignores SIGINT, and so would this process's children.
-    process = subprocess.Popen(command, env=env, cwd=REPOSITORY, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
+    # As from a terminal: what a shell runs in the background ignores SIGINT, and so would this
+    # process's children.
+    process = subprocess.Popen(
+        command,
+        env=env,
+        cwd=REPOSITORY,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
     wait_until(lambda: stage_status(config, "answers").committed == LANES)
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     children = [one for one in everyone if MARK in one.environ()]
@@ -125,13 +170,22 @@ def wait_until(true, seconds: float = 90) -> None:
 
 
 @pytest.mark.slow
-def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(store: Path, database: Path):
+def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(
+    store: Path, database: Path
+):
     home_with(database, store / ".prefect")
     command = flow_command("pipeline", "demo", *SETS, "--store", store)
     first = run(command, environment(HOME=str(store.parent)))
     assert first.returncode == 0, first.stderr
     summary = json.loads(first.stdout.splitlines()[-1])
-    assert set(summary) == {"acceptance_length", "lossless", "speedup", "seconds", "peak_rss_bytes", "result"}
+    assert set(summary) == {
+        "acceptance_length",
+        "lossless",
+        "speedup",
+        "seconds",
+        "peak_rss_bytes",
+        "result",
+    }
     assert set(summary["acceptance_length"]) == {"macro", "math", "code", "chat"}
     assert summary["lossless"][0] == summary["lossless"][1] and summary["peak_rss_bytes"] > 1e8
     assert Path(summary["result"], "summary.json").exists()

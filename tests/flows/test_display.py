@@ -1,4 +1,6 @@
-"""What is shown: bounded lines while a run works, and the numbers that the stages and the evaluation wrote."""
+"""What is shown: bounded lines while a run works, and the numbers that the stages and the
+evaluation wrote.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,57 @@ import pytest
 
 from deepspec.artifacts.status import StageStatus
 from flows.display import show_summary, shown_on_terminal, summary_line
-from flows.reporting import Progress, StageOutcome, artifact_key, result_row, show, show_nothing_to_do, stage_row
+from flows.reporting import (
+    Progress,
+    StageOutcome,
+    artifact_key,
+    result_row,
+    show,
+    show_nothing_to_do,
+    stage_row,
+)
 
 STATUS = StageStatus(
-    stage="evaluate", artifact_url="/store/evaluate/dspark-demo-1a2b", fingerprint="1a2b", committed=6, missing=[], rows=1800,
-    tokens=50_000, rejected_rows=0, num_bytes=2_500_000, seconds=10.0, sealed=True, failures={}, upstream_sealed=True,
-)  # fmt: skip
+    stage="evaluate",
+    artifact_url="/store/evaluate/dspark-demo-1a2b",
+    fingerprint="1a2b",
+    committed=6,
+    missing=[],
+    rows=1800,
+    tokens=50_000,
+    rejected_rows=0,
+    num_bytes=2_500_000,
+    seconds=10.0,
+    sealed=True,
+    failures={},
+    upstream_sealed=True,
+)
 PART = {
-    "benchmark": "math", "temperature": 0.0, "acceptance_length": 4.9, "conditional_acceptance": [0.91, 0.5], "speedup": 1.66,
-    "tokens_per_s": {"plain": 180.4, "speculative": 300.0}, "lossless": [20, 20],
-}  # fmt: skip
+    "benchmark": "math",
+    "temperature": 0.0,
+    "acceptance_length": 4.9,
+    "conditional_acceptance": [0.91, 0.5],
+    "speedup": 1.66,
+    "tokens_per_s": {"plain": 180.4, "speculative": 300.0},
+    "lossless": [20, 20],
+}
 RESULTS = {
-    **PART, "acceptance_length": {"macro": 3.01, "math": 4.9}, "benchmarks": [PART, {**PART, "temperature": 1.0, "lossless": [0, 20]}],
-}  # fmt: skip
+    **PART,
+    "acceptance_length": {"macro": 3.01, "math": 4.9},
+    "benchmarks": [PART, {**PART, "temperature": 1.0, "lossless": [0, 20]}],
+}
 
 
-def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(capsys: pytest.CaptureFixture[str]):
+def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(
+    capsys: pytest.CaptureFixture[str],
+):
     with shown_on_terminal(["train"]):
         for done in range(100):
-            show(Progress("train", "running", done, 100, "steps", {"loss": 2.345678, "tokens": 10 * done}))
+            show(
+                Progress(
+                    "train", "running", done, 100, "steps", {"loss": 2.345678, "tokens": 10 * done}
+                )
+            )
         show(Progress("train", "done", 100, 100, "steps", {"loss": 1.5, "tokens": 1000}))
     shown = capsys.readouterr()
     assert shown.out == "", "stdout is kept for the results"
@@ -37,7 +71,13 @@ def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(capsys
     assert lines[1].startswith("train: done 100 of 100 steps") and "tokens/s" in lines[1]
 
 
-RESUMED = {"loss": 2.345678, "acceptance_length": 1.83, "tokens": 5000, "tokens_per_s": 1234.5, "left_s": 95}
+RESUMED = {
+    "loss": 2.345678,
+    "acceptance_length": 1.83,
+    "tokens": 5000,
+    "tokens_per_s": 1234.5,
+    "left_s": 95,
+}
 
 
 def test_a_training_says_its_own_speed_and_the_time_left(capsys: pytest.CaptureFixture[str]):
@@ -46,17 +86,30 @@ def test_a_training_says_its_own_speed_and_the_time_left(capsys: pytest.CaptureF
         show(Progress("train", "running", 910, 1000, "steps", RESUMED))
         show(Progress("train", "done", 1000, 1000, "steps", {**RESUMED, "left_s": 0}))
     running, done = capsys.readouterr().err.splitlines()
-    assert running == "train: running 910 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s  0:01:35 left"
-    assert done == "train: done 1000 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s"
+    assert (
+        running
+        == "train: running 910 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s  0:01:35 left"
+    )
+    assert (
+        done == "train: done 1000 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s"
+    )
 
 
-def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take it for a terminal
     monkeypatch.setenv("COLUMNS", "200")
     with shown_on_terminal(["train"]):
         show(Progress("train", "running", 910, 1000, "steps", RESUMED))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
-    for words in ("910/1000", "left 0:01:35", "loss 2.35", "acceptance_length 1.83", "1,234 tokens/s"):
+    for words in (
+        "910/1000",
+        "left 0:01:35",
+        "loss 2.35",
+        "acceptance_length 1.83",
+        "1,234 tokens/s",
+    ):
         assert words in shown
 
 
@@ -69,7 +122,19 @@ def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixtur
 def test_the_summary_names_speed_losslessness_and_every_folder(capsys: pytest.CaptureFixture[str]):
     show_summary([StageOutcome(STATUS, "done", 12.3)], RESULTS)
     said = capsys.readouterr().out
-    for words in ("math", "4.90", "91 50", "300", "180", "1.66", "20/20", "lossless: 20/20", "macro acceptance length 3.01", "12.3", "2.5"):
+    for words in (
+        "math",
+        "4.90",
+        "91 50",
+        "300",
+        "180",
+        "1.66",
+        "20/20",
+        "lossless: 20/20",
+        "macro acceptance length 3.01",
+        "12.3",
+        "2.5",
+    ):
         assert words in said
     assert STATUS.artifact_url in said
 
@@ -86,9 +151,15 @@ def test_a_stage_already_done_shows_that_instead_of_seconds():
 def test_the_last_line_is_one_json_object_for_scripts():
     line = json.loads(summary_line([StageOutcome(STATUS, "done", 12.345)], RESULTS, total_s=20.0))
     assert line["acceptance_length"] == {"macro": 3.01, "math": 4.9}
-    assert (line["lossless"], line["speedup"], line["seconds"]) == ([20, 20], 1.66, {"evaluate": 12.35, "total": 20.0})
+    assert (line["lossless"], line["speedup"], line["seconds"]) == (
+        [20, 20],
+        1.66,
+        {"evaluate": 12.35, "total": 20.0},
+    )
     assert line["peak_rss_bytes"] > 1e7 and line["result"] == STATUS.artifact_url
-    assert "lossless" not in json.loads(summary_line([StageOutcome(STATUS, "done", 1.0)], None, total_s=1.0))
+    assert "lossless" not in json.loads(
+        summary_line([StageOutcome(STATUS, "done", 1.0)], None, total_s=1.0)
+    )
 
 
 def test_artifact_keys_hold_only_what_prefect_takes():

@@ -1,4 +1,6 @@
-"""The artifact of a failed run: every shard with its reason, and commands that a shell takes as they are."""
+"""The artifact of a failed run: every shard with its reason, and commands that a shell takes as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,15 @@ from flows.parameters import run_name
 
 
 def test_each_shard_is_a_row_with_its_reason_and_whether_another_try_helps():
-    failures = {17: {"what": "bad | row\nof <b>words</b>", "transient": False}, 5: {"what": "busy", "transient": True}}
-    text = failure_text("run", ShardsFailed("2 failed", where="/store/x", failures=failures), {"Again": "python -m x"})
+    failures = {
+        17: {"what": "bad | row\nof <b>words</b>", "transient": False},
+        5: {"what": "busy", "transient": True},
+    }
+    text = failure_text(
+        "run",
+        ShardsFailed("2 failed", where="/store/x", failures=failures),
+        {"Again": "python -m x"},
+    )
     assert "| 5 | busy | yes |\n| 17 | bad \\| row of \\<b>words\\</b> | no, not as it is |" in text
     assert "### Again\n\n```\npython -m x\n```" in text
 
@@ -37,12 +46,19 @@ def test_of_thousands_of_shards_some_are_shown_and_the_others_counted():
 
 def test_a_deployments_command_says_the_parameters_again():
     overrides = ['answers.system_prompt="it\'s"', "train.lr=3e-4"]
-    command = deployment_command("regenerate/demo", {"recipe": "my run.yaml", "overrides": overrides, "shards": "5,7", "store": ""})
+    command = deployment_command(
+        "regenerate/demo",
+        {"recipe": "my run.yaml", "overrides": overrides, "shards": "5,7", "store": ""},
+    )
     words = shlex.split(command)
     assert words[:4] == ["prefect", "deployment", "run", "regenerate/demo"]
     said = dict(word.split("=", 1) for word in words[5::2])
     assert set(words[4::2]) == {"-p"} and set(said) == {"recipe", "overrides", "shards"}
-    assert (said["recipe"], json.loads(said["overrides"]), said["shards"]) == ("my run.yaml", overrides, "5,7")
+    assert (said["recipe"], json.loads(said["overrides"]), said["shards"]) == (
+        "my run.yaml",
+        overrides,
+        "5,7",
+    )
 
 
 @flow(name="capture", flow_run_name=run_name)
@@ -59,7 +75,10 @@ def train(recipe: str) -> str:
     ("asked", "name"),
     [
         ({"recipe": "qwen3-4b", "shards": "17-42"}, "capture qwen3-4b 0017-0042"),
-        ({"recipe": "dflash-qwen3-4b", "shards": "40-52,17,18"}, "capture qwen3-4b 0017-0018,0040-0052"),
+        (
+            {"recipe": "dflash-qwen3-4b", "shards": "40-52,17,18"},
+            "capture qwen3-4b 0017-0018,0040-0052",
+        ),
         ({"recipe": "runs/mine.yaml", "shards": 5}, "capture mine.yaml 0005"),
         ({"recipe": "demo"}, "capture demo"),
         ({"recipe": "demo", "shards": "5-3"}, "capture demo 5-3"),

@@ -1,4 +1,6 @@
-"""What a run asks of a pool's workers, without a worker: nothing is asked for twice, and nobody's shards are given to another one."""
+"""What a run asks of a pool's workers, without a worker: nothing is asked for twice, and
+nobody's shards are given to another one.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Site(NamedTuple):
         name = self.overrides[0].partition("=")[2]
         with get_client(sync_client=True) as client:
             deployment = client.read_deployment_by_name(f"regenerate/{name}")
-            return client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id={"any_": [deployment.id]}))
+            return client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(deployment_id={"any_": [deployment.id]})
+            )
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,12 @@ def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     name = f"empty-{uuid4().hex[:6]}"
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
-        client.create_deployment(client.create_flow_from_name("regenerate"), name, work_pool_name=name)
-    return Site(prompts, (f"resources.workers={name}", "resources.runner=workers", "resources.lanes=1"))
+        client.create_deployment(
+            client.create_flow_from_name("regenerate"), name, work_pool_name=name
+        )
+    return Site(
+        prompts, (f"resources.workers={name}", "resources.runner=workers", "resources.lanes=1")
+    )
 
 
 def dealt(site: Site, act: Callable[[StageRun, Claims], None]) -> None:
@@ -78,7 +86,9 @@ def dealt(site: Site, act: Callable[[StageRun, Claims], None]) -> None:
     @flow
     def dealing() -> None:
         config = load_run(str(site.run_file), site.overrides)
-        run = StageRun(Request(str(site.run_file), site.overrides), config, stage_status(config, "answers"))
+        run = StageRun(
+            Request(str(site.run_file), site.overrides), config, stage_status(config, "answers")
+        )
         try:
             with claims_on(artifact_of(config, "answers")) as claims:
                 act(run, claims)
@@ -107,7 +117,9 @@ def set_state(run: FlowRun, state: State[Any]) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
-def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(site: Site, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+):
     lost = list[str]()
 
     def unheard(*args: Any, **fields: Any) -> FlowRun:
@@ -143,19 +155,28 @@ def test_what_an_earlier_try_asked_for_and_nobody_began_is_cancelled(site: Site)
     def act(run: StageRun, claims: Claims) -> None:
         left = WorkersHands(run, claims)._start(1, [0, 1])
         WorkersHands(run, claims)
-        assert [(child.id, child.state_name) for child in site.children()] == [(left.id, "Cancelled")]
+        assert [(child.id, child.state_name) for child in site.children()] == [
+            (left.id, "Cancelled")
+        ]
 
     dealt(site, act)
 
 
-def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_another_one(site: Site):
+def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_another_one(
+    site: Site,
+):
     def act(run: StageRun, claims: Claims) -> None:
         hands = WorkersHands(run, claims)
         thread, outcome = at_work(hands, [0])
         wait_until(site.children)
         (child,) = site.children()
         set_state(child, Running())
-        claim = Claim(run=child.name, run_id=str(child.id), dealer=str(flow_run.id), process="elsewhere 1 2 3 4")
+        claim = Claim(
+            run=child.name,
+            run_id=str(child.id),
+            dealer=str(flow_run.id),
+            process="elsewhere 1 2 3 4",
+        )
         with Claims(artifact_of(run.config, "answers"), claim) as its_own:
             assert its_own.take([0]).shards == [0]
             wait_until(lambda: str(child.id) in hands.alive)
@@ -163,7 +184,9 @@ def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_
             thread.join(1)
             assert thread.is_alive(), "it may still commit the shard"
         thread.join(60)
-        assert isinstance(outcome[0], TransientError) and "no sign of life for 540 s" in str(outcome[0])
+        assert isinstance(outcome[0], TransientError) and "no sign of life for 540 s" in str(
+            outcome[0]
+        )
 
     dealt(site, act)
 
@@ -173,20 +196,27 @@ def test_a_run_that_ended_well_without_its_shards_says_what_may_be_wrong(site: S
         hands = WorkersHands(run, claims)
         child = hands._start(1, [3, 4])
         child.state = State(type="COMPLETED", name="Completed", message="All states completed.")
-        with pytest.raises(TransientError, match=r"but of its shards 3-4 are not there\n.*where: .*\n.*fix: .* the same run file"):
+        with pytest.raises(
+            TransientError,
+            match=r"but of its shards 3-4 are not there\n.*where: .*\n.*fix: .* the same run file",
+        ):
             hands._judge(child, [3, 4], {})
 
     dealt(site, act)
 
 
 def test_what_may_be_tried_again_of_an_evaluation_is(site: Site):
-    """Its units are known to the child alone, and what the child's state says of them does not say whether they may be."""
+    """Its units are known to the child alone, and what the child's state says of them does not
+    say whether they may be.
+    """
 
     def act(run: StageRun, claims: Claims) -> None:
         run.sharded = False
         hands = WorkersHands(run, claims)
         child = hands._start(1, None)
-        child.state = Failed(message="Flow run encountered an exception: ShardsFailed: 1 of 2 shards failed")
+        child.state = Failed(
+            message="Flow run encountered an exception: ShardsFailed: 1 of 2 shards failed"
+        )
         put_failure(hands.artifact, 0, TransientError("the disk was full"))
         with pytest.raises(ShardsFailed) as failed:
             hands._judge(child, [], {})
@@ -198,13 +228,31 @@ def test_what_may_be_tried_again_of_an_evaluation_is(site: Site):
 def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_server: None):
     trigger = EventTrigger.model_validate(ended("http://127.0.0.1:9/nobody").trigger.model_dump())
     related = [
-        {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": "regenerate"},
-        {"prefect.resource.id": "prefect.deployment.1", "prefect.resource.role": "deployment", "prefect.resource.name": "gpu"},
+        {
+            "prefect.resource.id": "prefect.flow.1",
+            "prefect.resource.role": "flow",
+            "prefect.resource.name": "regenerate",
+        },
+        {
+            "prefect.resource.id": "prefect.deployment.1",
+            "prefect.resource.role": "deployment",
+            "prefect.resource.name": "gpu",
+        },
     ]
     told = []
-    for name in ("regenerate run.yaml", "regenerate run.yaml 0000-0002", "regenerate run.yaml 0000-0002 (part)"):
+    for name in (
+        "regenerate run.yaml",
+        "regenerate run.yaml 0000-0002",
+        "regenerate run.yaml 0000-0002 (part)",
+    ):
         resource = {"prefect.resource.id": "prefect.flow-run.1", "prefect.resource.name": name}
-        event = ReceivedEvent(occurred=now("UTC"), event="prefect.flow-run.Completed", id=uuid4(), resource=resource, related=related)
+        event = ReceivedEvent(
+            occurred=now("UTC"),
+            event="prefect.flow-run.Completed",
+            id=uuid4(),
+            resource=resource,
+            related=related,
+        )
         told += [name] if trigger.covers(event) else []
     assert told == ["regenerate run.yaml", "regenerate run.yaml 0000-0002"]
 

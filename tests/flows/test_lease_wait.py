@@ -1,4 +1,6 @@
-"""Two runs on the same artifact at the same time make each shard once, both end well, and the one that waits says for whom."""
+"""Two runs on the same artifact at the same time make each shard once, both end well, and the
+one that waits says for whom.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def lines(run_file: Path, name: str) -> list[int]:
     return sorted(int(line) for line in path.read_text().split()) if path.exists() else []
 
 
-def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(run_file: Path, caplog: pytest.LogCaptureFixture):
+def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+):
     (run_file.parent / "slow").touch()
     seen: list[Progress] = []
 
@@ -70,28 +74,58 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(run_file: Path
     (run_file.parent / "slow").unlink()
     for thread in (first_thread, second_thread):
         thread.join(120)
-    assert [outcome.state for outcome in (*first[0], *waited[0])] == ["done", "done", "already done", "already done"]
+    assert [outcome.state for outcome in (*first[0], *waited[0])] == [
+        "done",
+        "done",
+        "already done",
+        "already done",
+    ]
     assert lines(run_file, "calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert "answers: waiting for run '" in caplog.text
     url = waited[0][1].status.artifact_url
-    assert max(progress.done for progress in seen if progress.stage == "answers" and progress.state == "running") > 1, "it sees them come"
+    assert (
+        max(
+            progress.done
+            for progress in seen
+            if progress.stage == "answers" and progress.state == "running"
+        )
+        > 1
+    ), "it sees them come"
     assert artifact_of(load_run(str(run_file)), "answers").store.entries("claims") == []
     with get_client(sync_client=True) as client:
-        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["flaky-answers"])))
-    told = [str(artifact.description) for artifact in shown if str(artifact.description).startswith(f"answers: {url}")]
-    assert sum("waited: " in one for one in told) == 1 and not any("waiting for" in one for one in told), "not for ever"
+        shown = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["flaky-answers"]))
+        )
+    told = [
+        str(artifact.description)
+        for artifact in shown
+        if str(artifact.description).startswith(f"answers: {url}")
+    ]
+    assert sum("waited: " in one for one in told) == 1 and not any(
+        "waiting for" in one for one in told
+    ), "not for ever"
 
 
-def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(run_file: Path):
+def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(
+    run_file: Path,
+):
     (run_file.parent / "slow").touch()
     config = load_run(str(run_file), GATED)
     first_thread, first = in_thread(lambda: answers(str(run_file), GATED, "0-2"))
     wait_until(lambda: lines(run_file, "waits") == [1])
     dead = subprocess.run(
-        [sys.executable, "-c", "from deepspec.artifacts.leases import this_process; print(this_process())"], capture_output=True, check=True
+        [
+            sys.executable,
+            "-c",
+            "from deepspec.artifacts.leases import this_process; print(this_process())",
+        ],
+        capture_output=True,
+        check=True,
     )
     claims = claims_on(artifact_of(config, "answers"))
-    claims.claim = claims.claim.model_copy(update={"process": dead.stdout.decode().strip(), "run_id": "another"})
+    claims.claim = claims.claim.model_copy(
+        update={"process": dead.stdout.decode().strip(), "run_id": "another"}
+    )
     assert claims.take([3, 4, 5]).shards == [3, 4, 5]
     second_thread, second = in_thread(lambda: answers(str(run_file), GATED))
     wait_until(lambda: lines(run_file, "waits") == [1, 4])
@@ -113,13 +147,19 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
     with claims_on(artifact_of(config, "answers")) as other:
         other.claim = other.claim.model_copy(update={"run": "capture x", "run_id": "another"})
         other.take([4])
-        with pytest.raises(TransientError, match=r"another run works on these shards: run 'capture x' on "):
+        with pytest.raises(
+            TransientError, match=r"another run works on these shards: run 'capture x' on "
+        ):
             dealing()
     assert this_process().startswith(other.claim.process.split()[0])
 
 
-def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(run_file: Path):
-    """Killed, a run leaves those to which it has dealt its shards behind on other machines, and the UI's retry has its very id."""
+def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(
+    run_file: Path,
+):
+    """Killed, a run leaves those to which it has dealt its shards behind on other machines, and
+    the UI's retry has its very id.
+    """
     artifact, seen = artifact_of(load_run(str(run_file)), "answers"), list[list[int]]()
 
     @flow(retries=1)
@@ -136,7 +176,9 @@ def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next
 
 
 def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Path):
-    """A sweep's runs share what comes before their drafts; only groups that a stage deals out are not to wait for it."""
+    """A sweep's runs share what comes before their drafts; only groups that a stage deals out
+    are not to wait for it.
+    """
     artifact = artifact_of(load_run(str(run_file)), "answers")
 
     @flow
@@ -153,10 +195,16 @@ def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Pat
     assert (own, other) == (dealt, "")
 
 
-def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = load_run(str(run_file))
     run_prompts(config)
-    artifact, todo, tries = artifact_of(config, "answers"), stage_status(config, "answers"), list[int]()
+    artifact, todo, tries = (
+        artifact_of(config, "answers"),
+        stage_status(config, "answers"),
+        list[int](),
+    )
     monkeypatch.setattr(turns, "Watch", partial(turns.Watch, look_s=0.1))
 
     class Away(Claims):
@@ -168,6 +216,12 @@ def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(run_
                 other.release()
             return super().take(wanted)
 
-    with claims_on(artifact) as other, Away(artifact, other.claim.model_copy(update={"run_id": "another"})) as waiting:
+    with (
+        claims_on(artifact) as other,
+        Away(artifact, other.claim.model_copy(update={"run_id": "another"})) as waiting,
+    ):
         other.take(todo.missing)
-        assert flow(turns.take_turn, validate_parameters=False)(waiting, config, todo)[0] == todo.missing
+        assert (
+            flow(turns.take_turn, validate_parameters=False)(waiting, config, todo)[0]
+            == todo.missing
+        )

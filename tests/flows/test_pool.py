@@ -1,4 +1,6 @@
-"""What a run finds out about the pool that is to do its work: no such deployment, no room beside itself, nobody there."""
+"""What a run finds out about the pool that is to do its work: no such deployment, no room
+beside itself, nobody there.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ from flows.stage_progress import Board
 
 @pytest.fixture(scope="module")
 def deployment() -> tuple[str, UUID]:
-    """A pool on which nobody works, and the id of a deployment `answering/NAME` on it, both of this name."""
+    """A pool on which nobody works, and the id of a deployment `answering/NAME` on it, both of
+    this name.
+    """
     name = f"empty-{uuid4().hex[:6]}"
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
-        return name, client.create_deployment(client.create_flow_from_name("answering"), name, work_pool_name=name)
+        return name, client.create_deployment(
+            client.create_flow_from_name("answering"), name, work_pool_name=name
+        )
 
 
 @flow
@@ -42,24 +48,33 @@ def look_at(title: str, run_file: Path, *, looks: int = 0) -> tuple[int, str]:
 
 def test_a_deployment_that_is_not_there_is_named(run_file: Path):
     with pytest.raises(
-        ConfigError, match=r"there is no deployment 'regenerate/nowhere' on the Prefect server\n.*where: resources\.workers"
+        ConfigError,
+        match=r"there is no deployment 'regenerate/nowhere' on the Prefect server\n.*where: resources\.workers",
     ):
         look_at("regenerate/nowhere", run_file)
 
 
 def test_a_pool_without_a_worker_is_told_once_with_the_command_that_starts_one(
-    run_file: Path, deployment: tuple[str, UUID], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_file: Path,
+    deployment: tuple[str, UUID],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     name = deployment[0]
     assert look_at(f"answering/{name}", run_file, looks=3) == (1, ""), "not before a minute is over"
     monkeypatch.setattr(pool, "DESERTED_S", 0.0)
-    told = f"no worker on the work pool '{name}': start one with `prefect worker start --pool {name}`"
+    told = (
+        f"no worker on the work pool '{name}': start one with `prefect worker start --pool {name}`"
+    )
     assert look_at(f"answering/{name}", run_file, looks=3) == (1, told)
     assert caplog.text.count(told) == 1
 
 
 def test_a_run_that_holds_the_only_place_of_the_pool_is_refused(
-    run_file: Path, deployment: tuple[str, UUID], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_file: Path,
+    deployment: tuple[str, UUID],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     name, deployment_id = deployment
     with get_client(sync_client=True) as client:
@@ -77,13 +92,19 @@ def test_a_run_that_holds_the_only_place_of_the_pool_is_refused(
 @pytest.mark.parametrize(
     ("message", "kind", "what"),
     [
-        ("Flow run encountered an exception: StoreError: cannot write\n  where: store x\n  fix: choose", StoreError, "cannot write"),
+        (
+            "Flow run encountered an exception: StoreError: cannot write\n  where: store x\n  fix: choose",
+            StoreError,
+            "cannot write",
+        ),
         ("Flow run encountered an exception: TransientError: gone", TransientError, "gone"),
         ("Flow run encountered an exception: ShardsFailed: 3 failed", ChildFailed, "told"),
         ("Flow run encountered an exception: KeyError: 'x'", ChildFailed, "'x'"),
         ("it broke", ChildFailed, "told"),
     ],
 )
-def test_a_child_runs_message_becomes_its_error_again(message: str, kind: type[DeepSpecError], what: str):
+def test_a_child_runs_message_becomes_its_error_again(
+    message: str, kind: type[DeepSpecError], what: str
+):
     found = error_in(message, "told", "here")
     assert (type(found), found.what, found.where) == (kind, what, "here")

@@ -1,4 +1,6 @@
-"""A stage's groups as child runs on the workers of a pool: real workers, two processes that share the store and the server."""
+"""A stage's groups as child runs on the workers of a pool: real workers, two processes that
+share the store and the server.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +57,19 @@ class Site(NamedTuple):
 def regenerate_on_cpu() -> dict[str, Any]:
     """The repository's prefect.yaml with one deployment of the twelve."""
     fields = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
-    (one,) = [found for found in fields["deployments"] if found["name"] == "demo" and found["entrypoint"] == "flows.regenerate.regenerate"]
+    (one,) = [
+        found
+        for found in fields["deployments"]
+        if found["name"] == "demo" and found["entrypoint"] == "flows.regenerate.regenerate"
+    ]
     return {**fields, "deployments": [one]}
 
 
 def both_online() -> bool:
     with get_client(sync_client=True) as client:
-        return [worker.status for worker in client.read_workers_for_work_pool(POOL)] == ["ONLINE"] * 2
+        return [worker.status for worker in client.read_workers_for_work_pool(POOL)] == [
+            "ONLINE"
+        ] * 2
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +78,47 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     started = list[subprocess.Popen[bytes]]()
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_file = flaky_run(folder, monkeypatch)
-        env = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PREFECT_WORKER_QUERY_SECONDS": "1", "PWD": str(REPOSITORY)}
+        env = {
+            **os.environ,
+            "PREFECT_API_URL": str(PREFECT_API_URL.value()),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PWD": str(REPOSITORY),
+        }
         env |= {"OMP_NUM_THREADS": "1", "PREFECT_HOME": str(folder / "home")}
         with get_client(sync_client=True) as client:
             put_pool(client, POOL, None)
         (folder / "prefect.yaml").write_text(yaml.safe_dump(regenerate_on_cpu()))
-        deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(folder / "prefect.yaml")]
+        deploy = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "--no-prompt",
+            "deploy",
+            "--all",
+            "--prefect-file",
+            str(folder / "prefect.yaml"),
+        ]
         run(deploy, env=env, timeout=120)
         for name in ("one", "two"):
-            command = [sys.executable, "-m", "deepspec.process.supervisor", "5", sys.executable, "-m", "prefect", "worker", "start"]
+            command = [
+                sys.executable,
+                "-m",
+                "deepspec.process.supervisor",
+                "5",
+                sys.executable,
+                "-m",
+                "prefect",
+                "worker",
+                "start",
+            ]
             command += ["--pool", POOL, "--name", name, "--limit", "1"]
             with (folder / f"{name}.log").open("wb") as log:
                 home = {"PREFECT_HOME": str(folder / name)}
-                started.append(subprocess.Popen(command, env=env | home, stdin=subprocess.PIPE, stdout=log, stderr=log))
+                started.append(
+                    subprocess.Popen(
+                        command, env=env | home, stdin=subprocess.PIPE, stdout=log, stderr=log
+                    )
+                )
         wait_until(both_online)
         try:
             yield Site(run_file, env, [psutil.Process(process.pid) for process in started])
@@ -114,7 +150,10 @@ def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
 def states_of(*names: str) -> list[str]:
     """How the runs of these names are, oldest first."""
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name={"any_": list(names)}), sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+        found = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name={"any_": list(names)}),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        )
     return [run.state.name for run in found]
 
 
@@ -130,9 +169,14 @@ def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_stor
     overrides = fresh(site, "resources.lanes=1", "resources.shards_per_task=6")
     (site.notes / "broken").touch()
     (site.notes / "failed-once").touch()
-    with pytest.raises(ShardsFailed, match=r"1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered"):
+    with pytest.raises(
+        ShardsFailed,
+        match=r"1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered",
+    ):
         answers(str(site.run_file), overrides)
-    assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once, for what failed for good is not tried again"
+    assert site.lines("calls") == [0, 1, 2, 3, 4, 5], (
+        "each once, for what failed for good is not tried again"
+    )
     assert stage_status(load_run(str(site.run_file), overrides), "answers").missing == [5]
 
 
@@ -142,9 +186,21 @@ def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
     (site.notes / "slow").touch()
     sets = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "flows.prepare", str(site.run_file), *sets]
-    parent = subprocess.Popen(command, env=site.env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        command,
+        env=site.env,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_until(lambda: site.lines("waits") == [1])
-    working = [process for worker in site.workers for process in worker.children(recursive=True) if "answers" in process.cmdline()]
+    working = [
+        process
+        for worker in site.workers
+        for process in worker.children(recursive=True)
+        if "answers" in process.cmdline()
+    ]
     assert working
     parent.terminate()
     said = parent.communicate(timeout=120)[1]
@@ -159,8 +215,14 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     (site.notes / "slow").touch()
     thread, outcome = in_thread(lambda: answers(str(site.run_file), overrides, return_state=True))
     config = load_run(str(site.run_file), overrides)
-    # A shard is committed beside the making of the next one: what is only on its way there is lost with its worker.
-    wait_until(lambda: site.lines("waits") == [1, 4] and stage_status(config, "answers").missing == [1, 2, 4, 5])
+    # A shard is committed beside the making of the next one: what is only on its way there is lost
+    # with its worker.
+    wait_until(
+        lambda: (
+            site.lines("waits") == [1, 4]
+            and stage_status(config, "answers").missing == [1, 2, 4, 5]
+        )
+    )
     for process in [site.workers[0], *site.workers[0].children(recursive=True)]:
         process.send_signal(signal.SIGKILL)
     (site.notes / "slow").unlink()
@@ -168,4 +230,9 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     assert outcome and outcome[0].is_completed(), outcome
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once"
     assert stage_status(config, "answers").sealed
-    assert states_of("regenerate run.yaml 0000-0002 (part)", "regenerate run.yaml 0003-0004 (part)").count("Crashed") == 1
+    assert (
+        states_of(
+            "regenerate run.yaml 0000-0002 (part)", "regenerate run.yaml 0003-0004 (part)"
+        ).count("Crashed")
+        == 1
+    )

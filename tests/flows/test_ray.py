@@ -1,4 +1,6 @@
-"""Stages on a Ray cluster: a real one of two CPU workers, which share the store and the Prefect server with the flow, and no more."""
+"""Stages on a Ray cluster: a real one of two CPU workers, which share the store and the Prefect
+server with the flow, and no more.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run_file = flaky_run(folder, monkeypatch)
         run_prompts(load_run(str(run_file)))
         assert "ray" not in sys.modules, "it would not know that it is to stay on loopback"
-        for name, value in {**ON_LOOPBACK, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}.items():
+        for name, value in {
+            **ON_LOOPBACK,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+        }.items():
             monkeypatch.setenv(name, value)
-        options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+        options = [
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=2",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+        ]
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
         head = started(start, folder / "ray.log")
         try:
@@ -73,7 +86,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def started(command: list[str], log: Path, tries: int = 3) -> subprocess.Popen[bytes]:
-    """A cluster that is up; Ray gives its own processes 30 seconds, which are too few on a machine that is busy with other tests."""
+    """A cluster that is up; Ray gives its own processes 30 seconds, which are too few on a
+    machine that is busy with other tests.
+    """
     with log.open("wb") as output:
         head = subprocess.Popen(
             [sys.executable, "-m", "deepspec.process.supervisor", "5", *command],
@@ -117,19 +132,27 @@ def children_for(run_file: Path) -> list[psutil.Process]:
 def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run by then."""
     limit = time.monotonic() + seconds
-    while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < limit:
+    while (
+        alive := [process for process in processes if is_alive(process)]
+    ) and time.monotonic() < limit:
         time.sleep(0.1)
     return alive
 
 
 def ray_worker_of(run_file: Path, shards: str) -> psutil.Process:
-    (guard,) = [child for child in children_for(run_file) if shards in child.cmdline() and "deepspec.process.supervisor" in child.cmdline()]
+    (guard,) = [
+        child
+        for child in children_for(run_file)
+        if shards in child.cmdline() and "deepspec.process.supervisor" in child.cmdline()
+    ]
     worker = guard.parent()
     assert worker is not None and worker.name().startswith("ray::")
     return worker
 
 
-def test_a_killed_workers_shards_go_to_the_others_and_none_is_lost_or_made_twice(cluster: Path, caplog: pytest.LogCaptureFixture):
+def test_a_killed_workers_shards_go_to_the_others_and_none_is_lost_or_made_twice(
+    cluster: Path, caplog: pytest.LogCaptureFixture
+):
     config, slow = config_of(cluster, SLOW), cluster.parent / "slow"
     slow.touch()
     seen: list[Progress] = []
@@ -161,9 +184,14 @@ def test_a_failed_shards_reason_comes_back_and_the_next_run_does_it_alone(cluste
     (cluster.parent / "broken").touch()
     with pytest.raises(ShardsFailed) as caught:
         answers(str(cluster))
-    assert "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered" in str(caught.value)
+    assert (
+        "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered"
+        in str(caught.value)
+    )
     assert caught.value.failures[5]["error"] == "DataError"
-    assert sorted(calls.read_text().split()) == ["0", "1", "2", "3", "3", "4", "5"], "shard 3 twice: it was busy once"
+    assert sorted(calls.read_text().split()) == ["0", "1", "2", "3", "3", "4", "5"], (
+        "shard 3 twice: it was busy once"
+    )
     calls.unlink()
     (cluster.parent / "broken").unlink()
     (outcome,) = answers(str(cluster))
@@ -175,32 +203,56 @@ def test_an_error_that_ends_a_child_is_raised_as_its_own_class(cluster: Path):
         answers(str(cluster), ("answers.engine=tests.engines:Nobody",))
 
 
-def test_the_servers_key_is_read_by_the_ray_worker_from_its_block(cluster: Path, caplog: pytest.LogCaptureFixture):
+def test_the_servers_key_is_read_by_the_ray_worker_from_its_block(
+    cluster: Path, caplog: pytest.LogCaptureFixture
+):
     key = "sk-for-a-ray-worker"
     Secret(value=key).save("ray-servers-key", overwrite=True)
     with answer_server(models=(), key=key) as server:
-        ask = ("answers.engine=openai", f'resources.endpoints=["{server.url}"]', "resources.api_key_secret=ray-servers-key")
+        ask = (
+            "answers.engine=openai",
+            f'resources.endpoints=["{server.url}"]',
+            "resources.api_key_secret=ray-servers-key",
+        )
         (outcome,) = answers(str(cluster), ask)
     assert outcome.status.sealed and len(server.bodies) == 12
-    assert [path for path in cluster.parent.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+    assert [
+        path
+        for path in cluster.parent.rglob("*")
+        if path.is_file() and key.encode() in path.read_bytes()
+    ] == []
     assert key not in caplog.text
 
 
 @pytest.mark.parametrize(("where", "number"), [("cluster", signal.SIGTERM), ("own", signal.SIGINT)])
-def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(cluster: Path, where: str, number: int):
+def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
+    cluster: Path, where: str, number: int
+):
     """A Ray of the flow's own listens on loopback alone, and ends with it, too."""
     config = config_of(cluster, SLOW, f"answers.seed={number}")
     (cluster.parent / "slow").touch()
-    sets = [word for override in (*ON_RAY, SLOW, f"answers.seed={number}") for word in ("--set", override)]
+    sets = [
+        word
+        for override in (*ON_RAY, SLOW, f"answers.seed={number}")
+        for word in ("--set", override)
+    ]
     env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
     if where == "own":
         env = {name: value for name, value in env.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "flows.regenerate", str(cluster), *sets]
     with subprocess.Popen(command, cwd=REPOSITORY, env=env, preexec_fn=hear_interrupts) as running:
         wait_for(lambda: committed(config) == [0] and len(children_for(cluster)) == 4)
-        children, below = children_for(cluster), psutil.Process(running.pid).children(recursive=True)
+        children, below = (
+            children_for(cluster),
+            psutil.Process(running.pid).children(recursive=True),
+        )
         if where == "own":
-            heard = [connection.laddr.ip for process in below for connection in process.net_connections() if connection.status == "LISTEN"]
+            heard = [
+                connection.laddr.ip
+                for process in below
+                for connection in process.net_connections()
+                if connection.status == "LISTEN"
+            ]
             assert heard and {ip.removeprefix("::ffff:") for ip in heard} == {"127.0.0.1"}
         worker = ray_worker_of(cluster, "0-2")
         running.send_signal(number)
@@ -212,12 +264,17 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(cluster: Path
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
 def test_a_cluster_that_is_not_there_is_said_at_once(address: str):
-    with pytest.raises(UserError, match=r"Ray cannot be reached: .*") as caught, connected(ResourcesConfig(ray_address=address)):
+    with (
+        pytest.raises(UserError, match=r"Ray cannot be reached: .*") as caught,
+        connected(ResourcesConfig(ray_address=address)),
+    ):
         pass
     assert caught.value.where == address
 
 
-def test_a_run_on_ray_is_refused_where_it_is_not_installed(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_on_ray_is_refused_where_it_is_not_installed(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(ConfigError, match="needs prefect_ray, not installed here"):
         open_run(Request(str(run_file), ("resources.runner=ray",)))

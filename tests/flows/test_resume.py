@@ -1,6 +1,8 @@
-"""Every way in which a user resumes, and every death before it: only what is missing runs, nothing twice, nothing lost.
+"""Every way in which a user resumes, and every death before it: only what is missing runs, nothing
+twice, nothing lost.
 
-A real server, a real worker and real children, killed one by one and all together; the engine's calls are counted.
+A real server, a real worker and real children, killed one by one and all together; the engine's
+calls are counted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from tests.flows.conftest import flaky_run
 from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
 
 pytestmark = pytest.mark.slow
-LONG = ["resources.train_ranks=2", "resources.device=cpu", "train.max_steps=3000", "train.epochs=1000", "train.checkpoint_steps=10"]
+LONG = [
+    "resources.train_ranks=2",
+    "resources.device=cpu",
+    "train.max_steps=3000",
+    "train.epochs=1000",
+    "train.checkpoint_steps=10",
+]
 ENGINE = "answers.engine=tests.flows.engines:Waiting"
 
 
@@ -40,13 +48,24 @@ class Site:
         return config
 
     def begin(self, store: Path, **parameters: object) -> str:
-        return self.machines.begin(self.regenerate, recipe=str(self.run_file), overrides=[ENGINE], store=str(store), **parameters)
+        return self.machines.begin(
+            self.regenerate,
+            recipe=str(self.run_file),
+            overrides=[ENGINE],
+            store=str(store),
+            **parameters,
+        )
 
     def begin_and_wait(self, store: Path) -> str:
-        """A run that has committed shards 0 and 1 and has begun with shard 2, which takes as long as the test likes."""
+        """A run that has committed shards 0 and 1 and has begun with shard 2, which takes as
+        long as the test likes.
+        """
         (self.machines.folder / "slow").touch()
         run, config = self.begin(store), load_run(str(self.run_file), [ENGINE], store=str(store))
-        wait_until(lambda: stage_status(config, "answers").committed == 2 and self.noted()[-1] == 2, "two shards")
+        wait_until(
+            lambda: stage_status(config, "answers").committed == 2 and self.noted()[-1] == 2,
+            "two shards",
+        )
         return run
 
     def go_on(self) -> None:
@@ -74,18 +93,25 @@ def site(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield Site(made, run_file)
 
 
-def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes_what_failed(site: Site, tmp_path: Path):
+def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes_what_failed(
+    site: Site, tmp_path: Path
+):
     config, broken = site.prompts(tmp_path), site.machines.folder / "broken"
     broken.touch()
     run = site.begin_and_wait(tmp_path)
     assert site.machines.kill(LANE) == 2, "a child and its guard"
-    wait_until(lambda: site.noted() == [0, 1, 2, 3], "the next group: shard 2 waits for its next try")
+    wait_until(
+        lambda: site.noted() == [0, 1, 2, 3], "the next group: shard 2 waits for its next try"
+    )
     site.machines.kill(WORKER)
     site.machines.kill(SERVER)
     site.machines.start_server()
     site.go_on()
     assert site.machines.ended(run) == "FAILED", "a run outlives its worker, and its server"
-    assert "1 of 6 shards of the stage 'answers' failed: shard 5" in site.machines.state(run)["message"]
+    assert (
+        "1 of 6 shards of the stage 'answers' failed: shard 5"
+        in site.machines.state(run)["message"]
+    )
     assert sorted(site.calls()) == [0, 1, 2, 2, 3, 4, 5], "shard 2 alone was lost with the lane"
     broken.unlink()
     site.machines.start_worker()
@@ -95,7 +121,9 @@ def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes
     assert site.calls() == [5]
 
 
-def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_button_and_after_a_reboot(site: Site, tmp_path: Path):
+def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_button_and_after_a_reboot(
+    site: Site, tmp_path: Path
+):
     config = site.prompts(tmp_path)
     run = site.begin_and_wait(tmp_path)
     site.machines.kill(FLOW)
@@ -117,7 +145,9 @@ def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_butt
     assert site.calls() == [2, 4, 5] and stage_status(config, "answers").sealed
 
 
-def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_kept(site: Site, captured: Path, tmp_path: Path):
+def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_kept(
+    site: Site, captured: Path, tmp_path: Path
+):
     """Of a killed one neither: tests/train/test_launcher.py."""
     store = tmp_path / "store"
     shutil.copytree(captured, store)
@@ -125,7 +155,9 @@ def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_
     run = site.machines.begin(site.train, recipe="demo", overrides=[*TINY, *LONG], store=str(store))
     wait_until(lambda: checkpoint_steps(artifact), "a checkpoint")
     everyone = family(site.machines.processes(FLOW))
-    assert sum("LOCAL_RANK" in one.environ() for one in everyone) == 2 and len(everyone) >= 7, "a run, two guards, a child, torchrun, ranks"
+    assert sum("LOCAL_RANK" in one.environ() for one in everyone) == 2 and len(everyone) >= 7, (
+        "a run, two guards, a child, torchrun, ranks"
+    )
     saved = checkpoint_steps(artifact)
     assert site.machines.set_state(run, "CANCELLING", "Cancelling") == "ACCEPT"
     _, left = psutil.wait_procs(everyone, timeout=15)

@@ -1,4 +1,6 @@
-"""Groups follow the lanes' measured speed, what is given back is made by others, and a lane that only fails is left out."""
+"""Groups follow the lanes' measured speed, what is given back is made by others, and a lane
+that only fails is left out.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ def dealer(num_shards: int, lanes: list[Lane], *, most: int = 32, group_s: float
     return Dealer(range(num_shards), most, group_s, AT_ONCE, lanes)
 
 
-def worked_off(dealt: Dealer, seconds_per_shard: list[float]) -> tuple[list[tuple[str, int]], float]:
-    """All groups (lane, size) in the order in which they were begun, and when the last one ended, on a clock of its own."""
+def worked_off(
+    dealt: Dealer, seconds_per_shard: list[float]
+) -> tuple[list[tuple[str, int]], float]:
+    """All groups (lane, size) in the order in which they were begun, and when the last one
+    ended, on a clock of its own.
+    """
     clock, groups = [(0.0, number) for number in range(len(dealt.lanes))], list[tuple[str, int]]()
     ends = 0.0
     while clock:
@@ -45,14 +51,17 @@ def test_a_faster_lane_gets_more_and_all_end_together():
 
 
 def test_groups_last_minutes_and_never_exceed_what_is_allowed():
-    groups, _ = worked_off(dealer(2000, [Lane("lane")]), [60.0])  # 600 s wished: ten shards of a minute
+    # 600 s wished: ten shards of a minute
+    groups, _ = worked_off(dealer(2000, [Lane("lane")]), [60.0])
     assert {size for _, size in groups[1:-5]} == {10}
     groups, _ = worked_off(dealer(2000, [Lane("lane")]), [0.1])
     assert {size for _, size in groups[:-5]} == {32}
 
 
 def test_a_stage_of_ten_thousand_slow_shards_does_not_become_ten_thousand_task_runs():
-    groups, _ = worked_off(dealer(10_000, [Lane(str(number)) for number in range(8)], group_s=60.0), [300.0] * 8)
+    groups, _ = worked_off(
+        dealer(10_000, [Lane(str(number)) for number in range(8)], group_s=60.0), [300.0] * 8
+    )
     assert len(groups) <= MAX_GROUPS + 1
 
 
@@ -103,7 +112,9 @@ def test_where_the_stage_ends_nobody_waits_any_longer():
 
 
 def test_a_lane_that_gets_on_between_its_failures_is_not_left_out():
-    """Workers that are killed every minute made some of each group: one after the other, all lanes but one were left out for good."""
+    """Workers that are killed every minute made some of each group: one after the other, all
+    lanes but one were left out for good.
+    """
     lanes = [Lane("killed"), Lane("well")]
     dealt = dealer(100, lanes)
     assert not any(dealt.failed(lanes[0], made=2) for _ in range(3 * IN_A_ROW))

@@ -1,4 +1,6 @@
-"""What is shown of a stage at work: rates of this run alone, the lanes, pictures; in artifacts that are made once."""
+"""What is shown of a stage at work: rates of this run alone, the lanes, pictures; in artifacts
+that are made once.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,32 @@ from flows.stage_progress import Board, told
 def status(stage: str, committed: int, missing: int) -> StageStatus:
     missing_shards = list(range(committed, committed + missing))
     return StageStatus(
-        stage=stage, artifact_url=f"/store/{stage}/x", fingerprint="1a2b", committed=committed, missing=missing_shards, rows=10 * committed,
-        tokens=0, rejected_rows=0, num_bytes=0, seconds=0.0, sealed=False, failures={}, upstream_sealed=True,
-    )  # fmt: skip
+        stage=stage,
+        artifact_url=f"/store/{stage}/x",
+        fingerprint="1a2b",
+        committed=committed,
+        missing=missing_shards,
+        rows=10 * committed,
+        tokens=0,
+        rejected_rows=0,
+        num_bytes=0,
+        seconds=0.0,
+        sealed=False,
+        failures={},
+        upstream_sealed=True,
+    )
 
 
 def shard(number: int, **counts: int) -> dict[str, object]:
-    return {"event": "shard", "stage": "answers", "shard": number, "rows": 10, "tokens": 500, "num_bytes": 2_000_000, **counts}
+    return {
+        "event": "shard",
+        "stage": "answers",
+        "shard": number,
+        "rows": 10,
+        "tokens": 500,
+        "num_bytes": 2_000_000,
+        **counts,
+    }
 
 
 def data_of(key: str) -> str:
@@ -35,7 +56,9 @@ def data_of(key: str) -> str:
 
 
 def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
-    """Of 1,000 shards 900 were there before; the two lanes take 10 s a shard each, so 98 more take about 490 s."""
+    """Of 1,000 shards 900 were there before; the two lanes take 10 s a shard each, so 98 more
+    take about 490 s.
+    """
     seen, now = list[Progress](), time.monotonic()
     lanes = [Lane(name, doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
     with watched_by(seen.append):
@@ -46,7 +69,12 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
         board.hear(shard(901), lane="b")
         board.hear(shard(901), lane="a")  # told again after a retry: it counts once
     numbers = seen[-1].numbers
-    assert (seen[-1].done, seen[-1].total, numbers["rows"], numbers["rejected"]) == (902, 1000, 20, 3)
+    assert (seen[-1].done, seen[-1].total, numbers["rows"], numbers["rejected"]) == (
+        902,
+        1000,
+        20,
+        3,
+    )
     assert 0.1 < numbers["rows_per_s"] <= 2 and 5 < numbers["tokens_per_s"] <= 100
     assert 490 <= numbers["left_s"] < 4900
     lines = told(seen[-1])
@@ -63,15 +91,29 @@ def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
     board.note(retries=2, failed=1)
     board.close("failed")
     first, second = json.loads(data_of("lanes-hidden-lanes"))
-    assert (first["lane"], first["device"], first["doing"], first["shards"]) == ("GPU 0 #0", "0", "hidden 0000-0003", "1")
-    assert (first["failures"], second["dead"]) == ("1", "dead") and 0 < float(first["shards/min"]) <= 1.0
+    assert (first["lane"], first["device"], first["doing"], first["shards"]) == (
+        "GPU 0 #0",
+        "0",
+        "hidden 0000-0003",
+        "1",
+    )
+    assert (first["failures"], second["dead"]) == ("1", "dead") and 0 < float(
+        first["shards/min"]
+    ) <= 1.0
     assert data_of("lanes-hidden-throughput").startswith("![hidden](data:image/svg+xml;base64,")
     progress = Artifact.get("lanes-hidden")
     assert progress is not None and progress.data == 25.0
     assert "2 retries, 0 rejected rows, 1 failed shards" in str(progress.description)
     with get_client(sync_client=True) as client:
         for key in ("lanes-hidden", "lanes-hidden-lanes", "lanes-hidden-throughput"):
-            assert len(client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))) == 1
+            assert (
+                len(
+                    client.read_artifacts(
+                        artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+                    )
+                )
+                == 1
+            )
 
 
 def test_shards_that_no_child_told_of_are_known_to_be_unheard():
@@ -83,20 +125,40 @@ def test_shards_that_no_child_told_of_are_known_to_be_unheard():
 
 def test_the_curves_of_a_training_go_on_from_its_last_lines(monkeypatch: pytest.MonkeyPatch):
     drawn = list[list[int]]()
-    monkeypatch.setattr("flows.stage_progress.training", lambda lines: drawn.append([line["step"] for line in lines]) or [])
-    lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.5}, {"step": 20, "held_out_acceptance_length": 1.2}]
+    monkeypatch.setattr(
+        "flows.stage_progress.training",
+        lambda lines: drawn.append([line["step"] for line in lines]) or [],
+    )
+    lines = [
+        {"step": 10, "loss": 3.0},
+        {"step": 20, "loss": 2.5},
+        {"step": 20, "held_out_acceptance_length": 1.2},
+    ]
     board = Board("curves", status("train", 0, 0), sharded=False, history=lambda: lines)
     for step in (20, 30, 40):
-        board.hear({"event": "progress", "stage": "train", "done": step, "total": 100, "unit": "steps", "loss": 2.0})
+        board.hear(
+            {
+                "event": "progress",
+                "stage": "train",
+                "done": step,
+                "total": 100,
+                "unit": "steps",
+                "loss": 2.0,
+            }
+        )
     board.close("done")
     assert drawn[-1] == [10, 20, 20, 30, 40]
 
 
-def test_a_store_that_cannot_be_read_just_then_costs_the_curves_alone(caplog: pytest.LogCaptureFixture):
+def test_a_store_that_cannot_be_read_just_then_costs_the_curves_alone(
+    caplog: pytest.LogCaptureFixture,
+):
     def away() -> list[dict[str, float]]:
         raise ConnectionError("the bucket is away")
 
     board = Board("away", status("train", 0, 0), sharded=False, history=away)
-    board.hear({"event": "progress", "stage": "train", "done": 1, "total": 2, "unit": "steps", "loss": 2.0})
+    board.hear(
+        {"event": "progress", "stage": "train", "done": 1, "total": 2, "unit": "steps", "loss": 2.0}
+    )
     assert board.progress.done == 1 and "the bucket is away" in caplog.text
     assert data_of("away-train-curves").count("data:image/svg+xml") == 1

@@ -1,4 +1,6 @@
-"""Work that is done elsewhere is seen in the store: each missing shard counts once, when it is committed."""
+"""Work that is done elsewhere is seen in the store: each missing shard counts once, when it is
+committed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Pa
     before = stage_status(config, "answers")
     with watched_by(see):
         board = Board("elsewhere", before, sharded=True)
-        with watching_store(Watch(artifact, before._replace(missing=[1, 2, 3]), board, look_s=0.02)):
+        with watching_store(
+            Watch(artifact, before._replace(missing=[1, 2, 3]), board, look_s=0.02)
+        ):
             run_answers(config, shards=[1, 2])
             assert two_seen.wait(60)
             assert {progress.done for progress in seen} == {1, 2, 3}

@@ -1,4 +1,6 @@
-"""A task is a group of missing shards: transient failures are tried again, others are named, and the store decides what is left."""
+"""A task is a group of missing shards: transient failures are tried again, others are named,
+and the store decides what is left.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def prompts_and_answers(source: str, overrides: tuple[str, ...] = ()) -> list[St
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run whose prompts and answers are done; each test that takes something away has it made again."""
+    """A run whose prompts and answers are done; each test that takes something away has it made
+    again.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_file = flaky_run(tmp_path_factory.mktemp("finished"), monkeypatch)
         prompts_and_answers(str(run_file))
@@ -65,22 +69,32 @@ def calls(run_file: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_it_alone(run_file: Path, caplog: pytest.LogCaptureFixture):
+def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_it_alone(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+):
     (run_file.parent / "broken").touch()
     with pytest.raises(ShardsFailed) as caught:
         prompts_and_answers(str(run_file))
     said = str(caught.value)
-    assert "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered" in said
+    assert (
+        "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered"
+        in said
+    )
     assert f"`python -m deepspec answers {run_file} --shards 5`" in said
     assert sorted(calls(run_file)) == [0, 1, 2, 3, 3, 4, 5], "shard 3 twice, shard 5 once"
     status = stage_status(load_run(str(run_file)), "answers")
     assert (status.committed, status.missing) == (5, [5])
     assert "stage=answers shard=5 failed" in caplog.text, "a child's errors reach the run's log"
-    assert set(re.findall(r"deepspec answers (\S+) --shards", caplog.text)) == {str(run_file)}, "a child's own fix works, too"
+    assert set(re.findall(r"deepspec answers (\S+) --shards", caplog.text)) == {str(run_file)}, (
+        "a child's own fix works, too"
+    )
     stages = Artifact.get("flaky-stages")
     assert stages is not None and float(json.loads(str(stages.data))[-1]["seconds"]) > 0
     failure = Artifact.get("flaky-failure")
-    assert failure is not None and "| 5 | the prompt cannot be rendered | no, not as it is |" in str(failure.data)
+    assert (
+        failure is not None
+        and "| 5 | the prompt cannot be rendered | no, not as it is |" in str(failure.data)
+    )
     assert f"```\npython -m deepspec answers {run_file} --shards 5\n```" in str(failure.data)
 
     (run_file.parent / "broken").unlink()
@@ -90,14 +104,30 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     assert outcomes[1].status.sealed
 
 
-def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_made_is_kept(run_file: Path):
-    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(24)])
-    hopeless = ("answers.engine=tests.flows.engines:Hopeless", "prompts.shard_rows=1", "resources.shards_per_task=6")
+def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_made_is_kept(
+    run_file: Path,
+):
+    write_jsonl(
+        run_file.parent / "prompts.jsonl",
+        [{"prompt": f"question {number}"} for number in range(24)],
+    )
+    hopeless = (
+        "answers.engine=tests.flows.engines:Hopeless",
+        "prompts.shard_rows=1",
+        "resources.shards_per_task=6",
+    )
     with pytest.raises(ShardsFailed) as caught:
         prompts_and_answers(str(run_file), hopeless)
     said = str(caught.value)
-    assert "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than" in said
-    assert "shard 11: the prompt cannot be rendered" in said and "shard 12" not in said and "--shards 1-23" in said
+    assert (
+        "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than"
+        in said
+    )
+    assert (
+        "shard 11: the prompt cannot be rendered" in said
+        and "shard 12" not in said
+        and "--shards 1-23" in said
+    )
     assert calls(run_file) == list(range(12))
     status = stage_status(load_run(str(run_file), hopeless), "answers")
     assert (status.committed, status.missing) == (1, list(range(1, 24)))
@@ -106,35 +136,56 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
     assert calls(run_file) == [1], "where none may fail, the first one ends it"
 
 
-def test_where_nothing_is_missing_no_child_is_started(finished: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_nothing_is_missing_no_child_is_started(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
     seen: list[Progress] = []
     with watched_by(seen.append):
         outcomes = prompts_and_answers(str(finished))
     assert [outcome.state for outcome in outcomes] == ["already done", "already done"]
-    assert [(progress.stage, progress.state) for progress in seen] == [("prompts", "already done"), ("answers", "already done")]
+    assert [(progress.stage, progress.state) for progress in seen] == [
+        ("prompts", "already done"),
+        ("answers", "already done"),
+    ]
 
 
-def test_hidden_states_that_training_makes_are_no_stage_to_run(finished: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hidden_states_that_training_makes_are_no_stage_to_run(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
     outcomes = run_in_flow(str(finished), "resources.source=online")
-    assert [outcome.state for outcome in outcomes] == ["already done", "already done", "in training"]
+    assert [outcome.state for outcome in outcomes] == [
+        "already done",
+        "already done",
+        "in training",
+    ]
     assert (outcomes[2].status.missing, outcomes[2].status.sealed) == ([], False)
 
 
-def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_left_out(finished: Path):
+def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_left_out(
+    finished: Path,
+):
     for shard in (1, 4):
         (answers_folder(finished) / "records" / f"0000{shard}.json").unlink()
     outcomes = some_shards(str(finished), "0-1,2")
     assert calls(finished) == [1]
-    assert [(outcome.status.stage, outcome.state) for outcome in outcomes] == [("prompts", "already done"), ("answers", "done")]
+    assert [(outcome.status.stage, outcome.state) for outcome in outcomes] == [
+        ("prompts", "already done"),
+        ("answers", "done"),
+    ]
     assert outcomes[1].status.missing == [4], "of what is missing nothing is hidden"
     assert some_shards(str(finished), "0-2")[1].state == "already done" and calls(finished) == []
     assert prompts_and_answers(str(finished))[1].status.sealed and calls(finished) == [4]
 
 
-@pytest.mark.parametrize(("shards", "said"), [("17", "has no shard 17; there are 0 to 5"), ("5-3", "'5-3' is not a shard")])
-def test_shards_that_cannot_be_are_refused_before_any_work(finished: Path, shards: str, said: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("shards", "said"),
+    [("17", "has no shard 17; there are 0 to 5"), ("5-3", "'5-3' is not a shard")],
+)
+def test_shards_that_cannot_be_are_refused_before_any_work(
+    finished: Path, shards: str, said: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
     with pytest.raises(ConfigError, match=said):
         some_shards(str(finished), shards)
@@ -162,30 +213,45 @@ def test_an_unsealed_stage_with_nothing_missing_is_sealed(finished: Path):
     assert calls(finished) == []
 
 
-def test_where_some_shards_are_asked_for_and_the_manifest_alone_is_lost_the_stage_is_sealed(finished: Path):
+def test_where_some_shards_are_asked_for_and_the_manifest_alone_is_lost_the_stage_is_sealed(
+    finished: Path,
+):
     (answers_folder(finished) / "manifest.json").unlink()
     outcomes = run_in_flow(str(finished), "resources.source=online", shards="2")
     assert outcomes[1].status.sealed and outcomes[1].state == "done" and calls(finished) == []
 
 
 def test_each_group_of_shards_has_its_log_beside_the_artifact(finished: Path):
-    assert {"answers-0000-0002.log", "answers-0003-0005.log"} <= {path.name for path in (answers_folder(finished) / "logs").iterdir()}
+    assert {"answers-0000-0002.log", "answers-0003-0005.log"} <= {
+        path.name for path in (answers_folder(finished) / "logs").iterdir()
+    }
 
 
 def test_a_killed_child_is_tried_again(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Request, "command", kill_first_answers(Request.command, run_file.parent / "killed"))
+    monkeypatch.setattr(
+        Request, "command", kill_first_answers(Request.command, run_file.parent / "killed")
+    )
     outcomes = prompts_and_answers(str(run_file))
     assert (run_file.parent / "killed").exists()
     assert outcomes[1].status.sealed
 
 
 @pytest.mark.slow
-def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_made_is_kept(run_file: Path):
+def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_made_is_kept(
+    run_file: Path,
+):
     questions(run_file, answered=(0,))
-    late = (*SERVED, "resources.retries=0", "resources.shards_per_task=6", "resources.stages={answers: {deadline_minutes: 0.4}}")
+    late = (
+        *SERVED,
+        "resources.retries=0",
+        "resources.shards_per_task=6",
+        "resources.stages={answers: {deadline_minutes: 0.4}}",
+    )
     with pytest.raises(ShardsFailed, match="shard 1: answers did not finish in time"):
         prompts_and_answers(str(run_file), late)
-    assert [one.cmdline() for one in psutil.Process().children(recursive=True) if MARK in one.environ()] == []
+    assert [
+        one.cmdline() for one in psutil.Process().children(recursive=True) if MARK in one.environ()
+    ] == []
     status = stage_status(load_run(str(run_file), late), "answers")
     assert (status.committed, status.missing) == (1, [1, 2, 3, 4, 5])
 
@@ -224,7 +290,17 @@ def stage_run(run_file: Path, *overrides: str) -> StageRun:
 @outside_a_flow
 def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
     run, lane = alone(stage_run(run_file))
-    run.note(ShardsFailed("", failures={1: {"what": "busy", "transient": True}, 2: {"what": "bad", "transient": False}}), lane, [0, 1, 2])
+    run.note(
+        ShardsFailed(
+            "",
+            failures={
+                1: {"what": "busy", "transient": True},
+                2: {"what": "bad", "transient": False},
+            },
+        ),
+        lane,
+        [0, 1, 2],
+    )
     assert list(run.given_up([0, 1, 2])) == [2]
     run.note(TransientError("killed"), lane, [0, 1])
     assert list(run.given_up([0, 1, 2])) == [2]
@@ -245,37 +321,70 @@ def test_a_group_that_fails_as_a_whole_counts_once(run_file: Path):
     run, lane = alone(stage_run(run_file))
     run.note(ChildFailed("no word"), lane, [0, 1])
     run.note(ChildFailed("no word"), lane, [0, 1])
-    run.note(ShardsFailed("", failures={2: {"what": "busy", "transient": True}, 3: {"what": "bad", "transient": False}}), lane, [2, 3])
+    run.note(
+        ShardsFailed(
+            "",
+            failures={
+                2: {"what": "busy", "transient": True},
+                3: {"what": "bad", "transient": False},
+            },
+        ),
+        lane,
+        [2, 3],
+    )
     assert run.lost == {0, 3} and not run.too_many_failed()
 
 
 @outside_a_flow
 def test_a_shard_that_failed_for_good_counts_while_its_group_is_at_work_and_once(run_file: Path):
-    """Groups last minutes: lanes that fail side by side would be told to stop long after too much was lost."""
+    """Groups last minutes: lanes that fail side by side would be told to stop long after too
+    much was lost.
+    """
     seen: list[Progress] = []
     with watched_by(seen.append):
         run, lane = alone(stage_run(run_file, "resources.max_failed=0"))
-        busy = {"event": "failed", "stage": "answers", "shard": 0, "what": "busy", "transient": True}
+        busy = {
+            "event": "failed",
+            "stage": "answers",
+            "shard": 0,
+            "what": "busy",
+            "transient": True,
+        }
         run.hear(busy, lane=lane.name)
         assert not run.too_many_failed()
         run.hear({**busy, "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
         assert run.too_many_failed() and run.dealer.stopped and seen[-1].numbers["failed"] == 1
         bad = {"what": "bad", "transient": False}
-        run.note(ShardsFailed("", failures={0: {"what": "busy", "transient": True}, 1: bad}), lane, [0, 1, 2])
+        run.note(
+            ShardsFailed("", failures={0: {"what": "busy", "transient": True}, 1: bad}),
+            lane,
+            [0, 1, 2],
+        )
         assert run.lost == {1}
 
 
 @outside_a_flow
-def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_after_it(run_file: Path):
+def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_after_it(
+    run_file: Path,
+):
     run, lane = alone(stage_run(run_file))
-    run.hear({"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
+    run.hear(
+        {"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False},
+        lane=lane.name,
+    )
     run.note(TransientError("killed"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.dealer._left] == [0, 2] and list(run.given_up([0, 1, 2])) == [1]
+    assert [shard.number for shard in run.dealer._left] == [0, 2] and list(
+        run.given_up([0, 1, 2])
+    ) == [1]
 
 
 @outside_a_flow
-def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_tried(run_file: Path):
-    """With a worker that dies every minute, the last shards of a long group were given up before anybody had begun them."""
+def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_tried(
+    run_file: Path,
+):
+    """With a worker that dies every minute, the last shards of a long group were given up
+    before anybody had begun them.
+    """
     run, lane = alone(stage_run(run_file, "resources.retries=1"))
     run.dealer.ended(lane, [3], 1, 1.0)
     group = [0, 1, 2]
@@ -293,7 +402,9 @@ def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_t
 
 @outside_a_flow
 def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
-    """The child fails because of it, and then nobody can say what is missing of its group: the group was given up."""
+    """The child fails because of it, and then nobody can say what is missing of its group: the
+    group was given up.
+    """
     run, lane = alone(stage_run(run_file))
 
     def away(group: Sequence[int]) -> list[int]:
@@ -304,7 +415,9 @@ def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
     assert [shard.number for shard in run.dealer._left] == [0, 1, 2]
 
 
-def test_a_group_for_which_the_machine_has_no_process_is_tried_again(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     start, refused = launch.Scope.start, list[object]()
 
     def refusing(scope: launch.Scope, command: Sequence[str], env: Mapping[str, str]) -> object:
@@ -318,8 +431,12 @@ def test_a_group_for_which_the_machine_has_no_process_is_tried_again(run_file: P
 
 
 @outside_a_flow
-def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """A group that stayed its own for ever would have held every other lane, and the run, in `take`."""
+def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A group that stayed its own for ever would have held every other lane, and the run, in
+    `take`.
+    """
     run = stage_run(run_file)
     run.dealer.lanes = [dying, other] = [Lane("dying"), Lane("other")]
     monkeypatch.setattr(run.board, "lanes_changed", lambda: json.loads("no JSON"))
@@ -335,9 +452,17 @@ def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(run_
 @outside_a_flow
 def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file: Path):
     """It said `python -m deepspec train RUN --shards 0`, which there is not."""
-    run = StageRun(Request(str(run_file)), load_run(str(run_file)), stage_status(load_run(str(run_file)), "train"))
+    run = StageRun(
+        Request(str(run_file)),
+        load_run(str(run_file)),
+        stage_status(load_run(str(run_file)), "train"),
+    )
     said = run.failure(run.before)
-    assert isinstance(said, ChildFailed) and "shard" not in said.what + said.fix and said.failures == {}
+    assert (
+        isinstance(said, ChildFailed)
+        and "shard" not in said.what + said.fix
+        and said.failures == {}
+    )
 
 
 @outside_a_flow
@@ -346,7 +471,11 @@ def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
     run = StageRun(Request(str(run_file)), config, stage_status(config, "train"))
     run.dealer.lanes = [lane] = LocalHands(run).lanes
     assert run.dealer.take(lane) == [0]
-    run.note(ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}), lane, [0])
+    run.note(
+        ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}),
+        lane,
+        [0],
+    )
     assert "the child's word" in str(run.failure(stage_status(run.config, "train")))
 
 
@@ -355,30 +484,61 @@ def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert visible_gpus() == ["3", "GPU-5"]
     hands = LocalHands(stage_run(run_file))
-    assert [hands.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in hands.lanes] == ["3", "GPU-5"]
+    assert [hands.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in hands.lanes] == [
+        "3",
+        "GPU-5",
+    ]
     on_cpu = LocalHands(stage_run(run_file, "resources.device=cpu", "resources.lanes=3"))
-    assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(on_cpu.lanes[0])
+    assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(
+        on_cpu.lanes[0]
+    )
 
 
 @outside_a_flow
 def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_file: Path):
     seen: list[Progress] = []
-    status = stage_status(load_run(str(run_file)), "answers")._replace(committed=2, missing=[2, 3, 4])
+    status = stage_status(load_run(str(run_file)), "answers")._replace(
+        committed=2, missing=[2, 3, 4]
+    )
     with watched_by(seen.append):
         board = Board("flaky", status, sharded=True)
         for shard in (2, 3, 3, 4):
-            board.hear({"event": "shard", "stage": "answers", "shard": shard, "rows": 2, "tokens": 10, "num_bytes": 100})
-            board.hear({"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"})
+            board.hear(
+                {
+                    "event": "shard",
+                    "stage": "answers",
+                    "shard": shard,
+                    "rows": 2,
+                    "tokens": 10,
+                    "num_bytes": 100,
+                }
+            )
+            board.hear(
+                {"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"}
+            )
         board.close("done")
     assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
-    assert {"rows": 6, "tokens": 30, "num_bytes": 300, "rejected": 0}.items() <= seen[-1].numbers.items()
+    assert {"rows": 6, "tokens": 30, "num_bytes": 300, "rejected": 0}.items() <= seen[
+        -1
+    ].numbers.items()
 
 
 @outside_a_flow
 def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
     seen: list[Progress] = []
-    event = {"event": "answering", "stage": "answers", "rows": 10, "rows_todo": 100, "tokens": 50, "tokens_per_s": 20.0, "in_flight": 8,
-             "errors": 1, "refused": 0, "truncated_share": 0.25, "left_s": 60}  # fmt: skip
+    event = {
+        "event": "answering",
+        "stage": "answers",
+        "rows": 10,
+        "rows_todo": 100,
+        "tokens": 50,
+        "tokens_per_s": 20.0,
+        "in_flight": 8,
+        "errors": 1,
+        "refused": 0,
+        "truncated_share": 0.25,
+        "left_s": 60,
+    }
     with watched_by(seen.append):
         board = Board("answering", stage_status(load_run(str(run_file)), "answers"), sharded=True)
         board.hear(event, lane="answers 0-2")
@@ -386,21 +546,37 @@ def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
         board.hear({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
         note = seen[-1].note
         board.close("done")
-    assert note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
+    assert (
+        note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
+    )
     assert seen[-1].note == ""
 
 
-def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(run_file: Path, caplog: pytest.LogCaptureFixture):
+def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+):
     key = "sk-only-in-the-block"
     Secret(value=key).save("servers-key", overwrite=True)
     with answer_server(models=(), key=key) as server:
         ask = ("answers.engine=openai", f'resources.endpoints=["{server.url}"]')
         with pytest.raises(ConfigError, match="no Secret block of this name"):
             prompts_and_answers(str(run_file), (*ask, "resources.api_key_secret=no-such-block"))
-        outcomes = prompts_and_answers(str(run_file), (*ask, "resources.api_key_secret=servers-key"))
+        outcomes = prompts_and_answers(
+            str(run_file), (*ask, "resources.api_key_secret=servers-key")
+        )
     assert outcomes[1].status.sealed and len(server.bodies) == 12
-    assert [path for path in run_file.parent.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+    assert [
+        path
+        for path in run_file.parent.rglob("*")
+        if path.is_file() and key.encode() in path.read_bytes()
+    ] == []
     assert key not in caplog.text
-    with get_client(sync_client=True) as client:  # parameters, states, artifacts and logs, as anybody can read them
-        kept = [*client.read_flow_runs(), *client.read_task_runs(), *client.read_artifacts(), *client.read_logs()]
+    # parameters, states, artifacts and logs, as anybody can read them
+    with get_client(sync_client=True) as client:
+        kept = [
+            *client.read_flow_runs(),
+            *client.read_task_runs(),
+            *client.read_artifacts(),
+            *client.read_logs(),
+        ]
     assert not any(key in item.model_dump_json() for item in kept)

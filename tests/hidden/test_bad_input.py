@@ -53,7 +53,9 @@ def test_an_artifact_of_another_format_version(capsys, captured: Path, tmp_path:
     shutil.copytree(captured, store)
     path = Path(artifact_of(tiny_run(store), "hidden").url) / "artifact.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    assert "the artifact's format is not that of this run (2 there, 1 here)" in refused(capsys, "--store", str(store))
+    assert "the artifact's format is not that of this run (2 there, 1 here)" in refused(
+        capsys, "--store", str(store)
+    )
 
 
 def test_an_artifact_that_another_recipe_made(capsys, captured: Path, tmp_path: Path):
@@ -66,7 +68,9 @@ def test_an_artifact_that_another_recipe_made(capsys, captured: Path, tmp_path: 
     assert "recipe" in refused(capsys, "--store", str(store))
 
 
-def test_a_disk_that_cannot_hold_it_names_what_would_fit(capsys, answered: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_cannot_hold_it_names_what_would_fit(
+    capsys, answered: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("deepspec.storage.store.Store.free_bytes", lambda store: 200_000.0)
     said = refused(capsys, "--store", str(answered))
     assert "the hidden states need" in said
@@ -75,16 +79,24 @@ def test_a_disk_that_cannot_hold_it_names_what_would_fit(capsys, answered: Path,
 
 
 def test_a_codec_that_does_not_exist_and_one_that_makes_no_sense(capsys, answered: Path):
-    assert "did you mean 'int8'" in refused(capsys, "--store", str(answered), "--set", "hidden.codec=int")
-    assert "hidden.compression" in refused(capsys, "--store", str(answered), "--set", "hidden.compression=zstd")
-    assert "hidden.last_codec" in refused(capsys, "--store", str(answered), "--set", "hidden.last_codec=fp8")
+    assert "did you mean 'int8'" in refused(
+        capsys, "--store", str(answered), "--set", "hidden.codec=int"
+    )
+    assert "hidden.compression" in refused(
+        capsys, "--store", str(answered), "--set", "hidden.compression=zstd"
+    )
+    assert "hidden.last_codec" in refused(
+        capsys, "--store", str(answered), "--set", "hidden.last_codec=fp8"
+    )
 
 
 def test_a_bucket_that_does_not_exist(capsys, s3_url: str):
     assert "no such bucket" in refused(capsys, "--store", "s3://no-such-bucket-here/store")
 
 
-def test_wrong_credentials_without_a_word_of_them(capsys, s3_url: str, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_credentials_without_a_word_of_them(
+    capsys, s3_url: str, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     said = refused(capsys, "--store", s3_url)
     assert "refuses these credentials" in said

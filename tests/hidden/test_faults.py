@@ -1,8 +1,9 @@
-"""Capture on two lanes, killed twenty times: the cache that comes out is the one of an undisturbed run, bit for bit.
+"""Capture on two lanes, killed twenty times: the cache that comes out is the one of an undisturbed
+run, bit for bit.
 
-The lanes are forked from a process that has loaded the target, so a kill meets the work itself and not an interpreter
-that is starting up. At 10,000 shards with a worker dying every minute the same holds: what is committed stays, and each
-death costs the shards in flight.
+The lanes are forked from a process that has loaded the target, so a kill meets the work itself and
+not an interpreter that is starting up. At 10,000 shards with a worker dying every minute the same
+holds: what is committed stays, and each death costs the shards in flight.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ print("killed", kills, time.monotonic() - began)
 
 
 @pytest.mark.slow
-def test_twenty_kills_on_two_lanes_leave_the_cache_of_an_undisturbed_run(captured: Path, tmp_path: Path):
+def test_twenty_kills_on_two_lanes_leave_the_cache_of_an_undisturbed_run(
+    captured: Path, tmp_path: Path
+):
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     for store in (quiet, killed):
         shutil.copytree(captured, store)
@@ -79,9 +82,12 @@ def test_twenty_kills_on_two_lanes_leave_the_cache_of_an_undisturbed_run(capture
         command = [sys.executable, "-c", script, str(store), seconds, *overrides]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=250)
         assert done.returncode == 0, done.stderr
-        _, kills, seconds = done.stdout.split()  # how long both lanes take undisturbed: a kill comes at any moment of that
+        # how long both lanes take undisturbed: a kill comes at any moment of that
+        _, kills, seconds = done.stdout.split()
     assert kills == "20"
-    manifests = [artifact_of(tiny_run(store, *overrides), "hidden").manifest() for store in (quiet, killed)]
+    manifests = [
+        artifact_of(tiny_run(store, *overrides), "hidden").manifest() for store in (quiet, killed)
+    ]
     assert manifests[0] is not None
     assert manifests[1] is not None
     assert manifests[0].digest == manifests[1].digest

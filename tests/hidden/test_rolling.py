@@ -1,4 +1,6 @@
-"""Shards that come and go, as a reader sees them: waited for, read, used up under it, captured again."""
+"""Shards that come and go, as a reader sees them: waited for, read, used up under it, captured
+again.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def same(first: HiddenSample, second: HiddenSample) -> bool:
     return first.sample_id == second.sample_id and all(torch.equal(*pair) for pair in pairs)
 
 
-def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captured: Path, config: RunConfig, source: RollingStates):
+def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(
+    captured: Path, config: RunConfig, source: RollingStates
+):
     cache = HiddenCache(artifact_of(tiny_run(captured), "hidden"))
     order = np.random.default_rng(0).permutation(len(cache)).tolist()
     streamed = source.stream(iter(order), max_bytes=100_000, threads=3)
@@ -79,7 +83,9 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captu
             reading.result(timeout=0.5)
         run_capture(config, shards=[2], purpose="rolling")
         assert same(reading.result(timeout=20), cache[number])
-        assert beats, "whoever waits for a shard that another rank has captured does not stand still"
+        assert beats, (
+            "whoever waits for a shard that another rank has captured does not stand still"
+        )
         assert shelf.add([2, 9]) == [9]
         shelf.delete(2)
         waiting = pool.submit(source.__getitem__, number)
@@ -89,7 +95,9 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(captu
     shelf.close()
 
 
-def test_held_out_samples_are_kept_in_memory_and_the_target_is_not(captured: Path, config: RunConfig, source: RollingStates):
+def test_held_out_samples_are_kept_in_memory_and_the_target_is_not(
+    captured: Path, config: RunConfig, source: RollingStates
+):
     def targets() -> int:
         return sum(type(each) is Target for each in gc.get_objects())
 
@@ -100,10 +108,14 @@ def test_held_out_samples_are_kept_in_memory_and_the_target_is_not(captured: Pat
     source.artifact.store.remove(source.artifact.path("shards"))
     for number in (3, 11):
         assert first[number].sample_id == cache[number].sample_id
-        torch.testing.assert_close(first[number].context.decode(), cache[number].context.decode(), atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(
+            first[number].context.decode(), cache[number].context.decode(), atol=2e-2, rtol=1e-2
+        )
 
 
-def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_answers(config: RunConfig, source: RollingStates):
+def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_answers(
+    config: RunConfig, source: RollingStates
+):
     artifact = source.artifact
     records = artifact.records()
     artifact.store.remove(artifact.path("records/00001.json"))  # a deletion that got no further
@@ -115,4 +127,8 @@ def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_ans
     shelf.close()
     assert sorted(shelf.sizes) == artifact.record_shards() == [0, 2, 5]
     for folder in ("shards", "rows"):
-        assert [name[:5] for name in artifact.store.names(artifact.path(folder))] == ["00000", "00002", "00005"]
+        assert [name[:5] for name in artifact.store.names(artifact.path(folder))] == [
+            "00000",
+            "00002",
+            "00005",
+        ]

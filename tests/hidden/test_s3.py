@@ -1,4 +1,6 @@
-"""The cache on a real S3 server: the same bytes as on a disk, written and read through outages, with local copies."""
+"""The cache on a real S3 server: the same bytes as on a disk, written and read through outages,
+with local copies.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def upload(local: Path, url: str, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_bucket(radosgw: Radosgw, captured: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A run whose hidden states are in a bucket; for tests that read. The environment leads there while they run."""
+    """A run whose hidden states are in a bucket; for tests that read. The environment leads
+    there while they run.
+    """
     scratch = tmp_path_factory.mktemp("scratch")
     with radosgw.environment():
         url = f"s3://{radosgw.new_bucket()}/store"
@@ -68,7 +72,10 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
         return original(self, work, local)
 
     monkeypatch.setattr(capture.Capture, "shard", interrupted)
-    sealed, on_disk = run_capture(remote).manifest(), artifact_of(tiny_run(captured), "hidden").manifest()
+    sealed, on_disk = (
+        run_capture(remote).manifest(),
+        artifact_of(tiny_run(captured), "hidden").manifest(),
+    )
     assert sealed is not None
     assert on_disk is not None
     assert sealed.digest == on_disk.digest
@@ -92,18 +99,24 @@ def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remot
     assert after.digest == before.digest
 
 
-def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_nothing(in_bucket, captured: Path, radosgw: Radosgw):
+def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_nothing(
+    in_bucket, captured: Path, radosgw: Radosgw
+):
     local = HiddenCache(artifact_of(tiny_run(captured), "hidden"))
     cache = HiddenCache(artifact_of(in_bucket, "hidden"), cache_gb=1.0)
     numbers = list(range(len(cache)))
-    for number, sample in zip(numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True):
+    for number, sample in zip(
+        numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True
+    ):
         if number == 3:
             radosgw.kill()
             threading.Timer(2.0, radosgw.restart).start()
         assert same(sample, local[number])
     radosgw.kill()
     try:
-        for number, sample in zip(numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True):
+        for number, sample in zip(
+            numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True
+        ):
             assert same(sample, local[number])
     finally:
         radosgw.restart()
@@ -111,27 +124,47 @@ def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_noth
 
 def test_forked_workers_read_a_bucket_that_their_parent_has_read(in_bucket, captured: Path):
     """Trap C9: an S3 client does not survive a fork; s3fs raises and obstore hangs."""
-    local, cache = HiddenCache(artifact_of(tiny_run(captured), "hidden")), HiddenCache(artifact_of(in_bucket, "hidden"))
+    local, cache = (
+        HiddenCache(artifact_of(tiny_run(captured), "hidden")),
+        HiddenCache(artifact_of(in_bucket, "hidden")),
+    )
     assert same(cache[0], local[0])
-    loader = DataLoader(AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(
+        AsDataset(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
     for number, context in enumerate(loader):
         assert torch.equal(context, local[number].context.decode())
 
 
-def test_training_from_a_bucket_ends_where_training_from_a_disk_does(in_bucket, captured: Path, tmp_path: Path):
+def test_training_from_a_bucket_ends_where_training_from_a_disk_does(
+    in_bucket, captured: Path, tmp_path: Path
+):
     from safetensors.torch import load_file
 
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     on_disk, in_bucket = run_train(tiny_run(store)), run_train(in_bucket)
-    first, second = (load_file(artifact.store.fetch(artifact.path("draft/model.safetensors"))) for artifact in (on_disk, in_bucket))
+    first, second = (
+        load_file(artifact.store.fetch(artifact.path("draft/model.safetensors")))
+        for artifact in (on_disk, in_bucket)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_no_key_is_in_anything_that_was_written(remote, radosgw: Radosgw, caplog: pytest.LogCaptureFixture):
+def test_no_key_is_in_anything_that_was_written(
+    remote, radosgw: Radosgw, caplog: pytest.LogCaptureFixture
+):
     artifact = run_capture(remote)
     secrets = [value.encode() for name, value in radosgw.variables().items() if "KEY" in name]
     assert secrets
-    for name in ("artifact.json", "manifest.json", "records.arrow", "records/00000.json", "schema.arrow"):
-        assert not any(secret in artifact.store.read(artifact.path(name)) for secret in secrets), name
+    for name in (
+        "artifact.json",
+        "manifest.json",
+        "records.arrow",
+        "records/00000.json",
+        "schema.arrow",
+    ):
+        assert not any(secret in artifact.store.read(artifact.path(name)) for secret in secrets), (
+            name
+        )
     assert not any(secret.decode() in caplog.text for secret in secrets)

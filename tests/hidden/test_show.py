@@ -34,25 +34,41 @@ def test_the_marked_text_is_the_answer_with_its_end_of_turn(captured: Path):
 
 def test_the_verb_prints_the_sample(captured: Path):
     sets = [part for override in TINY for part in ("--set", override)]
-    shown = CliRunner().invoke(app, ["show", "demo", *sets, "--store", str(captured), "--shard", "1", "--row", "2"])
+    shown = CliRunner().invoke(
+        app, ["show", "demo", *sets, "--store", str(captured), "--shard", "1", "--row", "2"]
+    )
     assert shown.exit_code == 0, shown.output
     assert "⟦" in shown.output
 
 
 @pytest.mark.parametrize(
-    ("shard", "row", "said"), [(99, 0, "shard 99 of the answers is not committed"), (0, 4, "has 4 rows, there is no row 4")]
+    ("shard", "row", "said"),
+    [(99, 0, "shard 99 of the answers is not committed"), (0, 4, "has 4 rows, there is no row 4")],
 )
-def test_a_shard_or_row_that_is_not_there_is_refused(captured: Path, shard: int, row: int, said: str):
+def test_a_shard_or_row_that_is_not_there_is_refused(
+    captured: Path, shard: int, row: int, said: str
+):
     with pytest.raises(ConfigError, match=said):
         list(show_sample(tiny_run(captured), shard=shard, row=row, colours=False))
 
 
-def test_sequences_come_in_the_order_of_their_turns(captured: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sequences_come_in_the_order_of_their_turns(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Capture wants them by length; here the first turn's is the longest."""
     lengths = (30, 20, 10)
-    made = [CaptureRow(sequence_id(7, number), False, [5] * n, [False] + [True] * (n - 1)) for number, n in enumerate(lengths)]
+    made = [
+        CaptureRow(sequence_id(7, number), False, [5] * n, [False] + [True] * (n - 1))
+        for number, n in enumerate(lengths)
+    ]
     answer = pa.Table.from_pylist([{"id": 7, "domain": "chat", "turns": [{"text": "x"}] * 3}])
     monkeypatch.setattr("deepspec.hidden.show.capture_rows", lambda *_: CaptureRows(made[::-1], []))
     monkeypatch.setattr("deepspec.hidden.show.read_table", lambda _: answer)
-    headlines = [text.plain for text in show_sample(tiny_run(captured), shard=0, row=0, colours=True)][::2]
-    assert [re.findall(r"sequence (\d): (\d+) tokens", line)[0] for line in headlines] == [("0", "30"), ("1", "20"), ("2", "10")]
+    headlines = [
+        text.plain for text in show_sample(tiny_run(captured), shard=0, row=0, colours=True)
+    ][::2]
+    assert [re.findall(r"sequence (\d): (\d+) tokens", line)[0] for line in headlines] == [
+        ("0", "30"),
+        ("1", "20"),
+        ("2", "10"),
+    ]

@@ -34,7 +34,11 @@ def cache(captured: Path) -> HiddenCache:
 
 def test_every_answer_is_one_sample_with_its_id_and_split(captured: Path, cache: HiddenCache):
     answers = artifact_of(tiny_run(captured), "answers")
-    rows = [row for record in answers.records().values() for row in read_table(answers.fetch_shard(record)).to_pylist()]
+    rows = [
+        row
+        for record in answers.records().values()
+        for row in read_table(answers.fetch_shard(record)).to_pylist()
+    ]
     assert sorted(cache.index.sample_id.tolist()) == sorted(row["id"] for row in rows)
     held_out = {row["id"] for row in rows if row["held_out"]}
     assert set(cache.index.sample_id[cache.index.held_out == 1].tolist()) == held_out
@@ -47,9 +51,15 @@ def test_cached_states_are_those_of_the_target_run_alone(captured: Path, cache: 
     for number in range(0, len(cache), 5):
         sample = cache[number]
         alone = target.forward(sample.input_ids.long()[None])
-        torch.testing.assert_close(sample.context.decode().float(), alone.context[0], atol=2e-2, rtol=1e-2)
-        kept = np.concatenate([np.arange(start, start + count) for start, count in sample.last_spans.tolist()])
-        torch.testing.assert_close(sample.last_hidden.decode().float(), alone.last_hidden[0, kept], atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(
+            sample.context.decode().float(), alone.context[0], atol=2e-2, rtol=1e-2
+        )
+        kept = np.concatenate(
+            [np.arange(start, start + count) for start, count in sample.last_spans.tolist()]
+        )
+        torch.testing.assert_close(
+            sample.last_hidden.decode().float(), alone.last_hidden[0, kept], atol=2e-2, rtol=1e-2
+        )
 
 
 def test_supervised_tokens_are_the_answers(captured: Path, cache: HiddenCache):
@@ -120,7 +130,9 @@ def test_a_flipped_bit_is_found_named_and_its_shard_captured_again(captured: Pat
     assert list(verify_stage(config, "hidden")) == []
 
 
-def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again(captured: Path, tmp_path: Path):
+def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again(
+    captured: Path, tmp_path: Path
+):
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     config = tiny_run(store)
@@ -169,7 +181,10 @@ def test_each_codec_gives_back_the_states_that_raw_keeps(
     coded = capture_with(answered, tmp_path / "store", *overrides)
     for number in range(0, len(cache), 4):
         raw, found = cache[number], coded[number]
-        assert (found.sample_id, found.input_ids.tolist()) == (raw.sample_id, raw.input_ids.tolist())
+        assert (found.sample_id, found.input_ids.tolist()) == (
+            raw.sample_id,
+            raw.input_ids.tolist(),
+        )
         assert relative_error(found.context.decode(), raw.context.decode()) <= error
         last_error = 0.0 if "hidden.last_codec=raw" in overrides else error
         assert relative_error(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
@@ -186,24 +201,40 @@ def test_the_gates_figures_are_kept_in_the_artifact(answered: Path, tmp_path: Pa
     assert next(event["event"] for event in events) == "fidelity"
 
 
-def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(answered: Path, tmp_path: Path):
+def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(
+    answered: Path, tmp_path: Path
+):
     shutil.copytree(answered, tmp_path / "store")
-    config = tiny_run(tmp_path / "store", "hidden.codec=fp8", "resources.fidelity.max_relative_error=0.001")
+    config = tiny_run(
+        tmp_path / "store", "hidden.codec=fp8", "resources.fidelity.max_relative_error=0.001"
+    )
     for _ in range(2):  # a second try is no way around it
-        with pytest.raises(FidelityTooLow, match=r"relative_error is .*, max_relative_error is 0.001"):
+        with pytest.raises(
+            FidelityTooLow, match=r"relative_error is .*, max_relative_error is 0.001"
+        ):
             run_capture(config)
     assert artifact_of(config, "hidden").records() == {}
 
 
 def test_final_states_are_left_out_by_setting(answered: Path, tmp_path: Path):
-    cache = capture_with(answered, tmp_path / "store", "hidden.last_hidden=none", "draft.algorithm=dflash", "draft.markov=null",
-                         "draft.confidence=null", "loss.ce=1", "loss.tv=0")  # fmt: skip
+    cache = capture_with(
+        answered,
+        tmp_path / "store",
+        "hidden.last_hidden=none",
+        "draft.algorithm=dflash",
+        "draft.markov=null",
+        "draft.confidence=null",
+        "loss.ce=1",
+        "loss.tv=0",
+    )
     assert cache[0].last_hidden.decode().shape == (0, 32)
     assert int(cache.index.num_last.sum()) == 0
 
 
 def test_rows_packed_into_one_are_those_computed_alone(captured: Path, cache: HiddenCache):
-    """Trap C3 for the path that flash-attention takes, here with PyTorch's own kernel: documents do not see each other."""
+    """Trap C3 for the path that flash-attention takes, here with PyTorch's own kernel:
+    documents do not see each other.
+    """
     config = tiny_run(captured)
     target = load_target(config.target, folder=target_folder(config))
     sequences = [cache[number].input_ids.tolist() for number in (0, 5, 9, 14)]
@@ -229,14 +260,22 @@ def spoil(kind: str, rows, states):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("rows mixed up", "captured by itself"), ("not finite", "not finite"), ("an empty row", "no hidden state")],
+    [
+        ("rows mixed up", "captured by itself"),
+        ("not finite", "not finite"),
+        ("an empty row", "no hidden state"),
+    ],
 )
 def test_a_shard_of_wrong_states_is_set_aside_and_the_others_are_captured(
     answered: Path, tmp_path: Path, monkeypatch, kind: str, said: str
 ):
     shutil.copytree(answered, tmp_path / "store")
     original, calls = Capture.states, iter(range(100))
-    monkeypatch.setattr(Capture, "states", lambda self, rows: spoil(kind if next(calls) == 2 else "", rows, original(self, rows)))
+    monkeypatch.setattr(
+        Capture,
+        "states",
+        lambda self, rows: spoil(kind if next(calls) == 2 else "", rows, original(self, rows)),
+    )
     config = tiny_run(tmp_path / "store")
     with pytest.raises(ShardsFailed, match=f"shard 2: .*{said}"):
         run_capture(config)
@@ -248,11 +287,14 @@ def test_a_shard_of_wrong_states_is_set_aside_and_the_others_are_captured(
     assert failures(artifact) == {}
 
 
-def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(captured: Path, cache: HiddenCache):
+def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
+    captured: Path, cache: HiddenCache
+):
     """Trap C2: the states before the norm predict other tokens."""
     config = tiny_run(captured)
     target = load_target(config.target, folder=target_folder(config))
-    target.decoder.norm.weight.data *= torch.linspace(-3, 3, 32)  # what a target's own norm does, this tiny one has learnt nothing
+    # what a target's own norm does, this tiny one has learnt nothing
+    target.decoder.norm.weight.data *= torch.linspace(-3, 3, 32)
     checks = StateChecks(target, config.resources)
     ids = [token for number in range(12) for token in cache[number].input_ids.tolist()][:400]
     row = CaptureRow(1, False, ids, [True] * len(ids))
@@ -281,8 +323,12 @@ def test_states_come_to_the_host_while_the_gpu_goes_on(cache: HiddenCache):
     assert torch.equal(host.bring(stored, ready).parts[0], stored.parts[0].cpu())
 
 
-def test_shards_are_never_read_with_other_scales_than_they_were_encoded_with(answered: Path, tmp_path: Path):
-    """Without the very scales an int8 shard means something else, and no checksum of its own bytes would tell."""
+def test_shards_are_never_read_with_other_scales_than_they_were_encoded_with(
+    answered: Path, tmp_path: Path
+):
+    """Without the very scales an int8 shard means something else, and no checksum of its own
+    bytes would tell.
+    """
     shutil.copytree(answered, tmp_path / "store")
     config = tiny_run(tmp_path / "store", "hidden.codec=int8")
     artifact = run_capture(config, shards=[0, 1, 2])
@@ -299,11 +345,15 @@ def test_shards_are_never_read_with_other_scales_than_they_were_encoded_with(ans
         HiddenCache(artifact)
 
 
-def test_the_longest_sample_of_every_shard_is_looked_at(captured: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_longest_sample_of_every_shard_is_looked_at(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_run(captured)
     checks = StateChecks(load_target(config.target, folder=target_folder(config)), config.resources)
     compared: list[int] = []
-    monkeypatch.setattr(checks, "_compare_alone", lambda row, states: compared.append(row.sample_id))
+    monkeypatch.setattr(
+        checks, "_compare_alone", lambda row, states: compared.append(row.sample_id)
+    )
     monkeypatch.setattr(checks, "_compare_stored", lambda row, states, sample: None)
     states = TargetOutput(torch.ones(1, 4), torch.ones(1, 4))
     checks.begin(130)

@@ -44,17 +44,31 @@ GEMMA4 = {
     "final_logit_softcapping": 30.0,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {
-        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e6,
+            "rope_type": "proportional",
+        },
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
     "initializer_range": 0.2,
 }
-TARGETS = {"qwen3": QWEN3, "gemma4": GEMMA4, "gemma4_with_values": {**GEMMA4, "attention_k_eq_v": False}}
+TARGETS = {
+    "qwen3": QWEN3,
+    "gemma4": GEMMA4,
+    "gemma4_with_values": {**GEMMA4, "attention_k_eq_v": False},
+}
 
 
 def dspark(kind: Any = "vanilla", **changes: Any) -> BlockDraftConfig:
-    settings = {"markov": MarkovConfig(rank=6, kind=kind), "confidence": ConfidenceConfig(), **changes}
-    return BlockDraftConfig(algorithm="dspark", block_size=4, num_layers=2, num_anchors=3, **settings)
+    settings = {
+        "markov": MarkovConfig(rank=6, kind=kind),
+        "confidence": ConfidenceConfig(),
+        **changes,
+    }
+    return BlockDraftConfig(
+        algorithm="dspark", block_size=4, num_layers=2, num_anchors=3, **settings
+    )
 
 
 DFLASH = BlockDraftConfig(algorithm="dflash", block_size=4, num_layers=2, num_anchors=3)
@@ -72,12 +86,16 @@ CONFIGS = {
 def make_spec(config: Any = None, *, target: str = "qwen3") -> DraftSpec:
     config = config or CONFIGS["vanilla"]
     layer_ids = [max(layer, 0) for layer in LAYERS] if config.algorithm == "eagle3" else LAYERS
-    return DraftSpec.from_target(TARGETS[target], config, layer_ids=layer_ids, mask_token_id=VOCAB - 1)
+    return DraftSpec.from_target(
+        TARGETS[target], config, layer_ids=layer_ids, mask_token_id=VOCAB - 1
+    )
 
 
 def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> Draft:
     frozen = torch.randn(2, VOCAB, SIZE, generator=torch.Generator().manual_seed(seed + 1))
-    return build_draft(make_spec(config, target=target), embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed)
+    return build_draft(
+        make_spec(config, target=target), embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed
+    )
 
 
 def make_batch(lengths: tuple[int, ...] = (14, 9), *, seed: int = 0) -> TrainBatch:
@@ -100,7 +118,9 @@ def taken(batch: TrainBatch, sample: int) -> TrainBatch:
     part = slice(int(ends[sample] - batch.lengths[sample]), int(ends[sample]))
     tensors = (tensor[part] for tensor in (batch.input_ids, batch.loss_mask))
     states = (tensor[part] for tensor in (batch.context, batch.last_hidden))
-    return TrainBatch(*tensors, batch.lengths[sample : sample + 1], *states, batch.seeds[sample : sample + 1])
+    return TrainBatch(
+        *tensors, batch.lengths[sample : sample + 1], *states, batch.seeds[sample : sample + 1]
+    )
 
 
 def total_loss(draft: Draft, batch: TrainBatch) -> Tensor:

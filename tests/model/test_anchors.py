@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from deepspec.model.anchors import anchor_candidates, filled, plan_blocks, positions_within, sample_anchors
+from deepspec.model.anchors import (
+    anchor_candidates,
+    filled,
+    plan_blocks,
+    positions_within,
+    sample_anchors,
+)
 
 #                     0  1  2  3  4  5  6  7 | 8  9 10 11 12 13 14
 MASK = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1], dtype=torch.bool)
@@ -13,7 +19,9 @@ IDS = torch.arange(100, 115)
 
 
 def test_an_anchor_and_the_token_after_it_belong_to_an_answer_of_one_sample() -> None:
-    """Trap D11: place 7 ends a sample; that the next token is supervised too is another sample's affair."""
+    """Trap D11: place 7 ends a sample; that the next token is supervised too is another
+    sample's affair.
+    """
     assert anchor_candidates(MASK, LENGTHS).nonzero()[:, 0].tolist() == [2, 5, 6, 8, 9]
 
 
@@ -27,10 +35,14 @@ def test_anchors_are_distinct_ascending_and_the_samples_own() -> None:
     """Trap D11: `num_anchors` is for each sample, not for the packed row."""
     mask, lengths = torch.ones(68, dtype=torch.bool), torch.tensor([40, 25, 3])
     drawn = sample_anchors(mask, lengths, num_anchors=10, seeds=[5, 6, 7])
-    by_sample = [drawn[(drawn >= start) & (drawn < end)] for start, end in ((0, 40), (40, 65), (65, 68))]
+    by_sample = [
+        drawn[(drawn >= start) & (drawn < end)] for start, end in ((0, 40), (40, 65), (65, 68))
+    ]
     assert [len(places) for places in by_sample] == [10, 10, 2]
     assert drawn.tolist() == sorted(set(drawn.tolist()))
-    assert all(int(places[-1]) < end - 1 for places, end in zip(by_sample, (40, 65, 68), strict=True))
+    assert all(
+        int(places[-1]) < end - 1 for places, end in zip(by_sample, (40, 65, 68), strict=True)
+    )
     alone = sample_anchors(mask[40:65], lengths[1:2], num_anchors=10, seeds=[6])
     assert torch.equal(alone + 40, by_sample[1])
 
@@ -52,7 +64,9 @@ def test_anchors_are_uniform_over_the_candidates() -> None:
 
 
 def test_slots_count_up_to_the_first_that_is_not_supervised_or_not_the_samples() -> None:
-    plan = plan_blocks(IDS, MASK, LENGTHS, anchors=torch.tensor([2, 5, 6, 9]), block_size=3, decay=4.0)
+    plan = plan_blocks(
+        IDS, MASK, LENGTHS, anchors=torch.tensor([2, 5, 6, 9]), block_size=3, decay=4.0
+    )
     assert plan.counted.long().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]]
     assert plan.labels[plan.counted].tolist() == [103, 106, 107, 107, 110]
     torch.testing.assert_close(plan.weights[1], torch.tensor([1.0, 0.7788008, 0.0]))

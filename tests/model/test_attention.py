@@ -24,24 +24,38 @@ def fresh_choice() -> Any:
     attention_path._choose.cache_clear()
 
 
-def outcome(name: str, target: str, device: str, path: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
+def outcome(
+    name: str, target: str, device: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, list[Tensor]]:
     """Loss of one batch of three samples on a path, and, on a GPU, its gradients."""
     for module in (block, eagle3):
         monkeypatch.setattr(module, "training_path", lambda *_: path)
     draft, batch = make_draft(CONFIGS[name], target=target).to(device), make_batch((14, 9, 150))
-    moved = batch._replace(**{name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, Tensor)})
+    moved = batch._replace(
+        **{
+            name: value.to(device)
+            for name, value in batch._asdict().items()
+            if isinstance(value, Tensor)
+        }
+    )
     backward = device == "cuda"
     with torch.set_grad_enabled(backward):
         output = draft.loss(moved, draft.plan(moved))
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-    return output.numerator, list(torch.autograd.grad(output.numerator, parameters)) if backward else []
+    return output.numerator, list(
+        torch.autograd.grad(output.numerator, parameters)
+    ) if backward else []
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
-def test_flex_and_dense_attention_give_the_same_loss(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU flex attention has a forward pass only; grouped heads, V = K and unscaled attention included."""
+def test_flex_and_dense_attention_give_the_same_loss(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU flex attention has a forward pass only; grouped heads, V = K and unscaled
+    attention included.
+    """
     dense, flex = (outcome(name, target, "cpu", path, monkeypatch)[0] for path in ("dense", "flex"))
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=0)
 
@@ -50,8 +64,12 @@ def test_flex_and_dense_attention_give_the_same_loss(name: str, target: str, mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
-def test_compiled_flex_attention_has_the_gradients_of_dense_attention(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (dense, dense_grads), (flex, flex_grads) = (outcome(name, target, "cuda", path, monkeypatch) for path in ("dense", "flex"))
+def test_compiled_flex_attention_has_the_gradients_of_dense_attention(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dense, dense_grads), (flex, flex_grads) = (
+        outcome(name, target, "cuda", path, monkeypatch) for path in ("dense", "flex")
+    )
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=0)
     for found, wanted in zip(flex_grads, dense_grads, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
@@ -81,12 +99,24 @@ def listed(tiles_of: Tensor, counts: Tensor | None, order: Tensor | None) -> Ten
 
 
 # Samples of 200, 3 and 300 tokens, then fill.
-LONG = Sight(torch.tensor([0] * 30 + [200] + [203] * 40 + [0]), torch.tensor([*range(5, 185, 6), 201, *range(210, 490, 7), 0]), 7, "flex")
-EAGLE = Sight(torch.tensor([0] * 9 + [12] * 3), torch.tensor([*range(4, 13), 14, 15, 16]), 1, "flex")
+LONG = Sight(
+    torch.tensor([0] * 30 + [200] + [203] * 40 + [0]),
+    torch.tensor([*range(5, 185, 6), 201, *range(210, 490, 7), 0]),
+    7,
+    "flex",
+)
+EAGLE = Sight(
+    torch.tensor([0] * 9 + [12] * 3), torch.tensor([*range(4, 13), 14, 15, 16]), 1, "flex"
+)
 
 
-@pytest.mark.parametrize(("sight", "num_tokens", "copies"), [(LONG, 512, 1), (LONG, 505, 1), (EAGLE, 20, 0), (EAGLE, 20, 3)])
-def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missing(sight: Sight, num_tokens: int, copies: int) -> None:
+@pytest.mark.parametrize(
+    ("sight", "num_tokens", "copies"),
+    [(LONG, 512, 1), (LONG, 505, 1), (EAGLE, 20, 0), (EAGLE, 20, 3)],
+)
+def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missing(
+    sight: Sight, num_tokens: int, copies: int
+) -> None:
     wanted = seen_by_hand(sight, num_tokens=num_tokens, copies=copies)
     mask = tiles(sight, num_tokens=num_tokens, copies=copies)
     queries, keys = torch.meshgrid(*(torch.arange(size) for size in wanted.shape), indexing="ij")
@@ -98,7 +128,8 @@ def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missi
     assert not (partial & whole).any()
     assert torch.equal((partial | whole) & (by_tile > 0), by_tile > 0)
     assert (by_tile[whole] == TILE * TILE).all()
-    assert (partial & (by_tile == 0)).float().mean() < 0.1  # tiles of two samples may span more than either sees
+    # tiles of two samples may span more than either sees
+    assert (partial & (by_tile == 0)).float().mean() < 0.1
 
 
 def test_whole_tiles_are_found() -> None:
@@ -111,12 +142,16 @@ def test_whole_tiles_are_found() -> None:
 def test_the_path_taken_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     draft, other = make_draft(CONFIGS["dflash"]), make_draft(target="gemma4")
     with caplog.at_level(logging.INFO, logger="deepspec.model.attention_path"):
-        assert [training_path(each.fc.weight, each.spec.heads) for each in (draft, draft, other)] == ["dense"] * 3
+        assert [
+            training_path(each.fc.weight, each.spec.heads) for each in (draft, draft, other)
+        ] == ["dense"] * 3
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "attention=dense device=cpu" in caplog.text
 
 
-def test_a_fallback_on_a_gpu_is_a_warning_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fallback_on_a_gpu_is_a_warning_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Trap D10: without compiled flex attention, memory grows with the square of the anchors."""
 
     def fail(*_: object) -> None:

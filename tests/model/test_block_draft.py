@@ -21,11 +21,19 @@ def states_of(draft: BlockDraft, batch: TrainBatch) -> Tensor:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_block_sees_the_context_before_its_anchor_and_nothing_else(target: str) -> None:
-    """Trap D1: the anchor's own hidden state is not known when a block is drafted, nor is any other block."""
+    """Trap D1: the anchor's own hidden state is not known when a block is drafted, nor is any
+    other block.
+    """
     draft, batch = make_draft(CONFIGS["dflash"], target=target), make_batch((12,))
     assert isinstance(draft, BlockDraft)
     states = states_of(draft, batch)
-    for position, moved in ((2, [True, True]), (3, [False, True]), (6, [False, True]), (7, [False, False]), (9, [False, False])):
+    for position, moved in (
+        (2, [True, True]),
+        (3, [False, True]),
+        (6, [False, True]),
+        (7, [False, False]),
+        (9, [False, False]),
+    ):
         context = batch.context.clone()
         context[position] += 1.0
         changed = states_of(draft, batch._replace(context=context))
@@ -59,7 +67,11 @@ def test_a_batch_with_nothing_to_learn_from_gives_a_zero_loss_with_a_graph(name:
     output = draft.loss(batch, plan)
     assert output.numerator.item() == 0.0
     output.numerator.backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in draft.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad is not None and not parameter.grad.any()
+        for parameter in draft.parameters()
+        if parameter.requires_grad
+    )
     assert set(draft.denominators(plan)) == set(output.numerators) == set(draft.loss_weights)
 
 
@@ -83,7 +95,10 @@ def test_the_loss_does_not_depend_on_how_samples_are_split(name: str) -> None:
     for sample in range(3):
         single = taken(batch, sample)
         output = draft.loss(single, draft.plan(single))
-        numerator, denominator = numerator + output.numerator.item(), denominator + output.denominator.item()
+        numerator, denominator = (
+            numerator + output.numerator.item(),
+            denominator + output.denominator.item(),
+        )
         gradient += torch.autograd.grad(output.numerator, draft.fc.weight)[0]
     assert numerator == pytest.approx(together.numerator.item(), rel=1e-5)
     assert denominator == pytest.approx(together.denominator.item(), rel=1e-6)
@@ -95,28 +110,52 @@ def gradients(draft: BlockDraft, batch: TrainBatch, settings: LossConfig) -> dic
     draft.configure_loss(settings)
     draft.zero_grad()
     total_loss(draft, batch).backward()
-    parts = {"backbone": "fc.", "w1": "markov_head.markov_w1.", "w2": "markov_head.markov_w2.", "confidence": "confidence_head."}
+    parts = {
+        "backbone": "fc.",
+        "w1": "markov_head.markov_w1.",
+        "w2": "markov_head.markov_w2.",
+        "confidence": "confidence_head.",
+    }
     named = dict(draft.named_parameters())
     return {
-        part: any(p.grad is not None and bool(p.grad.any()) for name, p in named.items() if name.startswith(prefix))
+        part: any(
+            p.grad is not None and bool(p.grad.any())
+            for name, p in named.items()
+            if name.startswith(prefix)
+        )
         for part, prefix in parts.items()
     }
 
 
 def test_each_term_reaches_the_parts_it_should() -> None:
-    """Trap D6: labels are constants, and the confidence loss stops at its head where configured so."""
+    """Trap D6: labels are constants, and the confidence loss stops at its head where configured
+    so.
+    """
     batch = make_batch()
     only_ce, only_tv = LossConfig(ce=1, tv=0, confidence=0), LossConfig(ce=0, tv=1, confidence=0)
     only_confidence = LossConfig(ce=0, tv=0, confidence=1)
-    joined, apart = make_draft(dspark()), make_draft(dspark(confidence=ConfidenceConfig(detach=True)))
+    joined, apart = (
+        make_draft(dspark()),
+        make_draft(dspark(confidence=ConfidenceConfig(detach=True))),
+    )
     assert isinstance(joined, BlockDraft)
     assert isinstance(apart, BlockDraft)
     everything_but = {"backbone": True, "w1": True, "w2": True, "confidence": False}
     assert gradients(joined, batch, only_ce) == everything_but
     assert gradients(joined, batch, only_tv) == everything_but
     # Its label contains the draft's logits, W2 included: detached, so W2 hears nothing of it.
-    assert gradients(joined, batch, only_confidence) == {"backbone": True, "w1": True, "w2": False, "confidence": True}
-    assert gradients(apart, batch, only_confidence) == {"backbone": False, "w1": False, "w2": False, "confidence": True}
+    assert gradients(joined, batch, only_confidence) == {
+        "backbone": True,
+        "w1": True,
+        "w2": False,
+        "confidence": True,
+    }
+    assert gradients(apart, batch, only_confidence) == {
+        "backbone": False,
+        "w1": False,
+        "w2": False,
+        "confidence": True,
+    }
 
 
 def test_embedding_lm_head_and_the_targets_states_take_no_gradient() -> None:
@@ -133,7 +172,12 @@ def test_training_in_bfloat16_autocast_stays_finite_and_close(name: str) -> None
     draft, batch = make_draft(CONFIGS[name]), make_batch()
     exact = total_loss(draft, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = total_loss(draft, batch._replace(context=batch.context.bfloat16(), last_hidden=batch.last_hidden.bfloat16()))
+        rounded = total_loss(
+            draft,
+            batch._replace(
+                context=batch.context.bfloat16(), last_hidden=batch.last_hidden.bfloat16()
+            ),
+        )
     assert rounded.dtype == torch.float32
     rounded.backward()
     assert rounded.item() == pytest.approx(exact.item(), rel=0.1)

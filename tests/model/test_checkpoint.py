@@ -26,7 +26,10 @@ def test_a_saved_draft_drafts_the_same(name: str, target: str, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = load_draft(tmp_path)
     assert loaded.spec == draft.spec
-    assert {n for n, p in loaded.named_parameters() if not p.requires_grad} == {"embed_tokens.weight", "lm_head.weight"}
+    assert {n for n, p in loaded.named_parameters() if not p.requires_grad} == {
+        "embed_tokens.weight",
+        "lm_head.weight",
+    }
     context, tokens = torch.randn(1, 5, draft.num_context_features), torch.tensor([[1, 2, 3, 4, 5]])
     proposals = []
     for each in (draft, loaded):
@@ -43,8 +46,15 @@ def test_a_draft_runs_in_bfloat16(name: str, tmp_path: Path) -> None:
     save_draft(make_draft(CONFIGS[name], target="gemma4"), tmp_path)
     draft = load_draft(tmp_path, dtype=torch.bfloat16)
     cache = draft.new_cache(2, 8)
-    draft.prefill(cache, torch.randn(2, 5, draft.num_context_features), torch.ones(2, 5, dtype=torch.long), [5, 3])
-    proposal = draft.propose(cache, torch.tensor([3, 4]), SamplingConfig(temperature=1), torch.rand(2, 4))
+    draft.prefill(
+        cache,
+        torch.randn(2, 5, draft.num_context_features),
+        torch.ones(2, 5, dtype=torch.long),
+        [5, 3],
+    )
+    proposal = draft.propose(
+        cache, torch.tensor([3, 4]), SamplingConfig(temperature=1), torch.rand(2, 4)
+    )
     assert proposal.probs is not None
     assert proposal.probs.dtype == torch.float32
 
@@ -58,7 +68,12 @@ def test_the_seed_alone_decides_fresh_weights() -> None:
 
 def test_frozen_weights_must_have_the_targets_shape() -> None:
     with pytest.raises(ConfigError, match="lm_head"):
-        build_draft(make_spec(), embed=torch.zeros(VOCAB, SIZE), lm_head=torch.zeros(VOCAB, SIZE + 1), seed=0)
+        build_draft(
+            make_spec(),
+            embed=torch.zeros(VOCAB, SIZE),
+            lm_head=torch.zeros(VOCAB, SIZE + 1),
+            seed=0,
+        )
 
 
 def damage(folder: Path, **changes: Any) -> None:
@@ -75,7 +90,11 @@ def test_one_error_names_every_tensor_that_does_not_fit(tmp_path: Path) -> None:
     damage(tmp_path, norm__weight=None, extra__weight=torch.zeros(2), fc__weight=torch.zeros(3, 2))
     with pytest.raises(ArtifactMismatch) as caught:
         load_draft(tmp_path)
-    for problem in ("missing norm.weight", "unexpected extra.weight", f"fc.weight is [3, 2], not [{SIZE}, {3 * SIZE}]"):
+    for problem in (
+        "missing norm.weight",
+        "unexpected extra.weight",
+        f"fc.weight is [3, 2], not [{SIZE}, {3 * SIZE}]",
+    ):
         assert problem in str(caught.value)
 
 

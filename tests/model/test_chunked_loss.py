@@ -1,4 +1,6 @@
-"""The chunked loss is the plain formula: its sum, its terms and its gradients, in any chunks, and without the logits."""
+"""The chunked loss is the plain formula: its sum, its terms and its gradients, in any chunks,
+and without the logits.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,39 @@ from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 N, U, D, V, R = 23, 7, 12, 50, 5
 CASES = {
-    "dspark": {"hard", "distance"}, "dflash": {"hard"}, "distance alone": {"distance"}, "eagle3": {"soft"},
-    "all": {"hard", "soft", "distance"}, "none": set(),
-}  # fmt: skip
+    "dspark": {"hard", "distance"},
+    "dflash": {"hard"},
+    "distance alone": {"distance"},
+    "eagle3": {"soft"},
+    "all": {"hard", "soft", "distance"},
+    "none": set(),
+}
 
 
 def made(seed: int, *, markov: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = {"states": torch.randn(N, D, generator=generator), "lm_head": torch.randn(V, D, generator=generator)}
+    made = {
+        "states": torch.randn(N, D, generator=generator),
+        "lm_head": torch.randn(V, D, generator=generator),
+    }
     if markov:
-        made |= {"features": torch.randn(N, R, generator=generator), "w2": torch.randn(V, R, generator=generator)}
-    made |= {"hidden": torch.randn(3 * U, D, generator=generator), "places": torch.randint(0, U, (N,), generator=generator) * 3}
-    return made | {"labels": torch.randint(V, (N,), generator=generator), "weights": torch.rand(3, N, generator=generator) + 0.1}
+        made |= {
+            "features": torch.randn(N, R, generator=generator),
+            "w2": torch.randn(V, R, generator=generator),
+        }
+    made |= {
+        "hidden": torch.randn(3 * U, D, generator=generator),
+        "places": torch.randint(0, U, (N,), generator=generator) * 3,
+    }
+    return made | {
+        "labels": torch.randint(V, (N,), generator=generator),
+        "weights": torch.rand(3, N, generator=generator) + 0.1,
+    }
 
 
-def plain(parts: dict[str, Tensor], terms: set[str], cap: float | None) -> tuple[Tensor, dict[str, Tensor]]:
+def plain(
+    parts: dict[str, Tensor], terms: set[str], cap: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     logits, target = (
         vocabulary.draft_logits(parts["states"], parts.get("features")),
@@ -44,29 +64,49 @@ def plain(parts: dict[str, Tensor], terms: set[str], cap: float | None) -> tuple
     return total, by_slot
 
 
-def chunked(parts: dict[str, Tensor], terms: set[str], cap: float | None) -> tuple[Tensor, linear_loss.Scores]:
+def chunked(
+    parts: dict[str, Tensor], terms: set[str], cap: float | None
+) -> tuple[Tensor, linear_loss.Scores]:
     weights = dict(zip(("hard", "soft", "distance"), parts["weights"], strict=True))
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     coefficients = Coefficients(**{name: weights[name] for name in terms})
     targets = Targets.gathered(parts["hidden"], parts["places"])
-    scores = score(parts["states"], parts.get("features"), vocabulary, targets, labels=parts["labels"], coefficients=coefficients)
+    scores = score(
+        parts["states"],
+        parts.get("features"),
+        vocabulary,
+        targets,
+        labels=parts["labels"],
+        coefficients=coefficients,
+    )
     return scores.total, scores
 
 
 def gradients(total: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [name for name in ("states", "features", "w2") if name in parts]
-    return dict(zip(names, torch.autograd.grad(3.0 * total, [parts[name] for name in names], allow_unused=True), strict=True))
+    return dict(
+        zip(
+            names,
+            torch.autograd.grad(3.0 * total, [parts[name] for name in names], allow_unused=True),
+            strict=True,
+        )
+    )
 
 
 def learning(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: part.clone().requires_grad_(name in ("states", "features", "w2")) for name, part in parts.items()}
+    return {
+        name: part.clone().requires_grad_(name in ("states", "features", "w2"))
+        for name, part in parts.items()
+    }
 
 
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("markov", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_sum_terms_and_gradients_are_those_of_the_plain_formula(case: str, markov: bool, cap: float | None, rows: int, monkeypatch):
+def test_sum_terms_and_gradients_are_those_of_the_plain_formula(
+    case: str, markov: bool, cap: float | None, rows: int, monkeypatch
+):
     monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", {"cpu": rows * V, "cuda": 0})
     monkeypatch.setattr(linear_loss, "MIN_CHUNK", 1)
     parts, terms = made(0, markov=markov), CASES[case]
@@ -86,7 +126,10 @@ def test_under_autocast_it_rounds_where_the_plain_formula_does():
     parts = made(1, markov=True)
     ours, theirs = learning(parts), learning(parts)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, wanted = chunked(ours, CASES["dspark"], None)[0], plain(theirs, CASES["dspark"], None)[0]
+        found, wanted = (
+            chunked(ours, CASES["dspark"], None)[0],
+            plain(theirs, CASES["dspark"], None)[0],
+        )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     mine, other = gradients(found, ours), gradients(wanted, theirs)
     for name in other:
@@ -100,7 +143,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor))])
+        self.numel = max(
+            [self.numel, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor))]
+        )
         return made
 
 
@@ -116,20 +161,31 @@ def test_nothing_of_slots_times_vocabulary_is_ever_made(monkeypatch: pytest.Monk
     assert ours.numel == max(V * D, V * R)
 
 
-def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch):
-    """Under DeepSpeed the weights are bfloat16; a chunk of 128 rounds the sum of those before it."""
+def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Under DeepSpeed the weights are bfloat16; a chunk of 128 rounds the sum of those before
+    it.
+    """
     generator = torch.Generator().manual_seed(0)
     states, features, targets = (torch.randn(2048, 32, generator=generator) for _ in range(3))
-    lm_head, w2 = torch.randn(300, 32, generator=generator), torch.randn(300, 32, generator=generator).bfloat16()
+    lm_head, w2 = (
+        torch.randn(300, 32, generator=generator),
+        torch.randn(300, 32, generator=generator).bfloat16(),
+    )
     labels, weights = torch.randint(0, 20, (2048,), generator=generator), torch.ones(2048)
 
     def gradient(chunks: int) -> Tensor:
         monkeypatch.setitem(linear_loss.CHUNK_ELEMENTS, "cpu", 2048 // chunks * 300)
         weight = w2.clone().requires_grad_()
         found = score(
-            states, features, Vocabulary(lm_head, weight, None), Targets(targets, torch.arange(2048)),
-            labels=labels, coefficients=Coefficients(hard=weights),
-        )  # fmt: skip
+            states,
+            features,
+            Vocabulary(lm_head, weight, None),
+            Targets(targets, torch.arange(2048)),
+            labels=labels,
+            coefficients=Coefficients(hard=weights),
+        )
         return torch.autograd.grad(found.total, weight)[0].float()
 
     whole, parts = gradient(1), gradient(128)
@@ -138,7 +194,12 @@ def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunk
 
 def test_no_slot_at_all_is_a_sum_of_zero_with_a_gradient():
     parts = made(3, markov=True)
-    none = learning({name: part[:0] if name in ("states", "features", "places", "labels") else part for name, part in parts.items()})
+    none = learning(
+        {
+            name: part[:0] if name in ("states", "features", "places", "labels") else part
+            for name, part in parts.items()
+        }
+    )
     none["weights"] = parts["weights"][:, :0]
     total, _ = chunked(none, CASES["dspark"], None)
     assert total.item() == 0
@@ -150,4 +211,6 @@ def test_without_gradients_only_the_terms_are_made():
     with torch.no_grad():
         total, scores = chunked(parts, CASES["all"], None)
     assert not total.requires_grad and not scores.total_variation.requires_grad
-    torch.testing.assert_close(total, plain(parts, CASES["all"], None)[0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        total, plain(parts, CASES["all"], None)[0].detach(), rtol=1e-5, atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""Drafting with the cache: equal to the uncached forward pass, row by row, whatever the rows' lengths and history."""
+"""Drafting with the cache: equal to the uncached forward pass, row by row, whatever the rows'
+lengths and history.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,29 @@ KINDS = list(product(CONFIGS, ["qwen3", "gemma4"]))
 @pytest.mark.parametrize(("name", "target"), [kind for kind in KINDS if kind[0] != "eagle3"])
 @torch.inference_mode()
 def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None:
-    """The context arrives in three parts, with a rejected proposal in between; the logits are those of one pass."""
+    """The context arrives in three parts, with a rejected proposal in between; the logits are
+    those of one pass.
+    """
     draft, batch = make_draft(CONFIGS[name], target=target), make_batch((12,))
     assert isinstance(draft, BlockDraft)
     tokens, context = batch.input_ids[None], batch.context[None]
     cache, anchor = draft.new_cache(1, 12), tokens[:, 9]
     for part in (context[:, :5], context[:, 5:6], torch.cat([context[:, 6:9], context[:, :2]], 1)):
         draft.propose(cache, tokens[:, cache.lengths[0]], GREEDY, None)
-        draft.accept(cache, part, tokens[:, : part.shape[1]], [min(part.shape[1], 3) if cache.lengths[0] else 5])
+        draft.accept(
+            cache,
+            part,
+            tokens[:, : part.shape[1]],
+            [min(part.shape[1], 3) if cache.lengths[0] else 5],
+        )
     assert cache.lengths == [9]
     proposal = draft.propose(cache, anchor, SAMPLED, UniformStream([1]).take(4))
 
-    ids = torch.cat([batch.input_ids[:9], anchor, proposal.tokens[0, :3]])  # the plan reads the drafted tokens as the labels
-    long = batch._replace(input_ids=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool), lengths=torch.tensor([13]))
+    # the plan reads the drafted tokens as the labels
+    ids = torch.cat([batch.input_ids[:9], anchor, proposal.tokens[0, :3]])
+    long = batch._replace(
+        input_ids=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool), lengths=torch.tensor([13])
+    )
     plan = draft.plan_for(long, torch.tensor([9]))
     states = draft.block_states(torch.nn.functional.pad(batch.context, (0, 0, 0, 1)), plan)
     previous = features = None
@@ -44,7 +56,9 @@ def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None
     logits = draft.vocabulary().draft_logits(states, features)
     torch.testing.assert_close(proposal.probs, logits.softmax(-1), rtol=1e-4, atol=1e-6)
     if draft.confidence_head is not None:
-        torch.testing.assert_close(proposal.confidence, draft.confidence_head(states, previous).sigmoid())
+        torch.testing.assert_close(
+            proposal.confidence, draft.confidence_head(states, previous).sigmoid()
+        )
 
 
 @pytest.mark.parametrize("target", ["qwen3", "gemma4"])
@@ -68,17 +82,24 @@ def test_eagle3_drafts_what_its_training_time_test_scores(target: str) -> None:
         vocabulary_logits = draft.lm_head(draft.norm(states[start]))
         cap = draft.spec.logit_softcap
         logits = vocabulary_logits if cap is None else cap * torch.tanh(vocabulary_logits / cap)
-        torch.testing.assert_close(proposal.probs[0, step], logits.softmax(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            proposal.probs[0, step], logits.softmax(-1), rtol=1e-4, atol=1e-6
+        )
 
 
 def rounds(
-    draft: BlockDraft | Eagle3Draft, cache: DraftCache, counts: list[list[int]], inputs: list[tuple[Tensor, Tensor]]
+    draft: BlockDraft | Eagle3Draft,
+    cache: DraftCache,
+    counts: list[list[int]],
+    inputs: list[tuple[Tensor, Tensor]],
 ) -> list[Proposal]:
     """Prefill and accept as told, proposing after each; row b draws from its own stream."""
     streams, proposals = UniformStream(range(len(counts[0]))), []
     for (context, tokens), accepted in zip(inputs, counts, strict=True):
         draft.accept(cache, context, tokens, accepted)
-        proposals.append(draft.propose(cache, tokens[:, 0], SAMPLED, streams.take(draft.block_size)))
+        proposals.append(
+            draft.propose(cache, tokens[:, 0], SAMPLED, streams.take(draft.block_size))
+        )
     return proposals
 
 
@@ -89,7 +110,10 @@ def test_rows_of_different_lengths_draft_as_if_alone(name: str, target: str) -> 
     counts = [[7, 3, 7], [1, 4, 0], [2, 5, 1]]
     generator = torch.Generator().manual_seed(5)
     inputs = [
-        (torch.randn(3, n, draft.num_context_features, generator=generator), torch.randint(0, VOCAB, (3, n), generator=generator))
+        (
+            torch.randn(3, n, draft.num_context_features, generator=generator),
+            torch.randint(0, VOCAB, (3, n), generator=generator),
+        )
         for n in (7, 5, 5)
     ]
     together = rounds(draft, draft.new_cache(3, 30), counts, inputs)
@@ -97,7 +121,9 @@ def test_rows_of_different_lengths_draft_as_if_alone(name: str, target: str) -> 
         cache, stream = draft.new_cache(1, 30), UniformStream([row])
         for (context, tokens), accepted, joint in zip(inputs, counts, together, strict=True):
             draft.accept(cache, context[row : row + 1], tokens[row : row + 1], [accepted[row]])
-            alone = draft.propose(cache, tokens[row : row + 1, 0], SAMPLED, stream.take(draft.block_size))
+            alone = draft.propose(
+                cache, tokens[row : row + 1, 0], SAMPLED, stream.take(draft.block_size)
+            )
             assert joint.probs is not None
             assert alone.probs is not None
             assert torch.equal(alone.tokens[0], joint.tokens[row])

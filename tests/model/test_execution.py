@@ -20,14 +20,20 @@ LENGTHS = [(14, 9), (30,), (5, 61, 8), (40, 41), (12, 13, 14, 15), (100,), (7, 8
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Compile with a backend that needs no C++ compiler; what it returns grows by one with every graph."""
+    """Compile with a backend that needs no C++ compiler; what it returns grows by one with
+    every graph.
+    """
     graphs: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
         graphs.append(len(graphs))
         return graph.forward
 
-    monkeypatch.setattr(execution, "_compiled", lru_cache(lambda function: torch.compile(function, dynamic=True, backend=backend)))
+    monkeypatch.setattr(
+        execution,
+        "_compiled",
+        lru_cache(lambda function: torch.compile(function, dynamic=True, backend=backend)),
+    )
     torch._dynamo.reset()
     return graphs
 
@@ -70,7 +76,9 @@ def test_a_layer_that_is_computed_once_more_is_not_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
-def test_a_compiled_pass_is_the_same_and_is_compiled_once_for_all_lengths(name: str, compiled: list[int]) -> None:
+def test_a_compiled_pass_is_the_same_and_is_compiled_once_for_all_lengths(
+    name: str, compiled: list[int]
+) -> None:
     plain, draft = make_draft(CONFIGS[name]), make_draft(CONFIGS[name])
     draft.execution = Execution(compile=True)
     counts = []

@@ -25,7 +25,11 @@ def test_the_rnn_head_carries_its_state_through_the_block() -> None:
         s = torch.zeros(R)
         for slot in range(G):
             z = weight @ torch.cat([s, previous[block, slot], states[block, slot]]) + bias
-            gate, candidate, output = torch.sigmoid(z[:R]), torch.tanh(z[R : 2 * R]), torch.tanh(z[2 * R :])
+            gate, candidate, output = (
+                torch.sigmoid(z[:R]),
+                torch.tanh(z[R : 2 * R]),
+                torch.tanh(z[2 * R :]),
+            )
             s = gate * s + (1 - gate) * candidate
             torch.testing.assert_close(head.features(states, previous)[block, slot], output)
 
@@ -44,7 +48,9 @@ def test_sampling_a_block_uses_the_biases_that_teacher_forcing_gives(kind: str) 
     states, base, anchor = torch.randn(2, G, D), torch.randn(2, G, V), torch.tensor([4, 7])
     sampling = SamplingConfig(temperature=1)
     for uniforms in (None, torch.rand(2, G, dtype=torch.float64)):
-        drawn = sample_block(head, states, base, anchor=anchor, sampling=sampling, uniforms=uniforms)
+        drawn = sample_block(
+            head, states, base, anchor=anchor, sampling=sampling, uniforms=uniforms
+        )
         previous = torch.cat([anchor[:, None], drawn.tokens[:, :-1]], 1)
         torch.testing.assert_close(drawn.previous, head.markov_w1(previous))
         logits = base + head.markov_w2(head.features(states, drawn.previous))

@@ -27,18 +27,29 @@ def test_frequencies_stay_float32_when_the_draft_is_cast(name: str) -> None:
 def test_rotation_is_that_of_transformers() -> None:
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-    table = RotaryTable(RopeSettings(10_000.0, 4), 8)(10, device=torch.device("cpu"), dtype=torch.float32)
+    table = RotaryTable(RopeSettings(10_000.0, 4), 8)(
+        10, device=torch.device("cpu"), dtype=torch.float32
+    )
     x = torch.randn(2, 10, 3, 8)
     angles = torch.arange(10.0)[:, None] / 10_000.0 ** (torch.arange(0, 8, 2) / 8)
     angles = torch.cat([angles, angles], -1)[None]
-    wanted, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), angles.cos(), angles.sin())
-    torch.testing.assert_close(rotate(x, type(table)(table.cos[:10], table.sin[:10])), wanted.transpose(1, 2))
+    wanted, _ = apply_rotary_pos_emb(
+        x.transpose(1, 2), x.transpose(1, 2), angles.cos(), angles.sin()
+    )
+    torch.testing.assert_close(
+        rotate(x, type(table)(table.cos[:10], table.sin[:10])), wanted.transpose(1, 2)
+    )
 
 
 def test_rows_of_a_cache_grow_and_shrink_apart() -> None:
     cache, rows = LayerCache(2, 8), torch.arange(2.0)[:, None, None, None]
-    cache.write((rows * 100 + torch.arange(3.0)[None, None, :, None]).expand(2, 1, 3, 2), torch.zeros(2, 1, 3, 2), [0, 0])
-    keys, _ = cache.write(torch.full((2, 1, 2, 2), 7.0), torch.ones(2, 1, 2, 2), [3, 1])  # row 1 was taken back to one
+    cache.write(
+        (rows * 100 + torch.arange(3.0)[None, None, :, None]).expand(2, 1, 3, 2),
+        torch.zeros(2, 1, 3, 2),
+        [0, 0],
+    )
+    # row 1 was taken back to one
+    keys, _ = cache.write(torch.full((2, 1, 2, 2), 7.0), torch.ones(2, 1, 2, 2), [3, 1])
     assert keys[:, 0, :, 0].tolist() == [[0, 1, 2, 7, 7], [100, 7, 7, 0, 0]]
     keys, values = cache.write(torch.full((2, 1, 1, 2), 9.0), torch.full((2, 1, 1, 2), 9.0), [2, 2])
     assert keys[:, 0, :, 0].tolist() == [[0, 1, 9], [100, 7, 9]]

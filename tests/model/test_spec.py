@@ -23,7 +23,9 @@ def test_a_spec_survives_its_config(name: str, target: str) -> None:
 
 
 def test_a_block_draft_writes_its_layout_explicitly() -> None:
-    """Trap E8: engines default to other layouts, and then serve at one percent acceptance without an error."""
+    """Trap E8: engines default to other layouts, and then serve at one percent acceptance
+    without an error.
+    """
     config = make_spec(target="gemma4").to_config()
     wanted = {
         "architectures": ["Gemma4DSparkModel"],
@@ -50,7 +52,16 @@ def test_a_block_draft_writes_its_layout_explicitly() -> None:
 
 
 @pytest.mark.skipif(not VECTORS.is_dir(), reason=f"reference vectors are not at {VECTORS}")
-@pytest.mark.parametrize("name", ["qwen3_dspark_vanilla", "qwen3_dspark_gated", "qwen3_dflash", "gemma4_dspark_vanilla", "qwen3_eagle3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_dspark_vanilla",
+        "qwen3_dspark_gated",
+        "qwen3_dflash",
+        "gemma4_dspark_vanilla",
+        "qwen3_eagle3",
+    ],
+)
 def test_the_references_own_configs_are_read_and_written_alike(name: str) -> None:
     wanted = json.loads((VECTORS / f"{name}.json").read_text())["config"]
     written = DraftSpec.from_config(wanted).to_config()
@@ -79,7 +90,9 @@ def test_eagle3_cannot_read_the_embedding_output() -> None:
         DraftSpec.from_target(QWEN3, CONFIGS["eagle3"], layer_ids=[-1, 0, 1])
 
 
-@pytest.mark.parametrize(("mask_token_id", "reason"), [(VOCAB, "outside"), (-1, "outside"), (None, "needs a mask token")])
+@pytest.mark.parametrize(
+    ("mask_token_id", "reason"), [(VOCAB, "outside"), (-1, "outside"), (None, "needs a mask token")]
+)
 def test_a_mask_token_outside_the_vocabulary_is_refused(mask_token_id: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         DraftSpec.from_target(QWEN3, CONFIGS["dflash"], layer_ids=[0], mask_token_id=mask_token_id)
@@ -101,6 +114,8 @@ def test_a_targets_config_is_no_drafts() -> None:
         ({"target_layer_ids": [2, 1]}, "not ascending"),
     ],
 )
-def test_a_drafts_config_that_cannot_be_is_refused(name: str, change: dict[str, Any], reason: str) -> None:
+def test_a_drafts_config_that_cannot_be_is_refused(
+    name: str, change: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason):
         DraftSpec.from_config(make_spec(CONFIGS[name]).to_config() | change)

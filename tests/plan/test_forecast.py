@@ -12,17 +12,34 @@ from deepspec.plan.forecast import Facts, Plan, SampleSize, Speed, Workload, com
 from deepspec.plan.view import render, show
 from tests.conftest import tiny_run
 
-# 100 prompts of 100 tokens, half of them supervised; a lane does 10 tokens/s, so capture takes 1000 s.
+# 100 prompts of 100 tokens, half of them supervised; a lane does 10 tokens/s, so capture takes 1000
+# s.
 SIZES = (SampleSize(80, 40, 42, 80), SampleSize(120, 60, 62, 160))
-WORK = Workload(Number(100, "exact"), TokenCounts(100, 10_000, 5_000, 5_200), "sample of 2", "all committed", True, 0.1, SIZES)
+WORK = Workload(
+    Number(100, "exact"),
+    TokenCounts(100, 10_000, 5_000, 5_200),
+    "sample of 2",
+    "all committed",
+    True,
+    0.1,
+    SIZES,
+)
 FACTS = Facts(
-    work=WORK, shape=Shape(3, 32, 512), draft_parameters=1000, speed=Speed(10.0, 1e6, "cpu", 64), lanes=1,
-    store_bytes_per_s=1e9, missing=1.0, train_hours=None,
-)  # fmt: skip
+    work=WORK,
+    shape=Shape(3, 32, 512),
+    draft_parameters=1000,
+    speed=Speed(10.0, 1e6, "cpu", 64),
+    lanes=1,
+    store_bytes_per_s=1e9,
+    missing=1.0,
+    train_hours=None,
+)
 
 
 def plan_of(facts: Facts = FACTS, *overrides: str, free: float | None = None) -> Plan:
-    config = tiny_run(Path("/nowhere"), "prompts.held_out=0", "train.max_steps=null", "train.epochs=4", *overrides)
+    config = tiny_run(
+        Path("/nowhere"), "prompts.held_out=0", "train.max_steps=null", "train.epochs=4", *overrides
+    )
     return compute_plan(config, facts, room=lambda needed: Fit(needed, free, 0.0))
 
 
@@ -47,7 +64,10 @@ def test_online_training_captures_in_every_pass():
 
 def test_what_must_fit_is_what_the_chosen_source_puts_there():
     size = plan_of().size
-    for source, needed in (("cache", size.missing_bytes.value), ("online", size.frozen_bytes.value)):
+    for source, needed in (
+        ("cache", size.missing_bytes.value),
+        ("online", size.frozen_bytes.value),
+    ):
         found = plan_of(FACTS, f"resources.source={source}", free=1e9)
         assert (found.sources.chosen, found.fit.needed_bytes) == (source, needed)
 
@@ -61,11 +81,15 @@ def test_only_what_is_missing_is_still_captured():
 
 def test_reading_keeps_up_with_training():
     plan = plan_of(FACTS._replace(train_hours=2.0))
-    assert plan.training.read_bytes_per_s.value == pytest.approx(4 * plan.size.num_bytes.value / 7200)
+    assert plan.training.read_bytes_per_s.value == pytest.approx(
+        4 * plan.size.num_bytes.value / 7200
+    )
 
 
 def test_training_hours_come_from_flops_at_the_measured_speed():
-    """Per sample: 4 anchors x 7 slots; 6 x (1000 parameters x (100 + 28) + 512 x 32 x 28); 100 samples, 4 passes, 1e6 a second."""
+    """Per sample: 4 anchors x 7 slots; 6 x (1000 parameters x (100 + 28) + 512 x 32 x 28); 100
+    samples, 4 passes, 1e6 a second.
+    """
     seconds = 4 * 100 * 6 * (1000 * 128 + 512 * 32 * 28) / 1e6
     assert plan_of().training.hours.value == pytest.approx(seconds / 3600)
 
@@ -77,7 +101,9 @@ def test_steps_end_training_before_the_epochs_do():
 
 def test_held_out_samples_are_captured_but_not_read():
     part = plan_of(FACTS._replace(train_hours=1.0), "prompts.held_out=0.5")
-    assert part.training.read_bytes_per_s.value == pytest.approx(4 * part.size.num_bytes.value / 2 / 3600)
+    assert part.training.read_bytes_per_s.value == pytest.approx(
+        4 * part.size.num_bytes.value / 2 / 3600
+    )
     assert part.size.gets_per_pass.value == 50
 
 

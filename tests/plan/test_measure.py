@@ -1,4 +1,6 @@
-"""What is measured on this machine: speeds that are positive and of the right order, and nothing left behind."""
+"""What is measured on this machine: speeds that are positive and of the right order, and
+nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,15 @@ from tests.conftest import tiny_run
 from tests.model.drafts import GEMMA4
 
 QWEN3 = Qwen3Config(
-    vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=256,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +36,22 @@ def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "STORE_PROBE_BYTES", 1 << 20)
 
 
-def test_what_a_layer_costs_is_counted_once_for_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A clock that depends on nothing but the layers and tokens of a pass: what a shared machine does decides no test."""
-    monkeypatch.setattr(measure, "_pass_seconds", lambda model, ids: 0.25 + 0.001 * len(model.layers) * ids.numel())
+def test_what_a_layer_costs_is_counted_once_for_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A clock that depends on nothing but the layers and tokens of a pass: what a shared
+    machine does decides no test.
+    """
+    monkeypatch.setattr(
+        measure, "_pass_seconds", lambda model, ids: 0.25 + 0.001 * len(model.layers) * ids.numel()
+    )
     deep = Qwen3Config(**{**QWEN3.to_dict(), "num_hidden_layers": 64, "layer_types": None})
     for text, layers in ((QWEN3, 8), (deep, 64)):
         speed = measure_speed(tiny_run(tmp_path), text, median_tokens=50)
         assert 1 <= speed.num_tokens <= measure.MAX_CPU_TOKENS
-        assert speed.tokens_per_s == pytest.approx(speed.num_tokens / (0.25 + 0.001 * layers * speed.num_tokens))
+        assert speed.tokens_per_s == pytest.approx(
+            speed.num_tokens / (0.25 + 0.001 * layers * speed.num_tokens)
+        )
 
 
 def test_a_pass_is_timed_by_running_it(tmp_path: Path):
@@ -66,12 +82,16 @@ def test_the_store_is_timed_and_left_as_it_was(tmp_path: Path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_nearly_full_store_is_not_filled_for_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_nearly_full_store_is_not_filled_for_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(Store, "free_bytes", lambda self: float(measure.STORE_PROBE_BYTES))
     assert measure_store(Store(str(tmp_path))) is None
 
 
-def test_a_store_that_fails_to_write_is_an_error_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_fails_to_write_is_an_error_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object) -> None:
         raise PermissionError("read-only")
 

@@ -1,4 +1,6 @@
-"""`python -m deepspec plan`, through the door: the table, the JSON, what is refused and how it is said."""
+"""`python -m deepspec plan`, through the door: the table, the JSON, what is refused and how it
+is said.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ def test_the_demo_is_planned_and_nothing_is_left_in_its_store(capsys, store: Pat
     before = sorted(path for path in store.rglob("*") if path.is_file())
     code, out, _ = run(capsys, "plan", "demo", "--store", str(store), *SETS)
     assert code == 0
-    for word in ("tokens per sample", "S3 PUTs", "measured here (cpu)", "resources.source=cache", "it fits"):
+    for word in (
+        "tokens per sample",
+        "S3 PUTs",
+        "measured here (cpu)",
+        "resources.source=cache",
+        "it fits",
+    ):
         assert word in out
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before
 
@@ -54,11 +62,15 @@ def test_a_refused_plan_still_prints_its_json(capsys, store: Path):
 
 
 def test_the_hours_of_training_can_be_given(capsys, store: Path):
-    _, out, _ = run(capsys, "plan", "demo", "--store", str(store), "--json", "--train-hours", "2", *SETS)
+    _, out, _ = run(
+        capsys, "plan", "demo", "--store", str(store), "--json", "--train-hours", "2", *SETS
+    )
     assert json.loads(out)["training"]["hours"] == {"value": 2.0, "origin": "as given"}
 
 
-def test_a_capture_that_cannot_fit_does_not_start(store: Path, captured: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_capture_that_cannot_fit_does_not_start(
+    store: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_run(store)
     check_cache_fits(config)
     monkeypatch.setattr("deepspec.storage.store.Store.free_bytes", lambda self: 200_000.0)
@@ -72,14 +84,28 @@ def test_a_capture_that_cannot_fit_does_not_start(store: Path, captured: Path, m
     ("recipe", "overrides", "said"),
     [
         ("demmo", (), "there is no recipe 'demmo'"),
-        ("demo", ("prompts.source={kind: files, paths: [nowhere.jsonl]}",), "the file does not exist"),
+        (
+            "demo",
+            ("prompts.source={kind: files, paths: [nowhere.jsonl]}",),
+            "the file does not exist",
+        ),
         ("demo", ("target.layer_ids=[0, 99]",), "layers [99] cannot be captured"),
         ("dspark-qwen3-4b", ("target.model=/no/such/folder",), "the target cannot be loaded"),
     ],
 )
-def test_bad_input_is_one_paragraph(capsys, store: Path, recipe: str, overrides: tuple[str, ...], said: str):
+def test_bad_input_is_one_paragraph(
+    capsys, store: Path, recipe: str, overrides: tuple[str, ...], said: str
+):
     sets = SETS if recipe == "demo" else []
-    code, out, err = run(capsys, "plan", recipe, "--store", str(store), *sets, *(part for each in overrides for part in ("--set", each)))
+    code, out, err = run(
+        capsys,
+        "plan",
+        recipe,
+        "--store",
+        str(store),
+        *sets,
+        *(part for each in overrides for part in ("--set", each)),
+    )
     assert (code, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
@@ -88,7 +114,16 @@ def test_bad_input_is_one_paragraph(capsys, store: Path, recipe: str, overrides:
 def test_a_broken_line_of_the_source_is_named(capsys, store: Path, tmp_path: Path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "hello"}])
     path.write_text(path.read_text() + "{broken\n")
-    code, _, err = run(capsys, "plan", "demo", "--store", str(store), *SETS, "--set", f"prompts.source={{kind: files, paths: [{path}]}}")
+    code, _, err = run(
+        capsys,
+        "plan",
+        "demo",
+        "--store",
+        str(store),
+        *SETS,
+        "--set",
+        f"prompts.source={{kind: files, paths: [{path}]}}",
+    )
     assert code == 2
     assert "line 2" in err
 

@@ -1,4 +1,6 @@
-"""Sample lengths from the source, the prompts or the answers, whichever is the furthest: they tell the same story."""
+"""Sample lengths from the source, the prompts or the answers, whichever is the furthest: they
+tell the same story.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,18 @@ def of_file(store: Path, path: Path, *overrides: str) -> RunConfig:
 
 
 def chat_row(number: int, answer: str) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def test_source_prompts_and_answers_agree_and_answers_are_what_capture_counts(store: Path):
-    """The tiny target runs into its limit of 12 tokens, which is what answers are assumed to be: all totals are equal."""
+    """The tiny target runs into its limit of 12 tokens, which is what answers are assumed to
+    be: all totals are equal.
+    """
     config = tiny_run(store)
     before = workload(config)
     run_prompts(config)
@@ -49,14 +58,17 @@ def test_source_prompts_and_answers_agree_and_answers_are_what_capture_counts(st
     assert (with_answers.origin, with_answers.error) == ("exact", 0.0)
     assert before.counts.tokens == pytest.approx(with_answers.counts.tokens, rel=0.03)
     assert with_prompts.counts.tokens == pytest.approx(with_answers.counts.tokens, rel=0.03)
-    assert [found.prompts.value for found in (before, with_prompts, with_answers) if found.prompts] == [24, 24, 24]
+    assert [
+        found.prompts.value for found in (before, with_prompts, with_answers) if found.prompts
+    ] == [24, 24, 24]
 
 
 def test_a_sample_of_the_answers_is_scaled_and_says_how_sure_it_is(captured: Path):
     config = tiny_run(captured)
     whole, part = workload(config), workload(config, num_rows=12)
     assert part.counts.tokens == pytest.approx(whole.counts.tokens, rel=0.1)
-    assert part.counts.supervised == pytest.approx(whole.counts.supervised, rel=0.01)  # the records know it
+    # the records know it
+    assert part.counts.supervised == pytest.approx(whole.counts.supervised, rel=0.01)
     assert part.origin == "sample of 12 answers"
     assert 0 < part.error < 0.2
 
@@ -71,8 +83,12 @@ def test_half_of_the_answers_stand_for_all_prompts(store: Path):
 
 
 def test_answers_are_as_long_as_those_in_the_source(store: Path, tmp_path: Path):
-    short = of_file(store, write_jsonl(tmp_path / "short.jsonl", [chat_row(n, "yes") for n in range(20)]))
-    long = of_file(store, write_jsonl(tmp_path / "long.jsonl", [chat_row(n, "yes " * 400) for n in range(20)]))
+    short = of_file(
+        store, write_jsonl(tmp_path / "short.jsonl", [chat_row(n, "yes") for n in range(20)])
+    )
+    long = of_file(
+        store, write_jsonl(tmp_path / "long.jsonl", [chat_row(n, "yes " * 400) for n in range(20)])
+    )
     assert workload(short).answers_from == workload(long).answers_from == "as long as in the source"
     assert {size.supervised for size in workload(long).sizes} == {64}  # answers.max_new_tokens
     assert max(size.supervised for size in workload(short).sizes) < 10
@@ -115,7 +131,9 @@ def test_rows_of_files_are_counted_without_parsing_them(store: Path, tmp_path: P
     assert count_source_rows(tiny_run(store)) == 240
 
 
-def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "dataset"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [chat_row(n, "yes") for n in range(30)])
@@ -133,5 +151,7 @@ def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(store: 
 
 
 def test_every_shape_of_source_row_gives_its_answers():
-    assert assistant_texts({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}) == ("b",)
+    assert assistant_texts(
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    ) == ("b",)
     assert assistant_texts({"prompt": "a"}) == assistant_texts({"turns": ["a"]}) == ()

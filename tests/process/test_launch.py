@@ -1,4 +1,6 @@
-"""Children: what they say arrives, their errors are raised again, and none of them outlives its parent."""
+"""Children: what they say arrives, their errors are raised again, and none of them outlives its
+parent.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from deepspec.process.launch import Request, Stopped, run_child, scope
 from deepspec.process.shard_ranges import deal, parse_shards, shard_list
 from deepspec.process.supervisor import living_processes
 
-# A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are written to argv[1].
+# A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are
+# written to argv[1].
 LAUNCHER = """
 import subprocess, sys, time
 rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
@@ -84,8 +87,14 @@ def test_events_and_lines_arrive_apart_and_the_log_holds_everything(tmp_path: Pa
         log_path=log,
     )
     assert heard.events == [{"event": "progress", "stage": "answers", "done": 1, "total": 2}]
-    assert sorted(heard.lines) == sorted(["a library that prints", '{"not": "an event"}', "100%", "loading", "no newline at the end"])
-    assert "a library that prints" in log.read_text() and "50%" in log.read_text() and '"done": 1' in log.read_text()
+    assert sorted(heard.lines) == sorted(
+        ["a library that prints", '{"not": "an event"}', "100%", "loading", "no newline at the end"]
+    )
+    assert (
+        "a library that prints" in log.read_text()
+        and "50%" in log.read_text()
+        and '"done": 1' in log.read_text()
+    )
 
 
 def test_the_first_error_is_raised_and_its_echo_is_not_handed_on(tmp_path: Path):
@@ -112,7 +121,10 @@ def test_lines_longer_than_a_pipe_arrive_whole():
 
 def test_a_childs_environment_is_the_parents_with_ours_on_top(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FROM_PARENT", "a")
-    heard = run(python("import os; print(os.environ['FROM_PARENT'] + os.environ['OURS'])"), env={"OURS": "b"})
+    heard = run(
+        python("import os; print(os.environ['FROM_PARENT'] + os.environ['OURS'])"),
+        env={"OURS": "b"},
+    )
     assert heard.lines == ["ab"]
 
 
@@ -120,16 +132,31 @@ def test_a_childs_environment_is_the_parents_with_ours_on_top(monkeypatch: pytes
 
 
 def test_a_reported_error_is_raised_again_as_its_own_class():
-    error = {"event": "error", **ConfigError("no field x", where="--set", fix="say y").to_json(), "transient": False}
+    error = {
+        "event": "error",
+        **ConfigError("no field x", where="--set", fix="say y").to_json(),
+        "transient": False,
+    }
     with pytest.raises(ConfigError, match="no field x") as caught:
         run(python("import sys; print(sys.argv[1]); sys.exit(2)", json.dumps(error)))
     assert caught.value.where == "--set" and caught.value.fix == "say y"
 
 
 def test_failed_shards_keep_their_reasons():
-    failed = ShardsFailed("2 failed", failures={3: {"what": "busy", "transient": True}, 5: {"what": "bad row", "transient": False}})
+    failed = ShardsFailed(
+        "2 failed",
+        failures={
+            3: {"what": "busy", "transient": True},
+            5: {"what": "bad row", "transient": False},
+        },
+    )
     with pytest.raises(ShardsFailed) as caught:
-        run(python("import sys; print(sys.argv[1]); sys.exit(75)", json.dumps({"event": "error", **failed.to_json()})))
+        run(
+            python(
+                "import sys; print(sys.argv[1]); sys.exit(75)",
+                json.dumps({"event": "error", **failed.to_json()}),
+            )
+        )
     assert caught.value.retryable == [3] and caught.value.failures[5]["what"] == "bad row"
 
 
@@ -188,7 +215,9 @@ def test_leaving_the_scope_ends_the_children_of_all_its_threads(tmp_path: Path):
             caught.append(stopped)
 
     with contextlib.suppress(KeyboardInterrupt), scope() as owner:
-        threads = [threading.Thread(target=copy_context().run, args=(work, number)) for number in range(2)]
+        threads = [
+            threading.Thread(target=copy_context().run, args=(work, number)) for number in range(2)
+        ]
         for thread in threads:
             thread.start()
         ranks = [pid for number in range(2) for pid in wait_for(tmp_path / f"ranks{number}")]
@@ -215,13 +244,17 @@ def test_sigkill_of_any_of_them_leaves_no_rank_behind(tmp_path: Path, victim: st
         launch.GRACE_S = 0.5
         launch.run_child([sys.executable, "-c", {LAUNCHER!r}, sys.argv[1]], on_event=print, on_line=print)
     """
-    parent = subprocess.Popen(python(code, tmp_path / "ranks"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        python(code, tmp_path / "ranks"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     ranks = wait_for(tmp_path / "ranks")
     guard = psutil.Process(parent.pid).children()[0]
     launcher = guard.children()[0]
     everyone = [parent.pid, guard.pid, launcher.pid, *ranks]
     assert all(psutil.pid_exists(pid) for pid in everyone)
-    os.kill({"parent": parent.pid, "guard": guard.pid, "launcher": launcher.pid}[victim], signal.SIGKILL)
+    os.kill(
+        {"parent": parent.pid, "guard": guard.pid, "launcher": launcher.pid}[victim], signal.SIGKILL
+    )
     started = time.monotonic()
     said = parent.communicate(timeout=20)[1].decode() if victim != "parent" else ""
     parent.wait()
@@ -230,7 +263,9 @@ def test_sigkill_of_any_of_them_leaves_no_rank_behind(tmp_path: Path, victim: st
     assert victim == "parent" or "TransientError" in said
 
 
-def test_without_prctl_a_child_still_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_prctl_a_child_still_ends_with_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """As on a system that is not Linux: no subreaper and no PDEATHSIG, the lifeline alone."""
     code = """
         import sys
@@ -254,7 +289,9 @@ def test_groups_are_consecutive_and_hold_every_shard_once():
     assert deal([], 3) == []
 
 
-@pytest.mark.parametrize(("shards", "text"), [([], ""), ([17], "17"), ([0, 1, 2, 9, 40, 41], "0-2,9,40-41")])
+@pytest.mark.parametrize(
+    ("shards", "text"), [([], ""), ([17], "17"), ([0, 1, 2, 9, 40, 41], "0-2,9,40-41")]
+)
 def test_a_shard_list_is_read_back_as_it_was(shards: list[int], text: str):
     assert shard_list(shards) == text
     assert parse_shards(text) == shards
@@ -263,16 +300,36 @@ def test_a_shard_list_is_read_back_as_it_was(shards: list[int], text: str):
 def test_a_request_becomes_one_command_line():
     request = Request("demo", ("train.lr=3e-4", "target.layer_ids=[1, 2]"), "/some where")
     assert request.command("answers", [3, 4])[1:] == [
-        "-m", "deepspec", "answers", "demo", "--set", "train.lr=3e-4", "--set", "target.layer_ids=[1, 2]",
-        "--store", "/some where", "--shards", "3-4",
-    ]  # fmt: skip
+        "-m",
+        "deepspec",
+        "answers",
+        "demo",
+        "--set",
+        "train.lr=3e-4",
+        "--set",
+        "target.layer_ids=[1, 2]",
+        "--store",
+        "/some where",
+        "--shards",
+        "3-4",
+    ]
     assert (
-        request.shown("train") == "python -m deepspec train demo --set train.lr=3e-4 --set 'target.layer_ids=[1, 2]' --store '/some where'"
+        request.shown("train")
+        == "python -m deepspec train demo --set train.lr=3e-4 --set 'target.layer_ids=[1, 2]' --store '/some where'"
     )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 def test_a_child_whose_log_finds_no_room_goes_on():
-    """On a full disk a stage waits until there is more; its own words about that, in a log on the same disk, ended it."""
-    heard = run(python("import time; print('paused', flush=True); time.sleep(0.1); print('done')"), log_path=Path("/dev/full"))
-    assert [line.partition(" from here on")[0] for line in heard.lines] == ["launch WARNING /dev/full misses lines", "paused", "done"]
+    """On a full disk a stage waits until there is more; its own words about that, in a log on
+    the same disk, ended it.
+    """
+    heard = run(
+        python("import time; print('paused', flush=True); time.sleep(0.1); print('done')"),
+        log_path=Path("/dev/full"),
+    )
+    assert [line.partition(" from here on")[0] for line in heard.lines] == [
+        "launch WARNING /dev/full misses lines",
+        "paused",
+        "done",
+    ]

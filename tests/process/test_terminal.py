@@ -8,11 +8,20 @@ from deepspec.process.events import words_of
 from deepspec.process.terminal import TerminalReport
 
 
-def test_a_training_shows_loss_acceptance_speed_and_the_time_left_that_it_reckons(monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_a_training_shows_loss_acceptance_speed_and_the_time_left_that_it_reckons(
+    monkeypatch, capsys: pytest.CaptureFixture[str]
+):
     """It goes on at step 900: the bar itself would take all 910 steps for the work of a moment."""
     monkeypatch.setenv("COLUMNS", "200")
     report = TerminalReport()
-    event = {"event": "progress", "stage": "train", "total": 1000, "unit": "steps", "loss": 2.3457, "acceptance_length": 1.83}
+    event = {
+        "event": "progress",
+        "stage": "train",
+        "total": 1000,
+        "unit": "steps",
+        "loss": 2.3457,
+        "acceptance_length": 1.83,
+    }
     report.show({**event, "done": 910, "tokens": 5000, "tokens_per_s": 1234.5, "left_s": 95})
     report.progress.stop()  # where there is no terminal, it is shown at its end
     shown = capsys.readouterr().err
@@ -21,4 +30,8 @@ def test_a_training_shows_loss_acceptance_speed_and_the_time_left_that_it_reckon
 
 
 def test_numbers_without_words_of_their_own_are_named():
-    assert words_of({"rows": 5, "tokens_per_s": 12345.6, "left_s": 61}) == ["rows 5", "12,346 tokens/s", "0:01:01 left"]
+    assert words_of({"rows": 5, "tokens_per_s": 12345.6, "left_s": 61}) == [
+        "rows 5",
+        "12,346 tokens/s",
+        "0:01:01 left",
+    ]

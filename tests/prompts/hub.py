@@ -1,4 +1,6 @@
-"""As much of the Hugging Face hub as reading a data set takes: a folder of data sets, alike at every commit, on loopback."""
+"""As much of the Hugging Face hub as reading a data set takes: a folder of data sets, alike at
+every commit, on loopback.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`/api/datasets/<owner>/<name>[/revision/R | /tree/R/folder | /paths-info/R]` and `/datasets/<owner>/<name>/resolve/R/file`."""
+    """`/api/datasets/<owner>/<name>[/revision/R | /tree/R/folder | /paths-info/R]` and
+    `/datasets/<owner>/<name>/resolve/R/file`.
+    """
 
     folder: Path
     asked: list[str]
@@ -37,16 +41,36 @@ class Hub(BaseHTTPRequestHandler):
             self.answer_json([self.entry(place, path) for path in found])
         elif rest[:1] == ["paths-info"]:
             fields = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            paths = json.loads(fields)["paths"] if fields.startswith("{") else parse_qs(fields)["paths"]
-            self.answer_json([self.entry(place, place / path) for path in paths if (place / path).exists()])
+            paths = (
+                json.loads(fields)["paths"] if fields.startswith("{") else parse_qs(fields)["paths"]
+            )
+            self.answer_json(
+                [self.entry(place, place / path) for path in paths if (place / path).exists()]
+            )
         else:
-            files = [{"rfilename": path.relative_to(place).as_posix()} for path in place.rglob("*") if path.is_file()]
-            self.answer_json({"id": "/".join(parts[1:3]), "sha": commit_of(rest), "siblings": files, "tags": [], "private": False})
+            files = [
+                {"rfilename": path.relative_to(place).as_posix()}
+                for path in place.rglob("*")
+                if path.is_file()
+            ]
+            self.answer_json(
+                {
+                    "id": "/".join(parts[1:3]),
+                    "sha": commit_of(rest),
+                    "siblings": files,
+                    "tags": [],
+                    "private": False,
+                }
+            )
 
     do_HEAD = do_POST = do_GET  # noqa: N815
 
     def entry(self, place: Path, path: Path) -> dict[str, object]:
-        kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
+        kind = (
+            {"type": "file", "size": path.stat().st_size}
+            if path.is_file()
+            else {"type": "directory"}
+        )
         return {**kind, "path": path.relative_to(place).as_posix(), "oid": "b" * 40}
 
     def send_file(self, path: Path, commit: str) -> None:
@@ -54,10 +78,17 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(404, X_Error_Code="EntryNotFound")
             return
         data, headers = path.read_bytes(), {"ETag": '"x"', "X_Repo_Commit": commit}
-        first, _, last = (self.headers.get("Range") or "bytes=").removeprefix("bytes=").partition("-")
+        first, _, last = (
+            (self.headers.get("Range") or "bytes=").removeprefix("bytes=").partition("-")
+        )
         if first:
             end = int(last) + 1 if last else len(data)
-            self.answer(206, data[int(first) : end], Content_Range=f"bytes {first}-{end - 1}/{len(data)}", **headers)
+            self.answer(
+                206,
+                data[int(first) : end],
+                Content_Range=f"bytes {first}-{end - 1}/{len(data)}",
+                **headers,
+            )
         else:
             self.answer(200, data, **headers)
 
@@ -74,15 +105,21 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def commit_of(rest: list[str]) -> str:
-    """The one that is asked for by its whole name behind `revision` or `resolve`, else the newest."""
+    """The one that is asked for by its whole name behind `revision` or `resolve`, else the
+    newest.
+    """
     return rest[1] if len(rest) > 1 and len(rest[1]) == len(COMMIT) else COMMIT
 
 
 @contextmanager
 def hub_of(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The endpoint of a hub with the data sets `<owner>/<name>` under `folder`, and what it is asked."""
+    """The endpoint of a hub with the data sets `<owner>/<name>` under `folder`, and what it is
+    asked.
+    """
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"folder": folder, "asked": asked}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("OneHub", (Hub,), {"folder": folder, "asked": asked})
+    )
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -1,4 +1,6 @@
-"""The report in a real browser: every figure has a size, nothing is requested or complained of, and both themes are told apart."""
+"""The report in a real browser: every figure has a size, nothing is requested or complained of,
+and both themes are told apart.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,14 @@ from deepspec.report.report import report
 from tests.conftest import tiny_run
 from tests.evaluate.made_results import made_calibration, made_rows, made_scheduler, put_result
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: `apt-get install chromium`")
-POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # allows no script, and so no probe either
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs a browser: `apt-get install chromium`"
+)
+# allows no script, and so no probe either
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 PROBE = """
 <script>
 addEventListener("load", () => {
@@ -41,14 +48,25 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     more = {"calibration": made_calibration(), "scheduler": made_scheduler()}
     one = put_result(tiny_run(folder / "a"), made_rows(prompts=6, batch_sizes=[1, 4]), more=more)
-    two = put_result(tiny_run(folder / "b", "draft.num_layers=1"), made_rows(prompts=6, batch_sizes=[1, 4], better=0.05), more=more)
+    two = put_result(
+        tiny_run(folder / "b", "draft.num_layers=1"),
+        made_rows(prompts=6, batch_sizes=[1, 4], better=0.05),
+        more=more,
+    )
     (folder / "report.html").write_text(report([one, two], "html"), encoding="utf-8")
     return folder / "report.html"
 
 
 def browse(path: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """The page loaded, its document on stdout and the browser's log on stderr."""
-    common = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0"]
+    common = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
     command = [str(CHROMIUM), *common, *flags, "--dump-dom", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
@@ -65,12 +83,16 @@ def probed(page: Path, folder: Path, *flags: str) -> dict[str, Any]:
 def test_the_browser_has_nothing_to_complain_of(page: Path, tmp_path: Path):
     assert "CONSOLE" not in browse(page, tmp_path).stderr
     broken = tmp_path / "broken.html"
-    broken.write_text(page.read_text().replace("</body>", '<img src="https://example.com/x.png"></body>'))
+    broken.write_text(
+        page.read_text().replace("</body>", '<img src="https://example.com/x.png"></body>')
+    )
     assert "CONSOLE" in browse(broken, tmp_path).stderr, "it would have said so"
 
 
 def test_every_figure_is_there_and_nothing_is_requested(page: Path, tmp_path: Path):
-    seen = probed(page, tmp_path, "--blink-settings=preferredColorScheme=1", "--window-size=1200,900")
+    seen = probed(
+        page, tmp_path, "--blink-settings=preferredColorScheme=1", "--window-size=1200,900"
+    )
     assert len(seen["figures"]) == page.read_text().count("<figure>") > 30
     assert all(width > 250 and height > 100 for width, height in seen["figures"])
     assert all(width > 1 or height > 1 for width, height in seen["strokes"])
@@ -80,6 +102,8 @@ def test_every_figure_is_there_and_nothing_is_requested(page: Path, tmp_path: Pa
 
 
 def test_it_is_dark_where_the_reader_wants_it_and_fits_a_narrow_window(page: Path, tmp_path: Path):
-    seen = probed(page, tmp_path, "--blink-settings=preferredColorScheme=0", "--window-size=500,900")
+    seen = probed(
+        page, tmp_path, "--blink-settings=preferredColorScheme=0", "--window-size=500,900"
+    )
     assert seen["paper"] < 0.2 and seen["ink"] > 0.8 and seen["text"] > 0.5
     assert seen["overflow"] <= 0, "wide tables scroll by themselves"

@@ -1,4 +1,6 @@
-"""The store on a real S3 server (Ceph's gateway on loopback), with both clients; faults the gateway cannot be asked for by a proxy."""
+"""The store on a real S3 server (Ceph's gateway on loopback), with both clients; faults the
+gateway cannot be asked for by a proxy.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ from deepspec.storage import retries as bucket_calls
 from deepspec.storage import s3_client as bucket
 from deepspec.storage.store import Store, file_checksum
 from tests.conftest import REPOSITORY
-from tests.faulty import Answer, FaultyProxy, Request, answer, cut_body, flip_byte, lose_answer, times
+from tests.faulty import (
+    Answer,
+    FaultyProxy,
+    Request,
+    answer,
+    cut_body,
+    flip_byte,
+    lose_answer,
+    times,
+)
 from tests.radosgw import ACCESS_KEY, REGION, SECRET_KEY, Radosgw, free_port
 
 CLIENTS = ["obstore", "s3fs"]
@@ -35,7 +46,11 @@ BIG = os.urandom(PART_BYTES + 1000)  # two parts
 @pytest.fixture(params=CLIENTS)
 def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("DEEPSPEC_S3_CLIENT", request.param)
-    for module, name in ((bucket, "PART_BYTES"), (remote, "PART_BYTES"), (remote, "SINGLE_PUT_BYTES")):
+    for module, name in (
+        (bucket, "PART_BYTES"),
+        (remote, "PART_BYTES"),
+        (remote, "SINGLE_PUT_BYTES"),
+    ):
         monkeypatch.setattr(module, name, PART_BYTES)
     return request.param
 
@@ -87,10 +102,19 @@ def test_what_was_written_comes_back_small_empty_and_in_parts(store: Store, rado
     publish(store, "a/big", BIG)
     publish(store, "a/bigger", BIG * 3)
     assert [store.read(f"a/{name}") for name in ("empty", "small", "big")] == [b"", b"small", BIG]
-    assert (store.size("a/big"), store.exists("a/big"), store.exists("a"), store.exists("b")) == (len(BIG), True, True, False)
+    assert (store.size("a/big"), store.exists("a/big"), store.exists("a"), store.exists("b")) == (
+        len(BIG),
+        True,
+        True,
+        False,
+    )
     assert store.read("a/bigger") == BIG * 3
     assert store.read_many(["a/small", "a/none", "a/empty"]) == [b"small", None, b""]
-    assert (store.names("a"), store.names(""), store.names("none")) == (["big", "bigger", "empty", "small"], ["a"], [])
+    assert (store.names("a"), store.names(""), store.names("none")) == (
+        ["big", "bigger", "empty", "small"],
+        ["a"],
+        [],
+    )
     (entry,) = [entry for entry in store.entries("a") if entry.name == "small"]
     assert entry.num_bytes == 5 and abs(entry.modified - time.time()) < 60
     assert uploads_of(radosgw, store) == [] and not list((store.scratch / "staged").iterdir())
@@ -112,7 +136,14 @@ def test_a_range_is_exact_and_a_range_past_the_end_is_an_error(store: Store):
 def test_of_sixteen_racing_threads_exactly_one_creates_even_with_equal_bytes(store: Store):
     with ThreadPoolExecutor(16) as pool:
         for number in range(3):
-            assert sum(pool.map(lambda _, n=number: store.write_new(f"records/{n}", b"equal"), range(16))) == 1
+            assert (
+                sum(
+                    pool.map(
+                        lambda _, n=number: store.write_new(f"records/{n}", b"equal"), range(16)
+                    )
+                )
+                == 1
+            )
     assert store.conditional_writes_work()
     assert store.names("") == ["records"]
 
@@ -144,7 +175,8 @@ def test_a_fetched_copy_is_never_stale(store: Store):
     checksum = xxhash.xxh3_128_hexdigest(second)
     kept = store.fetch("index.arrow", checksum)
     store.remove("index.arrow")
-    assert store.fetch("index.arrow", checksum) == kept and kept.read_bytes() == second  # without asking the server
+    # without asking the server
+    assert store.fetch("index.arrow", checksum) == kept and kept.read_bytes() == second
     store.write("index.arrow", first)
     with pytest.raises(DamagedData, match="its checksum is"):
         store.fetch("index.arrow", xxhash.xxh3_128_hexdigest(b"other"))
@@ -152,7 +184,9 @@ def test_a_fetched_copy_is_never_stale(store: Store):
 
 
 class Load:
-    """Readers and writers of small and multipart objects on one store, until `stop`; each checks every byte."""
+    """Readers and writers of small and multipart objects on one store, until `stop`; each
+    checks every byte.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store, self.stop = store, threading.Event()
@@ -161,11 +195,18 @@ class Load:
     def start(self, pool: ThreadPoolExecutor) -> list[Future[None]]:
         publish(self.store, "data", BIG)
         jobs = [pool.submit(self.read, offset) for offset in (0, 1 << 20)]
-        return [*jobs, pool.submit(self.write, "small", b"x" * 1000), pool.submit(self.write, "large", BIG)]
+        return [
+            *jobs,
+            pool.submit(self.write, "small", b"x" * 1000),
+            pool.submit(self.write, "large", BIG),
+        ]
 
     def read(self, offset: int) -> None:
         while not self.stop.is_set():
-            assert bytes(self.store.read_range("data", offset, offset + (4 << 20))) == BIG[offset : offset + (4 << 20)]
+            assert (
+                bytes(self.store.read_range("data", offset, offset + (4 << 20)))
+                == BIG[offset : offset + (4 << 20)]
+            )
             self.done["read"] += 1
 
     def write(self, name: str, data: bytes) -> None:
@@ -181,17 +222,24 @@ class Load:
 
 
 def client_fixed(store: Store, monkeypatch: pytest.MonkeyPatch, client: str) -> Store:
-    """The store always uses this client, whatever the variable says: here two are at work in one process."""
+    """The store always uses this client, whatever the variable says: here two are at work in
+    one process.
+    """
     calls = store._place.calls
     monkeypatch.setattr(calls, "_bucket", lambda _, find=calls._bucket: find(client))
     return store
 
 
 @pytest.mark.slow
-def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(s3_url, radosgw, tmp_path: Path, monkeypatch):
+def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(
+    s3_url, radosgw, tmp_path: Path, monkeypatch
+):
     """`kill -9` of the gateway, restarted after 15 s, under both clients at once."""
     stores = [Store(f"{s3_url}/{client}", scratch=str(tmp_path / client)) for client in CLIENTS]
-    loads = [Load(client_fixed(store, monkeypatch, client)) for store, client in zip(stores, CLIENTS, strict=True)]
+    loads = [
+        Load(client_fixed(store, monkeypatch, client))
+        for store, client in zip(stores, CLIENTS, strict=True)
+    ]
     with ThreadPoolExecutor(8) as pool:
         jobs = [job for load in loads for job in load.start(pool)]
         time.sleep(1)
@@ -200,8 +248,14 @@ def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(s3_url, r
         time.sleep(15)
         radosgw.restart()
         deadline = time.monotonic() + 20
-        wanted = [(load, kind, count + 2) for load, counts in zip(loads, before, strict=True) for kind, count in counts.items()]
-        while time.monotonic() < deadline and any(load.done[kind] < count for load, kind, count in wanted):
+        wanted = [
+            (load, kind, count + 2)
+            for load, counts in zip(loads, before, strict=True)
+            for kind, count in counts.items()
+        ]
+        while time.monotonic() < deadline and any(
+            load.done[kind] < count for load, kind, count in wanted
+        ):
             time.sleep(0.1)
         for load in loads:
             load.stop.set()
@@ -262,7 +316,9 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_what_may_pass_is_tried_again_and_every_byte_checked_by_the_server(fault, store: Store, proxy: FaultyProxy, radosgw: Radosgw):
+def test_what_may_pass_is_tried_again_and_every_byte_checked_by_the_server(
+    fault, store: Store, proxy: FaultyProxy, radosgw: Radosgw
+):
     proxy.fault = times(1, fault, when=is_put)
     store.write("small", b"small")
     proxy.fault = times(1, fault, when=is_part(2))
@@ -289,14 +345,18 @@ def test_a_creation_whose_answer_got_lost_is_still_ours(store: Store, proxy: Fau
     assert store.read("other") == b"two"
 
 
-def test_a_completed_upload_whose_answer_got_lost_is_not_sent_twice(store: Store, proxy: FaultyProxy):
+def test_a_completed_upload_whose_answer_got_lost_is_not_sent_twice(
+    store: Store, proxy: FaultyProxy
+):
     proxy.fault = times(1, lose_answer, when=is_completion)
     publish(store, "data", BIG)
     assert store.read("data") == BIG
     assert sum("partNumber=1" in request.path for request in proxy.seen) == 1
 
 
-def test_an_upload_that_arrives_changed_is_replaced_once_then_an_error(store: Store, proxy: FaultyProxy):
+def test_an_upload_that_arrives_changed_is_replaced_once_then_an_error(
+    store: Store, proxy: FaultyProxy
+):
     """No signature covers what the server itself loses, so the object is read back."""
 
     def spoil(request: Request, forward):
@@ -313,7 +373,9 @@ def test_an_upload_that_arrives_changed_is_replaced_once_then_an_error(store: St
     assert not store.exists("other")
 
 
-def test_a_server_that_ignores_the_condition_gets_one_warning(store: Store, proxy: FaultyProxy, radosgw: Radosgw, caplog):
+def test_a_server_that_ignores_the_condition_gets_one_warning(
+    store: Store, proxy: FaultyProxy, radosgw: Radosgw, caplog
+):
     def ignore(request: Request, forward):
         name, key = request.path.strip("/").split("/", 1)
         radosgw.client.put_object(Bucket=name, Key=key, Body=request.body)
@@ -322,7 +384,9 @@ def test_a_server_that_ignores_the_condition_gets_one_warning(store: Store, prox
     proxy.fault = times(1000, ignore, when=is_put)
     for _ in range(2):
         store.check_writable()
-    assert [record.levelname for record in caplog.records if "If-None-Match" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "If-None-Match" in record.message] == [
+        "WARNING"
+    ]
     assert store.names("") == []
 
 
@@ -352,7 +416,10 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
         monkeypatch.delenv(name)
     messages.append(refused(Store(s3_url, scratch=str(tmp_path))))
     assert "no credentials were found" in messages[-1]
-    for name, value in {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}.items():
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     messages.append(refused(Store(s3_url, scratch=str(tmp_path)), TransientError))
@@ -360,10 +427,14 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
     with pytest.raises(StoreError, match="GB are free"):
         Store("memory://x", scratch=str(tmp_path)).check_writable(min_free_gb=1e9)
     for text in [*messages, caplog.text]:
-        assert not [word for word in (ACCESS_KEY, SECRET_KEY, "AKIANOSUCH", "Signature=") if word in text]
+        assert not [
+            word for word in (ACCESS_KEY, SECRET_KEY, "AKIANOSUCH", "Signature=") if word in text
+        ]
 
 
-def test_a_server_that_takes_connections_and_says_nothing_is_given_up_in_time(s3_url, tmp_path, monkeypatch):
+def test_a_server_that_takes_connections_and_says_nothing_is_given_up_in_time(
+    s3_url, tmp_path, monkeypatch
+):
     import socket
 
     with socket.socket() as listener:
@@ -375,8 +446,12 @@ def test_a_server_that_takes_connections_and_says_nothing_is_given_up_in_time(s3
         assert "no answer in" in refused(Store(s3_url, scratch=str(tmp_path)), TransientError)
 
 
-def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(s3_url, radosgw, tmp_path, monkeypatch):
-    """Every child of a lane begins with this check: a 15 s restart during one of 313 must not fail its group for good."""
+def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(
+    s3_url, radosgw, tmp_path, monkeypatch
+):
+    """Every child of a lane begins with this check: a 15 s restart during one of 313 must not
+    fail its group for good.
+    """
     monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
     store = Store(s3_url, scratch=str(tmp_path))
     radosgw.kill()
@@ -389,9 +464,13 @@ def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(s3_u
     store.check_writable()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no threads left"), StoreError("no such bucket")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), OSError("no threads left"), StoreError("no such bucket")]
+)
 def test_the_quick_check_hands_on_what_went_wrong(error: Exception):
-    """Anything but a StoreError once came out as "no answer in 10 s", which nobody had waited for."""
+    """Anything but a StoreError once came out as "no answer in 10 s", which nobody had waited
+    for.
+    """
 
     def call() -> bool:
         raise error
@@ -425,7 +504,9 @@ class Bytes:
 
 
 def children_read(url: str, method: str) -> None:
-    """In a process of its own: what else a test process has loaded decides whether its forks end well."""
+    """In a process of its own: what else a test process has loaded decides whether its forks
+    end well.
+    """
     from torch.utils.data import DataLoader
 
     store = Store(url)
@@ -437,25 +518,42 @@ def children_read(url: str, method: str) -> None:
     assert results.get(timeout=60) == bytes(range(2, 6))
     child.join(20)
     assert child.exitcode == 0
-    loader = DataLoader(Bytes(store), batch_size=1, num_workers=2, timeout=60, multiprocessing_context=method)
+    loader = DataLoader(
+        Bytes(store), batch_size=1, num_workers=2, timeout=60, multiprocessing_context=method
+    )
     assert [int(batch[0]) for batch in loader] == list(range(20))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_used(method: str, store: Store):
-    """obstore's threads do not survive a fork, even a new client hangs there: a forked child reads through s3fs."""
+def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_used(
+    method: str, store: Store
+):
+    """obstore's threads do not survive a fork, even a new client hangs there: a forked child
+    reads through s3fs.
+    """
     store.write("data", bytes(range(20)))
-    code = f"from tests.storage.test_s3 import children_read; children_read({store.url!r}, {method!r})"
+    code = (
+        f"from tests.storage.test_s3 import children_read; children_read({store.url!r}, {method!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
 
 
-def test_nothing_but_the_standard_chain_is_asked_for_keys(s3_url: str, client: str, radosgw: Radosgw, monkeypatch, tmp_path: Path):
+def test_nothing_but_the_standard_chain_is_asked_for_keys(
+    s3_url: str, client: str, radosgw: Radosgw, monkeypatch, tmp_path: Path
+):
     """A profile in ~/.aws is enough, for both clients."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ENDPOINT_URL",
+        "AWS_DEFAULT_REGION",
+    ):
         monkeypatch.delenv(name)
     keys = f"aws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
     (tmp_path / "credentials").write_text(f"[lab]\n{keys}")
-    (tmp_path / "config").write_text(f"[profile lab]\nregion = {REGION}\nendpoint_url = {radosgw.endpoint}\n")
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nregion = {REGION}\nendpoint_url = {radosgw.endpoint}\n"
+    )
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "lab")

@@ -20,7 +20,11 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 @pytest.fixture(params=["disk", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    url = str(tmp_path / "store") if request.param == "disk" else f"memory://{tmp_path.name}{time.time_ns()}"
+    url = (
+        str(tmp_path / "store")
+        if request.param == "disk"
+        else f"memory://{tmp_path.name}{time.time_ns()}"
+    )
     return Store(url, scratch=str(tmp_path / "scratch"))
 
 
@@ -28,10 +32,22 @@ def test_what_was_written_is_read_listed_and_removed(store: Store):
     store.write("a/one", b"1")
     store.write("a/b/two", b"22")
     store.write("a/one", b"one")
-    assert (store.read("a/one"), store.size("a/b/two"), store.exists("a"), store.exists("x")) == (b"one", 2, True, False)
+    assert (store.read("a/one"), store.size("a/b/two"), store.exists("a"), store.exists("x")) == (
+        b"one",
+        2,
+        True,
+        False,
+    )
     assert store.read_many(["a/b/two", "x", "a/one"]) == [b"22", None, b"one"]
-    assert (store.names("a"), store.names("x"), [entry.name for entry in store.entries("a")]) == (["b", "one"], [], ["one"])
-    assert abs(store.entries("a")[0].modified - time.time()) < 60 and store.entries("a")[0].num_bytes == 3
+    assert (store.names("a"), store.names("x"), [entry.name for entry in store.entries("a")]) == (
+        ["b", "one"],
+        [],
+        ["one"],
+    )
+    assert (
+        abs(store.entries("a")[0].modified - time.time()) < 60
+        and store.entries("a")[0].num_bytes == 3
+    )
     store.remove("a")
     store.remove("never/there")
     assert not store.exists("a/one") and store.names("a") == []
@@ -41,7 +57,10 @@ def test_what_was_written_is_read_listed_and_removed(store: Store):
 
 def test_a_range_is_exact_or_an_error(store: Store):
     store.write("data", b"0123456789")
-    assert bytes(store.read_range("data", 2, 6)) == b"2345" and bytes(store.read_range("data", 4, 4)) == b""
+    assert (
+        bytes(store.read_range("data", 2, 6)) == b"2345"
+        and bytes(store.read_range("data", 4, 4)) == b""
+    )
     with pytest.raises(DamagedData, match="ends before"):
         store.read_range("data", 8, 11)
 
@@ -75,7 +94,14 @@ def test_no_path_leads_outside(store: Store):
 def test_of_sixteen_racing_threads_exactly_one_creates(store: Store):
     with ThreadPoolExecutor(16) as pool:
         for number in range(20):
-            assert sum(pool.map(lambda _, n=number: store.write_new(f"records/{n}", b"equal"), range(16))) == 1
+            assert (
+                sum(
+                    pool.map(
+                        lambda _, n=number: store.write_new(f"records/{n}", b"equal"), range(16)
+                    )
+                )
+                == 1
+            )
 
 
 def race(store: Store, barrier, results) -> None:
@@ -85,7 +111,8 @@ def race(store: Store, barrier, results) -> None:
 
 
 def test_of_sixteen_racing_processes_exactly_one_creates(tmp_path: Path):
-    context = multiprocessing.get_context("fork")  # sixteen interpreters would take longer than the race
+    # sixteen interpreters would take longer than the race
+    context = multiprocessing.get_context("fork")
     store, barrier, results = Store(str(tmp_path)), context.Barrier(16), context.Queue()
     racers = [context.Process(target=race, args=(store, barrier, results)) for _ in range(16)]
     for racer in racers:
@@ -109,7 +136,10 @@ getattr(store, sys.argv[2])("record", b"x" * 1000)
 
 @pytest.mark.parametrize("write", ["write", "write_new"])
 def test_a_writer_that_dies_before_the_last_step_leaves_nothing_visible(write: str, tmp_path: Path):
-    assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path), write], check=False).returncode == 9
+    assert (
+        subprocess.run([sys.executable, "-c", CRASH, str(tmp_path), write], check=False).returncode
+        == 9
+    )
     store = Store(str(tmp_path))
     assert not store.exists("record") and store.names("") == [".staged"]
 
@@ -148,5 +178,9 @@ def test_keys_in_the_url_are_refused_and_not_repeated():
 
 def test_a_local_store_loads_no_s3_client(tmp_path: Path):
     script = "import sys; from deepspec.storage.store import Store; Store(sys.argv[1]).check_writable(); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert not {"s3fs", "obstore", "botocore", "aiohttp", "torch", "prefect"} & set(done.stdout.split())
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert not {"s3fs", "obstore", "botocore", "aiohttp", "torch", "prefect"} & set(
+        done.stdout.split()
+    )

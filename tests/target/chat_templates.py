@@ -1,6 +1,8 @@
-"""Chat templates that render as those of Qwen3 and Gemma4 do, written anew from what theirs were seen to render.
+"""Chat templates that render as those of Qwen3 and Gemma4 do, written anew from what theirs were
+seen to render.
 
-What matters here is theirs: where a generation prompt ends, what is dropped of earlier turns, what is inserted.
+What matters here is theirs: where a generation prompt ends, what is dropped of earlier turns, what
+is inserted.
 """
 
 from __future__ import annotations
@@ -62,4 +64,6 @@ GEMMA4 = """
     {%- if not enable_thinking -%}{{- '<|channel>thought\n<channel|>' -}}{%- endif -%}
 {%- endif -%}
 """
-GEMMA4_SMALL = GEMMA4.replace("{{- '<|channel>thought\\n<channel|>' -}}", "").replace("{{- '<|channel>thought\n<channel|>' -}}", "")
+GEMMA4_SMALL = GEMMA4.replace("{{- '<|channel>thought\\n<channel|>' -}}", "").replace(
+    "{{- '<|channel>thought\n<channel|>' -}}", ""
+)

@@ -29,9 +29,14 @@ def test_an_answer_in_text_gets_its_end_of_turn_back_only_if_it_finished(chat):
 
 
 def test_supervised_tokens_decode_to_the_answer_and_its_end_of_turn(chat):
-    prompt, answer = chat.render([Message("user", "hello")]), chat.answer_ids("hello to you", finished=True)
+    prompt, answer = (
+        chat.render([Message("user", "hello")]),
+        chat.answer_ids("hello to you", finished=True),
+    )
     (sample,) = build_samples([(prompt, answer)])
-    supervised = [token for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]
+    supervised = [
+        token for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept
+    ]
     assert chat.tokenizer.decode(supervised) == "hello to you<|im_end|>"
     assert sample.loss_mask[: len(prompt)] == [False] * len(prompt)
     assert supervised[-1] == chat.end_of_turn
@@ -63,7 +68,11 @@ def test_every_supervised_token_has_the_context_it_was_generated_in(chat):
         assert conversation is not None
         turns.append((chat.render(conversation), chat.answer_ids(text, finished=True)))
     for sample in build_samples(turns):
-        starts = [i for i in range(1, len(sample.loss_mask)) if sample.loss_mask[i] and not sample.loss_mask[i - 1]]
+        starts = [
+            i
+            for i in range(1, len(sample.loss_mask))
+            if sample.loss_mask[i] and not sample.loss_mask[i - 1]
+        ]
         for start in starts:
             assert any(sample.input_ids[:start] == prompt for prompt, _ in turns)
     assert conversation_so_far(messages, texts) is None

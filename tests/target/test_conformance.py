@@ -1,4 +1,6 @@
-"""The checks that a user runs on a target: a sound one passes, and each thing that can be wrong is noticed."""
+"""The checks that a user runs on a target: a sound one passes, and each thing that can be wrong
+is noticed.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,16 @@ from deepspec.target.model import Target
 from tests.conftest import tiny_run
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
 SLIDING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -36,9 +45,16 @@ def tiny_gemma4() -> Any:
 
     torch.manual_seed(0)
     config = Gemma4TextConfig(
-        **SIZES, layer_types=SLIDING, sliding_window=16, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True,
-        final_logit_softcapping=30.0, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
-    )  # fmt: skip
+        **SIZES,
+        layer_types=SLIDING,
+        sliding_window=16,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        final_logit_softcapping=30.0,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+    )
     return Gemma4ForCausalLM(config)
 
 
@@ -47,7 +63,9 @@ def test_a_sound_target_passes_every_check(make: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     checks = run_target_checks(tmp_path)
     assert set(checks) == {"target", "chat", "dspark", "dflash", "eagle3"}
-    assert [(part, check) for part, found in checks.items() for check in found if not check.passed] == []
+    assert [
+        (part, check) for part, found in checks.items() for check in found if not check.passed
+    ] == []
 
 
 def failing(target: Target) -> list[str]:
@@ -57,7 +75,9 @@ def failing(target: Target) -> list[str]:
 def test_a_tap_at_the_wrong_layer_is_noticed() -> None:
     """Trap C1: an index off by one between hooks and hidden states."""
     target = Target(tiny_qwen3(), (-1, 0, 2))
-    target.decoder.layers[0].register_forward_hook(lambda *_: target._tapped.update({0: target._tapped[-1]}))
+    target.decoder.layers[0].register_forward_hook(
+        lambda *_: target._tapped.update({0: target._tapped[-1]})
+    )
     assert failing(target) == ["layer taps"]
 
 
@@ -68,10 +88,14 @@ def test_a_missing_final_norm_is_noticed() -> None:
     assert failing(target) == ["final norm and lm_head"]
 
 
-def test_a_sliding_window_that_the_cache_ignores_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_window_that_the_cache_ignores_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     target = Target(tiny_gemma4(), (0, 2))
     assert len(make_rows(target)[0]) > target.text_config.sliding_window
-    monkeypatch.setattr(target, "_masks", lambda causal, _: {"full_attention": causal, "sliding_attention": causal})
+    monkeypatch.setattr(
+        target, "_masks", lambda causal, _: {"full_attention": causal, "sliding_attention": causal}
+    )
     assert failing(target) == ["cached and uncached"]
 
 

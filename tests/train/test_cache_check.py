@@ -1,4 +1,6 @@
-"""A cache that is not the run's is refused before a weight is loaded, and every field that differs is named with both values."""
+"""A cache that is not the run's is refused before a weight is loaded, and every field that
+differs is named with both values.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,36 @@ def test_the_cache_of_the_run_passes(captured: Path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("target.layer_ids=[-1, 1, 2]", "target.layer_ids is [-1, 0, 2] in its artifact.json, [-1, 1, 2] in this run"),
-        ("target.dtype=bfloat16", "target.dtype is float32 in its artifact.json, bfloat16 in this run"),
+        (
+            "target.layer_ids=[-1, 1, 2]",
+            "target.layer_ids is [-1, 0, 2] in its artifact.json, [-1, 1, 2] in this run",
+        ),
+        (
+            "target.dtype=bfloat16",
+            "target.dtype is float32 in its artifact.json, bfloat16 in this run",
+        ),
         ("hidden.codec=int8", "hidden.codec is raw in its artifact.json, int8 in this run"),
-        ("hidden.last_hidden=none", "hidden.last_hidden is supervised in its artifact.json, none in this run"),
+        (
+            "hidden.last_hidden=none",
+            "hidden.last_hidden is supervised in its artifact.json, none in this run",
+        ),
         ("hidden.max_length=100", "hidden.max_length is 512 in its artifact.json, 100 in this run"),
         ("answers.max_new_tokens=11", "the input is ['answers/demo-"),
     ],
 )
-def test_a_cache_that_was_copied_to_another_runs_place_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str):
+def test_a_cache_that_was_copied_to_another_runs_place_is_refused(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+):
     monkeypatch.setattr(drafts, "load_file", lambda *_: pytest.fail("a weight was loaded"))
-    dflash = ["loss.tv=0", "draft.markov=null", "draft.confidence=null", "draft.algorithm=dflash"] if "none" in override else []
+    dflash = (
+        ["loss.tv=0", "draft.markov=null", "draft.confidence=null", "draft.algorithm=dflash"]
+        if "none" in override
+        else []
+    )
     other = tiny_run(ready, override, *dflash)
-    shutil.copytree(path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), ""))
+    shutil.copytree(
+        path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), "")
+    )
     with pytest.raises(ArtifactMismatch, match="the cache is not that of this run") as refused:
         run_train(other)
     assert said in refused.value.what
@@ -64,10 +83,15 @@ def test_a_cache_that_was_copied_to_another_runs_place_is_refused(ready: Path, m
 
 
 def reseal(artifact: Artifact, name: str) -> None:
-    """What somebody does who edits a file and the manifest with it, or another version that writes it so."""
+    """What somebody does who edits a file and the manifest with it, or another version that
+    writes it so.
+    """
     manifest = path(artifact, "manifest.json")
     told = json.loads(manifest.read_text())
-    told["files"][name] = {"num_bytes": path(artifact, name).stat().st_size, "checksum": file_checksum(path(artifact, name))}
+    told["files"][name] = {
+        "num_bytes": path(artifact, name).stat().st_size,
+        "checksum": file_checksum(path(artifact, name)),
+    }
     manifest.write_text(json.dumps(told))
 
 
@@ -76,7 +100,11 @@ def in_schema(**changes: str) -> Callable[[Artifact], None]:
         file = path(artifact, "schema.arrow")
         schema = pa.ipc.read_schema(pa.py_buffer(file.read_bytes()))
         file.write_bytes(
-            schema.with_metadata({**schema.metadata, **{key.encode(): value for key, value in changes.items()}}).serialize().to_pybytes()
+            schema.with_metadata(
+                {**schema.metadata, **{key.encode(): value for key, value in changes.items()}}
+            )
+            .serialize()
+            .to_pybytes()
         )
         reseal(artifact, "schema.arrow")
 
@@ -101,17 +129,37 @@ def smaller_lm_head(artifact: Artifact) -> None:
     ("change", "said"),
     [
         (in_schema(target="other"), "target.model is other in its schema.arrow, demo in this run"),
-        (in_schema(layers="[-1, 1, 2]"), "target.layer_ids is [-1, 1, 2] in its schema.arrow, [-1, 0, 2] in this run"),
+        (
+            in_schema(layers="[-1, 1, 2]"),
+            "target.layer_ids is [-1, 1, 2] in its schema.arrow, [-1, 0, 2] in this run",
+        ),
         (in_schema(tokenizer_digest="0123"), "tokenizer_digest is 0123 in its schema.arrow, "),
-        (in_schema(chat_template_digest="0123"), "chat_template_digest is 0123 in its schema.arrow, "),
-        (in_config(hidden_size=64), "hidden_size of context is 32 in its schema.arrow, 64 in its target/config.json"),
+        (
+            in_schema(chat_template_digest="0123"),
+            "chat_template_digest is 0123 in its schema.arrow, ",
+        ),
+        (
+            in_config(hidden_size=64),
+            "hidden_size of context is 32 in its schema.arrow, 64 in its target/config.json",
+        ),
         (in_config(vocab_size=600), "vocab_size is 600 in its target/config.json, 512 in this run"),
-        (in_config(num_hidden_layers=5), "num_hidden_layers is 5 in its target/config.json, 4 in this run"),
-        (smaller_lm_head, "shape of lm_head.weight is [500, 32] in its frozen.safetensors, [512, 32] in its target/config.json"),
-        (lambda artifact: path(artifact, "artifact.json").unlink(), "the recipe is missing in its artifact.json"),
+        (
+            in_config(num_hidden_layers=5),
+            "num_hidden_layers is 5 in its target/config.json, 4 in this run",
+        ),
+        (
+            smaller_lm_head,
+            "shape of lm_head.weight is [500, 32] in its frozen.safetensors, [512, 32] in its target/config.json",
+        ),
+        (
+            lambda artifact: path(artifact, "artifact.json").unlink(),
+            "the recipe is missing in its artifact.json",
+        ),
     ],
 )
-def test_a_cache_that_was_edited_is_refused(ready: Path, change: Callable[[Artifact], None], said: str):
+def test_a_cache_that_was_edited_is_refused(
+    ready: Path, change: Callable[[Artifact], None], said: str
+):
     config = tiny_run(ready)
     change(artifact_of(config, "hidden"))
     with pytest.raises(ArtifactMismatch) as refused:
@@ -121,10 +169,14 @@ def test_a_cache_that_was_edited_is_refused(ready: Path, change: Callable[[Artif
 
 def test_all_that_differs_is_said_at_once_and_nothing_twice(ready: Path):
     other = tiny_run(ready, "target.layer_ids=[-1, 1, 2]", "hidden.codec=int8")
-    shutil.copytree(path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), ""))
+    shutil.copytree(
+        path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), "")
+    )
     with pytest.raises(ArtifactMismatch) as refused:
         check_cache(other, HiddenCache(artifact_of(other, "hidden")))
-    assert [refused.value.what.count(f"{field} is") for field in ("target.layer_ids", "hidden.codec")] == [1, 1]
+    assert [
+        refused.value.what.count(f"{field} is") for field in ("target.layer_ids", "hidden.codec")
+    ] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -135,14 +187,20 @@ def test_all_that_differs_is_said_at_once_and_nothing_twice(ready: Path):
         (7, 2, "set it to 6 or 8; or train on 1 (resources.train_ranks)"),
     ],
 )
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_those_that_can(captured: Path, batch: int, ranks: int, fix: str):
-    with pytest.raises(ConfigError, match=f"{batch} samples a step cannot be dealt evenly to {ranks} ranks") as refused:
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_those_that_can(
+    captured: Path, batch: int, ranks: int, fix: str
+):
+    with pytest.raises(
+        ConfigError, match=f"{batch} samples a step cannot be dealt evenly to {ranks} ranks"
+    ) as refused:
         check_batch(tiny_run(captured, f"train.global_batch={batch}"), ranks)
     assert refused.value.where == "train.global_batch"
     assert refused.value.fix.startswith(fix)
 
 
-def test_the_batch_is_looked_at_before_the_cache_is_opened(captured: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_batch_is_looked_at_before_the_cache_is_opened(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Also where torchrun started the ranks itself, on several nodes."""
     world = loop.join_world("cpu", timeout=loop.timedelta(seconds=1))._replace(size=3)
     monkeypatch.setattr(loop, "join_world", lambda *_, **__: world)

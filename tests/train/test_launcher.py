@@ -1,4 +1,6 @@
-"""One command trains on every GPU: torchrun's ranks are started, spoken for, stopped and ended by it."""
+"""One command trains on every GPU: torchrun's ranks are started, spoken for, stopped and ended
+by it.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def ready(captured: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Has every rank run this code before each step: `sitecustomize` is imported by any Python that finds it."""
+    """Has every rank run this code before each step: `sitecustomize` is imported by any Python
+    that finds it.
+    """
 
     def write(code: str) -> None:
         (tmp_path / "site").mkdir()
@@ -83,7 +87,11 @@ def launched(store: Path, *overrides: str) -> SimpleNamespace:
 
 
 def ranks_of(parent: int) -> list[psutil.Process]:
-    return [one for one in psutil.Process(parent).children(recursive=True) if "LOCAL_RANK" in environment_of(one)]
+    return [
+        one
+        for one in psutil.Process(parent).children(recursive=True)
+        if "LOCAL_RANK" in environment_of(one)
+    ]
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
@@ -92,7 +100,9 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
     return {}
 
 
-def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert num_ranks(tiny_run(tmp_path, "train.global_batch=9")) == 3
     assert num_ranks(tiny_run(tmp_path, "resources.train_ranks=2")) == 2
@@ -104,7 +114,9 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path
         num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
     rolling = tiny_run(tmp_path, "resources.source=rolling", "train.global_batch=6")
     assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
-    shared = tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=0", "train.global_batch=6")
+    shared = tiny_run(
+        tmp_path, "resources.source=rolling", "resources.rolling_gpus=0", "train.global_batch=6"
+    )
     assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
         num_ranks(tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=3"))
@@ -114,39 +126,60 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
-def test_a_process_that_torchrun_started_starts_no_ranks(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_torchrun_started_starts_no_ranks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
     assert not is_rank()
     monkeypatch.setenv(name, "2")
     assert is_rank()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def two_ranks(
+    captured: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A store with what two ranks of one node have trained, and what they said."""
     store = tmp_path_factory.mktemp("two") / "store"
     shutil.copytree(captured, store)
     command = arguments(store, SIX).command("train")
     environment = {**os.environ, "DEEPSPEC_EVENTS": "1"}
-    return store, subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=240, capture_output=True, text=True)
+    return store, subprocess.run(
+        command,
+        check=True,
+        cwd=REPOSITORY,
+        env=environment,
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.slow
 def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_ranks):
-    """What one rank ends with, from samples that differ in length and so in their share of the tokens (trap D4)."""
+    """What one rank ends with, from samples that differ in length and so in their share of the
+    tokens (trap D4).
+    """
     store, done = two_ranks
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(event["stage"], event["done"]) for event in events] == [("train", 6)]
     assert done.stderr.count("steps=0 of 6") == 1, done.stderr
     assert "ranks=2" in done.stderr
-    assert_close(weights(run_train(tiny_run(ready, SIX))), weights(artifact_of(tiny_run(store, SIX), "train")))
+    assert_close(
+        weights(run_train(tiny_run(ready, SIX))),
+        weights(artifact_of(tiny_run(store, SIX), "train")),
+    )
 
 
 @pytest.mark.slow
 def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_path: Path):
-    """The line of docs/deployments.md, started twice as on two machines: they find each other at the rendezvous, and one reports."""
+    """The line of docs/deployments.md, started twice as on two machines: they find each other
+    at the rendezvous, and one reports.
+    """
     told = {"--nproc-per-node": "1", "--rdzv-endpoint": f"127.0.0.1:{free_port()}"}
     words = documented_command("torchrun --nnodes 2")
-    words = [told.get(before, word) for before, word in zip(["", *words], words, strict=False)][1 : words.index("-m")]
+    words = [told.get(before, word) for before, word in zip(["", *words], words, strict=False)][
+        1 : words.index("-m")
+    ]
     node = [sys.executable, "-m", "torch.distributed.run", *words, "--local-addr", "127.0.0.1"]
     command = [*node, *arguments(ready, SIX).command("train")[1:]]
     logs = [tmp_path / "node-0.log", tmp_path / "node-1.log"]
@@ -164,9 +197,19 @@ def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_pa
 @contextlib.contextmanager
 def guarded(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command that is gone, with all it started, when the block is left."""
-    command, environment = [sys.executable, "-m", "deepspec.process.supervisor", "5", *command], {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, environment = (
+        [sys.executable, "-m", "deepspec.process.supervisor", "5", *command],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+        )
     try:
         yield process
     finally:
@@ -182,7 +225,9 @@ def documented_command(start: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(
+    ready: Path, faulty, capfd: pytest.CaptureFixture[str]
+):
     faulty("""
         def fault(step):
             if rank == 1 and step == 2:
@@ -196,7 +241,9 @@ def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(ready: Pat
 
 
 @pytest.mark.slow
-def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(
+    ready: Path, faulty, capfd: pytest.CaptureFixture[str]
+):
     faulty("""
         def fault(step):
             if rank == 1 and step == 2:
@@ -210,7 +257,9 @@ def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
+def test_a_rank_that_is_killed_is_worth_another_try(
+    ready: Path, faulty, capfd: pytest.CaptureFixture[str]
+):
     faulty("""
         def fault(step):
             if rank == 1 and step == 2:
@@ -222,8 +271,12 @@ def test_a_rank_that_is_killed_is_worth_another_try(ready: Path, faulty, capfd: 
 
 
 @pytest.mark.slow
-def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready: Path, faulty, capfd: pytest.CaptureFixture[str]):
-    """Rank 0 waits for rank 1 and is the one to say so; the culprit's stack must be in the log by then."""
+def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(
+    ready: Path, faulty, capfd: pytest.CaptureFixture[str]
+):
+    """Rank 0 waits for rank 1 and is the one to say so; the culprit's stack must be in the log
+    by then.
+    """
     faulty("""
         def fault(step):
             if rank == 1 and step == 2:
@@ -241,9 +294,13 @@ def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(ready
 
 
 def interrupt(store: Path, number: int) -> int:
-    """Train until there is a checkpoint, then send the signal to the command; its exit code, all its ranks gone."""
+    """Train until there is a checkpoint, then send the signal to the command; its exit code,
+    all its ranks gone.
+    """
     artifact = artifact_of(tiny_run(store, *LONG), "train")
-    with subprocess.Popen(arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(
+        arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    ) as parent:
         limit = time.monotonic() + 60
         while not checkpoint_steps(artifact):
             assert time.monotonic() < limit
@@ -258,7 +315,9 @@ def interrupt(store: Path, number: int) -> int:
 
 
 @pytest.mark.slow
-def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(ready: Path, tmp_path: Path):
+def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(
+    ready: Path, tmp_path: Path
+):
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
     assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
@@ -277,8 +336,12 @@ TWELVE = ["train.max_steps=12", "train.checkpoint_steps=4", SIX, *SMOOTH]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What twelve steps of one rank end in that nobody killed; a rank's, not this process's: threads decide the last bit."""
+def undisturbed(
+    captured: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """What twelve steps of one rank end in that nobody killed; a rank's, not this process's:
+    threads decide the last bit.
+    """
     straight = tmp_path_factory.mktemp("straight") / "store"
     shutil.copytree(captured, straight)
     launch_ranks(arguments(straight, *TWELVE), 1, report=silent, stop_s=5)
@@ -287,8 +350,12 @@ def undisturbed(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
-def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(undisturbed, ready, faulty, tmp_path: Path, before, after):
-    """Kill -9 in the sixth step, amid an epoch as the fourth step's checkpoint is; bit for bit on the same number of ranks."""
+def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(
+    undisturbed, ready, faulty, tmp_path: Path, before, after
+):
+    """Kill -9 in the sixth step, amid an epoch as the fourth step's checkpoint is; bit for bit
+    on the same number of ranks.
+    """
     faulty(f"""
         def fault(step):
             marker = {str(tmp_path / "killed")!r}

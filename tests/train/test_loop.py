@@ -1,4 +1,6 @@
-"""The training loop: resumed exactly, the same on one rank and two, in any split, and stopped where going on is no use."""
+"""The training loop: resumed exactly, the same on one rank and two, in any split, and stopped
+where going on is no use.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from deepspec.train.loop import run_train
 from deepspec.train.step import StepResult
 from tests.conftest import tiny_run
 
-# The total variation is left out: its gradient has a jump where draft and target agree, so that a last bit can show as 1e-4.
+# The total variation is left out: its gradient has a jump where draft and target agree, so that a
+# last bit can show as 1e-4.
 SMOOTH = ("loss.tv=0", "loss.ce=1")
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -47,7 +50,9 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert difference < 1e-5, name
 
 
-def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(ready: Path, tmp_path: Path, monkeypatch):
+def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(
+    ready: Path, tmp_path: Path, monkeypatch
+):
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
     steps = []
@@ -69,14 +74,19 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
     assert checkpoint_steps(resumed) == [4, 6]
 
 
-def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bit_like_one_that_was_not(ready, tmp_path, monkeypatch):
+def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bit_like_one_that_was_not(
+    ready, tmp_path, monkeypatch
+):
     """SIGTERM arrives amid the third step, far from any checkpoint."""
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
     original = step.accumulate
 
     def interrupted(trainer, batch, meter):
-        if trainer.strategy.optimizer.state and next(iter(trainer.strategy.optimizer.state.values()))["step"] == 2:
+        if (
+            trainer.strategy.optimizer.state
+            and next(iter(trainer.strategy.optimizer.state.values()))["step"] == 2
+        ):
             signal.raise_signal(signal.SIGTERM)
         return original(trainer, batch, meter)
 
@@ -87,23 +97,34 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
             run_train(tiny_run(ready, rare))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert checkpoint_steps(artifact_of(tiny_run(ready, rare), "train")) == [3]
-    resumed, undisturbed = weights(run_train(tiny_run(ready, rare))), weights(run_train(tiny_run(straight, rare)))
+    resumed, undisturbed = (
+        weights(run_train(tiny_run(ready, rare))),
+        weights(run_train(tiny_run(straight, rare))),
+    )
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
 
-def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_it_knew_the_new_ones(ready: Path, monkeypatch):
+def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_it_knew_the_new_ones(
+    ready: Path, monkeypatch
+):
     config = tiny_run(ready, "resources.check_every=1000")
     hidden, draft = artifact_of(config, "hidden"), run_train(config)
     states = capture.Capture.states
 
     def others(self, rows):
-        return ((row, output._replace(context=1.01 * output.context)) for row, output in states(self, rows))
+        return (
+            (row, output._replace(context=1.01 * output.context))
+            for row, output in states(self, rows)
+        )
 
     hidden.store.remove(hidden.path("records/00001.json"))
     monkeypatch.setattr(capture.Capture, "states", others)
     capture.run_capture(config)
     sealed = draft.manifest()
-    with pytest.raises(ArtifactMismatch, match=f"step 6 was trained on another version of hidden/{hidden.key.fingerprint}"):
+    with pytest.raises(
+        ArtifactMismatch,
+        match=f"step 6 was trained on another version of hidden/{hidden.key.fingerprint}",
+    ):
         run_train(config)
     assert draft.manifest() == sealed
     draft.store.remove(draft.path("checkpoints"))
@@ -124,7 +145,13 @@ def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Pat
 def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):
     config = tiny_run(captured)
     cache = HiddenCache(artifact_of(config, "hidden"))
-    orders = [[StepData(cache, tiny_run(captured, f"train.seed={seed}"), ALONE).drawn(step) for step in range(3)] for seed in (1, 1, 2)]
+    orders = [
+        [
+            StepData(cache, tiny_run(captured, f"train.seed={seed}"), ALONE).drawn(step)
+            for step in range(3)
+        ]
+        for seed in (1, 1, 2)
+    ]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
 
@@ -141,7 +168,17 @@ def test_every_training_sample_comes_once_an_epoch_and_held_out_ones_never(captu
 
 
 def test_a_samples_chance_changes_with_epoch_seed_and_sample():
-    assert len({sample_seed(seed, epoch, sample) for seed in (1, 2) for epoch in (0, 1) for sample in (5, 6)}) == 8
+    assert (
+        len(
+            {
+                sample_seed(seed, epoch, sample)
+                for seed in (1, 2)
+                for epoch in (0, 1)
+                for sample in (5, 6)
+            }
+        )
+        == 8
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(ready: Path):
@@ -161,26 +198,39 @@ def test_a_cache_without_a_training_sample_is_refused(captured: Path):
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, lengths: list[float]) -> None:
-    """The acceptance that each checkpoint is found to have, in turn; how it is measured has tests of its own."""
+    """The acceptance that each checkpoint is found to have, in turn; how it is measured has
+    tests of its own.
+    """
     found = iter(lengths)
     monkeypatch.setattr(checkpoints, "acceptance_length", lambda *_: next(found))
 
 
-def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(ready: Path, monkeypatch, caplog):
+def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(
+    ready: Path, monkeypatch, caplog
+):
     """Trap D9: the loss falls all the way, acceptance does not."""
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5, 2.0])
     falling = iter(range(99, 0, -1))
-    monkeypatch.setattr(step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop))
+    monkeypatch.setattr(
+        step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop)
+    )
     artifact = run_train(tiny_run(ready, "train.max_steps=10"))
     assert checkpoint_steps(artifact) == [4, 8, 10]
     best = load_file(artifact.store.path(artifact.path("checkpoints/00000004/model.safetensors")))
     assert all(torch.equal(best[name], tensor) for name, tensor in weights(artifact).items())
     assert "the loss falls" in caplog.text and "step 4 stays the best" in caplog.text
-    lines = [json.loads(line) for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()]
-    assert [line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line] == [1.5, 3.0, 2.0, 2.5, 2.0]
+    lines = [
+        json.loads(line)
+        for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+    ]
+    assert [
+        line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line
+    ] == [1.5, 3.0, 2.0, 2.5, 2.0]
 
 
-def test_training_ends_early_where_acceptance_gets_no_better_and_stays_ended(ready: Path, monkeypatch):
+def test_training_ends_early_where_acceptance_gets_no_better_and_stays_ended(
+    ready: Path, monkeypatch
+):
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5])
     config = tiny_run(ready, "train.max_steps=20", "train.patience=2")
     artifact = run_train(config)
@@ -199,7 +249,9 @@ def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
         tiny_run(ready, "prompts.held_out=0", "train.patience=1")
 
 
-def test_a_cache_without_held_out_samples_is_trained_on_and_the_lack_is_told(ready: Path, monkeypatch, caplog):
+def test_a_cache_without_held_out_samples_is_trained_on_and_the_lack_is_told(
+    ready: Path, monkeypatch, caplog
+):
     monkeypatch.setattr(checkpoints, "acceptance_numbers", lambda *_: [])
     run_train(tiny_run(ready, "train.max_steps=2", "train.patience=1"))
     assert "there is no held-out sample to measure checkpoints on" in caplog.text
@@ -223,22 +275,38 @@ def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready:
     assert checkpoint_steps(artifact)[-1] == 10  # 3.0 at step 2, then 2.0 at 4, 6, 8 and 10
 
 
-def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_on_from_it(ready: Path, monkeypatch):
+def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_on_from_it(
+    ready: Path, monkeypatch
+):
     measured(monkeypatch, [1.0, 3.0, 2.0])
     original = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 3))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 3)
+    )
     with pytest.raises(TransientError, match="asked to stop"):
         run_train(tiny_run(ready))
     monkeypatch.setattr(loop, "train_step", original)
     artifact = run_train(tiny_run(ready))
-    assert [record.acceptance_length for record in checkpoint_records(artifact).values()] == [3.0, 2.0]
-    lines = [json.loads(line) for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()]
-    assert [line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line] == [1.0, 3.0, 2.0]
+    assert [record.acceptance_length for record in checkpoint_records(artifact).values()] == [
+        3.0,
+        2.0,
+    ]
+    lines = [
+        json.loads(line)
+        for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+    ]
+    assert [
+        line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line
+    ] == [1.0, 3.0, 2.0]
 
 
 def test_a_stop_at_the_last_step_does_not_cost_the_last_draft(ready: Path, monkeypatch):
     measured(monkeypatch, [1.0, 1.5, 2.0])
     original = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 5))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 5)
+    )
     artifact = run_train(tiny_run(ready))
-    assert {step: record.acceptance_length for step, record in checkpoint_records(artifact).items()} == {4: 1.5, 6: 2.0}
+    assert {
+        step: record.acceptance_length for step, record in checkpoint_records(artifact).items()
+    } == {4: 1.5, 6: 2.0}

@@ -21,10 +21,14 @@ from tests.conftest import tiny_run
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
         torch.cuda.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
     ],
 )
-def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(error: Exception, captured: Path, tmp_path: Path, monkeypatch):
+def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
+    error: Exception, captured: Path, tmp_path: Path, monkeypatch
+):
     shutil.copytree(captured, tmp_path / "store")
 
     def too_large(*_: object) -> None:
@@ -34,12 +38,19 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(error: Except
     with pytest.raises(TrainingFailed, match="does not fit into memory") as caught:
         run_train(tiny_run(tmp_path / "store", "resources.batch_tokens=4321"))
     assert str(error).splitlines()[0] in caught.value.what
-    for knob in ("resources.batch_tokens (now 4321)", "draft.num_anchors (now 4)", "draft.block_size (now 7)"):
+    for knob in (
+        "resources.batch_tokens (now 4321)",
+        "draft.num_anchors (now 4)",
+        "draft.block_size (now 7)",
+    ):
         assert knob in caught.value.fix
 
 
 def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
-    with pytest.raises(TrainingFailed) as caught, knobs_named(tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")):
+    with (
+        pytest.raises(TrainingFailed) as caught,
+        knobs_named(tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")),
+    ):
         raise RuntimeError("out of memory")
     assert "draft.ttt_length (now 7)" in caught.value.fix
     assert "num_anchors" not in caught.value.fix

@@ -44,13 +44,20 @@ def test_masks_that_cover_nothing_or_everything_are_refused(parts, supervised: f
     """Trap B1."""
     config, data, draft = parts
     index = data.cache.index
-    data.cache.index = index._replace(num_supervised=np.ceil(index.num_tokens * supervised * (supervised == 1.0)))
+    data.cache.index = index._replace(
+        num_supervised=np.ceil(index.num_tokens * supervised * (supervised == 1.0))
+    )
     with pytest.raises(TrainingFailed, match="of the training tokens are supervised"):
         check_before_training(config, data, draft)
 
 
-@pytest.mark.parametrize(("field", "value", "said"), [("context", 0.0, "all zero"), ("last_hidden", float("nan"), "not finite")])
-def test_features_that_are_nothing_are_refused(parts, monkeypatch: pytest.MonkeyPatch, field: str, value: float, said: str):
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("context", 0.0, "all zero"), ("last_hidden", float("nan"), "not finite")],
+)
+def test_features_that_are_nothing_are_refused(
+    parts, monkeypatch: pytest.MonkeyPatch, field: str, value: float, said: str
+):
     config, data, draft = parts
     real = StepData.load
 
@@ -63,7 +70,9 @@ def test_features_that_are_nothing_are_refused(parts, monkeypatch: pytest.Monkey
         check_before_training(config, data, draft)
 
 
-def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(
+    captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(preflight, "OVERFIT_LR", 0.0)
     store = tmp_path / "store"
     shutil.copytree(captured, store)
@@ -73,7 +82,8 @@ def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(captured: Pa
 
 
 def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):
-    clock = iter([0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 7.0, 10.0])  # made; 3 s of waiting, 2 of work; 1, 1; the end; read
+    # made; 3 s of waiting, 2 of work; 1, 1; the end; read
+    clock = iter([0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 7.0, 10.0])
     monkeypatch.setattr("deepspec.train.throughput.time.perf_counter", lambda: next(clock))
     vitals = Vitals(torch.device("cpu"))
     assert list(vitals.waiting(iter(["a", "b"]))) == ["a", "b"]

@@ -1,4 +1,6 @@
-"""Training from all three sources: the same samples in the same order, the same losses, the same draft."""
+"""Training from all three sources: the same samples in the same order, the same losses, the
+same draft.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import assert_close, weights
 
-ALONE = "resources.batch_tokens=1"  # every sample by itself, in capture and in training: then the arithmetic is the same to the last bit
+# every sample by itself, in capture and in training: then the arithmetic is the same to the last
+# bit
+ALONE = "resources.batch_tokens=1"
 
 
 @pytest.fixture(scope="session")
@@ -57,18 +61,39 @@ def fresh(answered: Path, tmp_path: Path) -> Path:
 
 def losses(artifact: Artifact) -> list[float]:
     lines = artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
-    return [line[name] for line in map(json.loads, lines) for name in ("loss", "held_out_acceptance_length") if name in line]
+    return [
+        line[name]
+        for line in map(json.loads, lines)
+        for name in ("loss", "held_out_acceptance_length")
+        if name in line
+    ]
 
 
 def difference(first: Artifact, second: Artifact) -> float:
     """The largest relative difference of a trained tensor."""
     one, other = weights(first), weights(second)
-    return max(float((one[name] - other[name]).norm() / one[name].norm().clamp_min(1e-12)) for name in one)
+    return max(
+        float((one[name] - other[name]).norm() / one[name].norm().clamp_min(1e-12)) for name in one
+    )
 
 
-@pytest.mark.parametrize("setting", [[], ["hidden.last_hidden=none", "draft.algorithm=dflash", "draft.markov=null", "draft.confidence=null",
-                                          "loss.ce=1", "loss.tv=0"]])  # fmt: skip
-def test_the_planned_index_is_that_of_the_sealed_cache(captured: Path, fresh: Path, setting: list[str]):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        [],
+        [
+            "hidden.last_hidden=none",
+            "draft.algorithm=dflash",
+            "draft.markov=null",
+            "draft.confidence=null",
+            "loss.ce=1",
+            "loss.tv=0",
+        ],
+    ],
+)
+def test_the_planned_index_is_that_of_the_sealed_cache(
+    captured: Path, fresh: Path, setting: list[str]
+):
     from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, *setting)
@@ -84,10 +109,18 @@ def test_the_planned_index_is_that_of_the_sealed_cache(captured: Path, fresh: Pa
     index = HiddenCache(run_capture(config)).index
     for name in set(Planned._fields) - {"answer"}:
         assert getattr(planned, name).tolist() == getattr(index, name).tolist(), name
-    assert made.items() <= {path.name: path.stat().st_mtime_ns for path in (fresh / stage.artifact.folder / "planned").iterdir()}.items()
+    assert (
+        made.items()
+        <= {
+            path.name: path.stat().st_mtime_ns
+            for path in (fresh / stage.artifact.folder / "planned").iterdir()
+        }.items()
+    )
 
 
-def test_many_shards_are_rendered_in_several_processes(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_shards_are_rendered_in_several_processes(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_run(fresh, "resources.render_processes=2")
     stage = open_unsealed(config)
     monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
@@ -100,8 +133,18 @@ def test_many_shards_are_rendered_in_several_processes(fresh: Path, monkeypatch:
     assert {path.name: path.read_bytes() for path in planned.iterdir()} == together
 
 
-@pytest.mark.parametrize("codec", [["raw"], ["lossless"], ["int8", "hidden.compression=zstd"], ["fp8", "hidden.compression=zstd"]])
-def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(fresh: Path, codec: list[str]):
+@pytest.mark.parametrize(
+    "codec",
+    [
+        ["raw"],
+        ["lossless"],
+        ["int8", "hidden.compression=zstd"],
+        ["fp8", "hidden.compression=zstd"],
+    ],
+)
+def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
+    fresh: Path, codec: list[str]
+):
     from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
@@ -109,7 +152,11 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(fresh: 
     reserved = shard_bytes(read_planned_of(config), read_layout(config, artifact))
     for shard, record in artifact.records().items():
         on_disk = record.num_bytes + artifact.store.size(artifact.path(index_file(record)))
-        assert on_disk <= reserved[shard] <= on_disk + (1 << 17) + (on_disk if codec[0] != "raw" else 0)
+        assert (
+            on_disk
+            <= reserved[shard]
+            <= on_disk + (1 << 17) + (on_disk if codec[0] != "raw" else 0)
+        )
     assert len(artifact.records()) == 6 and artifact.manifest() is None
 
 
@@ -126,18 +173,30 @@ def opened(store: Path, *overrides: str) -> OnlineStates:
 def test_states_computed_online_are_those_of_the_cache(captured: Path, fresh: Path):
     cache, online = HiddenCache(artifact_of(tiny_run(captured), "hidden")), opened(fresh)
     order = [7, 0, 11, 3, 3, 1]
-    for number, found in zip(order, online.stream(iter(order), max_bytes=100_000, threads=2), strict=True):
+    for number, found in zip(
+        order, online.stream(iter(order), max_bytes=100_000, threads=2), strict=True
+    ):
         wanted = cache[number]
         assert found.sample_id == wanted.sample_id == online[number].sample_id
-        assert torch.equal(found.input_ids, wanted.input_ids) and torch.equal(found.loss_mask, wanted.loss_mask)
+        assert torch.equal(found.input_ids, wanted.input_ids) and torch.equal(
+            found.loss_mask, wanted.loss_mask
+        )
         assert torch.equal(found.last_spans, wanted.last_spans)
-        torch.testing.assert_close(found.context.decode(), wanted.context.decode(), atol=2e-2, rtol=1e-2)
-        torch.testing.assert_close(found.last_hidden.decode(), wanted.last_hidden.decode(), atol=2e-2, rtol=1e-2)
-        assert found.num_bytes <= online.layout.most_bytes(len(found.input_ids), len(found.last_hidden.parts[0]))
+        torch.testing.assert_close(
+            found.context.decode(), wanted.context.decode(), atol=2e-2, rtol=1e-2
+        )
+        torch.testing.assert_close(
+            found.last_hidden.decode(), wanted.last_hidden.decode(), atol=2e-2, rtol=1e-2
+        )
+        assert found.num_bytes <= online.layout.most_bytes(
+            len(found.input_ids), len(found.last_hidden.parts[0])
+        )
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
-def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches_are_the_same(fresh: Path, tmp_path: Path, codec: str):
+def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches_are_the_same(
+    fresh: Path, tmp_path: Path, codec: str
+):
     from deepspec.hidden.stage import run_capture
 
     shutil.copytree(fresh, tmp_path / "cached")
@@ -150,20 +209,32 @@ def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches
     assert not list(fresh.glob("hidden/*/shards/*"))
 
 
-def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_its_prompts(fresh: Path):
+def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_its_prompts(
+    fresh: Path,
+):
     """Nothing is left to do, whatever becomes of the cache afterwards."""
     from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, "resources.source=online", "train.max_steps=1")
     with pytest.raises(ArtifactMismatch, match="'train' reads 'hidden', which is not finished"):
         run_train(tiny_run(fresh, "train.max_steps=1"))
-    assert (stage_status(config, "hidden").in_training, stage_status(config, "hidden").missing) == (True, [])
-    assert stage_status(config, "train").upstream_sealed and not stage_status(config, "train").sealed
+    assert (stage_status(config, "hidden").in_training, stage_status(config, "hidden").missing) == (
+        True,
+        [],
+    )
+    assert (
+        stage_status(config, "train").upstream_sealed and not stage_status(config, "train").sealed
+    )
     draft = run_train(config)
     answers = artifact_of(config, "answers")
-    assert draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
+    assert (
+        draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
+    )
     said = "\n".join(describe(draft.url))
-    assert all(artifact_of(config, stage).key.fingerprint in said for stage in ("train", "hidden", "answers", "prompts", "demo"))
+    assert all(
+        artifact_of(config, stage).key.fingerprint in said
+        for stage in ("train", "hidden", "answers", "prompts", "demo")
+    )
     assert "(made in training)" in said
     for later in (config, tiny_run(fresh, "train.max_steps=1")):
         assert stage_status(later, "train").sealed
@@ -171,16 +242,27 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
     assert stage_status(config, "hidden").sealed and stage_status(config, "train").sealed
 
 
-def test_online_training_ends_like_that_from_the_cache_but_for_rounding(captured: Path, fresh: Path, tmp_path: Path):
+def test_online_training_ends_like_that_from_the_cache_but_for_rounding(
+    captured: Path, fresh: Path, tmp_path: Path
+):
     shutil.copytree(captured, tmp_path / "cached")
-    cached, online = run_train(tiny_run(tmp_path / "cached")), run_train(tiny_run(fresh, "resources.source=online"))
+    cached, online = (
+        run_train(tiny_run(tmp_path / "cached")),
+        run_train(tiny_run(fresh, "resources.source=online")),
+    )
     print(difference(cached, online), losses(cached), losses(online))
     assert losses(online) == pytest.approx(losses(cached), rel=1e-3)
     assert difference(cached, online) < 1e-2
 
 
 # Three windows of two shards each epoch, and a disk that holds two windows and not three.
-ROLLING = ["resources.source=rolling", "train.window_shards=2", "train.max_steps=null", "train.epochs=2", "resources.shards_per_task=6"]
+ROLLING = [
+    "resources.source=rolling",
+    "train.window_shards=2",
+    "train.max_steps=null",
+    "train.epochs=2",
+    "resources.shards_per_task=6",
+]
 
 
 def budget_gb(store: Path, shards: int) -> float:
@@ -203,8 +285,13 @@ class Watched:
     def _look(self) -> None:
         while not self._ended.wait(0.002):
             total = 0
-            for path in [*self.store.glob("hidden/*/shards/*"), *self.store.glob("hidden/*/rows/*"), *self.store.glob(".staged/*")]:
-                if f"-{os.getpid()}-" in path.name:  # a checkpoint of this process, no hidden states
+            for path in [
+                *self.store.glob("hidden/*/shards/*"),
+                *self.store.glob("hidden/*/rows/*"),
+                *self.store.glob(".staged/*"),
+            ]:
+                # a checkpoint of this process, no hidden states
+                if f"-{os.getpid()}-" in path.name:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     total += path.stat().st_size
@@ -247,12 +334,16 @@ if "rolling" in sys.orig_argv and "deepspec.process.supervisor" not in sys.orig_
 
 @pytest.fixture
 def dying(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Has capture lanes killed: the first one `late`, with a shard committed and another one half written, or each at its start."""
+    """Has capture lanes killed: the first one `late`, with a shard committed and another one
+    half written, or each at its start.
+    """
 
     def write(*, late: bool) -> Path:
         mark = tmp_path / "died"
         (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text(DYING.format(store=fresh, mark=mark, late=late))
+        (tmp_path / "site" / "sitecustomize.py").write_text(
+            DYING.format(store=fresh, mark=mark, late=late)
+        )
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]))
         return mark
 
@@ -273,15 +364,21 @@ def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_
     assert difference(cached_twice, rolling) == 0
     assert 0.3 * held < watched.most / 1e9 <= held
     assert caplog.text.count("was used up") > 6, "some shards were captured in both epochs"
-    assert not [path for part in ("records", "shards", "rows") for path in fresh.glob(f"hidden/*/{part}/*")] + list(fresh.glob(".staged/*"))
+    assert not [
+        path for part in ("records", "shards", "rows") for path in fresh.glob(f"hidden/*/{part}/*")
+    ] + list(fresh.glob(".staged/*"))
 
 
 @pytest.mark.slow
-def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_needs(fresh: Path, cached_twice: Artifact):
+def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_needs(
+    fresh: Path, cached_twice: Artifact
+):
     sets = (*TINY, ALONE, *ROLLING, f"resources.rolling_gb={budget_gb(fresh, 4)}")
     two = Request("demo", (*sets, "resources.train_ranks=2", "resources.device=cpu"), str(fresh))
     artifact = artifact_of(tiny_run(fresh, *sets), "train")
-    with subprocess.Popen(two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL) as training:
+    with subprocess.Popen(
+        two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    ) as training:
         limit = time.monotonic() + 120
         while not checkpoint_steps(artifact):
             assert time.monotonic() < limit and training.poll() is None
@@ -290,7 +387,9 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
         training.kill()
     assert psutil.wait_procs(family, timeout=30)[1] == []
     hidden = Path(artifact_of(tiny_run(fresh), "hidden").url)
-    (hidden / "shards" / "00009-0123456789ab.arrow").write_bytes(b"what a crash left of a shard that was being deleted")
+    (hidden / "shards" / "00009-0123456789ab.arrow").write_bytes(
+        b"what a crash left of a shard that was being deleted"
+    )
     with Watched(fresh) as watched:
         run_train(tiny_run(fresh, *sets))
     assert watched.most / 1e9 <= budget_gb(fresh, 4)
@@ -302,12 +401,20 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
 def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_it_opens_nothing(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strategy: str
 ):
-    """Its one step ends where the epoch's last window does: no shard is near, and a sample would be waited for for ever."""
+    """Its one step ends where the epoch's last window does: no shard is near, and a sample
+    would be waited for for ever.
+    """
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     index = opened(fresh).index
     count = int(((index.held_out == 0) & (index.num_supervised > 1)).sum())
-    config = tiny_run(fresh, *ROLLING, f"train.global_batch={count}", "train.epochs=1", f"train.strategy={strategy}")
+    config = tiny_run(
+        fresh,
+        *ROLLING,
+        f"train.global_batch={count}",
+        "train.epochs=1",
+        f"train.strategy={strategy}",
+    )
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -327,11 +434,23 @@ def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_i
 def test_a_lane_that_always_dies_fails_the_training_with_its_own_error(fresh: Path, dying):
     dying(late=False)
     with pytest.raises(TransientError, match="hidden was killed by SIGKILL"):
-        run_train(tiny_run(fresh, *ROLLING, "resources.retries=1", "resources.retry_delay_s=0", "train.acceptance_samples=0"))
+        run_train(
+            tiny_run(
+                fresh,
+                *ROLLING,
+                "resources.retries=1",
+                "resources.retry_delay_s=0",
+                "train.acceptance_samples=0",
+            )
+        )
 
 
-def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anything_is_captured(fresh: Path):
-    with pytest.raises(StoreError, match=r"rolling_gb holds 100 kB \(train.window_shards 2, prompts.shard_rows 4\)") as caught:
+def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anything_is_captured(
+    fresh: Path,
+):
+    with pytest.raises(
+        StoreError, match=r"rolling_gb holds 100 kB \(train.window_shards 2, prompts.shard_rows 4\)"
+    ) as caught:
         run_train(tiny_run(fresh, *ROLLING, "resources.rolling_gb=0.0001"))
     enough = float(caught.value.fix.split()[3])
     assert budget_gb(fresh, 3) < enough <= 1.01 * budget_gb(fresh, 5)
@@ -346,7 +465,9 @@ def test_two_trainings_never_use_up_the_same_shards(fresh: Path):
     first.close()
 
 
-def test_a_sealed_cache_is_read_whatever_the_source(captured: Path, fresh: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_sealed_cache_is_read_whatever_the_source(
+    captured: Path, fresh: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     shutil.copytree(captured, tmp_path / "sealed")
     caplog.set_level("INFO")
     run_train(tiny_run(tmp_path / "sealed", "resources.source=rolling", "train.max_steps=1"))
@@ -355,9 +476,17 @@ def test_a_sealed_cache_is_read_whatever_the_source(captured: Path, fresh: Path,
 
 
 @pytest.mark.slow
-def test_online_training_on_two_ranks_ends_where_one_does(fresh: Path, tmp_path: Path, captured: Path):
+def test_online_training_on_two_ranks_ends_where_one_does(
+    fresh: Path, tmp_path: Path, captured: Path
+):
     shutil.copytree(captured, tmp_path / "cached")
     alone = run_train(tiny_run(tmp_path / "cached", "train.global_batch=6"))
-    sets = (*TINY, "train.global_batch=6", "resources.source=online", "resources.train_ranks=2", "resources.device=cpu")
+    sets = (
+        *TINY,
+        "train.global_batch=6",
+        "resources.source=online",
+        "resources.train_ranks=2",
+        "resources.device=cpu",
+    )
     launch_ranks(Request("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
     assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=6"), "train")) < 1e-3

@@ -1,4 +1,6 @@
-"""TensorBoard's view of a training: every logged step once, whatever happened in between, and also for who looks on meanwhile."""
+"""TensorBoard's view of a training: every logged step once, whatever happened in between, and
+also for who looks on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from deepspec.train.tensorboard_log import AXES, write_scalars
 from deepspec.train.throughput import Pace
 from tests.conftest import tiny_run
 
-needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="TensorBoard is not installed")
+needs_tensorboard = pytest.mark.skipif(
+    not importlib.util.find_spec("tensorboard"), reason="TensorBoard is not installed"
+)
 
 
 @pytest.fixture
@@ -50,19 +54,32 @@ def read(events) -> dict[tuple[str, int], list[float]]:
 
 
 def in_lines(artifact: Artifact) -> dict[tuple[str, int], float]:
-    lines = [json.loads(line) for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()]
-    return {(tag, line["step"]): value for line in lines for tag, value in line.items() if tag not in AXES}
+    lines = [
+        json.loads(line)
+        for line in artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+    ]
+    return {
+        (tag, line["step"]): value
+        for line in lines
+        for tag, value in line.items()
+        if tag not in AXES
+    }
 
 
 @needs_tensorboard
-def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(ready: Path, monkeypatch: pytest.MonkeyPatch):
-    """It dies after step 5; step 5 is logged, then trained and logged again from the checkpoint of step 4."""
+def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It dies after step 5; step 5 is logged, then trained and logged again from the checkpoint
+    of step 4.
+    """
     config, original, seen = tiny_run(ready), loop.train_step, []
 
     def dying(trainer, data, step, meter):
         seen.append(step)
         if len(seen) == 6:
-            write_scalars(trainer.artifact, [{"step": 5, "time": 1.0, "loss": 99.0}])  # the worst it can leave behind
+            # the worst it can leave behind
+            write_scalars(trainer.artifact, [{"step": 5, "time": 1.0, "loss": 99.0}])
             raise KeyboardInterrupt
         return original(trainer, data, step, meter)
 
@@ -73,7 +90,9 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(ready
     assert seen == [0, 1, 2, 3, 4, 5, 4, 5]
     wanted, found = in_lines(artifact), read(accumulator(artifact))
     assert {step for _, step in wanted} == set(range(1, 7))
-    assert {"loss", "tokens_per_s", "held_out_acceptance_length", "data_wait_share"} <= {tag for tag, _ in wanted}
+    assert {"loss", "tokens_per_s", "held_out_acceptance_length", "data_wait_share"} <= {
+        tag for tag, _ in wanted
+    }
     assert found == {key: [pytest.approx(value)] for key, value in wanted.items()}
     assert len(list(folder(artifact).iterdir())) == scalars.KEEP
 
@@ -89,7 +108,9 @@ def test_who_looks_on_sees_new_steps_and_no_step_twice(ready: Path):
         assert read(events) == {("loss", step): [step / 2] for step in range(1, num_lines + 1)}
 
 
-def test_without_tensorboard_training_works_and_says_once_how_to_get_it(ready: Path, monkeypatch, caplog: pytest.LogCaptureFixture):
+def test_without_tensorboard_training_works_and_says_once_how_to_get_it(
+    ready: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with caplog.at_level(logging.INFO):
         artifact = run_train(tiny_run(ready))
@@ -98,7 +119,9 @@ def test_without_tensorboard_training_works_and_says_once_how_to_get_it(ready: P
     assert not folder(artifact).exists()
 
 
-def test_the_speed_of_a_resumed_training_counts_only_what_this_process_did(monkeypatch: pytest.MonkeyPatch):
+def test_the_speed_of_a_resumed_training_counts_only_what_this_process_did(
+    monkeypatch: pytest.MonkeyPatch,
+):
     clock = iter([100.0, 120.0])
     monkeypatch.setattr("deepspec.train.throughput.time.monotonic", lambda: next(clock))
     pace = Pace(first=90, total=100)

@@ -1,4 +1,6 @@
-"""Acceptance while training is what decoding will find: rounds counted by hand, and beside the real decoding loop."""
+"""Acceptance while training is what decoding will find: rounds counted by hand, and beside the
+real decoding loop.
+"""
 
 from __future__ import annotations
 
@@ -42,37 +44,63 @@ class Knows:
     def accept(self, cache, context, following, counts) -> None:
         for row, count in enumerate(counts):
             start = cache.lengths[row]
-            assert context[row, :count, 0].tolist() == [float(place) for place in range(start, start + count)]
+            assert context[row, :count, 0].tolist() == [
+                float(place) for place in range(start, start + count)
+            ]
             assert following[row, :count].tolist() == self.rows[row][start + 1 : start + 1 + count]
-        cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
+        cache.lengths = [
+            length + count for length, count in zip(cache.lengths, counts, strict=True)
+        ]
 
     def propose(self, cache, anchor, sampling, uniforms) -> SimpleNamespace:
-        assert [row[place] for row, place in zip(self.rows, cache.lengths, strict=True)] == anchor.tolist()
+        assert [
+            row[place] for row, place in zip(self.rows, cache.lengths, strict=True)
+        ] == anchor.tolist()
         self.asked.append(tuple(cache.lengths))
-        blocks = [(row[place + 1 : place + 4] + [0] * 3)[:3] for row, place in zip(self.rows, cache.lengths, strict=True)]
-        return SimpleNamespace(tokens=torch.tensor([[0 if token >= 9 else token for token in block] for block in blocks]))
+        blocks = [
+            (row[place + 1 : place + 4] + [0] * 3)[:3]
+            for row, place in zip(self.rows, cache.lengths, strict=True)
+        ]
+        return SimpleNamespace(
+            tokens=torch.tensor(
+                [[0 if token >= 9 else token for token in block] for block in blocks]
+            )
+        )
 
 
 def test_rounds_are_counted_as_decoding_counts_them():
     """Two answers in the first row; in the second a token that is never guessed."""
     ids = [[1, 2, 3, 4, 5, 6, 1, 2, 3, 4], [1, 1, 2, 9, 3, 4, 5, 6, 7, 0]]
-    mask = [[False, False, True, True, True, True, False, True, True, True], [False, True, True, True, True, True, True, True, True, False]]
+    mask = [
+        [False, False, True, True, True, True, False, True, True, True],
+        [False, True, True, True, True, True, True, True, True, False],
+    ]
     places = torch.arange(10.0).expand(2, 10)[..., None]
     draft = Knows(ids)
     found = draft_along(draft, Answers(torch.tensor(ids), mask, places))
-    # Row 0: from 2, three accepted, the end; from 7, two accepted, the end. Row 1: from 1, one accepted and the 9 corrected;
-    # from 3, three accepted and one added; from 7, the last one accepted.
+    # Row 0: from 2, three accepted, the end; from 7, two accepted, the end. Row 1: from 1, one
+    # accepted and the 9 corrected; from 3, three accepted and one added; from 7, the last one
+    # accepted.
     assert found == Rounds(committed=3 + 2 + 2 + 4 + 1, rounds=5)
     assert draft.asked == [(2, 1), (7, 3), (7, 7)]
 
 
 @pytest.mark.parametrize("recipe", ["dspark-demo", "dflash-demo", "eagle3-demo"])
-def test_over_greedy_answers_it_is_what_speculative_decoding_finds(demo_store: Path, tmp_path: Path, recipe: str):
-    """Drafts with weights of noise over 8 prompts; prompts whose answer the token limit cut off end where decoding does."""
+def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
+    demo_store: Path, tmp_path: Path, recipe: str
+):
+    """Drafts with weights of noise over 8 prompts; prompts whose answer the token limit cut off
+    end where decoding does.
+    """
     store = tmp_path / "store"
     shutil.copytree(demo_store, store)
     config = tiny_run(
-        store, "answers.sampling.temperature=0", "prompts.limit=8", "target.dtype=float32", "target.layer_ids=[0, 1, 2]", recipe=recipe
+        store,
+        "answers.sampling.temperature=0",
+        "prompts.limit=8",
+        "target.dtype=float32",
+        "target.layer_ids=[0, 1, 2]",
+        recipe=recipe,
     )
     run_prompts(config)
     run_answers(config)
@@ -80,9 +108,22 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(demo_store: P
     cache = HiddenCache(artifact_of(config, "hidden"))
     draft = make_draft(config, cache)
     numbers = [number for number in range(len(cache)) if cache.index.num_supervised[number] > 1]
-    found = sum((torch.tensor(draft_along(draft, load_answers(cache, [number], ALONE.device))) for number in numbers), torch.zeros(2))
-    target, chat = load_target(config.target, folder=target_folder(config), device="cpu"), load_chat(config)
-    settings = Decode(SamplingConfig(temperature=0.0), config.answers.max_new_tokens, chat.stop_ids(target.generation_eos))
+    found = sum(
+        (
+            torch.tensor(draft_along(draft, load_answers(cache, [number], ALONE.device)))
+            for number in numbers
+        ),
+        torch.zeros(2),
+    )
+    target, chat = (
+        load_target(config.target, folder=target_folder(config), device="cpu"),
+        load_chat(config),
+    )
+    settings = Decode(
+        SamplingConfig(temperature=0.0),
+        config.answers.max_new_tokens,
+        chat.stop_ids(target.generation_eos),
+    )
     wanted = torch.zeros(2)
     for number in numbers:
         sample = cache[number]
@@ -91,8 +132,13 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(demo_store: P
         # Decoding counts what a last round had in hand beyond the limit; the cache ends there.
         rounds, committed, left = 0, 0, len(sample.input_ids) - len(prompt) - 1
         for added in trace.committed:
-            rounds, committed = rounds + (committed < left), committed + min(added, left - committed)
+            rounds, committed = (
+                rounds + (committed < left),
+                committed + min(added, left - committed),
+            )
         wanted += torch.tensor([committed, rounds])
     assert found.tolist() == wanted.tolist()
-    assert acceptance_length(draft, cache, numbers, ALONE) == pytest.approx(float(found[0] / found[1]))
+    assert acceptance_length(draft, cache, numbers, ALONE) == pytest.approx(
+        float(found[0] / found[1])
+    )
     assert draft.training

@@ -34,9 +34,18 @@ main()
 
 
 def stalled(store: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    sets = [part for override in [*TINY, "resources.stall_minutes=0.05"] for part in ("--set", override)]
+    sets = [
+        part for override in [*TINY, "resources.stall_minutes=0.05"] for part in ("--set", override)
+    ]
     command = [sys.executable, "-c", STALLED, "train", "demo", "--store", str(store), *sets]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, env=os.environ | environment)
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | environment,
+    )
 
 
 def test_a_stalled_step_dumps_the_stacks_and_ends_with_try_again(captured: Path, tmp_path: Path):

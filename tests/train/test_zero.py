@@ -1,4 +1,6 @@
-"""Two ranks under DeepSpeed end where ddp does, from whatever checkpoint, with unequal and with no work."""
+"""Two ranks under DeepSpeed end where ddp does, from whatever checkpoint, with unequal and with
+no work.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, weights
 
 # Equally many samples in unequally many micro-batches.
-RUN = ["train.max_steps=20", "train.checkpoint_steps=10", "train.global_batch=6", "resources.batch_tokens=60", *SMOOTH]
+RUN = [
+    "train.max_steps=20",
+    "train.checkpoint_steps=10",
+    "train.global_batch=6",
+    "resources.batch_tokens=60",
+    *SMOOTH,
+]
 ZERO = "train.strategy=deepspeed"
 
 pytestmark = pytest.mark.slow
@@ -34,7 +42,12 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 def of_deepspeed() -> list[str]:
     """What `deepspeed --hostfile` starts on a host by ssh."""
     hosts = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
-    return ["deepspeed.launcher.launch", f"--world_info={hosts}", f"--master_port={free_port()}", "--module"]
+    return [
+        "deepspeed.launcher.launch",
+        f"--world_info={hosts}",
+        f"--master_port={free_port()}",
+        "--module",
+    ]
 
 
 # The door itself, with steps that are dealt to the first rank alone.
@@ -60,15 +73,38 @@ def copy(store: Path, to: Path) -> Path:
     return to
 
 
-def two_ranks(store: Path, *overrides: str, launcher: Sequence[str] = TORCHRUN, door: Sequence[str] = ("deepspec",)) -> str:
+def two_ranks(
+    store: Path,
+    *overrides: str,
+    launcher: Sequence[str] = TORCHRUN,
+    door: Sequence[str] = ("deepspec",),
+) -> str:
     """Train on two ranks; what they said on standard error."""
-    sets = [part for override in [*TINY, "resources.device=cpu", *overrides] for part in ("--set", override)]
-    command = [sys.executable, "-m", *launcher, *door, "train", "demo", "--store", str(store), *sets]
+    sets = [
+        part
+        for override in [*TINY, "resources.device=cpu", *overrides]
+        for part in ("--set", override)
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        *door,
+        "train",
+        "demo",
+        "--store",
+        str(store),
+        *sets,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPSPEC_EVENTS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, timeout=120, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     if launcher == TORCHRUN:  # the other one logs there itself
-        assert all(line.startswith("{") for line in done.stdout.splitlines()), "standard output is for events"
+        assert all(line.startswith("{") for line in done.stdout.splitlines()), (
+            "standard output is for events"
+        )
     return done.stderr
 
 
@@ -96,10 +132,15 @@ def ddp(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(captured: Path, ddp: Path, tmp_path: Path, stage: int):
+def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(
+    captured: Path, ddp: Path, tmp_path: Path, stage: int
+):
     store = copy(captured, tmp_path / "store")
     said = two_ranks(store, *RUN, ZERO, f"resources.zero_stage={stage}")
-    artifact, wanted = artifact_of(tiny_run(store, *RUN), "train"), artifact_of(tiny_run(ddp, *RUN), "train")
+    artifact, wanted = (
+        artifact_of(tiny_run(store, *RUN), "train"),
+        artifact_of(tiny_run(ddp, *RUN), "train"),
+    )
     assert_close(artifact, wanted)
     assert said.count("deepspeed.json: {") == 1
     assert "Warning" not in said
@@ -111,18 +152,34 @@ def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Pa
     store = copy(ddp, tmp_path / "store")
     artifact = artifact_of(tiny_run(store, *RUN), "train")
     back_to(10, artifact)
-    said = two_ranks(store, *RUN, ZERO, "resources.zero_stage=3", "resources.offload=all", launcher=of_deepspeed())
+    said = two_ranks(
+        store,
+        *RUN,
+        ZERO,
+        "resources.zero_stage=3",
+        "resources.offload=all",
+        launcher=of_deepspeed(),
+    )
     assert "steps=10 of 20" in said
     assert_close(artifact, artifact_of(tiny_run(ddp, *RUN), "train"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
-def test_a_rank_that_never_has_a_sample_is_not_waited_for(captured: Path, tmp_path: Path, strategy: str):
+def test_a_rank_that_never_has_a_sample_is_not_waited_for(
+    captured: Path, tmp_path: Path, strategy: str
+):
     """Trap D3; the first rank gets all samples of every step, and the second one none."""
     run = ["train.max_steps=4", *SMOOTH]
     alone, store = copy(captured, tmp_path / "alone"), copy(captured, tmp_path / "store")
     (tmp_path / "one_sided.py").write_text(ONE_SIDED)
     launcher = (*TORCHRUN[:-1], "--no-python")
     door = (sys.executable, str(tmp_path / "one_sided.py"))
-    two_ranks(store, *run, f"train.strategy={strategy}", "resources.zero_stage=3", launcher=launcher, door=door)
+    two_ranks(
+        store,
+        *run,
+        f"train.strategy={strategy}",
+        "resources.zero_stage=3",
+        launcher=launcher,
+        door=door,
+    )
     assert_close(run_train(tiny_run(alone, *run)), artifact_of(tiny_run(store, *run), "train"))

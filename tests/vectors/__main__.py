@@ -1,4 +1,6 @@
-"""`python -m tests.vectors DIR` recomputes every reference case of a folder; exit 1 where any quantity is outside."""
+"""`python -m tests.vectors DIR` recomputes every reference case of a folder; exit 1 where any
+quantity is outside.
+"""
 
 from __future__ import annotations
 

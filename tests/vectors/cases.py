@@ -1,4 +1,6 @@
-"""What conformance compares: cases read from a folder, and checks that put the largest error beside what is allowed."""
+"""What conformance compares: cases read from a folder, and checks that put the largest error
+beside what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,30 @@ class Case(NamedTuple):
         for name in names:
             file = self.path.with_name(name)
             if not file.is_file():
-                raise DataError("a file of the case is missing", where=str(file), fix="copy the folder of vectors whole")
+                raise DataError(
+                    "a file of the case is missing",
+                    where=str(file),
+                    fix="copy the folder of vectors whole",
+                )
             tensors |= load_file(file)
         return tensors
 
-    def draft(self, config: dict[str, Any], weights: Sequence[str], state_dict: dict[str, list[int]] | None = None) -> Draft:
-        """The case's draft in float32; `state_dict` names its tensors where the files hold those of more drafts than one."""
+    def draft(
+        self,
+        config: dict[str, Any],
+        weights: Sequence[str],
+        state_dict: dict[str, list[int]] | None = None,
+    ) -> Draft:
+        """The case's draft in float32; `state_dict` names its tensors where the files hold
+        those of more drafts than one.
+        """
         tensors = self.load(*weights)
         if state_dict is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if name in state_dict}
         draft = empty_draft(DraftSpec.from_config(config))
-        load_tensors(draft, tensors, dtype=torch.float32, where=f"{self.path.parent}: {', '.join(weights)}")
+        load_tensors(
+            draft, tensors, dtype=torch.float32, where=f"{self.path.parent}: {', '.join(weights)}"
+        )
         return draft
 
 
@@ -63,9 +78,14 @@ def read_cases(folder: Path) -> list[Case]:
     """
     fix = "give a folder with NAME.json and NAME.safetensors of each case"
     try:
-        found = [Case(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+        found = [
+            Case(path, json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(folder.glob("*.json"))
+        ]
     except (OSError, ValueError) as error:
-        raise DataError(f"the reference vectors cannot be read: {error}", where=str(folder), fix=fix) from None
+        raise DataError(
+            f"the reference vectors cannot be read: {error}", where=str(folder), fix=fix
+        ) from None
     if not found:
         raise DataError("there are no reference vectors here", where=str(folder), fix=fix)
     return found
@@ -78,10 +98,16 @@ def relative(found: float, wanted: float, *, floor: float = 0.0) -> float:
 
 
 def regret(logits: Tensor, likeliest: Tensor) -> float:
-    """How far below its row's largest logit the token named likeliest is; 0 where both agree, small where they tie."""
+    """How far below its row's largest logit the token named likeliest is; 0 where both agree,
+    small where they tie.
+    """
     if not logits.numel():
         return 0.0
-    return (logits.max(-1).values - logits.gather(-1, likeliest.long()[..., None])[..., 0]).max().item()
+    return (
+        (logits.max(-1).values - logits.gather(-1, likeliest.long()[..., None])[..., 0])
+        .max()
+        .item()
+    )
 
 
 def worst(quantity: str, errors: dict[str, float], tolerance: float) -> Check:

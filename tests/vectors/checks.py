@@ -1,4 +1,5 @@
-"""The reference vectors: every case of a folder recomputed, its largest errors beside what is allowed.
+"""The reference vectors: every case of a folder recomputed, its largest errors beside what is
+allowed.
 
 What a case is follows from the keys of its JSON. m captured layers, D hidden size, V vocabulary.
 """
@@ -47,11 +48,19 @@ def check_case(case: Case) -> list[Check]:
         return check_eagle3_case(case)
     if "state_dict" in fields and "loss_args" in fields:
         return check_block_case(case)
-    return [Check("kind of case", 1.0, note="neither training, loss-only nor decoding: " + ", ".join(sorted(fields))[:60])]
+    return [
+        Check(
+            "kind of case",
+            1.0,
+            note="neither training, loss-only nor decoding: " + ", ".join(sorted(fields))[:60],
+        )
+    ]
 
 
 def check_decoding_case(case: Case) -> list[Check]:
-    """Greedy decoding round by round, then all prompts in one batch through the evaluator itself."""
+    """Greedy decoding round by round, then all prompts in one batch through the evaluator
+    itself.
+    """
     fields = case.fields
     target, draft = _target_of(case), case.draft(fields["draft_config"], [fields["draft_weights"]])
     checks = _feature_checks(target, case)
@@ -60,8 +69,14 @@ def check_decoding_case(case: Case) -> list[Check]:
         rounds, confidence = 0, 0.0
         for trace in fields[key]:
             replayed = replay(target, draft, trace, threshold=threshold)
-            rounds, confidence = rounds + replayed.differing, max(confidence, replayed.confidence_error)
-        checks += [Check(f"{key}: rounds that differ", float(rounds)), Check(f"{key}: confidence", confidence, CONFIDENCE)]
+            rounds, confidence = (
+                rounds + replayed.differing,
+                max(confidence, replayed.confidence_error),
+            )
+        checks += [
+            Check(f"{key}: rounds that differ", float(rounds)),
+            Check(f"{key}: confidence", confidence, CONFIDENCE),
+        ]
     settings = Decode(GREEDY, fields["max_new_tokens"], frozenset(fields.get("stop_token_ids", ())))
     wanted = fields["results"]
     prompts = [trace["prompt"] for trace in wanted]
@@ -70,10 +85,17 @@ def check_decoding_case(case: Case) -> list[Check]:
     plain = generate(target, prompts, settings, seeds=seeds)
     expected = [trace["output_ids"][len(trace["prompt"]) :] for trace in wanted]
     differing = {
-        "speculative, batched": sum(found.token_ids != ids for found, ids in zip(traces, expected, strict=True)),
+        "speculative, batched": sum(
+            found.token_ids != ids for found, ids in zip(traces, expected, strict=True)
+        ),
         "plain, batched": sum(found != ids for found, ids in zip(plain, expected, strict=True)),
     }
-    return [*checks, worst("answers that differ", {name: float(count) for name, count in differing.items()}, 0.0)]
+    return [
+        *checks,
+        worst(
+            "answers that differ", {name: float(count) for name, count in differing.items()}, 0.0
+        ),
+    ]
 
 
 class Replayed(NamedTuple):
@@ -83,7 +105,9 @@ class Replayed(NamedTuple):
 
 @torch.inference_mode()
 def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: float) -> Replayed:
-    """Decode one prompt as the reference did: a block is cut at the first confidence below the threshold."""
+    """Decode one prompt as the reference did: a block is cut at the first confidence below the
+    threshold.
+    """
     prompt, differing, error = wanted["prompt"], 0, 0.0
     capacity = len(wanted["output_ids"]) + 2 * draft.block_size + 2
     cache, draft_cache = target.new_cache(1, capacity), draft.new_cache(1, capacity)
@@ -103,8 +127,15 @@ def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: f
         verdict = verify(tokens, None, target.logits(output.last_hidden), GREEDY, None)
         accepted = int(verdict.num_accepted)
         found = (tokens[0].tolist(), accepted, int(verdict.next_token))
-        same = found == (step["proposal"][1:], step["accepted"], step["next_token"])  # the first one is the anchor
-        differing += not (same or (step is wanted["steps"][-1] and _ends_alike(found, step, wanted["output_ids"][len(ids) :])))
+        # the first one is the anchor
+        same = found == (step["proposal"][1:], step["accepted"], step["next_token"])
+        differing += not (
+            same
+            or (
+                step is wanted["steps"][-1]
+                and _ends_alike(found, step, wanted["output_ids"][len(ids) :])
+            )
+        )
         following = torch.cat([tokens[:, :accepted], verdict.next_token[:, None]], 1)
         draft.accept(draft_cache, output.context, following, [accepted + 1])
         cache.lengths = [cache.lengths[0] + accepted + 1]
@@ -113,7 +144,9 @@ def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: f
 
 
 def _ends_alike(found: tuple[list[int], int, int], step: dict[str, Any], output: list[int]) -> bool:
-    """Whether the last round differs only behind the answer's end, where a stop token or the length limit cuts it."""
+    """Whether the last round differs only behind the answer's end, where a stop token or the
+    length limit cuts it.
+    """
     tokens, accepted, next_token = found
     proposed, committed = step["proposal"][1:], [*tokens[:accepted], next_token]
     return tokens[: len(proposed)] == proposed and committed[: len(output)] == output
@@ -123,8 +156,12 @@ def _target_of(case: Case) -> Target:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(case.fields["target_config"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields), attn_implementation="sdpa")
-    tensors = {name: tensor.float() for name, tensor in case.load(case.fields["target_weights"]).items()}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields), attn_implementation="sdpa"
+    )
+    tensors = {
+        name: tensor.float() for name, tensor in case.load(case.fields["target_weights"]).items()
+    }
     tied = "lm_head.weight" if model.config.get_text_config().tie_word_embeddings else ""
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or set(missing) - {tied}:
@@ -144,4 +181,14 @@ def _feature_checks(target: Target, case: Case) -> list[Check]:
         "target_last_hidden_states": output.last_hidden,
         "target_logits_last_pos": target.logits(output.last_hidden)[:, -1],
     }
-    return [worst("target's states", {name: distance(value, tensors[name]) for name, value in found.items() if name in tensors}, OUTPUT)]
+    return [
+        worst(
+            "target's states",
+            {
+                name: distance(value, tensors[name])
+                for name, value in found.items()
+                if name in tensors
+            },
+            OUTPUT,
+        )
+    ]

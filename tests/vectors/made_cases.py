@@ -1,4 +1,5 @@
-"""Cases in the format of the reference vectors, made from drafts of this project: other heads, families and paddings.
+"""Cases in the format of the reference vectors, made from drafts of this project: other heads,
+families and paddings.
 
 B rows, W padded width, A anchors a row, K anchors in all.
 """
@@ -25,8 +26,12 @@ from deepspec.model.loss import deviation
 from tests.vectors.training_vectors import Rows, batch_of
 
 
-def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig, folder: Path) -> None:
-    """The format does not say where rows of blocks end: they are read as tokens without loss up to the padded width."""
+def write_block_case(
+    draft: BlockDraft, batch: TrainBatch, settings: LossConfig, folder: Path
+) -> None:
+    """The format does not say where rows of blocks end: they are read as tokens without loss up
+    to the padded width.
+    """
     draft.configure_loss(settings)
     inputs = _inputs(batch)
     batch = batch_of(inputs, Rows.of(inputs))
@@ -36,7 +41,11 @@ def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig,
     target = draft.vocabulary().target_logits(batch.last_hidden[plan.places])
     output = draft.loss(batch, plan)
     rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
-    width, size, positions = len(batch.input_ids) // len(batch.lengths), draft.block_size, plan.anchors - plan.samples.starts
+    width, size, positions = (
+        len(batch.input_ids) // len(batch.lengths),
+        draft.block_size,
+        plan.anchors - plan.samples.starts,
+    )
     per_row = torch.bincount(plan.anchors // width, minlength=len(batch.lengths))
 
     def by_row(values: Tensor) -> Tensor:
@@ -45,20 +54,34 @@ def write_block_case(draft: BlockDraft, batch: TrainBatch, settings: LossConfig,
     keep = by_row(torch.ones_like(positions)).bool()
     num_rows, num_blocks = keep.shape
     before = torch.arange(width) < by_row(positions)[..., None]
-    own = torch.eye(num_blocks, dtype=torch.bool).repeat_interleave(size, 1).expand(num_rows, -1, -1)
+    own = (
+        torch.eye(num_blocks, dtype=torch.bool).repeat_interleave(size, 1).expand(num_rows, -1, -1)
+    )
     tensors = inputs | {
-        "anchor_positions": by_row(positions).int(), "block_keep_mask": keep.byte(), "output_hidden": by_row(states).flatten(1, 2),
+        "anchor_positions": by_row(positions).int(),
+        "block_keep_mask": keep.byte(),
+        "output_hidden": by_row(states).flatten(1, 2),
         "attention_mask": torch.cat([before, own], -1).repeat_interleave(size, 1)[:, None].byte(),
-        "draft_logits_row0": by_row(logits)[:1], "draft_logsumexp": by_row(logits.logsumexp(-1)),
-        "draft_argmax": by_row(logits.argmax(-1)).int(), "target_ids": by_row(plan.labels).int(), "eval_mask": by_row(counted).byte(),
+        "draft_logits_row0": by_row(logits)[:1],
+        "draft_logsumexp": by_row(logits.logsumexp(-1)),
+        "draft_argmax": by_row(logits.argmax(-1)).int(),
+        "target_ids": by_row(plan.labels).int(),
+        "eval_mask": by_row(counted).byte(),
         "accept_rate": by_row(torch.zeros(counted.shape).masked_scatter(counted, rates)),
-    }  # fmt: skip
+    }
     tensors |= {} if confidence is None else {"confidence_pred": by_row(confidence)}
-    arguments = {"loss_decay_gamma": settings.decay, "ce_loss_alpha": settings.ce, "l1_loss_alpha": settings.tv}
+    arguments = {
+        "loss_decay_gamma": settings.decay,
+        "ce_loss_alpha": settings.ce,
+        "l1_loss_alpha": settings.tv,
+    }
     names = {"ce": "ce_loss", "tv": "l1_loss", "confidence": "confidence_loss"}
     scalars = {f"{names[name]}_num": value.item() for name, value in output.numerators.items()}
     scalars |= {f"{names[name]}_den": output.denominator.item() for name in output.numerators}
-    fields = {"loss_args": arguments | {"confidence_head_alpha": settings.confidence}, "scalars": scalars}
+    fields = {
+        "loss_args": arguments | {"confidence_head_alpha": settings.confidence},
+        "scalars": scalars,
+    }
     _write(draft, output.numerator / output.denominator, fields, tensors, folder)
 
 
@@ -76,10 +99,17 @@ def write_eagle3_case(draft: Eagle3Draft, batch: TrainBatch, folder: Path) -> No
     plan = draft.plan(batch)
     output = draft.loss(batch, plan._replace(weights=torch.full_like(plan.weights, 1 / num_tokens)))
     tensors = _inputs(batch) | {
-        "attention_mask": (torch.arange(num_tokens) < batch.lengths[:, None]).byte(), "step_hidden": torch.stack(steps),
-        "step0_logits_row0": logits[0, 0], "step_logsumexp": logits.logsumexp(-1), "step_argmax": logits.argmax(-1).int(),
-    }  # fmt: skip
-    fields = {"loss_args": {}, "scalars": {}, "step_losses": [(value / num_rows).item() for value in output.numerators.values()]}
+        "attention_mask": (torch.arange(num_tokens) < batch.lengths[:, None]).byte(),
+        "step_hidden": torch.stack(steps),
+        "step0_logits_row0": logits[0, 0],
+        "step_logsumexp": logits.logsumexp(-1),
+        "step_argmax": logits.argmax(-1).int(),
+    }
+    fields = {
+        "loss_args": {},
+        "scalars": {},
+        "step_losses": [(value / num_rows).item() for value in output.numerators.values()],
+    }
     _write(draft, output.numerator / num_rows, fields, tensors, folder)
 
 
@@ -90,26 +120,46 @@ def _padded(values: Tensor, lengths: Tensor) -> Tensor:
 
 def _inputs(batch: TrainBatch) -> dict[str, Tensor]:
     tensors = {
-        "input_ids": batch.input_ids.int(), "loss_mask": batch.loss_mask.byte(),
-        "target_hidden_states": batch.context, "target_last_hidden_states": batch.last_hidden,
-    }  # fmt: skip
+        "input_ids": batch.input_ids.int(),
+        "loss_mask": batch.loss_mask.byte(),
+        "target_hidden_states": batch.context,
+        "target_last_hidden_states": batch.last_hidden,
+    }
     return {name: _padded(tensor, batch.lengths) for name, tensor in tensors.items()}
 
 
-def _write(draft: Draft, loss: Tensor, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _write(
+    draft: Draft, loss: Tensor, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> None:
     draft.zero_grad()
     loss.backward()
-    grads = {name: parameter.grad.double().flatten() for name, parameter in draft.named_parameters() if parameter.grad is not None}
-    waves = {name: (grad * torch.arange(len(grad), dtype=torch.float64).cos()).sum().item() for name, grad in grads.items()}
+    grads = {
+        name: parameter.grad.double().flatten()
+        for name, parameter in draft.named_parameters()
+        if parameter.grad is not None
+    }
+    waves = {
+        name: (grad * torch.arange(len(grad), dtype=torch.float64).cos()).sum().item()
+        for name, grad in grads.items()
+    }
     fields["scalars"]["loss"] = loss.item()
     fields |= {
-        "config": draft.spec.to_config(), "weights": ["odd.weights"],
+        "config": draft.spec.to_config(),
+        "weights": ["odd.weights"],
         "state_dict": {name: list(tensor.shape) for name, tensor in draft.state_dict().items()},
-        "metrics": {}, "grads": {
+        "metrics": {},
+        "grads": {
             "total_norm": torch.cat(list(grads.values())).norm().item(),
-            "norms": {name: grad.norm().item() for name, grad in grads.items()}, "cos_projection": waves,
+            "norms": {name: grad.norm().item() for name, grad in grads.items()},
+            "cos_projection": waves,
         },
-    }  # fmt: skip
-    save_file({name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()}, folder / "odd.weights")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "any.safetensors")
+    }
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()},
+        folder / "odd.weights",
+    )
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / "any.safetensors",
+    )
     (folder / "any.json").write_text(json.dumps(fields))

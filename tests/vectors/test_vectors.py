@@ -1,4 +1,6 @@
-"""The reference vectors hold, every case of the folder; and the comparison notices what is wrong."""
+"""The reference vectors hold, every case of the folder; and the comparison notices what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def copied(case: str, folder: Path) -> Path:
         ("dspark_loss_only", "grad_logits.dspark", "dspark: gradients"),
     ],
 )
-def test_a_number_that_is_a_little_off_is_found_and_named(case: str, tensor: str, quantity: str, tmp_path: Path) -> None:
+def test_a_number_that_is_a_little_off_is_found_and_named(
+    case: str, tensor: str, quantity: str, tmp_path: Path
+) -> None:
     """The negative control: 1e-3 on one tensor of the case fails that quantity and no other."""
     copied(case, tmp_path)
     tensors = load_file(tmp_path / f"{case}.safetensors")
@@ -91,7 +95,10 @@ def test_the_command_ends_with_1_where_a_case_is_outside(tmp_path: Path) -> None
     copied("dspark_loss_only", tmp_path)
     assert CliRunner().invoke(app, [str(tmp_path)]).exit_code == 0
     tensors = load_file(tmp_path / "dspark_loss_only.safetensors")
-    save_file(tensors | {"draft_logits": tensors["draft_logits"] + torch.eye(64)[0]}, tmp_path / "dspark_loss_only.safetensors")
+    save_file(
+        tensors | {"draft_logits": tensors["draft_logits"] + torch.eye(64)[0]},
+        tmp_path / "dspark_loss_only.safetensors",
+    )
     result = CliRunner().invoke(app, [str(tmp_path)])
     assert result.exit_code == 1
     assert "OUTSIDE" in result.output
@@ -107,8 +114,12 @@ def test_a_folder_without_cases_and_a_kind_unknown_here_are_no_success(tmp_path:
 
 
 @pytest.mark.parametrize("decay", [4.0, None])
-@pytest.mark.parametrize(("name", "target"), [(n, t) for n in CONFIGS for t in TARGETS if n != "eagle3"])
-def test_cases_of_other_heads_families_and_options_are_understood(name: str, target: str, decay: float | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "target"), [(n, t) for n in CONFIGS for t in TARGETS if n != "eagle3"]
+)
+def test_cases_of_other_heads_families_and_options_are_understood(
+    name: str, target: str, decay: float | None, tmp_path: Path
+) -> None:
     """Layer -1, block size 4, every head and none: nothing is special to the cases at hand."""
     draft = make_draft(CONFIGS[name], target=target)
     assert isinstance(draft, BlockDraft)

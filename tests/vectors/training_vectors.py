@@ -1,7 +1,9 @@
-"""Training cases of the reference vectors: masks, labels, forward states and logits; the losses are in `loss_vectors.py`.
+"""Training cases of the reference vectors: masks, labels, forward states and logits; the losses are
+in `loss_vectors.py`.
 
-The reference pads its rows; here they are packed. `Rows` says which of its places are real.
-B batch, W padded width, A anchors a row, K anchors kept, g block size, S training-time-test steps, D hidden size, V vocabulary.
+The reference pads its rows; here they are packed. `Rows` says which of its places are real. B
+batch, W padded width, A anchors a row, K anchors kept, g block size, S training-time-test steps, D
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ from deepspec.model.layers import softcap
 from deepspec.model.loss import deviation
 from deepspec.target.conformance import Check, distance
 from tests.vectors.cases import Case, regret, relative, worst
-from tests.vectors.loss_vectors import LOSS, ROUNDING_FACTOR, gradient_checks, loss_check, loss_settings, metrics_check
+from tests.vectors.loss_vectors import (
+    LOSS,
+    ROUNDING_FACTOR,
+    gradient_checks,
+    loss_check,
+    loss_settings,
+    metrics_check,
+)
 
 OUTPUT = 1e-5  # absolute
 
 
 def check_block_case(case: Case) -> list[Check]:
-    """A DFlash or DSpark training case: everything that the reference computed, from its own anchors."""
+    """A DFlash or DSpark training case: everything that the reference computed, from its own
+    anchors.
+    """
     tensors, fields = case.tensors(), case.fields
     draft = case.draft(fields["config"], fields["weights"], fields["state_dict"])
     if not isinstance(draft, BlockDraft):
@@ -39,11 +50,16 @@ def check_block_case(case: Case) -> list[Check]:
     batch, keep = batch_of(tensors, rows), tensors["block_keep_mask"].bool()
     starts = Samples.of(batch.lengths).starts[:, None]
     plan = draft.plan_for(batch, (starts + tensors["anchor_positions"].long())[keep])
-    checks = [*_plan_checks(draft, plan, rows, tensors), *_forward_checks(draft, plan, batch, tensors)]
+    checks = [
+        *_plan_checks(draft, plan, rows, tensors),
+        *_forward_checks(draft, plan, batch, tensors),
+    ]
     output = draft.loss(batch, plan)
     loss = output.numerator / output.denominator.clamp(min=1e-9)
     loss.backward()
-    metrics = {f"accept@{slot}": f"accept_rate@{slot}" for slot in range(draft.block_size)} | {"tau": "tau_probabilistic"}
+    metrics = {f"accept@{slot}": f"accept_rate@{slot}" for slot in range(draft.block_size)} | {
+        "tau": "tau_probabilistic"
+    }
     metrics |= {name: name for name in ("confidence_bias", "confidence_abs_error")}
     names = {**metrics, "ce": "ce_loss"} if draft.loss_settings.ce > 0 else metrics
     return [
@@ -63,18 +79,29 @@ def check_eagle3_case(case: Case) -> list[Check]:
     rows = Rows.of(tensors)
     batch = batch_of(tensors, rows)
     plan = draft.plan(batch)
-    # The reference divides by the padded width of its batch; here there is no padding, each sample has its own length.
+    # The reference divides by the padded width of its batch; here there is no padding, each sample
+    # has its own length.
     plan = plan._replace(weights=torch.full_like(plan.weights, 1.0 / rows.real.shape[1]))
     output = draft.loss(batch, plan)
     loss = output.numerator / output.denominator.clamp(min=1e-9)
     loss.backward()
-    found = {"loss": loss.item()} | {name: (value / output.denominator).item() for name, value in output.numerators.items()}
-    wanted = {"loss": fields["scalars"]["loss"]} | {f"ce@{step}": value for step, value in enumerate(fields["step_losses"])}
+    found = {"loss": loss.item()} | {
+        name: (value / output.denominator).item() for name, value in output.numerators.items()
+    }
+    wanted = {"loss": fields["scalars"]["loss"]} | {
+        f"ce@{step}": value for step, value in enumerate(fields["step_losses"])
+    }
     steps = range(draft.spec.ttt_length)
-    names = {f"accept@{step}": f"accept_rate@{step}" for step in steps} | {f"accuracy@{step}": f"accuracy@{step}" for step in steps}
+    names = {f"accept@{step}": f"accept_rate@{step}" for step in steps} | {
+        f"accuracy@{step}": f"accuracy@{step}" for step in steps
+    }
     return [
         *_step_checks(draft, batch, rows, tensors),
-        worst("loss terms", {name: relative(found[name], value) for name, value in wanted.items()}, LOSS),
+        worst(
+            "loss terms",
+            {name: relative(found[name], value) for name, value in wanted.items()},
+            LOSS,
+        ),
         metrics_check(output.metrics, fields, names | {"tau": "tau_probabilistic"}),
         *gradient_checks(draft, _exactly(draft, batch, plan), case),
     ]
@@ -87,7 +114,11 @@ class Rows(NamedTuple):
     def of(cls, tensors: dict[str, Tensor]) -> Rows:
         """A mask [B, W] says where rows end, any other shape is the blocks' own."""
         ids, mask = tensors["input_ids"], tensors.get("attention_mask")
-        return cls(mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool))
+        return cls(
+            mask.bool()
+            if mask is not None and mask.shape == ids.shape
+            else torch.ones_like(ids, dtype=torch.bool)
+        )
 
 
 def batch_of(tensors: dict[str, Tensor], rows: Rows) -> TrainBatch:
@@ -108,29 +139,53 @@ def _exactly(draft: Draft, batch: TrainBatch, plan: BlockPlan | Eagle3Plan) -> D
     exact = copy.deepcopy(draft).double()
     exact.zero_grad()
     drafter: Drafter = exact
-    output = drafter.loss(batch._replace(context=batch.context.double(), last_hidden=batch.last_hidden.double()), plan)
+    output = drafter.loss(
+        batch._replace(context=batch.context.double(), last_hidden=batch.last_hidden.double()), plan
+    )
     (output.numerator / output.denominator.clamp(min=1e-9)).backward()
     return exact
 
 
-def _plan_checks(draft: BlockDraft, plan: BlockPlan, rows: Rows, tensors: dict[str, Tensor]) -> list[Check]:
+def _plan_checks(
+    draft: BlockDraft, plan: BlockPlan, rows: Rows, tensors: dict[str, Tensor]
+) -> list[Check]:
     keep, counted = tensors["block_keep_mask"].bool(), tensors["eval_mask"].bool()
     width, size = rows.real.shape[1], draft.block_size
-    context, blocks = tensors["attention_mask"][:, 0].bool().unflatten(1, (-1, size)).split([width, keep.shape[1] * size], -1)
+    context, blocks = (
+        tensors["attention_mask"][:, 0]
+        .bool()
+        .unflatten(1, (-1, size))
+        .split([width, keep.shape[1] * size], -1)
+    )
     positions = torch.arange(width)
     sees = (positions < (plan.anchors - plan.samples.starts)[:, None])[:, None]  # [K, 1, W]
-    own = torch.eye(keep.shape[1], dtype=torch.bool).repeat_interleave(size, 1)[:, None].expand_as(blocks[0])
+    own = (
+        torch.eye(keep.shape[1], dtype=torch.bool)
+        .repeat_interleave(size, 1)[:, None]
+        .expand_as(blocks[0])
+    )
     wrong = {
         "counted slots": int((plan.counted != counted[keep]).sum()) + int(counted[~keep].sum()),
         "labels": int((plan.labels != tensors["target_ids"].long()[keep])[plan.counted].sum()),
         "attention mask": int((sees != context[keep]).sum()) + int((own != blocks)[keep].sum()),
     }
-    return [worst("masks and labels that differ", {name: float(count) for name, count in wrong.items()}, 0.0)]
+    return [
+        worst(
+            "masks and labels that differ",
+            {name: float(count) for name, count in wrong.items()},
+            0.0,
+        )
+    ]
 
 
 @torch.no_grad()
-def _forward_checks(draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tensors: dict[str, Tensor]) -> list[Check]:
-    found, exact = block_outputs(draft, plan, batch.context), block_outputs(copy.deepcopy(draft).double(), plan, batch.context.double())
+def _forward_checks(
+    draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tensors: dict[str, Tensor]
+) -> list[Check]:
+    found, exact = (
+        block_outputs(draft, plan, batch.context),
+        block_outputs(copy.deepcopy(draft).double(), plan, batch.context.double()),
+    )
     keep, logits = tensors["block_keep_mask"].bool(), found.logits
     wanted_states = tensors["output_hidden"].unflatten(1, (-1, draft.block_size))[keep]
     states = _output("output states", found.states, wanted_states, exact.states)
@@ -143,35 +198,60 @@ def _forward_checks(draft: BlockDraft, plan: BlockPlan, batch: TrainBatch, tenso
         "draft_logits_row0": lambda wanted: distance(logits[:in_row0], wanted[0][keep[0]]),
         "draft_logsumexp": lambda wanted: distance(logits.logsumexp(-1), wanted[keep]),
         "draft_argmax": lambda wanted: regret(logits, wanted[keep]),
-        "aligned_target_logsumexp": lambda wanted: distance(target.logsumexp(-1), wanted[keep][counted]),
+        "aligned_target_logsumexp": lambda wanted: distance(
+            target.logsumexp(-1), wanted[keep][counted]
+        ),
         "aligned_target_argmax": lambda wanted: regret(target, wanted[keep][counted]),
     }
     errors = {name: measure(tensors[name]) for name, measure in compared.items() if name in tensors}
     checks = [states, worst("logits", errors, _allowed(rounding))]
-    checks += [Check("acceptance rates", distance(rates, tensors["accept_rate"][keep][counted]), OUTPUT)]
+    checks += [
+        Check("acceptance rates", distance(rates, tensors["accept_rate"][keep][counted]), OUTPUT)
+    ]
     if found.confidence is not None and exact.confidence is not None:
-        checks += [_output("confidence", found.confidence, tensors["confidence_pred"][keep], exact.confidence)]
+        checks += [
+            _output(
+                "confidence", found.confidence, tensors["confidence_pred"][keep], exact.confidence
+            )
+        ]
     return checks
 
 
 @torch.no_grad()
-def _step_checks(draft: Eagle3Draft, batch: TrainBatch, rows: Rows, tensors: dict[str, Tensor]) -> list[Check]:
-    every, exact = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask))), copy.deepcopy(draft).double()
+def _step_checks(
+    draft: Eagle3Draft, batch: TrainBatch, rows: Rows, tensors: dict[str, Tensor]
+) -> list[Check]:
+    every, exact = (
+        draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask))),
+        copy.deepcopy(draft).double(),
+    )
     doubled = exact.step_states(batch._replace(context=batch.context.double()), every)
     cap, rounding = draft.spec.logit_softcap, {"states": 0.0, "logits": 0.0}
     errors: dict[str, dict[str, float]] = {"states": {}, "logits": {}}
-    for step, (states, more_exact) in enumerate(zip(draft.step_states(batch, every), doubled, strict=True)):
+    for step, (states, more_exact) in enumerate(
+        zip(draft.step_states(batch, every), doubled, strict=True)
+    ):
         counted, at = every.counted[step], every.places[every.counted[step]]
         logits = softcap(draft.lm_head(draft.norm(states[counted])), cap)
         precise = softcap(exact.lm_head(exact.norm(more_exact[counted])), cap)
         rounding["states"] = max(rounding["states"], distance(states[counted], more_exact[counted]))
         rounding["logits"] = max(rounding["logits"], distance(logits, precise))
-        wanted = {name: tensors[f"step_{name}"][step][rows.real][at] for name in ("hidden", "logsumexp", "argmax")}
+        wanted = {
+            name: tensors[f"step_{name}"][step][rows.real][at]
+            for name in ("hidden", "logsumexp", "argmax")
+        }
         errors["states"][f"step {step}"] = distance(states[counted], wanted["hidden"])
-        of_step = [distance(logits.logsumexp(-1), wanted["logsumexp"]), regret(logits, wanted["argmax"])]
-        for row, (start, end) in enumerate(zip(*(bounds.tolist() for bounds in Samples.of(batch.lengths)), strict=True)):
+        of_step = [
+            distance(logits.logsumexp(-1), wanted["logsumexp"]),
+            regret(logits, wanted["argmax"]),
+        ]
+        for row, (start, end) in enumerate(
+            zip(*(bounds.tolist() for bounds in Samples.of(batch.lengths)), strict=True)
+        ):
             stored, in_row = tensors.get(f"step{step}_logits_row{row}"), (at >= start) & (at < end)
-            of_step += [] if stored is None else [distance(logits[in_row], stored[at[in_row] - start])]
+            of_step += (
+                [] if stored is None else [distance(logits[in_row], stored[at[in_row] - start])]
+            )
         errors["logits"][f"step {step}"] = max(of_step)
     return [worst(f"step {kind}", errors[kind], _allowed(rounding[kind])) for kind in errors]
 
