@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deepspec.config.run import RunConfig
-from deepspec.target.conversation import Outcome, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Outcome, Turn
 
 
 class Free:
@@ -17,8 +17,8 @@ class Free:
         self.config = config
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         for request in requests:
             yield (
                 request,

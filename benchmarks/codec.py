@@ -129,7 +129,7 @@ def real_states(store: str) -> States:
     from deepspec.demo.corpus import make_corpus
     from deepspec.demo.stage import run_demo
     from deepspec.target.chat import load_chat, target_folder
-    from deepspec.target.model import load_target
+    from deepspec.target.loading import load_target
 
     demo = [
         "demo.hidden_size=128",

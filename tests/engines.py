@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepspec.config.run import RunConfig
 from deepspec.errors import DataError, TransientError
-from deepspec.target.conversation import Outcome, Refused, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 
 
 class Echo:
@@ -18,12 +18,12 @@ class Echo:
         self.config = config
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         for request in requests:
             yield request, self._one(request)
 
-    def _one(self, request: Request) -> Outcome:
+    def _one(self, request: AnswerRequest) -> Outcome:
         said = request.messages[-1].content
         if "refuse" in said:
             return Refused("refused", "the test asked for it")
@@ -47,8 +47,8 @@ class Flaky(Echo):
     """
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         notes = Path(os.environ["FLAKY_DIR"])
         with (notes / "calls").open("a") as calls:
             calls.write(f"{shard}\n")

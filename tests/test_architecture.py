@@ -65,7 +65,6 @@ LONGER_FOR_NOW = {
     "deepspec/storage/remote.py",
     "deepspec/storage/s3_client.py",
     "deepspec/storage/s3_fsspec.py",
-    "deepspec/target/model.py",
     "deepspec/train/zero.py",
     "flows/pool_executor.py",
     "flows/ray_executor.py",

@@ -26,11 +26,11 @@ from deepspec.config.run import RunConfig
 from deepspec.errors import DataError, DeepSpecError, TransientError
 from deepspec.target.conversation import (
     FAILED,
+    AnswerRequest,
     Conversation,
     Failed,
     Outcome,
     Refused,
-    Request,
     Turn,
 )
 
@@ -177,7 +177,7 @@ class Ahead:
         finally:
             self._give_back(1)
 
-    async def _answer(self, request: Request, journal: Journal) -> Outcome:
+    async def _answer(self, request: AnswerRequest, journal: Journal) -> Outcome:
         """What the journal knows, or else what a server says, noted in the journal."""
         key = request_key(request)
         known = known_outcome(journal, key, row_runs=self.config.resources.row_runs)

@@ -21,7 +21,7 @@ import xxhash
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.storage.store import canonical_json
-from deepspec.target.conversation import Request
+from deepspec.target.conversation import AnswerRequest
 
 
 class Journal:
@@ -59,7 +59,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
-def request_key(request: Request) -> str:
+def request_key(request: AnswerRequest) -> str:
     """Names a request by all that decides its answer: an answer to another conversation is
     never taken for it.
     """

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from deepspec.config.run import RunConfig
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.conversation import Outcome, Refused, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 from deepspec.target.generate import Decode, generate
-from deepspec.target.model import load_target
+from deepspec.target.loading import load_target
 
 
 class TransformersEngine:
@@ -23,8 +23,8 @@ class TransformersEngine:
         self.stop_ids = self.chat.stop_ids(self.target.generation_eos)
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         """Decode in batches of similar prompt length; which rows share a batch follows from the
         shard alone.
         """

@@ -8,7 +8,7 @@ from openai.types.chat import ChatCompletion
 
 from deepspec.answers.request import SEEDS
 from deepspec.config.run import TargetConfig
-from deepspec.target.conversation import Refused, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Refused, Turn
 
 THINKING = {  # by chat family: what the target writes before and behind its thinking
     "qwen": ("<think>\n", "\n</think>\n\n"),
@@ -19,7 +19,7 @@ MARKS_LOST = "thought\n"
 
 
 def read_reply(
-    reply: ChatCompletion, request: Request, target: TargetConfig, *, endpoint: str
+    reply: ChatCompletion, request: AnswerRequest, target: TargetConfig, *, endpoint: str
 ) -> Turn | Refused:
     """One answer (trap A5: what the model generated is what the cache renders).
 

@@ -37,7 +37,7 @@ from deepspec.answers.server_errors import (
 from deepspec.answers.server_pool import Endpoint, Pool
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
-from deepspec.target.conversation import Failed, Outcome, Refused, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class OpenAIEngine:
         for client in self.clients.values():
             await client.close()
 
-    async def ask(self, request: Request) -> Outcome:
+    async def ask(self, request: AnswerRequest) -> Outcome:
         """Attempts until one is told apart.
 
         Raises:
@@ -147,7 +147,7 @@ class OpenAIEngine:
                 f"of {self.resources.request_tries} attempts the last one ended with: {error}"
             )
 
-    async def _try(self, request: Request) -> Turn | Refused:
+    async def _try(self, request: AnswerRequest) -> Turn | Refused:
         """One attempt at one server, which is told apart by how it went."""
         async with self.pool.lent() as endpoint:
             began = time.monotonic()
@@ -164,7 +164,7 @@ class OpenAIEngine:
             self.pool.answered(endpoint)
             return turn
 
-    async def _complete(self, endpoint: Endpoint, request: Request) -> ChatCompletion:
+    async def _complete(self, endpoint: Endpoint, request: AnswerRequest) -> ChatCompletion:
         body = {**self.bodies[endpoint.url], **({"tools": request.tools} if request.tools else {})}
         body |= {
             "messages": messages_as_sent(request.messages),

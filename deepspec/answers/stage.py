@@ -29,7 +29,14 @@ from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, DataError, TransientError
 from deepspec.process.events import Report, silent
 from deepspec.storage.store import file_checksum
-from deepspec.target.conversation import FAILED, Conversation, Failed, Outcome, Refused, Request
+from deepspec.target.conversation import (
+    FAILED,
+    AnswerRequest,
+    Conversation,
+    Failed,
+    Outcome,
+    Refused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +70,8 @@ class Engine(Protocol):
     """Where answers come from, a shard at a time; made as `Class(config)`."""
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterable[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterable[tuple[AnswerRequest, Outcome]]:
         """Each request with its outcome, in whatever order they come; raises TransientError if
         the shard should be tried again.
         """

@@ -45,7 +45,8 @@ from deepspec.target.conformance import (
     spread,
 )
 from deepspec.target.generate import Decode, generate
-from deepspec.target.model import Target, load_target
+from deepspec.target.loading import load_target
+from deepspec.target.model import Target
 
 BLOCK = 4
 HEADS = {"markov": MarkovConfig(rank=16), "confidence": ConfidenceConfig()}

@@ -17,7 +17,7 @@ import torch
 
 from deepspec.model.drafter import Proposal
 from deepspec.model.sampling import Verdict, verify
-from deepspec.target.generate import Decode, Rows, Seats, Started, pad_right
+from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
 from deepspec.target.model import Target, TargetOutput
 
 # (confidence [B, g] float32, running [B] bool) -> how many of each row's tokens the target is to
@@ -51,13 +51,13 @@ class Seconds(NamedTuple):
 class Decoding:
     """The answers of all prompts, as the rows at work add to them."""
 
-    def __init__(self, seats: Seats, settings: Decode) -> None:
-        self.max_new_tokens, self.stop_ids, self.seats = (
+    def __init__(self, slots: BatchSlots, settings: Decode) -> None:
+        self.max_new_tokens, self.stop_ids, self.slots = (
             settings.max_new_tokens,
             settings.stop_ids,
-            seats,
+            slots,
         )
-        self.traces = [Trace([], [], [], [], []) for _ in seats.waiting]
+        self.traces = [Trace([], [], [], [], []) for _ in slots.waiting]
 
     def start(self, tokens: Sequence[int], admitted: Mapping[int, int]) -> None:
         """The first token of each newly seated prompt comes from its own forward pass and
@@ -68,7 +68,7 @@ class Decoding:
 
     def note(self, confidence: Sequence[list[float]]) -> None:
         """Keep what the draft said of a round's tokens, before they are verified."""
-        for row, prompt in self.seats.running.items():
+        for row, prompt in self.slots.running.items():
             self.traces[prompt].confidence.append(confidence[row])
 
     def commit(
@@ -84,7 +84,7 @@ class Decoding:
             how many positions of each row's cache stay; 0 where the row has finished.
         """
         counts = [0] * len(accepted)
-        for row, prompt in list(self.seats.running.items()):
+        for row, prompt in list(self.slots.running.items()):
             trace, num_accepted = self.traces[prompt], accepted[row]
             kept = proposal[row][:num_accepted]
             stop = next((index for index, token in enumerate(kept) if token in self.stop_ids), None)
@@ -107,7 +107,7 @@ class Decoding:
         ids.extend(tokens[: self.max_new_tokens - len(ids)])
         goes_on = len(ids) < self.max_new_tokens and ids[-1] not in self.stop_ids
         if not goes_on:
-            del self.seats.running[row]
+            del self.slots.running[row]
         return goes_on
 
 
@@ -127,18 +127,18 @@ def speculate(
     Prompt b draws from its own stream `seeds[b]`, of which every round takes the same number:
     nothing depends on who shares its batch.
     """
-    clock, seats = _Clock(target.device), Seats(len(prompts), settings.batch_size)
-    rows, block = Rows(target, seats, prompts, seeds, settings), draft.block_size
-    decoding, cache = Decoding(seats, settings), rows.new_cache(room=block + 1)
-    draft_cache = draft.new_cache(seats.num_rows, rows.capacity + block + 1)
+    clock, slots = _Clock(target.device), BatchSlots(len(prompts), settings.batch_size)
+    rows, block = TargetBatch(target, slots, prompts, seeds, settings), draft.block_size
+    decoding, cache = Decoding(slots, settings), rows.new_cache(room=block + 1)
+    draft_cache = draft.new_cache(slots.num_rows, rows.capacity + block + 1)
     while True:
-        while admitted := seats.admit():
+        while admitted := slots.admit():
             started = rows.start(admitted, cache)
-            _start_draft(draft, draft_cache, started, alone=len(admitted) == seats.num_rows)
+            _start_draft(draft, draft_cache, started, alone=len(admitted) == slots.num_rows)
             decoding.start(started.first.tolist(), admitted)
-        if not seats.running:
+        if not slots.running:
             return decoding.traces, clock.read()
-        if kept := seats.spare():
+        if kept := slots.compact():
             for part in (cache, draft_cache, rows):
                 part.keep(kept)
         clock.lap()
@@ -173,7 +173,7 @@ def speculate(
         rows.tokens = verdict.next_token
 
 
-def _start_draft(draft: Any, draft_cache: Any, started: Started, *, alone: bool) -> None:
+def _start_draft(draft: Any, draft_cache: Any, started: Prefilled, *, alone: bool) -> None:
     """Give the draft the features of newly seated prompts, and of each position the token that
     follows it.
     """
@@ -203,13 +203,13 @@ def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> l
     if policy is None:
         return [block] * num_rows
     running = np.zeros(num_rows, dtype=bool)
-    running[list(decoding.seats.running)] = True
+    running[list(decoding.slots.running)] = True
     lengths: list[int] = policy(proposal.confidence.float().cpu().numpy(), running).tolist()
     return lengths
 
 
 def _verify(
-    rows: Rows, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]
+    rows: TargetBatch, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]
 ) -> Verdict:
     logits, block, width = (
         rows.target.logits(output.last_hidden),

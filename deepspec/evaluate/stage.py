@@ -32,7 +32,7 @@ from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.storage.store import pretty_json
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.model import DTYPES, load_target, read_text_config
+from deepspec.target.loading import DTYPES, load_target, read_text_config
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from deepspec.hidden.sequences import CaptureRow, token_batches
 from deepspec.hidden.stage import Capture
 from deepspec.process.events import Report
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.model import load_target
+from deepspec.target.loading import load_target
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.process.events import Report, silent
 from deepspec.target.chat import Chat, load_chat, target_folder
 from deepspec.target.generate import pad_right
-from deepspec.target.model import Target, TargetOutput, load_target
+from deepspec.target.loading import load_target
+from deepspec.target.model import Target, TargetOutput
 
 log = logging.getLogger(__name__)
 

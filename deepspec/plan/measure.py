@@ -23,7 +23,7 @@ from deepspec.model.checkpoint import empty_draft
 from deepspec.model.spec import DraftSpec
 from deepspec.plan.forecast import Speed
 from deepspec.storage.store import Store
-from deepspec.target.model import DTYPES, choose_device
+from deepspec.target.loading import DTYPES, choose_device
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from deepspec.plan.forecast import Facts, Plan, compute_plan
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.plan.workload import sample_workload
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.model import check_settings, read_text_config
+from deepspec.target.loading import check_settings, read_text_config
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A conversation with an engine: the answers that it waits for, one at a time, each on what was
 answered before.
 
-What an engine is given (`Request`) and what it gives back (`Turn`, `Refused` or `Failed`) is here,
+What an engine is given (`AnswerRequest`) and what it gives back (`Turn`, `Refused` or `Failed`) is here,
 and nothing of how.
 """
 
@@ -21,7 +21,7 @@ MORE_ROOM = 4
 FAILED = "failed"  # the reason of a row that no run got an answer to
 
 
-class Request(NamedTuple):
+class AnswerRequest(NamedTuple):
     """One answer to make: the conversation up to the user's message, and the seed of this
     answer's random stream.
     """
@@ -75,7 +75,7 @@ class Conversation:
         self.ended: Refused | Failed | None = None
         self._limit = settings.max_new_tokens
 
-    def next_request(self) -> Request | None:
+    def next_request(self) -> AnswerRequest | None:
         """The answer to make now; None when all are made, or none will be."""
         if self.ended is not None:
             return None
@@ -84,7 +84,7 @@ class Conversation:
             return None
         number = len(self.turns)
         seed = stream_seed(self.settings.seed, self.row["id"], number)
-        return Request(self.row["id"], number, messages, seed, self._limit, self.tools)
+        return AnswerRequest(self.row["id"], number, messages, seed, self._limit, self.tools)
 
     def hear(self, outcome: Outcome) -> None:
         if not isinstance(outcome, Turn):

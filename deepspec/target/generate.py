@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deepspec.config.run import SamplingConfig
 from deepspec.model.sampling import UniformStream, distribution, draw
-from deepspec.target.model import Target, TargetCache
+from deepspec.target.kv_cache import TargetCache
+from deepspec.target.model import Target
 
 
 class Decode(NamedTuple):
@@ -25,7 +26,7 @@ class Decode(NamedTuple):
     batch_size: int | None = None  # prompts at a time; None is all of them
 
 
-class Seats:
+class BatchSlots:
     """Which prompt each row of a batch works on; rows that are done take the prompts that wait
     (continuous batching).
 
@@ -47,7 +48,7 @@ class Seats:
         self.running |= admitted
         return admitted
 
-    def spare(self) -> list[int]:
+    def compact(self) -> list[int]:
         """The rows to go on with alone, under new numbers, once nobody waits and half of them
         are done; none: go on with all.
         """
@@ -61,7 +62,7 @@ class Seats:
         return rows
 
 
-class Started(NamedTuple):
+class Prefilled(NamedTuple):
     """What running prompts through the target gives."""
 
     rows: list[int]
@@ -70,7 +71,7 @@ class Started(NamedTuple):
     first: Tensor  # [n] long, the first token of each answer
 
 
-class Rows:
+class TargetBatch:
     """The target's side of a batch: who is seated, its cache, and each row's last token and
     stream of chance.
     """
@@ -78,34 +79,34 @@ class Rows:
     def __init__(
         self,
         target: Target,
-        seats: Seats,
+        slots: BatchSlots,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         settings: Decode,
     ) -> None:
-        self.target, self.seats, self.prompts, self.seeds, self.sampling = (
+        self.target, self.slots, self.prompts, self.seeds, self.sampling = (
             target,
-            seats,
+            slots,
             prompts,
             seeds,
             settings.sampling,
         )
         self.capacity = max(map(len, prompts)) + settings.max_new_tokens
         self.uniforms = (
-            None if settings.sampling.temperature == 0 else UniformStream([0] * seats.num_rows)
+            None if settings.sampling.temperature == 0 else UniformStream([0] * slots.num_rows)
         )
-        self.tokens = torch.zeros(seats.num_rows, dtype=torch.long, device=target.device)
+        self.tokens = torch.zeros(slots.num_rows, dtype=torch.long, device=target.device)
 
     def new_cache(self, *, room: int = 0) -> TargetCache:
         """For prompts, answers and `room` more tokens."""
-        return self.target.new_cache(self.seats.num_rows, self.capacity + room)
+        return self.target.new_cache(self.slots.num_rows, self.capacity + room)
 
-    def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Started:
+    def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Prefilled:
         """Run newly seated prompts through the target, into their rows of the cache; draw their
         first tokens.
         """
         rows, prompts = list(admitted), [self.prompts[prompt] for prompt in admitted.values()]
-        if len(rows) == self.seats.num_rows:
+        if len(rows) == self.slots.num_rows:
             cache.reset()
             context, last_hidden = prefill(self.target, cache, prompts)
         else:
@@ -119,7 +120,7 @@ class Rows:
         )
         first = choose_tokens(self.target.logits(last_hidden), self.sampling, numbers)
         self.tokens = self.tokens.index_copy(0, torch.tensor(rows, device=first.device), first)
-        return Started(rows, prompts, context, first)
+        return Prefilled(rows, prompts, context, first)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
@@ -137,8 +138,8 @@ def generate(
     Prompt b draws from its own stream `seeds[b]`, so what it says does not depend on who shares its
     batch (up to the rounding of batched arithmetic).
     """
-    seats = Seats(len(prompts), settings.batch_size)
-    rows = Rows(target, seats, prompts, seeds, settings)
+    slots = BatchSlots(len(prompts), settings.batch_size)
+    rows = TargetBatch(target, slots, prompts, seeds, settings)
     cache = rows.new_cache()
     answers: list[list[int]] = [[] for _ in prompts]
 
@@ -146,23 +147,23 @@ def generate(
         for token, (row, prompt) in zip(tokens, working.items(), strict=True):
             answers[prompt].append(token)
             if token in settings.stop_ids or len(answers[prompt]) == settings.max_new_tokens:
-                del seats.running[row]
+                del slots.running[row]
 
     while True:
-        while admitted := seats.admit():
+        while admitted := slots.admit():
             add(rows.start(admitted, cache).first.tolist(), admitted)
-        if not seats.running:
+        if not slots.running:
             return answers
-        if kept := seats.spare():
+        if kept := slots.compact():
             cache.keep(kept)
             rows.keep(kept)
         last_hidden = target.forward(rows.tokens[:, None], cache).last_hidden[:, -1]
         cache.lengths = [
-            length + (row in seats.running) for row, length in enumerate(cache.lengths)
+            length + (row in slots.running) for row, length in enumerate(cache.lengths)
         ]
         numbers = rows.uniforms.take(1)[:, 0] if rows.uniforms else None
         rows.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, numbers)
-        working = dict(seats.running)
+        working = dict(slots.running)
         tokens = rows.tokens.tolist()
         add([tokens[row] for row in working], working)
 

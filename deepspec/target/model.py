@@ -7,83 +7,26 @@ embedding output. B batch, T tokens, m captured layers, D hidden size, V vocabul
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.config.run import TargetConfig
-from deepspec.errors import ConfigError, DataError
+from deepspec.errors import ConfigError
 from deepspec.model.kv_cache import LayerCache
+from deepspec.target.kv_cache import TargetCache
 
 log = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TargetOutput(NamedTuple):
     context: Tensor  # [B, T, m * D] the captured layers, side by side in ascending order
     # [B, T, D] after the final norm: lm_head(last_hidden[t]) predicts token t + 1
     last_hidden: Tensor
-
-
-class TargetCache:
-    """Keys and values of every layer with a length per row; taking a row back is lowering its
-    length.
-
-    Stands in for transformers' Cache: the attention layers call nothing but `update`.
-    """
-
-    def __init__(self, layers: Sequence[LayerCache], capacity: int, device: torch.device) -> None:
-        self.layers, self.capacity = layers, capacity
-        self.lengths = [0] * (layers[0].rows if layers else 0)
-        # row t sees keys 0..t
-        self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
-        self.positions = torch.arange(capacity, device=device)
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self.layers[layer_idx].write(keys, values, self.lengths)
-
-    def put(self, rows: Sequence[int], fresh: TargetCache) -> None:
-        """Give these rows to other sequences, prefilled in a cache of their own."""
-        for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
-            layer.put(rows, of_fresh, max(fresh.lengths))
-        for row, length in zip(rows, fresh.lengths, strict=True):
-            self.lengths[row] = length
-
-    def reset(self) -> None:
-        """Forget all rows: what is written next overwrites them."""
-        self.lengths = [0] * len(self.lengths)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        for layer in self.layers:
-            layer.keep(rows)
-        self.lengths = [self.lengths[row] for row in rows]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
-
-    def step(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Positions [B, q] of the next `num_tokens` of each row, and which keys they see [B, 1,
-        q, longest row + q].
-        """
-        longest = max(self.lengths) + num_tokens
-        if min(self.lengths) + num_tokens == longest:
-            start = longest - num_tokens
-            return self.positions[start:longest][None], self.causal[start:longest, :longest][
-                None, None
-            ]
-        starts = torch.tensor(self.lengths, device=self.positions.device)
-        positions = starts[:, None] + self.positions[:num_tokens]
-        return positions, self.causal[positions][:, None, :, :longest]
 
 
 class Target:
@@ -207,103 +150,3 @@ def check_layer_ids(layer_ids: Iterable[int], num_layers: int) -> None:
         if num_layers - 1 in wrong:
             what += "; the last layer's output is normed on some paths and raw on others, so training and decoding would disagree"
         raise ConfigError(what, where="target.layer_ids", fix=f"choose from -1 to {num_layers - 2}")
-
-
-def check_settings(settings: TargetConfig, text_config: Any) -> None:
-    """Refuse layers and a mask token that the target does not have, with a ConfigError."""
-    check_layer_ids(settings.layer_ids, text_config.num_hidden_layers)
-    if settings.mask_token_id >= text_config.vocab_size:
-        what = f"mask token {settings.mask_token_id} is outside the target's vocabulary of {text_config.vocab_size} tokens"
-        raise ConfigError(
-            what,
-            where="target.mask_token_id",
-            fix=f"choose an unused token id from 0 to {text_config.vocab_size - 1}",
-        )
-
-
-def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
-    """The language model's part of the target's config; no weight is read.
-
-    Raises:
-        DataError: no such model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            str(folder or settings.model), revision=settings.revision
-        ).get_text_config()
-    except (OSError, ValueError) as error:
-        raise _unloadable(settings, error) from None
-
-
-def load_target(
-    settings: TargetConfig,
-    *,
-    folder: Path | None,
-    device: str = "auto",
-    dtype: str | None = None,
-    attention: Literal["sdpa", "fastest"] = "sdpa",
-) -> Target:
-    """The target in its own dtype (or `dtype`) on the device asked for; `folder` where it is on
-    this disk.
-
-    `sdpa` takes the masks that decoding with a cache needs; `fastest` is flash-attention where it
-    is installed.
-
-    Raises:
-        DataError: no such model, or not a causal language model.
-        ConfigError: layers or a mask token that it does not have; found before any weight is read.
-    """
-    from transformers import AutoModelForCausalLM
-
-    chosen = choose_device(device)
-    check_settings(settings, read_text_config(settings, folder=folder))
-    number_format = DTYPES[dtype or settings.dtype]
-    kernel = attention_kernel(chosen, number_format) if attention == "fastest" else "sdpa"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder or settings.model),
-            revision=settings.revision,
-            dtype=number_format,
-            attn_implementation=kernel,
-        )
-    except (OSError, ValueError) as error:
-        raise _unloadable(settings, error) from None
-    log.info(
-        "target=%s device=%s dtype=%s attention=%s layers=%s",
-        settings.model,
-        chosen,
-        number_format,
-        kernel,
-        settings.layer_ids,
-    )
-    return Target(model.to(chosen), settings.layer_ids)
-
-
-def attention_kernel(device: torch.device, number_format: torch.dtype) -> str:
-    """flash-attention for half precision on a GPU where it is installed, else PyTorch's own."""
-    fits = (
-        device.type == "cuda"
-        and number_format == torch.bfloat16
-        and importlib.util.find_spec("flash_attn") is not None
-    )
-    return FLASH if fits else "sdpa"
-
-
-def _unloadable(settings: TargetConfig, error: Exception) -> DataError:
-    what = f"the target cannot be loaded: {str(error).splitlines()[0]}"
-    return DataError(
-        what, where=f"target.model {settings.model}", fix="check the name, or give a local folder"
-    )
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the GPU if there is one; asking for one that is not there is an error."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "there is no GPU here",
-            where="resources.device",
-            fix="set resources.device to auto or cpu",
-        )
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

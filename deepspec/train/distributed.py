@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepspec.target.model import choose_device
+from deepspec.target.loading import choose_device
 
 
 class World(NamedTuple):

@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion
 
 from deepspec.answers.response import read_reply
 from deepspec.messages import Message
-from deepspec.target.conversation import Refused, Request, Turn
+from deepspec.target.conversation import AnswerRequest, Refused, Turn
 from tests.answer_server import answer_server
 from tests.answers.asking import ask, row, server_run
 from tests.conftest import tiny_run
@@ -89,7 +89,7 @@ def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all(tmp_path: P
         "model": "m",
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
-    request = Request(1, 0, [Message("user", "abc")], 7, 12)
+    request = AnswerRequest(1, 0, [Message("user", "abc")], 7, 12)
     turn = read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1")
     assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
     # special tokens left out: nobody knows where it ended

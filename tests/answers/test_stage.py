@@ -14,7 +14,7 @@ from deepspec.artifacts.tables import read_table
 from deepspec.errors import ConfigError, ShardsFailed
 from deepspec.messages import Message
 from deepspec.prompts.stage import run_prompts
-from deepspec.target.conversation import Refused, Request, conversation_so_far, stream_seed
+from deepspec.target.conversation import AnswerRequest, Refused, conversation_so_far, stream_seed
 from tests.conftest import tiny_run
 from tests.engines import Echo
 
@@ -48,7 +48,7 @@ def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
 
 
 def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
-    seen: list[Request] = []
+    seen: list[AnswerRequest] = []
 
     class Spy(Echo):
         def answer(self, requests, *, shard):

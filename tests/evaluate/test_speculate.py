@@ -15,7 +15,7 @@ from deepspec.evaluate.speculate import Decoding, speculate
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Proposal
 from deepspec.model.spec import DraftSpec
-from deepspec.target.generate import Decode, Seats, generate
+from deepspec.target.generate import BatchSlots, Decode, generate
 from deepspec.target.model import Target
 from tests.target.test_conformance import tiny_gemma4, tiny_qwen3
 from tests.target.test_model import PROMPTS, make_target
@@ -181,21 +181,23 @@ def test_a_perfect_draft_commits_a_block_and_the_bonus_each_round():
     assert trace.proposed == [4, 4]
 
 
-def started(tokens: list[int], max_new_tokens: int, stop_ids: set[int]) -> tuple[Decoding, Seats]:
-    seats = Seats(len(tokens), None)
-    decoding = Decoding(seats, Decode(SamplingConfig(), max_new_tokens, stop_ids))
-    decoding.start(tokens, seats.admit())
-    return decoding, seats
+def started(
+    tokens: list[int], max_new_tokens: int, stop_ids: set[int]
+) -> tuple[Decoding, BatchSlots]:
+    slots = BatchSlots(len(tokens), None)
+    decoding = Decoding(slots, Decode(SamplingConfig(), max_new_tokens, stop_ids))
+    decoding.start(tokens, slots.admit())
+    return decoding, slots
 
 
 def test_an_accepted_stop_token_ends_the_answer_without_a_bonus():
-    decoding, seats = started([10, 20], 50, {3})
+    decoding, slots = started([10, 20], 50, {3})
     counts = decoding.commit([[11, 3, 12, 13], [21, 22, 23, 24]], [4, 4], [4, 2], [14, 25])
     stopped, running = decoding.traces
     assert (stopped.token_ids, stopped.accepted, stopped.committed) == ([10, 11, 3], [2], [2])
     assert (running.token_ids, running.accepted, running.committed) == ([20, 21, 22, 25], [2], [3])
     assert counts == [0, 3]
-    assert seats.running == {1: 1}
+    assert slots.running == {1: 1}
 
 
 def test_a_bonus_that_is_a_stop_token_is_kept_and_ends_the_answer():
@@ -214,17 +216,17 @@ def test_the_answer_never_exceeds_its_limit_and_finished_rows_stand_still():
 
 
 def test_rows_are_given_away_together_and_dropped_at_the_end():
-    seats = Seats(13, 8)
-    assert list(seats.admit()) == list(range(8))
-    del seats.running[5]
-    assert seats.admit() == {}, "one of eight rows is free: the others do not wait for its prompt"
-    del seats.running[2]
-    assert seats.admit() == {2: 8, 5: 9}
+    slots = BatchSlots(13, 8)
+    assert list(slots.admit()) == list(range(8))
+    del slots.running[5]
+    assert slots.admit() == {}, "one of eight rows is free: the others do not wait for its prompt"
+    del slots.running[2]
+    assert slots.admit() == {2: 8, 5: 9}
     for row in (0, 1, 3):
-        del seats.running[row]
-    assert seats.admit() == {0: 10, 1: 11, 3: 12}
-    assert seats.spare() == []
+        del slots.running[row]
+    assert slots.admit() == {0: 10, 1: 11, 3: 12}
+    assert slots.compact() == []
     for row in (0, 2, 4, 6):
-        del seats.running[row]
-    assert seats.spare() == [1, 3, 5, 7]
-    assert seats.running == {0: 11, 1: 12, 2: 9, 3: 7}
+        del slots.running[row]
+    assert slots.compact() == [1, 3, 5, 7]
+    assert slots.running == {0: 11, 1: 12, 2: 9, 3: 7}

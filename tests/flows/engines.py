@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.errors import DataError
-from deepspec.target.conversation import Outcome, Request
+from deepspec.target.conversation import AnswerRequest, Outcome
 from tests.engines import Echo
 
 
@@ -16,8 +16,8 @@ class Slow(Echo):
     """Answers shard 0 at once and then sleeps for as long as the file FLAKY_DIR/slow is there."""
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         while shard and (Path(os.environ["FLAKY_DIR"]) / "slow").exists():
             time.sleep(0.1)
         return super().answer(requests, shard=shard)
@@ -27,8 +27,8 @@ class Hopeless(Echo):
     """Answers shard 0, and fails every other one for good."""
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         with (Path(os.environ["FLAKY_DIR"]) / "calls").open("a") as calls:
             calls.write(f"{shard}\n")
         if shard:
@@ -46,8 +46,8 @@ class Gated(Echo):
     """
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         folder = Path(os.environ["FLAKY_DIR"])
         if shard % 3 and (folder / "slow").exists():
             with (folder / "waits").open("a") as waits:
@@ -67,8 +67,8 @@ class Waiting(Echo):
     """
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         notes = Path(os.environ["FLAKY_DIR"])
         with (notes / "calls").open("a") as calls:
             calls.write(f"{shard}\n")
@@ -85,8 +85,8 @@ class Paced(Echo):
     """Answers a shard after FLAKY_DIR/pace seconds, at once where there is no such file."""
 
     def answer(
-        self, requests: Sequence[Request], *, shard: int
-    ) -> Iterator[tuple[Request, Outcome]]:
+        self, requests: Sequence[AnswerRequest], *, shard: int
+    ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         pace = Path(os.environ["FLAKY_DIR"], "pace")
         if pace.exists():
             time.sleep(float(pace.read_text()))

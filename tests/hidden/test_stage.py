@@ -23,7 +23,8 @@ from deepspec.hidden.metadata import files_beside
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.hidden.stage import Capture, HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.model import TargetOutput, load_target
+from deepspec.target.loading import load_target
+from deepspec.target.model import TargetOutput
 from tests.conftest import tiny_run
 
 

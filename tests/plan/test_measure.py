@@ -14,7 +14,7 @@ from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.storage.store import Store
-from deepspec.target.model import read_text_config
+from deepspec.target.loading import read_text_config
 from tests.conftest import tiny_run
 from tests.model.drafts import GEMMA4
 

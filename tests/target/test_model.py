@@ -9,7 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from deepspec.config.run import SamplingConfig
 from deepspec.errors import ConfigError, DataError
 from deepspec.target.generate import Decode, generate, pad_right
-from deepspec.target.model import Target, load_target
+from deepspec.target.loading import load_target
+from deepspec.target.model import Target
 from tests.conftest import tiny_run
 
 CONFIG = Qwen3Config(

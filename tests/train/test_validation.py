@@ -20,7 +20,7 @@ from deepspec.hidden.stage import run_capture
 from deepspec.prompts.stage import run_prompts
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.generate import Decode
-from deepspec.target.model import load_target
+from deepspec.target.loading import load_target
 from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
 from deepspec.train.validation import Answers, Rounds, acceptance_length, draft_along, load_answers
