@@ -15,8 +15,8 @@ import torch
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey
 from deepspec.cache.codecs import make_codec
-from deepspec.cache.format import HiddenSample, Layout, Stored, last_hidden_spans
-from deepspec.storage.store import Store
+from deepspec.cache.format import EncodedTensor, HiddenSample, Layout, last_hidden_spans
+from deepspec.storage.urls import open_store
 
 ROUNDS = 5
 LAYERS, HIDDEN_SIZE = 5, 2560  # of Qwen3-4B as captured
@@ -66,8 +66,8 @@ def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSamp
     spans = torch.from_numpy(last_hidden_spans(mask))
     generator = torch.Generator().manual_seed(0)
 
-    def stored(codec, rows: int) -> Stored:
-        return Stored(
+    def stored(codec, rows: int) -> EncodedTensor:
+        return EncodedTensor(
             codec,
             codec.quantize(
                 torch.randn(
@@ -92,7 +92,9 @@ def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSamp
 
 
 def hidden_artifact(folder: Path) -> Artifact:
-    return Artifact(Store(str(folder)), ArtifactKey("hidden", "benchmark", "0123456789ab", {}, ()))
+    return Artifact(
+        open_store(str(folder)), ArtifactKey("hidden", "benchmark", "0123456789ab", {}, ())
+    )
 
 
 def peak_bytes() -> int:

@@ -21,7 +21,7 @@ import xxhash
 from benchmarks._measure import ROUNDS, hidden_artifact, make_samples, raw_layout, result
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Record, index_file
-from deepspec.cache.index import INDEX, read_rows, write_index
+from deepspec.cache.index import INDEX, read_index_rows, write_index
 from deepspec.cache.reader import SCHEMA
 from deepspec.cache.shard_writer import ShardWriter
 from deepspec.storage.store import file_checksum
@@ -62,7 +62,10 @@ def build(artifact: Artifact) -> float:
             written = writer.finish()
         checksum, size = file_checksum(local), local.stat().st_size
         store.publish(local, artifact.path("shards/first"))
-    rows, first = read_rows(written.index_rows), Path(store.path(artifact.path("shards/first")))
+    rows, first = (
+        read_index_rows(written.index_rows),
+        Path(store.path(artifact.path("shards/first"))),
+    )
     for folder in ("rows", "records"):
         Path(store.path(artifact.path(folder))).mkdir()
     for shard in range(SHARDS):

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from deepspec.storage.store import Store, file_checksum
+from deepspec.storage.store import file_checksum
+from deepspec.storage.urls import open_store
 from tests.radosgw import Radosgw, ceph_missing
 
 ROUNDS, READERS, OUTAGE_S = 5, 8, 15.0
@@ -60,7 +61,7 @@ def measured(read, wanted: list[tuple[str, int, int]]) -> Reading:
 
 
 def store_reader(url: str):
-    store = Store(url)
+    store = open_store(url)
     return lambda name, start, end: len(store.read_range(name, start, end))
 
 
@@ -129,7 +130,7 @@ class Side:
 def upload(url: str, scratch: str, client: str) -> float:
     """Megabytes a second of publishing one shard, the reading back included."""
     os.environ["DEEPSPEC_S3_CLIENT"] = client
-    store = Store(url, scratch=scratch)
+    store = open_store(url, scratch=scratch)
     seconds = []
     for number in range(OBJECTS):
         with store.staged() as local:
@@ -146,7 +147,7 @@ def outage(server: Radosgw, url: str, client: str) -> float:
     whole or this raises.
     """
     os.environ["DEEPSPEC_S3_CLIENT"] = client
-    store, longest = Store(url), [0.0]
+    store, longest = open_store(url), [0.0]
     stop = threading.Event()
 
     def read(seed: int) -> None:

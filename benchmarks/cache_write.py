@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks._measure import alternate, make_samples, raw_layout, result
 from deepspec.cache.shard_writer import Background, ShardWriter
 from deepspec.cache.sink import Writes
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 NUM_SAMPLES, NUM_TOKENS, SHARDS = 5, 1000, 4  # 30 MB a sample, 0.6 GB a round
 WAITING_BYTES = 128_000_000
@@ -40,7 +40,7 @@ def main() -> dict[str, object]:
     ]
     num_bytes = sum(len(piece) for piece in pieces) * SHARDS
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        store = Store(folder)
+        store = open_store(folder)
 
         def plain(compute_s: float = 0.0) -> float:
             """Bytes a second of a loop that writes each sample as it comes, and waits for it."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks._measure import result
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.server import PrivateServer
 
@@ -34,7 +34,7 @@ GROWTH_MB = 20
 QUIET_S = 10.0  # without a new page in the database everything is recorded
 
 
-def request_of(folder: Path, shards: int, groups: int) -> Request:
+def request_of(folder: Path, shards: int, groups: int) -> RunRequest:
     """A run of so many prompts, each a shard, in groups of one size on one lane."""
     source = folder / "prompts.jsonl"
     source.write_text(
@@ -53,7 +53,7 @@ def request_of(folder: Path, shards: int, groups: int) -> Request:
         "resources.min_free_gb=0",
         "resources.device=cpu",
     ]
-    return Request("dspark-qwen3-4b", tuple(settings), str(folder / "store"))
+    return RunRequest("dspark-qwen3-4b", tuple(settings), str(folder / "store"))
 
 
 def database_bytes(home: Path) -> int:

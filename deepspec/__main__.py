@@ -24,7 +24,7 @@ from deepspec.config.recipes import load_run, recipe_names, to_yaml
 from deepspec.config.run import RunConfig
 from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
 from deepspec.process.events import Report, json_lines
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards
 from deepspec.process.terminal import TerminalReport
 from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank, launch_ranks, num_ranks
@@ -122,7 +122,7 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     ranks = 1 if is_rank() else num_ranks(config)
     if ranks > 1:
         launch_ranks(
-            Request(run, tuple(sets or ()), store),
+            RunRequest(run, tuple(sets or ()), store),
             ranks,
             report=report,
             stop_s=config.resources.stop_s,

@@ -21,7 +21,7 @@ import typer
 from deepspec.artifacts.lineage import store_of
 from deepspec.artifacts.status import results, stages_of
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.compatible import check_answer, check_server
 from flows.request import open_run
@@ -65,7 +65,7 @@ def main(flow_name: str) -> None:
     def command(
         run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
     ) -> None:
-        run_flow(flow_name, Request(run, tuple(sets or ()), store), shards)
+        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards)
 
     try:
         app(prog_name=f"python -m flows.{flow_name}")
@@ -88,7 +88,7 @@ def end_in_time(code: object, seconds: float = END_S) -> None:
     timer.start()
 
 
-def run_flow(flow_name: str, request: Request, shards: str = "") -> None:
+def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
     """Run the flow, then print its tables and, as the last line, its summary as JSON."""
     started = time.monotonic()
     # as the flow's own pattern has it: `1,  2` and `17,` are no mistakes

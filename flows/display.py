@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from deepspec.process.events import words_of
+from deepspec.process.events import progress_texts
 from deepspec.process.terminal import TimeLeftColumn
 from flows.reporting import Progress, StageOutcome, Watcher, result_row, stage_row, watched_by
 
@@ -96,7 +96,7 @@ def _plain_lines() -> Watcher:
                 f"{progress.done} of {progress.total} {progress.unit}" if progress.total else ""
             )
             left = (
-                words_of({"left_s": progress.numbers["left_s"]})
+                progress_texts({"left_s": progress.numbers["left_s"]})
                 if progress.numbers.get("left_s")
                 else []
             )
@@ -130,7 +130,7 @@ class _Rates:
             f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers
         ]
         if "tokens_per_s" in progress.numbers:
-            words += words_of({"tokens_per_s": progress.numbers["tokens_per_s"]})
+            words += progress_texts({"tokens_per_s": progress.numbers["tokens_per_s"]})
         elif progress.numbers.get("tokens"):
             words.append(f"{progress.numbers['tokens'] / seconds:,.0f} tokens/s")
         elif progress.done > first:

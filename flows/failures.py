@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import shard_list
 from flows.reporting import artifact_key, best_effort
 from flows.selection import FLOW_OF, SELECTABLE
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
     parameters: Mapping[str, Any]
 
 
-def publish_failure(run_name: str, error: DeepSpecError, request: Request, stage: str) -> None:
+def publish_failure(run_name: str, error: DeepSpecError, request: RunRequest, stage: str) -> None:
     """Why the run failed and how to go on."""
     with best_effort():
         text = failure_text(run_name, error, resume_commands(request, stage, error))
@@ -72,7 +72,7 @@ def failure_text(run_name: str, error: DeepSpecError, commands: Mapping[str, str
     return "\n\n".join(parts) + "\n"
 
 
-def resume_commands(request: Request, stage: str, error: DeepSpecError) -> dict[str, str]:
+def resume_commands(request: RunRequest, stage: str, error: DeepSpecError) -> dict[str, str]:
     """By what they do: commands for the missing shards alone, and for the whole run again, as
     the run itself was started.
     """
@@ -134,7 +134,7 @@ def deployment_command(name: str, parameters: Mapping[str, Any]) -> str:
     )
 
 
-def _asked(request: Request) -> dict[str, Any]:
+def _asked(request: RunRequest) -> dict[str, Any]:
     return {
         "recipe": request.source,
         "overrides": list(request.overrides),

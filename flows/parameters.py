@@ -16,7 +16,7 @@ from pydantic import Field
 
 from deepspec.config.recipes import recipe_names
 from deepspec.errors import ConfigError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.automations import PART
 from flows.lease_wait import is_part
@@ -69,8 +69,8 @@ Shards = (
 )
 
 
-def request_of(recipe: str, overrides: Overrides, store: str) -> Request:
-    return Request(recipe, overrides, store or None)
+def request_of(recipe: str, overrides: Overrides, store: str) -> RunRequest:
+    return RunRequest(recipe, overrides, store or None)
 
 
 def run_name() -> str:

@@ -30,7 +30,7 @@ from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig
 from deepspec.errors import ConfigError, TransientError, UserError
 from deepspec.process.events import silent
-from deepspec.process.launch import GRACE_S, Request, Stopped, current_scope, run_child
+from deepspec.process.launch import GRACE_S, RunRequest, Stopped, current_scope, run_child
 from flows.child_log import ChildLog
 from flows.local_executor import api_key, log_path
 from flows.shard_scheduler import Lane
@@ -51,7 +51,7 @@ ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token
 class Order(NamedTuple):
     """What a Ray worker must know beside the shards."""
 
-    request: Request
+    request: RunRequest
     stage: str
     fingerprint: str
     folder: str

@@ -11,10 +11,10 @@ from deepspec.artifacts.status import stages_of
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 
 
-def open_run(request: Request) -> RunConfig:
+def open_run(request: RunRequest) -> RunConfig:
     """The run's configuration.
 
     Raises:

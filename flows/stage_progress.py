@@ -18,7 +18,7 @@ from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made, throughput, training
 from deepspec.figures.picture import data_url
-from deepspec.process.events import answering_note, words_of
+from deepspec.process.events import answering_note, progress_texts
 from flows.live import Content, LiveArtifact, table
 from flows.reporting import Progress, State, show
 from flows.shard_scheduler import Lane
@@ -262,7 +262,9 @@ def told(progress: Progress) -> list[str]:
     if "rows_per_s" not in numbers:
         lines.append(
             ", ".join(
-                words_of({name: value for name, value in numbers.items() if name not in UNCOUNTED})
+                progress_texts(
+                    {name: value for name, value in numbers.items() if name not in UNCOUNTED}
+                )
             )
         )
     else:

@@ -23,7 +23,7 @@ from deepspec.artifacts.shard_loop import TOO_MANY, failures_allowed
 from deepspec.artifacts.status import SHARDED, StageStatus, missing_shards, training_lines
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, TransientError, UserError
-from deepspec.process.launch import Request, scope
+from deepspec.process.launch import RunRequest, scope
 from deepspec.process.shard_ranges import shard_list
 from flows.selection import SELECTABLE
 from flows.shard_scheduler import SHARD_DIGITS, Dealer, Lane
@@ -53,7 +53,7 @@ class StageRun:
     """What the tasks of a stage share, and why shards of it failed."""
 
     def __init__(
-        self, request: Request, config: RunConfig, before: StageStatus, *, some: bool = False
+        self, request: RunRequest, config: RunConfig, before: StageStatus, *, some: bool = False
     ) -> None:
         self.request, self.config, self.before, self.stage = request, config, before, before.stage
         self.sharded = before.stage in SHARDED and bool(before.missing)

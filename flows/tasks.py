@@ -16,7 +16,7 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
@@ -31,7 +31,7 @@ from flows.stage_run import Hands, StageRun
 
 
 def run_stages(
-    request: Request, chosen: Sequence[str], shards: str | int = ""
+    request: RunRequest, chosen: Sequence[str], shards: str | int = ""
 ) -> list[StageOutcome]:
     """Those of the chosen stages that the run has, in order, each sealed; the first that fails ends
     the run.
@@ -71,7 +71,7 @@ def run_stages(
 
 
 def run_stage(
-    request: Request, config: RunConfig, stage: str, asked: Sequence[int] = ()
+    request: RunRequest, config: RunConfig, stage: str, asked: Sequence[int] = ()
 ) -> StageOutcome:
     """The stage, with whatever was missing of it (or of the asked shards) made, and the artifact
     sealed if it is whole.

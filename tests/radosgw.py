@@ -3,7 +3,7 @@ packages.
 
     with Radosgw(folder) as server:            # about 10 s with server.environment():             #
         AWS_* variables: the standard credential chain is all the code knows store =
-        Store(f"s3://{server.new_bucket()}/prefix") server.kill(); server.restart()        # the
+        open_store(f"s3://{server.new_bucket()}/prefix") server.kill(); server.restart()        # the
         gateway alone, as an outage; objects survive
 
 The daemons are children in sessions of their own, out of the reach of Ctrl-C; a small shell kills

@@ -26,6 +26,7 @@ from deepspec.config.recipes import load_run, section_of
 from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.storage.store import Store, canonical_json, file_checksum
+from deepspec.storage.urls import open_store
 
 STAGES = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
 FORMAT_VERSION = {
@@ -55,7 +56,9 @@ def artifact_of(config: RunConfig, stage: str) -> Artifact:
 
 def store_of(config: RunConfig) -> Store:
     """The run's store, used as its resources say."""
-    return Store(config.store, scratch=config.resources.scratch, uploads=config.resources.uploads)
+    return open_store(
+        config.store, scratch=config.resources.scratch, uploads=config.resources.uploads
+    )
 
 
 def artifact_key(config: RunConfig, stage: str) -> ArtifactKey:
@@ -149,7 +152,7 @@ def artifact_at(source: str) -> Artifact | None:
     source = source if "://" in source else str(Path(source).absolute())
     root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
     name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
-    return Artifact(Store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+    return Artifact(open_store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
 
 
 def require_info(artifact: Artifact) -> ArtifactInfo:

@@ -34,7 +34,7 @@ Count = TypeVar("Count", int, np.ndarray)
 PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")
 
 
-class Stored(NamedTuple):
+class EncodedTensor(NamedTuple):
     """A captured tensor as its codec stores it."""
 
     codec: Codec
@@ -55,8 +55,8 @@ class HiddenSample(NamedTuple):
     sample_id: int
     input_ids: Tensor  # [T] int32
     loss_mask: Tensor  # [T] uint8, 1 where the target generated the token
-    context: Stored  # [T, m * D]
-    last_hidden: Stored  # [T', D], after the final norm
+    context: EncodedTensor  # [T, m * D]
+    last_hidden: EncodedTensor  # [T', D], after the final norm
     last_spans: Tensor  # [n, 2] int32: start and length of the runs that `last_hidden` covers
 
     def place_last_hidden(self, out: Tensor) -> None:
@@ -181,7 +181,7 @@ class Layout:
             last_spans=torch.from_numpy(spans),
         )
 
-    def _captured(self, sample: HiddenSample) -> dict[str, Stored]:
+    def _captured(self, sample: HiddenSample) -> dict[str, EncodedTensor]:
         return {"context": sample.context, "last_hidden": sample.last_hidden}
 
 
@@ -208,8 +208,8 @@ def _described(codec: Codec) -> dict[str, Any]:
 
 def _expanded(
     codec: Codec, tensor: str, buffers: Mapping[str, pa.Buffer], num_tokens: int
-) -> Stored:
-    return Stored(
+) -> EncodedTensor:
+    return EncodedTensor(
         codec,
         codec.expand([buffers[tensor + column.suffix] for column in codec.stored], num_tokens),
     )

@@ -24,7 +24,7 @@ INDEX = "index.arrow"
 ROWS_AT_A_TIME = 256  # files of index rows read together
 
 
-class Planned(NamedTuple):
+class ExpectedIndex(NamedTuple):
     """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will
     say, as far as it is known.
     """
@@ -82,7 +82,7 @@ def encode_rows(rows: Sequence[Mapping[str, object]]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_rows(data: bytes) -> pa.Table:
+def read_index_rows(data: bytes) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
 
@@ -109,7 +109,7 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
                     where=f"{artifact.url}/{index_file(record)}",
                     fix=fix,
                 )
-            tables.append(read_rows(data).select(INDEX_SCHEMA.names))
+            tables.append(read_index_rows(data).select(INDEX_SCHEMA.names))
     table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     with artifact.store.staged() as local:
         with pa.OSFile(str(local), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:

@@ -25,7 +25,7 @@ KEPT = 0.9  # share of the limit that is left after clearing
 LOOKS_PER_LIMIT = 100  # the folder is measured each time that a hundredth of the limit was written
 
 
-class DiskCache:
+class LocalCopies:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.max_bytes = folder, max_bytes

@@ -26,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from deepspec.artifacts.artifact import RECORDS, Artifact
 from deepspec.cache.format import HiddenSample, Layout
 from deepspec.cache.index import INDEX, Index, ShardFiles, map_index
-from deepspec.cache.local_copies import DiskCache
+from deepspec.cache.local_copies import LocalCopies
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import Source
 from deepspec.errors import ArtifactMismatch, DamagedData
@@ -91,7 +91,7 @@ class HiddenCache(Source):
             lambda shard: _OpenFile(artifact.store.path(artifact.path(self.files[shard])))
         )
         self._copies = (
-            DiskCache(artifact.store.scratch / "samples", round(cache_gb * 1e9))
+            LocalCopies(artifact.store.scratch / "samples", round(cache_gb * 1e9))
             if cache_gb
             else None
         )

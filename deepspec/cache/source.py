@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.format import HiddenSample, Layout
-from deepspec.cache.index import Index, Planned
+from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.sample_order import WindowedOrder
 
 
@@ -34,7 +34,7 @@ class Source(Protocol):
     """The samples of a run by their number in its index."""
 
     artifact: Artifact
-    index: Index | Planned
+    index: Index | ExpectedIndex
     layout: Layout
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Source(Protocol):
         """
         return
 
-    def tell(self, progress: Callable[[], object]) -> None:
+    def on_progress(self, progress: Callable[[], object]) -> None:
         """Call `progress` when something is made that training may wait for: it does not stand
         still then.
         """

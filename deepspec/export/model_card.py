@@ -16,7 +16,7 @@ from deepspec.artifacts.lineage import chain
 from deepspec.artifacts.records import ArtifactInfo, ArtifactKey
 from deepspec.export.engines import Engine, target_name
 from deepspec.model.spec import DraftSpec
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 UNKNOWN = "Unknown: the draft lies outside the artifact store that it was trained in."
 SERVE = {
@@ -93,7 +93,7 @@ def artifact_around(source: Path) -> Artifact | None:
     fields = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
     info = ArtifactInfo.model_validate(fields)
     return Artifact(
-        Store(str(folder.parent.parent)),
+        open_store(str(folder.parent.parent)),
         ArtifactKey(info.stage, info.name, info.fingerprint, info.recipe, info.inputs),
     )
 

@@ -20,7 +20,13 @@ from deepspec.artifacts.records import Record
 from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
-from deepspec.cache.index import ROWS_AT_A_TIME, TYPES, Planned, column_values, read_rows
+from deepspec.cache.index import (
+    ROWS_AT_A_TIME,
+    TYPES,
+    ExpectedIndex,
+    column_values,
+    read_index_rows,
+)
 from deepspec.config.run import HiddenConfig, RunConfig
 from deepspec.errors import DamagedData, TransientError
 from deepspec.hidden.sequences import CaptureRow, capture_rows, in_order
@@ -33,7 +39,7 @@ POLL_S = 1.0
 
 
 SCHEMA = pa.schema(
-    [pa.field(name, TYPES.get(name, pa.uint32()), nullable=False) for name in Planned._fields]
+    [pa.field(name, TYPES.get(name, pa.uint32()), nullable=False) for name in ExpectedIndex._fields]
 )
 
 
@@ -75,7 +81,7 @@ def await_planned(stage: ShardedStage) -> None:
         time.sleep(POLL_S)
 
 
-def read_planned(stage: ShardedStage) -> Planned:
+def read_planned(stage: ShardedStage) -> ExpectedIndex:
     """The index over all rendered shards.
 
     Raises:
@@ -97,10 +103,10 @@ def read_planned(stage: ShardedStage) -> Planned:
                     where=name,
                     fix="run it again: it is made anew",
                 )
-            tables.append(read_rows(data))
+            tables.append(read_index_rows(data))
     whole = pa.concat_tables(tables).combine_chunks()
     batch = (whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)])[0]
-    return Planned(*(column_values(batch, name) for name in Planned._fields))
+    return ExpectedIndex(*(column_values(batch, name) for name in ExpectedIndex._fields))
 
 
 def rendered(
@@ -127,7 +133,9 @@ class Rows:
     what others train on.
     """
 
-    def __init__(self, config: RunConfig, stage: ShardedStage, chat: Chat, index: Planned) -> None:
+    def __init__(
+        self, config: RunConfig, stage: ShardedStage, chat: Chat, index: ExpectedIndex
+    ) -> None:
         self.settings, self.upstream, self.chat, self.index = (
             config.hidden,
             stage.upstream,
@@ -183,7 +191,7 @@ def _encode(shard: int, rows: Sequence[tuple[CaptureRow, int]], settings: Hidden
             int(row.held_out),
             answer,
         )
-        entries.append(dict(zip(Planned._fields, values, strict=True)))
+        entries.append(dict(zip(ExpectedIndex._fields, values, strict=True)))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(entries, schema=SCHEMA))

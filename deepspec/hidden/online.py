@@ -21,7 +21,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import ShardedStage
 from deepspec.cache.format import HiddenSample, Layout
-from deepspec.cache.index import Planned
+from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.prefetch import read_ahead
 from deepspec.cache.reader import SCALES, SCHEMA, read_schema
 from deepspec.cache.source import Source
@@ -52,7 +52,7 @@ class OnlineStates(Source):
     and by the main one.
     """
 
-    def __init__(self, capture: Capture, index: Planned, rows: Rows) -> None:
+    def __init__(self, capture: Capture, index: ExpectedIndex, rows: Rows) -> None:
         self.capture, self.index, self.rows = capture, index, rows
         self.artifact, self.layout = capture.stage.artifact, capture.layout
         self._target_is_free = threading.Lock()  # what it taps is kept in one place
@@ -105,7 +105,7 @@ def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineS
 
 
 def compute_online(
-    config: RunConfig, stage: ShardedStage, index: Planned, *, is_first: bool, report: Report
+    config: RunConfig, stage: ShardedStage, index: ExpectedIndex, *, is_first: bool, report: Report
 ) -> OnlineStates:
     """The source over an index that is known, the target loaded; the first process writes what
     stands beside the shards.
@@ -131,7 +131,7 @@ def open_unsealed(config: RunConfig) -> ShardedStage:
     return ShardedStage(artifact, artifact_of(config, "answers"), [])
 
 
-def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> Planned:
+def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
     """The index of samples, which the first process makes where it is missing and all others
     wait for.
     """

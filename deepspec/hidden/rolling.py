@@ -23,8 +23,8 @@ import xxhash
 
 from deepspec.artifacts.records import Record, index_file
 from deepspec.artifacts.status import ShardedStage
-from deepspec.cache.format import HiddenSample, Layout, Stored
-from deepspec.cache.index import Planned, column_values, read_rows
+from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
+from deepspec.cache.index import ExpectedIndex, column_values, read_index_rows
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import Course, Source
 from deepspec.config.run import RunConfig
@@ -64,7 +64,7 @@ class RollingStates(Source):
         self,
         config: RunConfig,
         stage: ShardedStage,
-        index: Planned,
+        index: ExpectedIndex,
         layout: Layout,
         kept: Mapping[int, HiddenSample],
     ) -> None:
@@ -76,7 +76,7 @@ class RollingStates(Source):
         self._feeder: Feeder | None = None
         self._progress: Callable[[], object] = bool
 
-    def tell(self, progress: Callable[[], object]) -> None:
+    def on_progress(self, progress: Callable[[], object]) -> None:
         self._progress = progress
         if self._feeder:
             self._feeder.progress = progress
@@ -196,7 +196,7 @@ class RollingStates(Source):
         """The shard's rows, which must be those that were planned: training takes a sample by
         its number.
         """
-        batch = read_rows(data).combine_chunks().to_batches()[0]
+        batch = read_index_rows(data).combine_chunks().to_batches()[0]
         start, end = np.searchsorted(self.index.shard, [record.shard, record.shard + 1])
         for name in ("sample_id", "num_tokens", "num_supervised", "held_out"):
             if not np.array_equal(column_values(batch, name), getattr(self.index, name)[start:end]):
@@ -227,7 +227,11 @@ class FedStates(RollingStates):
 
 
 def open_rolling(
-    config: RunConfig, *, share: Callable[[Planned], Sequence[int]], is_first: bool, report: Report
+    config: RunConfig,
+    *,
+    share: Callable[[ExpectedIndex], Sequence[int]],
+    is_first: bool,
+    report: Report,
 ) -> RollingStates:
     """The source; the target is loaded only until this rank's `share` of held-out samples is in
     memory.
@@ -264,7 +268,7 @@ def open_rolling(
 def _on_host(sample: HiddenSample) -> HiddenSample:
     """The sample in memory of its own: its tensors are parts of a whole batch's."""
     context, last = (
-        Stored(stored.codec, tuple(part.to("cpu", copy=True) for part in stored.parts))
+        EncodedTensor(stored.codec, tuple(part.to("cpu", copy=True) for part in stored.parts))
         for stored in (sample.context, sample.last_hidden)
     )
     return sample._replace(context=context, last_hidden=last)

@@ -29,7 +29,7 @@ import numpy as np
 from deepspec.artifacts.shard_loop import transient_system_errors
 from deepspec.artifacts.status import ShardedStage
 from deepspec.cache.format import Layout
-from deepspec.cache.index import Planned
+from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.source import Course
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, StoreError
@@ -49,7 +49,12 @@ class Feeder:
     """A thread that captures and deletes, and one for each lane that is at work."""
 
     def __init__(
-        self, config: RunConfig, stage: ShardedStage, index: Planned, layout: Layout, course: Course
+        self,
+        config: RunConfig,
+        stage: ShardedStage,
+        index: ExpectedIndex,
+        layout: Layout,
+        course: Course,
     ) -> None:
         self.config, self.shelf, self.course = config, Shelf(stage), course
         self.max_bytes = round(config.resources.rolling_gb * 1e9)
@@ -253,7 +258,7 @@ class Feeder:
             raise StoreError(what, where="resources.rolling_gb", fix=fix)
 
 
-def shard_bytes(index: Planned, layout: Layout) -> dict[int, int]:
+def shard_bytes(index: ExpectedIndex, layout: Layout) -> dict[int, int]:
     """Bytes that each shard takes at most, with its index rows."""
     sizes = layout.most_bytes(index.num_tokens.astype(np.int64), index.num_last.astype(np.int64))
     totals = np.bincount(index.shard, weights=sizes)

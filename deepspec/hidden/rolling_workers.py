@@ -22,7 +22,7 @@ from deepspec.config.recipes import to_yaml
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.process.events import silent
-from deepspec.process.launch import Request, run_child, scope
+from deepspec.process.launch import RunRequest, run_child, scope
 from deepspec.process.machine import visible_gpus
 from deepspec.process.shard_ranges import deal, shard_list
 
@@ -90,14 +90,14 @@ class Lane:
             stop.wait(resources.retry_delay_s * 2 ** (attempt - 1))
 
 
-def run_as_file(config: RunConfig, artifact: Artifact) -> Request:
+def run_as_file(config: RunConfig, artifact: Artifact) -> RunRequest:
     """The run as a file of its own, for children: how its options were given is not known here."""
     path = (
         folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_yaml(config), encoding="utf-8")
-    return Request(str(path))
+    return RunRequest(str(path))
 
 
 def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[int]) -> None:

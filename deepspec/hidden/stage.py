@@ -22,7 +22,7 @@ from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
 from deepspec.artifacts.tables import read_table
-from deepspec.cache.format import HiddenSample, Layout, Stored
+from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import INDEX, write_index
 from deepspec.cache.shard_writer import Background, Encoded, ShardWriter
 from deepspec.config.run import RunConfig
@@ -188,11 +188,11 @@ class Capture:
             sample_id=row.sample_id,
             input_ids=torch.tensor(row.input_ids, dtype=torch.int32),
             loss_mask=torch.tensor(row.loss_mask, dtype=torch.uint8),
-            context=Stored(
+            context=EncodedTensor(
                 context,
                 context.quantize(states.context.bfloat16().unflatten(1, (context.num_layers, -1))),
             ),
-            last_hidden=Stored(last_hidden, last_hidden.quantize(last.bfloat16()[:, None])),
+            last_hidden=EncodedTensor(last_hidden, last_hidden.quantize(last.bfloat16()[:, None])),
             last_spans=spans,
         )
 
@@ -215,7 +215,7 @@ class HostCopy:
         """A mark behind the work that the caller has started so far."""
         return torch.cuda.current_stream().record_event() if self.stream else None
 
-    def bring(self, stored: Stored, ready: torch.cuda.Event | None) -> Stored:
+    def bring(self, stored: EncodedTensor, ready: torch.cuda.Event | None) -> EncodedTensor:
         """`stored` on the host; returns when it is there. Called in the background."""
         if self.stream is None or ready is None:
             return stored

@@ -46,7 +46,7 @@ def answering_note(events: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(words)
 
 
-def words_of(numbers: Mapping[str, Any]) -> list[str]:
+def progress_texts(numbers: Mapping[str, Any]) -> list[str]:
     """What a stage's `progress` event counts, in a few words each."""
     forms = {"tokens_per_s": "{:,.0f} tokens/s", "left_s": "{} left"}
     values = {

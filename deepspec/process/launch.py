@@ -52,7 +52,7 @@ class Stopped(DeepSpecError):
     """
 
 
-class Request(NamedTuple):
+class RunRequest(NamedTuple):
     """What a user asked for: a recipe or run file, overrides, and the store."""
 
     source: str

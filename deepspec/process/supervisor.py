@@ -56,7 +56,7 @@ def main(grace_s: float, command: list[str]) -> int:
         wait_with_lifeline(child)
     except LifelineCut:
         leave_s = 0.0
-        end(child, grace_s)
+        end_group(child, grace_s)
     finally:
         sweep(child, leave_s)
     return KILLED - child.returncode if child.returncode < 0 else child.returncode
@@ -88,7 +88,7 @@ def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
             raise LifelineCut
 
 
-def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
+def end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     """Ask the child's group to end, and insist after `grace_s`."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, SWEEP_S)):

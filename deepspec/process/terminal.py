@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deepspec.process.events import answering_note, words_of
+from deepspec.process.events import answering_note, progress_texts
 
 # in the note beside a bar: its columns show them
 UNSAID = ("event", "stage", "done", "total", "unit", "left_s")
@@ -68,7 +68,7 @@ class TerminalReport:
             self.progress.update(self.tasks[event["stage"]], note=answering_note([event]))
             return
         numbers = {key: value for key, value in event.items() if key not in UNSAID}
-        note = ", ".join(words_of(numbers))
+        note = ", ".join(progress_texts(numbers))
         self.progress.update(
             self.tasks[event["stage"]],
             completed=event["done"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from deepspec.errors import DamagedData
-from deepspec.storage.s3_client import Buffer, Entry, Listing
+from deepspec.storage.s3_client import Buffer, Entry, FolderListing
 
 STAGED = ".staged"
 COPY_BYTES = 16 << 20
@@ -58,7 +58,7 @@ class Disk:
     def exists(self, key: str) -> bool:
         return (self.root / key).exists()
 
-    def listing(self, folder: str) -> Listing:
+    def listing(self, folder: str) -> FolderListing:
         files: list[Entry] = []
         folders: list[str] = []
         try:
@@ -66,8 +66,8 @@ class Disk:
                 for item in found:
                     _list_item(item, files, folders)
         except (FileNotFoundError, NotADirectoryError):
-            return Listing([], [])
-        return Listing(files, folders)
+            return FolderListing([], [])
+        return FolderListing(files, folders)
 
     def remove(self, key: str) -> None:
         path = self.root / key

@@ -23,8 +23,8 @@ from deepspec.storage.s3_client import (
     Bucket,
     Buffer,
     Failure,
+    FolderListing,
     Head,
-    Listing,
     ShortBody,
     Upload,
 )
@@ -83,11 +83,11 @@ class Remote:
         files, folders = self.listing(key)
         return bool(files or folders)
 
-    def listing(self, folder: str) -> Listing:
+    def listing(self, folder: str) -> FolderListing:
         try:
             return self.calls.once("list", folder, lambda bucket: bucket.listing(folder))
         except FileNotFoundError:
-            return Listing([], [])
+            return FolderListing([], [])
 
     def remove(self, key: str) -> None:
         self.calls.once("remove", key, lambda bucket: bucket.remove(key))

@@ -93,7 +93,7 @@ class Entry(NamedTuple):
     modified: float
 
 
-class Listing(NamedTuple):
+class FolderListing(NamedTuple):
     """What lies directly in a folder."""
 
     files: list[Entry]
@@ -138,7 +138,7 @@ class Bucket(Protocol):
     def read(self, key: str) -> bytes: ...
     def read_range(self, key: str, start: int, end: int) -> Buffer: ...
     def head(self, key: str) -> Head: ...
-    def listing(self, folder: str) -> Listing: ...
+    def listing(self, folder: str) -> FolderListing: ...
     def remove(self, key: str) -> None:
         """Nothing is there under this key afterwards; that nothing was there before is no error."""
 

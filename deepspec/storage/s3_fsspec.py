@@ -21,8 +21,8 @@ from deepspec.storage.s3_client import (
     Buffer,
     Entry,
     Failure,
+    FolderListing,
     Head,
-    Listing,
     Problem,
     Upload,
     part_bytes,
@@ -74,7 +74,7 @@ class FsspecBucket:
             int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
         )
 
-    def listing(self, folder: str) -> Listing:
+    def listing(self, folder: str) -> FolderListing:
         path = self.path(folder)
         self.fs.invalidate_cache(path)
         files, folders = [], []
@@ -91,7 +91,7 @@ class FsspecBucket:
                     modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
                 )
                 files.append(Entry(name, int(info["size"]), seconds))
-        return Listing(files, folders)
+        return FolderListing(files, folders)
 
     def remove(self, key: str) -> None:
         if self.fs.isfile(self.path(key)):

@@ -19,8 +19,8 @@ from deepspec.storage.s3_client import (
     READ_S,
     Buffer,
     Entry,
+    FolderListing,
     Head,
-    Listing,
     Problem,
     part_bytes,
     problem_of_answer,
@@ -98,13 +98,15 @@ class ObstoreBucket:
             str(found.attributes.get(OWNER, "")),
         )
 
-    def listing(self, folder: str) -> Listing:
+    def listing(self, folder: str) -> FolderListing:
         found = self.obstore.list_with_delimiter(self.store, folder)
         files = [
             Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp())
             for o in found["objects"]
         ]
-        return Listing(files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]])
+        return FolderListing(
+            files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]]
+        )
 
     def remove(self, key: str) -> None:
         self.obstore.delete(self.store, key)

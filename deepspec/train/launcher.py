@@ -20,7 +20,7 @@ from deepspec.artifacts.status import trains_without_cache
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
-from deepspec.process.launch import OnLine, Request, Stopped, run_child, scope
+from deepspec.process.launch import OnLine, RunRequest, Stopped, run_child, scope
 from deepspec.process.machine import visible_gpus
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
@@ -92,7 +92,7 @@ def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
     return gpus[: len(gpus) - captures]
 
 
-def launch_ranks(request: Request, ranks: int, *, report: Report, stop_s: float) -> None:
+def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: float) -> None:
     """Train in `ranks` processes to the end; what the first one reports and all of them log is
     handed on.
 

@@ -107,7 +107,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     try:
         with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
             # until all shards of a window are captured no step may be possible
-            cache.tell(watchdog.beat)
+            cache.on_progress(watchdog.beat)
             train(
                 Trainer(
                     config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.cache.index import Index, Planned
+from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.source import Source
 from deepspec.config.run import SamplingConfig
 from deepspec.train.distributed import World
@@ -29,7 +29,7 @@ class Rounds(NamedTuple):
     rounds: int
 
 
-def acceptance_numbers(index: Index | Planned, count: int) -> list[int]:
+def acceptance_numbers(index: Index | ExpectedIndex, count: int) -> list[int]:
     """The first `count` held-out samples by their id, so that it does not matter in which order
     the shards were captured.
     """

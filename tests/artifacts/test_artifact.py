@@ -16,13 +16,13 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey, Counts, Record
 from deepspec.artifacts.side_files import failures, put_failure, put_rejects
 from deepspec.errors import ArtifactMismatch, DamagedData, DataError, StoreError
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 KEY = ArtifactKey("answers", "tiny", "0123456789ab", {"answers": {"seed": 1}}, ())
 
 
 def make_artifact(url: str | Path) -> Artifact:
-    artifact = Artifact(Store(str(url)), KEY)
+    artifact = Artifact(open_store(str(url)), KEY)
     artifact.create({})
     return artifact
 
@@ -81,7 +81,7 @@ def test_sealing_without_one_of_its_shards_is_an_error(artifact: Artifact):
 
 def test_another_recipe_in_the_same_folder_is_refused_by_field(tmp_path: Path):
     make_artifact(tmp_path)
-    other = Artifact(Store(str(tmp_path)), KEY._replace(recipe={"answers": {"seed": 2}}))
+    other = Artifact(open_store(str(tmp_path)), KEY._replace(recipe={"answers": {"seed": 2}}))
     with pytest.raises(ArtifactMismatch, match="recipe"):
         other.create({})
 
@@ -147,12 +147,12 @@ def test_a_shard_redone_after_sealing_is_seen_at_once(artifact: Artifact):
 def test_an_artifact_of_another_format_version_is_refused_by_name(tmp_path: Path):
     make_artifact(tmp_path)
     with pytest.raises(ArtifactMismatch, match="format"):
-        Artifact(Store(str(tmp_path)), KEY._replace(format=2)).create({})
+        Artifact(open_store(str(tmp_path)), KEY._replace(format=2)).create({})
 
 
 def test_a_record_of_another_artifact_counts_as_missing(tmp_path: Path):
     """Copied over by hand, say: what it names was made by another recipe."""
-    other = Artifact(Store(str(tmp_path)), KEY._replace(fingerprint="ba9876543210"))
+    other = Artifact(open_store(str(tmp_path)), KEY._replace(fingerprint="ba9876543210"))
     other.create({})
     commit(other, 0, b"theirs")
     artifact = make_artifact(tmp_path)
@@ -229,7 +229,7 @@ def test_rejects_are_written_as_lines_with_reasons(artifact: Artifact):
 
 
 def test_no_path_leads_out_of_the_store(tmp_path: Path):
-    store = Store(str(tmp_path))
+    store = open_store(str(tmp_path))
     for path in ("../other", "a/../../b", "/etc/passwd"):
         with pytest.raises(DamagedData):
             store.path(path)
@@ -238,17 +238,17 @@ def test_no_path_leads_out_of_the_store(tmp_path: Path):
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError, match="cannot write"):
-        Store(str(tmp_path / "file")).check_writable()
+        open_store(str(tmp_path / "file")).check_writable()
 
 
 def test_too_little_free_space_is_refused(tmp_path: Path):
     with pytest.raises(StoreError, match="GB are free"):
-        Store(str(tmp_path)).check_writable(min_free_gb=1e9)
+        open_store(str(tmp_path)).check_writable(min_free_gb=1e9)
 
 
 def test_an_unknown_kind_of_store_is_refused():
     with pytest.raises(StoreError):
-        Store("nosuch://bucket")
+        open_store("nosuch://bucket")
 
 
 WRITER = textwrap.dedent(

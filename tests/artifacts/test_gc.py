@@ -13,13 +13,14 @@ import pytest
 
 from deepspec.artifacts import gc
 from deepspec.storage.store import Entry, Store
+from deepspec.storage.urls import open_store
 
 HOUR = 3600.0
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+    return open_store(str(tmp_path / "store"))
 
 
 def put(store: Store, name: str, *, age_s: float = 48 * HOUR) -> str:
@@ -90,7 +91,7 @@ def either(
 ) -> Store:
     monkeypatch.setattr(gc, "RELIST_S", -1.0)  # every listing is too old
     urls = {"local": str(tmp_path / "either"), "remote": f"memory://gc-{uuid.uuid4().hex}"}
-    return Store(urls[request.param], scratch=str(tmp_path / "scratch"))
+    return open_store(urls[request.param], scratch=str(tmp_path / "scratch"))
 
 
 def test_a_file_that_was_committed_after_it_was_found_is_kept(either: Store):
@@ -145,7 +146,7 @@ def test_the_old_file_of_a_shard_made_again_ages_from_the_new_record(store: Stor
 def test_a_remote_folder_is_not_listed_again_for_each_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    store = Store(f"memory://gc-{uuid.uuid4().hex}", scratch=str(tmp_path))
+    store = open_store(f"memory://gc-{uuid.uuid4().hex}", scratch=str(tmp_path))
     folders = ["hidden/tiny-0/rows", "hidden/tiny-0/shards"]
     for shard in range(20):
         for folder in folders:
@@ -189,7 +190,7 @@ def test_staged_files_stay_while_their_process_lives(store: Store):
 
 
 def test_what_is_staged_for_a_remote_store_is_found_in_the_scratch_folder(tmp_path: Path):
-    store = Store("memory://gc-scratch", scratch=str(tmp_path))
+    store = open_store("memory://gc-scratch", scratch=str(tmp_path))
     store.spool.mkdir()
     left = store.spool / "other-host-1-aa"
     left.write_bytes(b"data")

@@ -14,13 +14,13 @@ import pytest
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.leases import LOST_S, Claim, Claims, has_ended, this_process, words
 from deepspec.artifacts.records import ArtifactKey
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 
 def claims(
     store: Path, run: str, *, dealer: str = "", process: str = "elsewhere 1 2 3 4"
 ) -> Claims:
-    artifact = Artifact(Store(str(store)), ArtifactKey("answers", "x", "1", {}, ()))
+    artifact = Artifact(open_store(str(store)), ArtifactKey("answers", "x", "1", {}, ()))
     return Claims(artifact, Claim(run=run, run_id=run, dealer=dealer, process=process))
 
 

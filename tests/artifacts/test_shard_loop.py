@@ -20,6 +20,7 @@ from deepspec.artifacts.shard_loop import Work, failures_allowed, stage_size, wo
 from deepspec.artifacts.side_files import failures
 from deepspec.errors import DamagedData, ShardsFailed, TransientError
 from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 from tests.conftest import tiny_run
 
 KEY = ArtifactKey("answers", "tiny", "0123456789ab", {}, ())
@@ -44,7 +45,7 @@ def make(work: Work, local: Path) -> Counts:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
-    made = Artifact(Store(str(tmp_path / "store")), KEY)
+    made = Artifact(open_store(str(tmp_path / "store")), KEY)
     made.create({})
     return made
 
@@ -160,7 +161,7 @@ def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_f
     assert [
         failures_allowed(config.resources, shards) for shards in (1, 10, 1000, 1099, 1100, 10_000)
     ] == [10, 10, 10, 10, 11, 100]
-    store = Store(str(tmp_path / "store"))
+    store = open_store(str(tmp_path / "store"))
     before = Artifact(store, ArtifactKey("prompts", "tiny", "ba9876543210", {}, ()))
     for shard in range(50):
         store.write(before.path(f"records/{shard:05d}.json"), b"{}")
@@ -223,7 +224,7 @@ def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there
 ):
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 3_200_000)
-    artifact = Artifact(Store(str(small_disk / "store")), KEY)
+    artifact = Artifact(open_store(str(small_disk / "store")), KEY)
     artifact.create({})
 
     def large(work: Work, local: Path) -> Counts:

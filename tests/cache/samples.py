@@ -9,7 +9,7 @@ import torch
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.codecs import make_codec
-from deepspec.cache.format import HiddenSample, Layout, Stored, last_hidden_spans
+from deepspec.cache.format import EncodedTensor, HiddenSample, Layout, last_hidden_spans
 from deepspec.cache.shard_writer import ShardWriter, Written
 
 LAYERS, SIZE = 2, 8
@@ -26,11 +26,11 @@ def make_sample(number: int, tokens: int, layout: Layout = LAYOUT) -> HiddenSamp
     mask = [index > tokens // 2 for index in range(tokens)]
     spans = torch.from_numpy(last_hidden_spans(mask))
 
-    def stored(codec, rows: int) -> Stored:
+    def stored(codec, rows: int) -> EncodedTensor:
         states = torch.randn(
             rows, codec.num_layers, codec.hidden_size, generator=generator
         ).bfloat16()
-        return Stored(codec, tuple(codec.quantize(states)))
+        return EncodedTensor(codec, tuple(codec.quantize(states)))
 
     return HiddenSample(
         sample_id=2**63 + number,

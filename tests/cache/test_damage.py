@@ -11,8 +11,8 @@ from deepspec.artifacts import verify
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey, Record, index_file
 from deepspec.cache.damage import locate_damage
-from deepspec.cache.index import read_rows
-from deepspec.storage.store import Store
+from deepspec.cache.index import read_index_rows
+from deepspec.storage.urls import open_store
 from tests.cache.samples import make_cache, make_sample
 from tests.conftest import tiny_run
 
@@ -22,7 +22,7 @@ KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     made = make_cache(
-        Artifact(Store(str(tmp_path / "store")), KEY),
+        Artifact(open_store(str(tmp_path / "store")), KEY),
         [[make_sample(4 * s + r, 6 + r) for r in range(4)] for s in range(3)],
     )
     monkeypatch.setattr(verify, "artifact_of", lambda config, stage: made)
@@ -41,7 +41,7 @@ def flip(artifact: Artifact, relative: str, offset: int) -> None:
 
 
 def rows_of(artifact: Artifact, record: Record) -> list[dict[str, int]]:
-    return read_rows(artifact.store.read(artifact.path(index_file(record)))).to_pylist()
+    return read_index_rows(artifact.store.read(artifact.path(index_file(record)))).to_pylist()
 
 
 def test_nothing_is_said_of_a_whole_cache(artifact: Artifact, tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-from deepspec.cache.local_copies import DiskCache
+from deepspec.cache.local_copies import LocalCopies
 
 MB = 1 << 20
 
@@ -15,7 +15,7 @@ def content(number: int) -> bytes:
 
 
 def test_what_was_put_is_got_and_nothing_else(tmp_path: Path):
-    cache = DiskCache(tmp_path, 100 * MB)
+    cache = LocalCopies(tmp_path, 100 * MB)
     cache.put("shard 1", 3 * MB, memoryview(content(1)))
     found = cache.get("shard 1", 3 * MB, MB)
     assert found is not None
@@ -26,7 +26,7 @@ def test_what_was_put_is_got_and_nothing_else(tmp_path: Path):
 
 
 def test_a_range_far_behind_takes_only_its_own_bytes(tmp_path: Path):
-    cache = DiskCache(tmp_path, 100 * MB)
+    cache = LocalCopies(tmp_path, 100 * MB)
     cache.put("shard", 4000 * MB, memoryview(content(1)))
     assert cache.num_bytes() <= 2 * MB
 
@@ -34,7 +34,7 @@ def test_a_range_far_behind_takes_only_its_own_bytes(tmp_path: Path):
 def test_the_shards_used_longest_ago_make_room(tmp_path: Path):
     import os
 
-    cache = DiskCache(tmp_path, 10 * MB)
+    cache = LocalCopies(tmp_path, 10 * MB)
     for number in range(10):
         cache.put(f"shard {number}", 0, memoryview(content(number)))
         os.utime(cache._paths(f"shard {number}")[1], (number, number))
@@ -51,7 +51,7 @@ def test_bytes_that_no_list_names_go_first(tmp_path: Path):
     """
     for number in range(9):
         (tmp_path / f"{number:032x}.data").write_bytes(content(number))
-    cache = DiskCache(tmp_path, 10 * MB)
+    cache = LocalCopies(tmp_path, 10 * MB)
     for number in range(6):
         cache.put(f"shard {number}", 0, memoryview(content(number)))
     assert cache.num_bytes() <= 10 * MB
@@ -59,7 +59,7 @@ def test_bytes_that_no_list_names_go_first(tmp_path: Path):
 
 
 def fill(folder: Path, first: int) -> None:
-    cache = DiskCache(folder, 20 * MB)
+    cache = LocalCopies(folder, 20 * MB)
     for number in range(first, first + 60):
         key = f"shard {number % 40}"
         found = cache.get(key, 0, MB)
@@ -79,11 +79,11 @@ def test_several_processes_share_it_within_its_bound(tmp_path: Path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert DiskCache(tmp_path, 20 * MB).num_bytes() <= 23 * MB  # each may be one look late
+    assert LocalCopies(tmp_path, 20 * MB).num_bytes() <= 23 * MB  # each may be one look late
 
 
 def test_a_folder_that_cannot_be_written_only_means_that_nothing_is_kept(tmp_path: Path):
-    cache = DiskCache(tmp_path / "cache", 10 * MB)
+    cache = LocalCopies(tmp_path / "cache", 10 * MB)
     data, _ = cache._paths("shard")
     data.mkdir()
     cache.put("shard", 0, memoryview(content(1)))

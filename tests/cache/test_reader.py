@@ -16,7 +16,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 from tests.cache.samples import LAYOUT, make_cache, make_sample, same
 from tests.conftest import REPOSITORY
 
@@ -27,7 +27,7 @@ FLAT = [sample for shard in SAMPLES for sample in shard]
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
-    return make_cache(Artifact(Store(str(tmp_path / "store")), KEY), SAMPLES)
+    return make_cache(Artifact(open_store(str(tmp_path / "store")), KEY), SAMPLES)
 
 
 def flip_a_bit(cache: HiddenCache, number: int) -> None:
@@ -149,8 +149,8 @@ import sys
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.reader import HiddenCache
 from deepspec.artifacts.records import ArtifactKey
-from deepspec.storage.store import Store
-cache = HiddenCache(Artifact(Store({artifact.store.url!r}), ArtifactKey("hidden", "tiny", "0123456789ab", {{}}, ())))
+from deepspec.storage.urls import open_store
+cache = HiddenCache(Artifact(open_store({artifact.store.url!r}), ArtifactKey("hidden", "tiny", "0123456789ab", {{}}, ())))
 cache[3].context.decode()
 assert "pandas" not in sys.modules
 """

@@ -16,8 +16,8 @@ import xxhash
 
 from deepspec.cache import sink as sinks
 from deepspec.cache.codecs import make_codec
-from deepspec.cache.format import HiddenSample, Layout, Stored
-from deepspec.cache.index import read_rows
+from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
+from deepspec.cache.index import read_index_rows
 from deepspec.cache.shard_writer import MAGIC_BYTES, Background
 from deepspec.cache.sink import HashingSink
 from deepspec.storage.store import file_checksum
@@ -29,7 +29,7 @@ def shard(tmp_path: Path):
     samples = [make_sample(number, tokens) for number, tokens in enumerate((5, 1, 40, 3))]
     path = tmp_path / "00000.arrow"
     written = write_shard(path, samples)
-    return samples, path, written, read_rows(written.index_rows).to_pylist()
+    return samples, path, written, read_index_rows(written.index_rows).to_pylist()
 
 
 def message(path: Path, row: dict[str, int]) -> bytes:
@@ -77,7 +77,7 @@ def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
     written = write_shard(path, [])
     assert pa.ipc.open_file(str(path)).num_record_batches == 0
     assert written.checksum == file_checksum(path)
-    assert read_rows(written.index_rows).num_rows == 0
+    assert read_index_rows(written.index_rows).num_rows == 0
 
 
 def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(
@@ -159,12 +159,12 @@ def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
         1,
         ids,
         ids.to(torch.uint8),
-        Stored(layout.context, (context,)),
-        Stored(layout.last_hidden, (nothing,)),
+        EncodedTensor(layout.context, (context,)),
+        EncodedTensor(layout.last_hidden, (nothing,)),
         spans,
     )
     path = tmp_path / "large.arrow"
-    row = read_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
+    row = read_index_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
     with pa.memory_map(str(path)) as source:
         found = layout.decode(
             source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema()

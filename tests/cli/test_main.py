@@ -12,7 +12,7 @@ from deepspec import __main__ as door
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of, file_digest, stages_of
 from deepspec.config.recipes import load_run
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 from tests.conftest import TINY, tiny_run, write_jsonl
 
 SETS = [part for override in TINY for part in ("--set", override)]
@@ -67,7 +67,7 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
     )
     shutil.copytree(captured, moved)
     result = artifact_of(config, "evaluate")
-    Artifact(Store(str(moved)), result.key).create(config.model_dump(mode="json"))
+    Artifact(open_store(str(moved)), result.key).create(config.model_dump(mode="json"))
     for folder, place in (
         (str(moved / result.folder), "/"),
         (moved.name + "/" + result.folder, tmp_path),

@@ -27,7 +27,7 @@ from prefect.states import State
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import UserError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.cli import run_flow
 from flows.pipeline import pipeline
@@ -165,7 +165,7 @@ def test_a_run_by_hand_and_a_workers_run_refuse_a_server_of_another_version(run_
             temporary_settings({PREFECT_API_URL: url}),
             pytest.raises(UserError, match=r"3\.7\.9, which does not fit"),
         ):
-            run_stages(Request(str(run_file)), ("prompts",))
+            run_stages(RunRequest(str(run_file)), ("prompts",))
     assert stage_status(load_run(str(run_file)), "prompts").committed == 0
 
 
@@ -230,6 +230,6 @@ def test_shards_by_hand_may_be_written_as_people_do(
     """
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     run_prompts(load_run(str(run_file)))
-    run_flow("regenerate", Request(str(run_file)), " 1,  2,")
+    run_flow("regenerate", RunRequest(str(run_file)), " 1,  2,")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
     assert stage_status(load_run(str(run_file)), "answers").missing == [0, 3, 4, 5]

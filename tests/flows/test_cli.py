@@ -19,7 +19,7 @@ import pytest
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status, stages_of
 from deepspec.config.recipes import load_run
-from deepspec.process.launch import MARK, Request
+from deepspec.process.launch import MARK, RunRequest
 from flows.server import start_private_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.conftest import QUICK, SERVED, home_with, questions
@@ -130,7 +130,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(
     shard of each and then no more.
     """
     questions(run_file, answered=(0, 3))
-    request = Request(str(run_file), (*SERVED, f"resources.lanes={LANES}"))
+    request = RunRequest(str(run_file), (*SERVED, f"resources.lanes={LANES}"))
     env, config = (
         environment(PREFECT_HOME=prefect_home),
         load_run(request.source, request.overrides),

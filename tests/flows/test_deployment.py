@@ -32,7 +32,7 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status, stages_of
 from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, UserError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from flows.assets import asset_key
 from flows.automations import FLOWS, crashed
 from flows.compatible import check_version
@@ -321,7 +321,7 @@ def test_the_form_has_defaults_choices_and_descriptions(site: Site):
 
 @pytest.mark.slow
 def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site: Site):
-    run(Request(str(site.run_file)).command("prompts"), env=site.env)
+    run(RunRequest(str(site.run_file)).command("prompts"), env=site.env)
     recipe, config = str(site.run_file), load_run(str(site.run_file))
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
     assert stage_status(config, "answers").missing == [0, 2, 3]
@@ -351,7 +351,7 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
 def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them(
     site: Site, tmp_path: Path
 ):
-    run(Request(str(site.run_file)).command("prompts"), env=site.env)
+    run(RunRequest(str(site.run_file)).command("prompts"), env=site.env)
     # answers of its own, whatever other tests made
     recipe, changed = str(site.run_file), ("answers.max_new_tokens=33",)
     (site.run_file.parent / "broken").touch()
@@ -495,7 +495,7 @@ def test_no_key_is_in_anything_that_a_run_leaves_behind(
     bucket, recipe, folder = radosgw.new_bucket(), str(site.run_file), site.run_file.parent
     here = {"recipe": recipe, "store": f"s3://{bucket}/store"}
     run(
-        Request(recipe, (f"resources.scratch={folder / 'scratch'}",), here["store"]).command(
+        RunRequest(recipe, (f"resources.scratch={folder / 'scratch'}",), here["store"]).command(
             "prompts"
         ),
         env=site.env,

@@ -31,7 +31,7 @@ from deepspec.artifacts.side_files import put_failure
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import DeepSpecError, ShardsFailed, TransientError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from flows import pool_executor as workers
 from flows.automations import ended
 from flows.lease_wait import GROUP, claims_on, is_part
@@ -61,7 +61,7 @@ class Site(NamedTuple):
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_file = flaky_run(tmp_path_factory.mktemp("site"), monkeypatch)
-        flow(run_stages)(Request(str(run_file)), ("prompts",))
+        flow(run_stages)(RunRequest(str(run_file)), ("prompts",))
         yield run_file
 
 
@@ -87,7 +87,7 @@ def dealt(site: Site, act: Callable[[StageRun, Claims], None]) -> None:
     def dealing() -> None:
         config = load_run(str(site.run_file), site.overrides)
         run = StageRun(
-            Request(str(site.run_file), site.overrides), config, stage_status(config, "answers")
+            RunRequest(str(site.run_file), site.overrides), config, stage_status(config, "answers")
         )
         try:
             with claims_on(artifact_of(config, "answers")) as claims:

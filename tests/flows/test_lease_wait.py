@@ -23,7 +23,7 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import TransientError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows import lease_wait as turns
 from flows.lease_wait import GROUP, claims_on
@@ -35,7 +35,7 @@ GATED = ("answers.engine=tests.flows.engines:Gated",)
 
 @flow
 def answers(source: str, overrides: tuple[str, ...], shards: str = "") -> list[StageOutcome]:
-    return run_stages(Request(source, overrides), ("prompts", "answers"), shards)
+    return run_stages(RunRequest(source, overrides), ("prompts", "answers"), shards)
 
 
 def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:

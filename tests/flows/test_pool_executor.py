@@ -26,7 +26,7 @@ from prefect.settings import PREFECT_API_URL
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ShardsFailed
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from flows.reporting import StageOutcome
 from flows.setup import put_pool
 from flows.tasks import run_stages
@@ -130,7 +130,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @flow
 def answers(source: str, overrides: tuple[str, ...]) -> list[StageOutcome]:
-    return run_stages(Request(source, overrides), ("prompts", "answers"))
+    return run_stages(RunRequest(source, overrides), ("prompts", "answers"))
 
 
 def fresh(site: Site, *overrides: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed, UserError
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.request import open_run
@@ -51,7 +51,7 @@ SLOW = "answers.engine=tests.flows.engines:Slow"
 
 @flow
 def answers(source: str, overrides: tuple[str, ...] = ()) -> list[StageOutcome]:
-    return run_stages(Request(source, (*ON_RAY, *overrides)), ("answers",))
+    return run_stages(RunRequest(source, (*ON_RAY, *overrides)), ("answers",))
 
 
 @pytest.fixture(scope="module")
@@ -277,4 +277,4 @@ def test_a_run_on_ray_is_refused_where_it_is_not_installed(
 ):
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(ConfigError, match="needs prefect_ray, not installed here"):
-        open_run(Request(str(run_file), ("resources.runner=ray",)))
+        open_run(RunRequest(str(run_file), ("resources.runner=ray",)))

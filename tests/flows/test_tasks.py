@@ -23,7 +23,7 @@ from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
 from deepspec.process import launch
-from deepspec.process.launch import MARK, Request
+from deepspec.process.launch import MARK, RunRequest
 from deepspec.process.machine import visible_gpus
 from deepspec.prompts.stage import run_prompts
 from flows.local_executor import LocalHands
@@ -41,7 +41,7 @@ outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
 
 @flow
 def prompts_and_answers(source: str, overrides: tuple[str, ...] = ()) -> list[StageOutcome]:
-    return run_stages(Request(source, overrides), ("prompts", "answers"))
+    return run_stages(RunRequest(source, overrides), ("prompts", "answers"))
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +193,12 @@ def test_shards_that_cannot_be_are_refused_before_any_work(
 
 @flow
 def some_shards(source: str, shards: str) -> list[StageOutcome]:
-    return run_stages(Request(source), ("prompts", "answers", "hidden"), shards)
+    return run_stages(RunRequest(source), ("prompts", "answers", "hidden"), shards)
 
 
 @flow
 def run_in_flow(source: str, override: str, shards: str = "") -> list[StageOutcome]:
-    return run_stages(Request(source, (override,)), ("prompts", "answers", "hidden"), shards)
+    return run_stages(RunRequest(source, (override,)), ("prompts", "answers", "hidden"), shards)
 
 
 def test_losing_a_record_makes_that_shard_missing_and_no_other(finished: Path):
@@ -229,7 +229,7 @@ def test_each_group_of_shards_has_its_log_beside_the_artifact(finished: Path):
 
 def test_a_killed_child_is_tried_again(run_file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        Request, "command", kill_first_answers(Request.command, run_file.parent / "killed")
+        RunRequest, "command", kill_first_answers(RunRequest.command, run_file.parent / "killed")
     )
     outcomes = prompts_and_answers(str(run_file))
     assert (run_file.parent / "killed").exists()
@@ -259,7 +259,7 @@ def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_
 def kill_first_answers(command, note: Path):
     """Command lines of which the first one for answers ends as if the kernel had killed it."""
 
-    def changed(request: Request, verb: str, shards=None) -> list[str]:
+    def changed(request: RunRequest, verb: str, shards=None) -> list[str]:
         if verb == "answers" and not note.exists():
             note.touch()
             return ["sh", "-c", "kill -9 $$"]
@@ -280,7 +280,7 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
 
 
 def stage_run(run_file: Path, *overrides: str) -> StageRun:
-    request = Request(str(run_file), ("resources.device=auto", *overrides))
+    request = RunRequest(str(run_file), ("resources.device=auto", *overrides))
     config: RunConfig = load_run(request.source, request.overrides)
     run_prompts(config)
     status = stage_status(config, "answers")._replace(missing=[0, 1, 2, 3])
@@ -453,7 +453,7 @@ def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
 def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file: Path):
     """It said `python -m deepspec train RUN --shards 0`, which there is not."""
     run = StageRun(
-        Request(str(run_file)),
+        RunRequest(str(run_file)),
         load_run(str(run_file)),
         stage_status(load_run(str(run_file)), "train"),
     )
@@ -468,7 +468,7 @@ def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file
 @outside_a_flow
 def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
     config = load_run(str(run_file))
-    run = StageRun(Request(str(run_file)), config, stage_status(config, "train"))
+    run = StageRun(RunRequest(str(run_file)), config, stage_status(config, "train"))
     run.dealer.lanes = [lane] = LocalHands(run).lanes
     assert run.dealer.take(lane) == [0]
     run.note(

@@ -76,7 +76,7 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(
     left = source.artifact.store.names(source.artifact.path("shards"))
     assert [name[:5] for name in left] == ["00000", "00001", "00003", "00004", "00005"]
     beats: list[int] = []
-    source.tell(lambda: beats.append(1))
+    source.on_progress(lambda: beats.append(1))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(source.__getitem__, number)
         with pytest.raises(StillWaiting):

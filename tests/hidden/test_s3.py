@@ -27,9 +27,9 @@ from tests.radosgw import Radosgw
 
 def upload(local: Path, url: str, *overrides: str) -> None:
     """Everything before the hidden states, from a local store into the bucket."""
-    from deepspec.storage.store import Store
+    from deepspec.storage.urls import open_store
 
-    remote = Store(url)
+    remote = open_store(url)
     for stage in ("demo", "prompts", "answers"):
         for path in sorted((local / stage).rglob("*")):
             if path.is_file():

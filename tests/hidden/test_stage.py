@@ -14,7 +14,7 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import failures
 from deepspec.artifacts.tables import read_table
 from deepspec.artifacts.verify import verify_stage
-from deepspec.cache.format import Stored
+from deepspec.cache.format import EncodedTensor
 from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
@@ -303,8 +303,8 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
     unnormed = states.last_hidden[0] / target.decoder.norm.weight
     layout = cache.layout
     sample = cache[0]._replace(
-        context=Stored(layout.context, layout.context.quantize(states.context[0])),
-        last_hidden=Stored(layout.last_hidden, layout.last_hidden.quantize(unnormed)),
+        context=EncodedTensor(layout.context, layout.context.quantize(states.context[0])),
+        last_hidden=EncodedTensor(layout.last_hidden, layout.last_hidden.quantize(unnormed)),
         last_spans=torch.tensor([[0, len(ids)]]),
     )
     checks.begin(1)
@@ -318,7 +318,7 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
 def test_states_come_to_the_host_while_the_gpu_goes_on(cache: HiddenCache):
     host = HostCopy(torch.device("cuda"))
     states = torch.randn(64, cache.layout.context.width, device="cuda")
-    stored = Stored(cache.layout.context, cache.layout.context.quantize(states))
+    stored = EncodedTensor(cache.layout.context, cache.layout.context.quantize(states))
     ready = host.ready()
     torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")
     assert torch.equal(host.bring(stored, ready).parts[0], stored.parts[0].cpu())

@@ -31,6 +31,7 @@ from deepspec.plan.arithmetic import (
 )
 from deepspec.storage.s3_client import PART_BYTES
 from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 QWEN3_4B = Shape(num_captured=5, width=2560, vocab_size=151_936)
 TOKENS, SAMPLES = 1.24e9, 1.3e6
@@ -135,14 +136,14 @@ def test_a_store_without_room_is_refused_with_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Store, "free_bytes", lambda self: 10e9)
-    store = Store(str(tmp_path))
+    store = open_store(str(tmp_path))
     assert room(8e9, store, min_free_gb=2).fits
     with pytest.raises(StoreError, match=r"need 8.50 GB .* keeps 2.00 GB, but 10.0 GB are free"):
         require_fit(room(8.5e9, store, min_free_gb=2), where=store.url, fix="")
 
 
 def test_a_store_without_a_limit_holds_anything():
-    assert room(1e18, Store("memory://plan"), min_free_gb=5).fits
+    assert room(1e18, open_store("memory://plan"), min_free_gb=5).fits
     assert Fit(1e18, None, 0).fits
 
 

@@ -14,6 +14,7 @@ from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 from deepspec.target.loading import read_text_config
 from tests.conftest import tiny_run
 from tests.model.drafts import GEMMA4
@@ -75,7 +76,7 @@ def test_weights_are_noise_of_the_runs_dtype_and_finite():
 
 
 def test_the_store_is_timed_and_left_as_it_was(tmp_path: Path):
-    store = Store(str(tmp_path))
+    store = open_store(str(tmp_path))
     store.check_writable()
     before = sorted(tmp_path.iterdir())
     assert (measure_store(store) or 0) > 0
@@ -86,7 +87,7 @@ def test_a_nearly_full_store_is_not_filled_for_a_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Store, "free_bytes", lambda self: float(measure.STORE_PROBE_BYTES))
-    assert measure_store(Store(str(tmp_path))) is None
+    assert measure_store(open_store(str(tmp_path))) is None
 
 
 def test_a_store_that_fails_to_write_is_an_error_of_the_store(
@@ -97,7 +98,7 @@ def test_a_store_that_fails_to_write_is_an_error_of_the_store(
 
     monkeypatch.setattr(Store, "write", fail)
     with pytest.raises(StoreError, match="read-only"):
-        measure_store(Store(str(tmp_path)))
+        measure_store(open_store(str(tmp_path)))
 
 
 def test_lanes_of_a_cpu_do_not_add_up(tmp_path: Path):

@@ -22,7 +22,7 @@ import pytest
 
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
 from deepspec.process import launch
-from deepspec.process.launch import Request, Stopped, run_child, scope
+from deepspec.process.launch import RunRequest, Stopped, run_child, scope
 from deepspec.process.shard_ranges import deal, parse_shards, shard_list
 from deepspec.process.supervisor import living_processes
 
@@ -298,7 +298,7 @@ def test_a_shard_list_is_read_back_as_it_was(shards: list[int], text: str):
 
 
 def test_a_request_becomes_one_command_line():
-    request = Request("demo", ("train.lr=3e-4", "target.layer_ids=[1, 2]"), "/some where")
+    request = RunRequest("demo", ("train.lr=3e-4", "target.layer_ids=[1, 2]"), "/some where")
     assert request.command("answers", [3, 4])[1:] == [
         "-m",
         "deepspec",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepspec.process.events import words_of
+from deepspec.process.events import progress_texts
 from deepspec.process.terminal import TerminalReport
 
 
@@ -30,7 +30,7 @@ def test_a_training_shows_loss_acceptance_speed_and_the_time_left_that_it_reckon
 
 
 def test_numbers_without_words_of_their_own_are_named():
-    assert words_of({"rows": 5, "tokens_per_s": 12345.6, "left_s": 61}) == [
+    assert progress_texts({"rows": 5, "tokens_per_s": 12345.6, "left_s": 61}) == [
         "rows 5",
         "12,346 tokens/s",
         "0:01:01 left",

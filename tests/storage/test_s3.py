@@ -25,6 +25,7 @@ from deepspec.storage import remote
 from deepspec.storage import retries as bucket_calls
 from deepspec.storage import s3_client as bucket
 from deepspec.storage.store import Store, file_checksum
+from deepspec.storage.urls import open_store
 from tests.conftest import REPOSITORY
 from tests.faulty import (
     Answer,
@@ -57,7 +58,7 @@ def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def store(s3_url: str, client: str, tmp_path: Path) -> Store:
-    return Store(s3_url, scratch=str(tmp_path / "scratch"))
+    return open_store(s3_url, scratch=str(tmp_path / "scratch"))
 
 
 @pytest.fixture
@@ -235,7 +236,9 @@ def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(
     s3_url, radosgw, tmp_path: Path, monkeypatch
 ):
     """`kill -9` of the gateway, restarted after 15 s, under both clients at once."""
-    stores = [Store(f"{s3_url}/{client}", scratch=str(tmp_path / client)) for client in CLIENTS]
+    stores = [
+        open_store(f"{s3_url}/{client}", scratch=str(tmp_path / client)) for client in CLIENTS
+    ]
     loads = [
         Load(client_fixed(store, monkeypatch, client))
         for store, client in zip(stores, CLIENTS, strict=True)
@@ -270,7 +273,8 @@ HALFWAY = """
 import sys
 from pathlib import Path
 from deepspec.storage.store import Store
-Store(sys.argv[1], scratch=sys.argv[2]).publish(Path(sys.argv[3]), "shards/00000-x.arrow")
+from deepspec.storage.urls import open_store
+open_store(sys.argv[1], scratch=sys.argv[2]).publish(Path(sys.argv[3]), "shards/00000-x.arrow")
 """
 
 
@@ -403,18 +407,18 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
 ):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
-    messages = [refused(Store("s3://no-such-bucket-here/x", scratch=str(tmp_path)))]
+    messages = [refused(open_store("s3://no-such-bucket-here/x", scratch=str(tmp_path)))]
     assert "no such bucket" in messages[-1]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-" + SECRET_KEY)
-    messages.append(refused(Store(s3_url, scratch=str(tmp_path))))
+    messages.append(refused(open_store(s3_url, scratch=str(tmp_path))))
     assert "refuses these credentials" in messages[-1]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOSUCHKEY0000000")
-    messages.append(refused(Store(s3_url, scratch=str(tmp_path))))
+    messages.append(refused(open_store(s3_url, scratch=str(tmp_path))))
     assert "refuses these credentials" in messages[-1]
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    messages.append(refused(Store(s3_url, scratch=str(tmp_path))))
+    messages.append(refused(open_store(s3_url, scratch=str(tmp_path))))
     assert "no credentials were found" in messages[-1]
     for name, value in {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -422,10 +426,10 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    messages.append(refused(Store(s3_url, scratch=str(tmp_path)), TransientError))
+    messages.append(refused(open_store(s3_url, scratch=str(tmp_path)), TransientError))
     assert "cannot reach the store" in messages[-1] and "check AWS_ENDPOINT_URL" in messages[-1]
     with pytest.raises(StoreError, match="GB are free"):
-        Store("memory://x", scratch=str(tmp_path)).check_writable(min_free_gb=1e9)
+        open_store("memory://x", scratch=str(tmp_path)).check_writable(min_free_gb=1e9)
     for text in [*messages, caplog.text]:
         assert not [
             word for word in (ACCESS_KEY, SECRET_KEY, "AKIANOSUCH", "Signature=") if word in text
@@ -443,7 +447,7 @@ def test_a_server_that_takes_connections_and_says_nothing_is_given_up_in_time(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("DEEPSPEC_S3_CLIENT", "s3fs")
         monkeypatch.setattr(remote, "CHECK_S", 2.0)
-        assert "no answer in" in refused(Store(s3_url, scratch=str(tmp_path)), TransientError)
+        assert "no answer in" in refused(open_store(s3_url, scratch=str(tmp_path)), TransientError)
 
 
 def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(
@@ -453,7 +457,7 @@ def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(
     fail its group for good.
     """
     monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
-    store = Store(s3_url, scratch=str(tmp_path))
+    store = open_store(s3_url, scratch=str(tmp_path))
     radosgw.kill()
     try:
         with pytest.raises(TransientError, match="cannot reach the store") as caught:
@@ -485,7 +489,7 @@ def test_a_server_that_stays_away_is_a_transient_error(store: Store, monkeypatch
     store.write("data", b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TransientError, match="did not answer"):
-        Store(store.url).read("data")
+        open_store(store.url).read("data")
 
 
 def read_in_child(store: Store, results) -> None:
@@ -509,7 +513,7 @@ def children_read(url: str, method: str) -> None:
     """
     from torch.utils.data import DataLoader
 
-    store = Store(url)
+    store = open_store(url)
     assert bytes(store.read_range("data", 2, 6)) == bytes(range(2, 6))
     context = multiprocessing.get_context(method)
     results = context.Queue()
@@ -557,7 +561,7 @@ def test_nothing_but_the_standard_chain_is_asked_for_keys(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
-    store = Store(s3_url, scratch=str(tmp_path))
+    store = open_store(s3_url, scratch=str(tmp_path))
     store.check_writable()
     store.write("x", b"y")
     assert store.read("x") == b"y"

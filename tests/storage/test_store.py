@@ -14,6 +14,7 @@ import pytest
 
 from deepspec.errors import DamagedData, StoreError
 from deepspec.storage.store import Store, file_checksum
+from deepspec.storage.urls import open_store
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -25,7 +26,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         if request.param == "disk"
         else f"memory://{tmp_path.name}{time.time_ns()}"
     )
-    return Store(url, scratch=str(tmp_path / "scratch"))
+    return open_store(url, scratch=str(tmp_path / "scratch"))
 
 
 def test_what_was_written_is_read_listed_and_removed(store: Store):
@@ -76,7 +77,7 @@ def test_a_published_file_is_moved_and_a_staged_one_never_stays(store: Store):
 
 
 def test_a_fetched_copy_is_that_of_now_and_of_its_checksum(tmp_path: Path):
-    store = Store(f"memory://{tmp_path.name}fetch", scratch=str(tmp_path))
+    store = open_store(f"memory://{tmp_path.name}fetch", scratch=str(tmp_path))
     for data in (b"first", b"other"):
         store.write("index", data)
         assert store.fetch("index").read_bytes() == data
@@ -113,7 +114,7 @@ def race(store: Store, barrier, results) -> None:
 def test_of_sixteen_racing_processes_exactly_one_creates(tmp_path: Path):
     # sixteen interpreters would take longer than the race
     context = multiprocessing.get_context("fork")
-    store, barrier, results = Store(str(tmp_path)), context.Barrier(16), context.Queue()
+    store, barrier, results = open_store(str(tmp_path)), context.Barrier(16), context.Queue()
     racers = [context.Process(target=race, args=(store, barrier, results)) for _ in range(16)]
     for racer in racers:
         racer.start()
@@ -127,7 +128,8 @@ def test_of_sixteen_racing_processes_exactly_one_creates(tmp_path: Path):
 CRASH = """
 import os, sys
 from deepspec.storage.store import Store
-store = Store(sys.argv[1])
+from deepspec.storage.urls import open_store
+store = open_store(sys.argv[1])
 os.link = os.replace = lambda *_: os._exit(9)
 type(store.spool).replace = lambda *_: os._exit(9)
 getattr(store, sys.argv[2])("record", b"x" * 1000)
@@ -140,12 +142,12 @@ def test_a_writer_that_dies_before_the_last_step_leaves_nothing_visible(write: s
         subprocess.run([sys.executable, "-c", CRASH, str(tmp_path), write], check=False).returncode
         == 9
     )
-    store = Store(str(tmp_path))
+    store = open_store(str(tmp_path))
     assert not store.exists("record") and store.names("") == [".staged"]
 
 
 def test_a_store_travels_to_other_processes_as_its_url(tmp_path: Path):
-    store = Store(str(tmp_path), scratch=str(tmp_path / "scratch"), uploads="size_only")
+    store = open_store(str(tmp_path), scratch=str(tmp_path / "scratch"), uploads="size_only")
     store.write("data", b"x")
     with CONTEXT.Pool(1) as pool:
         assert pool.apply(store.read, ("data",)) == b"x"
@@ -157,27 +159,27 @@ def test_a_store_travels_to_other_processes_as_its_url(tmp_path: Path):
 def test_what_keeps_one_from_writing_is_said_before_the_work(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
-        Store(str(tmp_path / "file" / "store")).check_writable()
+        open_store(str(tmp_path / "file" / "store")).check_writable()
     with pytest.raises(StoreError, match="GB are free"):
-        Store(str(tmp_path)).check_writable(min_free_gb=1e9)
-    Store(str(tmp_path / "new")).check_writable()
-    assert Store(str(tmp_path / "new")).names("") == [".staged"]
+        open_store(str(tmp_path)).check_writable(min_free_gb=1e9)
+    open_store(str(tmp_path / "new")).check_writable()
+    assert open_store(str(tmp_path / "new")).names("") == [".staged"]
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket", "s3://"])
 def test_a_url_that_is_no_store_is_refused(url: str):
     with pytest.raises(StoreError):
-        Store(url)
+        open_store(url)
 
 
 def test_keys_in_the_url_are_refused_and_not_repeated():
     with pytest.raises(StoreError, match="keys do not belong") as caught:
-        Store("s3://AKIASECRET:hunter2@bucket/x")
+        open_store("s3://AKIASECRET:hunter2@bucket/x")
     assert "hunter2" not in str(caught.value) and "AKIASECRET" not in str(caught.value)
 
 
 def test_a_local_store_loads_no_s3_client(tmp_path: Path):
-    script = "import sys; from deepspec.storage.store import Store; Store(sys.argv[1]).check_writable(); print(*sys.modules)"
+    script = "import sys; from deepspec.storage.urls import open_store; open_store(sys.argv[1]).check_writable(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )

@@ -26,7 +26,7 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
 from deepspec.hidden.rolling_workers import lane_gpus
 from deepspec.process.events import silent
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.process.machine import free_port
 from deepspec.train import launcher as ranks
 from deepspec.train.checkpoint_files import checkpoint_steps
@@ -76,8 +76,8 @@ if "LOCAL_RANK" in os.environ:
 """
 
 
-def arguments(store: Path, *overrides: str) -> Request:
-    return Request("demo", (*TINY, *TWO, *overrides), str(store))
+def arguments(store: Path, *overrides: str) -> RunRequest:
+    return RunRequest("demo", (*TINY, *TWO, *overrides), str(store))
 
 
 def launched(store: Path, *overrides: str) -> SimpleNamespace:

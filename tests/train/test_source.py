@@ -21,7 +21,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of, describe
 from deepspec.artifacts.records import index_file
 from deepspec.artifacts.status import stage_status
-from deepspec.cache.index import Planned
+from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, StoreError, TransientError
 from deepspec.hidden import rolling_workers as lanes
@@ -30,7 +30,7 @@ from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, rea
 from deepspec.hidden.rolling_capture import shard_bytes
 from deepspec.hidden.rolling_shards import Shelf
 from deepspec.process.events import silent
-from deepspec.process.launch import Request
+from deepspec.process.launch import RunRequest
 from deepspec.target.chat import load_chat
 from deepspec.train import loop
 from deepspec.train.checkpoint_files import checkpoint_steps
@@ -107,7 +107,7 @@ def test_the_planned_index_is_that_of_the_sealed_cache(
     plan_samples(config, stage, load_chat(config))
     planned = read_planned(stage)
     index = HiddenCache(run_capture(config)).index
-    for name in set(Planned._fields) - {"answer"}:
+    for name in set(ExpectedIndex._fields) - {"answer"}:
         assert getattr(planned, name).tolist() == getattr(index, name).tolist(), name
     assert (
         made.items()
@@ -160,7 +160,7 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
     assert len(artifact.records()) == 6 and artifact.manifest() is None
 
 
-def read_planned_of(config) -> Planned:
+def read_planned_of(config) -> ExpectedIndex:
     stage = open_unsealed(config)
     plan_samples(config, stage, load_chat(config))
     return read_planned(stage)
@@ -374,7 +374,7 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
     fresh: Path, cached_twice: Artifact
 ):
     sets = (*TINY, ALONE, *ROLLING, f"resources.rolling_gb={budget_gb(fresh, 4)}")
-    two = Request("demo", (*sets, "resources.train_ranks=2", "resources.device=cpu"), str(fresh))
+    two = RunRequest("demo", (*sets, "resources.train_ranks=2", "resources.device=cpu"), str(fresh))
     artifact = artifact_of(tiny_run(fresh, *sets), "train")
     with subprocess.Popen(
         two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
@@ -488,5 +488,5 @@ def test_online_training_on_two_ranks_ends_where_one_does(
         "resources.train_ranks=2",
         "resources.device=cpu",
     )
-    launch_ranks(Request("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
+    launch_ranks(RunRequest("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
     assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=6"), "train")) < 1e-3
