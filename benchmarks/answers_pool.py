@@ -113,13 +113,13 @@ def answer(folder: Path, urls: str, count: int) -> None:
         f"prompts.source={files}",
         "prompts.limit=null",
         "answers.engine=openai",
-        f"resources.endpoints={urls}",
+        f"resources.servers.endpoints={urls}",
     ]
     settings += [
-        "resources.served_model=demo",
-        f"resources.endpoint_requests={IN_FLIGHT}",
-        "resources.min_free_gb=0",
-        "resources.progress_s=0.05",
+        "resources.servers.model_name=demo",
+        f"resources.servers.requests={IN_FLIGHT}",
+        "resources.storage.min_free_gb=0",
+        "resources.servers.progress_s=0.05",
     ]
     config = load_run("dspark-qwen3-4b", settings, store=str(folder / "store"))
     run_prompts(config)

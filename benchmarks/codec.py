@@ -138,7 +138,7 @@ def real_states(store: str) -> States:
         "demo.conversations=3000",
         "target.layer_ids=[1, 2, 4, 5, 6]",
     ]
-    config = load_run("demo", [*demo, "resources.min_free_gb=0"], store=store)
+    config = load_run("demo", [*demo, "resources.storage.min_free_gb=0"], store=store)
     run_demo(config)
     tokenizer = load_chat(config).tokenizer
     target = load_target(config.target, folder=target_folder(config), device="cpu")

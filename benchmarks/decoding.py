@@ -81,7 +81,7 @@ def main(run: str = "demo", *overrides: str) -> dict[str, object]:
     config = load_run(
         run, [word for word in overrides if not word.startswith("store=")], store=store
     )
-    torch.set_num_threads(config.resources.evaluate_threads or torch.get_num_threads())
+    torch.set_num_threads(config.resources.devices.evaluate_threads or torch.get_num_threads())
     models = load_models(config, artifact_of(config, "train"))
     settings = Decode(
         SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1

@@ -48,10 +48,10 @@ def request_of(folder: Path, shards: int, groups: int) -> RunRequest:
         "answers.engine=benchmarks._scripted:Free",
     ]
     settings += [
-        f"resources.shards_per_task={shards // groups}",
-        "resources.lanes=1",
-        "resources.min_free_gb=0",
-        "resources.device=cpu",
+        f"resources.runner.shards_per_task={shards // groups}",
+        "resources.devices.lanes=1",
+        "resources.storage.min_free_gb=0",
+        "resources.devices.type=cpu",
     ]
     return RunRequest("dspark-qwen3-4b", tuple(settings), str(folder / "store"))
 

@@ -60,7 +60,7 @@ def make_run(store: Path, source: Path) -> RunConfig:
     files = json.dumps({"kind": "files", "paths": [str(source)]})
     return load_run(
         "dspark-qwen3-4b",
-        [f"prompts.source={files}", "prompts.limit=null", "resources.min_free_gb=0"],
+        [f"prompts.source={files}", "prompts.limit=null", "resources.storage.min_free_gb=0"],
         store=str(store),
     )
 

@@ -4,7 +4,7 @@ forward, backward, clip, AdamW.
 What the step does beside those: reading and batching samples, metrics over ranks, checks. Goal: 0.9
 of the bare loop's speed. On the CPU a small shape; on a CUDA machine Qwen3-4B's (random weights,
 samples of 1,024 tokens), with the largest micro-batch that fits, found by doubling
-`resources.batch_tokens`, and with tokens/s and MFU.
+`resources.memory.batch_tokens`, and with tokens/s and MFU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Steps:
         device: torch.device,
     ) -> None:
         sizes = (
-            f"resources.batch_tokens={batch_tokens}",
+            f"resources.memory.batch_tokens={batch_tokens}",
             f"train.global_batch={batch_tokens // shape.num_tokens}",
             "train.max_steps=null",
         )

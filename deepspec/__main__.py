@@ -108,7 +108,7 @@ def hidden(
     from deepspec.plan.plan import check_cache_fits
 
     config, report = _open(
-        run, [*(sets or ()), *(["resources.check_space=warn"] if force else [])], store
+        run, [*(sets or ()), *(["resources.checks.space=warn"] if force else [])], store
     )
     if purpose == "cache":
         check_cache_fits(config)
@@ -125,7 +125,7 @@ def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
             RunRequest(run, tuple(sets or ()), store),
             ranks,
             report=report,
-            stop_s=config.resources.stop_s,
+            stop_s=config.resources.runner.stop_s,
         )
         return
     from deepspec.train.loop import run_train
@@ -207,7 +207,7 @@ def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfi
     from deepspec.artifacts.lineage import store_of
 
     config = load_run(run, sets or (), store=store)
-    store_of(config).check_writable(config.resources.min_free_gb)
+    store_of(config).check_writable(config.resources.storage.min_free_gb)
     return config, json_lines if _speaks_json() else TerminalReport().show
 
 

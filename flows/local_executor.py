@@ -25,12 +25,12 @@ from flows.stage_run import StageRun
 
 class LocalHands:
     """Children of this process: one per visible GPU, each pinned to it, or as many as
-    `resources.lanes` says.
+    `resources.devices.lanes` says.
     """
 
     def __init__(self, run: StageRun) -> None:
-        settings = run.config.resources
-        devices = visible_gpus() if settings.device != "cpu" and run.sharded else []
+        settings = run.config.resources.devices
+        devices = visible_gpus() if settings.type != "cpu" and run.sharded else []
         count = (settings.lanes or max(1, len(devices))) if run.sharded else 1
         names = [f"GPU {device}" for device in devices] or ["lane"]
         self.lanes = [
@@ -76,14 +76,14 @@ def api_key(config: RunConfig) -> dict[str, str]:
     Raises:
         ConfigError: there is no such block.
     """
-    settings = config.resources
+    settings = config.resources.servers
     if settings.api_key_secret is None:
         return {}
     try:
         secret = Secret.load(settings.api_key_secret)
     except ValueError:
         where, fix = (
-            f"resources.api_key_secret {settings.api_key_secret}",
+            f"resources.servers.api_key_secret {settings.api_key_secret}",
             "make it in the UI under Blocks, or correct the name",
         )
         raise ConfigError(

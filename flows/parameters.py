@@ -30,7 +30,7 @@ LONGEST_SPAN = 60  # characters
 KEY_IN_URL = r"://(\w|\.|-|%|:|\+|~|!|=)*@"
 # a key may hold a slash, before which there is then no @
 KEY_IN_STORE = rf"{KEY_IN_URL}|^s3a?://\w*:"
-KEY_IN_OVERRIDE = rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:|^ *resources\.api_key *=|^ *resources\.api_key_env *=.*-"
+KEY_IN_OVERRIDE = rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:|^ *resources\.(servers\.)?(api_key *=|api_key_env *=.*-)"
 SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
 
 Recipe = Annotated[

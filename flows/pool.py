@@ -39,7 +39,7 @@ class Pool:
                 fix = "run `python -m flows.setup`, with PREFECT_API_URL set to the server that the workers ask; or another name"
                 raise ConfigError(
                     f"there is no deployment {title!r} on the Prefect server",
-                    where="resources.workers",
+                    where="resources.runner.workers",
                     fix=fix,
                 ) from None
             own = client.read_flow_run(flow_run.root_flow_run_id)

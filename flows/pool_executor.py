@@ -65,10 +65,10 @@ class WorkersHands:
     def __init__(self, run: StageRun, claims: Claims) -> None:
         self.run, self.claims, settings = run, claims, run.config.resources
         self.flow = FLOW_OF[run.stage]
-        self.title = f"{self.flow}/{settings.workers}"
+        self.title = f"{self.flow}/{settings.runner.workers}"
         self.pool = self._patiently(lambda: Pool(self.title, run.board))
         self.artifact = artifact_of(run.config, run.stage)
-        self.fixed = settings.lanes if run.sharded else 1
+        self.fixed = settings.devices.lanes if run.sharded else 1
         self.lanes = list[Lane]()
         self.alive = set[str]()  # runs whose claims are renewed, and
         self.silent = set[str]()  # those whose claims nobody renews any more
@@ -92,7 +92,7 @@ class WorkersHands:
                 f"the deployment {self.title!r} is gone from the Prefect server",
                 "run `python -m flows.setup` again",
             )
-            raise ConfigError(what, where="resources.workers", fix=fix) from None
+            raise ConfigError(what, where="resources.runner.workers", fix=fix) from None
         get_run_logger().info("%s: is run %r on the pool %r", name, child.name, self.pool.name)
         try:
             ended = self._follow(child, lane)
@@ -120,9 +120,9 @@ class WorkersHands:
             store = config.store if "://" in config.store else str(Path(config.store).absolute())
             # What failed there goes back to all lanes here, so it is not tried again there.
             own = [
-                "resources.runner=local",
-                "resources.lanes=null",
-                f"resources.stages.{self.run.stage}.retries=0",
+                "resources.runner.kind=local",
+                "resources.devices.lanes=null",
+                f"resources.retries.stages.{self.run.stage}.times=0",
             ]
             chosen = {} if shards is None else {"shards": shard_list(shards)}
             name = title(self.flow, source, chosen.get("shards", "")) + PART

@@ -27,7 +27,7 @@ from prefect.exceptions import PrefectException
 
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.recipes import load_run
-from deepspec.config.resources import ResourcesConfig
+from deepspec.config.resources import DevicesConfig, ResourcesConfig
 from deepspec.errors import ConfigError, TransientError, UserError
 from deepspec.process.events import silent
 from deepspec.process.launch import GRACE_S, RunRequest, Stopped, current_scope, run_child
@@ -61,12 +61,12 @@ class Order(NamedTuple):
 
 
 class RayHands:
-    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.lanes` says."""
+    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.devices.lanes` says."""
 
     def __init__(self, run: StageRun, runner: RayTaskRunner[Any]) -> None:
         settings, self.runner = run.config.resources, runner
-        gpus = num_gpus(settings)
-        count = settings.lanes or max(1, gpus)
+        gpus = num_gpus(settings.devices)
+        count = settings.devices.lanes or max(1, gpus)
         self.lanes = [Lane(f"Ray #{number}") for number in range(count)]
         self.options: dict[str, Any] = (
             {"num_gpus": 1 / -(-count // gpus)} if gpus else {"num_cpus": 1}
@@ -92,7 +92,9 @@ class RayHands:
         except ModuleNotFoundError as error:
             fix = "install the same version of deepspec, with the extra `ray`, on every node"
             raise ConfigError(
-                f"a Ray worker cannot do {name}: {error}", where="resources.ray_address", fix=fix
+                f"a Ray worker cannot do {name}: {error}",
+                where="resources.runner.ray_address",
+                fix=fix,
             ) from None
         except (ray.exceptions.RayError, PrefectException, OSError) as error:
             what = f"the Ray worker that did {name} is gone: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -138,7 +140,7 @@ def work_there(name: str, order: Order, shards: list[int] | None) -> None:
         env = {"DEEPSPEC_EVENTS": "1", **(api_key(config) if stage == "answers" else {})}
         command, deadline_s = (
             request.command(stage, shards),
-            config.resources.limits(stage).deadline_s,
+            config.resources.retries.limits(stage).deadline_s,
         )
         with contextlib.closing(ChildLog(path)) as forward:
             run_child(
@@ -153,7 +155,7 @@ def work_there(name: str, order: Order, shards: list[int] | None) -> None:
 
 @contextlib.contextmanager
 def ray_hands(run: StageRun) -> Iterator[RayHands]:
-    """Hands on the cluster of `resources.ray_address`; progress is what appears in the store.
+    """Hands on the cluster of `resources.runner.ray_address`; progress is what appears in the store.
 
     Raises:
         UserError: there is no such cluster, or it has nothing to work with.
@@ -171,12 +173,12 @@ def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
     """Prefect's task runner on the cluster that is meant, or on a Ray of this process's own, on
     loopback and without a dashboard.
     """
-    address = settings.ray_address or os.environ.get("RAY_ADDRESS")
+    address = settings.runner.ray_address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None:
         os.environ.update({"RAY_AUTH_TOKEN": secrets.token_hex(32), **ON_LOOPBACK, **os.environ})
         options |= {
-            "num_cpus": settings.lanes,
+            "num_cpus": settings.devices.lanes,
             "include_dashboard": False,
             "object_store_memory": OBJECTS_BYTES,
         }
@@ -190,7 +192,7 @@ def connected(settings: ResourcesConfig) -> Iterator[RayTaskRunner[Any]]:
                 runner = stack.enter_context(RayTaskRunner(address or "local", options))
         except (OSError, RuntimeError, ValueError) as error:
             what = f"Ray cannot be {'reached' if address else 'started'}: {error}"
-            fix = "resources.ray_address is HOST:PORT on a machine of the cluster (`ray status` tells), ray://HOST:10001 from elsewhere"
+            fix = "resources.runner.ray_address is HOST:PORT on a machine of the cluster (`ray status` tells), ray://HOST:10001 from elsewhere"
             raise UserError(what, where=address or "a Ray of this machine", fix=fix) from None
         yield runner
 
@@ -220,16 +222,16 @@ def keeping_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def num_gpus(settings: ResourcesConfig) -> int:
+def num_gpus(devices: DevicesConfig) -> int:
     """GPUs of the cluster that the stage may use; where there are none it runs on CPUs.
 
     Raises:
         ConfigError: there are none, and it must not.
     """
-    found = int(imported_ray().cluster_resources().get("GPU", 0)) if settings.device != "cpu" else 0
-    if not found and settings.device == "cuda":
-        fix = "set resources.device to auto, or add a node with GPUs"
-        raise ConfigError("the Ray cluster has no GPU", where="resources.device", fix=fix)
+    found = int(imported_ray().cluster_resources().get("GPU", 0)) if devices.type != "cpu" else 0
+    if not found and devices.type == "cuda":
+        fix = "set resources.devices.type to auto, or add a node with GPUs"
+        raise ConfigError("the Ray cluster has no GPU", where="resources.devices.type", fix=fix)
     return found
 
 

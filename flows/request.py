@@ -21,9 +21,9 @@ def open_run(request: RunRequest) -> RunConfig:
         UserError: a wrong recipe, key, value or input file, or a store that cannot be used.
     """
     config = load_run(request.source, request.overrides, store=request.store)
-    if config.resources.runner == "ray":
+    if config.resources.runner.kind == "ray":
         require_ray()
-    store_of(config).check_writable(config.resources.min_free_gb)
+    store_of(config).check_writable(config.resources.storage.min_free_gb)
     for stage in stages_of(config):
         artifact_of(config, stage)  # its name covers every input file, so each must be there
     return config
@@ -40,6 +40,6 @@ def require_ray() -> None:
         what = f"the runner `ray` needs {' and '.join(missing)}, not installed here"
         raise ConfigError(
             what,
-            where="resources.runner",
+            where="resources.runner.kind",
             fix="pip install 'deepspec[ray]', on every node of the cluster",
         )

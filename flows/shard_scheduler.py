@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deepspec.config.resources import StageLimits
+from deepspec.config.retries import StageLimits
 
 MAX_GROUPS = 500  # of a stage: each is a task run in the Prefect server's database, about 20 kB
 SHORTEST_S = 60.0  # smaller groups at the end would spend their time on loading the target

@@ -63,9 +63,11 @@ class StageRun:
         # it down
         self.lost: set[int] = set()
         self.failed: set[int] = set()  # not tried again in this run
-        self.allowed = failures_allowed(config.resources, before.committed + len(before.missing))
+        self.allowed = failures_allowed(
+            config.resources.retries, before.committed + len(before.missing)
+        )
         self.error: DeepSpecError | None = None
-        self.limits = config.resources.limits(self.stage)
+        self.limits = config.resources.retries.limits(self.stage)
         history = functools.partial(training_lines, config) if self.stage == "train" else tuple
         self.board = Board(config.name, before, sharded=self.sharded, history=history)
         todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
@@ -74,7 +76,10 @@ class StageRun:
         of this process looks at it.
         """
         self.dealer = Dealer(
-            todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits
+            todo,
+            config.resources.runner.shards_per_task,
+            60 * config.resources.runner.group_minutes,
+            self.limits,
         )
 
     def work(self, hands: Hands) -> None:
@@ -88,7 +93,7 @@ class StageRun:
             # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes
             # come to their end.
             with (
-                scope(self.config.resources.stop_s),
+                scope(self.config.resources.runner.stop_s),
                 contextlib.closing(self.dealer),
                 contextlib.ExitStack() as stack,
             ):

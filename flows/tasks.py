@@ -163,10 +163,10 @@ def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
 
 @contextlib.contextmanager
 def hands_for(run: StageRun, claims: Claims) -> Iterator[Hands]:
-    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages
+    """Where the stage's work is done, as `resources.runner.kind` says; a Ray cluster takes stages
     with shards alone.
     """
-    runner = run.config.resources.runner
+    runner = run.config.resources.runner.kind
     if runner == "ray" and run.sharded:
         from flows.ray_executor import ray_hands
 

@@ -49,9 +49,9 @@ TINY = [
     "train.checkpoint_steps=2",
     "evaluate.max_new_tokens=12",
     "evaluate.temperatures=[0.0, 1.0]",
-    "resources.shards_per_task=3",
-    "resources.retry_delay_s=0.1",
-    "resources.min_free_gb=0",
+    "resources.runner.shards_per_task=3",
+    "resources.retries.delay_s=0.1",
+    "resources.storage.min_free_gb=0",
 ]
 
 

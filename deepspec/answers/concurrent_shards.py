@@ -57,7 +57,7 @@ class Ahead:
         self.config, self.stage, self.meter, self.check = config, stage, meter, check
         self.engine = OpenAIEngine(config, meter)
         self._most_open = (
-            BACKLOG * len(self.engine.pool.endpoints) * config.resources.endpoint_requests
+            BACKLOG * len(self.engine.pool.endpoints) * config.resources.servers.requests
         )
         self._ended: SimpleQueue[tuple[Work, list[Conversation] | Exception]] = SimpleQueue()
         self._taken: dict[int, list[Conversation] | Exception] = {}
@@ -90,7 +90,9 @@ class Ahead:
     def _next(self) -> tuple[Work, list[Conversation] | Exception]:
         while True:
             try:
-                return self._ended.get(timeout=min(LOOK_S, self.config.resources.progress_s))
+                return self._ended.get(
+                    timeout=min(LOOK_S, self.config.resources.servers.progress_s)
+                )
             except Empty:
                 self.meter.tell()
                 if self.check is not None:
@@ -180,7 +182,7 @@ class Ahead:
     async def _answer(self, request: AnswerRequest, journal: Journal) -> Outcome:
         """What the journal knows, or else what a server says, noted in the journal."""
         key = request_key(request)
-        known = known_outcome(journal, key, row_runs=self.config.resources.row_runs)
+        known = known_outcome(journal, key, row_runs=self.config.resources.servers.row_runs)
         if known is not None:
             return known
         outcome = await self.engine.ask(request)
@@ -202,7 +204,7 @@ class Ahead:
                     "the disk of the journal is full; an answer waits to be noted in %s",
                     journal.path,
                 )
-                await asyncio.sleep(self.config.resources.space_poll_s)
+                await asyncio.sleep(self.config.resources.storage.space_poll_s)
 
 
 def known_outcome(journal: Journal, key: str, *, row_runs: int) -> Turn | Refused | None:

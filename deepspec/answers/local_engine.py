@@ -13,12 +13,12 @@ from deepspec.target.loading import load_target
 
 
 class TransformersEngine:
-    """The target in this process, `resources.answer_rows` prompts decoded together."""
+    """The target in this process, `resources.memory.answer_rows` prompts decoded together."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.chat = config, load_chat(config)
         self.target = load_target(
-            config.target, folder=target_folder(config), device=config.resources.device
+            config.target, folder=target_folder(config), device=config.resources.devices.type
         )
         self.stop_ids = self.chat.stop_ids(self.target.generation_eos)
 
@@ -45,8 +45,8 @@ class TransformersEngine:
         for limit, indices in fitting.items():
             indices.sort(key=lambda index: len(prompts[index]))
             settings = Decode(self.config.answers.sampling, limit, self.stop_ids)
-            for start in range(0, len(indices), self.config.resources.answer_rows):
-                batch = indices[start : start + self.config.resources.answer_rows]
+            for start in range(0, len(indices), self.config.resources.memory.answer_rows):
+                batch = indices[start : start + self.config.resources.memory.answer_rows]
                 seeds = [requests[index].seed for index in batch]
                 done = generate(
                     self.target, [prompts[index] for index in batch], settings, seeds=seeds

@@ -50,27 +50,26 @@ def serving(config: RunConfig, artifact: Artifact) -> Iterator[tuple[RunConfig, 
     Raises:
         ConfigError: its program is not installed.
         ChildFailed: it ended before it was up; its last lines are in the message.
-        TransientError: it was not up within `resources.serve_deadline_s`.
+        TransientError: it was not up within `resources.servers.start_deadline_s`.
     """
-    port, settings = free_port(), config.resources
+    port, settings = free_port(), config.resources.servers
     name = str(target_folder(config) or config.target.model)
     command = serve_command(config, model=name, port=port)
     path = folder_beside(artifact, "logs") / f"serve-{port}.log"
     log.info("starting a server: %s (its log is %s)", shlex.join(command), path)
     with scope() as mine:
         server = _Server(command, path, mine)
-        server.wait(f"http://{LOOPBACK}:{port}/health", settings.serve_deadline_s)
+        server.wait(f"http://{LOOPBACK}:{port}/health", settings.start_deadline_s)
         at = {
             "endpoints": (f"http://{LOOPBACK}:{port}/v1",),
-            "served_model": name,
-            "dialect": settings.serve,
+            "model_name": name,
+            "dialect": settings.start,
         }
         # one that is started again takes as long as the first
-        patience = {"lost_s": max(settings.lost_s, settings.serve_deadline_s)}
-        yield (
-            config.model_copy(update={"resources": settings.model_copy(update={**at, **patience})}),
-            server.check,
-        )
+        patience = {"lost_s": max(settings.lost_s, settings.start_deadline_s)}
+        servers = settings.model_copy(update={**at, **patience})
+        resources = config.resources.model_copy(update={"servers": servers})
+        yield config.model_copy(update={"resources": resources}), server.check
 
 
 def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
@@ -79,13 +78,14 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
     Raises:
         ConfigError: there is no such program here.
     """
-    settings, target = config.resources, config.target
-    words = list(settings.serve_command) or COMMANDS[settings.serve].split()
-    if not settings.serve_command:
-        if target.revision and settings.serve != "transformers":
+    settings, target = config.resources.servers, config.target
+    device = config.resources.devices.type
+    words = list(settings.start_command) or COMMANDS[settings.start].split()
+    if not settings.start_command:
+        if target.revision and settings.start != "transformers":
             words += ["--revision", target.revision]
-        if settings.serve == "transformers" and settings.device != "auto":
-            words += ["--device", settings.device]
+        if settings.start == "transformers" and device != "auto":
+            words += ["--device", device]
     filled = {
         "model": model,
         "name": model,
@@ -100,10 +100,10 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
     beside = Path(sys.executable).parent
     program = shutil.which(words[0], path=str(beside)) or shutil.which(words[0])
     if program is None:
-        fix = f"install {settings.serve}, or give the command as resources.serve_command"
+        fix = f"install {settings.start}, or give the command as resources.servers.start_command"
         raise ConfigError(
             f"there is no program {words[0]!r} here",
-            where=f"resources.serve {settings.serve}",
+            where=f"resources.servers.start {settings.start}",
             fix=fix,
         )
     return [program, *words[1:]]
@@ -178,7 +178,7 @@ class _Server:
                     self.up = True
                     return
             if time.monotonic() > deadline:
-                fix = "raise resources.serve_deadline_s, or see its log"
+                fix = "raise resources.servers.start_deadline_s, or see its log"
                 raise TransientError(
                     f"the server was not up within {deadline_s:g} s",
                     where=f"its log is {self.log_path}",

@@ -43,7 +43,7 @@ def request_body(config: RunConfig, model: str, dialect: Dialect) -> dict[str, A
     else:
         # the marks of thinking are such tokens
         body |= {**beyond, "top_k": sampling.top_k or -1, "skip_special_tokens": False}
-    if config.resources.token_ids == "ask":
+    if config.resources.servers.token_ids == "ask":
         body["return_token_ids"] = True
     if sampling.presence_penalty:
         body["presence_penalty"] = sampling.presence_penalty

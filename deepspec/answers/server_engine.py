@@ -47,22 +47,22 @@ T = TypeVar("T")
 
 
 class OpenAIEngine:
-    """`resources.endpoints` behind a pool, on an event loop of its own thread; to be closed."""
+    """`resources.servers.endpoints` behind a pool, on an event loop of its own thread; to be closed."""
 
     def __init__(self, config: RunConfig, meter: Meter) -> None:
         self.config, self.resources, self.meter = config, config.resources, meter
-        self.model = self.resources.served_model or config.target.model
-        self.key = os.environ.get(self.resources.api_key_env) or "none"
+        self.model = self.resources.servers.model_name or config.target.model
+        self.key = os.environ.get(self.resources.servers.api_key_env) or "none"
         self.bodies = {
             url: request_body(config, self.model, self._dialect(""))
-            for url in self.resources.endpoints
+            for url in self.resources.servers.endpoints
         }
         for client in ("httpx", "httpx2"):  # a line per request, of which there will be a million
             logging.getLogger(client).setLevel(logging.WARNING)
         self.pool = Pool(
-            self.resources.endpoints,
-            most=self.resources.endpoint_requests,
-            lost_s=self.resources.lost_s,
+            self.resources.servers.endpoints,
+            most=self.resources.servers.requests,
+            lost_s=self.resources.servers.lost_s,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
@@ -79,7 +79,7 @@ class OpenAIEngine:
         """A client per server, on aiohttp: with hundreds of requests in flight it takes half of
         httpx's time.
         """
-        timeout_s = self.resources.request_timeout_s
+        timeout_s = self.resources.servers.request_timeout_s
         return {
             url: AsyncOpenAI(
                 base_url=url,
@@ -89,7 +89,7 @@ class OpenAIEngine:
                 # a proxy knows nothing of this machine's servers
                 http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),
             )
-            for url in self.resources.endpoints
+            for url in self.resources.servers.endpoints
         }
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -136,7 +136,7 @@ class OpenAIEngine:
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Again),
-            stop=lambda state: spent >= self.resources.request_tries,
+            stop=lambda state: spent >= self.resources.servers.request_tries,
             reraise=True,
             wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         )
@@ -144,7 +144,7 @@ class OpenAIEngine:
             return await retrying(attempt)
         except Again as error:
             return Failed(
-                f"of {self.resources.request_tries} attempts the last one ended with: {error}"
+                f"of {self.resources.servers.request_tries} attempts the last one ended with: {error}"
             )
 
     async def _try(self, request: AnswerRequest) -> Turn | Refused:
@@ -188,7 +188,9 @@ class OpenAIEngine:
             return NotItsFault(f"{endpoint.url}: it cannot be reached ({reason})")
         if kind == "late":
             endpoint.overloaded(began)
-            return Again(f"{endpoint.url}: no answer within {self.resources.request_timeout_s:g} s")
+            return Again(
+                f"{endpoint.url}: no answer within {self.resources.servers.request_timeout_s:g} s"
+            )
         return Again(f"{endpoint.url}: {self._scrub(str(error))} ({type(reason).__name__})")
 
     def _refusal(self, endpoint: Endpoint, error: openai.APIStatusError, began: float) -> Refused:
@@ -227,13 +229,13 @@ class OpenAIEngine:
                 what = f"the server serves {', '.join(sorted(names))}, not {self.model}"
                 raise ConfigError(
                     what,
-                    where=f"resources.endpoints {url}",
-                    fix="correct the endpoint, or set resources.served_model",
+                    where=f"resources.servers.endpoints {url}",
+                    fix="correct the endpoint, or set resources.servers.model_name",
                 )
 
     def _dialect(self, owned_by: str) -> Dialect:
-        if self.resources.dialect != "auto":
-            return self.resources.dialect
+        if self.resources.servers.dialect != "auto":
+            return self.resources.servers.dialect
         return "vllm" if owned_by == "vllm" else "sglang" if owned_by == "sglang" else "openai"
 
     async def _models(self, url: str) -> list[Model]:
@@ -249,7 +251,7 @@ class OpenAIEngine:
             return []
 
     def _key_refused(self, url: str, status: int) -> ConfigError:
-        variable = self.resources.api_key_env
+        variable = self.resources.servers.api_key_env
         held = "is refused" if os.environ.get(variable) else "is not set"
         return ConfigError(
             f"the server asks for a key ({status}), and {variable} {held}",

@@ -165,6 +165,6 @@ class Pool:
             what = f"no server has answered for {self.lost_s:g} s"
             raise TransientError(
                 what,
-                where=f"resources.endpoints {names}",
+                where=f"resources.servers.endpoints {names}",
                 fix="start them again; rows that were answered are kept",
             )

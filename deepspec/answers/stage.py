@@ -85,7 +85,7 @@ def run_answers(
     """
     stage = open_sharded(config, "answers", shards)
     if stage.todo:
-        meter = Meter(stage.todo, report, every_s=config.resources.progress_s)
+        meter = Meter(stage.todo, report, every_s=config.resources.servers.progress_s)
         if config.answers.engine == "openai":
             ask_servers(config, stage, meter)
         else:
@@ -122,7 +122,7 @@ def ask_servers(config: RunConfig, stage: ShardedStage, meter: Meter) -> None:
     with ExitStack() as stack:
         stack.callback(remove_committed, stage.artifact)
         check = None
-        if config.resources.serve != "none":
+        if config.resources.servers.start != "none":
             config, check = stack.enter_context(serving(config, stage.artifact))
         ahead = stack.enter_context(Ahead(config, stage, meter, check))
 
@@ -185,7 +185,7 @@ def commit_ready(
 
     Raises:
         TransientError: rows got no answer this time.
-        DataError: more rows than `resources.max_refused` were refused; a server that refuses nearly
+        DataError: more rows than `resources.servers.max_refused` were refused; a server that refuses nearly
             everything is set up wrongly, and its shard must not count as done.
     """
     refused = [(found, found.ended) for found in conversations if isinstance(found.ended, Refused)]
@@ -198,9 +198,9 @@ def commit_ready(
             fix="it is tried again by itself; rows that were answered are kept",
         )
     faults = [ended for _, ended in refused if ended.reason.startswith(("http_", FAILED))]
-    if len(faults) > config.resources.max_refused * len(conversations):
+    if len(faults) > config.resources.servers.max_refused * len(conversations):
         what = f"{len(faults)} of {len(conversations)} rows were refused, the first because: {faults[0].detail}"
-        fix = "correct resources.endpoints and served_model, or raise resources.max_refused"
+        fix = "correct resources.servers.endpoints and resources.servers.model_name, or raise resources.servers.max_refused"
         raise DataError(what, where="answers", fix=fix)
     answered = [
         {**found.row, "turns": [turn._asdict() for turn in found.turns]}

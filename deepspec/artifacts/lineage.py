@@ -57,7 +57,9 @@ def artifact_of(config: RunConfig, stage: str) -> Artifact:
 def store_of(config: RunConfig) -> Store:
     """The run's store, used as its resources say."""
     return open_store(
-        config.store, scratch=config.resources.scratch, uploads=config.resources.uploads
+        config.store,
+        scratch=config.resources.storage.scratch,
+        uploads=config.resources.checks.uploads,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_at, artifact_key, input_artifact, require_info
+from deepspec.config.old_keys import translated
 from deepspec.config.recipes import load_run, validated
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
@@ -37,11 +38,9 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
         str(Path(artifact.store.root).resolve()) if artifact.store.is_local else artifact.store.url
     )
     fix = f"it was made by deepspec {info.code_version}: print it with that version, or correct a copy of `run` in artifact.json"
+    run = {**info.run, "resources": translated(info.run.get("resources", {}))}
     return validated(
-        {**info.run, "store": store or place},
-        overrides,
-        where=f"{artifact.url}/artifact.json",
-        fix=fix,
+        {**run, "store": store or place}, overrides, where=f"{artifact.url}/artifact.json", fix=fix
     )
 
 

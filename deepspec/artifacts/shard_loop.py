@@ -23,7 +23,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import input_artifact
 from deepspec.artifacts.records import Counts, Record, describe
 from deepspec.artifacts.side_files import put_failure, quarantine
-from deepspec.config.resources import ResourcesConfig
+from deepspec.config.retries import RetriesConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import (
     ArtifactMismatch,
@@ -39,7 +39,7 @@ from deepspec.storage.store import Store
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-TOO_MANY = "more failed for good than resources.max_failed allows"
+TOO_MANY = "more failed for good than resources.retries.max_failed allows"
 # shards that may fail for good whatever their share: a small stage is worked through
 FEW_FAILED = 10
 COMMITS_IN_FLIGHT = 1  # beside the shard being made: more would only fill the scratch disk
@@ -209,7 +209,7 @@ class _Shift:
 
     def too_many_failed(self) -> bool:
         lost = sum(not failure["transient"] for failure in self.failures.values())
-        return lost > few_failed(self.resources) and lost > self.allowed
+        return lost > few_failed(self.resources.retries) and lost > self.allowed
 
     @cached_property
     def allowed(self) -> int:
@@ -218,7 +218,7 @@ class _Shift:
         """
         committed_here = self.ended - len(self.failures)
         return failures_allowed(
-            self.resources, stage_size(self.artifact, self.total - committed_here)
+            self.resources.retries, stage_size(self.artifact, self.total - committed_here)
         )
 
     def _progress(self) -> None:
@@ -234,9 +234,9 @@ class _Shift:
 
     def wait_for_space(self) -> None:
         """Return once the store has `min_free_gb` left."""
-        while (free := free_gb(self.artifact.store)) < self.resources.min_free_gb:
+        while (free := free_gb(self.artifact.store)) < self.resources.storage.min_free_gb:
             self._pause(
-                f"{free:.2f} GB are free where resources.min_free_gb asks for {self.resources.min_free_gb:g}"
+                f"{free:.2f} GB are free where resources.storage.min_free_gb asks for {self.resources.storage.min_free_gb:g}"
             )
 
     def _pause(self, why: str) -> None:
@@ -247,7 +247,7 @@ class _Shift:
             self.artifact.url,
         )
         self.report({"event": "paused", "stage": self.artifact.key.stage, "why": why})
-        time.sleep(self.resources.space_poll_s)
+        time.sleep(self.resources.storage.space_poll_s)
 
     def failed(self, config: RunConfig) -> ShardsFailed:
         reasons = "; ".join(
@@ -261,16 +261,16 @@ class _Shift:
         return ShardsFailed(what, where=self.artifact.url, fix=fix, failures=self.failures)
 
 
-def failures_allowed(resources: ResourcesConfig, num_shards: int) -> int:
+def failures_allowed(retries: RetriesConfig, num_shards: int) -> int:
     """Shards of a stage of `num_shards` that may fail for good before no more are begun."""
-    return max(few_failed(resources), int(resources.max_failed * num_shards))
+    return max(few_failed(retries), int(retries.max_failed * num_shards))
 
 
-def few_failed(resources: ResourcesConfig) -> int:
+def few_failed(retries: RetriesConfig) -> int:
     """Shards that may fail for good whatever their share; who allows none is taken at their
     word.
     """
-    return FEW_FAILED if resources.max_failed else 0
+    return FEW_FAILED if retries.max_failed else 0
 
 
 def stage_size(artifact: Artifact, num_todo: int) -> int:

@@ -64,9 +64,12 @@ def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
 
 def trains_without_cache(config: RunConfig) -> bool:
     """Whether training makes the hidden states that it needs; a cache that is sealed is read
-    whatever `resources.source` says.
+    whatever `resources.training.source` says.
     """
-    return config.resources.source != "cache" and artifact_of(config, "hidden").manifest() is None
+    return (
+        config.resources.training.source != "cache"
+        and artifact_of(config, "hidden").manifest() is None
+    )
 
 
 def inputs_of(config: RunConfig, stage: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ own.
 def verify_stage(config: RunConfig, stage: str, locate: Locate | None = None) -> Iterator[str]:
     """One line per damaged or missing file of the stage's artifact."""
     return verify_artifact(
-        artifact_of(config, stage), locate, num_threads=config.resources.read_threads
+        artifact_of(config, stage), locate, num_threads=config.resources.devices.read_threads
     )
 
 
@@ -39,7 +39,7 @@ def verify_benchmarks(config: RunConfig) -> Iterator[str]:
     ):
         yield from verify_artifact(
             Artifact(store_of(config), benchmark_key(benchmark)),
-            num_threads=config.resources.read_threads,
+            num_threads=config.resources.devices.read_threads,
         )
 
 

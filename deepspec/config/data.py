@@ -93,7 +93,7 @@ class AnswersConfig(Section):
     engine: str = Field(
         default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
     )
-    """`transformers` (in process), `openai` (servers at `resources.endpoints`), or
+    """`transformers` (in process), `openai` (servers at `resources.servers.endpoints`), or
     `package.module:Class` of an engine of your own.
     """
     sampling: AnswerSamplingConfig = AnswerSamplingConfig()

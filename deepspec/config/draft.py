@@ -84,7 +84,7 @@ class LossConfig(Section):
 class TrainConfig(Section):
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """What a rank keeps: all of the optimizer (`ddp`), or its part (`deepspeed`, see
-    `resources.zero_stage`). Alone here in no fingerprint: but for rounding the draft is the same,
+    `resources.memory.zero_stage`). Alone here in no fingerprint: but for rounding the draft is the same,
     and either goes on from the other's checkpoints."""
     seed: int = 42
     """Seed of weights, order and anchors."""

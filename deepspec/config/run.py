@@ -254,14 +254,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _engine_can_do_it(self) -> Self:
         sampling = self.answers.sampling
-        if self.answers.engine == "openai" and bool(self.resources.endpoints) == (
-            self.resources.serve != "none"
+        if self.answers.engine == "openai" and bool(self.resources.servers.endpoints) == (
+            self.resources.servers.start != "none"
         ):
-            what = "answers.engine `openai` needs servers: either resources.endpoints, e.g. [http://127.0.0.1:8000/v1], or resources.serve"
+            what = "answers.engine `openai` needs servers: either resources.servers.endpoints, e.g. [http://127.0.0.1:8000/v1], or resources.servers.start"
             raise ValueError(what)
         if sampling.presence_penalty and "transformers" in (
-            self.resources.serve,
-            self.resources.dialect,
+            self.resources.servers.start,
+            self.resources.servers.dialect,
         ):
             raise ValueError(
                 "answers.sampling.presence_penalty: `transformers serve` does not know it"

@@ -86,18 +86,22 @@ def _made_with(name: str, curve: SpeedCurve) -> dict[str, Any]:
 
 
 def speed_curve(config: RunConfig, models: Models) -> SpeedCurve:
-    """`resources.speed_curve`, or what this machine does with the target."""
+    """`resources.devices.speed_curve`, or what this machine does with the target."""
     target: Target = models.target
     return given_curve(config) or profile(target, block_size=models.draft.block_size)
 
 
 def given_curve(config: RunConfig) -> SpeedCurve | None:
-    """The curve in the file `resources.speed_curve`, where one is named.
+    """The curve in the file `resources.devices.speed_curve`, where one is named.
 
     Raises:
         DataError: no such file, or no curve in it.
     """
-    return read_curve(Path(config.resources.speed_curve)) if config.resources.speed_curve else None
+    return (
+        read_curve(Path(config.resources.devices.speed_curve))
+        if config.resources.devices.speed_curve
+        else None
+    )
 
 
 def _read_json(artifact: Artifact, name: str) -> dict[str, Any] | None:

@@ -44,7 +44,7 @@ def run_evaluate(
     missing.
 
     Raises:
-        DataError: not one prompt fits into the target, or `resources.speed_curve` is no curve.
+        DataError: not one prompt fits into the target, or `resources.devices.speed_curve` is no curve.
     """
     given_curve(config)  # it is used at the end, and looked at before the first prompt
     inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
@@ -79,8 +79,8 @@ class _Evaluation:
         return load_models(self.config, self.draft)
 
     def begin(self) -> None:
-        if self.config.resources.evaluate_threads:
-            torch.set_num_threads(self.config.resources.evaluate_threads)
+        if self.config.resources.devices.evaluate_threads:
+            torch.set_num_threads(self.config.resources.devices.evaluate_threads)
         policy = live_policy(self.config, self.artifact, self.draft, self.models)
         self.evaluator = Evaluator(self.models, self.config.evaluate, policy)
 
@@ -114,7 +114,7 @@ def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
         layer_ids=config.target.layer_ids,
     )
     target = load_target(
-        config.target, folder=of_target, device=config.resources.device, dtype=dtype
+        config.target, folder=of_target, device=config.resources.devices.type, dtype=dtype
     )
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
     return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))

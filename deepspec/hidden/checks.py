@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspec.cache.format import HiddenSample
-from deepspec.config.run import ResourcesConfig
+from deepspec.config.resources import ChecksConfig
 from deepspec.errors import DamagedData
 from deepspec.hidden.sequences import CaptureRow
 from deepspec.target.model import Target, TargetOutput
@@ -32,8 +32,8 @@ class StateChecks:
     Predictions are counted on from shard to shard until there are enough of them to judge by.
     """
 
-    def __init__(self, target: Target, resources: ResourcesConfig) -> None:
-        self.target, self.every, self.limits = target, resources.check_every, resources.fidelity
+    def __init__(self, target: Target, settings: ChecksConfig) -> None:
+        self.target, self.every, self.limits = target, settings.recapture_every, settings.fidelity
         self._num_rows, self._ids, self._flags = 0, list[int](), list[Tensor]()
         self._positions = self._agreeing = 0
         self._min_agreement = 0.0

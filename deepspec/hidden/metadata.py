@@ -56,7 +56,7 @@ def prepare(
     """The layout of the cache; what stands beside the shards is there when this returns.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+        FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
             allows.
     """
     artifact, scales = stage.artifact, dict[str, Tensor]()
@@ -205,7 +205,7 @@ def check_fidelity(config: RunConfig, artifact: Artifact, report: Report) -> Non
         " ".join(f"{name}={value}" for name, value in numbers.items()),
     )
     report({"event": "fidelity", "stage": "hidden", "codec": config.hidden.codec, **numbers})
-    refuse(found, config.resources.fidelity, where=artifact.url)
+    refuse(found, config.resources.checks.fidelity, where=artifact.url)
 
 
 def make_layout(

@@ -2,7 +2,7 @@
 state is ever written.
 
 What training is about to need is rendered by threads, run through the target in batches of
-`resources.batch_tokens`, and quantized as capture does it, `resources.prefetch_mb` ahead. Every
+`resources.memory.batch_tokens`, and quantized as capture does it, `resources.memory.prefetch_mb` ahead. Every
 rank has a target of its own on its own device.
 """
 
@@ -68,7 +68,7 @@ class OnlineStates(Source):
             max_bytes=ROWS_AHEAD,
             threads=threads,
         )
-        batches = token_batches(rows, self.capture.config.resources.batch_tokens)
+        batches = token_batches(rows, self.capture.config.resources.memory.batch_tokens)
         for samples in read_ahead(
             ((self._num_bytes(batch), partial(self._computed, batch)) for batch in batches),
             max_bytes=max_bytes,
@@ -91,7 +91,7 @@ def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineS
     the shards.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+        FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
             allows.
     """
     stage = open_unsealed(config)
@@ -114,7 +114,7 @@ def compute_online(
     target = load_target(
         config.target,
         folder=target_folder(config),
-        device=config.resources.device,
+        device=config.resources.devices.type,
         attention="fastest",
     )
     if is_first:

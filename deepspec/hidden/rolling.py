@@ -219,7 +219,7 @@ class FedStates(RollingStates):
         """Begin to capture.
 
         Raises:
-            StoreError: `resources.rolling_gb` cannot hold what one step needs, or another training
+            StoreError: `resources.training.rolling_gb` cannot hold what one step needs, or another training
                 uses these shards.
         """
         self._feeder = Feeder(self.config, self.stage, self.index, self.layout, course)
@@ -237,7 +237,7 @@ def open_rolling(
     memory.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.fidelity`
+        FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
             allows.
     """
     stage = open_unsealed(config)
@@ -247,8 +247,8 @@ def open_rolling(
         online = compute_online(config, stage, index, is_first=is_first, report=report)
         samples = online.stream(
             iter(numbers),
-            max_bytes=config.resources.prefetch_mb * 1_000_000,
-            threads=config.resources.read_threads,
+            max_bytes=config.resources.memory.prefetch_mb * 1_000_000,
+            threads=config.resources.devices.read_threads,
         )
         kept = {number: _on_host(sample) for number, sample in zip(numbers, samples, strict=True)}
         del online, samples

@@ -1,4 +1,4 @@
-"""Keeps on the disk what training needs next, and no more than `resources.rolling_gb`: captures
+"""Keeps on the disk what training needs next, and no more than `resources.training.rolling_gb`: captures
 ahead of it, deletes behind it.
 
 Which shards these are follows from the order of training and the place that it has reached: of the
@@ -57,7 +57,7 @@ class Feeder:
         course: Course,
     ) -> None:
         self.config, self.shelf, self.course = config, Shelf(stage), course
-        self.max_bytes = round(config.resources.rolling_gb * 1e9)
+        self.max_bytes = round(config.resources.training.rolling_gb * 1e9)
         self.most_bytes = shard_bytes(index, layout)
         self._news = threading.Condition()
         self._place, self._window_end, self._moved = course.start, 0, True
@@ -75,7 +75,7 @@ class Feeder:
         """Take what is there, and begin.
 
         Raises:
-            StoreError: the windows of one step do not fit into `resources.rolling_gb`, or another
+            StoreError: the windows of one step do not fit into `resources.training.rolling_gb`, or another
                 training uses these shards.
         """
         self._require_room()
@@ -143,7 +143,7 @@ class Feeder:
         try:
             with (
                 transient_system_errors("the shards that training uses up"),
-                scope(self.config.resources.stop_s) as self._children,
+                scope(self.config.resources.runner.stop_s) as self._children,
             ):
                 while not self._ended.is_set() and not self._error and not self.shelf.is_sealed():
                     self._turn()
@@ -173,7 +173,8 @@ class Feeder:
             # A shard that was captured but not heard of, and passed already, is still on the disk.
             if missing and self._idle and not self._in_capture - near.keys():
                 size = min(
-                    self.config.resources.shards_per_task, -(-len(missing) // len(self._idle))
+                    self.config.resources.runner.shards_per_task,
+                    -(-len(missing) // len(self._idle)),
                 )
                 for group in deal(missing, size)[: len(self._idle)]:
                     self._begin(self._idle.pop(), group)
@@ -252,10 +253,10 @@ class Feeder:
             )
         if most > self.max_bytes:
             train, rows = self.config.train, self.config.prompts.shard_rows
-            what = f"a step at the border of two windows needs {human_bytes(most)} of hidden states, resources.rolling_gb holds "
+            what = f"a step at the border of two windows needs {human_bytes(most)} of hidden states, resources.training.rolling_gb holds "
             what += f"{human_bytes(self.max_bytes)} (train.window_shards {train.window_shards}, prompts.shard_rows {rows})"
-            fix = f"set resources.rolling_gb to {most / 1e9:.3g} or more, lower train.window_shards, or use resources.source=online"
-            raise StoreError(what, where="resources.rolling_gb", fix=fix)
+            fix = f"set resources.training.rolling_gb to {most / 1e9:.3g} or more, lower train.window_shards, or use resources.training.source=online"
+            raise StoreError(what, where="resources.training.rolling_gb", fix=fix)
 
 
 def shard_bytes(index: ExpectedIndex, layout: Layout) -> dict[int, int]:

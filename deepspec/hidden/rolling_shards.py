@@ -105,7 +105,7 @@ class Shelf:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            fix = "wait for it; or train this one with resources.source=online, or in a store of its own"
+            fix = "wait for it; or train this one with resources.training.source=online, or in a store of its own"
             raise StoreError(
                 "another training uses up the shards of this cache",
                 where=self.artifact.url,

@@ -37,8 +37,12 @@ def lane_gpus(config: RunConfig) -> list[str | None]:
     training computes on.
     """
     resources = config.resources
-    gpus = visible_gpus() if resources.device != "cpu" else []
-    return list(gpus[-resources.rolling_gpus :]) if gpus and resources.rolling_gpus else [None]
+    gpus = visible_gpus() if resources.devices.type != "cpu" else []
+    return (
+        list(gpus[-resources.training.rolling_gpus :])
+        if gpus and resources.training.rolling_gpus
+        else [None]
+    )
 
 
 class Lane:
@@ -63,7 +67,7 @@ class Lane:
         """Capture what is `missing`, until nothing is.
 
         Raises:
-            DeepSpecError: the child's own error, when it was tried `resources.retries` times more
+            DeepSpecError: the child's own error, when it was tried `resources.retries.times` times more
                 or trying is no use.
         """
         resources = self.config.resources
@@ -79,7 +83,11 @@ class Lane:
                 )
             except DeepSpecError as error:
                 gc.remove_abandoned(self.artifact.store)
-                if stop.is_set() or attempt > resources.retries or not _worth_another_try(error):
+                if (
+                    stop.is_set()
+                    or attempt > resources.retries.times
+                    or not _worth_another_try(error)
+                ):
                     raise
                 log.warning(
                     "stage=hidden shards=%s failed, and are tried again (%d): %s",
@@ -87,7 +95,7 @@ class Lane:
                     attempt,
                     error.what,
                 )
-            stop.wait(resources.retry_delay_s * 2 ** (attempt - 1))
+            stop.wait(resources.retries.delay_s * 2 ** (attempt - 1))
 
 
 def run_as_file(config: RunConfig, artifact: Artifact) -> RunRequest:
@@ -106,7 +114,7 @@ def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[i
     """
     resources = config.resources
     processes = min(
-        resources.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS
+        resources.training.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS
     )
     if processes < 2:
         return

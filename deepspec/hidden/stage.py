@@ -61,7 +61,7 @@ def run_capture(
         target = load_target(
             config.target,
             folder=target_folder(config),
-            device=config.resources.device,
+            device=config.resources.devices.type,
             attention="fastest",
         )
         layout = prepare(config, stage, chat, target, report)
@@ -96,7 +96,7 @@ class Capture:
             layout,
         )
         self.host, self.made_with = HostCopy(target.device), made_with(config, stage.artifact)
-        self.checks = StateChecks(target, config.resources)
+        self.checks = StateChecks(target, config.resources.checks)
 
     def shard(self, work: Work, local: Path) -> Counts:
         """Write one shard.
@@ -109,12 +109,12 @@ class Capture:
         answers = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
         rows, left_out = capture_rows(answers, self.chat, self.config.hidden)
         self.checks.begin(len(rows))
-        with ShardWriter(local, self.layout, work.shard, writes=resources.writes) as writer:
+        with ShardWriter(local, self.layout, work.shard, writes=resources.storage.writes) as writer:
             # Several samples are encoded at a time, and written in their order; the bytes that wait
             # at either place are counted.
             with (
-                ThreadPoolExecutor(resources.encode_threads) as encoders,
-                Background(resources.write_buffer_mb * 1_000_000) as background,
+                ThreadPoolExecutor(resources.devices.encode_threads) as encoders,
+                Background(resources.memory.write_buffer_mb * 1_000_000) as background,
             ):
                 for row, states in self.states(rows):
                     sample = self.sample(row, states)
@@ -159,7 +159,7 @@ class Capture:
         """Each row with its own states, [T, m * D] and [T, D]: packed where the attention
         kernel can, else in padded batches.
         """
-        for batch in token_batches(rows, self.config.resources.batch_tokens):
+        for batch in token_batches(rows, self.config.resources.memory.batch_tokens):
             if self.target.packs:
                 yield from zip(
                     batch, self.target.forward_packed([row.input_ids for row in batch]), strict=True

@@ -237,5 +237,5 @@ def require_fit(fit: Fit, *, where: str, fix: str) -> None:
     if fit.fits or fit.free_bytes is None:
         return
     needed, reserve = human_bytes(fit.needed_bytes), human_bytes(fit.reserve_bytes)
-    what = f"the hidden states need {needed} and resources.min_free_gb keeps {reserve}, but {human_bytes(fit.free_bytes)} are free"
+    what = f"the hidden states need {needed} and resources.storage.min_free_gb keeps {reserve}, but {human_bytes(fit.free_bytes)} are free"
     raise StoreError(what, where=where, fix=fix)

@@ -45,14 +45,14 @@ def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) ->
         DataError: not an architecture that can be built.
         ConfigError: the device asked for is not there.
     """
-    device = choose_device(config.resources.device)
+    device = choose_device(config.resources.devices.type)
     depths = [min(depth, text_config.num_hidden_layers) for depth in DEPTHS]
     model = _shallow(text_config, max(depths), DTYPES[config.target.dtype], device)
     layers = model.get_submodule("layers")
     per_layer = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
     budget = min(
-        config.resources.batch_tokens,
-        MAX_CPU_TOKENS if device.type == "cpu" else config.resources.batch_tokens,
+        config.resources.memory.batch_tokens,
+        MAX_CPU_TOKENS if device.type == "cpu" else config.resources.memory.batch_tokens,
     )
     length = max(1, min(median_tokens, budget, text_config.max_position_embeddings))
     affordable = _affordable_tokens(model, device)
@@ -141,7 +141,7 @@ def num_lanes(config: RunConfig, device: str) -> int:
     """
     if device == "cpu":
         return 1
-    return config.resources.lanes or max(1, torch.cuda.device_count())
+    return config.resources.devices.lanes or max(1, torch.cuda.device_count())
 
 
 def measure_store(store: Store) -> float | None:

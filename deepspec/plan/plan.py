@@ -60,7 +60,7 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
     return compute_plan(
         config,
         facts,
-        room=lambda needed: room(needed, store, min_free_gb=config.resources.min_free_gb),
+        room=lambda needed: room(needed, store, min_free_gb=config.resources.storage.min_free_gb),
     )
 
 
@@ -96,10 +96,10 @@ def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
     counts = sample_workload(config, load_chat(config), num_rows=num_rows).counts
     needed = missing * hidden_bytes(counts, hidden_settings(config.hidden), shape)
-    fit = room(needed, store_of(config), min_free_gb=config.resources.min_free_gb)
+    fit = room(needed, store_of(config), min_free_gb=config.resources.storage.min_free_gb)
     sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)
     advice = fit_advice(fit, {name: missing * size for name, size in sizes.items()})
-    if config.resources.check_space == "refuse":
+    if config.resources.checks.space == "refuse":
         require_fit(
             fit,
             where=f"store {config.store}",
@@ -117,7 +117,7 @@ def require_plan_fits(plan: Plan) -> None:
         require_fit(
             plan.fit,
             where=f"store {plan.store}",
-            fix="lower resources.rolling_gb, or choose another store (--store)",
+            fix="lower resources.training.rolling_gb, or choose another store (--store)",
         )
         return
     missing = plan.size.missing_bytes.value / max(plan.size.num_bytes.value, 1)
@@ -138,4 +138,4 @@ def fit_advice(fit: Fit, sizes: dict[str, float]) -> str:
     if not fitting:
         codecs = f"no hidden.codec fits (the smallest, {smallest}, takes {human_bytes(sizes[smallest])}): "
         codecs += f"plan with {max(0.0, free / max(sizes[smallest], 1)):.1%} of the prompts (prompts.limit)"
-    return f"{codecs}, or another store (--store), or train without the whole of it (resources.source; `plan` compares)"
+    return f"{codecs}, or another store (--store), or train without the whole of it (resources.training.source; `plan` compares)"

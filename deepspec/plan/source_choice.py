@@ -62,7 +62,7 @@ def compare_sources(
         option._replace(fits=room(option.num_bytes).fits if room else None)
         for option in (_cache(effort), _rolling(config, effort), _online(config, effort))
     )
-    chosen: SourceName = "cache" if not effort.missing_bytes else config.resources.source
+    chosen: SourceName = "cache" if not effort.missing_bytes else config.resources.training.source
     fitting = [option for option in options if option.fits is not False] or [options[-1]]
     # Of equal ones the first: what a cache holds serves the next draft too, and nothing on a disk
     # is simpler than something.
@@ -99,15 +99,15 @@ def _rolling(config: RunConfig, effort: Effort) -> SourceOption:
     What fits as a whole is never deleted.
     """
     resources, captures = config.resources, effort.passes / config.train.window_epochs
-    if effort.cache_bytes <= resources.rolling_gb * 1e9:
+    if effort.cache_bytes <= resources.training.rolling_gb * 1e9:
         captures = min(captures, 1.0)
-    gpu_hours, own = captures * effort.capture_hours * effort.lanes, resources.rolling_gpus
+    gpu_hours, own = captures * effort.capture_hours * effort.lanes, resources.training.rolling_gpus
     if effort.device != "cpu" and 0 < own < effort.lanes:
         hours = max(gpu_hours / own, effort.train_hours * effort.lanes / (effort.lanes - own))
     else:
         hours = gpu_hours / effort.lanes + effort.train_hours
     window = min(2 * config.train.window_shards, effort.num_shards) * effort.shard_bytes
-    held = max(window, min(resources.rolling_gb * 1e9, effort.cache_bytes))
+    held = max(window, min(resources.training.rolling_gb * 1e9, effort.cache_bytes))
     return SourceOption("rolling", held + effort.beside_bytes, captures, gpu_hours, hours, None)
 
 

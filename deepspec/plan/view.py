@@ -146,7 +146,7 @@ def _source_lines(plan: Plan) -> Iterator[Line]:
             said,
             f"{human_hours(option.capture_gpu_hours)} of capture, {human_hours(option.hours)} in all{fits}",
         )
-    yield "cheapest", f"resources.source={part.best}", ""
+    yield "cheapest", f"resources.training.source={part.best}", ""
 
 
 def _verdict(fit: Fit | None) -> str:

@@ -178,7 +178,9 @@ class Store:
             ) from None
         free_gb = self.free_bytes() / 1e9
         if free_gb < min_free_gb:
-            what = f"{free_gb:.2f} GB are free, resources.min_free_gb asks for {min_free_gb:g}"
+            what = (
+                f"{free_gb:.2f} GB are free, resources.storage.min_free_gb asks for {min_free_gb:g}"
+            )
             raise StoreError(
                 what,
                 where=f"store {self.url}",

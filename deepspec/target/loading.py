@@ -112,7 +112,7 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "there is no GPU here",
-            where="resources.device",
-            fix="set resources.device to auto or cpu",
+            where="resources.devices.type",
+            fix="set resources.devices.type to auto or cpu",
         )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -95,14 +95,14 @@ class StepData:
 
     def micro_batches(self, step: int) -> list[list[Drawn]]:
         """What this rank trains on at the step, packed into rows of at most
-        `resources.batch_tokens` (or one long sample).
+        `resources.memory.batch_tokens` (or one long sample).
         """
         groups: list[list[Drawn]] = []
         room = 0
         for sample in self.drawn(step)[self.world.rank :: self.world.size]:
             if not groups or sample.num_tokens > room:
                 groups.append([])
-                room = self.resources.batch_tokens
+                room = self.resources.memory.batch_tokens
             groups[-1].append(sample)
             room -= sample.num_tokens
         return groups
@@ -123,7 +123,10 @@ class StepData:
         order = (
             drawn.number for step in steps for group in self.micro_batches(step) for drawn in group
         )
-        max_bytes, threads = self.resources.prefetch_mb * 1_000_000, self.resources.read_threads
+        max_bytes, threads = (
+            self.resources.memory.prefetch_mb * 1_000_000,
+            self.resources.devices.read_threads,
+        )
         samples = self.cache.stream(order, max_bytes=max_bytes, threads=threads)
         jobs = (
             (1, partial(self._batch, group, samples))
@@ -143,7 +146,7 @@ class StepData:
         layout, device = self.cache.layout, self.world.device
         lengths = [drawn.num_tokens for drawn in group]
         total = sum(lengths)
-        room = total + (-total % FILL_TOKENS if self.resources.compile else 0)
+        room = total + (-total % FILL_TOKENS if self.resources.training.compile else 0)
         input_ids = torch.zeros(room, dtype=torch.long)
         loss_mask = torch.zeros(room, dtype=torch.bool)
         context = torch.zeros(room, layout.context.width, dtype=torch.bfloat16, device=device)

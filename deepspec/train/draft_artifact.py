@@ -44,7 +44,7 @@ def make_draft(config: RunConfig, source: Source) -> Any:
     )
     draft.configure_loss(config.loss)
     draft.execution = Execution(
-        compile=config.resources.compile, recompute=config.resources.recompute
+        compile=config.resources.training.compile, recompute=config.resources.memory.recompute
     )
     return draft
 

@@ -46,16 +46,16 @@ def num_ranks(config: RunConfig) -> int:
             evenly.
     """
     resources = config.resources
-    gpus = visible_gpus() if resources.device != "cpu" else []
-    if gpus and trains_without_cache(config) and resources.source == "rolling":
-        gpus = _left_by_capture(gpus, resources.rolling_gpus)
-    wanted = resources.train_ranks or max(1, len(gpus))
+    gpus = visible_gpus() if resources.devices.type != "cpu" else []
+    if gpus and trains_without_cache(config) and resources.training.source == "rolling":
+        gpus = _left_by_capture(gpus, resources.training.rolling_gpus)
+    wanted = resources.training.ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
         raise ConfigError(
             what,
-            where="resources.train_ranks",
-            fix="lower it, or leave it null; resources.device=cpu trains without GPUs",
+            where="resources.training.ranks",
+            fix="lower it, or leave it null; resources.devices.type=cpu trains without GPUs",
         )
     check_batch(config, wanted)
     return wanted
@@ -74,9 +74,7 @@ def check_batch(config: RunConfig, num_ranks: int) -> None:
         return
     nearest = " or ".join(str(value) for value in (below, below + num_ranks) if value)
     fewer = next(ranks for ranks in range(num_ranks, 0, -1) if batch % ranks == 0)
-    fix = (
-        f"set it to {nearest}; or train on {fewer} (resources.train_ranks), which changes no result"
-    )
+    fix = f"set it to {nearest}; or train on {fewer} (resources.training.ranks), which changes no result"
     raise ConfigError(
         f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks",
         where="train.global_batch",
@@ -87,8 +85,10 @@ def check_batch(config: RunConfig, num_ranks: int) -> None:
 def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
     if captures >= len(gpus):
         what = f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train on"
-        fix = "lower it (0 captures on the GPU that trains), or use resources.source=online"
-        raise ConfigError(what, where="resources.rolling_gpus", fix=fix)
+        fix = (
+            "lower it (0 captures on the GPU that trains), or use resources.training.source=online"
+        )
+        raise ConfigError(what, where="resources.training.rolling_gpus", fix=fix)
     return gpus[: len(gpus) - captures]
 
 

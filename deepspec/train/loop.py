@@ -69,7 +69,9 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     resources = config.resources
     # The watchdog is to speak first: a collective that times out says less, and one that saves may
     # be slow.
-    world = join_world(resources.device, timeout=timedelta(minutes=2 * resources.stall_minutes))
+    world = join_world(
+        resources.devices.type, timeout=timedelta(minutes=2 * resources.retries.stall_minutes)
+    )
     check_batch(config, world.size)
     check_strategy(config, world)
     report = report if world.is_first else silent
@@ -105,7 +107,10 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
         resume_optimizer(artifact, record, strategy)
     stop = threading.Event()
     try:
-        with on_sigterm(stop.set), Watchdog(60 * resources.stall_minutes, report) as watchdog:
+        with (
+            on_sigterm(stop.set),
+            Watchdog(60 * resources.retries.stall_minutes, report) as watchdog,
+        ):
             # until all shards of a window are captured no step may be possible
             cache.on_progress(watchdog.beat)
             train(
@@ -131,7 +136,7 @@ def _preflight(config: RunConfig, data: StepData, draft: Any) -> None:
         with knobs_named(config):
             check_before_training(config, data, draft)
     except TrainingFailed as error:
-        if config.resources.preflight == "refuse":
+        if config.resources.checks.preflight == "refuse":
             raise
         log.warning("stage=train preflight: %s", error.what)
 

@@ -35,6 +35,6 @@ def knobs_named(config: RunConfig) -> Iterator[None]:
         knobs = [f"draft.{name} (now {draft[name]})" for name in KNOBS if name in draft]
         what = f"a training step does not fit into memory: {str(error).splitlines()[0]}"
         resources = config.resources
-        free = f"resources.batch_tokens (now {resources.batch_tokens}) or set resources.recompute (now {resources.recompute})"
+        free = f"resources.memory.batch_tokens (now {resources.memory.batch_tokens}) or set resources.memory.recompute (now {resources.memory.recompute})"
         fix = f"lower {free}, which change no result; then {' or '.join(knobs)}"
         raise TrainingFailed(what, where=f"run {config.name}", fix=fix) from error

@@ -50,7 +50,9 @@ def check_before_training(config: RunConfig, data: StepData, draft: Any) -> None
     )
     if not after < before:
         what = f"trained on one sample alone, its loss does not fall: {before:.4f}, after {OVERFIT_STEPS} steps {after:.4f}"
-        fix = "compare loss.* with the draft's heads; resources.preflight=warn goes on anyway"
+        fix = (
+            "compare loss.* with the draft's heads; resources.checks.preflight=warn goes on anyway"
+        )
         raise TrainingFailed(what, where=f"run {config.name}", fix=fix)
 
 

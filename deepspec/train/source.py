@@ -1,4 +1,4 @@
-"""Which of the three sources a training reads: as `resources.source` says, but a sealed cache
+"""Which of the three sources a training reads: as `resources.training.source` says, but a sealed cache
 is used where there is one.
 """
 
@@ -25,22 +25,22 @@ def open_source(config: RunConfig, world: World, report: Report) -> Source:
 
     Raises:
         ArtifactMismatch: the cache is to be read and not finished.
-        FidelityTooLow: the codec loses more of the target's states than `resources.fidelity`
+        FidelityTooLow: the codec loses more of the target's states than `resources.checks.fidelity`
             allows.
     """
     resources = config.resources
     if not trains_without_cache(config):
-        if resources.source != "cache":
+        if resources.training.source != "cache":
             log.info(
-                "stage=train the cache is sealed: it is read as it is, whatever resources.source says (%s)",
-                resources.source,
+                "stage=train the cache is sealed: it is read as it is, whatever resources.training.source says (%s)",
+                resources.training.source,
             )
         return HiddenCache(
             artifact_of(config, "hidden"),
-            cache_gb=resources.cache_gb,
-            check_reads=resources.check_reads,
+            cache_gb=resources.storage.copies_gb,
+            check_reads=resources.checks.reads,
         )
-    if resources.source == "rolling":
+    if resources.training.source == "rolling":
         count = config.train.acceptance_samples
         return open_rolling(
             config,

@@ -63,7 +63,7 @@ class Watchdog:
         """
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(LINGER_S)
-        what = f"no training step was finished for {self.limit_s / 60:g} minutes (resources.stall_minutes)"
+        what = f"no training step was finished for {self.limit_s / 60:g} minutes (resources.retries.stall_minutes)"
         fix = "run it again: it goes on from its newest checkpoint; where each thread stood is in the log"
         error = TransientError(what, fix=fix)
         log.error("stage=train %s", what)

@@ -81,7 +81,7 @@ class Zero:
                 model=self.module, model_parameters=list(self.parameters.values()), config=derived
             )[0]
         self.zero = self.engine.optimizer
-        self.is_partitioned = config.resources.zero_stage == 3
+        self.is_partitioned = config.resources.memory.zero_stage == 3
         for name, tensor in begun.items():  # in bfloat16 they would be what was left after rounding
             self._set(name, tensor, key=None)
 
@@ -215,16 +215,16 @@ def derived_config(
     train, resources = config.train, config.resources
     bucket = 2 * -(-min(BUCKET_ELEMENTS, num_parameters) // 2)
     zero: dict[str, Any] = {
-        "stage": resources.zero_stage,
+        "stage": resources.memory.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
     in_host_memory = {"device": "cpu", "pin_memory": device == "cuda"}
-    if resources.offload != "none":
+    if resources.memory.offload != "none":
         zero["offload_optimizer"] = in_host_memory
-    if resources.offload == "all":
+    if resources.memory.offload == "all":
         zero["offload_param"] = in_host_memory
-    if resources.zero_stage == 3:
+    if resources.memory.zero_stage == 3:
         # norms stay: to fetch one takes longer than it is worth
         zero["stage3_param_persistence_threshold"] = hidden_size
     # PyTorch's AdamW, also on the CPU: DeepSpeed's kernels are compiled at first use.
@@ -243,7 +243,7 @@ def derived_config(
         "managed_gradient_accumulation": False,
         "optimizer": {
             "type": "AdamW",
-            "params": adamw | ({"fused": True} if resources.offload != "none" else {}),
+            "params": adamw | ({"fused": True} if resources.memory.offload != "none" else {}),
         },
         "gradient_clipping": train.clip,
         "bf16": {"enabled": train.compute_dtype == "bfloat16"},

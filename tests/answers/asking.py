@@ -26,9 +26,9 @@ def server_run(store: Path, *urls: str, settings: tuple[str, ...] = ()) -> RunCo
     return tiny_run(
         store,
         "answers.engine=openai",
-        f"resources.endpoints={json.dumps(urls)}",
-        "resources.request_timeout_s=1",
-        "resources.max_refused=1",
+        f"resources.servers.endpoints={json.dumps(urls)}",
+        "resources.servers.request_timeout_s=1",
+        "resources.servers.max_refused=1",
         *settings,
     )
 

@@ -30,10 +30,10 @@ SCRIPTED = [sys.executable, "-m", "tests.answer_server", "{port}", "{name}"]
 def serving_run(store: Path, command: list[str], *settings: str) -> RunConfig:
     server = (
         "answers.engine=openai",
-        "resources.serve=vllm",
-        f"resources.serve_command={json.dumps(command)}",
+        "resources.servers.start=vllm",
+        f"resources.servers.start_command={json.dumps(command)}",
     )
-    return tiny_run(store, *server, "resources.lost_s=30", *settings)
+    return tiny_run(store, *server, "resources.servers.lost_s=30", *settings)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_server_is_started_used_and_taken_down(store: Path):
 
 def test_a_server_that_dies_is_started_again_and_nothing_is_lost(store: Path):
     # 24 answers in all
-    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")
+    config = serving_run(store, [*SCRIPTED, "10"], "resources.servers.requests=2")
     run_prompts(config)
     assert run_answers(config).manifest() is not None
     assert left_over("tests.answer_server") == []
@@ -72,7 +72,7 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
     kept.
     """
     monkeypatch.setattr("deepspec.answers.managed_server.RESTARTS", 1)
-    config = serving_run(store, [*SCRIPTED, "10"], "resources.endpoint_requests=2")
+    config = serving_run(store, [*SCRIPTED, "10"], "resources.servers.requests=2")
     run_prompts(config)
     with pytest.raises(TransientError, match="the server died 2 times"):
         run_answers(config)
@@ -99,7 +99,7 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
 def test_a_server_that_does_not_come_up_is_one_clear_error(
     store: Path, command: list[str], error: type[Exception], says: str
 ):
-    config = serving_run(store, command, "resources.serve_deadline_s=1")
+    config = serving_run(store, command, "resources.servers.start_deadline_s=1")
     run_prompts(config)
     with pytest.raises(error, match=says):
         run_answers(config)
@@ -132,7 +132,10 @@ def test_the_command_names_model_port_and_format(
 ):
     monkeypatch.setattr("shutil.which", lambda name, path=None: name)
     config = tiny_run(
-        tmp_path, "answers.engine=openai", f"resources.serve={program}", "resources.device=cpu"
+        tmp_path,
+        "answers.engine=openai",
+        f"resources.servers.start={program}",
+        "resources.devices.type=cpu",
     )
     command = " ".join(serve_command(config, model="a/model", port=1234))
     for words in ("a/model", "--host 127.0.0.1", "--port 1234", f"--dtype {config.target.dtype}"):
@@ -141,17 +144,17 @@ def test_the_command_names_model_port_and_format(
 
 
 def test_servers_given_and_servers_started_are_one_too_many(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"either resources\.endpoints"):
+    with pytest.raises(ConfigError, match=r"either resources\.servers\.endpoints"):
         tiny_run(
             tmp_path,
             "answers.engine=openai",
-            "resources.serve=vllm",
-            'resources.endpoints=["http://127.0.0.1:1/v1"]',
+            "resources.servers.start=vllm",
+            'resources.servers.endpoints=["http://127.0.0.1:1/v1"]',
         )
     with pytest.raises(ConfigError, match="does not know it"):
         tiny_run(
             tmp_path,
             "answers.engine=openai",
-            "resources.serve=transformers",
+            "resources.servers.start=transformers",
             "answers.sampling.presence_penalty=1",
         )

@@ -43,8 +43,8 @@ def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
         ("answers.sampling.presence_penalty=0.5", {"presence_penalty": 0.5}),
         ("answers.max_new_tokens=7", {"max_tokens": 7}),
         ("target.thinking=true", {"chat_template_kwargs": {"enable_thinking": True}}),
-        ("resources.token_ids=ask", {"return_token_ids": True}),
-        ("resources.served_model=other", {"model": "other"}),
+        ("resources.servers.token_ids=ask", {"return_token_ids": True}),
+        ("resources.servers.model_name=other", {"model": "other"}),
     ],
 )
 def test_every_parameter_is_sent_under_its_own_name_and_alone(
@@ -65,7 +65,7 @@ def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: s
     """
     with answer_server() as server:
         server.owner = dialect if dialect in ("vllm", "sglang") else "somebody"
-        settings = ("resources.dialect=transformers",) if dialect == "transformers" else ()
+        settings = ("resources.servers.dialect=transformers",) if dialect == "transformers" else ()
         ask(server_run(tmp_path, server.url, settings=settings), row(1, "a"))
     body = server.bodies[0]
     if dialect == "transformers":

@@ -131,7 +131,7 @@ def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(
 
         monkeypatch.setattr(name, fails_once)
     with answer_server() as server:
-        config = server_run(store, server.url, settings=("resources.space_poll_s=0.05",))
+        config = server_run(store, server.url, settings=("resources.storage.space_poll_s=0.05",))
         run_prompts(config)
         assert run_answers(config).manifest() is not None
     assert next(full, None) is None and len(server.bodies) == 24
@@ -142,7 +142,7 @@ def test_a_disk_that_takes_nothing_fails_shard_after_shard_and_hangs_on_none(
 ):
     with answer_server() as server:
         config = server_run(
-            store, server.url, settings=("prompts.shard_rows=1", "resources.endpoint_requests=1")
+            store, server.url, settings=("prompts.shard_rows=1", "resources.servers.requests=1")
         )
         stage = artifact_of(config, "prompts")
         run_prompts(config)
@@ -160,7 +160,9 @@ def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
     plans = ["503"]
     with answer_server(lambda body, before: plans[0]) as server:
         config = server_run(
-            tmp_path, server.url, settings=("resources.lost_s=0.3", "resources.endpoint_requests=2")
+            tmp_path,
+            server.url,
+            settings=("resources.servers.lost_s=0.3", "resources.servers.requests=2"),
         )
         with Ahead(
             config,
@@ -193,9 +195,9 @@ def test_a_slow_server_is_not_lost_while_it_is_at_work(
 
     with answer_server(plan) as server:
         settings = (
-            "resources.lost_s=0.2",
-            "resources.request_timeout_s=10",
-            "resources.request_tries=20",
+            "resources.servers.lost_s=0.2",
+            "resources.servers.request_timeout_s=10",
+            "resources.servers.request_tries=20",
         )
         answered, _ = ask(
             server_run(tmp_path, server.url, settings=settings), row(1, "slow"), row(2, "x")
@@ -207,7 +209,9 @@ def test_a_row_that_makes_its_server_hang_up_is_given_up_like_any_other(tmp_path
     plan = lambda body, before: "gone" if body["messages"][-1]["content"] == "poison" else "answer"  # noqa: E731
     with answer_server(plan) as server:
         config = server_run(
-            tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=1")
+            tmp_path,
+            server.url,
+            settings=("resources.servers.request_tries=2", "resources.servers.row_runs=1"),
         )
         with pytest.raises(TransientError, match="1 of 2 rows got no answer"):
             ask(config, row(1, "a"), row(2, "poison"))
@@ -248,7 +252,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: P
     ):
         said = []
         for url, shards in ((server.url, "0-2"), (refusing.url, "3-5")):
-            config = server_run(store, url, settings=("resources.request_tries=3",))
+            config = server_run(store, url, settings=("resources.servers.request_tries=3",))
             run_prompts(config)
             (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
             env = {
@@ -279,7 +283,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: P
     "url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x"]
 )
 def test_an_endpoint_that_is_none_or_holds_a_key_is_refused(tmp_path: Path, url: str):
-    with pytest.raises(ConfigError, match=r"resources\.endpoints"):
+    with pytest.raises(ConfigError, match=r"resources\.servers\.endpoints"):
         server_run(tmp_path, url)
 
 
@@ -287,7 +291,9 @@ def test_losing_every_server_fails_the_shard_as_transient(tmp_path: Path):
     with answer_server() as server:
         pass  # it is gone again, its port closed
     config = server_run(
-        tmp_path, server.url, settings=("resources.lost_s=0.5", "resources.request_tries=50")
+        tmp_path,
+        server.url,
+        settings=("resources.servers.lost_s=0.5", "resources.servers.request_tries=50"),
     )
     with pytest.raises(TransientError, match="no server has answered"):
         ask(config, *(row(number, "x") for number in range(8)))
@@ -314,7 +320,9 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
         lambda body, before: "500" if "poison" in body["messages"][-1]["content"] else "answer"
     ) as server:
         config = server_run(
-            tmp_path, server.url, settings=("resources.request_tries=2", "resources.row_runs=2")
+            tmp_path,
+            server.url,
+            settings=("resources.servers.request_tries=2", "resources.servers.row_runs=2"),
         )
         for _ in range(2):
             with pytest.raises(TransientError, match="1 of 3 rows got no answer"):
@@ -336,7 +344,7 @@ def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Pa
     the rejects.
     """
     with answer_server(lambda body, before: "answer" if before > 3 else "429 0.01") as server:
-        settings = ("resources.request_tries=2", "resources.endpoint_requests=1")
+        settings = ("resources.servers.request_tries=2", "resources.servers.requests=1")
         answered, rejects = ask(server_run(tmp_path, server.url, settings=settings), row(1, "abc"))
     assert (len(answered), rejects) == (1, [])
 
@@ -346,7 +354,9 @@ def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
     with answer_server() as server:
         pass  # it is gone again, its port closed
     config = server_run(
-        tmp_path, server.url, settings=("resources.lost_s=2", "resources.endpoint_requests=1")
+        tmp_path,
+        server.url,
+        settings=("resources.servers.lost_s=2", "resources.servers.requests=1"),
     )
     ended = []
     with Ahead(
@@ -369,7 +379,7 @@ def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_
         config = server_run(
             tmp_path,
             server.url,
-            settings=("resources.request_timeout_s=10", "resources.endpoint_requests=4"),
+            settings=("resources.servers.request_timeout_s=10", "resources.servers.requests=4"),
         )
         shards = [[row(0, "slow")], *([row(number, "a", "b")] for number in range(1, 12))]
         with Ahead(config, stage_of(config, *shards), no_meter()) as ahead:
@@ -384,7 +394,7 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
     """
     plans = ["400"]
     with answer_server(lambda body, before: plans[0], models=()) as server:
-        config = server_run(store, server.url, settings=("resources.max_refused=0.2",))
+        config = server_run(store, server.url, settings=("resources.servers.max_refused=0.2",))
         run_prompts(config)
         with pytest.raises(
             ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"
@@ -400,7 +410,7 @@ def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
         config = server_run(
             store,
             server.url,
-            settings=("resources.progress_s=0.01", "resources.endpoint_requests=2"),
+            settings=("resources.servers.progress_s=0.01", "resources.servers.requests=2"),
         )
         run_prompts(config)
         run_answers(config, report=events.append)
@@ -490,9 +500,9 @@ def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_eac
             f"prompts.source={source}",
             "prompts.limit=null",
             "prompts.shard_rows=500",
-            "resources.endpoint_requests=8",
+            "resources.servers.requests=8",
         ]
-        overrides += ["answers.engine=openai", f"resources.endpoints={urls}"]
+        overrides += ["answers.engine=openai", f"resources.servers.endpoints={urls}"]
         config = tiny_run(store, *overrides)
         run_prompts(config)
         run_file = tmp_path / "run.yaml"

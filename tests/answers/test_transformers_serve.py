@@ -132,16 +132,21 @@ def test_two_servers_one_killed_amid_its_answers_and_started_again(
     """Every row once, and each as the target in this process answers it."""
     urls, name = (
         json.dumps([server.url for server in served]),
-        f"resources.served_model={served[0].model}",
+        f"resources.servers.model_name={served[0].model}",
     )
     settings = (
-        "resources.request_tries=20",
-        "resources.progress_s=0.05",
-        "resources.endpoint_requests=2",
-        "resources.dialect=transformers",
+        "resources.servers.request_tries=20",
+        "resources.servers.progress_s=0.05",
+        "resources.servers.requests=2",
+        "resources.servers.dialect=transformers",
     )
     config = tiny_run(
-        store, GREEDY, "answers.engine=openai", f"resources.endpoints={urls}", name, *settings
+        store,
+        GREEDY,
+        "answers.engine=openai",
+        f"resources.servers.endpoints={urls}",
+        name,
+        *settings,
     )
     run_prompts(config)
     happened: list[str] = []
@@ -169,8 +174,8 @@ def test_a_server_of_ones_own_answers_the_same(
         store,
         GREEDY,
         "answers.engine=openai",
-        "resources.serve=transformers",
-        "resources.device=cpu",
+        "resources.servers.start=transformers",
+        "resources.devices.type=cpu",
     )
     run_prompts(config)
     same_answers(turns_of(run_answers(config)), expected)

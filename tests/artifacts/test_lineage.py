@@ -52,9 +52,9 @@ def test_a_changed_setting_renames_its_stage_and_those_after_it(override: str, f
 @pytest.mark.parametrize(
     "override",
     [
-        "resources.answer_rows=3",
-        "resources.source=online",
-        "resources.batch_tokens=77",
+        "resources.memory.answer_rows=3",
+        "resources.training.source=online",
+        "resources.memory.batch_tokens=77",
         "name=other",
         "train.strategy=deepspeed",
     ],

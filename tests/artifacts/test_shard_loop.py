@@ -105,9 +105,9 @@ def hopeless(made: list[int], *, transient: bool = False):
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("resources.max_failed=0.01", 10),
-        ("resources.max_failed=0.25", 15),
-        ("resources.max_failed=0", 0),
+        ("resources.retries.max_failed=0.01", 10),
+        ("resources.retries.max_failed=0.25", 15),
+        ("resources.retries.max_failed=0", 0),
     ],
 )
 def test_where_too_many_shards_fail_for_good_no_more_are_begun(
@@ -127,7 +127,7 @@ def test_where_too_many_shards_fail_for_good_no_more_are_begun(
         f"{allowed + 1} of 60 shards failed; {left} were not begun, because more failed for good than"
         in str(caught.value)
     )
-    assert f"resources.max_failed allows ({allowed})" in str(
+    assert f"resources.retries.max_failed allows ({allowed})" in str(
         caught.value
     ) and "--shards" not in str(caught.value)
 
@@ -159,7 +159,8 @@ def test_a_few_shards_may_fail_of_a_small_stage_and_a_share_of_the_whole_stage_f
 ):
     config = tiny_run(tmp_path)
     assert [
-        failures_allowed(config.resources, shards) for shards in (1, 10, 1000, 1099, 1100, 10_000)
+        failures_allowed(config.resources.retries, shards)
+        for shards in (1, 10, 1000, 1099, 1100, 10_000)
     ] == [10, 10, 10, 10, 11, 100]
     store = open_store(str(tmp_path / "store"))
     before = Artifact(store, ArtifactKey("prompts", "tiny", "ba9876543210", {}, ()))
@@ -176,7 +177,9 @@ def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(
     free = iter([0.5e9, 0.5e9, 3e9, 3e9, 3e9])
     monkeypatch.setattr(Store, "free_bytes", lambda store: next(free))
     events = []
-    config = tiny_run(tmp_path, "resources.min_free_gb=1", "resources.space_poll_s=0.01")
+    config = tiny_run(
+        tmp_path, "resources.storage.min_free_gb=1", "resources.storage.space_poll_s=0.01"
+    )
     work_through(config, artifact, works(2), make, events.append)
     assert list(artifact.records()) == [0, 1]
     assert [event["event"] for event in events].count("paused") == 2
@@ -195,7 +198,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(
         return make(work, local)
 
     work_through(
-        tiny_run(tmp_path, "resources.space_poll_s=0.01"),
+        tiny_run(tmp_path, "resources.storage.space_poll_s=0.01"),
         artifact,
         works(2),
         full_twice,
@@ -236,7 +239,7 @@ def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there
         target=lambda: paused.wait(30) and (time.sleep(0.2), ballast.unlink())
     )
     helper.start()
-    config = tiny_run(tmp_path, "resources.space_poll_s=0.05")
+    config = tiny_run(tmp_path, "resources.storage.space_poll_s=0.05")
     work_through(
         config,
         artifact,

@@ -63,7 +63,7 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
 ):
     moved, config = (
         tmp_path / "elsewhere",
-        tiny_run(captured, "train.lr=0.25", "resources.answer_rows=3"),
+        tiny_run(captured, "train.lr=0.25", "resources.memory.answer_rows=3"),
     )
     shutil.copytree(captured, moved)
     result = artifact_of(config, "evaluate")
@@ -77,7 +77,7 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
         assert (code, err) == (0, "")
         (tmp_path / "that.yaml").write_text(out)
         again = load_run(str(tmp_path / "that.yaml"))
-        assert again.store == str(moved) and again.resources.answer_rows == 3
+        assert again.store == str(moved) and again.resources.memory.answer_rows == 3
         stages = stages_of(config)
         assert [artifact_of(again, stage).key for stage in stages] == [
             artifact_of(config, stage).key for stage in stages

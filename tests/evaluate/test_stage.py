@@ -208,7 +208,7 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
     wanted = {row["prompt"]: row["token_ids"] for row in read_rows(uncut)}
     for cut in (
         ["evaluate.verify=threshold", "evaluate.threshold=0.6"],
-        ["evaluate.verify=scheduled", f"resources.speed_curve={curve}"],
+        ["evaluate.verify=scheduled", f"resources.devices.speed_curve={curve}"],
     ):
         artifact = run_evaluate(tiny_run(ready, MATH, "evaluate.temperatures=[0.0]", *cut))
         rows = read_rows(artifact)
@@ -282,7 +282,7 @@ def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(
     """It was first opened when everything had been decoded, or, where too few rounds told
     confidence, never.
     """
-    config = tiny_run(ready, MATH, f"resources.speed_curve={tmp_path / 'none.json'}")
+    config = tiny_run(ready, MATH, f"resources.devices.speed_curve={tmp_path / 'none.json'}")
     run_train(config)
     monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("a prompt was decoded"))
     with pytest.raises(DataError, match="the speed curve cannot be read"):

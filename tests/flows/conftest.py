@@ -35,7 +35,11 @@ QUICK = [
 # Answers from a server of the target that each lane starts for itself; it answers what `questions`
 # says.
 SERVER = json.dumps([sys.executable, "-m", "tests.answer_server", "{port}", "{name}"])
-SERVED = ("answers.engine=openai", "resources.serve=vllm", f"resources.serve_command={SERVER}")
+SERVED = (
+    "answers.engine=openai",
+    "resources.servers.start=vllm",
+    f"resources.servers.start_command={SERVER}",
+)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +114,11 @@ def flaky_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         },
         "answers": {"engine": "tests.engines:Flaky"},
         "evaluate": {"benchmarks": [{"name": str(benchmark)}]},
-        "resources": {"shards_per_task": 3, "retry_delay_s": 0.05, "min_free_gb": 0},
+        "resources": {
+            "runner": {"shards_per_task": 3},
+            "retries": {"delay_s": 0.05},
+            "storage": {"min_free_gb": 0},
+        },
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(fields))

@@ -20,8 +20,8 @@ SMALL = [
     "prompts.limit=40",
     "train.max_steps=100",
     "train.checkpoint_steps=20",
-    "resources.shards_per_task=2",
-    "resources.lanes=2",
+    "resources.runner.shards_per_task=2",
+    "resources.devices.lanes=2",
 ]
 
 

@@ -211,7 +211,11 @@ def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
 
 def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
     run_prompts(load_run(str(run_file)))
-    wrong = ("answers.engine=openai", "resources.serve=vllm", "resources.api_key_secret=nowhere")
+    wrong = (
+        "answers.engine=openai",
+        "resources.servers.start=vllm",
+        "resources.servers.api_key_secret=nowhere",
+    )
     assert "there is no Secret block of this name" in refusal(
         regenerate(recipe=str(run_file), overrides=wrong, return_state=True)
     )

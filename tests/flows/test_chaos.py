@@ -51,7 +51,8 @@ def chaos_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     fields["prompts"]["shard_rows"], fields["answers"]["engine"] = 1, "tests.flows.engines:Paced"
     # a group that is killed comes back: nothing is given up here
-    fields["resources"] |= {"shards_per_task": 25, "retries": 100}
+    fields["resources"]["runner"]["shards_per_task"] = 25
+    fields["resources"]["retries"]["times"] = 100
     path.write_text(yaml.safe_dump(fields))
     return path
 

@@ -130,7 +130,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(
     shard of each and then no more.
     """
     questions(run_file, answered=(0, 3))
-    request = RunRequest(str(run_file), (*SERVED, f"resources.lanes={LANES}"))
+    request = RunRequest(str(run_file), (*SERVED, f"resources.devices.lanes={LANES}"))
     env, config = (
         environment(PREFECT_HOME=prefect_home),
         load_run(request.source, request.overrides),

@@ -276,9 +276,10 @@ def test_a_wrong_parameter_is_refused_before_a_run_is_made(site: Site):
         ({"store": "s3://AKIAKEY:with/slash@bucket/x"}, "store"),
         ({"store": "s3://AKIAKEY@bucket"}, "store"),
         ({"overrides": ["store=s3://AKIAKEY:word@bucket"]}, "overrides"),
-        ({"overrides": ['resources.endpoints=["http://user:word@host/v1"]']}, "overrides"),
+        ({"overrides": ['resources.servers.endpoints=["http://user:word@host/v1"]']}, "overrides"),
         ({"overrides": ["resources.api_key=sk-word"]}, "overrides"),
-        ({"overrides": ["resources.api_key_env=sk-word"]}, "overrides"),
+        ({"overrides": ["resources.servers.api_key=sk-word"]}, "overrides"),
+        ({"overrides": ["resources.servers.api_key_env=sk-word"]}, "overrides"),
     ]:
         refused = site.post(f"deployments/{found['id']}/create_flow_run", parameters=parameters)
         assert refused.is_client_error and said in refused.text, parameters
@@ -304,9 +305,9 @@ def test_no_pattern_refuses_what_holds_no_key():
     for override in (
         "train.lr=3e-4",
         "store=s3://bucket/x@y",
-        'resources.endpoints=["http://host:8000/v1", "http://other/v1"]',
-        "resources.api_key_env=OPENAI_API_KEY",
-        "resources.api_key_secret=servers-key",
+        'resources.servers.endpoints=["http://host:8000/v1", "http://other/v1"]',
+        "resources.servers.api_key_env=OPENAI_API_KEY",
+        "resources.servers.api_key_secret=servers-key",
         "prompts.source={kind: files, paths: [hf://datasets/a/b@main/c.jsonl]}",
     ):
         assert not re.search(KEY_IN_OVERRIDE, override), override
@@ -495,23 +496,23 @@ def test_no_key_is_in_anything_that_a_run_leaves_behind(
     bucket, recipe, folder = radosgw.new_bucket(), str(site.run_file), site.run_file.parent
     here = {"recipe": recipe, "store": f"s3://{bucket}/store"}
     run(
-        RunRequest(recipe, (f"resources.scratch={folder / 'scratch'}",), here["store"]).command(
-            "prompts"
-        ),
+        RunRequest(
+            recipe, (f"resources.storage.scratch={folder / 'scratch'}",), here["store"]
+        ).command("prompts"),
         env=site.env,
     )
     with temporary_settings({PREFECT_API_URL: site.url}):
         Secret(value=KEY_IN_BLOCK).save("servers-key")
     kept_in = {
-        KEY_IN_ENVIRONMENT: f"resources.api_key_env={KEY_VARIABLE}",
-        KEY_IN_BLOCK: "resources.api_key_secret=servers-key",
+        KEY_IN_ENVIRONMENT: f"resources.servers.api_key_env={KEY_VARIABLE}",
+        KEY_IN_BLOCK: "resources.servers.api_key_secret=servers-key",
     }
     for (key, where), shards in zip(kept_in.items(), ("0-2", "3-5"), strict=True):
         with answer_server(models=(), key=key) as server:
             ask = [
                 "answers.engine=openai",
-                f'resources.endpoints=["{server.url}"]',
-                f"resources.scratch={folder / 'scratch'}",
+                f'resources.servers.endpoints=["{server.url}"]',
+                f"resources.storage.scratch={folder / 'scratch'}",
                 where,
             ]
             site.deployment_run("regenerate/demo", overrides=ask, shards=shards, **here)

@@ -76,7 +76,12 @@ def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
             client.create_flow_from_name("regenerate"), name, work_pool_name=name
         )
     return Site(
-        prompts, (f"resources.workers={name}", "resources.runner=workers", "resources.lanes=1")
+        prompts,
+        (
+            f"resources.runner.workers={name}",
+            "resources.runner.kind=workers",
+            "resources.devices.lanes=1",
+        ),
     )
 
 

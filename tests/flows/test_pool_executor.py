@@ -137,7 +137,7 @@ def fresh(site: Site, *overrides: str) -> tuple[str, ...]:
     """Overrides for work on the pool, nothing noted so far."""
     for note in ("waits", "calls", "slow"):
         (site.notes / note).unlink(missing_ok=True)
-    return ("resources.runner=workers", "resources.workers=demo", *overrides)
+    return ("resources.runner.kind=workers", "resources.runner.workers=demo", *overrides)
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
@@ -166,7 +166,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 @pytest.mark.slow
 def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_store(site: Site):
-    overrides = fresh(site, "resources.lanes=1", "resources.shards_per_task=6")
+    overrides = fresh(site, "resources.devices.lanes=1", "resources.runner.shards_per_task=6")
     (site.notes / "broken").touch()
     (site.notes / "failed-once").touch()
     with pytest.raises(
@@ -182,7 +182,7 @@ def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_stor
 
 @pytest.mark.slow
 def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
-    overrides = fresh(site, GATED, "resources.lanes=1")
+    overrides = fresh(site, GATED, "resources.devices.lanes=1")
     (site.notes / "slow").touch()
     sets = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "flows.prepare", str(site.run_file), *sets]

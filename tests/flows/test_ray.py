@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL
 
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.recipes import load_run
-from deepspec.config.resources import ResourcesConfig
+from deepspec.config.resources import ResourcesConfig, RunnerConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed, UserError
 from deepspec.process.launch import RunRequest
@@ -45,7 +45,7 @@ from flows.ray_executor import ON_LOOPBACK, connected
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 120.0
-ON_RAY = ("resources.runner=ray", "resources.lanes=2")
+ON_RAY = ("resources.runner.kind=ray", "resources.devices.lanes=2")
 SLOW = "answers.engine=tests.flows.engines:Slow"
 
 
@@ -211,8 +211,8 @@ def test_the_servers_key_is_read_by_the_ray_worker_from_its_block(
     with answer_server(models=(), key=key) as server:
         ask = (
             "answers.engine=openai",
-            f'resources.endpoints=["{server.url}"]',
-            "resources.api_key_secret=ray-servers-key",
+            f'resources.servers.endpoints=["{server.url}"]',
+            "resources.servers.api_key_secret=ray-servers-key",
         )
         (outcome,) = answers(str(cluster), ask)
     assert outcome.status.sealed and len(server.bodies) == 12
@@ -266,7 +266,7 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
 def test_a_cluster_that_is_not_there_is_said_at_once(address: str):
     with (
         pytest.raises(UserError, match=r"Ray cannot be reached: .*") as caught,
-        connected(ResourcesConfig(ray_address=address)),
+        connected(ResourcesConfig(runner=RunnerConfig(ray_address=address))),
     ):
         pass
     assert caught.value.where == address
@@ -277,4 +277,4 @@ def test_a_run_on_ray_is_refused_where_it_is_not_installed(
 ):
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(ConfigError, match="needs prefect_ray, not installed here"):
-        open_run(RunRequest(str(run_file), ("resources.runner=ray",)))
+        open_run(RunRequest(str(run_file), ("resources.runner.kind=ray",)))

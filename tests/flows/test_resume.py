@@ -26,8 +26,8 @@ from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines,
 
 pytestmark = pytest.mark.slow
 LONG = [
-    "resources.train_ranks=2",
-    "resources.device=cpu",
+    "resources.training.ranks=2",
+    "resources.devices.type=cpu",
     "train.max_steps=3000",
     "train.epochs=1000",
     "train.checkpoint_steps=10",

@@ -21,7 +21,9 @@ from flows.store_watch import Watch, watching_store
 
 @pytest.mark.filterwarnings("ignore:Artifact creation outside")
 def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Path):
-    config = load_run(str(run_file), ("resources.retries=0", "answers.engine=tests.engines:Echo"))
+    config = load_run(
+        str(run_file), ("resources.retries.times=0", "answers.engine=tests.engines:Echo")
+    )
     run_prompts(config)
     run_answers(config, shards=[0])
     artifact = artifact_of(config, "answers")

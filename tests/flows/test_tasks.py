@@ -114,7 +114,7 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
     hopeless = (
         "answers.engine=tests.flows.engines:Hopeless",
         "prompts.shard_rows=1",
-        "resources.shards_per_task=6",
+        "resources.runner.shards_per_task=6",
     )
     with pytest.raises(ShardsFailed) as caught:
         prompts_and_answers(str(run_file), hopeless)
@@ -132,7 +132,7 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
     status = stage_status(load_run(str(run_file), hopeless), "answers")
     assert (status.committed, status.missing) == (1, list(range(1, 24)))
     with pytest.raises(ShardsFailed, match="22 were not begun, because more failed for good than"):
-        prompts_and_answers(str(run_file), (*hopeless, "resources.max_failed=0"))
+        prompts_and_answers(str(run_file), (*hopeless, "resources.retries.max_failed=0"))
     assert calls(run_file) == [1], "where none may fail, the first one ends it"
 
 
@@ -154,7 +154,7 @@ def test_hidden_states_that_training_makes_are_no_stage_to_run(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
-    outcomes = run_in_flow(str(finished), "resources.source=online")
+    outcomes = run_in_flow(str(finished), "resources.training.source=online")
     assert [outcome.state for outcome in outcomes] == [
         "already done",
         "already done",
@@ -217,7 +217,7 @@ def test_where_some_shards_are_asked_for_and_the_manifest_alone_is_lost_the_stag
     finished: Path,
 ):
     (answers_folder(finished) / "manifest.json").unlink()
-    outcomes = run_in_flow(str(finished), "resources.source=online", shards="2")
+    outcomes = run_in_flow(str(finished), "resources.training.source=online", shards="2")
     assert outcomes[1].status.sealed and outcomes[1].state == "done" and calls(finished) == []
 
 
@@ -243,9 +243,9 @@ def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_
     questions(run_file, answered=(0,))
     late = (
         *SERVED,
-        "resources.retries=0",
-        "resources.shards_per_task=6",
-        "resources.stages={answers: {deadline_minutes: 0.4}}",
+        "resources.retries.times=0",
+        "resources.runner.shards_per_task=6",
+        "resources.retries.stages={answers: {deadline_minutes: 0.4}}",
     )
     with pytest.raises(ShardsFailed, match="shard 1: answers did not finish in time"):
         prompts_and_answers(str(run_file), late)
@@ -280,7 +280,7 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
 
 
 def stage_run(run_file: Path, *overrides: str) -> StageRun:
-    request = RunRequest(str(run_file), ("resources.device=auto", *overrides))
+    request = RunRequest(str(run_file), ("resources.devices.type=auto", *overrides))
     config: RunConfig = load_run(request.source, request.overrides)
     run_prompts(config)
     status = stage_status(config, "answers")._replace(missing=[0, 1, 2, 3])
@@ -342,7 +342,7 @@ def test_a_shard_that_failed_for_good_counts_while_its_group_is_at_work_and_once
     """
     seen: list[Progress] = []
     with watched_by(seen.append):
-        run, lane = alone(stage_run(run_file, "resources.max_failed=0"))
+        run, lane = alone(stage_run(run_file, "resources.retries.max_failed=0"))
         busy = {
             "event": "failed",
             "stage": "answers",
@@ -385,7 +385,7 @@ def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_t
     """With a worker that dies every minute, the last shards of a long group were given up
     before anybody had begun them.
     """
-    run, lane = alone(stage_run(run_file, "resources.retries=1"))
+    run, lane = alone(stage_run(run_file, "resources.retries.times=1"))
     run.dealer.ended(lane, [3], 1, 1.0)
     group = [0, 1, 2]
     for left in ([1, 2], [2], [2]):
@@ -488,7 +488,9 @@ def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest
         "3",
         "GPU-5",
     ]
-    on_cpu = LocalHands(stage_run(run_file, "resources.device=cpu", "resources.lanes=3"))
+    on_cpu = LocalHands(
+        stage_run(run_file, "resources.devices.type=cpu", "resources.devices.lanes=3")
+    )
     assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(
         on_cpu.lanes[0]
     )
@@ -558,11 +560,13 @@ def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(
     key = "sk-only-in-the-block"
     Secret(value=key).save("servers-key", overwrite=True)
     with answer_server(models=(), key=key) as server:
-        ask = ("answers.engine=openai", f'resources.endpoints=["{server.url}"]')
+        ask = ("answers.engine=openai", f'resources.servers.endpoints=["{server.url}"]')
         with pytest.raises(ConfigError, match="no Secret block of this name"):
-            prompts_and_answers(str(run_file), (*ask, "resources.api_key_secret=no-such-block"))
+            prompts_and_answers(
+                str(run_file), (*ask, "resources.servers.api_key_secret=no-such-block")
+            )
         outcomes = prompts_and_answers(
-            str(run_file), (*ask, "resources.api_key_secret=servers-key")
+            str(run_file), (*ask, "resources.servers.api_key_secret=servers-key")
         )
     assert outcomes[1].status.sealed and len(server.bodies) == 12
     assert [

@@ -38,7 +38,7 @@ def config(captured: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Ru
         shutil.copytree(captured, tmp_path / "store")
         shutil.rmtree(tmp_path / "store" / "hidden")
         return tiny_run(tmp_path / "store")
-    config = tiny_run(request.param, f"resources.scratch={tmp_path}")
+    config = tiny_run(request.param, f"resources.storage.scratch={tmp_path}")
     store = store_of(config)
     for path in captured.rglob("*"):
         if path.is_file() and not {"hidden", ".staged"} & set(path.parts):

@@ -45,7 +45,7 @@ def in_bucket(radosgw: Radosgw, captured: Path, tmp_path_factory: pytest.TempPat
     with radosgw.environment():
         url = f"s3://{radosgw.new_bucket()}/store"
         upload(captured, url)
-        config = tiny_run(url, f"resources.scratch={scratch}")  # type: ignore[arg-type]
+        config = tiny_run(url, f"resources.storage.scratch={scratch}")  # type: ignore[arg-type]
         run_capture(config)
         yield config
 
@@ -54,7 +54,7 @@ def in_bucket(radosgw: Radosgw, captured: Path, tmp_path_factory: pytest.TempPat
 def remote(s3_url: str, captured: Path, tmp_path: Path):
     """A run whose store is a bucket, answers done."""
     upload(captured, s3_url)
-    return tiny_run(s3_url, f"resources.scratch={tmp_path / 'scratch'}")
+    return tiny_run(s3_url, f"resources.storage.scratch={tmp_path / 'scratch'}")
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
     assert on_disk is not None
     assert sealed.digest == on_disk.digest
     assert list(verify_stage(remote, "hidden", locate_damage)) == []
-    assert not list((Path(remote.resources.scratch) / "staged").iterdir())
+    assert not list((Path(remote.resources.storage.scratch) / "staged").iterdir())
 
 
 def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remote):

@@ -207,7 +207,7 @@ def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(
 ):
     shutil.copytree(answered, tmp_path / "store")
     config = tiny_run(
-        tmp_path / "store", "hidden.codec=fp8", "resources.fidelity.max_relative_error=0.001"
+        tmp_path / "store", "hidden.codec=fp8", "resources.checks.fidelity.max_relative_error=0.001"
     )
     for _ in range(2):  # a second try is no way around it
         with pytest.raises(
@@ -296,7 +296,7 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
     target = load_target(config.target, folder=target_folder(config))
     # what a target's own norm does, this tiny one has learnt nothing
     target.decoder.norm.weight.data *= torch.linspace(-3, 3, 32)
-    checks = StateChecks(target, config.resources)
+    checks = StateChecks(target, config.resources.checks)
     ids = [token for number in range(12) for token in cache[number].input_ids.tolist()][:400]
     row = CaptureRow(1, False, ids, [True] * len(ids))
     states = target.forward(torch.tensor([ids]))
@@ -350,7 +350,9 @@ def test_the_longest_sample_of_every_shard_is_looked_at(
     captured: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_run(captured)
-    checks = StateChecks(load_target(config.target, folder=target_folder(config)), config.resources)
+    checks = StateChecks(
+        load_target(config.target, folder=target_folder(config)), config.resources.checks
+    )
     compared: list[int] = []
     monkeypatch.setattr(
         checks, "_compare_alone", lambda row, states: compared.append(row.sample_id)

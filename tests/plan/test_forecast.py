@@ -68,7 +68,7 @@ def test_what_must_fit_is_what_the_chosen_source_puts_there():
         ("cache", size.missing_bytes.value),
         ("online", size.frozen_bytes.value),
     ):
-        found = plan_of(FACTS, f"resources.source={source}", free=1e9)
+        found = plan_of(FACTS, f"resources.training.source={source}", free=1e9)
         assert (found.sources.chosen, found.fit.needed_bytes) == (source, needed)
 
 

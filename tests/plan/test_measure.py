@@ -102,7 +102,7 @@ def test_a_store_that_fails_to_write_is_an_error_of_the_store(
 
 
 def test_lanes_of_a_cpu_do_not_add_up(tmp_path: Path):
-    config = tiny_run(tmp_path, "resources.lanes=4")
+    config = tiny_run(tmp_path, "resources.devices.lanes=4")
     assert (num_lanes(config, "cpu"), num_lanes(config, "cuda")) == (1, 4)
 
 

@@ -15,7 +15,7 @@ from deepspec.plan.plan import check_cache_fits
 from tests.cli.test_main import SETS, run
 from tests.conftest import tiny_run, write_jsonl
 
-NO_ROOM = ("--set", "resources.min_free_gb=1000000")
+NO_ROOM = ("--set", "resources.storage.min_free_gb=1000000")
 
 
 def test_the_demo_is_planned_and_nothing_is_left_in_its_store(capsys, store: Path):
@@ -26,7 +26,7 @@ def test_the_demo_is_planned_and_nothing_is_left_in_its_store(capsys, store: Pat
         "tokens per sample",
         "S3 PUTs",
         "measured here (cpu)",
-        "resources.source=cache",
+        "resources.training.source=cache",
         "it fits",
     ):
         assert word in out
@@ -76,7 +76,7 @@ def test_a_capture_that_cannot_fit_does_not_start(
     monkeypatch.setattr("deepspec.storage.store.Store.free_bytes", lambda self: 200_000.0)
     with pytest.raises(StoreError, match=r"hidden.codec that fits \(.*int8 1"):
         check_cache_fits(config)
-    check_cache_fits(tiny_run(store, "resources.check_space=warn"))
+    check_cache_fits(tiny_run(store, "resources.checks.space=warn"))
     check_cache_fits(tiny_run(captured))  # all of it is there: nothing has to fit any more
 
 

@@ -30,7 +30,7 @@ def compared(effort: Effort = EFFORT, *overrides: str, free_gb: float = 1000.0):
     config = tiny_run(
         Path("/nowhere"),
         "train.window_shards=4",
-        "resources.rolling_gb=10",
+        "resources.training.rolling_gb=10",
         "prompts.held_out=0",
         *overrides,
     )
@@ -45,7 +45,9 @@ def test_the_cache_is_captured_once_and_chosen_where_it_fits():
 
 def test_rolling_captures_once_in_window_epochs_on_gpus_of_its_own():
     """5 rounds x 16 GPU hours on 2 GPUs take 40 hours; training on the other 6 takes 13.3."""
-    option = compared(EFFORT, "train.window_epochs=2", "resources.rolling_gpus=2").option("rolling")
+    option = compared(EFFORT, "train.window_epochs=2", "resources.training.rolling_gpus=2").option(
+        "rolling"
+    )
     assert option[1:] == (11e9, 5.0, 80.0, 40.0, True)
     alone = compared(EFFORT._replace(lanes=1, device="cpu"), "train.window_epochs=2").option(
         "rolling"
@@ -54,12 +56,14 @@ def test_rolling_captures_once_in_window_epochs_on_gpus_of_its_own():
 
 
 def test_rolling_captures_once_what_it_may_keep_as_a_whole():
-    assert compared(EFFORT, "resources.rolling_gb=100").option("rolling").captures == 1.0
+    assert compared(EFFORT, "resources.training.rolling_gb=100").option("rolling").captures == 1.0
     assert (
-        compared(EFFORT._replace(passes=0.5), "resources.rolling_gb=100").option("rolling").captures
+        compared(EFFORT._replace(passes=0.5), "resources.training.rolling_gb=100")
+        .option("rolling")
+        .captures
         == 0.5
     )
-    assert compared(EFFORT, "resources.rolling_gb=99").option("rolling").captures == 10.0
+    assert compared(EFFORT, "resources.training.rolling_gb=99").option("rolling").captures == 10.0
 
 
 def test_rolling_needs_two_windows_whatever_it_is_allowed():
@@ -97,5 +101,6 @@ def test_where_the_size_is_unknown_nothing_is_said_to_fit():
 
 def test_a_cache_that_is_there_is_what_a_run_reads():
     assert (
-        compared(EFFORT._replace(missing_bytes=0.0), "resources.source=rolling").chosen == "cache"
+        compared(EFFORT._replace(missing_bytes=0.0), "resources.training.source=rolling").chosen
+        == "cache"
     )

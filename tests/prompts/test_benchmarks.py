@@ -228,7 +228,13 @@ def benchmarks_verb(
         str(folder / "store"),
     ]
     return subprocess.run(
-        [*command, "--set", f"evaluate.benchmarks={chosen}", "--set", "resources.min_free_gb=0"],
+        [
+            *command,
+            "--set",
+            f"evaluate.benchmarks={chosen}",
+            "--set",
+            "resources.storage.min_free_gb=0",
+        ],
         env=env,
         cwd=REPOSITORY,
         capture_output=True,

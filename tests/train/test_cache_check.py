@@ -182,9 +182,9 @@ def test_all_that_differs_is_said_at_once_and_nothing_twice(ready: Path):
 @pytest.mark.parametrize(
     ("batch", "ranks", "fix"),
     [
-        (512, 3, "set it to 510 or 513; or train on 2 (resources.train_ranks)"),
-        (2, 4, "set it to 4; or train on 2 (resources.train_ranks)"),
-        (7, 2, "set it to 6 or 8; or train on 1 (resources.train_ranks)"),
+        (512, 3, "set it to 510 or 513; or train on 2 (resources.training.ranks)"),
+        (2, 4, "set it to 4; or train on 2 (resources.training.ranks)"),
+        (7, 2, "set it to 6 or 8; or train on 1 (resources.training.ranks)"),
     ],
 )
 def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_those_that_can(

@@ -35,7 +35,7 @@ from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, assert_close, weights
 
-TWO = ["resources.train_ranks=2", "resources.device=cpu"]
+TWO = ["resources.training.ranks=2", "resources.devices.type=cpu"]
 SIX = "train.global_batch=6"
 LONG = ["train.max_steps=40", "train.epochs=50", "train.checkpoint_steps=10", *SMOOTH]
 
@@ -105,21 +105,31 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert num_ranks(tiny_run(tmp_path, "train.global_batch=9")) == 3
-    assert num_ranks(tiny_run(tmp_path, "resources.train_ranks=2")) == 2
+    assert num_ranks(tiny_run(tmp_path, "resources.training.ranks=2")) == 2
     with pytest.raises(ConfigError, match="2 samples a step cannot be dealt evenly to 3 ranks"):
         num_ranks(tiny_run(tmp_path, "train.global_batch=2"))
-    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu")) == 1
-    assert num_ranks(tiny_run(tmp_path, "resources.device=cpu", "resources.train_ranks=4")) == 4
+    assert num_ranks(tiny_run(tmp_path, "resources.devices.type=cpu")) == 1
+    assert (
+        num_ranks(tiny_run(tmp_path, "resources.devices.type=cpu", "resources.training.ranks=4"))
+        == 4
+    )
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
-        num_ranks(tiny_run(tmp_path, "resources.train_ranks=4"))
-    rolling = tiny_run(tmp_path, "resources.source=rolling", "train.global_batch=6")
+        num_ranks(tiny_run(tmp_path, "resources.training.ranks=4"))
+    rolling = tiny_run(tmp_path, "resources.training.source=rolling", "train.global_batch=6")
     assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
     shared = tiny_run(
-        tmp_path, "resources.source=rolling", "resources.rolling_gpus=0", "train.global_batch=6"
+        tmp_path,
+        "resources.training.source=rolling",
+        "resources.training.rolling_gpus=0",
+        "train.global_batch=6",
     )
     assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
-        num_ranks(tiny_run(tmp_path, "resources.source=rolling", "resources.rolling_gpus=3"))
+        num_ranks(
+            tiny_run(
+                tmp_path, "resources.training.source=rolling", "resources.training.rolling_gpus=3"
+            )
+        )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert num_ranks(tiny_run(tmp_path)) == 1
     assert (num_ranks(rolling), lane_gpus(rolling)) == (1, [None])
@@ -287,7 +297,7 @@ def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(
             time.sleep(600)
     """)
     with pytest.raises(TransientError, match="no training step was finished"):
-        launched(ready, "resources.stall_minutes=0.1")
+        launched(ready, "resources.retries.stall_minutes=0.1")
     shown = capfd.readouterr().err
     assert "in stalled_read" in shown
     assert "in sum" in shown, "rank 0, in the collective"

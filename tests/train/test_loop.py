@@ -107,7 +107,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
 def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_it_knew_the_new_ones(
     ready: Path, monkeypatch
 ):
-    config = tiny_run(ready, "resources.check_every=1000")
+    config = tiny_run(ready, "resources.checks.recapture_every=1000")
     hidden, draft = artifact_of(config, "hidden"), run_train(config)
     states = capture.Capture.states
 
@@ -136,7 +136,7 @@ def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Pat
     other = tmp_path / "other"
     shutil.copytree(ready, other)
     sets = ("train.max_steps=20", *SMOOTH)
-    config = tiny_run(other, *sets, "resources.batch_tokens=60")
+    config = tiny_run(other, *sets, "resources.memory.batch_tokens=60")
     cache = HiddenCache(artifact_of(config, "hidden"))
     assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2
     assert_close(weights(run_train(tiny_run(ready, *sets))), weights(run_train(config)))

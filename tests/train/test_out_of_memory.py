@@ -36,10 +36,10 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
 
     monkeypatch.setattr(step, "accumulate", too_large)
     with pytest.raises(TrainingFailed, match="does not fit into memory") as caught:
-        run_train(tiny_run(tmp_path / "store", "resources.batch_tokens=4321"))
+        run_train(tiny_run(tmp_path / "store", "resources.memory.batch_tokens=4321"))
     assert str(error).splitlines()[0] in caught.value.what
     for knob in (
-        "resources.batch_tokens (now 4321)",
+        "resources.memory.batch_tokens (now 4321)",
         "draft.num_anchors (now 4)",
         "draft.block_size (now 7)",
     ):

@@ -78,7 +78,7 @@ def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(
     shutil.copytree(captured, store)
     with pytest.raises(TrainingFailed, match="trained on one sample alone, its loss does not fall"):
         run_train(tiny_run(store))
-    assert run_train(tiny_run(store, "resources.preflight=warn")).manifest() is not None
+    assert run_train(tiny_run(store, "resources.checks.preflight=warn")).manifest() is not None
 
 
 def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):

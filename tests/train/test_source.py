@@ -41,7 +41,7 @@ from tests.train.test_loop import assert_close, weights
 
 # every sample by itself, in capture and in training: then the arithmetic is the same to the last
 # bit
-ALONE = "resources.batch_tokens=1"
+ALONE = "resources.memory.batch_tokens=1"
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +121,7 @@ def test_the_planned_index_is_that_of_the_sealed_cache(
 def test_many_shards_are_rendered_in_several_processes(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = tiny_run(fresh, "resources.render_processes=2")
+    config = tiny_run(fresh, "resources.training.render_processes=2")
     stage = open_unsealed(config)
     monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
     lanes.render_in_children(config, stage.artifact, range(6))
@@ -203,7 +203,9 @@ def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches
     config = tiny_run(tmp_path / "cached", ALONE, f"hidden.codec={codec}")
     run_capture(config)
     cached = run_train(config)
-    online = run_train(tiny_run(fresh, ALONE, f"hidden.codec={codec}", "resources.source=online"))
+    online = run_train(
+        tiny_run(fresh, ALONE, f"hidden.codec={codec}", "resources.training.source=online")
+    )
     assert losses(online) == losses(cached)
     assert difference(cached, online) == 0
     assert not list(fresh.glob("hidden/*/shards/*"))
@@ -215,7 +217,7 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
     """Nothing is left to do, whatever becomes of the cache afterwards."""
     from deepspec.hidden.stage import run_capture
 
-    config = tiny_run(fresh, "resources.source=online", "train.max_steps=1")
+    config = tiny_run(fresh, "resources.training.source=online", "train.max_steps=1")
     with pytest.raises(ArtifactMismatch, match="'train' reads 'hidden', which is not finished"):
         run_train(tiny_run(fresh, "train.max_steps=1"))
     assert (stage_status(config, "hidden").in_training, stage_status(config, "hidden").missing) == (
@@ -248,7 +250,7 @@ def test_online_training_ends_like_that_from_the_cache_but_for_rounding(
     shutil.copytree(captured, tmp_path / "cached")
     cached, online = (
         run_train(tiny_run(tmp_path / "cached")),
-        run_train(tiny_run(fresh, "resources.source=online")),
+        run_train(tiny_run(fresh, "resources.training.source=online")),
     )
     print(difference(cached, online), losses(cached), losses(online))
     assert losses(online) == pytest.approx(losses(cached), rel=1e-3)
@@ -257,11 +259,11 @@ def test_online_training_ends_like_that_from_the_cache_but_for_rounding(
 
 # Three windows of two shards each epoch, and a disk that holds two windows and not three.
 ROLLING = [
-    "resources.source=rolling",
+    "resources.training.source=rolling",
     "train.window_shards=2",
     "train.max_steps=null",
     "train.epochs=2",
-    "resources.shards_per_task=6",
+    "resources.runner.shards_per_task=6",
 ]
 
 
@@ -358,7 +360,9 @@ def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_
     caplog.set_level("INFO")
     held, mark = budget_gb(fresh, 4), dying(late=True)
     with Watched(fresh) as watched:
-        rolling = run_train(tiny_run(fresh, ALONE, *ROLLING, f"resources.rolling_gb={held}"))
+        rolling = run_train(
+            tiny_run(fresh, ALONE, *ROLLING, f"resources.training.rolling_gb={held}")
+        )
     assert mark.exists()
     assert losses(rolling) == losses(cached_twice)
     assert difference(cached_twice, rolling) == 0
@@ -373,8 +377,10 @@ def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_
 def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_needs(
     fresh: Path, cached_twice: Artifact
 ):
-    sets = (*TINY, ALONE, *ROLLING, f"resources.rolling_gb={budget_gb(fresh, 4)}")
-    two = RunRequest("demo", (*sets, "resources.train_ranks=2", "resources.device=cpu"), str(fresh))
+    sets = (*TINY, ALONE, *ROLLING, f"resources.training.rolling_gb={budget_gb(fresh, 4)}")
+    two = RunRequest(
+        "demo", (*sets, "resources.training.ranks=2", "resources.devices.type=cpu"), str(fresh)
+    )
     artifact = artifact_of(tiny_run(fresh, *sets), "train")
     with subprocess.Popen(
         two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
@@ -438,8 +444,8 @@ def test_a_lane_that_always_dies_fails_the_training_with_its_own_error(fresh: Pa
             tiny_run(
                 fresh,
                 *ROLLING,
-                "resources.retries=1",
-                "resources.retry_delay_s=0",
+                "resources.retries.times=1",
+                "resources.retries.delay_s=0",
                 "train.acceptance_samples=0",
             )
         )
@@ -451,7 +457,7 @@ def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anyth
     with pytest.raises(
         StoreError, match=r"rolling_gb holds 100 kB \(train.window_shards 2, prompts.shard_rows 4\)"
     ) as caught:
-        run_train(tiny_run(fresh, *ROLLING, "resources.rolling_gb=0.0001"))
+        run_train(tiny_run(fresh, *ROLLING, "resources.training.rolling_gb=0.0001"))
     enough = float(caught.value.fix.split()[3])
     assert budget_gb(fresh, 3) < enough <= 1.01 * budget_gb(fresh, 5)
 
@@ -470,7 +476,9 @@ def test_a_sealed_cache_is_read_whatever_the_source(
 ):
     shutil.copytree(captured, tmp_path / "sealed")
     caplog.set_level("INFO")
-    run_train(tiny_run(tmp_path / "sealed", "resources.source=rolling", "train.max_steps=1"))
+    run_train(
+        tiny_run(tmp_path / "sealed", "resources.training.source=rolling", "train.max_steps=1")
+    )
     assert "the cache is sealed: it is read as it is" in caplog.text
     assert artifact_of(tiny_run(tmp_path / "sealed"), "hidden").manifest() is not None
 
@@ -484,9 +492,9 @@ def test_online_training_on_two_ranks_ends_where_one_does(
     sets = (
         *TINY,
         "train.global_batch=6",
-        "resources.source=online",
-        "resources.train_ranks=2",
-        "resources.device=cpu",
+        "resources.training.source=online",
+        "resources.training.ranks=2",
+        "resources.devices.type=cpu",
     )
     launch_ranks(RunRequest("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
     assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=6"), "train")) < 1e-3

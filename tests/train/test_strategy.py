@@ -33,7 +33,10 @@ from tests.model.drafts import CONFIGS, make_batch, make_draft
 
 ALONE = World(0, 1, torch.device("cpu"))
 DDP = ["train.strategy=ddp"]
-ZERO = {stage: ["train.strategy=deepspeed", f"resources.zero_stage={stage}"] for stage in (1, 2, 3)}
+ZERO = {
+    stage: ["train.strategy=deepspeed", f"resources.memory.zero_stage={stage}"]
+    for stage in (1, 2, 3)
+}
 BFLOAT16 = "train.compute_dtype=bfloat16"
 
 
@@ -135,7 +138,7 @@ def test_a_micro_batch_with_nothing_to_learn_from_runs_the_same_layers_and_adds_
 def test_what_is_kept_in_host_memory_trains_alike(tmp_path: Path, offload: str):
     plain, zero = (
         strategy_of(tmp_path, *DDP),
-        strategy_of(tmp_path, *ZERO[3], f"resources.offload={offload}"),
+        strategy_of(tmp_path, *ZERO[3], f"resources.memory.offload={offload}"),
     )
     assert steps(zero, range(4)) == pytest.approx(steps(plain, range(4)), rel=1e-4)
     assert_close(weights(plain), weights(zero), within=1e-4)
@@ -213,7 +216,7 @@ def test_the_optimizers_shares_hold_every_parameter_once_and_about_the_same_each
 
 @pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_is_resumed_and_damage_is_named(s3_url: str, tmp_path: Path):
-    config = tiny_run(s3_url, f"resources.scratch={tmp_path / 'scratch'}")  # type: ignore[arg-type]
+    config = tiny_run(s3_url, f"resources.storage.scratch={tmp_path / 'scratch'}")  # type: ignore[arg-type]
     artifact, saved = artifact_of(config, "train"), strategy_of(tmp_path, *ZERO[2])
     steps(saved, range(2))
     save_checkpoint(artifact, saved, ALONE, draft=saved.whole(), record=CheckpointRecord(step=2))
@@ -239,7 +242,7 @@ def test_the_configuration_follows_from_ours_and_is_shown(tmp_path: Path):
         "train.weight_decay=0.1",
         "train.clip=0.7",
         BFLOAT16,
-        "resources.offload=all",
+        "resources.memory.offload=all",
         *ZERO[3],
     ]
     derived = derived_config(tiny_run(tmp_path, *overrides), 32, num_parameters=1001, device="cuda")
@@ -269,8 +272,8 @@ def test_the_configuration_follows_from_ours_and_is_shown(tmp_path: Path):
 
 
 def test_parameters_are_offloaded_only_where_they_are_dealt_out(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"needs resources\.zero_stage 3"):
-        tiny_run(tmp_path, "resources.offload=all", "resources.zero_stage=2")
+    with pytest.raises(ConfigError, match=r"needs resources\.memory\.zero_stage 3"):
+        tiny_run(tmp_path, "resources.memory.offload=all", "resources.memory.zero_stage=2")
 
 
 def test_deepspeed_is_loaded_for_nobody_else_and_its_absence_is_told_before_anything_is_read(

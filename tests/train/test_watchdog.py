@@ -35,7 +35,9 @@ main()
 
 def stalled(store: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     sets = [
-        part for override in [*TINY, "resources.stall_minutes=0.05"] for part in ("--set", override)
+        part
+        for override in [*TINY, "resources.retries.stall_minutes=0.05"]
+        for part in ("--set", override)
     ]
     command = [sys.executable, "-c", STALLED, "train", "demo", "--store", str(store), *sets]
     return subprocess.run(

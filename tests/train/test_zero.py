@@ -28,7 +28,7 @@ RUN = [
     "train.max_steps=20",
     "train.checkpoint_steps=10",
     "train.global_batch=6",
-    "resources.batch_tokens=60",
+    "resources.memory.batch_tokens=60",
     *SMOOTH,
 ]
 ZERO = "train.strategy=deepspeed"
@@ -82,7 +82,7 @@ def two_ranks(
     """Train on two ranks; what they said on standard error."""
     sets = [
         part
-        for override in [*TINY, "resources.device=cpu", *overrides]
+        for override in [*TINY, "resources.devices.type=cpu", *overrides]
         for part in ("--set", override)
     ]
     command = [
@@ -136,7 +136,7 @@ def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(
     captured: Path, ddp: Path, tmp_path: Path, stage: int
 ):
     store = copy(captured, tmp_path / "store")
-    said = two_ranks(store, *RUN, ZERO, f"resources.zero_stage={stage}")
+    said = two_ranks(store, *RUN, ZERO, f"resources.memory.zero_stage={stage}")
     artifact, wanted = (
         artifact_of(tiny_run(store, *RUN), "train"),
         artifact_of(tiny_run(ddp, *RUN), "train"),
@@ -156,8 +156,8 @@ def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Pa
         store,
         *RUN,
         ZERO,
-        "resources.zero_stage=3",
-        "resources.offload=all",
+        "resources.memory.zero_stage=3",
+        "resources.memory.offload=all",
         launcher=of_deepspeed(),
     )
     assert "steps=10 of 20" in said
@@ -178,7 +178,7 @@ def test_a_rank_that_never_has_a_sample_is_not_waited_for(
         store,
         *run,
         f"train.strategy={strategy}",
-        "resources.zero_stage=3",
+        "resources.memory.zero_stage=3",
         launcher=launcher,
         door=door,
     )

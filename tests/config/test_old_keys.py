@@ -1,0 +1,99 @@
+"""Keys of `resources` before it had sections: refused with their new path, translated in what an
+older version recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from deepspec.artifacts.provenance import find_run
+from deepspec.config.old_keys import NEW_PATHS, translated
+from deepspec.config.recipes import load_run
+from deepspec.config.resources import ResourcesConfig
+from deepspec.errors import ConfigError
+
+# What a version without sections recorded of a run with settings of its own.
+RECORDED = {
+    "device": "cpu",
+    "runner": "workers",
+    "endpoints": ["http://127.0.0.1:8000/v1"],
+    "served_model": "other",
+    "retries": 7,
+    "stages": {"train": {"retries": 1, "retry_delay_s": 3.0, "deadline_minutes": 5.0}},
+    "fidelity": {"min_cosine": 0.5},
+    "rolling_gb": 12.0,
+}
+
+
+def fields_of(model: type[BaseModel], path: str = "") -> dict[str, Any]:
+    found = {}
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and name != "fidelity":
+            found |= fields_of(section, f"{path}{name}.")
+        else:
+            found[path + name] = field
+    return found
+
+
+def test_every_old_key_leads_to_a_field_of_its_own():
+    assert len(set(NEW_PATHS.values())) == len(NEW_PATHS) == 58
+    assert set(NEW_PATHS.values()) <= set(fields_of(ResourcesConfig))
+
+
+@pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        (
+            "resources.endpoints=[http://127.0.0.1:8000/v1]",
+            "resources.endpoints",
+            "resources.servers.endpoints",
+        ),
+        ("resources.runner=ray", "resources.runner", "resources.runner.kind"),
+        ("resources.retries=5", "resources.retries", "resources.retries.times"),
+        ("resources.stages.train.retries=10", "resources.stages", "resources.retries.stages"),
+        ("resources.fidelity.min_cosine=0.9", "resources.fidelity", "resources.checks.fidelity"),
+    ],
+)
+def test_an_old_key_is_answered_with_its_new_path(override: str, old: str, new: str):
+    with pytest.raises(ConfigError, match=f"{old} is now {new}\n"):
+        load_run("demo", [override])
+
+
+def test_old_keys_of_a_run_file_are_all_named_at_once(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "demo", "resources": {"lanes": 2, "retries": 3}}))
+    with pytest.raises(ConfigError) as error:
+        load_run(str(path))
+    assert "resources.lanes is now resources.devices.lanes" in error.value.what
+    assert "resources.retries is now resources.retries.times" in error.value.what
+
+
+def test_what_an_older_version_recorded_is_translated():
+    found = ResourcesConfig.model_validate(translated(RECORDED))
+    assert found.devices.type == "cpu" and found.runner.kind == "workers"
+    assert found.servers.endpoints == ("http://127.0.0.1:8000/v1",)
+    assert found.servers.model_name == "other" and found.retries.times == 7
+    assert found.retries.limits("train") == (1, 3.0, 300.0)
+    assert found.checks.fidelity.min_cosine == 0.5 and found.training.rolling_gb == 12
+
+
+def test_what_this_version_records_is_left_as_it_is():
+    recorded = ResourcesConfig.model_validate(translated(RECORDED)).model_dump(mode="json")
+    assert translated(recorded) == recorded
+
+
+def test_the_run_of_an_older_artifact_is_read(demo_store: Path, tmp_path: Path):
+    shutil.copytree(demo_store, tmp_path / "store")
+    (path,) = (tmp_path / "store").glob("demo/*/artifact.json")
+    info = json.loads(path.read_text())
+    info["run"]["resources"] = RECORDED | {"min_free_gb": 0.25}
+    path.write_text(json.dumps(info))
+    assert find_run(str(path.parent)).resources.storage.min_free_gb == 0.25
