@@ -60,7 +60,6 @@ LONGER_FOR_NOW = {
     "deepspec/plan/forecast.py",
     "deepspec/plan/workload.py",
     "deepspec/process/launch.py",
-    "deepspec/report/acceptance.py",
     "deepspec/storage/remote.py",
     "deepspec/storage/s3_client.py",
     "deepspec/storage/s3_fsspec.py",

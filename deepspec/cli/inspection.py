@@ -247,14 +247,14 @@ def compare(
     """Tell how much better the second result is than the first on the prompts that both have,
     and how sure that is.
     """
-    from deepspec.report.comparison import compare_results, tables
+    from deepspec.report.comparison import compare_results, comparison_tables
 
     found = compare_results(a, b, sets or (), store=store)
     if as_json:
         typer.echo(json.dumps(found))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for table in tables(found):
+    for table in comparison_tables(found):
         console.print(table, markup=False)  # a path may hold [brackets]
 
 
@@ -289,4 +289,4 @@ def report(
     elif form == "html":
         typer.echo("\n".join(reports.put_report(artifacts)))
     else:
-        typer.echo(reports.report(artifacts, form), nl=False)
+        typer.echo(reports.report_text(artifacts, form), nl=False)

@@ -1,7 +1,7 @@
-"""A report as sections of tables, figures and listings, written as one HTML file or as Markdown.
+"""A report as sections of tables, figures and text, written as one HTML file or as Markdown.
 
-The HTML needs nothing but itself: no scripts, no fonts, no requests. Whatever users named is
-escaped by the templates.
+The HTML needs nothing but itself: no scripts, no fonts, no requests. The templates escape every
+name that a user chose.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Format = Literal["html", "markdown"]
 
 
 class Table(NamedTuple):
-    """`words` is the number of leading columns that hold words; the others are numbers.
-    `strong` are rows to make stand out.
+    """Rows under a header: the first `words` columns are text, the others numbers.
+
+    The rows whose numbers are in `strong` stand out.
     """
 
     title: str
@@ -44,16 +45,18 @@ class Gallery(NamedTuple):
     note: str = ""
 
 
-class Listing(NamedTuple):
-    """Lines that stay as they are."""
+class Preformatted(NamedTuple):
+    """Lines that keep their spaces."""
 
     title: str
     lines: Sequence[str]
 
 
-class Section(NamedTuple):
+class ReportSection(NamedTuple):
+    """A heading of the report's table of contents, and what is under it."""
+
     title: str
-    blocks: Sequence[Table | Gallery | Listing]
+    blocks: Sequence[Table | Gallery | Preformatted]
     text: str = ""
 
 
@@ -66,13 +69,15 @@ class Fact(NamedTuple):
 
 
 class Page(NamedTuple):
+    """A whole report; `facts` are by run."""
+
     title: str
     subtitle: str
-    facts: Sequence[tuple[str, Sequence[Fact]]]  # by run
-    sections: Sequence[Section]
+    facts: Sequence[tuple[str, Sequence[Fact]]]
+    sections: Sequence[ReportSection]
 
 
-def render(page: Page, form: Format) -> str:
+def render_page(page: Page, form: Format) -> str:
     """The page as text; equal pages give equal texts."""
     environment = Environment(
         loader=ChoiceLoader(
@@ -89,7 +94,7 @@ def render(page: Page, form: Format) -> str:
     )
     environment.filters.update(cell=_cell, anchor=_anchor)
     tests: dict[str, Any] = {
-        kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Listing)
+        kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Preformatted)
     }
     environment.tests.update(tests)
     template = environment.get_template("report.html.j2" if form == "html" else "report.md.j2")
@@ -97,6 +102,7 @@ def render(page: Page, form: Format) -> str:
 
 
 def for_terminal(table: Table) -> RichTable:
+    """The table as rich prints it."""
     shown = RichTable(
         title=table.title,
         title_justify="left",

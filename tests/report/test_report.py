@@ -16,7 +16,7 @@ from deepspec.artifacts.records import Counts
 from deepspec.artifacts.tables import write_table
 from deepspec.artifacts.verify import verify_stage
 from deepspec.errors import ArtifactMismatch, DataError
-from deepspec.report.report import open_results, put_report, report
+from deepspec.report.report import open_results, put_report, report_text
 from tests.cli.test_main import run
 from tests.conftest import tiny_run, write_jsonl
 from tests.evaluate.made_results import (
@@ -79,7 +79,7 @@ def plain(tmp_path: Path) -> Artifact:
 
 def test_a_whole_result_shows_every_section_and_every_number_twice(whole: Artifact):
     """Each figure has a title, words for who cannot see it, and its numbers in a table."""
-    page = Outline(report([whole], "html"))
+    page = Outline(report_text([whole], "html"))
     titles = [attributes["id"] for attributes in page.named("h2")]
     assert titles == [
         "temperature-0",
@@ -105,7 +105,7 @@ def test_a_whole_result_shows_every_section_and_every_number_twice(whole: Artifa
 
 
 def test_a_result_of_an_older_version_is_shown_with_what_it_has(plain: Artifact):
-    text = report([plain], "html")
+    text = report_text([plain], "html")
     assert [attributes["id"] for attributes in Outline(text).named("h2")] == [
         "temperature-0",
         "lineage",
@@ -114,7 +114,7 @@ def test_a_result_of_an_older_version_is_shown_with_what_it_has(plain: Artifact)
 
 
 def test_the_page_needs_nothing_but_itself(whole: Artifact):
-    text = report([whole], "html")
+    text = report_text([whole], "html")
     assert not re.search(r"<script|https?://|@import|url\(", text)
     assert all(
         attributes.get("href", "").startswith(("#", "data:"))
@@ -127,7 +127,7 @@ def test_the_page_needs_nothing_but_itself(whole: Artifact):
 def test_runs_stand_side_by_side_and_what_was_set_otherwise_stands_out(
     whole: Artifact, plain: Artifact
 ):
-    text = report([whole, plain], "html")
+    text = report_text([whole, plain], "html")
     for artifact in (whole, plain):
         assert f"dspark-demo {artifact.key.fingerprint[:6]}" in text
     assert re.search(
@@ -142,7 +142,7 @@ def test_runs_stand_side_by_side_and_what_was_set_otherwise_stands_out(
 def test_names_of_users_break_nothing(tmp_path: Path, form):
     rows = made_rows(benchmarks={NASTY: ("other", 0.8), "gsm8k": ("math", 0.9)}, prompts=3)
     path = write_jsonl(tmp_path / f"{NASTY.replace(chr(39), '')}.jsonl", [{"turns": ["x"]}])
-    text = report(
+    text = report_text(
         [put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{path}'}}]"), rows)], form
     )
     assert "<script" not in text
@@ -163,7 +163,7 @@ def markdown_tables(text: str) -> list[str]:
 
 
 def test_the_same_in_markdown(whole: Artifact):
-    text = report([whole], "markdown")
+    text = report_text([whole], "markdown")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
         "Temperature 0",
@@ -175,12 +175,12 @@ def test_the_same_in_markdown(whole: Artifact):
         "Settings",
     ]
     assert len(markdown_tables(text)) == 13
-    assert "fitted on 36 prompts (450 rounds) and are told of 36 others" in text
+    assert "fitted on 36 prompts (450 rounds) and are scored on 36 others" in text
     assert "| macro (mean of benchmarks) |" in text and whole.key.fingerprint in text
 
 
 def test_equal_results_give_equal_reports(whole: Artifact):
-    assert report([whole], "html") == report([whole], "html")
+    assert report_text([whole], "html") == report_text([whole], "html")
 
 
 def test_a_report_lies_beside_its_result_and_is_no_part_of_its_seal(
@@ -193,11 +193,11 @@ def test_a_report_lies_beside_its_result_and_is_no_part_of_its_seal(
     assert whole.manifest() == before
     config = tiny_run(Path(whole.store.root))
     assert list(verify_stage(config, "evaluate", None)) == []
-    assert Path(out.strip()).read_text() == report([whole], "html")
+    assert Path(out.strip()).read_text() == report_text([whole], "html")
 
 
 def test_a_report_goes_to_the_terminal_or_where_it_is_sent(capsys, plain: Artifact, tmp_path: Path):
-    assert run(capsys, "report", folder_of(plain), "--format", "markdown")[1] == report(
+    assert run(capsys, "report", folder_of(plain), "--format", "markdown")[1] == report_text(
         [plain], "markdown"
     )
     code, out, _ = run(capsys, "report", folder_of(plain), "--output", str(tmp_path / "mine.html"))
@@ -212,7 +212,7 @@ def test_a_report_goes_to_the_terminal_or_where_it_is_sent(capsys, plain: Artifa
 def test_what_is_evaluated_so_far_is_shown_and_said_to_be(whole: Artifact):
     whole.store.remove(whole.path("manifest.json"))
     whole.store.remove(whole.path("summary.json"))
-    text = report([whole], "html")
+    text = report_text([whole], "html")
     assert "Not finished: dspark-demo" in text
     assert "temperature-1" in text and "Scheduler" not in text
 
@@ -242,17 +242,17 @@ def test_an_answer_without_a_round_is_shown_beside_a_single_prompt(tmp_path: Pat
         "plain_tokens": 1,
     }
     commit(artifact, 1, [{**row, **nothing}], like=row)
-    Outline(report([artifact], "html"))
+    Outline(report_text([artifact], "html"))
 
 
 def test_prompts_that_were_left_out_are_counted(tmp_path: Path):
     row = made_rows(prompts=1)[0]
     artifact = put_result(tiny_run(tmp_path), [row])
     commit(artifact, 1, [], like=row, rejected=3)
-    assert "3 prompts of dspark-demo were not decoded" in report([artifact], "html")
+    assert "3 prompts of dspark-demo were not decoded" in report_text([artifact], "html")
     (tmp_path / artifact.folder / "records" / "00000.json").unlink()
     with pytest.raises(DataError, match="not one prompt was decoded"):
-        report([artifact], "html")
+        report_text([artifact], "html")
 
 
 def test_a_folder_that_is_not_there_is_named_where_it_was_looked_for(
