@@ -1,7 +1,7 @@
 """Everything around the work: 10,000 scripted shards that take 0 seconds, in 100 groups, on one
 lane, with a real Prefect server.
 
-`python -m flows.regenerate` is run as a user runs it, against a server of its own on SQLite:
+`python -m flows regenerate` is run as a user runs it, against a server of its own on SQLite:
 scheduling, 100 children, 10,000 commits, progress, artifacts, records and the seal. At 1 second
 each the shards would take 10,000 s on that lane. Goals: all of it in less than 5 % of that, and
 less than 20 MB more in the server's database. `python -m benchmarks.orchestration 500 5` is a
@@ -99,7 +99,7 @@ def measure(folder: Path, shards: int, groups: int) -> tuple[float, float]:
         server.wait()
         before = settled_bytes(home)
         started = time.monotonic()
-        command = [sys.executable, "-m", "flows.regenerate", *request.arguments()]
+        command = [sys.executable, "-m", "flows", "regenerate", *request.arguments()]
         # the server's address is in the environment
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
         seconds = time.monotonic() - started

@@ -7,7 +7,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-FLOWS = ("pipeline", "prepare", "regenerate", "capture", "train", "evaluate")
+from flows.selection import STAGES_OF
+
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
@@ -38,7 +39,7 @@ def crashed(silence_s: float) -> Any:
     trigger = EventTrigger(
         posture=Posture.Proactive,
         match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(STAGES_OF)},
         after={"prefect.flow-run.heartbeat"},
         expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
         for_each={"prefect.resource.id"},
@@ -105,7 +106,7 @@ def ended(url: str) -> Any:
         posture=Posture.Reactive,
         match={"prefect.resource.id": "prefect.flow-run.*", "prefect.resource.name": f"!*{PART}"},
         match_related=[
-            {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+            {"prefect.resource.role": "flow", "prefect.resource.name": list(STAGES_OF)},
             {"prefect.resource.role": "deployment"},
         ],
         expect={f"prefect.flow-run.{end}" for end in ENDS if end != "Cancelled"},

@@ -8,12 +8,11 @@ for it.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
@@ -25,6 +24,7 @@ from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.compatible import check_answer, check_server
 from flows.request import open_run
+from flows.selection import STAGES_OF
 from flows.server import PrivateServer, start_private_server
 
 WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
@@ -53,22 +53,23 @@ StoreUrl = Annotated[
 ]
 
 
-def main(flow_name: str) -> None:
-    """Run one flow by hand; a user's mistake is one paragraph and an exit code, never a stack
-    trace.
+def run_command(only: str | None = None) -> None:
+    """Run one flow by hand: `only` this one, or the one that the command line names.
+
+    A user's mistake is one paragraph and an exit code, never a stack trace.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-    @app.command(
-        help=f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice."
+    app = typer.Typer(
+        no_args_is_help=only is None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
     )
-    def command(
-        run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
-    ) -> None:
-        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards)
-
+    for flow_name in (only,) if only else STAGES_OF:
+        summary = f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice."
+        stages = ", ".join(STAGES_OF[flow_name])
+        app.command(flow_name, help=summary, short_help=stages)(_command_of(flow_name))
     try:
-        app(prog_name=f"python -m flows.{flow_name}")
+        app(prog_name=f"python -m flows.{only}" if only else "python -m flows")
     except DeepSpecError as error:
         typer.echo(f"error: {error}", err=True)
         end_in_time(exit_code(error))
@@ -76,6 +77,15 @@ def main(flow_name: str) -> None:
     except SystemExit as leaving:
         end_in_time(leaving.code)
         raise
+
+
+def _command_of(flow_name: str) -> Callable[..., None]:
+    def command(
+        run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
+    ) -> None:
+        run_flow(flow_name, Request(run, tuple(sets or ()), store), shards)
+
+    return command
 
 
 def end_in_time(code: object, seconds: float = END_S) -> None:
@@ -100,13 +110,13 @@ def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
     config = open_run(request)
     server = start_private_server(store_of(config))
     from flows.display import show_summary, shown_on_terminal, summary_line
+    from flows.pipeline import FLOWS
 
-    module = importlib.import_module(f"flows.{flow_name}")
-    stages = [stage for stage in stages_of(config) if stage in getattr(module, "STAGES", (stage,))]
+    stages = [stage for stage in stages_of(config) if stage in STAGES_OF[flow_name]]
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
         asked = {"shards": shards} if shards else {}
-        outcomes = getattr(module, flow_name)(
+        outcomes = FLOWS[flow_name](
             recipe=request.source, overrides=request.overrides, store=request.store or "", **asked
         )
     found = (

@@ -103,7 +103,7 @@ def resume_commands(request: RunRequest, stage: str, error: DeepSpecError) -> di
             else []
         )
         commands[again] = shlex.join(
-            ["python", "-m", f"flows.{origin.flow}", *request.arguments(), *shards]
+            ["python", "-m", "flows", origin.flow, *request.arguments(), *shards]
         )
     return commands
 

@@ -15,6 +15,15 @@ from deepspec.artifacts.status import (
 )
 from deepspec.config.run import RunConfig
 
+# the stages of each flow, of which a run has some or all
+STAGES_OF = {
+    "pipeline": ("demo", "prompts", "answers", "hidden", "train", "evaluate"),
+    "prepare": ("demo", "prompts", "answers", "hidden"),
+    "regenerate": ("answers",),
+    "capture": ("hidden",),
+    "train": ("train",),
+    "evaluate": ("evaluate",),
+}
 # the flow of this stage alone
 FLOW_OF = {"answers": "regenerate", "hidden": "capture", "train": "train", "evaluate": "evaluate"}
 SELECTABLE = (*SHARDED, "evaluate")

@@ -209,7 +209,7 @@ def put_automation(client: Any, automation: Any) -> str:
     return f"automation {automation.name!r}: {'up to date' if found else 'made'}"
 
 
-def main() -> None:
+def run_setup() -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     try:
@@ -220,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_setup()

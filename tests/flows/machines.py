@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from deepspec.process.supervisor import kill_marked
+from flows.pipeline import FLOWS
 from flows.server import free_port
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import home_with
@@ -120,7 +121,7 @@ class Machines:
             "deployments/",
             name="machines",
             flow_id=made,
-            entrypoint=f"flows.{flow}.{flow}",
+            entrypoint=f"flows.pipeline.{FLOWS[flow].fn.__name__}",
             work_pool_name=POOL,
             job_variables=job,
             pull_steps=[],

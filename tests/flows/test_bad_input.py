@@ -30,9 +30,8 @@ from deepspec.errors import UserError
 from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.cli import run_flow
-from flows.pipeline import pipeline
+from flows.pipeline import pipeline, regenerate
 from flows.plain_errors import FLOW_RUNS, show_plainly
-from flows.regenerate import regenerate
 from flows.tasks import run_stages
 from tests.flows.conftest import flaky_run
 from tests.flows.test_cli import environment, flow_command, run

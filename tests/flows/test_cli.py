@@ -1,4 +1,4 @@
-"""`python -m flows.<name>`: one command, no server set up; mistakes are one paragraph, and
+"""`python -m flows <name>`: one command, no server set up; mistakes are one paragraph, and
 nothing outlives the run.
 """
 
@@ -34,7 +34,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def flow_command(flow: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", f"flows.{flow}", *map(str, arguments)]
+    return [sys.executable, "-m", "flows", flow, *map(str, arguments)]
 
 
 def run(
@@ -174,8 +174,11 @@ def test_one_command_makes_everything_and_a_second_one_nothing_even_without_pref
     store: Path, database: Path
 ):
     home_with(database, store / ".prefect")
-    command = flow_command("pipeline", "demo", *SETS, "--store", store)
-    first = run(command, environment(HOME=str(store.parent)))
+    arguments = ("demo", *SETS, "--store", store)
+    first = run(
+        [sys.executable, "-m", "flows.pipeline", *map(str, arguments)],
+        environment(HOME=str(store.parent)),
+    )
     assert first.returncode == 0, first.stderr
     summary = json.loads(first.stdout.splitlines()[-1])
     assert set(summary) == {
@@ -194,7 +197,7 @@ def test_one_command_makes_everything_and_a_second_one_nothing_even_without_pref
     assert all(before.values())
 
     shutil.rmtree(store / ".prefect")
-    second = run(command, environment(HOME=str(store.parent)))
+    second = run(flow_command("pipeline", *arguments), environment(HOME=str(store.parent)))
     assert second.returncode == 0
     assert second.stdout.count("already done") == len(stages_of(config))
     assert {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)} == before

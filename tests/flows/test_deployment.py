@@ -34,10 +34,10 @@ from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, UserError
 from deepspec.process.launch import RunRequest
 from flows.assets import asset_key
-from flows.automations import FLOWS, crashed
+from flows.automations import crashed
 from flows.compatible import check_version
 from flows.parameters import KEY_IN_OVERRIDE, KEY_IN_STORE
-from flows.pipeline import pipeline
+from flows.pipeline import FLOWS, pipeline
 from flows.selection import selected
 from flows.server import free_port
 from tests.answer_server import answer_server
@@ -234,7 +234,9 @@ def opened_site(folder: Path, s3: Mapping[str, str]) -> Iterator[Site]:
 def test_setup_can_be_run_again(site: Site):
     before = site.post("deployments/filter").json()
     assert {(found["name"], found["entrypoint"]) for found in before} == {
-        (name, f"flows.{flow}.{flow}") for flow in FLOWS for name in ("demo", "gpu")
+        (name, f"flows.pipeline.{flow.fn.__name__}")
+        for flow in FLOWS.values()
+        for name in ("demo", "gpu")
     }
     assert {found["version"] for found in before} == {__version__}
     said = run([*SETUP, "--gpu-runs", "3"], env=site.env)

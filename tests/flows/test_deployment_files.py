@@ -113,7 +113,7 @@ def test_a_server_takes_the_kubernetes_pool_and_the_deployments_on_it(tmp_path: 
     ]
     assert {deployment.entrypoint for deployment in on_pool} >= {
         "flows.pipeline.pipeline",
-        "flows.train.train",
+        "flows.pipeline.train_draft",
     }
     assert all(deployment.job_variables == {} for deployment in on_pool)
 

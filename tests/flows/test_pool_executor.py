@@ -60,7 +60,7 @@ def regenerate_on_cpu() -> dict[str, Any]:
     (one,) = [
         found
         for found in fields["deployments"]
-        if found["name"] == "demo" and found["entrypoint"] == "flows.regenerate.regenerate"
+        if found["name"] == "demo" and found["entrypoint"] == "flows.pipeline.regenerate"
     ]
     return {**fields, "deployments": [one]}
 
@@ -185,7 +185,7 @@ def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
     overrides = fresh(site, GATED, "resources.devices.lanes=1")
     (site.notes / "slow").touch()
     sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "-m", "flows.prepare", str(site.run_file), *sets]
+    command = [sys.executable, "-m", "flows", "prepare", str(site.run_file), *sets]
     parent = subprocess.Popen(
         command,
         env=site.env,

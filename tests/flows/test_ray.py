@@ -239,7 +239,7 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
     env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
     if where == "own":
         env = {name: value for name, value in env.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "flows.regenerate", str(cluster), *sets]
+    command = [sys.executable, "-m", "flows", "regenerate", str(cluster), *sets]
     with subprocess.Popen(command, cwd=REPOSITORY, env=env, preexec_fn=hear_interrupts) as running:
         wait_for(lambda: committed(config) == [0] and len(children_for(cluster)) == 4)
         children, below = (
