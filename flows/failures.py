@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import shard_list
-from flows.reporting import artifact_key, best_effort
+from flows.reporting import best_effort, prefect_key
 from flows.selection import FLOW_OF, SELECTABLE
 
 MOST_ROWS = 200  # of the table; a command names every shard
@@ -40,7 +40,7 @@ def publish_failure(run_name: str, error: DeepSpecError, request: RunRequest, st
         text = failure_text(run_name, error, resume_commands(request, stage, error))
         create_markdown_artifact(
             text,
-            key=artifact_key(f"{run_name}-failure"),
+            key=prefect_key(f"{run_name}-failure"),
             description=f"{stage} failed, and how to go on",
         )
 

@@ -11,38 +11,38 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.leases import LOST_S, Claim, Claims, this_process, words
+from deepspec.artifacts.leases import LOST_S, Lease, Leases, holders_text, this_process
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import SHARDED, StageStatus
 from deepspec.config.run import RunConfig
 from deepspec.errors import TransientError
-from flows.stage_progress import Board
-from flows.store_watch import Watch
+from flows.stage_progress import StageProgress
+from flows.store_watch import StoreWatch
 
 # tag of a run that another one deals its shards; a user's own flow may start any deployment, too
 GROUP = "group"
 
 
-def claims_on(artifact: Artifact) -> Claims:
-    """The claims of the flow run on shards of the artifact, for a `with` block."""
-    dealer = str(flow_run.parent_flow_run_id or "") if is_part() else ""
-    return Claims(
+def leases_on(artifact: Artifact) -> Leases:
+    """The leases of the flow run on shards of the artifact, for a `with` block."""
+    parent = str(flow_run.parent_flow_run_id or "") if is_part() else ""
+    return Leases(
         artifact,
-        Claim(
+        Lease(
             run=flow_run.name or "",
             run_id=str(flow_run.id or ""),
-            dealer=dealer,
+            parent_run_id=parent,
             process=this_process(),
         ),
     )
 
 
-def to_claim(todo: StageStatus) -> list[int]:
-    """The missing shards; a stage without shards is claimed as one."""
+def shards_to_lease(todo: StageStatus) -> list[int]:
+    """The missing shards; a stage without shards is leased as one."""
     return todo.missing if todo.stage in SHARDED and todo.missing else [0]
 
 
-def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[list[int], bool]:
+def acquire_shards(leases: Leases, config: RunConfig, todo: StageStatus) -> tuple[list[int], bool]:
     """Those of the missing shards that nobody else works on, once there are any, and whether that
     was so at once.
 
@@ -50,11 +50,11 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         TransientError: there are none, and a run that has a worker only for the time of its shards
             is not to keep it waiting.
     """
-    wanted = to_claim(todo)
-    mine, others = claims.take(wanted)
+    wanted = shards_to_lease(todo)
+    mine, others = leases.acquire(wanted)
     if len(mine) == len(wanted):
         return mine, True
-    logger, told = get_run_logger(), words(others)
+    logger, told = get_run_logger(), holders_text(others)
     if mine:
         logger.warning(
             "%s: %d of %d missing shards are left to %s",
@@ -76,18 +76,18 @@ def take_turn(claims: Claims, config: RunConfig, todo: StageStatus) -> tuple[lis
         told,
         LOST_S,
     )
-    board = Board(config.name, todo, sharded=todo.stage in SHARDED)
-    board.say(f"waiting for {told}, which works on the same shards")
-    watch = Watch(artifact_of(config, todo.stage), todo, board)
+    progress = StageProgress(config.name, todo, sharded=todo.stage in SHARDED)
+    progress.set_note(f"waiting for {told}, which works on the same shards")
+    watch = StoreWatch(artifact_of(config, todo.stage), todo, progress)
     while not mine:
         time.sleep(watch.pause_s)
         try:
-            watch.look()
-            mine = claims.take(wanted).shards
+            watch.poll()
+            mine = leases.acquire(wanted).shards
         except (TransientError, OSError) as error:
             # hours of waiting are not given up because the store is away for a minute
             logger.warning("%s: still waiting: %s", todo.stage, error)
-    board.leave()
+    progress.end_waiting()
     logger.info("%s: going on", todo.stage)
     return mine, False
 

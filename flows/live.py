@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.runtime import flow_run
 
-from flows.reporting import artifact_key, best_effort
+from flows.reporting import best_effort, prefect_key
 
 
 class Content(NamedTuple):
@@ -31,24 +31,26 @@ class LiveArtifact:
     def __init__(
         self, kind: Literal["progress", "table", "markdown"], name: str, *, pause_s: float
     ) -> None:
-        self._kind, self._key, self._pause_s = kind, artifact_key(name), pause_s
+        self._kind, self._key, self._pause_s = kind, prefect_key(name), pause_s
         # of the flow, not of whichever group's task has the first word
         self._flow_run_id = flow_run.id
         self._id: Any = None
-        self._told = float("-inf")
+        self._published = float("-inf")
 
-    def tell(self, content: Callable[[], Content | None], *, now: bool = False) -> None:
+    def publish(self, content: Callable[[], Content | None], *, now: bool = False) -> None:
         """Show the content (None: nothing yet); it is asked for only where the last one has
         stood for `pause_s`, or `now`.
         """
-        if not now and time.monotonic() - self._told < self._pause_s:
+        if not now and time.monotonic() - self._published < self._pause_s:
             return
         found = content()
         if found is None:
             return
         with best_effort(retries=2 if now else 0):
             self._put(found)
-        self._told = time.monotonic()  # only now: a server that hangs is not asked again at once
+        self._published = (
+            time.monotonic()
+        )  # only now: a server that hangs is not asked again at once
 
     def _put(self, content: Content) -> None:
         with get_client(sync_client=True) as client:
@@ -68,5 +70,5 @@ class LiveArtifact:
             )
 
 
-def table(rows: list[dict[str, Any]], description: str) -> Content:
+def table_content(rows: list[dict[str, Any]], description: str) -> Content:
     return Content(json.dumps(rows), description)

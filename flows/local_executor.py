@@ -1,4 +1,4 @@
-"""The hands of one machine: a lane is a GPU (or a share of the CPU), its work a guarded child
+"""The executor of one machine: a lane is a GPU (or a share of the CPU), its work a guarded child
 process.
 """
 
@@ -23,7 +23,7 @@ from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 
 
-class LocalHands:
+class LocalExecutor:
     """Children of this process: one per visible GPU, each pinned to it, or as many as
     `resources.devices.lanes` says.
     """
@@ -46,11 +46,11 @@ class LocalHands:
         run, path = self.run, log_path(artifact_of(self.run.config, self.run.stage), name)
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
-        hear = functools.partial(run.hear, lane=lane.name)
+        on_event = functools.partial(run.on_event, lane=lane.name)
         with closing(ChildLog(path)) as forward:
             run_child(
                 command,
-                on_event=hear,
+                on_event=on_event,
                 on_line=forward,
                 env=self.environment(lane),
                 log_path=path,

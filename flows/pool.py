@@ -13,12 +13,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from deepspec.errors import ConfigError
-from flows.stage_progress import Board
+from flows.stage_progress import StageProgress
 
 DESERTED_S = 60.0  # without a worker, after which it is said
 
 
-class Pool:
+class WorkPool:
     """The pool of the deployment `title`, which must exist, and must have room beside the run that
     asks.
 
@@ -26,8 +26,8 @@ class Pool:
         ConfigError: it does not, or has not.
     """
 
-    def __init__(self, title: str, board: Board) -> None:
-        self.title, self.board = title, board
+    def __init__(self, title: str, progress: StageProgress) -> None:
+        self.title, self.progress = title, progress
         self._deserted: float | None = None
         self._told = False
         with get_client(sync_client=True) as client:
@@ -78,14 +78,14 @@ class Pool:
         workers = max(1, self.online())
         return workers if self.limit is None else min(workers, self.limit)
 
-    def tell_if_deserted(self, *, waiting: bool) -> None:
+    def warn_if_deserted(self, *, waiting: bool) -> None:
         """Say it once, in the log and beside the progress, where runs wait and no worker has
         been there for a minute.
         """
         if not waiting or self.online():
             self._deserted = None
             if self._told:
-                self.board.say("")
+                self.progress.set_note("")
             self._told = False
             return
         self._deserted = self._deserted or time.monotonic()
@@ -93,7 +93,7 @@ class Pool:
             self._told = True
             told = nobody_on(self.name)
             get_run_logger().warning(told)
-            self.board.say(told)
+            self.progress.set_note(told)
 
 
 def nobody_on(pool: str) -> str:

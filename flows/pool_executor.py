@@ -1,4 +1,4 @@
-"""The hands of several machines: a lane is a child flow run, which a worker of a pool takes, on
+"""The executor of several machines: a lane is a child flow run, which a worker of a pool takes, on
 whichever machine it runs.
 
 The child is a run of the stage's own deployment with the shards of the group; the store is all that
@@ -30,7 +30,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Crashed
 
-from deepspec.artifacts.leases import Claims
+from deepspec.artifacts.leases import Leases
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import noted_failures, read_failures
 from deepspec.errors import (
@@ -46,32 +46,32 @@ from deepspec.process.shard_ranges import shard_list
 from flows.automations import PART
 from flows.lease_wait import GROUP
 from flows.parameters import title
-from flows.pool import Pool
+from flows.pool import WorkPool
 from flows.selection import FLOW_OF
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
-from flows.store_watch import Watch
+from flows.store_watch import StoreWatch
 
 POLL_S = 2.0  # between two looks at a child's state
 START_S = 60.0  # that a child may take beyond the deadline of its own children, to start and to end
 T = TypeVar("T")
 
 
-class WorkersHands:
+class PoolExecutor:
     """Child runs on the workers of a pool, as many at a time as there are workers: each takes
     every GPU of its machine.
     """
 
-    def __init__(self, run: StageRun, claims: Claims) -> None:
-        self.run, self.claims, settings = run, claims, run.config.resources
+    def __init__(self, run: StageRun, leases: Leases) -> None:
+        self.run, self.leases, settings = run, leases, run.config.resources
         self.flow = FLOW_OF[run.stage]
-        self.title = f"{self.flow}/{settings.runner.workers}"
-        self.pool = self._patiently(lambda: Pool(self.title, run.board))
+        self.title = f"{self.flow}/{settings.workers}"
+        self.pool = self._patiently(lambda: WorkPool(self.title, run.progress))
         self.artifact = artifact_of(run.config, run.stage)
         self.fixed = settings.devices.lanes if run.sharded else 1
         self.lanes = list[Lane]()
-        self.alive = set[str]()  # runs whose claims are renewed, and
-        self.silent = set[str]()  # those whose claims nobody renews any more
+        self.alive = set[str]()  # runs whose leases are renewed, and
+        self.silent = set[str]()  # those whose leases nobody renews any more
         self.waiting = set[str]()  # lanes whose children no worker has taken yet
         self.tries = 0
         self._making = threading.Lock()  # Prefect counts a run's children without one
@@ -234,15 +234,15 @@ class WorkersHands:
         """Until the stage is left: more lanes for workers that came, children that fell silent,
         shards that were committed.
         """
-        watch = Watch(self.artifact, self.run.before, self.run.board)
+        watch = StoreWatch(self.artifact, self.run.before, self.run.progress)
         while not self.run.left.wait(watch.pause_s):
             try:
-                watch.look()
-                seen = self.claims.look()
-                self.alive = {one.claim.run_id for one in seen if one.alive}
-                self.silent = {one.claim.run_id for one in seen} - self.alive
+                watch.poll()
+                seen = self.leases.others()
+                self.alive = {one.lease.run_id for one in seen if one.alive}
+                self.silent = {one.lease.run_id for one in seen} - self.alive
                 self._add_lanes()
-                self.pool.tell_if_deserted(waiting=bool(self.waiting))
+                self.pool.warn_if_deserted(waiting=bool(self.waiting))
             except (DeepSpecError, OSError, httpx.HTTPError, PrefectException) as error:
                 # the next look may do better
                 get_run_logger().debug("looking for progress: %s", error)
@@ -276,7 +276,7 @@ class WorkersHands:
                     client.set_flow_run_state(child.id, Cancelling())
 
     def _cancel(self, child: FlowRun) -> None:
-        """Its worker ends it; if the server cannot be told, its own deadlines and claims are
+        """Its worker ends it; if the server cannot be told, its own deadlines and leases are
         what is left.
         """
         try:

@@ -1,4 +1,4 @@
-"""The hands of a Ray cluster: each group of shards is a Prefect task in a Ray worker, which runs
+"""The executor of a Ray cluster: each group of shards is a Prefect task in a Ray worker, which runs
 the child that any machine runs.
 
 Ray decides on which node, pins the worker to its GPU, and tells of a worker or node that has died;
@@ -35,7 +35,7 @@ from flows.child_log import ChildLog
 from flows.local_executor import api_key, log_path
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
-from flows.store_watch import Watch, watching_store
+from flows.store_watch import StoreWatch, watching_store
 
 if TYPE_CHECKING:
     from prefect_ray import RayTaskRunner
@@ -48,7 +48,7 @@ OBJECTS_BYTES = 100_000_000  # Ray's shared memory: nothing but names goes throu
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
-class Order(NamedTuple):
+class GroupOrder(NamedTuple):
     """What a Ray worker must know beside the shards."""
 
     request: RunRequest
@@ -60,8 +60,8 @@ class Order(NamedTuple):
     """
 
 
-class RayHands:
-    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.devices.lanes` says."""
+class RayExecutor:
+    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.lanes` says."""
 
     def __init__(self, run: StageRun, runner: RayTaskRunner[Any]) -> None:
         settings, self.runner = run.config.resources, runner
@@ -73,7 +73,7 @@ class RayHands:
         )
         artifact = artifact_of(run.config, run.stage)
         self.order, self.url = (
-            Order(run.request, run.stage, artifact.key.fingerprint, str(Path.cwd())),
+            GroupOrder(run.request, run.stage, artifact.key.fingerprint, str(Path.cwd())),
             artifact.url,
         )
         # Ray tasks are begun in the flow's context: that of the lane's own task holds threads and
@@ -85,7 +85,7 @@ class RayHands:
         future = self.context.copy().run(self.begin, name, shards)
         while not ray.wait([future.wrapped_future], timeout=LOOK_S)[0]:
             if owner.closed:
-                end(future.wrapped_future)
+                end_work(future.wrapped_future)
                 raise Stopped(f"{name} was ended with its run")
         try:
             future.result()
@@ -114,7 +114,7 @@ class RayHands:
 
 
 @task(name="shards on Ray", persist_result=False, cache_policy=NO_CACHE)
-def work_there(name: str, order: Order, shards: list[int] | None) -> None:
+def work_there(name: str, order: GroupOrder, shards: list[int] | None) -> None:
     """In a Ray worker: the group's guarded child, with the GPU that Ray has set, and the servers'
     key if a block holds it.
 
@@ -154,8 +154,8 @@ def work_there(name: str, order: Order, shards: list[int] | None) -> None:
 
 
 @contextlib.contextmanager
-def ray_hands(run: StageRun) -> Iterator[RayHands]:
-    """Hands on the cluster of `resources.runner.ray_address`; progress is what appears in the store.
+def ray_executor(run: StageRun) -> Iterator[RayExecutor]:
+    """Executor on the cluster of `resources.ray_address`; progress is what appears in the store.
 
     Raises:
         UserError: there is no such cluster, or it has nothing to work with.
@@ -163,9 +163,9 @@ def ray_hands(run: StageRun) -> Iterator[RayHands]:
     artifact = artifact_of(run.config, run.stage)
     with (
         connected(run.config.resources) as runner,
-        watching_store(Watch(artifact, run.before, run.board)),
+        watching_store(StoreWatch(artifact, run.before, run.progress)),
     ):
-        yield RayHands(run, runner)
+        yield RayExecutor(run, runner)
 
 
 @contextlib.contextmanager
@@ -235,7 +235,7 @@ def num_gpus(devices: DevicesConfig) -> int:
     return found
 
 
-def end(work: Any) -> None:
+def end_work(work: Any) -> None:
     """The group's child is ended by its worker; a worker that does not do so in time is ended
     itself, and the child's guard sees it.
     """

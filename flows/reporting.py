@@ -68,13 +68,13 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def show(progress: Progress) -> None:
+def report_progress(progress: Progress) -> None:
     if watcher := _watcher.get():
         watcher(progress)
 
 
-def show_nothing_to_do(status: StageStatus, state: State) -> None:
-    show(Progress(status.stage, state, 1, 1, "", {}))
+def report_nothing_to_do(status: StageStatus, state: State) -> None:
+    report_progress(Progress(status.stage, state, 1, 1, "", {}))
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def best_effort(*, retries: int = 2) -> Iterator[None]:
         log.warning("the Prefect server did not take an artifact: %s", error)
 
 
-def artifact_key(name: str) -> str:
+def prefect_key(name: str) -> str:
     """Prefect takes lower-case letters, digits and dashes only."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -101,12 +101,12 @@ def publish_stages(run_name: str, outcomes: Sequence[StageOutcome]) -> None:
         rows = [
             {**stage_row(outcome), "artifact": outcome.status.artifact_url} for outcome in outcomes
         ]
-        create_table_artifact(rows, key=artifact_key(f"{run_name}-stages"), description="stages")
+        create_table_artifact(rows, key=prefect_key(f"{run_name}-stages"), description="stages")
         for outcome in outcomes:
             url = outcome.status.artifact_url
             link = url if "://" in url else Path(url).resolve().as_uri()
             create_link_artifact(
-                link, link_text=url, key=artifact_key(f"{run_name}-{outcome.status.stage}-folder")
+                link, link_text=url, key=prefect_key(f"{run_name}-{outcome.status.stage}-folder")
             )
 
 
@@ -147,16 +147,16 @@ def publish_results(
     ]
     with best_effort():
         create_markdown_artifact(
-            text, key=artifact_key(f"{run_name}-results"), description="results"
+            text, key=prefect_key(f"{run_name}-results"), description="results"
         )
         create_table_artifact(
             [result_row(part) for part in benchmarks],
-            key=artifact_key(f"{run_name}-benchmarks"),
+            key=prefect_key(f"{run_name}-benchmarks"),
             description="benchmarks",
         )
         create_markdown_artifact(
             "\n\n".join(where),
-            key=artifact_key(f"{run_name}-report"),
+            key=prefect_key(f"{run_name}-report"),
             description="the report with figures",
         )
 

@@ -62,7 +62,7 @@ class _Shard:
 
 
 @dataclass
-class Dealer:
+class ShardScheduler:
     """The shards that are still to be given to a lane, and those that are out.
 
     Args:
@@ -87,7 +87,7 @@ class Dealer:
         self._changed = threading.Condition()
         self._least = -(-len(self.shards) // MAX_GROUPS)
 
-    def take(self, lane: Lane) -> list[int]:
+    def next_group(self, lane: Lane) -> list[int]:
         """The lane's next group; waits while there may be something later. Empty: there is
         nothing more for this lane.
         """
@@ -95,7 +95,7 @@ class Dealer:
             while not (self.stopped or lane.dead):
                 now = time.monotonic()
                 if ready := [shard for shard in self._left if shard.ready_at <= now]:
-                    return self._dealt(lane, ready[: self._size(lane, len(ready))])
+                    return self._assign(lane, ready[: self._size(lane, len(ready))])
                 if not (self._left or self._out):
                     break
                 self._changed.wait(
@@ -103,11 +103,11 @@ class Dealer:
                 )
             return []
 
-    def ended(self, lane: Lane, group: Sequence[int], made: int, seconds: float) -> None:
+    def group_ended(self, lane: Lane, group: Sequence[int], made: int, seconds: float) -> None:
         """The lane has `made` so many shards of its group, and does not come back to the others."""
         with self._changed:
             lane.shards, lane.busy_s = lane.shards + made, lane.busy_s + seconds
-            self._taken_from(lane, group)
+            self._withdraw(lane, group)
             self._changed.notify_all()
 
     def give_back(self, lane: Lane, shards: Sequence[int], *, count: bool = True) -> list[int]:
@@ -118,7 +118,7 @@ class Dealer:
         """
         spent = []
         with self._changed:
-            for shard in self._taken_from(lane, shards):
+            for shard in self._withdraw(lane, shards):
                 shard.tries += count
                 if shard.tries > self.limits.retries:
                     spent.append(shard.number)
@@ -130,7 +130,7 @@ class Dealer:
             self._changed.notify_all()
         return spent
 
-    def failed(self, lane: Lane, *, made: int = 0) -> bool:
+    def lane_failed(self, lane: Lane, *, made: int = 0) -> bool:
         """The lane failed as a whole, having `made` so many shards of its group before.
 
         Returns whether it is left out from now on, because others live and it does nothing else
@@ -152,13 +152,13 @@ class Dealer:
             self.stopped = True
             self._changed.notify_all()
 
-    def _dealt(self, lane: Lane, group: list[_Shard]) -> list[int]:
+    def _assign(self, lane: Lane, group: list[_Shard]) -> list[int]:
         for shard in group:
             self._left.remove(shard)
             self._out[shard.number], shard.lane = shard, lane
         return [shard.number for shard in group]
 
-    def _taken_from(self, lane: Lane, shards: Sequence[int]) -> list[_Shard]:
+    def _withdraw(self, lane: Lane, shards: Sequence[int]) -> list[_Shard]:
         """Those that are not out at this lane any more stay where they are: another lane may
         have them.
         """

@@ -18,9 +18,9 @@ from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made, throughput, training
 from deepspec.figures.picture import data_url
-from deepspec.process.events import answering_note, progress_texts
-from flows.live import Content, LiveArtifact, table
-from flows.reporting import Progress, State, show
+from deepspec.process.events import answering_note, words_of
+from flows.live import Content, LiveArtifact, table_content
+from flows.reporting import Progress, State, report_progress
 from flows.shard_scheduler import Lane
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ SUMMED = ("rows", "tokens", "num_bytes", "rejected")
 History = Callable[[], Sequence[Mapping[str, Any]]]
 
 
-class Board:
+class StageProgress:
     """Adds up what the children of one stage say, and shows it.
 
     Args:
@@ -64,7 +64,7 @@ class Board:
         )
         self._lanes: Sequence[Lane] = ()
         total = before.committed + len(before.missing) if sharded else 0
-        self.progress = Progress(
+        self.current = Progress(
             before.stage,
             "running",
             before.committed if sharded else 0,
@@ -80,75 +80,75 @@ class Board:
         )
         self._show()
 
-    def watch(self, lanes: Sequence[Lane]) -> None:
+    def show_lanes(self, lanes: Sequence[Lane]) -> None:
         """Show what these lanes do, too."""
         with self._lock:
             self._lanes = lanes
             self._show()
 
-    def hear(self, event: Mapping[str, Any], *, lane: str = "") -> None:
+    def on_event(self, event: Mapping[str, Any], *, lane: str = "") -> None:
         """Take in one event of a lane's child; may be called from several threads."""
         with self._lock:
             if event["event"] == "shard" and self._sharded:
-                self._hear_shard(event, lane)
+                self._add_shard(event, lane)
             elif event["event"] == "answering":
                 self._under_way[lane] = event
-                self.progress = self.progress._replace(
+                self.current = self.current._replace(
                     note=answering_note(list(self._under_way.values()))
                 )
             elif event["event"] == "progress" and not self._sharded:
-                self._hear_progress(event)
+                self._add_progress(event)
             else:
                 return
             self._show()
 
-    def unheard(self, shards: Collection[int]) -> list[int]:
+    def unreported(self, shards: Collection[int]) -> list[int]:
         """Those of the shards that no child has told of: it was killed just then, or worked
         where it is not heard.
         """
         with self._lock:
             return sorted(set(shards) - self._seen) if self._sharded else []
 
-    def note(self, *, retries: int, failed: int) -> None:
+    def set_counts(self, *, retries: int, failed: int) -> None:
         """How many shards were given out again so far, and how many failed so that this run
         does not try them again.
         """
         with self._lock:
-            self.progress = self.progress._replace(
-                numbers={**self.progress.numbers, "retries": retries, "failed": failed}
+            self.current = self.current._replace(
+                numbers={**self.current.numbers, "retries": retries, "failed": failed}
             )
             self._show()
 
-    def say(self, note: str) -> None:
+    def set_note(self, note: str) -> None:
         """Show a sentence beside the numbers, until another one takes its place."""
         with self._lock:
-            self.progress = self.progress._replace(note=note)
+            self.current = self.current._replace(note=note)
             self._show()
 
-    def lanes_changed(self) -> None:
+    def update_lanes(self) -> None:
         """A lane began or ended a group."""
         with self._lock:
-            self._tell_lanes()
+            self._publish_lanes()
 
     def close(self, state: State) -> None:
         with self._lock:
-            total = max(self.progress.total, self.progress.done, 1)
-            done = self.progress.done if state == "failed" else total
+            total = max(self.current.total, self.current.done, 1)
+            done = self.current.done if state == "failed" else total
             numbers = {
-                name: value for name, value in self.progress.numbers.items() if name != "left_s"
+                name: value for name, value in self.current.numbers.items() if name != "left_s"
             }
-            self.progress = self.progress._replace(
+            self.current = self.current._replace(
                 state=state, done=done, total=total, note="", numbers=numbers
             )
             self._show(now=True)
 
-    def leave(self) -> None:
-        """Nothing is waited for any more; what is left to do is shown by a board of its own."""
+    def end_waiting(self) -> None:
+        """Nothing is waited for any more; what is left to do is shown by a progress of its own."""
         with self._lock:
-            self.progress = self.progress._replace(state="waited", note="")
-            self._artifact.tell(self._described, now=True)
+            self.current = self.current._replace(state="waited", note="")
+            self._artifact.publish(self._described, now=True)
 
-    def _hear_shard(self, event: Mapping[str, Any], lane: str) -> None:
+    def _add_shard(self, event: Mapping[str, Any], lane: str) -> None:
         """Children count their own shards from zero, and again after a retry; here every shard
         counts once.
         """
@@ -156,17 +156,17 @@ class Board:
             return
         self._seen.add(event["shard"])
         self._by_lane[lane] += 1
-        seconds, numbers = max(time.monotonic() - self._began, 1e-3), dict(self.progress.numbers)
+        seconds, numbers = max(time.monotonic() - self._began, 1e-3), dict(self.current.numbers)
         self._made.append(Made(seconds, event.get("tokens", 0)))
         numbers |= {name: numbers.get(name, 0) + event.get(name, 0) for name in SUMMED}
         numbers |= {f"{name}_per_s": numbers[name] / seconds for name in ("rows", "tokens")}
         done = self._committed + len(self._seen)
-        self.progress = self.progress._replace(
-            done=done, numbers=numbers | {"left_s": self._left_s(self.progress.total - done)}
+        self.current = self.current._replace(
+            done=done, numbers=numbers | {"left_s": self._left_s(self.current.total - done)}
         )
 
-    def _hear_progress(self, event: Mapping[str, Any]) -> None:
-        kept = {name: value for name, value in self.progress.numbers.items() if name in RETRIED}
+    def _add_progress(self, event: Mapping[str, Any]) -> None:
+        kept = {name: value for name, value in self.current.numbers.items() if name in RETRIED}
         numbers = {key: value for key, value in event.items() if key not in ENVELOPE}
         # total: null while unknown
         counted = {
@@ -174,7 +174,7 @@ class Board:
             "total": event["total"] or 0,
             "unit": event.get("unit", ""),
         }
-        self.progress = self.progress._replace(**counted, numbers={**numbers, **kept})
+        self.current = self.current._replace(**counted, numbers={**numbers, **kept})
         if "loss" in numbers:
             self._steps.append({"step": event["done"], **numbers})
 
@@ -196,18 +196,18 @@ class Board:
         return round(shards / speed)
 
     def _show(self, *, now: bool = False) -> None:
-        show(self.progress)
-        self._artifact.tell(self._described, now=now)
-        self._tell_lanes(now=now)
-        self._pictures.tell(self._drawn, now=now)
+        report_progress(self.current)
+        self._artifact.publish(self._described, now=now)
+        self._publish_lanes(now=now)
+        self._pictures.publish(self._drawn, now=now)
 
-    def _tell_lanes(self, *, now: bool = False) -> None:
+    def _publish_lanes(self, *, now: bool = False) -> None:
         if self._sharded and self._lanes:
-            self._lane_table.tell(self._lane_rows, now=now)
+            self._lane_table.publish(self._lane_rows, now=now)
 
     def _described(self) -> Content:
-        progress = self.progress
-        lines = "\n".join(f"* {line}" for line in told(progress))
+        progress = self.current
+        lines = "\n".join(f"* {line}" for line in progress_lines(progress))
         return Content(
             100.0 * progress.done / max(progress.total, 1),
             f"{progress.stage}: {self._url}\n\n{lines}",
@@ -219,13 +219,13 @@ class Board:
             lane_row(lane, max(lane.shards, self._by_lane[lane.name]), now, now - self._began)
             for lane in self._lanes
         ]
-        return table(rows, f"{self.progress.stage}: lanes")
+        return table_content(rows, f"{self.current.stage}: lanes")
 
     def _lines(self) -> list[Mapping[str, Any]]:
         try:
             return list(self._history())
         except (OSError, DeepSpecError) as error:
-            log.warning("the curves of %s begin with this run: %s", self.progress.stage, error)
+            log.warning("the curves of %s begin with this run: %s", self.current.stage, error)
             return []
 
     def _drawn(self) -> Content | None:
@@ -234,7 +234,7 @@ class Board:
         """
         if self._sharded:
             pictures = (
-                [throughput(self.progress.stage, self._made, time.monotonic() - self._began)]
+                [throughput(self.current.stage, self._made, time.monotonic() - self._began)]
                 if self._made
                 else []
             )
@@ -244,16 +244,14 @@ class Board:
             pictures = training([*lines, *(step for step in self._steps if step["step"] > last)])
         if not pictures:
             return None
-        shown = "\n\n".join(
-            f"![{self.progress.stage}]({data_url(picture)})" for picture in pictures
-        )
+        shown = "\n\n".join(f"![{self.current.stage}]({data_url(picture)})" for picture in pictures)
         return Content(
             shown,
-            f"{self.progress.stage}: {'throughput' if self._sharded else 'loss and acceptance'}",
+            f"{self.current.stage}: {'throughput' if self._sharded else 'loss and acceptance'}",
         )
 
 
-def told(progress: Progress) -> list[str]:
+def progress_lines(progress: Progress) -> list[str]:
     """How far a stage is, in lines."""
     how_far = f"{progress.state}: {progress.done:,} of {progress.total:,} {progress.unit}".rstrip()
     numbers, lines = progress.numbers, [how_far if progress.total else progress.state]

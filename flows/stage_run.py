@@ -26,8 +26,8 @@ from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, TransientE
 from deepspec.process.launch import RunRequest, scope
 from deepspec.process.shard_ranges import shard_list
 from flows.selection import SELECTABLE
-from flows.shard_scheduler import SHARD_DIGITS, Dealer, Lane
-from flows.stage_progress import Board
+from flows.shard_scheduler import SHARD_DIGITS, Lane, ShardScheduler
+from flows.stage_progress import StageProgress
 
 # that a lane may take to end once its child is gone: a task run is still to be reported
 END_S = 30.0
@@ -35,7 +35,7 @@ LANES_S = 2.0  # between two looks for lanes that came
 MAX_NAMED = 20  # failed shards whose reasons are spelt out
 
 
-class Hands(Protocol):
+class Executor(Protocol):
     """Where the work is done."""
 
     lanes: list[Lane]
@@ -69,43 +69,40 @@ class StageRun:
         self.error: DeepSpecError | None = None
         self.limits = config.resources.retries.limits(self.stage)
         history = functools.partial(training_lines, config) if self.stage == "train" else tuple
-        self.board = Board(config.name, before, sharded=self.sharded, history=history)
+        self.progress = StageProgress(config.name, before, sharded=self.sharded, history=history)
         todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
         self.left = threading.Event()
         """Set once nothing of the stage is to go on: what waits for something else than a child
         of this process looks at it.
         """
-        self.dealer = Dealer(
-            todo,
-            config.resources.runner.shards_per_task,
-            60 * config.resources.runner.group_minutes,
-            self.limits,
+        self.scheduler = ShardScheduler(
+            todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits
         )
 
-    def work(self, hands: Hands) -> None:
+    def work(self, executor: Executor) -> None:
         """Keep every lane busy until nothing is left; a group that fails does not stop the
         others.
         """
-        self.dealer.lanes = hands.lanes
-        self.board.watch(hands.lanes)
+        self.scheduler.lanes = executor.lanes
+        self.progress.show_lanes(executor.lanes)
         threads = list[threading.Thread]()
         try:
             # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes
             # come to their end.
             with (
-                scope(self.config.resources.runner.stop_s),
-                contextlib.closing(self.dealer),
+                scope(self.config.resources.stop_s),
+                contextlib.closing(self.scheduler),
                 contextlib.ExitStack() as stack,
             ):
                 stack.callback(self.left.set)
-                while len(threads) < len(hands.lanes) or any(
+                while len(threads) < len(executor.lanes) or any(
                     thread.is_alive() for thread in threads
                 ):
-                    for lane in hands.lanes[len(threads) :]:
+                    for lane in executor.lanes[len(threads) :]:
                         threads.append(
                             threading.Thread(
                                 target=copy_context().run,
-                                args=(self.serve, hands, lane),
+                                args=(self.serve, executor, lane),
                                 daemon=True,
                             )
                         )
@@ -117,14 +114,14 @@ class StageRun:
             for thread in threads:
                 thread.join(END_S)
 
-    def serve(self, hands: Hands, lane: Lane) -> None:
+    def serve(self, executor: Executor, lane: Lane) -> None:
         """One lane: group after group, each a task run of its own."""
-        while group := self.dealer.take(lane):
+        while group := self.scheduler.next_group(lane):
             lane.doing, lane.began, made = self.name(group), time.monotonic(), 0
             try:
-                self.board.lanes_changed()
+                self.progress.update_lanes()
                 work_on.with_options(task_run_name=lane.doing)(
-                    lane.doing, self, hands, lane, group, return_state=True
+                    lane.doing, self, executor, lane, group, return_state=True
                 )
                 made = self.count_made(lane, group)
             except (DeepSpecError, OSError) as error:
@@ -136,8 +133,8 @@ class StageRun:
                 raise
             finally:
                 lane.doing = ""
-                self.dealer.ended(lane, group, made, time.monotonic() - lane.began)
-            self.board.lanes_changed()
+                self.scheduler.group_ended(lane, group, made, time.monotonic() - lane.began)
+            self.progress.update_lanes()
 
     def name(self, group: Sequence[int]) -> str:
         """What a lane does with the group: `hidden 0017-0042`."""
@@ -146,16 +143,18 @@ class StageRun:
         )
 
     def count_made(self, lane: Lane, group: Sequence[int]) -> int:
-        """Shards of the group that are committed; of those that no child could tell, the board
+        """Shards of the group that are committed; of those that no child could tell, the progress
         is told what their records say.
         """
         made = set(group) - set(self.missing(group))
-        if unheard := self.board.unheard(made):
-            for record in artifact_of(self.config, self.stage).records(unheard).values():
+        if unreported := self.progress.unreported(made):
+            for record in artifact_of(self.config, self.stage).records(unreported).values():
                 fields = record.model_dump(
                     include={"shard", "rows", "tokens", "num_bytes", "rejected"}
                 )
-                self.board.hear({"event": "shard", "stage": self.stage, **fields}, lane=lane.name)
+                self.progress.on_event(
+                    {"event": "shard", "stage": self.stage, **fields}, lane=lane.name
+                )
         return len(made)
 
     def missing(self, group: Sequence[int]) -> list[int]:
@@ -183,7 +182,7 @@ class StageRun:
     def asked(self, group: list[int]) -> list[int] | None:
         return group if self.sharded else self.whole
 
-    def hear(self, event: Mapping[str, Any], *, lane: str = "") -> None:
+    def on_event(self, event: Mapping[str, Any], *, lane: str = "") -> None:
         """One event of a lane's child: a shard that failed for good counts at once, long before
         its group ends.
         """
@@ -191,12 +190,12 @@ class StageRun:
             self.failures[event["shard"]] = {"what": event["what"], "transient": False}
             self.lost.add(event["shard"])
             self.failed.add(event["shard"])
-            self.board.note(retries=self.dealer.retried, failed=len(self.failed))
+            self.progress.set_counts(retries=self.scheduler.retried, failed=len(self.failed))
             if self.too_many_failed():
-                self.dealer.close()
-        self.board.hear(event, lane=lane)
+                self.scheduler.close()
+        self.progress.on_event(event, lane=lane)
 
-    def note(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
+    def group_failed(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
         """A group failed: what may be tried again goes back, the rest is lost, and too much of
         it ends the stage.
         """
@@ -205,19 +204,19 @@ class StageRun:
             self.failures.update(error.failures)
             self.lost |= set(self.given_up(list(error.failures)))
             self.failed |= self.given_up(list(error.failures)).keys() | set(
-                self.dealer.give_back(lane, error.retryable)
+                self.scheduler.give_back(lane, error.retryable)
             )
         else:
-            self._note_whole(error, lane, group)
-        self.board.note(retries=self.dealer.retried, failed=len(self.failed))
+            self._group_failed_whole(error, lane, group)
+        self.progress.set_counts(retries=self.scheduler.retried, failed=len(self.failed))
         if self.too_many_failed():
-            self.dealer.close()
+            self.scheduler.close()
 
-    def _note_whole(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
+    def _group_failed_whole(self, error: DeepSpecError, lane: Lane, group: Sequence[int]) -> None:
         """Whether the shards or the lane are to blame, nobody said; where other lanes do well,
         it may be the lane.
         """
-        others = [other for other in self.dealer.lanes if other is not lane and not other.dead]
+        others = [other for other in self.scheduler.lanes if other is not lane and not other.dead]
         again = error.transient or (isinstance(error, ShardsFailed) and bool(error.retryable))
         if isinstance(error, UserError):
             again = any(other.shards for other in others)
@@ -231,7 +230,7 @@ class StageRun:
             else {}
         )
         made = len(group) - len(left)
-        dead = self.dealer.failed(lane, made=made)
+        dead = self.scheduler.lane_failed(lane, made=made)
         if dead:
             get_run_logger().warning(
                 "lane %s is left out: it failed %d times in a row; others go on",
@@ -241,7 +240,7 @@ class StageRun:
         # With a worker that dies every minute most shards of a group are given back before anybody
         # has tried them.
         spent = (
-            self.dealer.give_back(lane, missing, count=not (dead or made))
+            self.scheduler.give_back(lane, missing, count=not (dead or made))
             if again
             else list(missing)
         )
@@ -252,7 +251,7 @@ class StageRun:
         elif spent and not self.sharded:
             self.error = error
         if isinstance(error, UserError) and not again:
-            self.dealer.close()
+            self.scheduler.close()
 
     def given_up(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Those of the shards that failed for good: trying them again would end the same way."""
@@ -305,14 +304,14 @@ class StageRun:
 
 
 @task(name="shards", persist_result=False, cache_policy=NO_CACHE)
-def work_on(name: str, run: StageRun, hands: Hands, lane: Lane, group: list[int]) -> None:
+def work_on(name: str, run: StageRun, executor: Executor, lane: Lane, group: list[int]) -> None:
     """A group of shards at one lane. It is not tried again here: what failed goes back to all
     lanes.
     """
     try:
-        hands.work(lane, name, run.asked(group))
+        executor.work(lane, name, run.asked(group))
     except DeepSpecError as error:
-        run.note(error, lane, group)
+        run.group_failed(error, lane, group)
         raise
     except OSError as error:
         # no process, no file: this machine has too little of something just now
@@ -320,7 +319,7 @@ def work_on(name: str, run: StageRun, hands: Hands, lane: Lane, group: list[int]
             f"{name} could not be done here: {type(error).__name__}: {error}",
             "it is tried again by itself",
         )
-        run.note(TransientError(what, where=lane.name, fix=fix), lane, group)
+        run.group_failed(TransientError(what, where=lane.name, fix=fix), lane, group)
         raise
     lane.failed_in_a_row = 0
     get_run_logger().info("%s: done", name)

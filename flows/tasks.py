@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from prefect import get_run_logger
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.leases import Claims
+from deepspec.artifacts.leases import Leases
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
 from deepspec.config.run import RunConfig
@@ -21,13 +21,13 @@ from deepspec.process.shard_ranges import parse_shards
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
 from flows.failures import publish_failure
-from flows.lease_wait import claims_on, take_turn, to_claim
-from flows.local_executor import LocalHands
-from flows.pool_executor import WorkersHands
-from flows.reporting import StageOutcome, State, publish_stages, show_nothing_to_do
+from flows.lease_wait import acquire_shards, leases_on, shards_to_lease
+from flows.local_executor import LocalExecutor
+from flows.pool_executor import PoolExecutor
+from flows.reporting import StageOutcome, State, publish_stages, report_nothing_to_do
 from flows.request import open_run
 from flows.selection import FLOW_OF, selected
-from flows.stage_run import Hands, StageRun
+from flows.stage_run import Executor, StageRun
 
 
 def run_stages(
@@ -86,9 +86,9 @@ def run_stage(
         return already_done(config, status, 0.0)
     require_sealed(config, stage)
     artifact = artifact_of(config, stage)
-    with claims_on(artifact) as claims:
+    with leases_on(artifact) as leases:
         while True:
-            mine, at_once = take_turn(claims, config, todo)
+            mine, at_once = acquire_shards(leases, config, todo)
             if not at_once or made_since(artifact, mine):
                 status = stage_status(config, stage)
                 todo = selected(config, status, asked)
@@ -98,31 +98,31 @@ def run_stage(
             if part.missing or not todo.missing:
                 # none missing: the manifest alone is
                 run = StageRun(request, config, part, some=bool(asked and part.missing))
-                status = work_off(run, claims, asked)
+                status = work_off(run, leases, asked)
                 todo = selected(config, status, asked)
                 if status.sealed:
                     publish_asset(artifact)
                 if nothing_to_do(status, todo, asked):
                     return StageOutcome(status, "done", time.monotonic() - started)
-            claims.release()
+            leases.release()
 
 
-def work_off(run: StageRun, claims: Claims, asked: Sequence[int]) -> StageStatus:
+def work_off(run: StageRun, leases: Leases, asked: Sequence[int]) -> StageStatus:
     """The stage as it is once this run's part of what was missing is made.
 
     Raises:
         DeepSpecError: some of that part is still missing.
     """
     try:
-        with hands_for(run, claims) as hands:
-            run.work(hands)
+        with executor_for(run, leases) as executor:
+            run.work(executor)
         after = stage_status(run.config, run.stage)
-        left = among(selected(run.config, after, asked), to_claim(run.before))
+        left = among(selected(run.config, after, asked), shards_to_lease(run.before))
     except DeepSpecError:
-        run.board.close("failed")
+        run.progress.close("failed")
         raise
     failed = bool(left.missing) or not (run.before.missing or after.sealed)
-    run.board.close("failed" if failed else "done")
+    run.progress.close("failed" if failed else "done")
     if failed:
         raise run.failure(left).with_traceback(None)
     return after
@@ -143,7 +143,7 @@ def made_since(artifact: Artifact, missing: Sequence[int]) -> bool:
 
 def already_done(config: RunConfig, status: StageStatus, seconds: float) -> StageOutcome:
     state: State = "in training" if status.in_training else "already done"
-    show_nothing_to_do(status, state)
+    report_nothing_to_do(status, state)
     if status.sealed:
         publish_once(artifact_of(config, status.stage))
     return StageOutcome(status, state, seconds)
@@ -162,17 +162,17 @@ def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
 
 
 @contextlib.contextmanager
-def hands_for(run: StageRun, claims: Claims) -> Iterator[Hands]:
-    """Where the stage's work is done, as `resources.runner.kind` says; a Ray cluster takes stages
+def executor_for(run: StageRun, leases: Leases) -> Iterator[Executor]:
+    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages
     with shards alone.
     """
     runner = run.config.resources.runner.kind
     if runner == "ray" and run.sharded:
-        from flows.ray_executor import ray_hands
+        from flows.ray_executor import ray_executor
 
-        with ray_hands(run) as hands:
-            yield hands
+        with ray_executor(run) as executor:
+            yield executor
     elif runner == "workers" and run.stage in FLOW_OF:
-        yield WorkersHands(run, claims)
+        yield PoolExecutor(run, leases)
     else:
-        yield LocalHands(run)
+        yield LocalExecutor(run)

@@ -1,9 +1,9 @@
-"""Which shards a run works on, said in the store, so that two runs on one artifact do not make the
-same ones twice.
+"""Leases: which shards a run works on, kept in the store, so that two runs on one artifact do not
+make the same shards twice.
 
-Only time depends on it: the commit rule keeps an artifact whole whatever two runs do. Each run
-writes one file of its own under `claims/` and renews it; what is left of a run that died counts for
-nothing after `LOST_S`. Ages are differences between times that the store gave, so no two clocks are
+Leases save time and protect nothing: the commit rule keeps an artifact whole whatever two runs do.
+Each run writes one file of its own and renews it; the file of a run that died counts for nothing
+after `LOST_S`. Ages are differences between times that the store gave, so no two clocks are
 compared.
 """
 
@@ -29,49 +29,56 @@ from deepspec.storage.store import pretty_json
 
 log = logging.getLogger(__name__)
 
+FOLDER = "claims"  # of the store
 RENEW_S = 10.0
 LOST_S = 60.0  # without being renewed
-ASK_S = 0.2  # between two looks while another run is asking for the same shards at the same moment
-FORGET_S = 3600.0  # after which the file of a run that died is taken away
+ASK_S = 0.2  # between two looks while another run requests the same shards at the same moment
+FORGET_S = 3600.0  # after which the file of a run that died is removed
 
 
-class Claim(Stored):
-    """A run's word on what it works on."""
+class Lease(Stored):
+    """What a run publishes about the shards that it works on."""
 
     run: str
-    """What people call it."""
+    """Its name, for people."""
     run_id: str
-    dealer: str = ""
-    """The `run_id` of the run that dealt it its shards, and claims them, too; empty where it
-    was started for itself.
+    parent_run_id: str = ""
+    """The run that assigned it its shards, and holds a lease on them, too; empty where it was
+    started on its own.
     """
     process: str
     """As in `this_process`."""
     settled: bool = False
-    """Whether the shards are its own, or only asked for so far."""
+    """Whether the shards are its own, or only requested so far."""
     shards: str = ""
 
 
-class Taken(NamedTuple):
+class Acquired(NamedTuple):
+    """The outcome of a request for shards."""
+
     shards: list[int]
-    """What is this run's now."""
-    others: list[Claim]
-    """Who has the rest."""
+    """Those that are this run's now."""
+    others: list[Lease]
+    """The leases on the rest."""
 
 
-class Seen(NamedTuple):
+class OtherLease(NamedTuple):
+    """Another run's lease, as it was found in the store."""
+
     name: str
-    claim: Claim
+    lease: Lease
     alive: bool
 
 
-class Claims:
-    """A run's claim on shards of an artifact, renewed by a thread until the block is left."""
+class Leases:
+    """A run's lease on shards of an artifact, renewed by a thread until the block is left."""
 
-    def __init__(self, artifact: Artifact, claim: Claim) -> None:
-        self.store, self.folder = artifact.store, f"claims/{artifact.folder}"
-        self.name, self.claim = f"{uuid.uuid4().hex}.json", claim
-        self._written, self._lock, self._left = 0.0, threading.Lock(), threading.Event()
+    def __init__(self, artifact: Artifact, lease: Lease) -> None:
+        self.store, self.folder = artifact.store, f"{FOLDER}/{artifact.folder}"
+        self.name, self.lease = f"{uuid.uuid4().hex}.json", lease
+        self._written = 0.0
+        self._lock = threading.Lock()
+        self._left = threading.Event()
         self._renewer = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Self:
@@ -80,77 +87,75 @@ class Claims:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        # or it counts as dead a minute from now
+        # Where the file cannot be removed, the lease counts as lost a minute from now.
         with self._lock, contextlib.suppress(DeepSpecError, OSError):
             self.store.remove(f"{self.folder}/{self.name}")
 
-    def take(self, wanted: Iterable[int]) -> Taken:
+    def acquire(self, wanted: Iterable[int]) -> Acquired:
         """Those of the wanted shards that no other living run works on are this run's now, instead
         of what it had before.
 
-        A run asks first and looks then, so of two that ask at the same moment at least one sees the
-        other; the smaller name goes first.
+        A run writes its request first and looks at the others then, so of two that request at the
+        same moment at least one sees the other; the smaller name goes first.
         """
-        mine, others = set(wanted), list[Claim]()
-        self._say(mine, settled=False)
+        mine, others = set(wanted), list[Lease]()
+        self._publish(mine, settled=False)
         while True:
             rivals = [
-                (seen, set(parse_shards(seen.claim.shards)) & mine)
-                for seen in self.look()
-                if seen.alive and not self._is_dealer(seen)
+                (other, set(parse_shards(other.lease.shards)) & mine)
+                for other in self.others()
+                if other.alive and not self._is_parent(other.lease)
             ]
             lost = [
-                (seen, both)
-                for seen, both in rivals
-                if both and (seen.claim.settled or seen.name < self.name)
+                (other.lease, both)
+                for other, both in rivals
+                if both and (other.lease.settled or other.name < self.name)
             ]
             if lost:
-                others += [seen.claim for seen, _ in lost]
+                others += [lease for lease, _ in lost]
                 mine -= set().union(*(both for _, both in lost))
-                self._say(mine, settled=False)
+                self._publish(mine, settled=False)
             if not any(both & mine for _, both in rivals):
                 break
             time.sleep(ASK_S)
-        self._say(mine, settled=True)
-        return Taken(sorted(mine), others)
+        self._publish(mine, settled=True)
+        return Acquired(sorted(mine), others)
 
     def release(self) -> None:
-        self._say((), settled=True)
+        """The run keeps its file, and no shard."""
+        self._publish((), settled=True)
 
-    def look(self) -> list[Seen]:
-        """What all runs at the artifact say, this one left out."""
+    def others(self) -> list[OtherLease]:
+        """The leases of all other runs on the artifact."""
         entries = {entry.name: entry for entry in self.store.entries(self.folder)}
         own = entries.pop(self.name, None)
         now = own.modified + time.monotonic() - self._written if own else 0.0
-        seen = []
-        for name, data in zip(
-            entries,
-            self.store.read_many([f"{self.folder}/{name}" for name in entries]),
-            strict=True,
-        ):
-            with contextlib.suppress(ValidationError):  # gone since the listing, or no claim
-                claim, age_s = Claim.model_validate_json(data or b""), now - entries[name].modified
-                seen.append(Seen(name, claim, age_s < LOST_S and not has_ended(claim.process)))
+        contents = self.store.read_many([f"{self.folder}/{name}" for name in entries])
+        found = []
+        for name, data in zip(entries, contents, strict=True):
+            with contextlib.suppress(ValidationError):  # gone since the listing, or no lease
+                lease, age_s = Lease.model_validate_json(data or b""), now - entries[name].modified
+                alive = age_s < LOST_S and not has_ended(lease.process)
+                found.append(OtherLease(name, lease, alive))
                 if age_s > FORGET_S:
                     self.store.remove(f"{self.folder}/{name}")
-        return seen
+        return found
 
-    def _is_dealer(self, seen: Seen) -> bool:
-        """Nobody else is let through: a run that is begun again may meet what its first try
-        left running.
+    def _is_parent(self, lease: Lease) -> bool:
+        """Only the parent's lease is no obstacle: a run that is started again may meet what its
+        first try left running.
         """
-        return bool(self.claim.dealer) and seen.claim.run_id == self.claim.dealer
+        return bool(self.lease.parent_run_id) and lease.run_id == self.lease.parent_run_id
 
-    def _say(self, shards: Iterable[int], *, settled: bool) -> None:
-        self.claim = self.claim.model_copy(
-            update={"shards": shard_list(sorted(shards)), "settled": settled}
-        )
+    def _publish(self, shards: Iterable[int], *, settled: bool) -> None:
+        text = shard_list(sorted(shards))
+        self.lease = self.lease.model_copy(update={"shards": text, "settled": settled})
         self._write()
 
     def _write(self) -> None:
         with self._lock:
             if not self._left.is_set():
-                self.store.write(f"{self.folder}/{self.name}", pretty_json(self.claim.model_dump()))
+                self.store.write(f"{self.folder}/{self.name}", pretty_json(self.lease.model_dump()))
                 self._written = time.monotonic()
 
     def _renew(self) -> None:
@@ -158,12 +163,12 @@ class Claims:
             try:
                 self._write()
             except (DeepSpecError, OSError) as error:
-                log.warning("claim=%s was not renewed: %s", self.name, error)
+                log.warning("lease=%s was not renewed: %s", self.name, error)
 
 
 def this_process() -> str:
-    """Names this process among those of all machines and all times; empty where the system does
-    not tell enough.
+    """Identifies this process among those of all machines and all times; empty where the system
+    does not tell enough.
     """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -183,7 +188,7 @@ def has_ended(process: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         pass
     return _started(int(pid)) not in ("", started)
 
@@ -197,11 +202,10 @@ def _started(pid: int) -> str:
     return "ended" if fields[0] in "ZX" else fields[19]
 
 
-def words(others: Sequence[Claim]) -> str:
-    """Who they are: `run 'pipeline demo' on node1`."""
-    return ", ".join(
-        dict.fromkeys(
-            f"run {claim.run!r} on {claim.process.partition(' ')[0] or 'another machine'}"
-            for claim in others
-        )
-    )
+def holders_text(leases: Sequence[Lease]) -> str:
+    """The runs that hold these leases: `run 'pipeline demo' on node1`."""
+    machines = [lease.process.partition(" ")[0] or "another machine" for lease in leases]
+    runs = [
+        f"run {lease.run!r} on {machine}" for lease, machine in zip(leases, machines, strict=True)
+    ]
+    return ", ".join(dict.fromkeys(runs))

@@ -14,10 +14,10 @@ from flows.display import show_summary, shown_on_terminal, summary_line
 from flows.reporting import (
     Progress,
     StageOutcome,
-    artifact_key,
+    prefect_key,
+    report_nothing_to_do,
+    report_progress,
     result_row,
-    show,
-    show_nothing_to_do,
     stage_row,
 )
 
@@ -57,12 +57,12 @@ def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(
 ):
     with shown_on_terminal(["train"]):
         for done in range(100):
-            show(
+            report_progress(
                 Progress(
                     "train", "running", done, 100, "steps", {"loss": 2.345678, "tokens": 10 * done}
                 )
             )
-        show(Progress("train", "done", 100, 100, "steps", {"loss": 1.5, "tokens": 1000}))
+        report_progress(Progress("train", "done", 100, 100, "steps", {"loss": 1.5, "tokens": 1000}))
     shown = capsys.readouterr()
     assert shown.out == "", "stdout is kept for the results"
     lines = shown.err.splitlines()
@@ -83,8 +83,8 @@ RESUMED = {
 def test_a_training_says_its_own_speed_and_the_time_left(capsys: pytest.CaptureFixture[str]):
     """Of one resumed at step 900, what was done before would make both far too good."""
     with shown_on_terminal(["train"]):
-        show(Progress("train", "running", 910, 1000, "steps", RESUMED))
-        show(Progress("train", "done", 1000, 1000, "steps", {**RESUMED, "left_s": 0}))
+        report_progress(Progress("train", "running", 910, 1000, "steps", RESUMED))
+        report_progress(Progress("train", "done", 1000, 1000, "steps", {**RESUMED, "left_s": 0}))
     running, done = capsys.readouterr().err.splitlines()
     assert (
         running
@@ -101,7 +101,7 @@ def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take it for a terminal
     monkeypatch.setenv("COLUMNS", "200")
     with shown_on_terminal(["train"]):
-        show(Progress("train", "running", 910, 1000, "steps", RESUMED))
+        report_progress(Progress("train", "running", 910, 1000, "steps", RESUMED))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     for words in (
         "910/1000",
@@ -115,7 +115,7 @@ def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(
 
 def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixture[str]):
     with shown_on_terminal(["evaluate"]):
-        show_nothing_to_do(STATUS, "already done")
+        report_nothing_to_do(STATUS, "already done")
     assert capsys.readouterr().err.startswith("evaluate: already done")
 
 
@@ -162,5 +162,5 @@ def test_the_last_line_is_one_json_object_for_scripts():
     )
 
 
-def test_artifact_keys_hold_only_what_prefect_takes():
-    assert artifact_key("DSpark_qwen3-4b.v2-Answers") == "dspark-qwen3-4b-v2-answers"
+def test_prefect_keys_hold_only_what_prefect_takes():
+    assert prefect_key("DSpark_qwen3-4b.v2-Answers") == "dspark-qwen3-4b-v2-answers"

@@ -25,7 +25,7 @@ from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.states import Crashed, Failed, Running, State
 from prefect.types._datetime import now
 
-from deepspec.artifacts.leases import Claim, Claims
+from deepspec.artifacts.leases import Lease, Leases
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import put_failure
 from deepspec.artifacts.status import stage_status
@@ -34,9 +34,9 @@ from deepspec.errors import DeepSpecError, ShardsFailed, TransientError
 from deepspec.process.launch import RunRequest
 from flows import pool_executor as workers
 from flows.automations import ended
-from flows.lease_wait import GROUP, claims_on, is_part
-from flows.pool import Pool
-from flows.pool_executor import WorkersHands
+from flows.lease_wait import GROUP, is_part, leases_on
+from flows.pool import WorkPool
+from flows.pool_executor import PoolExecutor
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
 from tests.flows.conftest import flaky_run
@@ -85,7 +85,7 @@ def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     )
 
 
-def dealt(site: Site, act: Callable[[StageRun, Claims], None]) -> None:
+def dealt(site: Site, act: Callable[[StageRun, Leases], None]) -> None:
     """Do this in a flow that is about to deal out the stage `answers`."""
 
     @flow
@@ -95,20 +95,20 @@ def dealt(site: Site, act: Callable[[StageRun, Claims], None]) -> None:
             RunRequest(str(site.run_file), site.overrides), config, stage_status(config, "answers")
         )
         try:
-            with claims_on(artifact_of(config, "answers")) as claims:
-                act(run, claims)
+            with leases_on(artifact_of(config, "answers")) as leases:
+                act(run, leases)
         finally:
             run.left.set()
 
     dealing()
 
 
-def at_work(hands: WorkersHands, shards: list[int]) -> tuple[threading.Thread, list[Any]]:
+def at_work(executor: PoolExecutor, shards: list[int]) -> tuple[threading.Thread, list[Any]]:
     """The lane's thread, and the error that it ended with."""
 
     def work() -> DeepSpecError | None:
         try:
-            hands.work(hands.lanes[0], "answers 0", shards)
+            executor.work(executor.lanes[0], "answers 0", shards)
         except DeepSpecError as error:
             return error
         return None
@@ -127,27 +127,27 @@ def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
 ):
     lost = list[str]()
 
-    def unheard(*args: Any, **fields: Any) -> FlowRun:
+    def unreported(*args: Any, **fields: Any) -> FlowRun:
         made = run_deployment(*args, **fields)
         if not lost:
             lost.append(fields["idempotency_key"])
             raise httpx.ReadTimeout("the answer got lost")
         return made
 
-    def restarting(*args: Any) -> Pool:
+    def restarting(*args: Any) -> WorkPool:
         if not lost_pools:
             lost_pools.append(args)
             raise httpx.ConnectError("the server is being started again")
-        return Pool(*args)
+        return WorkPool(*args)
 
     lost_pools = list[Any]()
-    monkeypatch.setattr(workers, "run_deployment", unheard)
-    monkeypatch.setattr(workers, "Pool", restarting)
+    monkeypatch.setattr(workers, "run_deployment", unreported)
+    monkeypatch.setattr(workers, "WorkPool", restarting)
 
-    def act(run: StageRun, claims: Claims) -> None:
-        hands = WorkersHands(run, claims)
-        thread, _ = at_work(hands, [0])
-        wait_until(lambda: hands.waiting)
+    def act(run: StageRun, leases: Leases) -> None:
+        executor = PoolExecutor(run, leases)
+        thread, _ = at_work(executor, [0])
+        wait_until(lambda: executor.waiting)
         run.left.set()
         thread.join(60)
 
@@ -157,9 +157,9 @@ def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
 
 
 def test_what_an_earlier_try_asked_for_and_nobody_began_is_cancelled(site: Site):
-    def act(run: StageRun, claims: Claims) -> None:
-        left = WorkersHands(run, claims)._start(1, [0, 1])
-        WorkersHands(run, claims)
+    def act(run: StageRun, leases: Leases) -> None:
+        left = PoolExecutor(run, leases)._start(1, [0, 1])
+        PoolExecutor(run, leases)
         assert [(child.id, child.state_name) for child in site.children()] == [
             (left.id, "Cancelled")
         ]
@@ -170,21 +170,21 @@ def test_what_an_earlier_try_asked_for_and_nobody_began_is_cancelled(site: Site)
 def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_another_one(
     site: Site,
 ):
-    def act(run: StageRun, claims: Claims) -> None:
-        hands = WorkersHands(run, claims)
-        thread, outcome = at_work(hands, [0])
+    def act(run: StageRun, leases: Leases) -> None:
+        executor = PoolExecutor(run, leases)
+        thread, outcome = at_work(executor, [0])
         wait_until(site.children)
         (child,) = site.children()
         set_state(child, Running())
-        claim = Claim(
+        lease = Lease(
             run=child.name,
             run_id=str(child.id),
-            dealer=str(flow_run.id),
+            parent_run_id=str(flow_run.id),
             process="elsewhere 1 2 3 4",
         )
-        with Claims(artifact_of(run.config, "answers"), claim) as its_own:
-            assert its_own.take([0]).shards == [0]
-            wait_until(lambda: str(child.id) in hands.alive)
+        with Leases(artifact_of(run.config, "answers"), lease) as its_own:
+            assert its_own.acquire([0]).shards == [0]
+            wait_until(lambda: str(child.id) in executor.alive)
             set_state(child, Crashed(message="no sign of life for 540 s"))
             thread.join(1)
             assert thread.is_alive(), "it may still commit the shard"
@@ -197,15 +197,15 @@ def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_
 
 
 def test_a_run_that_ended_well_without_its_shards_says_what_may_be_wrong(site: Site):
-    def act(run: StageRun, claims: Claims) -> None:
-        hands = WorkersHands(run, claims)
-        child = hands._start(1, [3, 4])
+    def act(run: StageRun, leases: Leases) -> None:
+        executor = PoolExecutor(run, leases)
+        child = executor._start(1, [3, 4])
         child.state = State(type="COMPLETED", name="Completed", message="All states completed.")
         with pytest.raises(
             TransientError,
             match=r"but of its shards 3-4 are not there\n.*where: .*\n.*fix: .* the same run file",
         ):
-            hands._judge(child, [3, 4], {})
+            executor._judge(child, [3, 4], {})
 
     dealt(site, act)
 
@@ -215,16 +215,16 @@ def test_what_may_be_tried_again_of_an_evaluation_is(site: Site):
     say whether they may be.
     """
 
-    def act(run: StageRun, claims: Claims) -> None:
+    def act(run: StageRun, leases: Leases) -> None:
         run.sharded = False
-        hands = WorkersHands(run, claims)
-        child = hands._start(1, None)
+        executor = PoolExecutor(run, leases)
+        child = executor._start(1, None)
         child.state = Failed(
             message="Flow run encountered an exception: ShardsFailed: 1 of 2 shards failed"
         )
-        put_failure(hands.artifact, 0, TransientError("the disk was full"))
+        put_failure(executor.artifact, 0, TransientError("the disk was full"))
         with pytest.raises(ShardsFailed) as failed:
-            hands._judge(child, [], {})
+            executor._judge(child, [], {})
         assert failed.value.retryable == [0]
 
     dealt(site, act)

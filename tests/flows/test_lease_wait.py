@@ -18,7 +18,7 @@ from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from deepspec.artifacts.leases import Claims, Taken, this_process
+from deepspec.artifacts.leases import Acquired, Leases, this_process
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
@@ -26,7 +26,7 @@ from deepspec.errors import TransientError
 from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows import lease_wait as turns
-from flows.lease_wait import GROUP, claims_on
+from flows.lease_wait import GROUP, leases_on
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.tasks import run_stages
 
@@ -122,11 +122,11 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
         capture_output=True,
         check=True,
     )
-    claims = claims_on(artifact_of(config, "answers"))
-    claims.claim = claims.claim.model_copy(
+    leases = leases_on(artifact_of(config, "answers"))
+    leases.lease = leases.lease.model_copy(
         update={"process": dead.stdout.decode().strip(), "run_id": "another"}
     )
-    assert claims.take([3, 4, 5]).shards == [3, 4, 5]
+    assert leases.acquire([3, 4, 5]).shards == [3, 4, 5]
     second_thread, second = in_thread(lambda: answers(str(run_file), GATED))
     wait_until(lambda: lines(run_file, "waits") == [1, 4])
     (run_file.parent / "slow").unlink()
@@ -144,14 +144,14 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
 
     answers(str(run_file), (), "0")
     config = load_run(str(run_file))
-    with claims_on(artifact_of(config, "answers")) as other:
-        other.claim = other.claim.model_copy(update={"run": "capture x", "run_id": "another"})
-        other.take([4])
+    with leases_on(artifact_of(config, "answers")) as other:
+        other.lease = other.lease.model_copy(update={"run": "capture x", "run_id": "another"})
+        other.acquire([4])
         with pytest.raises(
             TransientError, match=r"another run works on these shards: run 'capture x' on "
         ):
             dealing()
-    assert this_process().startswith(other.claim.process.split()[0])
+    assert this_process().startswith(other.lease.process.split()[0])
 
 
 def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(
@@ -164,10 +164,12 @@ def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next
 
     @flow(retries=1)
     def tried_twice() -> None:
-        claims = claims_on(artifact)
-        seen.append(claims.take([1, 2]).shards)  # never released: as if killed, on another machine
-        claims.claim = claims.claim.model_copy(update={"process": "elsewhere 1 2 3 4"})
-        claims._write()
+        leases = leases_on(artifact)
+        seen.append(
+            leases.acquire([1, 2]).shards
+        )  # never released: as if killed, on another machine
+        leases.lease = leases.lease.model_copy(update={"process": "elsewhere 1 2 3 4"})
+        leases._write()
         if len(seen) == 1:
             raise RuntimeError("killed")
 
@@ -183,13 +185,13 @@ def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Pat
 
     @flow
     def part() -> str:
-        return claims_on(artifact).claim.dealer
+        return leases_on(artifact).lease.parent_run_id
 
     @flow
     def sweep() -> tuple[str, str, str]:
         with tags(GROUP):
             dealt = part()
-        return claims_on(artifact).claim.run_id, dealt, part()
+        return leases_on(artifact).lease.run_id, dealt, part()
 
     own, dealt, other = sweep()
     assert (own, other) == (dealt, "")
@@ -205,23 +207,23 @@ def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(
         stage_status(config, "answers"),
         list[int](),
     )
-    monkeypatch.setattr(turns, "Watch", partial(turns.Watch, look_s=0.1))
+    monkeypatch.setattr(turns, "StoreWatch", partial(turns.StoreWatch, poll_s=0.1))
 
-    class Away(Claims):
-        def take(self, wanted: Iterable[int]) -> Taken:
+    class Away(Leases):
+        def acquire(self, wanted: Iterable[int]) -> Acquired:
             tries.append(1)
             if len(tries) == 2:
                 raise TransientError("the server did not answer")
             if len(tries) == 3:
                 other.release()
-            return super().take(wanted)
+            return super().acquire(wanted)
 
     with (
-        claims_on(artifact) as other,
-        Away(artifact, other.claim.model_copy(update={"run_id": "another"})) as waiting,
+        leases_on(artifact) as other,
+        Away(artifact, other.lease.model_copy(update={"run_id": "another"})) as waiting,
     ):
-        other.take(todo.missing)
+        other.acquire(todo.missing)
         assert (
-            flow(turns.take_turn, validate_parameters=False)(waiting, config, todo)[0]
+            flow(turns.acquire_shards, validate_parameters=False)(waiting, config, todo)[0]
             == todo.missing
         )

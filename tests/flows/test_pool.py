@@ -16,9 +16,9 @@ from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
 from flows import pool
-from flows.pool import Pool
+from flows.pool import WorkPool
 from flows.pool_executor import error_in
-from flows.stage_progress import Board
+from flows.stage_progress import StageProgress
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,15 @@ def deployment() -> tuple[str, UUID]:
 
 @flow
 def look_at(title: str, run_file: Path, *, looks: int = 0) -> tuple[int, str]:
-    board = Board("looking", stage_status(load_run(str(run_file)), "answers"), sharded=True)
-    found = Pool(title, board)
+    progress = StageProgress(
+        "looking", stage_status(load_run(str(run_file)), "answers"), sharded=True
+    )
+    found = WorkPool(title, progress)
     for _ in range(looks):
-        found.tell_if_deserted(waiting=True)
-    note = board.progress.note
-    found.tell_if_deserted(waiting=False)
-    assert board.progress.note == ""
+        found.warn_if_deserted(waiting=True)
+    note = progress.current.note
+    found.warn_if_deserted(waiting=False)
+    assert progress.current.note == ""
     return found.room(), note
 
 

@@ -9,32 +9,37 @@ import threading
 
 import pytest
 
-from deepspec.config.retries import LONGEST_DELAY_S, StageLimits
-from flows.shard_scheduler import IN_A_ROW, MAX_GROUPS, Dealer, Lane
+from deepspec.config.resources import LONGEST_DELAY_S, StageLimits
+from flows.shard_scheduler import IN_A_ROW, MAX_GROUPS, Lane, ShardScheduler
 
 AT_ONCE = StageLimits(retries=2, retry_delay_s=0.0, deadline_s=None)
 
 
-def dealer(num_shards: int, lanes: list[Lane], *, most: int = 32, group_s: float = 600.0) -> Dealer:
-    return Dealer(range(num_shards), most, group_s, AT_ONCE, lanes)
+def scheduler_of(
+    num_shards: int, lanes: list[Lane], *, most: int = 32, group_s: float = 600.0
+) -> ShardScheduler:
+    return ShardScheduler(range(num_shards), most, group_s, AT_ONCE, lanes)
 
 
 def worked_off(
-    dealt: Dealer, seconds_per_shard: list[float]
+    scheduler: ShardScheduler, seconds_per_shard: list[float]
 ) -> tuple[list[tuple[str, int]], float]:
     """All groups (lane, size) in the order in which they were begun, and when the last one
     ended, on a clock of its own.
     """
-    clock, groups = [(0.0, number) for number in range(len(dealt.lanes))], list[tuple[str, int]]()
+    clock, groups = (
+        [(0.0, number) for number in range(len(scheduler.lanes))],
+        list[tuple[str, int]](),
+    )
     ends = 0.0
     while clock:
         now, number = heapq.heappop(clock)
-        lane = dealt.lanes[number]
-        with dealt._changed:  # nobody else is there who could give something back: not to wait
-            dealt._out.clear()
-        if group := dealt.take(lane):
+        lane = scheduler.lanes[number]
+        with scheduler._changed:  # nobody else is there who could give something back: not to wait
+            scheduler._out.clear()
+        if group := scheduler.next_group(lane):
             took = len(group) * seconds_per_shard[number]
-            dealt.ended(lane, group, len(group), took)
+            scheduler.group_ended(lane, group, len(group), took)
             groups.append((lane.name, len(group)))
             heapq.heappush(clock, (now + took, number))
             ends = max(ends, now + took)
@@ -43,7 +48,7 @@ def worked_off(
 
 def test_a_faster_lane_gets_more_and_all_end_together():
     lanes = [Lane("fast"), Lane("slow")]
-    groups, ends = worked_off(dealer(1000, lanes), [10.0, 40.0])
+    groups, ends = worked_off(scheduler_of(1000, lanes), [10.0, 40.0])
     ideal = 1000 / (1 / 10 + 1 / 40)
     assert ends < 1.05 * ideal
     assert sum(size for name, size in groups if name == "fast") == pytest.approx(800, rel=0.05)
@@ -52,61 +57,61 @@ def test_a_faster_lane_gets_more_and_all_end_together():
 
 def test_groups_last_minutes_and_never_exceed_what_is_allowed():
     # 600 s wished: ten shards of a minute
-    groups, _ = worked_off(dealer(2000, [Lane("lane")]), [60.0])
+    groups, _ = worked_off(scheduler_of(2000, [Lane("lane")]), [60.0])
     assert {size for _, size in groups[1:-5]} == {10}
-    groups, _ = worked_off(dealer(2000, [Lane("lane")]), [0.1])
+    groups, _ = worked_off(scheduler_of(2000, [Lane("lane")]), [0.1])
     assert {size for _, size in groups[:-5]} == {32}
 
 
 def test_a_stage_of_ten_thousand_slow_shards_does_not_become_ten_thousand_task_runs():
     groups, _ = worked_off(
-        dealer(10_000, [Lane(str(number)) for number in range(8)], group_s=60.0), [300.0] * 8
+        scheduler_of(10_000, [Lane(str(number)) for number in range(8)], group_s=60.0), [300.0] * 8
     )
     assert len(groups) <= MAX_GROUPS + 1
 
 
 def test_what_a_lane_gives_back_another_one_makes_that_waits_for_it():
     lanes = [Lane("dies"), Lane("lives")]
-    dealt = dealer(2, lanes, most=1)
-    first, second = dealt.take(lanes[0]), dealt.take(lanes[1])
-    dealt.ended(lanes[1], second, 1, 1.0)
+    scheduler = scheduler_of(2, lanes, most=1)
+    first, second = scheduler.next_group(lanes[0]), scheduler.next_group(lanes[1])
+    scheduler.group_ended(lanes[1], second, 1, 1.0)
     taken: list[list[int]] = []
-    waiting = threading.Thread(target=lambda: taken.append(dealt.take(lanes[1])))
+    waiting = threading.Thread(target=lambda: taken.append(scheduler.next_group(lanes[1])))
     waiting.start()
-    assert dealt.give_back(lanes[0], first) == []
-    dealt.ended(lanes[0], first, 0, 1.0)
+    assert scheduler.give_back(lanes[0], first) == []
+    scheduler.group_ended(lanes[0], first, 0, 1.0)
     waiting.join(10)
     assert taken == [first]
-    dealt.ended(lanes[1], first, 1, 1.0)
-    assert dealt.take(lanes[1]) == []
+    scheduler.group_ended(lanes[1], first, 1, 1.0)
+    assert scheduler.next_group(lanes[1]) == []
 
 
 def test_a_shard_is_given_out_again_as_often_as_is_allowed():
     lane = Lane("lane")
-    dealt = dealer(2, [lane], most=1)
+    scheduler = scheduler_of(2, [lane], most=1)
     for spent in ([], [], [0]):
-        group = dealt.take(lane)
-        assert group == [0] and dealt.give_back(lane, group) == spent
-        dealt.ended(lane, group, 0, 1.0)
-    assert dealt.take(lane) == [1]
+        group = scheduler.next_group(lane)
+        assert group == [0] and scheduler.give_back(lane, group) == spent
+        scheduler.group_ended(lane, group, 0, 1.0)
+    assert scheduler.next_group(lane) == [1]
 
 
 def test_a_lane_that_only_fails_is_left_out_and_the_last_one_never():
     lanes = [Lane("sick"), Lane("well")]
-    dealt = dealer(100, lanes)
+    scheduler = scheduler_of(100, lanes)
     for number in range(IN_A_ROW):
-        assert dealt.failed(lanes[0]) == (number == IN_A_ROW - 1)
-    assert dealt.take(lanes[0]) == [] and dealt.take(lanes[1]) != []
-    assert not any(dealt.failed(lanes[1]) for _ in range(IN_A_ROW))
+        assert scheduler.lane_failed(lanes[0]) == (number == IN_A_ROW - 1)
+    assert scheduler.next_group(lanes[0]) == [] and scheduler.next_group(lanes[1]) != []
+    assert not any(scheduler.lane_failed(lanes[1]) for _ in range(IN_A_ROW))
 
 
 def test_where_the_stage_ends_nobody_waits_any_longer():
     lanes = [Lane("busy"), Lane("waiting")]
-    dealt = dealer(1, lanes)
-    assert dealt.take(lanes[0]) == [0]
-    waiting = threading.Thread(target=dealt.take, args=(lanes[1],))
+    scheduler = scheduler_of(1, lanes)
+    assert scheduler.next_group(lanes[0]) == [0]
+    waiting = threading.Thread(target=scheduler.next_group, args=(lanes[1],))
     waiting.start()
-    dealt.close()
+    scheduler.close()
     waiting.join(10)
     assert not waiting.is_alive()
 
@@ -116,9 +121,9 @@ def test_a_lane_that_gets_on_between_its_failures_is_not_left_out():
     lanes but one were left out for good.
     """
     lanes = [Lane("killed"), Lane("well")]
-    dealt = dealer(100, lanes)
-    assert not any(dealt.failed(lanes[0], made=2) for _ in range(3 * IN_A_ROW))
-    assert [dealt.failed(lanes[0]) for _ in range(IN_A_ROW)] == [False, False, True]
+    scheduler = scheduler_of(100, lanes)
+    assert not any(scheduler.lane_failed(lanes[0], made=2) for _ in range(3 * IN_A_ROW))
+    assert [scheduler.lane_failed(lanes[0]) for _ in range(IN_A_ROW)] == [False, False, True]
 
 
 def test_however_often_is_tried_again_there_is_a_pause():

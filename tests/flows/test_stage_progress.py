@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from deepspec.artifacts.status import StageStatus
 from flows.reporting import Progress, watched_by
 from flows.shard_scheduler import Lane
-from flows.stage_progress import Board, told
+from flows.stage_progress import StageProgress, progress_lines
 
 
 def status(stage: str, committed: int, missing: int) -> StageStatus:
@@ -62,12 +62,12 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
     seen, now = list[Progress](), time.monotonic()
     lanes = [Lane(name, doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
     with watched_by(seen.append):
-        board = Board("rates", status("answers", 900, 100), sharded=True)
-        board._began = now - 10
-        board.watch(lanes)
-        board.hear(shard(900, rejected=3), lane="a")
-        board.hear(shard(901), lane="b")
-        board.hear(shard(901), lane="a")  # told again after a retry: it counts once
+        progress = StageProgress("rates", status("answers", 900, 100), sharded=True)
+        progress._began = now - 10
+        progress.show_lanes(lanes)
+        progress.on_event(shard(900, rejected=3), lane="a")
+        progress.on_event(shard(901), lane="b")
+        progress.on_event(shard(901), lane="a")  # told again after a retry: it counts once
     numbers = seen[-1].numbers
     assert (seen[-1].done, seen[-1].total, numbers["rows"], numbers["rejected"]) == (
         902,
@@ -77,19 +77,19 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
     )
     assert 0.1 < numbers["rows_per_s"] <= 2 and 5 < numbers["tokens_per_s"] <= 100
     assert 490 <= numbers["left_s"] < 4900
-    lines = told(seen[-1])
+    lines = progress_lines(seen[-1])
     assert lines[0].startswith("running: 902 of 1,000 shards, ") and lines[0].endswith(" left")
     assert "4.0 MB written" in lines and "0 retries, 3 rejected rows, 0 failed shards" in lines
 
 
 def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
     lanes = [Lane("GPU 0 #0", "0", failed=1), Lane("GPU 1 #1", "1", dead=True)]
-    board = Board("lanes", status("hidden", 0, 4), sharded=True)
-    board.watch(lanes)
+    progress = StageProgress("lanes", status("hidden", 0, 4), sharded=True)
+    progress.show_lanes(lanes)
     lanes[0].doing, lanes[0].began = "hidden 0000-0003", time.monotonic() - 60
-    board.hear(shard(0), lane="GPU 0 #0")
-    board.note(retries=2, failed=1)
-    board.close("failed")
+    progress.on_event(shard(0), lane="GPU 0 #0")
+    progress.set_counts(retries=2, failed=1)
+    progress.close("failed")
     first, second = json.loads(data_of("lanes-hidden-lanes"))
     assert (first["lane"], first["device"], first["doing"], first["shards"]) == (
         "GPU 0 #0",
@@ -117,10 +117,10 @@ def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
 
 
 def test_shards_that_no_child_told_of_are_known_to_be_unheard():
-    board = Board("unheard", status("answers", 0, 4), sharded=True)
-    board.hear(shard(1))
-    assert board.unheard([0, 1, 2]) == [0, 2]
-    assert Board("unheard", status("train", 0, 0), sharded=False).unheard([0]) == []
+    progress = StageProgress("unreported", status("answers", 0, 4), sharded=True)
+    progress.on_event(shard(1))
+    assert progress.unreported([0, 1, 2]) == [0, 2]
+    assert StageProgress("unreported", status("train", 0, 0), sharded=False).unreported([0]) == []
 
 
 def test_the_curves_of_a_training_go_on_from_its_last_lines(monkeypatch: pytest.MonkeyPatch):
@@ -134,9 +134,9 @@ def test_the_curves_of_a_training_go_on_from_its_last_lines(monkeypatch: pytest.
         {"step": 20, "loss": 2.5},
         {"step": 20, "held_out_acceptance_length": 1.2},
     ]
-    board = Board("curves", status("train", 0, 0), sharded=False, history=lambda: lines)
+    progress = StageProgress("curves", status("train", 0, 0), sharded=False, history=lambda: lines)
     for step in (20, 30, 40):
-        board.hear(
+        progress.on_event(
             {
                 "event": "progress",
                 "stage": "train",
@@ -146,7 +146,7 @@ def test_the_curves_of_a_training_go_on_from_its_last_lines(monkeypatch: pytest.
                 "loss": 2.0,
             }
         )
-    board.close("done")
+    progress.close("done")
     assert drawn[-1] == [10, 20, 20, 30, 40]
 
 
@@ -156,9 +156,9 @@ def test_a_store_that_cannot_be_read_just_then_costs_the_curves_alone(
     def away() -> list[dict[str, float]]:
         raise ConnectionError("the bucket is away")
 
-    board = Board("away", status("train", 0, 0), sharded=False, history=away)
-    board.hear(
+    progress = StageProgress("away", status("train", 0, 0), sharded=False, history=away)
+    progress.on_event(
         {"event": "progress", "stage": "train", "done": 1, "total": 2, "unit": "steps", "loss": 2.0}
     )
-    assert board.progress.done == 1 and "the bucket is away" in caplog.text
+    assert progress.current.done == 1 and "the bucket is away" in caplog.text
     assert data_of("away-train-curves").count("data:image/svg+xml") == 1

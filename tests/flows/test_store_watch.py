@@ -15,8 +15,8 @@ from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.prompts.stage import run_prompts
 from flows.reporting import Progress, watched_by
-from flows.stage_progress import Board
-from flows.store_watch import Watch, watching_store
+from flows.stage_progress import StageProgress
+from flows.store_watch import StoreWatch, watching_store
 
 
 @pytest.mark.filterwarnings("ignore:Artifact creation outside")
@@ -37,9 +37,9 @@ def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Pa
 
     before = stage_status(config, "answers")
     with watched_by(see):
-        board = Board("elsewhere", before, sharded=True)
+        progress = StageProgress("elsewhere", before, sharded=True)
         with watching_store(
-            Watch(artifact, before._replace(missing=[1, 2, 3]), board, look_s=0.02)
+            StoreWatch(artifact, before._replace(missing=[1, 2, 3]), progress, poll_s=0.02)
         ):
             run_answers(config, shards=[1, 2])
             assert two_seen.wait(60)

@@ -26,10 +26,10 @@ from deepspec.process import launch
 from deepspec.process.launch import MARK, RunRequest
 from deepspec.process.machine import visible_gpus
 from deepspec.prompts.stage import run_prompts
-from flows.local_executor import LocalHands
+from flows.local_executor import LocalExecutor
 from flows.reporting import Progress, StageOutcome, watched_by
 from flows.shard_scheduler import Lane
-from flows.stage_progress import Board
+from flows.stage_progress import StageProgress
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
 from tests.answer_server import answer_server
@@ -290,7 +290,7 @@ def stage_run(run_file: Path, *overrides: str) -> StageRun:
 @outside_a_flow
 def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
     run, lane = alone(stage_run(run_file))
-    run.note(
+    run.group_failed(
         ShardsFailed(
             "",
             failures={
@@ -302,26 +302,26 @@ def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
         [0, 1, 2],
     )
     assert list(run.given_up([0, 1, 2])) == [2]
-    run.note(TransientError("killed"), lane, [0, 1])
+    run.group_failed(TransientError("killed"), lane, [0, 1])
     assert list(run.given_up([0, 1, 2])) == [2]
     assert run.error is None
-    run.note(ChildFailed("no word"), lane, [3])
+    run.group_failed(ChildFailed("no word"), lane, [3])
     assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
 
 
 def alone(run: StageRun) -> tuple[StageRun, Lane]:
-    """The run with its only lane, to which everything was dealt."""
-    run.dealer.lanes = [lane] = LocalHands(run).lanes
-    assert run.dealer.take(lane) == [0, 1, 2] and run.dealer.take(lane) == [3]
+    """The run with its only lane, to which everything was assigned."""
+    run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
+    assert run.scheduler.next_group(lane) == [0, 1, 2] and run.scheduler.next_group(lane) == [3]
     return run, lane
 
 
 @outside_a_flow
 def test_a_group_that_fails_as_a_whole_counts_once(run_file: Path):
     run, lane = alone(stage_run(run_file))
-    run.note(ChildFailed("no word"), lane, [0, 1])
-    run.note(ChildFailed("no word"), lane, [0, 1])
-    run.note(
+    run.group_failed(ChildFailed("no word"), lane, [0, 1])
+    run.group_failed(ChildFailed("no word"), lane, [0, 1])
+    run.group_failed(
         ShardsFailed(
             "",
             failures={
@@ -350,12 +350,12 @@ def test_a_shard_that_failed_for_good_counts_while_its_group_is_at_work_and_once
             "what": "busy",
             "transient": True,
         }
-        run.hear(busy, lane=lane.name)
+        run.on_event(busy, lane=lane.name)
         assert not run.too_many_failed()
-        run.hear({**busy, "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
-        assert run.too_many_failed() and run.dealer.stopped and seen[-1].numbers["failed"] == 1
+        run.on_event({**busy, "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
+        assert run.too_many_failed() and run.scheduler.stopped and seen[-1].numbers["failed"] == 1
         bad = {"what": "bad", "transient": False}
-        run.note(
+        run.group_failed(
             ShardsFailed("", failures={0: {"what": "busy", "transient": True}, 1: bad}),
             lane,
             [0, 1, 2],
@@ -368,12 +368,12 @@ def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_af
     run_file: Path,
 ):
     run, lane = alone(stage_run(run_file))
-    run.hear(
+    run.on_event(
         {"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False},
         lane=lane.name,
     )
-    run.note(TransientError("killed"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.dealer._left] == [0, 2] and list(
+    run.group_failed(TransientError("killed"), lane, [0, 1, 2])
+    assert [shard.number for shard in run.scheduler._left] == [0, 2] and list(
         run.given_up([0, 1, 2])
     ) == [1]
 
@@ -385,18 +385,18 @@ def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_t
     """With a worker that dies every minute, the last shards of a long group were given up
     before anybody had begun them.
     """
-    run, lane = alone(stage_run(run_file, "resources.retries.times=1"))
-    run.dealer.ended(lane, [3], 1, 1.0)
+    run, lane = alone(stage_run(run_file, "resources.retries=1"))
+    run.scheduler.group_ended(lane, [3], 1, 1.0)
     group = [0, 1, 2]
     for left in ([1, 2], [2], [2]):
         run.missing = lambda group, left=left: left
-        run.note(TransientError("killed"), lane, group)
-        run.dealer.ended(lane, group, 0, 1.0)
+        run.group_failed(TransientError("killed"), lane, group)
+        run.scheduler.group_ended(lane, group, 0, 1.0)
         assert run.failed == set()
         time.sleep(0.1)
-        group = run.dealer.take(lane)
+        group = run.scheduler.next_group(lane)
         assert group == left
-    run.note(TransientError("killed"), lane, group)
+    run.group_failed(TransientError("killed"), lane, group)
     assert run.failed == {2}, "twice nothing was made"
 
 
@@ -411,8 +411,8 @@ def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
         raise TransientError("the server did not answer")
 
     run.missing = away
-    flow(run.note)(TransientError("the server did not answer"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.dealer._left] == [0, 1, 2]
+    flow(run.group_failed)(TransientError("the server did not answer"), lane, [0, 1, 2])
+    assert [shard.number for shard in run.scheduler._left] == [0, 1, 2]
 
 
 def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
@@ -438,15 +438,15 @@ def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
     `take`.
     """
     run = stage_run(run_file)
-    run.dealer.lanes = [dying, other] = [Lane("dying"), Lane("other")]
-    monkeypatch.setattr(run.board, "lanes_changed", lambda: json.loads("no JSON"))
+    run.scheduler.lanes = [dying, other] = [Lane("dying"), Lane("other")]
+    monkeypatch.setattr(run.progress, "update_lanes", lambda: json.loads("no JSON"))
     with pytest.raises(ValueError, match="Expecting value"):
-        run.serve(LocalHands(run), dying)
+        run.serve(LocalExecutor(run), dying)
     monkeypatch.undo()
-    assert not run.dealer._out and dying.dead
-    left = run.dealer.take(other)
-    run.dealer.ended(other, left, len(left), 1.0)
-    assert left and not run.dealer.failed(other)
+    assert not run.scheduler._out and dying.dead
+    left = run.scheduler.next_group(other)
+    run.scheduler.group_ended(other, left, len(left), 1.0)
+    assert left and not run.scheduler.lane_failed(other)
 
 
 @outside_a_flow
@@ -468,10 +468,10 @@ def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file
 @outside_a_flow
 def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
     config = load_run(str(run_file))
-    run = StageRun(RunRequest(str(run_file)), config, stage_status(config, "train"))
-    run.dealer.lanes = [lane] = LocalHands(run).lanes
-    assert run.dealer.take(lane) == [0]
-    run.note(
+    run = StageRun(Request(str(run_file)), config, stage_status(config, "train"))
+    run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
+    assert run.scheduler.next_group(lane) == [0]
+    run.group_failed(
         ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}),
         lane,
         [0],
@@ -483,14 +483,12 @@ def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
 def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert visible_gpus() == ["3", "GPU-5"]
-    hands = LocalHands(stage_run(run_file))
-    assert [hands.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in hands.lanes] == [
+    executor = LocalExecutor(stage_run(run_file))
+    assert [executor.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in executor.lanes] == [
         "3",
         "GPU-5",
     ]
-    on_cpu = LocalHands(
-        stage_run(run_file, "resources.devices.type=cpu", "resources.devices.lanes=3")
-    )
+    on_cpu = LocalExecutor(stage_run(run_file, "resources.device=cpu", "resources.lanes=3"))
     assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(
         on_cpu.lanes[0]
     )
@@ -503,9 +501,9 @@ def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_f
         committed=2, missing=[2, 3, 4]
     )
     with watched_by(seen.append):
-        board = Board("flaky", status, sharded=True)
+        progress = StageProgress("flaky", status, sharded=True)
         for shard in (2, 3, 3, 4):
-            board.hear(
+            progress.on_event(
                 {
                     "event": "shard",
                     "stage": "answers",
@@ -515,10 +513,10 @@ def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_f
                     "num_bytes": 100,
                 }
             )
-            board.hear(
+            progress.on_event(
                 {"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"}
             )
-        board.close("done")
+        progress.close("done")
     assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
     assert {"rows": 6, "tokens": 30, "num_bytes": 300, "rejected": 0}.items() <= seen[
         -1
@@ -542,12 +540,14 @@ def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
         "left_s": 60,
     }
     with watched_by(seen.append):
-        board = Board("answering", stage_status(load_run(str(run_file)), "answers"), sharded=True)
-        board.hear(event, lane="answers 0-2")
-        board.hear({**event, "rows": 30}, lane="answers 0-2")  # later word of the same lane
-        board.hear({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
+        progress = StageProgress(
+            "answering", stage_status(load_run(str(run_file)), "answers"), sharded=True
+        )
+        progress.on_event(event, lane="answers 0-2")
+        progress.on_event({**event, "rows": 30}, lane="answers 0-2")  # later word of the same lane
+        progress.on_event({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
         note = seen[-1].note
-        board.close("done")
+        progress.close("done")
     assert (
         note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
     )
