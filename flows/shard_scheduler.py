@@ -1,9 +1,9 @@
-"""Deals the missing shards of a stage out to lanes in groups that last minutes, each lane as many
-as it has shown to manage.
+"""Assigns the missing shards of a stage to lanes, in groups that last minutes, to each lane as many
+as its measured speed allows.
 
-A lane asks when it has nothing to do, so a fast one asks more often; towards the end groups get
-smaller, so that all end together. What a lane gives back waits a little and then goes to whoever
-asks first. 10,000 shards make some hundred groups.
+A lane takes its next group when it has finished one, so a fast lane takes more of them; towards the
+end groups get smaller, so that all lanes end together. What a lane gives back is assigned again,
+after a pause, to the first lane that is free. 10,000 shards make some hundred groups.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from deepspec.config.retries import StageLimits
 MAX_GROUPS = 500  # of a stage: each is a task run in the Prefect server's database, about 20 kB
 SHORTEST_S = 60.0  # smaller groups at the end would spend their time on loading the target
 SHARD_DIGITS = 4  # of shard numbers in names, so that they sort
-# tries that a lane may fail as a whole, one after the other, before it is left out where there are
-# others
+# groups that a lane may fail as a whole, one after the other, before it is left out, as long as
+# there are other lanes
 IN_A_ROW = 3
 
 
@@ -34,7 +34,7 @@ class Lane:
     shards: int = 0
     """Shards that it has made in this run."""
     busy_s: float = 0.0
-    """Seconds that it took for them, what failed included."""
+    """Seconds that it took for them, failed work included."""
     failed: int = 0
     failed_in_a_row: int = 0
     doing: str = ""
@@ -45,10 +45,11 @@ class Lane:
 
     @property
     def shards_per_s(self) -> float | None:
+        """Its measured speed; None before its first shard."""
         return self.shards / self.busy_s if self.shards and self.busy_s else None
 
     def busy_until(self, now: float) -> float:
-        """Seconds at work, what is under way included."""
+        """Seconds at work, the group under way included."""
         return self.busy_s + (now - self.began if self.doing else 0.0)
 
 
@@ -58,18 +59,18 @@ class _Shard:
     tries: int = 0
     ready_at: float = 0.0
     lane: Lane | None = None
-    """Who has it."""
+    """The lane that it is assigned to."""
 
 
 @dataclass
 class ShardScheduler:
-    """The shards that are still to be given to a lane, and those that are out.
+    """The shards that are not assigned yet, and those that lanes work on; for many threads.
 
     Args:
-        shards: What is missing, in order.
+        shards: The missing shards, in order.
         most: Shards in a group at most.
         group_s: Seconds that a group should last.
-        limits: How often, and after what pause, a shard is given out again.
+        limits: How often, and after what pause, a shard is assigned again.
     """
 
     shards: Sequence[int]
@@ -79,42 +80,42 @@ class ShardScheduler:
     lanes: list[Lane] = field(default_factory=list)
     stopped: bool = False
     retried: int = 0
-    """Times that a shard was given out again."""
+    """Times that a shard was assigned again."""
 
     def __post_init__(self) -> None:
-        self._left = [_Shard(shard) for shard in self.shards]
-        self._out: dict[int, _Shard] = {}
+        self._waiting = [_Shard(shard) for shard in self.shards]
+        self._assigned: dict[int, _Shard] = {}
         self._changed = threading.Condition()
         self._least = -(-len(self.shards) // MAX_GROUPS)
 
     def next_group(self, lane: Lane) -> list[int]:
-        """The lane's next group; waits while there may be something later. Empty: there is
-        nothing more for this lane.
+        """The lane's next group; waits while there may be one later. Empty: there is nothing more
+        for this lane.
         """
         with self._changed:
             while not (self.stopped or lane.dead):
                 now = time.monotonic()
-                if ready := [shard for shard in self._left if shard.ready_at <= now]:
-                    return self._assign(lane, ready[: self._size(lane, len(ready))])
-                if not (self._left or self._out):
+                if ready := [shard for shard in self._waiting if shard.ready_at <= now]:
+                    return self._assign(lane, ready[: self._group_size(lane, len(ready))])
+                if not (self._waiting or self._assigned):
                     break
-                self._changed.wait(
-                    min([shard.ready_at - now for shard in self._left], default=None)
-                )
+                pauses = [shard.ready_at - now for shard in self._waiting]
+                self._changed.wait(min(pauses, default=None))
             return []
 
     def group_ended(self, lane: Lane, group: Sequence[int], made: int, seconds: float) -> None:
-        """The lane has `made` so many shards of its group, and does not come back to the others."""
+        """The lane has `made` so many shards of its group, and will not return to the others."""
         with self._changed:
-            lane.shards, lane.busy_s = lane.shards + made, lane.busy_s + seconds
+            lane.shards += made
+            lane.busy_s += seconds
             self._withdraw(lane, group)
             self._changed.notify_all()
 
     def give_back(self, lane: Lane, shards: Sequence[int], *, count: bool = True) -> list[int]:
-        """Shards that another try may make go to whoever asks first; returns those that were tried
-        too often for that.
+        """Shards that another try may make wait for the next free lane; returns those that were
+        tried too often for that.
 
-        The try is not to `count` where the lane was to blame, or where it got on with its group.
+        The try does not `count` where the lane was to blame, or where it got on with its group.
         """
         spent = []
         with self._changed:
@@ -124,60 +125,59 @@ class ShardScheduler:
                     spent.append(shard.number)
                 else:
                     shard.ready_at = time.monotonic() + self.limits.delay_s(shard.tries)
-                    self._left.append(shard)
+                    self._waiting.append(shard)
                     self.retried += count
-            self._left.sort(key=lambda shard: shard.number)
+            self._waiting.sort(key=lambda shard: shard.number)
             self._changed.notify_all()
         return spent
 
     def lane_failed(self, lane: Lane, *, made: int = 0) -> bool:
         """The lane failed as a whole, having `made` so many shards of its group before.
 
-        Returns whether it is left out from now on, because others live and it does nothing else
-        than fail.
+        Returns whether it is left out from now on, because it only fails and others are alive.
         """
         with self._changed:
-            lane.failed, lane.failed_in_a_row = (
-                lane.failed + 1,
-                0 if made else lane.failed_in_a_row + 1,
-            )
-            lane.dead = lane.failed_in_a_row >= IN_A_ROW and any(
-                not other.dead for other in self.lanes if other is not lane
-            )
+            lane.failed += 1
+            lane.failed_in_a_row = 0 if made else lane.failed_in_a_row + 1
+            others_live = any(not other.dead for other in self.lanes if other is not lane)
+            lane.dead = lane.failed_in_a_row >= IN_A_ROW and others_live
             return lane.dead
 
     def close(self) -> None:
-        """Nothing more is dealt; what is under way is finished."""
+        """Nothing more is assigned; what is under way is finished."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
 
     def _assign(self, lane: Lane, group: list[_Shard]) -> list[int]:
         for shard in group:
-            self._left.remove(shard)
-            self._out[shard.number], shard.lane = shard, lane
+            self._waiting.remove(shard)
+            self._assigned[shard.number] = shard
+            shard.lane = lane
         return [shard.number for shard in group]
 
     def _withdraw(self, lane: Lane, shards: Sequence[int]) -> list[_Shard]:
-        """Those that are not out at this lane any more stay where they are: another lane may
-        have them.
+        """Takes the shards from the lane; those that it no longer has may be another lane's, and
+        stay there.
         """
         return [
-            self._out.pop(number)
+            self._assigned.pop(number)
             for number in shards
-            if number in self._out and self._out[number].lane is lane
+            if number in self._assigned and self._assigned[number].lane is lane
         ]
 
-    def _size(self, lane: Lane, ready: int) -> int:
-        """What lasts `group_s` at this lane, and no more than its share of what is left, unless
-        that were over too soon.
+    def _group_size(self, lane: Lane, num_ready: int) -> int:
+        """As many shards as last `group_s` on this lane, and no more than its share of what is
+        left, unless that would be over too soon.
         """
         alive = [other for other in self.lanes if not other.dead]
-        known = [other.shards_per_s for other in alive if other.shards_per_s]
         speed = lane.shards_per_s
         if speed is None:
-            return max(self._least, min(self.most, -(-ready // max(len(alive), 1))))
-        others = sum(other.shards_per_s or sum(known) / len(known) for other in alive)
-        share = ready * speed / others
+            equal_share = -(-num_ready // max(len(alive), 1))
+            return max(self._least, min(self.most, equal_share))
+        known = [other.shards_per_s for other in alive if other.shards_per_s]
+        average = sum(known) / len(known)
+        all_lanes = sum(other.shards_per_s or average for other in alive)
+        share = num_ready * speed / all_lanes
         wished = min(speed * self.group_s, max(share, speed * SHORTEST_S))
         return max(self._least, min(self.most, int(wished + 0.5)), 1)

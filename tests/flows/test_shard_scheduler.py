@@ -36,7 +36,7 @@ def worked_off(
         now, number = heapq.heappop(clock)
         lane = scheduler.lanes[number]
         with scheduler._changed:  # nobody else is there who could give something back: not to wait
-            scheduler._out.clear()
+            scheduler._assigned.clear()
         if group := scheduler.next_group(lane):
             took = len(group) * seconds_per_shard[number]
             scheduler.group_ended(lane, group, len(group), took)

@@ -373,7 +373,7 @@ def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_af
         lane=lane.name,
     )
     run.group_failed(TransientError("killed"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.scheduler._left] == [0, 2] and list(
+    assert [shard.number for shard in run.scheduler._waiting] == [0, 2] and list(
         run.given_up([0, 1, 2])
     ) == [1]
 
@@ -412,7 +412,7 @@ def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
 
     run.missing = away
     flow(run.group_failed)(TransientError("the server did not answer"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.scheduler._left] == [0, 1, 2]
+    assert [shard.number for shard in run.scheduler._waiting] == [0, 1, 2]
 
 
 def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
@@ -443,7 +443,7 @@ def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
     with pytest.raises(ValueError, match="Expecting value"):
         run.serve(LocalExecutor(run), dying)
     monkeypatch.undo()
-    assert not run.scheduler._out and dying.dead
+    assert not run.scheduler._assigned and dying.dead
     left = run.scheduler.next_group(other)
     run.scheduler.group_ended(other, left, len(left), 1.0)
     assert left and not run.scheduler.lane_failed(other)
