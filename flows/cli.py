@@ -8,6 +8,7 @@ for it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import threading
@@ -83,7 +84,7 @@ def _command_of(flow_name: str) -> Callable[..., None]:
     def command(
         run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
     ) -> None:
-        run_flow(flow_name, Request(run, tuple(sets or ()), store), shards)
+        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards)
 
     return command
 
@@ -110,13 +111,14 @@ def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
     config = open_run(request)
     server = start_private_server(store_of(config))
     from flows.display import show_summary, shown_on_terminal, summary_line
-    from flows.pipeline import FLOWS
 
+    # By its name: run as a script, that module imports this one.
+    flows = importlib.import_module("flows.pipeline").FLOWS
     stages = [stage for stage in stages_of(config) if stage in STAGES_OF[flow_name]]
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
         asked = {"shards": shards} if shards else {}
-        outcomes = FLOWS[flow_name](
+        outcomes = flows[flow_name](
             recipe=request.source, overrides=request.overrides, store=request.store or "", **asked
         )
     found = (

@@ -18,7 +18,7 @@ from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made, throughput, training
 from deepspec.figures.picture import data_url
-from deepspec.process.events import answering_note, words_of
+from deepspec.process.events import answering_note, progress_texts
 from flows.live import Content, LiveArtifact, table_content
 from flows.reporting import Progress, State, report_progress
 from flows.shard_scheduler import Lane

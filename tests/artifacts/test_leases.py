@@ -20,7 +20,7 @@ from deepspec.storage.urls import open_store
 def leases(
     store: Path, run: str, *, parent: str = "", process: str = "elsewhere 1 2 3 4"
 ) -> Leases:
-    artifact = Artifact(Store(str(store)), ArtifactKey("answers", "x", "1", {}, ()))
+    artifact = Artifact(open_store(str(store)), ArtifactKey("answers", "x", "1", {}, ()))
     return Leases(artifact, Lease(run=run, run_id=run, parent_run_id=parent, process=process))
 
 

@@ -468,7 +468,7 @@ def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file
 @outside_a_flow
 def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
     config = load_run(str(run_file))
-    run = StageRun(Request(str(run_file)), config, stage_status(config, "train"))
+    run = StageRun(RunRequest(str(run_file)), config, stage_status(config, "train"))
     run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
     assert run.scheduler.next_group(lane) == [0]
     run.group_failed(
