@@ -8,24 +8,17 @@ import contextlib
 import json
 import resource
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
-from deepspec.process.events import progress_texts
-from deepspec.process.terminal import TimeLeftColumn
-from flows.reporting import Progress, StageOutcome, Watcher, result_row, stage_row, watched_by
+from deepspec.process.progress_display import ProgressDisplay
+from flows.reporting import StageOutcome, result_row, stage_row, watched_by
 
-PLAIN_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal
-PLAIN_WIDTH = 120
-SHOWN = ("loss", "acceptance_length")  # what a bar says beside its rate
-TROUBLE = ("retries", "rejected", "failed")  # said where it is not 0
+PLAIN_WIDTH = 120  # of tables where there is no terminal
 # columns of the stages' table in Prefect that say nothing after a run that succeeded
 UNSHOWN = ("state", "missing")
 WORDS = ("benchmark", "stage")  # columns that hold words, not numbers
@@ -33,109 +26,9 @@ WORDS = ("benchmark", "stage")  # columns that hold words, not numbers
 
 @contextlib.contextmanager
 def shown_on_terminal(stages: Sequence[str]) -> Iterator[None]:
-    """Progress of the run in this block: bars on a terminal, now and then a line on stderr
-    elsewhere.
-    """
-    console = Console()
-    if not console.is_terminal:
-        with watched_by(_plain_lines()):
-            yield
-        return
-    columns = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]:6}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeLeftColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with (
-        Bars(*columns, console=console, refresh_per_second=4) as bars,
-        watched_by(_bar_per_stage(bars, stages)),
-    ):
+    """Shows the progress of a run in this block, of which these are the stages."""
+    with ProgressDisplay(stages) as display, watched_by(display.show):
         yield
-
-
-def _bar_per_stage(bars: Bars, stages: Sequence[str]) -> Watcher:
-    tasks: dict[str, TaskID] = {
-        stage: bars.add_task(stage, start=False, total=None, unit="", note="") for stage in stages
-    }
-    rate = _Rates()
-
-    def show(progress: Progress) -> None:
-        task = tasks[progress.stage]
-        note = rate.describe(progress) if progress.state in ("running", "done") else progress.state
-        if progress.state == "running":
-            bars.start_task(task)
-        left_s = progress.numbers.get("left_s")
-        bars.update(
-            task,
-            completed=progress.done,
-            total=progress.total or None,
-            unit=progress.unit,
-            note=note,
-            left_s=left_s,
-        )
-        if progress.state != "running":
-            bars.stop_task(task)
-
-    return show
-
-
-def _plain_lines() -> Watcher:
-    last: dict[str, tuple[str, float]] = {}
-    rate = _Rates()
-
-    def show(progress: Progress) -> None:
-        state, at = last.get(progress.stage, ("", 0.0))
-        if progress.state != state or time.monotonic() - at >= PLAIN_PAUSE_S:
-            last[progress.stage] = (progress.state, time.monotonic())
-            how_far = (
-                f"{progress.done} of {progress.total} {progress.unit}" if progress.total else ""
-            )
-            left = (
-                progress_texts({"left_s": progress.numbers["left_s"]})
-                if progress.numbers.get("left_s")
-                else []
-            )
-            words = [
-                f"{progress.stage}: {progress.state} {how_far} {rate.describe(progress)}".rstrip(),
-                *left,
-            ]
-            sys.stderr.write("  ".join(words) + "\n")
-            sys.stderr.flush()
-
-    return show
-
-
-class _Rates:
-    """Speed of each stage since its first sign of life: tokens per second where tokens are
-    counted.
-    """
-
-    def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, int]] = {}
-
-    def describe(self, progress: Progress) -> str:
-        began, first = self._begun.setdefault(progress.stage, (time.monotonic(), progress.done))
-        trouble = [
-            f"{progress.numbers[name]:,} {name}" for name in TROUBLE if progress.numbers.get(name)
-        ]
-        if progress.note:
-            return "  ".join([progress.note, *trouble])
-        seconds = max(time.monotonic() - began, 1e-3)
-        words = [
-            f"{name} {progress.numbers[name]:.3g}" for name in SHOWN if name in progress.numbers
-        ]
-        if "tokens_per_s" in progress.numbers:
-            words += progress_texts({"tokens_per_s": progress.numbers["tokens_per_s"]})
-        elif progress.numbers.get("tokens"):
-            words.append(f"{progress.numbers['tokens'] / seconds:,.0f} tokens/s")
-        elif progress.done > first:
-            words.append(f"{(progress.done - first) / seconds:.2f} {progress.unit}/s")
-        return "  ".join([*words, *trouble])
 
 
 def show_summary(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None) -> None:

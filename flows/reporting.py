@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -25,25 +25,11 @@ from prefect.settings import (
 )
 
 from deepspec.artifacts.status import StageStatus
+from deepspec.process.progress_display import Progress, State
 
 log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0
-
-State = Literal["running", "waited", "done", "already done", "in training", "failed"]
-
-
-class Progress(NamedTuple):
-    """How far a stage is; `numbers` are whatever its children count (rows, tokens, loss, ...)."""
-
-    stage: str
-    state: State
-    done: int
-    total: int
-    unit: str
-    numbers: Mapping[str, float]
-    note: str = ""
-    """What the children say of the shards under way, in words."""
 
 
 class StageOutcome(NamedTuple):

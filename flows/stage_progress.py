@@ -19,8 +19,9 @@ from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made, throughput, training
 from deepspec.figures.picture import data_url
 from deepspec.process.events import answering_note, progress_texts
+from deepspec.process.progress_display import Progress, State
 from flows.live import Content, LiveArtifact, table_content
-from flows.reporting import Progress, State, report_progress
+from flows.reporting import report_progress
 from flows.shard_scheduler import Lane
 
 log = logging.getLogger(__name__)

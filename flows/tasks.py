@@ -17,6 +17,7 @@ from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stag
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.process.launch import RunRequest
+from deepspec.process.progress_display import State
 from deepspec.process.shard_ranges import parse_shards
 from flows.assets import publish_asset, publish_once
 from flows.compatible import check_server
@@ -24,7 +25,7 @@ from flows.failures import publish_failure
 from flows.lease_wait import acquire_shards, leases_on, shards_to_lease
 from flows.local_executor import LocalExecutor
 from flows.pool_executor import PoolExecutor
-from flows.reporting import StageOutcome, State, publish_stages, report_nothing_to_do
+from flows.reporting import StageOutcome, publish_stages, report_nothing_to_do
 from flows.request import open_run
 from flows.selection import FLOW_OF, selected
 from flows.stage_run import Executor, StageRun

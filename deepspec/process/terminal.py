@@ -1,80 +1,51 @@
-"""Progress of a stage that is run by hand."""
+"""Progress of a stage that is run by hand: its events, shown on the terminal."""
 
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
-from deepspec.process.events import answering_note, progress_texts
+from deepspec.process.events import answering_note
+from deepspec.process.progress_display import Progress, ProgressDisplay
 
-# in the note beside a bar: its columns show them
-UNSAID = ("event", "stage", "done", "total", "unit", "left_s")
-
-
-class TimeLeftColumn(TimeRemainingColumn):
-    """The time left as the stage reckons it itself (field `left_s`); the bar's own guess is far
-    off after a resume in the middle.
-    """
-
-    def render(self, task: Task) -> Text:
-        left_s = task.fields.get("left_s")
-        return (
-            super().render(task)
-            if left_s is None
-            else Text(str(timedelta(seconds=left_s)), style="progress.remaining")
-        )
+ENVELOPE = ("event", "stage", "done", "total", "unit")
 
 
 class TerminalReport:
-    """Progress of a stage run by hand: a bar per stage."""
+    """A report that shows the events of one stage."""
 
     def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeLeftColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.progress = Progress(*columns, console=Console(stderr=True))
-        self.tasks: dict[str, Any] = {}
+        self.display = ProgressDisplay()
+        self.progress = Progress("", "running", 0, 0, "", {})
 
     def show(self, event: dict[str, Any]) -> None:
+        """Show one event; kinds that have no place on a terminal are passed over."""
         if event["event"] == "result":
-            typer.echo(
-                json.dumps(
-                    {key: event[key] for key in ("acceptance_length", "lossless", "speedup")}
-                )
-            )
-        if event["event"] not in ("progress", "answering"):
-            return
-        if event["stage"] not in self.tasks:
-            self.progress.start()
-            self.tasks[event["stage"]] = self.progress.add_task(event["stage"], total=None, note="")
-        if event["event"] == "answering":
-            self.progress.update(self.tasks[event["stage"]], note=answering_note([event]))
-            return
-        numbers = {key: value for key, value in event.items() if key not in UNSAID}
-        note = ", ".join(progress_texts(numbers))
-        self.progress.update(
-            self.tasks[event["stage"]],
-            completed=event["done"],
-            total=event["total"],
-            note=note,
-            left_s=event.get("left_s"),
+            keys = ("acceptance_length", "lossless", "speedup")
+            typer.echo(json.dumps({key: event[key] for key in keys}))
+        elif event["event"] == "answering":
+            self._show(self.progress._replace(stage=event["stage"], note=answering_note([event])))
+        elif event["event"] == "progress":
+            self._show_progress(event)
+
+    def _show_progress(self, event: dict[str, Any]) -> None:
+        total = event["total"] or 0  # null while it is unknown
+        has_ended = event["done"] == total
+        progress = Progress(
+            stage=event["stage"],
+            state="done" if has_ended else "running",
+            done=event["done"],
+            total=total,
+            unit=event.get("unit", ""),
+            numbers={key: value for key, value in event.items() if key not in ENVELOPE},
+            note="" if has_ended else self.progress.note,
         )
-        if event["done"] == event["total"]:
-            self.progress.stop()
+        self._show(progress)
+        if has_ended:
+            self.display.close()
+
+    def _show(self, progress: Progress) -> None:
+        self.progress = progress
+        self.display.show(progress)

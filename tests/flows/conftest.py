@@ -75,7 +75,7 @@ def prefect_server(database: Path) -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as monkeypatch, temporary_settings(quiet):
         monkeypatch.setattr(utilities, "mkdtemp", folder_with_database)
-        with utilities.prefect_test_harness(server_startup_timeout=60), temporary_settings(quick):
+        with utilities.prefect_test_harness(server_startup_timeout=180), temporary_settings(quick):
             yield
 
 

@@ -1,25 +1,14 @@
-"""What is shown: bounded lines while a run works, and the numbers that the stages and the
-evaluation wrote.
-"""
+"""What a run shows at its end: the numbers that the stages and the evaluation wrote."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 
 from deepspec.artifacts.status import StageStatus
 from flows.display import show_summary, shown_on_terminal, summary_line
-from flows.reporting import (
-    Progress,
-    StageOutcome,
-    prefect_key,
-    report_nothing_to_do,
-    report_progress,
-    result_row,
-    stage_row,
-)
+from flows.reporting import StageOutcome, prefect_key, report_nothing_to_do, result_row, stage_row
 
 STATUS = StageStatus(
     stage="evaluate",
@@ -50,67 +39,6 @@ RESULTS = {
     "acceptance_length": {"macro": 3.01, "math": 4.9},
     "benchmarks": [PART, {**PART, "temperature": 1.0, "lossless": [0, 20]}],
 }
-
-
-def test_without_a_terminal_a_stage_says_little_but_every_change_of_state(
-    capsys: pytest.CaptureFixture[str],
-):
-    with shown_on_terminal(["train"]):
-        for done in range(100):
-            report_progress(
-                Progress(
-                    "train", "running", done, 100, "steps", {"loss": 2.345678, "tokens": 10 * done}
-                )
-            )
-        report_progress(Progress("train", "done", 100, 100, "steps", {"loss": 1.5, "tokens": 1000}))
-    shown = capsys.readouterr()
-    assert shown.out == "", "stdout is kept for the results"
-    lines = shown.err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("train: running 0 of 100 steps") and "loss 2.35" in lines[0]
-    assert lines[1].startswith("train: done 100 of 100 steps") and "tokens/s" in lines[1]
-
-
-RESUMED = {
-    "loss": 2.345678,
-    "acceptance_length": 1.83,
-    "tokens": 5000,
-    "tokens_per_s": 1234.5,
-    "left_s": 95,
-}
-
-
-def test_a_training_says_its_own_speed_and_the_time_left(capsys: pytest.CaptureFixture[str]):
-    """Of one resumed at step 900, what was done before would make both far too good."""
-    with shown_on_terminal(["train"]):
-        report_progress(Progress("train", "running", 910, 1000, "steps", RESUMED))
-        report_progress(Progress("train", "done", 1000, 1000, "steps", {**RESUMED, "left_s": 0}))
-    running, done = capsys.readouterr().err.splitlines()
-    assert (
-        running
-        == "train: running 910 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s  0:01:35 left"
-    )
-    assert (
-        done == "train: done 1000 of 1000 steps loss 2.35  acceptance_length 1.83  1,234 tokens/s"
-    )
-
-
-def test_the_bar_of_a_training_shows_the_time_left_that_it_was_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take it for a terminal
-    monkeypatch.setenv("COLUMNS", "200")
-    with shown_on_terminal(["train"]):
-        report_progress(Progress("train", "running", 910, 1000, "steps", RESUMED))
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
-    for words in (
-        "910/1000",
-        "left 0:01:35",
-        "loss 2.35",
-        "acceptance_length 1.83",
-        "1,234 tokens/s",
-    ):
-        assert words in shown
 
 
 def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixture[str]):

@@ -24,10 +24,11 @@ from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import TransientError
 from deepspec.process.launch import RunRequest
+from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
 from flows import lease_wait as turns
 from flows.lease_wait import GROUP, leases_on
-from flows.reporting import Progress, StageOutcome, watched_by
+from flows.reporting import StageOutcome, watched_by
 from flows.tasks import run_stages
 
 GATED = ("answers.engine=tests.flows.engines:Gated",)

@@ -27,8 +27,9 @@ from deepspec.config.resources import ResourcesConfig, RunnerConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed, UserError
 from deepspec.process.launch import RunRequest
+from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
-from flows.reporting import Progress, StageOutcome, watched_by
+from flows.reporting import StageOutcome, watched_by
 from flows.request import open_run
 from flows.server import free_port
 from flows.tasks import run_stages

@@ -13,7 +13,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.artifacts.status import StageStatus
-from flows.reporting import Progress, watched_by
+from deepspec.process.progress_display import Progress
+from flows.reporting import watched_by
 from flows.shard_scheduler import Lane
 from flows.stage_progress import StageProgress, progress_lines
 

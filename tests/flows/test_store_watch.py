@@ -13,8 +13,9 @@ from deepspec.answers.stage import run_answers
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
+from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
-from flows.reporting import Progress, watched_by
+from flows.reporting import watched_by
 from flows.stage_progress import StageProgress
 from flows.store_watch import StoreWatch, watching_store
 

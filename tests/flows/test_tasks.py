@@ -25,9 +25,10 @@ from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientErr
 from deepspec.process import launch
 from deepspec.process.launch import MARK, RunRequest
 from deepspec.process.machine import visible_gpus
+from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
 from flows.local_executor import LocalExecutor
-from flows.reporting import Progress, StageOutcome, watched_by
+from flows.reporting import StageOutcome, watched_by
 from flows.shard_scheduler import Lane
 from flows.stage_progress import StageProgress
 from flows.stage_run import StageRun

@@ -1,0 +1,165 @@
+"""How the progress of stages looks: a bar for each on a terminal, a line now and then elsewhere.
+
+`python -m deepspec` shows its one stage with it, a flow all stages of its run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from deepspec.process.events import progress_texts
+
+LINE_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal
+TROUBLE = ("retries", "rejected", "failed")  # shown where it is not 0
+UNSHOWN = ("left_s", "rows_per_s", "num_bytes", *TROUBLE)  # not among the other numbers
+
+State = Literal["running", "waited", "done", "already done", "in training", "failed"]
+
+
+class Progress(NamedTuple):
+    """How far a stage is."""
+
+    stage: str
+    state: State
+    done: int
+    total: int
+    """0 while it is unknown."""
+    unit: str
+    numbers: Mapping[str, Any]
+    """What the stage counts (rows, tokens, loss, ...)."""
+    note: str = ""
+    """A sentence, shown instead of the numbers."""
+
+
+class ProgressDisplay:
+    """Shows stages on stderr; those that are named at the start have a bar from the start."""
+
+    def __init__(self, stages: Sequence[str] = ()) -> None:
+        console = Console(stderr=True)
+        self._bars = _new_bars(console) if console.is_terminal else None
+        self._stages = stages
+        self._tasks: dict[str, TaskID] = {}
+        self._first: dict[str, tuple[float, int]] = {}  # time and count of each stage's first show
+        self._last: dict[str, tuple[str, float]] = {}  # state and time of each stage's last line
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+            for stage in self._stages:
+                self._add_bar(self._bars, stage)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The bars stay as they are."""
+        if self._bars:
+            self._bars.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Bring the stage's bar up to date, or write a line if it is time for one."""
+        texts = self._texts(progress)
+        if self._bars:
+            self._update_bar(self._bars, progress, texts)
+        else:
+            self._write_line(progress, texts)
+
+    def _texts(self, progress: Progress) -> list[str]:
+        """Numbers and rates of a stage; rates are measured from its first show on where the stage
+        measures none.
+        """
+        numbers = progress.numbers
+        trouble = [f"{numbers[name]:,} {name}" for name in TROUBLE if numbers.get(name)]
+        if progress.note:
+            return [progress.note, *trouble]
+        begun = (time.monotonic(), progress.done)
+        began, first_done = self._first.setdefault(progress.stage, begun)
+        seconds = max(time.monotonic() - began, 1e-3)
+        shown = {name: value for name, value in numbers.items() if name not in UNSHOWN}
+        speed = []
+        if numbers.get("tokens"):
+            shown.setdefault("tokens_per_s", numbers["tokens"] / seconds)
+        elif progress.done > first_done:
+            speed = [f"{(progress.done - first_done) / seconds:.2f} {progress.unit}/s"]
+        return [*progress_texts(shown), *speed, *trouble]
+
+    def _add_bar(self, bars: Bars, stage: str) -> TaskID:
+        self._tasks[stage] = bars.add_task(stage, start=False, total=None, unit="", note="")
+        return self._tasks[stage]
+
+    def _update_bar(self, bars: Bars, progress: Progress, texts: Sequence[str]) -> None:
+        bars.start()  # no effect where they were started before
+        task = self._tasks.get(progress.stage)
+        if task is None:
+            task = self._add_bar(bars, progress.stage)
+        if progress.state == "running":
+            bars.start_task(task)
+        is_counted = progress.state in ("running", "done")
+        bars.update(
+            task,
+            completed=progress.done,
+            total=progress.total or None,
+            unit=progress.unit,
+            note=", ".join(texts) if is_counted else progress.state,
+            left_s=progress.numbers.get("left_s"),
+        )
+        if progress.state != "running":
+            bars.stop_task(task)
+
+    def _write_line(self, progress: Progress, texts: Sequence[str]) -> None:
+        state, at = self._last.get(progress.stage, ("", 0.0))
+        if progress.state == state and time.monotonic() - at < LINE_PAUSE_S:
+            return
+        self._last[progress.stage] = (progress.state, time.monotonic())
+        line = f"{progress.stage}: {progress.state}"
+        if progress.total:
+            line += f" {progress.done} of {progress.total} {progress.unit}".rstrip()
+        left_s = progress.numbers.get("left_s")
+        left = [f"{timedelta(seconds=left_s)} left"] if left_s else []
+        sys.stderr.write(", ".join([line, *texts, *left]) + "\n")
+        sys.stderr.flush()
+
+
+class _TimeLeftColumn(TimeRemainingColumn):
+    """The time left as the stage computes it itself (field `left_s`); the bar's own guess is far
+    off after a resume in the middle.
+    """
+
+    def render(self, task: Task) -> Text:
+        left_s = task.fields.get("left_s")
+        if left_s is None:
+            return super().render(task)
+        return Text(str(timedelta(seconds=left_s)), style="progress.remaining")
+
+
+def _new_bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]:6}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        _TimeLeftColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        refresh_per_second=4,
+    )
