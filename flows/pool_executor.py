@@ -65,7 +65,7 @@ class PoolExecutor:
     def __init__(self, run: StageRun, leases: Leases) -> None:
         self.run, self.leases, settings = run, leases, run.config.resources
         self.flow = FLOW_OF[run.stage]
-        self.title = f"{self.flow}/{settings.workers}"
+        self.title = f"{self.flow}/{settings.runner.workers}"
         self.pool = self._patiently(lambda: WorkPool(self.title, run.progress))
         self.artifact = artifact_of(run.config, run.stage)
         self.fixed = settings.devices.lanes if run.sharded else 1

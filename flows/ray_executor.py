@@ -61,7 +61,7 @@ class GroupOrder(NamedTuple):
 
 
 class RayExecutor:
-    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.lanes` says."""
+    """Workers of a Ray cluster: one at a time per GPU, or as many as `resources.devices.lanes` says."""
 
     def __init__(self, run: StageRun, runner: RayTaskRunner[Any]) -> None:
         settings, self.runner = run.config.resources, runner
@@ -155,7 +155,7 @@ def work_there(name: str, order: GroupOrder, shards: list[int] | None) -> None:
 
 @contextlib.contextmanager
 def ray_executor(run: StageRun) -> Iterator[RayExecutor]:
-    """Executor on the cluster of `resources.ray_address`; progress is what appears in the store.
+    """Executor on the cluster of `resources.runner.ray_address`; progress is what appears in the store.
 
     Raises:
         UserError: there is no such cluster, or it has nothing to work with.

@@ -76,7 +76,10 @@ class StageRun:
         of this process looks at it.
         """
         self.scheduler = ShardScheduler(
-            todo, config.resources.shards_per_task, 60 * config.resources.group_minutes, self.limits
+            todo,
+            config.resources.runner.shards_per_task,
+            60 * config.resources.runner.group_minutes,
+            self.limits,
         )
 
     def work(self, executor: Executor) -> None:
@@ -90,7 +93,7 @@ class StageRun:
             # Left in whatever way, nothing more is dealt, and no child runs any more; so the lanes
             # come to their end.
             with (
-                scope(self.config.resources.stop_s),
+                scope(self.config.resources.runner.stop_s),
                 contextlib.closing(self.scheduler),
                 contextlib.ExitStack() as stack,
             ):

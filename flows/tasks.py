@@ -164,7 +164,7 @@ def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
 
 @contextlib.contextmanager
 def executor_for(run: StageRun, leases: Leases) -> Iterator[Executor]:
-    """Where the stage's work is done, as `resources.runner` says; a Ray cluster takes stages
+    """Where the stage's work is done, as `resources.runner.kind` says; a Ray cluster takes stages
     with shards alone.
     """
     runner = run.config.resources.runner.kind

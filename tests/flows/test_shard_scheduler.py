@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from deepspec.config.resources import LONGEST_DELAY_S, StageLimits
+from deepspec.config.retries import LONGEST_DELAY_S, StageLimits
 from flows.shard_scheduler import IN_A_ROW, MAX_GROUPS, Lane, ShardScheduler
 
 AT_ONCE = StageLimits(retries=2, retry_delay_s=0.0, deadline_s=None)

@@ -386,7 +386,7 @@ def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_t
     """With a worker that dies every minute, the last shards of a long group were given up
     before anybody had begun them.
     """
-    run, lane = alone(stage_run(run_file, "resources.retries=1"))
+    run, lane = alone(stage_run(run_file, "resources.retries.times=1"))
     run.scheduler.group_ended(lane, [3], 1, 1.0)
     group = [0, 1, 2]
     for left in ([1, 2], [2], [2]):
@@ -489,7 +489,9 @@ def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest
         "3",
         "GPU-5",
     ]
-    on_cpu = LocalExecutor(stage_run(run_file, "resources.device=cpu", "resources.lanes=3"))
+    on_cpu = LocalExecutor(
+        stage_run(run_file, "resources.devices.type=cpu", "resources.devices.lanes=3")
+    )
     assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(
         on_cpu.lanes[0]
     )
