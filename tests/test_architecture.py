@@ -66,7 +66,6 @@ LONGER_FOR_NOW = {
     "deepspec/train/zero.py",
     "flows/pool_executor.py",
     "flows/ray_executor.py",
-    "flows/stage_progress.py",
     "flows/stage_run.py",
 }
 

@@ -16,7 +16,8 @@ from deepspec.artifacts.status import StageStatus
 from deepspec.process.progress_display import Progress
 from flows.reporting import watched_by
 from flows.shard_scheduler import Lane
-from flows.stage_progress import StageProgress, progress_lines
+from flows.stage_artifacts import progress_lines
+from flows.stage_progress import StageProgress
 
 
 def status(stage: str, committed: int, missing: int) -> StageStatus:
@@ -68,7 +69,7 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
         progress.show_lanes(lanes)
         progress.on_event(shard(900, rejected=3), lane="a")
         progress.on_event(shard(901), lane="b")
-        progress.on_event(shard(901), lane="a")  # told again after a retry: it counts once
+        progress.on_event(shard(901), lane="a")  # reported again after a retry: it counts once
     numbers = seen[-1].numbers
     assert (seen[-1].done, seen[-1].total, numbers["rows"], numbers["rejected"]) == (
         902,
@@ -117,7 +118,7 @@ def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
             )
 
 
-def test_shards_that_no_child_told_of_are_known_to_be_unheard():
+def test_shards_that_no_event_named_are_known():
     progress = StageProgress("unreported", status("answers", 0, 4), sharded=True)
     progress.on_event(shard(1))
     assert progress.unreported([0, 1, 2]) == [0, 2]
@@ -127,7 +128,7 @@ def test_shards_that_no_child_told_of_are_known_to_be_unheard():
 def test_the_curves_of_a_training_go_on_from_its_last_lines(monkeypatch: pytest.MonkeyPatch):
     drawn = list[list[int]]()
     monkeypatch.setattr(
-        "flows.stage_progress.training",
+        "flows.stage_artifacts.training",
         lambda lines: drawn.append([line["step"] for line in lines]) or [],
     )
     lines = [
