@@ -1,7 +1,7 @@
-"""Prefect flows: what to try next, and what to show. What is done is known by the store alone
-(deepspec/artifacts/status.py).
+"""Prefect flows: they decide what to try next, and show it. What is done is known by the store
+alone.
 """
 
-from flows.plain_errors import show_plainly
+from flows.plain_errors import log_errors_plainly
 
-show_plainly()
+log_errors_plainly()

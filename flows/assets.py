@@ -1,10 +1,10 @@
 """Lineage in Prefect: an artifact that a run seals is an asset there, materialized from the assets
 that it was made from.
 
-The store holds the truth (`python -m deepspec lineage`). The server's events tell the same chain
-for whoever looks there, and may start automations. What a server does not know yet (made by hand,
-with another server, or while this one was away) is told when a run comes by it, or by something
-that was made from it.
+The store holds the truth (`python -m deepspec lineage`). The server's events repeat the same chain
+for its users, and may start automations. What a server does not know yet (made by hand, with
+another server, or while this one was away) is published by the next run that finds it, or that
+seals something made from it.
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ from flows.reporting import best_effort
 log = logging.getLogger(__name__)
 
 MATERIALIZED = "prefect.asset.materialization.succeeded"
-# server, URL, digest: what this process told of; an event takes seconds until it is found
-_told: set[tuple[str, str, str]] = set()
+# server, URL and digest of what this process published: an event takes seconds until it is found
+_published: set[tuple[str, str, str]] = set()
 MAX_KEY = 512  # characters that Prefect allows
 
 
 def publish_once(artifact: Artifact) -> None:
-    """The server knows this sealed artifact, as it is now, and all that it was made from: what
-    it did not know, it is told.
-    """
+    """The server knows this sealed artifact, as it is now, and all that it was made from."""
     with best_effort():
         if not _is_known(artifact):
             publish_asset(artifact)
 
 
 def publish_asset(artifact: Artifact) -> None:
-    """Tell the server that the sealed artifact was made, from what, and how much it is; first,
-    what it does not know of that.
+    """Publish that the sealed artifact was made, from what, and how much it is; before it, those of
+    its inputs that the server does not know.
     """
     inputs = list(sealed_inputs(artifact))
-    for made_before in inputs:
-        publish_once(made_before)
+    for upstream_artifact in inputs:
+        publish_once(upstream_artifact)
     key = asset_key(artifact.url)
     upstream = [asset_key(found.url) for found in inputs]
     if max(map(len, (key, *upstream))) > MAX_KEY:
@@ -66,35 +64,35 @@ def publish_asset(artifact: Artifact) -> None:
     )(add_asset_metadata)
     with best_effort():
         publish(key, metadata(artifact))
-        _told.add(_said(artifact))
+        _published.add(_content(artifact))
 
 
 def _is_known(artifact: Artifact) -> bool:
-    """Whether an artifact of this URL and content was told, by this process or, as far back as
-    events are kept, by any.
+    """Whether an artifact of this URL and content was published, by this process or, as far back
+    as events are kept, by any.
     """
-    if (said := _said(artifact)) in _told:
+    server, url, digest = _content(artifact)
+    if (server, url, digest) in _published:
         return True
     wanted = {
         "event": {"name": [MATERIALIZED]},
-        "resource": {"id": [asset_key(artifact.url)]},
+        "resource": {"id": [asset_key(url)]},
         "order": "DESC",
     }
     with get_client(sync_client=True) as client:
-        found = client.request(
-            "POST", "/events/filter", json={"filter": wanted, "limit": 1}
-        ).json()["events"]
-    return bool(found) and found[0]["payload"].get("digest") == said[2]
+        answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
+    found = answer.json()["events"]
+    return bool(found) and found[0]["payload"].get("digest") == digest
 
 
-def _said(artifact: Artifact) -> tuple[str, str, str]:
+def _content(artifact: Artifact) -> tuple[str, str, str]:
     manifest = artifact.manifest()
     return str(PREFECT_API_URL.value()), artifact.url, manifest.digest if manifest else ""
 
 
 def asset_key(url: str) -> str:
-    """An artifact's URL as Prefect takes it: a URI, also of a local folder, in which `=20`
-    stands for a blank.
+    """An artifact's URL as Prefect accepts it: a URI, also of a local folder, with `=20` for a
+    blank.
     """
     scheme, is_uri, rest = url.partition("://")
     uri = f"{scheme}://{quote(rest)}" if is_uri else Path(url).resolve().as_uri()

@@ -1,5 +1,5 @@
-"""What the Prefect server does by itself about the runs of these flows; `python -m flows.setup`
-installs it.
+"""What the Prefect server does by itself about runs of these flows; `python -m flows.setup` installs
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
 # Prefect calls a run late 15 s after it should have begun, looking every five
 UNATTENDED_S, LATE_S = 60.0, 20.0
-# ends the name of a run that another one dealt its shards: of these only the other one is to be
-# told of
+# Ends the name of a run whose shards another run assigned to it; the webhook reports only the other.
 PART = " (part)"
 WEBHOOK_BLOCK = "deepspec-notify"
 # Rendered by the server; tojson, because a name may hold quotes.
@@ -25,17 +24,20 @@ MESSAGE = (
 
 
 def crashed(silence_s: float) -> Any:
-    """An automation: a run that sent a heartbeat and then, for so long, neither another one nor its
-    end, is marked crashed.
+    """An automation that marks a run as crashed which sent a heartbeat and then, for so long,
+    neither another one nor its end.
 
     It changes the run's state and nothing else: a run that was only cut off from the server goes
-    on, and says how it ended.
+    on, and its end replaces that state.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    message = f"no sign of life for {silence_s:g} s: its process or machine is gone. Run it again: it does only what is missing."
+    message = (
+        f"no sign of life for {silence_s:g} s: its process or machine is gone. "
+        "Run it again: it does only what is missing."
+    )
     trigger = EventTrigger(
         posture=Posture.Proactive,
         match={"prefect.resource.id": "prefect.flow-run.*"},
@@ -55,16 +57,19 @@ def crashed(silence_s: float) -> Any:
 
 
 def unattended(pool: str) -> Any:
-    """An automation: a run that no worker of the pool takes for a minute says so, and how to start
-    one, in its state.
+    """An automation for a run that no worker of the pool takes for a minute: its state names the
+    command that starts one.
 
-    It stays scheduled, under another name, and the next worker that has room takes it.
+    The run stays scheduled, under another state name, and the next worker that has room takes it.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    message = f"no worker on the work pool {pool!r}, or all are busy: start one with `prefect worker start --pool {pool}`"
+    message = (
+        f"no worker on the work pool {pool!r}, or all are busy: "
+        f"start one with `prefect worker start --pool {pool}`"
+    )
     trigger = EventTrigger(
         posture=Posture.Proactive,
         match={"prefect.resource.id": "prefect.flow-run.*"},
@@ -90,8 +95,8 @@ def unattended(pool: str) -> Any:
 
 
 def ended(url: str) -> Any:
-    """An automation: a webhook is told how each run of a deployment ended; its parts (subflows,
-    groups of shards) are not told one by one.
+    """An automation that calls a webhook with how each run of a deployment ended, but not with its
+    parts (subflows, groups of shards).
 
     The URL, which may hold a token, is kept in a Prefect block, encrypted there and shown nowhere.
     """

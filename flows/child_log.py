@@ -1,5 +1,5 @@
-"""A child's log lines on their way into the run's log: at a bounded rate, for each line costs
-the server's database half a kB.
+"""A child's log lines on their way into the run's log: at a bounded rate, for each line costs the
+server's database half a kB.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ class Allowance:
 
     def __init__(self, at_once: int, every_s: float) -> None:
         self._most, self._every_s = at_once, every_s
-        self._left, self._at = float(at_once), time.monotonic()
+        self._left = float(at_once)
+        self._at = time.monotonic()
 
     def take(self) -> bool:
+        """Whether one was left, which is used now."""
         now = time.monotonic()
-        self._left, self._at = min(self._most, self._left + (now - self._at) / self._every_s), now
+        self._left = min(self._most, self._left + (now - self._at) / self._every_s)
+        self._at = now
         if self._left < 1:
             return False
         self._left -= 1
@@ -34,27 +37,27 @@ class Allowance:
 
 
 class ChildLog:
-    """Called with each line of one child, whose file at `path` has them all; `close` says how
-    many the run's log has not.
-    """
+    """Called with each line of one child, all of which are in the file at `path`."""
 
     def __init__(self, path: Path) -> None:
-        self._logger, self._path, self._left_out = get_run_logger(), path, 0
-        self._warnings, self._others = (
-            Allowance(WARNINGS_AT_ONCE, WARNING_S),
-            Allowance(OTHERS_AT_ONCE, OTHER_S),
-        )
+        self._logger = get_run_logger()
+        self._path = path
+        self._left_out = 0
+        self._warnings = Allowance(WARNINGS_AT_ONCE, WARNING_S)
+        self._others = Allowance(OTHERS_AT_ONCE, OTHER_S)
 
     def __call__(self, line: str) -> None:
+        """Write the line into the run's log, if one is allowed now."""
         found = LEVEL.search(line[:LONGEST])
-        if (self._warnings if found else self._others).take():
-            self._logger.log(
-                logging.getLevelName(found[1]) if found else logging.INFO, "%s", line[:LONGEST]
-            )
-        else:
+        allowance = self._warnings if found else self._others
+        if not allowance.take():
             self._left_out += 1
+            return
+        level = logging.getLevelName(found[1]) if found else logging.INFO
+        self._logger.log(level, "%s", line[:LONGEST])
 
     def close(self) -> None:
+        """Records how many lines the run's log has not, and which file has them."""
         if self._left_out:
             self._logger.info(
                 "%d lines were left out here; %s has them all", self._left_out, self._path

@@ -1,4 +1,4 @@
-"""Whether a Prefect server answers and has what these flows use; asked where a run begins: a
+"""Whether a Prefect server answers and has what these flows use. Checked where a run begins, for a
 worker's server may be any.
 """
 
@@ -16,25 +16,26 @@ def check_version(server: str) -> None:
     """Return where a server of this version will do.
 
     Raises:
-        UserError: it is too old, or of another generation.
+        UserError: it is too old, or of another major version.
     """
     major, minor = (int(part) for part in server.split(".")[:2])
     if major != OLDEST[0] or (major, minor) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        what = f"the Prefect server has version {server}, which does not fit: {wanted} or a later {OLDEST[0]}.x is needed"
         raise UserError(
-            what,
+            f"the Prefect server has version {server}, which does not fit: "
+            f"{wanted} or a later {OLDEST[0]}.x is needed",
             where="PREFECT_API_URL",
             fix="start the server from this environment: `prefect server start`",
         )
 
 
 def check_answer(*, fix: str) -> None:
-    """Return where the server of this process answers; one that accepts and says nothing is not
-    waited for like a busy one.
+    """Return where the server of this process answers.
+
+    One that accepts a connection and never answers is given up after two times `HEALTH_S`.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not answer.
     """
     from prefect.client.orchestration import get_client
     from prefect.settings import (
@@ -55,8 +56,9 @@ def check_answer(*, fix: str) -> None:
 
 
 def check_server() -> None:
-    """Return where the server of this process will do, or does not say: one short request, the
-    first time.
+    """Return where the version of this process's server will do, or cannot be read.
+
+    It is one short request, in each process once.
 
     Raises:
         UserError: as `check_version`.

@@ -1,9 +1,9 @@
-"""What every flow can be asked for, as types that a form shows and a server checks before it makes
-a run.
+"""The parameters of the flows, as types that a form shows and a server checks before it creates a
+run.
 
 No pattern has square brackets: Prefect's command line would take them for markup and leave them out
-of its message. Keys in a URL are refused by the schema alone (`not`): a run keeps its parameters,
-so later would be too late.
+of its message. Keys in a URL are refused by the schema itself (`not`): a run keeps its parameters,
+so any later check would be too late.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from flows.shard_scheduler import SHARD_DIGITS
 
 # `demo` alone means `dspark-demo`
 NAMES = sorted({name.partition("-")[2] for name in recipe_names()}) + recipe_names()
-# what they make is named by the target: every draft of it is trained on that
+# Named by the target, not by the draft: every draft of it is trained on what they make.
 BEFORE_DRAFTS = ("prepare", "regenerate", "capture")
 LONGEST_SPAN = 60  # characters
 KEY_IN_URL = r"://(\w|\.|-|%|:|\+|~|!|=)*@"
-# a key may hold a slash, before which there is then no @
+# A key may hold a slash; then there is no @ before it.
 KEY_IN_STORE = rf"{KEY_IN_URL}|^s3a?://\w*:"
-KEY_IN_OVERRIDE = rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:|^ *resources\.(servers\.)?(api_key *=|api_key_env *=.*-)"
+KEY_IN_OVERRIDE = (
+    rf"{KEY_IN_URL}|^ *store *=.*s3a?://\w*:"
+    r"|^ *resources\.(servers\.)?(api_key *=|api_key_env *=.*-)"
+)
 SHARD_RANGE = r"\d{1,6}(-\d{1,6})?"
 
 Recipe = Annotated[
@@ -70,15 +73,15 @@ Shards = (
 
 
 def request_of(recipe: str, overrides: Overrides, store: str) -> RunRequest:
+    """A flow's parameters as a request; an empty store takes the recipe's."""
     return RunRequest(recipe, overrides, store or None)
 
 
 def run_name() -> str:
     """The name of the flow run in which this is called."""
-    asked = flow_run.parameters
-    return title(str(flow_run.flow_name), asked["recipe"], str(asked.get("shards", ""))) + (
-        PART if is_part() else ""
-    )
+    given = flow_run.parameters
+    name = title(str(flow_run.flow_name), given["recipe"], str(given.get("shards", "")))
+    return name + (PART if is_part() else "")
 
 
 def title(flow: str, recipe: str, shards: str) -> str:
@@ -92,11 +95,11 @@ def title(flow: str, recipe: str, shards: str) -> str:
 
 
 def _shard_span(text: str) -> str:
-    """Asked shards in a form that `--shards` takes, too, but for the dots where they are too
-    many for a name.
+    """The shards in a form that `--shards` accepts, too, but for the dots where they are too many
+    for a name.
     """
     try:
         span = shard_list(parse_shards(text), digits=SHARD_DIGITS)
-    except ConfigError:  # said by the run itself
+    except ConfigError:  # reported by the run itself
         return text
     return span if len(span) <= LONGEST_SPAN else span[:LONGEST_SPAN].rpartition(",")[0] + ",..."

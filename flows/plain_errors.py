@@ -1,5 +1,5 @@
-"""An error of ours in a run's log is the paragraph that the terminal shows, not the stack trace
-that Prefect would write.
+"""Our errors in a run's log: the paragraph that the terminal shows, without the stack trace that
+Prefect would write.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from weakref import WeakKeyDictionary
 from deepspec.errors import DeepSpecError
 
 FLOW_RUNS = "prefect.flow_runs"
-_written = WeakKeyDictionary[DeepSpecError, set[str]]()  # the runs in whose logs an error is
+# runs whose logs have an error already
+_logged_in = WeakKeyDictionary[DeepSpecError, set[str]]()
 
 
-def show_plainly() -> None:
-    """From now on; Prefect need not be there yet."""
+def log_errors_plainly() -> None:
+    """From now on, also where Prefect is not imported yet."""
     for name in (FLOW_RUNS, "prefect.task_runs"):
-        logging.getLogger(name).addFilter(plainly)  # the same one again changes nothing
+        logging.getLogger(name).addFilter(_shorten)  # adding the same one again has no effect
 
 
-def plainly(record: logging.LogRecord) -> bool:
-    """Whether the record is still to be written: what ends a flow run is written here, and sent
-    before the run's end is.
+def _shorten(record: logging.LogRecord) -> bool:
+    """Whether the record is still to be written: the error that ends a flow run is written here,
+    and sent to the server before the run's end is.
 
-    Who watches a run (`--watch`) hears of its end, and after that of little else.
+    `--watch` shows little of what arrives after a run's end.
     """
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, DeepSpecError):
@@ -31,8 +32,9 @@ def plainly(record: logging.LogRecord) -> bool:
     record.msg, record.args, record.exc_info = str(error), (), None
     if record.name != FLOW_RUNS:
         return True
-    run, runs = str(vars(record).get("flow_run_id", "")), _written.setdefault(error, set())
-    # where a worker started the run, Prefect says it once more at the process's end
+    run = str(vars(record).get("flow_run_id", ""))
+    runs = _logged_in.setdefault(error, set())
+    # Where a worker started the run, Prefect logs the error again at the end of the process.
     if run in runs:
         return False
     runs.add(run)

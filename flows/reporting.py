@@ -1,8 +1,8 @@
-"""What a run shows while it works and at its end: progress for who watches it, artifacts for the
+"""What a run reports while it works and at its end: progress to its watcher, artifacts to the
 Prefect UI.
 
-Artifacts are a help, not a condition: a server that does not take one is noted in the log, and the
-run goes on.
+Artifacts are a help, not a condition: where the server does not accept one, the log has a line
+about it and the run goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 @contextlib.contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Everything that a run started in this block reports is shown to `watcher` too."""
+    """Runs that are started in this block report their progress to `watcher`."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -55,18 +55,20 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 def report_progress(progress: Progress) -> None:
+    """Passes the progress to the watcher, if there is one."""
     if watcher := _watcher.get():
         watcher(progress)
 
 
 def report_nothing_to_do(status: StageStatus, state: State) -> None:
+    """Reports a stage in which this run does nothing."""
     report_progress(Progress(status.stage, state, 1, 1, "", {}))
 
 
 @contextlib.contextmanager
 def best_effort(*, retries: int = 2) -> Iterator[None]:
-    """Calls to the server that may fail; they give up soon, because a child is waiting to be
-    heard meanwhile.
+    """Calls to the server that may fail; they give up soon, because a child's output waits to be
+    read meanwhile.
     """
     patience = {PREFECT_CLIENT_MAX_RETRIES: retries, PREFECT_API_REQUEST_TIMEOUT: REQUEST_S}
     try:
@@ -77,7 +79,7 @@ def best_effort(*, retries: int = 2) -> Iterator[None]:
 
 
 def prefect_key(name: str) -> str:
-    """Prefect takes lower-case letters, digits and dashes only."""
+    """The name as an artifact's key: Prefect allows lower-case letters, digits and dashes only."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -90,65 +92,63 @@ def publish_stages(run_name: str, outcomes: Sequence[StageOutcome]) -> None:
         create_table_artifact(rows, key=prefect_key(f"{run_name}-stages"), description="stages")
         for outcome in outcomes:
             url = outcome.status.artifact_url
-            link = url if "://" in url else Path(url).resolve().as_uri()
-            create_link_artifact(
-                link, link_text=url, key=prefect_key(f"{run_name}-{outcome.status.stage}-folder")
-            )
+            key = prefect_key(f"{run_name}-{outcome.status.stage}-folder")
+            create_link_artifact(_link(url), link_text=url, key=key)
+
+
+def _link(url: str) -> str:
+    return url if "://" in url else Path(url).resolve().as_uri()
 
 
 def stage_row(outcome: StageOutcome) -> dict[str, str]:
-    """One stage, ready to be shown."""
+    """One stage, formatted for a table."""
     status = outcome.status
-    numbers = {
+    counts = {
         "shards": status.committed,
         "missing": len(status.missing),
         "rows": status.rows,
         "rejected": status.rejected_rows,
         "tokens": status.tokens,
     }
-    seconds = (
-        outcome.state
-        if outcome.state in ("already done", "in training")
-        else f"{outcome.seconds:.1f}"
-    )
+    is_timed = outcome.state not in ("already done", "in training")
     share = status.truncated_share
-    counted = {name: f"{number:,}" if number else "" for name, number in numbers.items()}
-    told = {
-        **counted,
+    return {
+        "stage": status.stage,
+        "state": outcome.state,
+        **{name: f"{number:,}" if number else "" for name, number in counts.items()},
         "truncated": "" if share is None else f"{share:.1%}",
         "MB": f"{status.num_bytes / 1e6:.1f}",
+        "seconds": f"{outcome.seconds:.1f}" if is_timed else outcome.state,
     }
-    return {"stage": status.stage, "state": outcome.state, **told, "seconds": seconds}
 
 
 def publish_results(
     run_name: str, text: str, benchmarks: Sequence[Mapping[str, Any]], report_url: str, command: str
 ) -> None:
-    """The evaluation's report in words, its numbers as a table, and where the whole report is."""
-    link = report_url if "://" in report_url else Path(report_url).resolve().as_uri()
-    where = [
-        f"[The report with figures]({link})",
-        f"It is at `{report_url}`. A browser may refuse to go there from this page; then open it yourself, or make a copy:",
+    """The evaluation's report as text, its numbers as a table, and where the whole report is."""
+    whole_report = [
+        f"[The report with figures]({_link(report_url)})",
+        f"It is at `{report_url}`.",
+        "A browser may refuse to go there from this page; then open it yourself, or make a copy:",
         f"```\n{command}\n```",
     ]
+    rows = [result_row(part) for part in benchmarks]
     with best_effort():
         create_markdown_artifact(
             text, key=prefect_key(f"{run_name}-results"), description="results"
         )
         create_table_artifact(
-            [result_row(part) for part in benchmarks],
-            key=prefect_key(f"{run_name}-benchmarks"),
-            description="benchmarks",
+            rows, key=prefect_key(f"{run_name}-benchmarks"), description="benchmarks"
         )
         create_markdown_artifact(
-            "\n\n".join(where),
+            "\n\n".join(whole_report),
             key=prefect_key(f"{run_name}-report"),
             description="the report with figures",
         )
 
 
 def result_row(part: Mapping[str, Any]) -> dict[str, str]:
-    """One benchmark at one temperature, ready to be shown."""
+    """One benchmark at one temperature, formatted for a table."""
     speeds, (identical, prompts) = part["tokens_per_s"], part["lossless"]
     return {
         "benchmark": part["benchmark"],

@@ -1,9 +1,9 @@
 """Which Prefect server a run started by hand talks to: the user's own, or a private one for the
 length of the run.
 
-Nothing here imports Prefect: it reads its settings when it is imported, so they must be in the
-environment before. The private server is `prefect server start` under the guard. Prefect's own
-ephemeral server would do the same, but it outlives a run that is killed.
+Nothing here imports Prefect, which reads its settings when it is imported: they must be in the
+environment before. The private server is `prefect server start` under a supervisor; Prefect's own
+ephemeral server would outlive a run that is killed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from deepspec.storage.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
 STOP_S = 5.0
-# A server may restart meanwhile; one that hangs is not waited for by each request for six minutes,
-# as Prefect would.
+# Long enough for a server that restarts; with Prefect's defaults each request would wait six minutes
+# for one that hangs.
 PATIENCE = {"PREFECT_API_REQUEST_TIMEOUT": "10", "PREFECT_CLIENT_MAX_RETRIES": "4"}
 
 
 class PrivateServer:
-    """A Prefect server on a free port of this machine; ends with this process, however that
+    """A Prefect server on a free port of this machine, which ends with this process, however that
     ends.
     """
 
@@ -38,31 +38,14 @@ class PrivateServer:
         self.port, self.log_path = free_port(), home / "server.log"
         home.mkdir(parents=True, exist_ok=True)
         os.environ.update(_settings(home, self.port))
-        command = [
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--no-ui",
-        ]
-        guarded = [
-            sys.executable,
-            "-m",
-            "deepspec.process.supervisor",
-            str(STOP_S),
-            sys.executable,
-            *command,
-        ]
+        server = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        supervisor = [sys.executable, "-m", "deepspec.process.supervisor", str(STOP_S)]
+        command = [*supervisor, sys.executable, "-m", *server, "--no-ui"]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                guarded, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
-        # registered before Prefect's own handlers, so it runs after they have sent their last
-        # events
+        # Registered before Prefect's own handlers, so it runs after they have sent their last events.
         atexit.register(self.stop)
 
     def wait(self) -> None:
@@ -77,11 +60,8 @@ class PrivateServer:
                 return
             time.sleep(0.05)
         lines = self.log_path.read_text(errors="replace").strip().splitlines()[-3:]
-        what = "Prefect's private server did not start" + (
-            ": " + " / ".join(lines) if lines else ""
-        )
         raise UserError(
-            what,
+            f"Prefect's private server did not start: {' / '.join(lines) or 'its log is empty'}",
             where=str(self.log_path),
             fix="read that log, or start a server yourself and set PREFECT_API_URL",
         )
@@ -97,6 +77,7 @@ class PrivateServer:
         return False
 
     def stop(self) -> None:
+        """End the server, as the end of this process would."""
         if self.process.stdin:
             self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,7 +85,7 @@ class PrivateServer:
 
 
 def start_private_server(store: Store) -> PrivateServer | None:
-    """A private server with its database beside the artifacts; None where the user has set up
+    """A private server with its database in the store's folder; None where the user has set up
     Prefect.
 
     Raises:
@@ -117,12 +98,11 @@ def start_private_server(store: Store) -> PrivateServer | None:
         os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL") or _profile_has_server():
         return None
-    beside = (
-        Path(store.root) / ".prefect"
-        if store.is_local
-        else Path.home() / ".cache" / "deepspec" / "prefect"
-    )
-    home = Path(os.environ.get("PREFECT_HOME") or beside).absolute()
+    if store.is_local:
+        default = Path(store.root) / ".prefect"
+    else:
+        default = Path.home() / ".cache" / "deepspec" / "prefect"
+    home = Path(os.environ.get("PREFECT_HOME") or default).absolute()
     try:
         return PrivateServer(home)
     except OSError as error:

@@ -130,8 +130,8 @@ class ProgressDisplay:
             return
         self._last[progress.stage] = (progress.state, time.monotonic())
         line = f"{progress.stage}: {progress.state}"
-        if progress.total:
-            line += f" {progress.done} of {progress.total} {progress.unit}".rstrip()
+        if progress.total and progress.unit:
+            line += f" {progress.done} of {progress.total} {progress.unit}"
         left_s = progress.numbers.get("left_s")
         left = [f"{timedelta(seconds=left_s)} left"] if left_s else []
         sys.stderr.write(", ".join([line, *texts, *left]) + "\n")

@@ -127,7 +127,7 @@ def test_what_a_server_does_not_know_is_told_once_with_the_first_thing_that_was_
     publish_all([result])
     assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
     assert asset_key(read.url) in inputs_in(event_of(asset_key(result.url)))
-    monkeypatch.setattr(assets, "_told", set())  # as in another process
+    monkeypatch.setattr(assets, "_published", set())  # as in another process
     publish_all_once([result])
     assert len(events_of(asset_key(result.url))) == 1
 

@@ -31,7 +31,7 @@ from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.cli import run_flow
 from flows.pipeline import pipeline, regenerate
-from flows.plain_errors import FLOW_RUNS, show_plainly
+from flows.plain_errors import FLOW_RUNS, log_errors_plainly
 from flows.tasks import run_stages
 from tests.flows.conftest import flaky_run
 from tests.flows.test_cli import environment, flow_command, run
@@ -194,7 +194,7 @@ def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
     """A worker's process wrote it when the flow failed and again when the process ended; a
     parent's log has it, too.
     """
-    show_plainly()
+    log_errors_plainly()
     logger, error = logging.getLogger(FLOW_RUNS), UserError("it cannot be", fix="do something else")
     written = list[str]()
     handler = logging.Handler()
