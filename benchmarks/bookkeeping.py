@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks._measure import result
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.evaluate.speculate import Policy, speculate
 from deepspec.model.drafter import Proposal
 from deepspec.target.generate import Decode

@@ -20,8 +20,8 @@ import torch
 
 from benchmarks._measure import result
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.config.data import SamplingConfig
 from deepspec.config.recipes import load_run
-from deepspec.config.run import SamplingConfig
 from deepspec.evaluate.prompts import load_benchmarks, render
 from deepspec.evaluate.speculate import speculate
 from deepspec.evaluate.stage import load_models

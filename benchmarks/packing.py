@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks._measure import alternate, result
 from benchmarks._training import QWEN3
-from deepspec.config.run import (
+from deepspec.config.draft import (
     BlockDraftConfig,
     ConfidenceConfig,
     DraftConfig,

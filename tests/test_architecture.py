@@ -47,7 +47,6 @@ LONGER_FOR_NOW = {
     "deepspec/artifacts/status.py",
     "deepspec/cache/format.py",
     "deepspec/cli/inspection.py",
-    "deepspec/config/run.py",
     "deepspec/evaluate/calibration.py",
     "deepspec/evaluate/conformance.py",
     "deepspec/figures/drawing.py",

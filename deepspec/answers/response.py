@@ -7,7 +7,7 @@ from __future__ import annotations
 from openai.types.chat import ChatCompletion
 
 from deepspec.answers.request import SEEDS
-from deepspec.config.run import TargetConfig
+from deepspec.config.target import TargetConfig
 from deepspec.target.conversation import AnswerRequest, Refused, Turn
 
 THINKING = {  # by chat family: what the target writes before and behind its thinking

@@ -22,8 +22,9 @@ import xxhash
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactInfo, ArtifactInput, ArtifactKey
 from deepspec.config.benchmarks import DEMO, BenchmarkSet, find_benchmark
+from deepspec.config.data import DatasetSource, DemoSource, FileSource
 from deepspec.config.recipes import load_run, section_of
-from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, DataError
 from deepspec.storage.store import Store, canonical_json, file_checksum
 from deepspec.storage.urls import open_store

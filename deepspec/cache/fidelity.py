@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.config.run import FidelityConfig
+from deepspec.config.resources import FidelityConfig
 from deepspec.errors import FidelityTooLow
 
 

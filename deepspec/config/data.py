@@ -1,4 +1,4 @@
-"""The sections of a run that say which prompts there are, and how the target answers them."""
+"""The sections of a run about its data: prompts, answers, hidden states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from deepspec.config.benchmarks import check_name
-from deepspec.config.draft import Section
+from deepspec.config.section import Section
 
 
 class DemoSource(Section):
@@ -118,3 +118,35 @@ class AnswersConfig(Section):
                 "answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more than answers.max_new_tokens"
             )
         return self
+
+
+class HiddenConfig(Section):
+    codec: Literal["raw", "lossless", "int8", "fp8"] = "raw"
+    """How context features are stored: bfloat16 as it is; the same entropy-coded; 8 bits with
+    scales (half the size).
+    """
+    last_codec: Literal["raw", "lossless", "int8"] | None = None
+    """How final hidden states are stored; null follows `codec` (int8 where that is fp8, which
+    is too coarse for them).
+    """
+    compression: Literal["none", "zstd"] = "none"
+    """Whether 8-bit codes are compressed as well: smaller, and slower to read."""
+    max_length: PositiveInt = 4096
+    """Tokens per sample at most; longer samples are cut."""
+    last_hidden: Literal["supervised", "none"] = "supervised"
+    """Keep the final hidden state around supervised tokens, or not at all (DFlash does not need
+    it).
+    """
+
+    @model_validator(mode="after")
+    def _compression_has_codes(self) -> Self:
+        if self.compression == "zstd" and self.codec not in ("int8", "fp8"):
+            raise ValueError(
+                "hidden.compression `zstd` goes with hidden.codec int8 or fp8; `lossless` is entropy-coded already"
+            )
+        return self
+
+    @property
+    def codec_of_last_hidden(self) -> Literal["raw", "lossless", "int8"]:
+        follows: Literal["raw", "lossless", "int8"] = "int8" if self.codec == "fp8" else self.codec
+        return self.last_codec or follows

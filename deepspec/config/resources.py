@@ -8,9 +8,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from deepspec.config.draft import Section
 from deepspec.config.old_keys import moved_keys
 from deepspec.config.retries import RetriesConfig
+from deepspec.config.section import Section
 from deepspec.config.servers import ServersConfig
 
 

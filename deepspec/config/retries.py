@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, cast
 
 from pydantic import Field, PositiveFloat
 
-from deepspec.config.draft import Section
+from deepspec.config.section import Section
 
 StageName = Literal["demo", "prompts", "answers", "hidden", "train", "evaluate"]
 LONGEST_DELAY_S = 300.0

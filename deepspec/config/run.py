@@ -1,219 +1,23 @@
-"""What a run is made of: one frozen pydantic model per stage, every field with a description and a
-unit.
+"""A run: one frozen pydantic model a section, every field with a description and a unit.
 
-Everything under `resources` says how the work is done and stays out of every fingerprint; all other
-fields decide what the result is. How recipes are found, merged and overridden is in `recipe.py`.
+Everything under `resources` is about how the work is done and stays out of every fingerprint; all
+other fields decide what the result is. How recipes are found, merged and overridden is in
+`recipes.py`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from deepspec.config.benchmarks import DEMO, Domain, check_name, short_name
-from deepspec.config.data import (
-    AnswerSamplingConfig,
-    AnswersConfig,
-    DatasetSource,
-    DemoSource,
-    FileSource,
-    PromptsConfig,
-    SamplingConfig,
-)
-from deepspec.config.draft import (
-    BlockDraftConfig,
-    ConfidenceConfig,
-    DraftConfig,
-    Eagle3DraftConfig,
-    LossConfig,
-    MarkovConfig,
-    Section,
-    TrainConfig,
-)
-from deepspec.config.resources import FidelityConfig, ResourcesConfig
-
-__all__ = [
-    "AnswerSamplingConfig",
-    "AnswersConfig",
-    "BenchmarkConfig",
-    "BlockDraftConfig",
-    "ConfidenceConfig",
-    "DatasetSource",
-    "DemoConfig",
-    "DemoSource",
-    "DraftConfig",
-    "Eagle3DraftConfig",
-    "EvaluateConfig",
-    "FidelityConfig",
-    "FileSource",
-    "HiddenConfig",
-    "LossConfig",
-    "MarkovConfig",
-    "PromptsConfig",
-    "ResourcesConfig",
-    "RunConfig",
-    "SamplingConfig",
-    "Section",
-    "TargetConfig",
-    "TrainConfig",
-]
-
-
-class DemoConfig(Section):
-    """The embedded default: a tiny target trained here on text that every Python installation
-    carries.
-    """
-
-    seed: int = 0
-    """Seed of the corpus and of the target's weights."""
-    conversations: PositiveInt = 10_500
-    """Conversations to make, over all three domains."""
-    vocab_size: PositiveInt = 1024
-    """Tokens of the byte-pair tokenizer."""
-    num_layers: PositiveInt = 12
-    """Decoder layers of the target."""
-    hidden_size: PositiveInt = 96
-    """Width of the target."""
-    steps: PositiveInt = 200
-    """Optimizer steps of the target's training."""
-    batch_tokens: PositiveInt = 1200
-    """Tokens per optimizer step, padding included."""
-    lr: PositiveFloat = 0.02
-    """Peak learning rate of the matrices (Muon, cosine); embedding and norms take half of it
-    (AdamW).
-    """
-    held_out: PositiveInt = 20
-    """Held-out benchmark prompts per domain."""
-
-
-class TargetConfig(Section):
-    model: str
-    """Hugging Face name or local folder of the target model; `demo` is the target that the demo
-    stage trains.
-    """
-    revision: str | None = None
-    """Commit or tag of the model on the hub; null for a local folder."""
-    chat_family: Literal["qwen", "gemma4"]
-    """How the chat template marks turns."""
-    thinking: bool = False
-    """Whether the chat template switches thinking on."""
-    layer_ids: tuple[int, ...] = Field(min_length=1)
-    """Decoder layers (0-based) whose outputs are captured; -1 is the embedding output; never
-    the last layer.
-    """
-    mask_token_id: int = Field(ge=0)
-    """Token id that stands for a not yet drafted position."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format that the target computes in."""
-
-    @model_validator(mode="after")
-    def _layers_ascend(self) -> Self:
-        if list(self.layer_ids) != sorted(set(self.layer_ids)) or self.layer_ids[0] < -1:
-            raise ValueError("layer_ids must be ascending, without repeats, and at least -1")
-        return self
-
-
-class HiddenConfig(Section):
-    codec: Literal["raw", "lossless", "int8", "fp8"] = "raw"
-    """How context features are stored: bfloat16 as it is; the same entropy-coded; 8 bits with
-    scales (half the size).
-    """
-    last_codec: Literal["raw", "lossless", "int8"] | None = None
-    """How final hidden states are stored; null follows `codec` (int8 where that is fp8, which
-    is too coarse for them).
-    """
-    compression: Literal["none", "zstd"] = "none"
-    """Whether 8-bit codes are compressed as well: smaller, and slower to read."""
-    max_length: PositiveInt = 4096
-    """Tokens per sample at most; longer samples are cut."""
-    last_hidden: Literal["supervised", "none"] = "supervised"
-    """Keep the final hidden state around supervised tokens, or not at all (DFlash does not need
-    it).
-    """
-
-    @model_validator(mode="after")
-    def _compression_has_codes(self) -> Self:
-        if self.compression == "zstd" and self.codec not in ("int8", "fp8"):
-            raise ValueError(
-                "hidden.compression `zstd` goes with hidden.codec int8 or fp8; `lossless` is entropy-coded already"
-            )
-        return self
-
-    @property
-    def codec_of_last_hidden(self) -> Literal["raw", "lossless", "int8"]:
-        follows: Literal["raw", "lossless", "int8"] = "int8" if self.codec == "fp8" else self.codec
-        return self.last_codec or follows
-
-
-class BenchmarkConfig(Section):
-    name: str
-    """A known one (`gsm8k`; `gsm8k@COMMIT` pins its data set), `demo/math`, `demo/code`,
-    `demo/chat`, or a JSONL or Parquet file.
-    """
-    limit: PositiveInt | None = None
-    """Prompts to take, by a seeded shuffle; null takes the protocol's number of a known one,
-    and all of a file.
-    """
-    turns: Literal["first", "all"] = "first"
-    """User turns of each prompt to decode: the first, or all of them, each on the target's own
-    answers to those before.
-    """
-    domain: Domain | None = None
-    """What the prompts are about; null is a known one's own, and `other` for a file."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_known(cls, name: str) -> str:
-        return check_name(name, others=DEMO)
-
-
-class EvaluateConfig(Section):
-    benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
-    """Prompts to decode."""
-    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
-        default=(1.0,), min_length=1
-    )
-    """Each benchmark is decoded at each of these; 0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Smallest set of tokens with this probability mass is kept."""
-    top_k: int = Field(default=0, ge=0)
-    """Tokens kept; 0 keeps all."""
-    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
-    """Prompts decoded together; each benchmark is decoded at each of these, plainly and
-    speculatively.
-    """
-    verify: Literal["full", "threshold", "scheduled"] = "full"
-    """How much of a proposed block the target verifies: all, up to the first low confidence, or
-    what the prefix scheduler admits.
-    """
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Confidence below which `verify: threshold` cuts a block."""
-    max_new_tokens: PositiveInt = 2048
-    """Tokens per answer at most."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Number format of target and draft; null follows the target's."""
-    seed: int = 0
-    """Seed of the shuffle and of each prompt's random stream."""
-
-    @field_validator("temperatures", "batch_sizes")
-    @classmethod
-    def _each_is_there_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError(
-                "a value is there twice: its prompts would be decoded and counted twice"
-            )
-        return values
-
-    @model_validator(mode="after")
-    def _benchmarks_have_names_of_their_own(self) -> Self:
-        names = Counter(short_name(benchmark.name) for benchmark in self.benchmarks)
-        if twice := [name for name, count in names.items() if count > 1]:
-            what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
-            raise ValueError(f"{what}; name each once, rename a file, or leave one out")
-        return self
+from deepspec.config.data import AnswersConfig, HiddenConfig, PromptsConfig
+from deepspec.config.draft import DraftConfig, LossConfig, TrainConfig
+from deepspec.config.evaluate import EvaluateConfig
+from deepspec.config.resources import ResourcesConfig
+from deepspec.config.section import Section
+from deepspec.config.target import DemoConfig, TargetConfig
 
 
 class RunConfig(Section):

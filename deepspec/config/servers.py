@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
-from deepspec.config.draft import Section
+from deepspec.config.section import Section
 
 
 def _endpoint(url: str) -> str:

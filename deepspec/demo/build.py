@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.corpus import Conversation, Corpus, make_corpus
 from deepspec.demo.target import Example, Progress, new_target, train_target
 from deepspec.demo.tokenizer import train_tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Literal, NamedTuple
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.library import Function, library_functions
 from deepspec.demo.maths import make_problem
 from deepspec.errors import DataError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.muon import Muon
 from deepspec.demo.tokenizer import MAX_POSITIONS
 

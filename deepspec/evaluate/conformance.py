@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.config.families import family_of, text_config
-from deepspec.config.run import (
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import (
     BlockDraftConfig,
     ConfidenceConfig,
     Eagle3DraftConfig,
     MarkovConfig,
-    SamplingConfig,
-    TargetConfig,
 )
+from deepspec.config.families import family_of, text_config
+from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.anchors import BlockPlan

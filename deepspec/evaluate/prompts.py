@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from deepspec.config.benchmarks import DEMO, Domain, find_benchmark, short_name
-from deepspec.config.run import BenchmarkConfig, RunConfig
+from deepspec.config.evaluate import BenchmarkConfig
+from deepspec.config.run import RunConfig
 from deepspec.messages import Message
 from deepspec.prompts.benchmarks import read_benchmark
 from deepspec.target.chat import Chat

@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from deepspec.config.run import EvaluateConfig
+from deepspec.config.evaluate import EvaluateConfig
 from deepspec.errors import ConfigError
 from deepspec.evaluate.calibration import calibrated, cut_below
 from deepspec.evaluate.rounds import Bools, Floats, Ints

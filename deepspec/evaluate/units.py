@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import torch
 
-from deepspec.config.run import EvaluateConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.evaluate import EvaluateConfig
 from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render, split_fitting
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate

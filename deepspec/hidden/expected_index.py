@@ -27,7 +27,8 @@ from deepspec.cache.index import (
     column_values,
     read_index_rows,
 )
-from deepspec.config.run import HiddenConfig, RunConfig
+from deepspec.config.data import HiddenConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import DamagedData, TransientError
 from deepspec.hidden.sequences import CaptureRow, capture_rows, in_order
 from deepspec.target.chat import Chat

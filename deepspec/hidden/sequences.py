@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from deepspec.config.run import HiddenConfig
+from deepspec.config.data import HiddenConfig
 from deepspec.messages import parse_messages, parse_tools
 from deepspec.target.chat import Chat, build_samples
 from deepspec.target.conversation import conversation_so_far, stream_seed

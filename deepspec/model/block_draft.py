@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.config.run import LossConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
 from deepspec.model.attention import Sight
 from deepspec.model.attention_path import training_path

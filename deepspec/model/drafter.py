@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepspec.config.run import LossConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.execution import Execution
 from deepspec.model.kv_cache import LayerCache
 from deepspec.model.layers import Rotation

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.config.run import LossConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import Samples
 from deepspec.model.attention import KeysValues, Sight, attend
 from deepspec.model.attention_path import training_path

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepspec.config.run import MarkovConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import MarkovConfig
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.config.run import LossConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

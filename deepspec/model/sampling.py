@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 
 
 class Verdict(NamedTuple):

@@ -8,6 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deepspec.config.draft import (
+    BlockDraftConfig,
+    ConfidenceConfig,
+    Eagle3DraftConfig,
+    MarkovConfig,
+)
 from deepspec.config.families import (
     Family,
     HeadGeometry,
@@ -18,7 +24,6 @@ from deepspec.config.families import (
     rope_settings,
     text_config,
 )
-from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
 from deepspec.errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from deepspec.config.run import HiddenConfig
+from deepspec.config.data import HiddenConfig
 from deepspec.errors import StoreError
 from deepspec.formatting import human_bytes
 from deepspec.storage.s3_client import part_bytes

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from deepspec.config.run import Eagle3DraftConfig, RunConfig
+from deepspec.config.draft import Eagle3DraftConfig
+from deepspec.config.run import RunConfig
 from deepspec.plan.arithmetic import (
     Codecs,
     Fit,

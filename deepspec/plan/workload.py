@@ -18,7 +18,8 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Record
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
-from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.config.data import DatasetSource, DemoSource, FileSource
+from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.hidden.sequences import capture_rows
 from deepspec.plan.arithmetic import Number, TokenCounts, relative_error

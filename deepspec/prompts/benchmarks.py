@@ -20,7 +20,8 @@ from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchma
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
-from deepspec.config.run import DatasetSource, RunConfig
+from deepspec.config.data import DatasetSource
+from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.prompts.sources import pinned, read_dataset, read_places
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from deepspec.config.run import PromptsConfig
+from deepspec.config.data import PromptsConfig
 from deepspec.storage.store import canonical_json
 
 SPEAKERS = {

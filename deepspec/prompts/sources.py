@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.run import DatasetSource, DemoSource, FileSource, RunConfig
+from deepspec.config.data import DatasetSource, DemoSource, FileSource
+from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.storage.store import canonical_json
 

@@ -20,7 +20,8 @@ from deepspec.artifacts.records import Counts
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.status import require_sealed
 from deepspec.artifacts.tables import write_table
-from deepspec.config.run import DatasetSource, RunConfig
+from deepspec.config.data import DatasetSource
+from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.run import RunConfig, TargetConfig
+from deepspec.config.run import RunConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError
 from deepspec.messages import Message
 

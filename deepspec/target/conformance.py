@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deepspec.config.run import TargetConfig
+from deepspec.config.target import TargetConfig
 from deepspec.messages import Message
 from deepspec.target.chat import END_OF_TURN, Chat, build_samples
 from deepspec.target.generate import pad_right, prefill

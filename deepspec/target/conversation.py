@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.config.run import AnswersConfig
+from deepspec.config.data import AnswersConfig
 from deepspec.messages import Message, parse_messages, parse_tools
 
 # times max_new_tokens that a second try of a truncated answer gets where nothing else is set

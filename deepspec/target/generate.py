@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.model.sampling import UniformStream, distribution, draw
 from deepspec.target.kv_cache import TargetCache
 from deepspec.target.model import Target

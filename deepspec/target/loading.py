@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from deepspec.config.run import TargetConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError, DataError
 from deepspec.target.model import FLASH, Target, check_layer_ids
 

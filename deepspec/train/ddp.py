@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepspec.config.run import TrainConfig
+from deepspec.config.draft import TrainConfig
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.train.distributed import World

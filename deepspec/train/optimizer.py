@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from deepspec.config.run import TrainConfig
+from deepspec.config.draft import TrainConfig
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

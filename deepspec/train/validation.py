@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.source import Source
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.train.distributed import World
 
 ROWS = 8  # samples drafted along together

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
-from deepspec.config.run import FidelityConfig
+from deepspec.config.resources import FidelityConfig
 from deepspec.errors import FidelityTooLow, UserError
 
 PERFECT = Fidelity(0.0, 0.0, 1.0, 1.0, 0.0, 1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.build import DemoSummary, build_demo
 
 CONFIG = DemoConfig(

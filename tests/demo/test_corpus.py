@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo import corpus as corpus_module
 from deepspec.demo.corpus import Corpus, Domain, make_corpus
 from deepspec.demo.maths import KINDS, make_problem

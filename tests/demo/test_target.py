@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.build import encode
 from deepspec.demo.corpus import make_corpus
 from deepspec.demo.target import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deepspec.config.run import DemoConfig
+from deepspec.config.target import DemoConfig
 from deepspec.demo.build import encode
 from deepspec.demo.corpus import Corpus, make_corpus
 from deepspec.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer

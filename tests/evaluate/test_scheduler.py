@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.config.run import BenchmarkConfig, EvaluateConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.evaluate import BenchmarkConfig, EvaluateConfig
 from deepspec.errors import ConfigError
 from deepspec.evaluate.rounds import read_rounds
 from deepspec.evaluate.scheduler import Full, Scheduled, Threshold, make_policy, schedule

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.evaluate.conformance import ALGORITHMS
 from deepspec.evaluate.speculate import Decoding, speculate
 from deepspec.model.checkpoint import build_draft

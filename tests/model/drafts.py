@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.config.run import BlockDraftConfig, ConfidenceConfig, Eagle3DraftConfig, MarkovConfig
+from deepspec.config.draft import (
+    BlockDraftConfig,
+    ConfidenceConfig,
+    Eagle3DraftConfig,
+    MarkovConfig,
+)
 from deepspec.model.checkpoint import Draft, build_draft
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.spec import DraftSpec

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import ConfidenceConfig, LossConfig
+from deepspec.config.draft import ConfidenceConfig, LossConfig
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import TrainBatch
 from tests.model.drafts import CONFIGS, TARGETS, dspark, make_batch, make_draft, taken, total_loss

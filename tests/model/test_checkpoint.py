@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.model.checkpoint import build_draft, load_draft, save_draft
 from tests.model.drafts import CONFIGS, SIZE, TARGETS, VOCAB, make_draft, make_spec

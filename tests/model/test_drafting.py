@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import DraftCache, Proposal
 from deepspec.model.eagle3 import Eagle3Draft

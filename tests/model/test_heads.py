@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec.config.run import MarkovConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import MarkovConfig
 from deepspec.model.heads import MarkovHead, sample_block
 
 V, D, R, G = 11, 5, 3, 4

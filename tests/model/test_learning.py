@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import LossConfig, SamplingConfig
+from deepspec.config.data import SamplingConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.checkpoint import Draft, build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec

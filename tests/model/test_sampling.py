@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.model.sampling import UniformStream, distribution, draw, verify
 
 GREEDY, PLAIN = SamplingConfig(temperature=0), SamplingConfig(temperature=1.0)

@@ -11,7 +11,7 @@ import pytest
 
 from deepspec.artifacts.lineage import artifact_key, file_digest
 from deepspec.artifacts.tables import read_table
-from deepspec.config.run import PromptsConfig
+from deepspec.config.data import PromptsConfig
 from deepspec.errors import DataError
 from deepspec.prompts.rows import Prompt, Rejected, make_prompt
 from deepspec.prompts.stage import run_prompts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.errors import ConfigError, DataError
 from deepspec.target.generate import Decode, generate, pad_right
 from deepspec.target.loading import load_target

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepspec.config.run import TrainConfig
+from deepspec.config.draft import TrainConfig
 from deepspec.train.optimizer import apply_step, learning_rate, make_optimizer
 
 SETTINGS = TrainConfig(lr=1.0, warmup=0.1)

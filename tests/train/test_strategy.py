@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.run import LossConfig
+from deepspec.config.draft import LossConfig
 from deepspec.errors import ConfigError, DamagedData
 from deepspec.train.checkpoint_files import (
     CheckpointRecord,

@@ -14,7 +14,7 @@ import torch
 from deepspec.answers.stage import run_answers
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.cache.reader import HiddenCache
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.evaluate.speculate import speculate
 from deepspec.hidden.stage import run_capture
 from deepspec.prompts.stage import run_prompts

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.config.run import SamplingConfig
+from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.checkpoint import Draft

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.config.run import LossConfig
+from deepspec.config.draft import LossConfig
 from deepspec.model.chunked_loss import Targets
 from deepspec.model.loss import LossOutput, Slots, terms
 from deepspec.target.conformance import Check

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from deepspec.config.run import LossConfig
+from deepspec.config.draft import LossConfig
 from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import Draft

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from deepspec.config.run import LossConfig
+from deepspec.config.draft import LossConfig
 from deepspec.errors import DataError
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.eagle3 import Eagle3Draft

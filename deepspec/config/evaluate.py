@@ -1,0 +1,79 @@
+"""The section of a run about its evaluation: which prompts are decoded, and how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from deepspec.config.benchmarks import DEMO, Domain, check_name, short_name
+from deepspec.config.section import Section
+
+
+class BenchmarkConfig(Section):
+    name: str
+    """A known one (`gsm8k`; `gsm8k@COMMIT` pins its data set), `demo/math`, `demo/code`,
+    `demo/chat`, or a JSONL or Parquet file.
+    """
+    limit: PositiveInt | None = None
+    """Prompts to take, by a seeded shuffle; null takes the protocol's number of a known one,
+    and all of a file.
+    """
+    turns: Literal["first", "all"] = "first"
+    """User turns of each prompt to decode: the first, or all of them, each on the target's own
+    answers to those before.
+    """
+    domain: Domain | None = None
+    """What the prompts are about; null is a known one's own, and `other` for a file."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        return check_name(name, others=DEMO)
+
+
+class EvaluateConfig(Section):
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
+    """Prompts to decode."""
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        default=(1.0,), min_length=1
+    )
+    """Each benchmark is decoded at each of these; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Smallest set of tokens with this probability mass is kept."""
+    top_k: int = Field(default=0, ge=0)
+    """Tokens kept; 0 keeps all."""
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
+    """Prompts decoded together; each benchmark is decoded at each of these, plainly and
+    speculatively.
+    """
+    verify: Literal["full", "threshold", "scheduled"] = "full"
+    """How much of a proposed block the target verifies: all, up to the first low confidence, or
+    what the prefix scheduler admits.
+    """
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Confidence below which `verify: threshold` cuts a block."""
+    max_new_tokens: PositiveInt = 2048
+    """Tokens per answer at most."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Number format of target and draft; null follows the target's."""
+    seed: int = 0
+    """Seed of the shuffle and of each prompt's random stream."""
+
+    @field_validator("temperatures", "batch_sizes")
+    @classmethod
+    def _each_is_there_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(
+                "a value is there twice: its prompts would be decoded and counted twice"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _benchmarks_have_names_of_their_own(self) -> Self:
+        names = Counter(short_name(benchmark.name) for benchmark in self.benchmarks)
+        if twice := [name for name, count in names.items() if count > 1]:
+            what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
+            raise ValueError(f"{what}; name each once, rename a file, or leave one out")
+        return self
