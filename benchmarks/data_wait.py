@@ -19,7 +19,7 @@ from benchmarks._training import QWEN3, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
 from deepspec.train.batches import StepData
-from deepspec.train.metrics import Meter
+from deepspec.train.metrics import StepMetrics
 from deepspec.train.step import train_step
 
 LENGTHS = {40: 120, 56: 140, 72: 160, 88: 180, 112: 150, 144: 120, 184: 90}  # tokens: samples
@@ -39,10 +39,10 @@ def measure(cache: HiddenCache, folder: Path) -> float:
     """The median over rounds of the share of time that training waited."""
     config = load_run("demo", store=str(folder))
     trainer = make_trainer(config, cache, TARGET, torch.device("cpu"))
-    data, meter, shares = StepData(cache, config, trainer.world), Meter(), []
+    data, metrics, shares = StepData(cache, config, trainer.world), StepMetrics(), []
     for number in range(ROUNDS + 1):
         for step in range(number * STEPS, (number + 1) * STEPS):
-            train_step(trainer, data, step, meter)
+            train_step(trainer, data, step, metrics)
         shares.append(trainer.vitals.read()["data_wait_share"])
     return statistics.median(shares[1:])  # the first round begins with nothing read ahead
 

@@ -29,7 +29,7 @@ from deepspec.config.recipes import load_run
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.ddp import Replicated
-from deepspec.train.metrics import Meter
+from deepspec.train.metrics import StepMetrics
 from deepspec.train.step import train_step
 from deepspec.train.strategy import COMPUTE_DTYPES
 
@@ -84,7 +84,7 @@ class Steps:
         self.strategy = cast("Replicated", self.trainer.strategy)
         self.data, self.meter, self.numbers = (
             StepData(cache, config, self.trainer.world),
-            Meter(),
+            StepMetrics(),
             count(),
         )
         (self.group,) = self.data.micro_batches(0)

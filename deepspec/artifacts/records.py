@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deepspec.storage.store import canonical_json, file_checksum
 
@@ -83,6 +83,8 @@ class Record(Stored):
     the shard it was made from.
     """
 
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
     artifact: str
     shard: int
     file: InsideName
@@ -95,9 +97,9 @@ class Record(Stored):
     counts: dict[str, float] = {}
     index_checksum: str = ""
     """Of the shard's file of index rows; empty where it has none."""
-    made_with: str = ""
-    """Checksum of what it cannot be read without (the codecs' channel scales); empty where
-    there is nothing of the kind.
+    scales_checksum: str = Field(default="", alias="scales_checksum")
+    """Of the codecs' channel scales, without which the shard cannot be read; empty without any.
+    On disk the field has its older name.
     """
     host: str = ""
     seconds: float = 0.0
@@ -145,7 +147,7 @@ def describe(
         upstream=upstream,
         counts=dict(counts.extra),
         index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
-        made_with=counts.made_with,
+        scales_checksum=counts.scales_checksum,
         host=socket.gethostname(),
     ).with_digest()
 
@@ -161,9 +163,10 @@ def records_table(records: Iterable[Record]) -> bytes:
         for record in records
     ]
     integers = dict.fromkeys(("shard", "num_bytes", "rows", "tokens", "rejected"), pa.uint64())
+    columns = [field.alias or name for name, field in Record.model_fields.items()]
     kinds = {
         name: integers.get(name, pa.float64() if name == "seconds" else pa.string())
-        for name in Record.model_fields
+        for name in columns
     }
     table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
     sink = pa.BufferOutputStream()
@@ -218,7 +221,7 @@ class Counts(NamedTuple):
     """
     index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
-    made_with: str = ""
+    scales_checksum: str = ""
     """As in the record."""
 
 

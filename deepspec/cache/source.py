@@ -19,7 +19,7 @@ from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.sample_order import WindowedOrder
 
 
-class Course(NamedTuple):
+class SampleRange(NamedTuple):
     """What training will ask for: the places of the order's line from `start` to `end`,
     `step_samples` at a step.
     """
@@ -52,7 +52,7 @@ class Source(Protocol):
     def file(self, name: str) -> Path:
         """A local file with what stands beside the shards under this name."""
 
-    def follow(self, course: Course) -> None:
+    def begin(self, course: SampleRange) -> None:
         """Make ready for a training that takes this course; called once, before the first
         sample is asked for.
         """
@@ -64,7 +64,7 @@ class Source(Protocol):
         """
         return
 
-    def reached(self, place: int) -> None:
+    def release(self, place: int) -> None:
         """No rank will ask for a sample before this place of the line any more."""
         return
 

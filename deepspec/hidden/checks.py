@@ -92,8 +92,8 @@ class StateChecks:
     def _compare_alone(self, row: CaptureRow, states: TargetOutput) -> None:
         alone = self.target.forward(torch.tensor([row.input_ids], device=self.target.device))
         error = max(
-            relative_error(states.context, alone.context[0]),
-            relative_error(states.last_hidden, alone.last_hidden[0]),
+            relative_difference(states.context, alone.context[0]),
+            relative_difference(states.last_hidden, alone.last_hidden[0]),
         )
         if not error <= MAX_ALONE_ERROR:  # not a number is no better
             what = f"captured by itself, the sample's hidden states differ by {error:.1%} from those captured in a batch"
@@ -106,7 +106,9 @@ class StateChecks:
     def _compare_stored(self, row: CaptureRow, states: TargetOutput, sample: HiddenSample) -> None:
         exact = sample.context.codec.name in EXACT
         limit = 0.01 if exact else self.limits.max_relative_error  # bfloat16 keeps 8 bits
-        error = relative_error(sample.context.decode(device=self.target.device), states.context)
+        error = relative_difference(
+            sample.context.decode(device=self.target.device), states.context
+        )
         if not error <= limit:
             what = f"read back, the sample's context features differ by {error:.2%}, more than {limit:.2%}"
             raise DamagedData(what, where=_name(row.sample_id), fix="choose another hidden.codec")
@@ -129,7 +131,7 @@ class StateChecks:
             )
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted| over all entries."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 

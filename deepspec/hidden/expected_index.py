@@ -1,4 +1,4 @@
-"""The index of a cache before any of it is captured: the answers rendered as capture renders them,
+"""The index of a cache before any of it is captured: the answers render_rows as capture renders them,
 without the target.
 
 A small Arrow file per shard in the hidden artifact (`planned/`), named by the answers that it was
@@ -44,15 +44,15 @@ SCHEMA = pa.schema(
 )
 
 
-def plan_samples(
+def write_expected_index(
     config: RunConfig, stage: ShardedStage, chat: Chat, *, shards: Sequence[int] | None = None
 ) -> None:
     """Render the shards of answers (all, or those asked for) that were not before."""
     records = stage.upstream.records(shards)
-    todo = unplanned(stage.artifact, records)
+    todo = unrendered(stage.artifact, records)
     began = time.monotonic()
     for done, record in enumerate(todo, start=1):
-        rows = rendered(
+        rows = render_rows(
             read_table(stage.upstream.fetch_shard(record)).to_pylist(), chat, config.hidden
         )
         stage.artifact.store.write(
@@ -60,30 +60,30 @@ def plan_samples(
         )
         if done % 100 == 0 or done == len(todo):
             log.info(
-                "stage=hidden rendered %d of %d shards of answers in %.0f s",
+                "stage=hidden render_rows %d of %d shards of answers in %.0f s",
                 done,
                 len(todo),
                 time.monotonic() - began,
             )
 
 
-def unplanned(artifact: Artifact, records: Mapping[int, Record]) -> list[Record]:
-    """The shards of answers that are not rendered yet."""
+def unrendered(artifact: Artifact, records: Mapping[int, Record]) -> list[Record]:
+    """The shards of answers that are not render_rows yet."""
     found = set(artifact.store.names(artifact.path(FOLDER)))
     return [record for record in records.values() if _name(record).partition("/")[2] not in found]
 
 
-def await_planned(stage: ShardedStage) -> None:
-    """Return when another process has rendered all shards; there is no limit to how long that
+def await_expected_index(stage: ShardedStage) -> None:
+    """Return when another process has render_rows all shards; there is no limit to how long that
     may take.
     """
     records = stage.upstream.records()
-    while unplanned(stage.artifact, records):
+    while unrendered(stage.artifact, records):
         time.sleep(POLL_S)
 
 
-def read_planned(stage: ShardedStage) -> ExpectedIndex:
-    """The index over all rendered shards.
+def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
+    """The index over all render_rows shards.
 
     Raises:
         TransientError: one of them was removed meanwhile.
@@ -110,7 +110,7 @@ def read_planned(stage: ShardedStage) -> ExpectedIndex:
     return ExpectedIndex(*(column_values(batch, name) for name in ExpectedIndex._fields))
 
 
-def rendered(
+def render_rows(
     answers: Sequence[dict[str, object]], chat: Chat, settings: HiddenConfig
 ) -> list[tuple[CaptureRow, int]]:
     """The rows that capture makes of a shard of answers, in its order, each with the number of
@@ -129,8 +129,8 @@ def kept_spans(row: CaptureRow, settings: HiddenConfig) -> np.ndarray:
     return last_hidden_spans(row.loss_mask if settings.last_hidden == "supervised" else [])
 
 
-class Rows:
-    """The rows of a run by number, each rendered when it is asked for: a rank need not render
+class ExpectedRows:
+    """The rows of a run by number, each render_rows when it is asked for: a rank need not render
     what others train on.
     """
 

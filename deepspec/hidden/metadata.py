@@ -41,16 +41,16 @@ SCALE_TOKENS, ROW_TOKENS = 2048, 128  # as many again, of other samples, measure
 LOSSY = ("int8", "fp8")
 
 
-def files_beside(config: RunConfig) -> tuple[str, ...]:
+def metadata_files(config: RunConfig) -> tuple[str, ...]:
     """Names of what stands beside the shards and is sealed with them."""
-    return (SCHEMA, TENSORS, CONFIG, *(name for name in beside_codec(config) if name == SCALES))
+    return (SCHEMA, TENSORS, CONFIG, *(name for name in codec_files(config) if name == SCALES))
 
 
-def lacks_files(config: RunConfig, artifact: Artifact) -> bool:
-    return not all(artifact.store.exists(artifact.path(name)) for name in files_beside(config))
+def lacks_metadata(config: RunConfig, artifact: Artifact) -> bool:
+    return not all(artifact.store.exists(artifact.path(name)) for name in metadata_files(config))
 
 
-def prepare(
+def write_metadata(
     config: RunConfig, stage: ShardedStage, chat: Chat, target: Target, report: Report
 ) -> Layout:
     """The layout of the cache; what stands beside the shards is there when this returns.
@@ -61,7 +61,7 @@ def prepare(
     """
     artifact, scales = stage.artifact, dict[str, Tensor]()
     missing = [
-        name for name in beside_codec(config) if not artifact.store.exists(artifact.path(name))
+        name for name in codec_files(config) if not artifact.store.exists(artifact.path(name))
     ]
     first = first_states(config, stage, chat, target) if missing else None
     if first is not None and SCALES in missing:
@@ -73,11 +73,11 @@ def prepare(
             artifact.path(SCALES),
             save({name: scale.cpu().contiguous() for name, scale in made.items()}),
         )
-    if beside_codec(config):
+    if codec_files(config):
         scales = load(artifact.store.read(artifact.path(SCALES)))
-    check_made_with(
+    check_scales(
         artifact,
-        made_with(config, artifact),
+        scales_checksum(config, artifact),
         [record for record in [_any_record(artifact)] if record],
     )
     layout = make_layout(config, chat, target, scales)
@@ -87,14 +87,14 @@ def prepare(
             artifact.path(FIDELITY),
             pretty_json({"tokens": len(first.context) - first.half, **found._asdict()}),
         )
-    if FIDELITY in beside_codec(config):
+    if FIDELITY in codec_files(config):
         check_fidelity(config, artifact, report)
-    if lacks_files(config, artifact):
+    if lacks_metadata(config, artifact):
         _write_frozen(artifact, target, layout)
     return layout
 
 
-def beside_codec(config: RunConfig) -> tuple[str, ...]:
+def codec_files(config: RunConfig) -> tuple[str, ...]:
     """What the codecs need beside the shards: the channel scales, and for a lossy one its
     measured fidelity.
     """
@@ -102,21 +102,21 @@ def beside_codec(config: RunConfig) -> tuple[str, ...]:
     return () if names == {"raw"} else (SCALES, FIDELITY) if names & set(LOSSY) else (SCALES,)
 
 
-def made_with(config: RunConfig, artifact: Artifact) -> str:
+def scales_checksum(config: RunConfig, artifact: Artifact) -> str:
     """Checksum of the channel scales, without which a shard's bytes mean nothing; empty for raw
     states.
     """
-    return artifact.store.checksum(artifact.path(SCALES)) if SCALES in beside_codec(config) else ""
+    return artifact.store.checksum(artifact.path(SCALES)) if SCALES in codec_files(config) else ""
 
 
-def check_made_with(artifact: Artifact, wanted: str, records: Iterable[Record]) -> None:
+def check_scales(artifact: Artifact, wanted: str, records: Iterable[Record]) -> None:
     """Refuse to mix shards that were encoded with other scales than those that are there now.
 
     Raises:
         DamagedData: the scales were lost, damaged, or made again elsewhere and came out
             differently.
     """
-    others = [record.shard for record in records if record.made_with != wanted]
+    others = [record.shard for record in records if record.scales_checksum != wanted]
     if others:
         what = f"shard {others[0]} ({len(others)} in all) was encoded with other channel scales than {SCALES} holds now"
         fix = f"put the old {SCALES} back, or remove the records of those shards to capture them again"

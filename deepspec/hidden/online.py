@@ -28,13 +28,13 @@ from deepspec.cache.source import Source
 from deepspec.config.run import RunConfig
 from deepspec.hidden.expected_index import (
     POLL_S,
-    Rows,
-    await_planned,
-    plan_samples,
-    read_planned,
-    unplanned,
+    ExpectedRows,
+    await_expected_index,
+    read_expected_index,
+    unrendered,
+    write_expected_index,
 )
-from deepspec.hidden.metadata import beside_codec, lacks_files, prepare
+from deepspec.hidden.metadata import codec_files, lacks_metadata, write_metadata
 from deepspec.hidden.rolling_workers import render_in_children
 from deepspec.hidden.sequences import CaptureRow, token_batches
 from deepspec.hidden.stage import Capture
@@ -52,7 +52,7 @@ class OnlineStates(Source):
     and by the main one.
     """
 
-    def __init__(self, capture: Capture, index: ExpectedIndex, rows: Rows) -> None:
+    def __init__(self, capture: Capture, index: ExpectedIndex, rows: ExpectedRows) -> None:
         self.capture, self.index, self.rows = capture, index, rows
         self.artifact, self.layout = capture.stage.artifact, capture.layout
         self._target_is_free = threading.Lock()  # what it taps is kept in one place
@@ -98,7 +98,7 @@ def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineS
     return compute_online(
         config,
         stage,
-        shared_plan(config, stage, is_first=is_first),
+        shared_index(config, stage, is_first=is_first),
         is_first=is_first,
         report=report,
     )
@@ -118,10 +118,10 @@ def compute_online(
         attention="fastest",
     )
     if is_first:
-        prepare(config, stage, chat, target, report)
-    await_files(config, stage.artifact)
+        write_metadata(config, stage, chat, target, report)
+    await_metadata(config, stage.artifact)
     capture = Capture(config, stage, chat, target, read_layout(config, stage.artifact))
-    return OnlineStates(capture, index, Rows(config, stage, chat, index))
+    return OnlineStates(capture, index, ExpectedRows(config, stage, chat, index))
 
 
 def open_unsealed(config: RunConfig) -> ShardedStage:
@@ -131,7 +131,7 @@ def open_unsealed(config: RunConfig) -> ShardedStage:
     return ShardedStage(artifact, artifact_of(config, "answers"), [])
 
 
-def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
+def shared_index(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
     """The index of samples, which the first process makes where it is missing and all others
     wait for.
     """
@@ -139,22 +139,22 @@ def shared_plan(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> Ex
         render_in_children(
             config,
             stage.artifact,
-            [record.shard for record in unplanned(stage.artifact, stage.upstream.records())],
+            [record.shard for record in unrendered(stage.artifact, stage.upstream.records())],
         )
-        plan_samples(config, stage, load_chat(config))
-    await_planned(stage)
-    return read_planned(stage)
+        write_expected_index(config, stage, load_chat(config))
+    await_expected_index(stage)
+    return read_expected_index(stage)
 
 
-def await_files(config: RunConfig, artifact: Artifact) -> None:
+def await_metadata(config: RunConfig, artifact: Artifact) -> None:
     """Return when another process has written what stands beside the shards."""
-    while lacks_files(config, artifact):
+    while lacks_metadata(config, artifact):
         time.sleep(POLL_S)
 
 
 def read_layout(config: RunConfig, artifact: Artifact) -> Layout:
     """The layout that a capture has written beside its shards; there need be no manifest yet."""
     scales = (
-        load(artifact.store.read(artifact.path(SCALES))) if SCALES in beside_codec(config) else {}
+        load(artifact.store.read(artifact.path(SCALES))) if SCALES in codec_files(config) else {}
     )
     return Layout.of(read_schema(artifact.store.read(artifact.path(SCHEMA))), scales)

@@ -26,20 +26,20 @@ from deepspec.artifacts.status import ShardedStage
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import ExpectedIndex, column_values, read_index_rows
 from deepspec.cache.prefetch import read_buffered
-from deepspec.cache.source import Course, Source
+from deepspec.cache.source import SampleRange, Source
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
 from deepspec.formatting import human_bytes
 from deepspec.hidden.expected_index import FOLDER
-from deepspec.hidden.metadata import lacks_files
+from deepspec.hidden.metadata import lacks_metadata
 from deepspec.hidden.online import (
-    await_files,
+    await_metadata,
     compute_online,
     open_unsealed,
     read_layout,
-    shared_plan,
+    shared_index,
 )
-from deepspec.hidden.rolling_capture import Feeder
+from deepspec.hidden.rolling_capture import RollingCapture
 from deepspec.process.events import Report
 from deepspec.storage.local import read_into
 
@@ -73,7 +73,7 @@ class RollingStates(Source):
         self._kept, self._answers = kept, stage.upstream.records()
         self._shards: dict[int, _Shard] = {}
         self._looking, self._closed = threading.Lock(), threading.Event()
-        self._feeder: Feeder | None = None
+        self._feeder: RollingCapture | None = None
         self._progress: Callable[[], object] = bool
 
     def on_progress(self, progress: Callable[[], object]) -> None:
@@ -101,9 +101,9 @@ class RollingStates(Source):
     def file(self, name: str) -> Path:
         return self.artifact.store.fetch(self.artifact.path(name))
 
-    def reached(self, place: int) -> None:
+    def release(self, place: int) -> None:
         if self._feeder:
-            self._feeder.reached(place)
+            self._feeder.release(place)
 
     def close(self) -> None:
         self._closed.set()
@@ -215,14 +215,14 @@ class RollingStates(Source):
 class FedStates(RollingStates):
     """The first rank's: what all ranks read is captured and deleted from here."""
 
-    def follow(self, course: Course) -> None:
+    def begin(self, course: SampleRange) -> None:
         """Begin to capture.
 
         Raises:
             StoreError: `resources.training.rolling_gb` cannot hold what one step needs, or another training
                 uses these shards.
         """
-        self._feeder = Feeder(self.config, self.stage, self.index, self.layout, course)
+        self._feeder = RollingCapture(self.config, self.stage, self.index, self.layout, course)
         self._feeder.start()
 
 
@@ -241,9 +241,9 @@ def open_rolling(
             allows.
     """
     stage = open_unsealed(config)
-    index = shared_plan(config, stage, is_first=is_first)
+    index = shared_index(config, stage, is_first=is_first)
     numbers, kept = share(index), dict[int, HiddenSample]()
-    if numbers or (is_first and lacks_files(config, stage.artifact)):
+    if numbers or (is_first and lacks_metadata(config, stage.artifact)):
         online = compute_online(config, stage, index, is_first=is_first, report=report)
         samples = online.stream(
             iter(numbers),
@@ -260,7 +260,7 @@ def open_rolling(
             len(kept),
             human_bytes(sum(each.num_bytes for each in kept.values())),
         )
-    await_files(config, stage.artifact)
+    await_metadata(config, stage.artifact)
     kind = FedStates if is_first else RollingStates
     return kind(config, stage, index, read_layout(config, stage.artifact), kept)
 

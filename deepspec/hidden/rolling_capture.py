@@ -30,12 +30,12 @@ from deepspec.artifacts.shard_loop import transient_system_errors
 from deepspec.artifacts.status import ShardedStage
 from deepspec.cache.format import Layout
 from deepspec.cache.index import ExpectedIndex
-from deepspec.cache.source import Course
+from deepspec.cache.source import SampleRange
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, StoreError
 from deepspec.formatting import human_bytes
-from deepspec.hidden.rolling_shards import Shelf
-from deepspec.hidden.rolling_workers import Lane, lane_gpus
+from deepspec.hidden.rolling_shards import RollingShards
+from deepspec.hidden.rolling_workers import CaptureWorker, worker_gpus
 from deepspec.process.launch import Scope, scope
 from deepspec.process.shard_ranges import deal, shard_list
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 1 << 16
 
 
-class Feeder:
+class RollingCapture:
     """A thread that captures and deletes, and one for each lane that is at work."""
 
     def __init__(
@@ -54,17 +54,17 @@ class Feeder:
         stage: ShardedStage,
         index: ExpectedIndex,
         layout: Layout,
-        course: Course,
+        course: SampleRange,
     ) -> None:
-        self.config, self.shelf, self.course = config, Shelf(stage), course
+        self.config, self.shelf, self.course = config, RollingShards(stage), course
         self.max_bytes = round(config.resources.training.rolling_gb * 1e9)
         self.most_bytes = shard_bytes(index, layout)
         self._news = threading.Condition()
         self._place, self._window_end, self._moved = course.start, 0, True
         self._in_capture: set[int] = set()
         self._idle = [
-            Lane(config, stage.artifact, gpu, number=number)
-            for number, gpu in enumerate(lane_gpus(config))
+            CaptureWorker(config, stage.artifact, gpu, number=number)
+            for number, gpu in enumerate(worker_gpus(config))
         ]
         self._ended, self._error = threading.Event(), list[DeepSpecError]()
         self._children: Scope | None = None
@@ -82,7 +82,7 @@ class Feeder:
         self.shelf.open()
         self._threads[0].start()
 
-    def reached(self, place: int) -> None:
+    def release(self, place: int) -> None:
         """Training needs nothing before this place of the line any more.
 
         Raises:
@@ -180,7 +180,7 @@ class Feeder:
                     self._begin(self._idle.pop(), group)
             self._news.wait_for(lambda: self._moved or self._ended.is_set())
 
-    def _begin(self, lane: Lane, group: Sequence[int]) -> None:
+    def _begin(self, lane: CaptureWorker, group: Sequence[int]) -> None:
         self._in_capture |= set(group)
         log.info("stage=train capturing shards=%s", shard_list(group))
         context = contextvars.copy_context()  # that of the scope, which ends the child
@@ -194,7 +194,7 @@ class Feeder:
         ]
         thread.start()
 
-    def _capture(self, lane: Lane, group: Sequence[int]) -> None:
+    def _capture(self, lane: CaptureWorker, group: Sequence[int]) -> None:
         try:
             with transient_system_errors(f"capture of shards {shard_list(group)}"):
                 lane.capture(

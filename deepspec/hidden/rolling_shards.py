@@ -19,7 +19,7 @@ from deepspec.formatting import human_bytes
 log = logging.getLogger(__name__)
 
 
-class Shelf:
+class RollingShards:
     """`sizes` are the bytes of each shard that has a record, its index rows included. One
     process at a time has it.
     """

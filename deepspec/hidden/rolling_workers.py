@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SHARDS_A_PROCESS = 64
 
 
-def lane_gpus(config: RunConfig) -> list[str | None]:
+def worker_gpus(config: RunConfig) -> list[str | None]:
     """The GPU of each capture lane: the last of the visible ones; None where a lane takes what
     training computes on.
     """
@@ -45,7 +45,7 @@ def lane_gpus(config: RunConfig) -> list[str | None]:
     )
 
 
-class Lane:
+class CaptureWorker:
     """Captures groups of shards, one after the other, on one GPU."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Lane:
         self.config, self.artifact = config, artifact
         self.env = {"DEEPSPEC_EVENTS": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         self.request, self.log_path = (
-            run_as_file(config, artifact),
+            save_run_file(config, artifact),
             folder_beside(artifact, "logs") / f"rolling-{number}.log",
         )
 
@@ -98,7 +98,7 @@ class Lane:
             stop.wait(resources.retries.delay_s * 2 ** (attempt - 1))
 
 
-def run_as_file(config: RunConfig, artifact: Artifact) -> RunRequest:
+def save_run_file(config: RunConfig, artifact: Artifact) -> RunRequest:
     """The run as a file of its own, for children: how its options were given is not known here."""
     path = (
         folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
@@ -119,7 +119,7 @@ def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[i
     if processes < 2:
         return
     request, env = (
-        run_as_file(config, artifact),
+        save_run_file(config, artifact),
         {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)

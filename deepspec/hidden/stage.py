@@ -1,7 +1,7 @@
 """The hidden stage: answers run through the target once, its hidden states written as Arrow shards.
 
 The target's next forward pass runs while the last one's states are brought to the host, encoded,
-hashed and written, and the shard before is committed. Rows are written in the order they are
+hashed and written, and the shard before is committed. ExpectedRows are written in the order they are
 computed (by length, so that a batch wastes little), a row's shard and place being in the index.
 """
 
@@ -27,8 +27,14 @@ from deepspec.cache.index import INDEX, write_index
 from deepspec.cache.shard_writer import Background, Encoded, ShardWriter
 from deepspec.config.run import RunConfig
 from deepspec.hidden.checks import StateChecks, kept_positions
-from deepspec.hidden.expected_index import kept_spans, plan_samples
-from deepspec.hidden.metadata import check_made_with, files_beside, lacks_files, made_with, prepare
+from deepspec.hidden.expected_index import kept_spans, write_expected_index
+from deepspec.hidden.metadata import (
+    check_scales,
+    lacks_metadata,
+    metadata_files,
+    scales_checksum,
+    write_metadata,
+)
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.process.events import Report, silent
 from deepspec.target.chat import Chat, load_chat, target_folder
@@ -54,9 +60,9 @@ def run_capture(
     """
     stage = open_sharded(config, "hidden", shards)
     if purpose == "index":
-        plan_samples(config, stage, load_chat(config), shards=shards)
+        write_expected_index(config, stage, load_chat(config), shards=shards)
         return stage.artifact
-    if stage.todo or lacks_files(config, stage.artifact):
+    if stage.todo or lacks_metadata(config, stage.artifact):
         chat = load_chat(config)
         target = load_target(
             config.target,
@@ -64,7 +70,7 @@ def run_capture(
             device=config.resources.devices.type,
             attention="fastest",
         )
-        layout = prepare(config, stage, chat, target, report)
+        layout = write_metadata(config, stage, chat, target, report)
         work_through(
             config,
             stage.artifact,
@@ -74,11 +80,11 @@ def run_capture(
         )
 
     def finish(records: list[Record]) -> None:
-        check_made_with(stage.artifact, made_with(config, stage.artifact), records)
+        check_scales(stage.artifact, scales_checksum(config, stage.artifact), records)
         write_index(stage.artifact, records)
 
     if purpose == "cache":
-        seal_if_whole(config, "hidden", files=(*files_beside(config), INDEX), before=finish)
+        seal_if_whole(config, "hidden", files=(*metadata_files(config), INDEX), before=finish)
     return stage.artifact
 
 
@@ -95,7 +101,10 @@ class Capture:
             target,
             layout,
         )
-        self.host, self.made_with = HostCopy(target.device), made_with(config, stage.artifact)
+        self.host, self.scales_checksum = (
+            HostCopy(target.device),
+            scales_checksum(config, stage.artifact),
+        )
         self.checks = StateChecks(target, config.resources.checks)
 
     def shard(self, work: Work, local: Path) -> Counts:
@@ -136,7 +145,7 @@ class Capture:
             extra={"supervised": supervised},
             checksum=written.checksum,
             index_rows=written.index_rows,
-            made_with=self.made_with,
+            scales_checksum=self.scales_checksum,
         )
 
     def encoding(

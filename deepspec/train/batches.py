@@ -20,7 +20,7 @@ import torch
 from deepspec.cache.format import HiddenSample
 from deepspec.cache.prefetch import read_ahead
 from deepspec.cache.sample_order import WindowedOrder
-from deepspec.cache.source import Course, Source
+from deepspec.cache.source import SampleRange, Source
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
@@ -76,11 +76,13 @@ class StepData:
     def begin(self, first: int) -> None:
         """Tell the source which samples come, from step `first` on."""
         samples = self.settings.global_batch
-        self.cache.follow(Course(self._order, first * samples, self.total_steps * samples, samples))
+        self.cache.begin(
+            SampleRange(self._order, first * samples, self.total_steps * samples, samples)
+        )
 
     def finish(self) -> None:
         """Tell the source that no more samples are asked for."""
-        self.cache.reached(self.total_steps * self.settings.global_batch)
+        self.cache.release(self.total_steps * self.settings.global_batch)
 
     def drawn(self, step: int) -> list[Drawn]:
         """All samples of a step, over all ranks, shortest first."""
@@ -112,7 +114,7 @@ class StepData:
         step they belong to.
         """
         # What ended step - 1 was a sum over all ranks, so each of them has had all its samples.
-        self.cache.reached(step * self.settings.global_batch)
+        self.cache.release(step * self.settings.global_batch)
         if step != self._next_step:
             self._ahead = self._batches_from(step)
         yield from islice(self._ahead, len(self.micro_batches(step)))

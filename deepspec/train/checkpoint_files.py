@@ -69,7 +69,7 @@ def save_checkpoint(
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
             artifact.put_file(local / name, f"{folder}/{name}")
-    shares = world.words(files[share])  # once a rank has all of them, all are there
+    shares = world.gather_text(files[share])  # once a rank has all of them, all are there
     if world.is_first:
         files |= {
             f"optimizer-{number:05d}-of-{world.size:05d}.safetensors": checksum

@@ -17,7 +17,7 @@ from deepspec.train.checkpoint_files import (
     save_checkpoint,
 )
 from deepspec.train.step import StepResult, Trainer
-from deepspec.train.validation import acceptance_length, acceptance_numbers
+from deepspec.train.validation import acceptance_numbers, held_out_acceptance
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Checkpoints:
         """The record with the acceptance of the draft as it is now."""
         if not self.numbers:
             return record
-        accepted = acceptance_length(draft, self.cache, self.numbers, self.trainer.world)
+        accepted = held_out_acceptance(draft, self.cache, self.numbers, self.trainer.world)
         self._warn_if_worse(record.step, record.loss, accepted)
         best = best_checkpoint(self.records)
         better = best is None or accepted >= (best.acceptance_length or 0.0)

@@ -37,10 +37,10 @@ class World(NamedTuple):
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def words(self, word: str) -> list[str]:
-        """Every rank's word, all of them ASCII and of one length, in the order of the ranks."""
-        table = torch.zeros(self.size, len(word), dtype=torch.long, device=self.device)
-        table[self.rank] = torch.tensor(list(word.encode()), device=self.device)
+    def gather_text(self, text: str) -> list[str]:
+        """The text of every rank, ASCII and all of one length, in the order of the ranks."""
+        table = torch.zeros(self.size, len(text), dtype=torch.long, device=self.device)
+        table[self.rank] = torch.tensor(list(text.encode()), device=self.device)
         return [bytes(row).decode() for row in self.sum(table).tolist()]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -32,8 +32,8 @@ from deepspec.train.checkpointing import Checkpoints, held_out
 from deepspec.train.distributed import join_world
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
-from deepspec.train.metrics import Meter
-from deepspec.train.out_of_memory import knobs_named
+from deepspec.train.metrics import StepMetrics
+from deepspec.train.out_of_memory import explain_oom
 from deepspec.train.parallel import check_strategy, make_strategy
 from deepspec.train.preflight import check_before_training
 from deepspec.train.source import open_source
@@ -113,7 +113,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
         ):
             # until all shards of a window are captured no step may be possible
             cache.on_progress(watchdog.beat)
-            train(
+            train_steps(
                 Trainer(
                     config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs
                 ),
@@ -133,7 +133,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
 
 def _preflight(config: RunConfig, data: StepData, draft: Any) -> None:
     try:
-        with knobs_named(config):
+        with explain_oom(config):
             check_before_training(config, data, draft)
     except TrainingFailed as error:
         if config.resources.checks.preflight == "refuse":
@@ -150,11 +150,11 @@ def _sealed(artifact: Artifact, inputs: dict[str, str], data: StepData) -> Artif
     return artifact
 
 
-def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
+def train_steps(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
     """Optimizer steps `first` to the last, logging and saving on the way, and before it stops
     because it was asked to.
     """
-    meter, total = Meter(), data.total_steps
+    metrics, total = StepMetrics(), data.total_steps
     history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
     scalars = trainer.world.is_first and can_write_scalars()
     checkpoints = Checkpoints(trainer, data)
@@ -163,14 +163,14 @@ def train(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
         if checkpoints.no_better():
             break
         pace.add(sum(drawn.num_tokens for drawn in data.drawn(step)))
-        with knobs_named(trainer.config):
-            result = train_step(trainer, data, step, meter)
+        with explain_oom(trainer.config):
+            result = train_step(trainer, data, step, metrics)
         done = step + 1
         if logged := done % LOG_STEPS == 0 or done == total:
             numbers = {
                 "loss": result.loss,
                 "gradient_norm": result.gradient_norm,
-                **meter.read(trainer.world),
+                **metrics.read(trainer.world),
                 **trainer.vitals.read(),
             }
             speed = pace.read(done)

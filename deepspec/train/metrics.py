@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspec.train.distributed import World
 
 
-class Meter:
+class StepMetrics:
     """Sums and counts by name since the last reading."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Meter:
             self.totals[name] = self.totals[name] + pair if name in self.totals else pair
 
     def read(self, world: World) -> dict[str, float]:
-        """Means over all ranks; clears the meter. `acceptance_length` is what the acceptance
+        """Means over all ranks; clears the metrics. `acceptance_length` is what the acceptance
         rates promise per round.
         """
         names = sorted(self.totals)

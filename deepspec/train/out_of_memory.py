@@ -17,7 +17,7 @@ KNOBS = ("num_anchors", "block_size", "ttt_length")
 
 
 @contextlib.contextmanager
-def knobs_named(config: RunConfig) -> Iterator[None]:
+def explain_oom(config: RunConfig) -> Iterator[None]:
     """Turns an allocation that failed within the block into one error that names what decides a
     step's size.
 

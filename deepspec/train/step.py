@@ -17,7 +17,7 @@ from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.distributed import World
-from deepspec.train.metrics import Meter
+from deepspec.train.metrics import StepMetrics
 from deepspec.train.optimizer import learning_rate
 from deepspec.train.strategy import Strategy
 from deepspec.train.throughput import Vitals
@@ -43,7 +43,7 @@ class StepResult(NamedTuple):
     stop: bool  # some rank was asked to stop; all ranks know it after the same step
 
 
-def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> StepResult:
+def train_step(trainer: Trainer, data: StepData, step: int, metrics: StepMetrics) -> StepResult:
     """One optimizer step over the global batch.
 
     Numerators are summed over micro-batches and ranks with their gradients, and divided once by the
@@ -58,7 +58,7 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
     own = len(data.micro_batches(step))
     rounds = trainer.strategy.rounds(own)
     for batch in trainer.vitals.waiting(data.batches(step)):
-        totals += accumulate(trainer, batch, meter)
+        totals += accumulate(trainer, batch, metrics)
     for _ in range(rounds - own):
         trainer.strategy.backward(None)
     asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
@@ -84,12 +84,12 @@ def train_step(trainer: Trainer, data: StepData, step: int, meter: Meter) -> Ste
     return StepResult(loss, norm, stops > 0)
 
 
-def accumulate(trainer: Trainer, batch: TrainBatch, meter: Meter) -> torch.Tensor:
+def accumulate(trainer: Trainer, batch: TrainBatch, metrics: StepMetrics) -> torch.Tensor:
     """Add one micro-batch's summed gradients; returns its (loss numerator, denominator) as
     float64 [2].
     """
     output = trainer.strategy.backward(batch)
-    meter.add(output.metrics)
+    metrics.add(output.metrics)
     return torch.tensor(
         [float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64
     )

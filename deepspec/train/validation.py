@@ -24,7 +24,7 @@ ROWS = 8  # samples drafted along together
 GREEDY = SamplingConfig(temperature=0.0)
 
 
-class Rounds(NamedTuple):
+class RoundCounts(NamedTuple):
     committed: int  # tokens, the target's own one of each round included
     rounds: int
 
@@ -45,7 +45,7 @@ class Answers(NamedTuple):
     context: Tensor  # [B, T, m * D]
 
 
-def acceptance_length(draft: Any, cache: Source, numbers: Sequence[int], world: World) -> float:
+def held_out_acceptance(draft: Any, cache: Source, numbers: Sequence[int], world: World) -> float:
     """Tokens committed per round over these samples of the cache, shared out to all ranks; 0
     where there is no round.
     """
@@ -84,7 +84,7 @@ def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) ->
 
 
 @torch.no_grad()
-def draft_along(draft: Any, answers: Answers) -> Rounds:
+def draft_along(draft: Any, answers: Answers) -> RoundCounts:
     """Rounds of drafting from the first to the last token of every answer."""
     rows, length = answers.input_ids.shape
     ids, block = answers.input_ids.tolist(), draft.block_size
@@ -115,7 +115,7 @@ def draft_along(draft: Any, answers: Answers) -> Rounds:
             committed += matched + (matched < left)
             rounds += 1
             anchors[row] = next_anchor(answers.loss_mask[row], anchor + matched + 1)
-    return Rounds(committed, rounds)
+    return RoundCounts(committed, rounds)
 
 
 def next_anchor(mask: Sequence[bool], place: int) -> int | None:

@@ -20,10 +20,10 @@ from deepspec.cache.format import HiddenSample
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.errors import TransientError
-from deepspec.hidden.expected_index import plan_samples
+from deepspec.hidden.expected_index import write_expected_index
 from deepspec.hidden.online import open_unsealed
 from deepspec.hidden.rolling import RollingStates, open_rolling
-from deepspec.hidden.rolling_shards import Shelf
+from deepspec.hidden.rolling_shards import RollingShards
 from deepspec.hidden.stage import run_capture
 from deepspec.process.events import silent
 from deepspec.target.chat import load_chat
@@ -49,7 +49,7 @@ def config(captured: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Ru
 @pytest.fixture
 def source(config: RunConfig) -> Iterator[RollingStates]:
     """As a rank sees it that feeds nothing; all shards are there."""
-    plan_samples(config, open_unsealed(config), load_chat(config))
+    write_expected_index(config, open_unsealed(config), load_chat(config))
     run_capture(config, purpose="rolling")
     source = open_rolling(config, share=lambda index: [], is_first=False, report=silent)
     yield source
@@ -70,7 +70,10 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(
     order = np.random.default_rng(0).permutation(len(cache)).tolist()
     streamed = source.stream(iter(order), max_bytes=100_000, threads=3)
     assert all(same(sample, cache[number]) for sample, number in zip(streamed, order, strict=True))
-    shelf, number = Shelf(open_unsealed(config)), int(np.flatnonzero(source.index.shard == 2)[1])
+    shelf, number = (
+        RollingShards(open_unsealed(config)),
+        int(np.flatnonzero(source.index.shard == 2)[1]),
+    )
     shelf.open()
     shelf.delete(2)
     left = source.artifact.store.names(source.artifact.path("shards"))
@@ -122,7 +125,7 @@ def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_ans
     artifact.store.remove(artifact.path(records[3].file))  # or a file that was lost
     stale = records[4].model_copy(update={"upstream": "other answers"}).with_digest()
     artifact.store.write(artifact.path("records/00004.json"), stale.model_dump_json().encode())
-    shelf = Shelf(open_unsealed(config))
+    shelf = RollingShards(open_unsealed(config))
     shelf.open()
     shelf.close()
     assert sorted(shelf.sizes) == artifact.record_shards() == [0, 2, 5]

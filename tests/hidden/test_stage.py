@@ -18,8 +18,8 @@ from deepspec.cache.format import EncodedTensor
 from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
-from deepspec.hidden.checks import StateChecks, relative_error
-from deepspec.hidden.metadata import files_beside
+from deepspec.hidden.checks import StateChecks, relative_difference
+from deepspec.hidden.metadata import metadata_files
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.hidden.stage import Capture, HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
@@ -80,7 +80,7 @@ def test_the_frozen_tensors_lie_beside_the_shards_and_name_no_place(captured: Pa
     artifact = artifact_of(tiny_run(captured), "hidden")
     manifest = artifact.manifest()
     assert manifest is not None
-    assert set(manifest.files) == {*files_beside(tiny_run(captured)), INDEX}
+    assert set(manifest.files) == {*metadata_files(tiny_run(captured)), INDEX}
     assert str(captured) not in artifact.store.read(artifact.path("target/config.json")).decode()
 
 
@@ -186,9 +186,11 @@ def test_each_codec_gives_back_the_states_that_raw_keeps(
             raw.sample_id,
             raw.input_ids.tolist(),
         )
-        assert relative_error(found.context.decode(), raw.context.decode()) <= error
+        assert relative_difference(found.context.decode(), raw.context.decode()) <= error
         last_error = 0.0 if "hidden.last_codec=raw" in overrides else error
-        assert relative_error(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
+        assert (
+            relative_difference(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
+        )
     assert list(verify_stage(tiny_run(tmp_path / "store", *overrides), "hidden")) == []
 
 

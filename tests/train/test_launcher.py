@@ -24,7 +24,7 @@ import torch
 
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
-from deepspec.hidden.rolling_workers import lane_gpus
+from deepspec.hidden.rolling_workers import worker_gpus
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
 from deepspec.process.machine import free_port
@@ -116,14 +116,14 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
         num_ranks(tiny_run(tmp_path, "resources.training.ranks=4"))
     rolling = tiny_run(tmp_path, "resources.training.source=rolling", "train.global_batch=6")
-    assert (num_ranks(rolling), lane_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
+    assert (num_ranks(rolling), worker_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
     shared = tiny_run(
         tmp_path,
         "resources.training.source=rolling",
         "resources.training.rolling_gpus=0",
         "train.global_batch=6",
     )
-    assert (num_ranks(shared), lane_gpus(shared)) == (3, [None])
+    assert (num_ranks(shared), worker_gpus(shared)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
         num_ranks(
             tiny_run(
@@ -132,7 +132,7 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
         )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert num_ranks(tiny_run(tmp_path)) == 1
-    assert (num_ranks(rolling), lane_gpus(rolling)) == (1, [None])
+    assert (num_ranks(rolling), worker_gpus(rolling)) == (1, [None])
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])

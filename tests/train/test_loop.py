@@ -58,11 +58,11 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
     steps = []
     original = loop.train_step
 
-    def stopping(trainer, data, step, meter):
+    def stopping(trainer, data, step, metrics):
         steps.append(step)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return original(trainer, data, step, meter)
+        return original(trainer, data, step, metrics)
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -82,13 +82,13 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     shutil.copytree(ready, straight)
     original = step.accumulate
 
-    def interrupted(trainer, batch, meter):
+    def interrupted(trainer, batch, metrics):
         if (
             trainer.strategy.optimizer.state
             and next(iter(trainer.strategy.optimizer.state.values()))["step"] == 2
         ):
             signal.raise_signal(signal.SIGTERM)
-        return original(trainer, batch, meter)
+        return original(trainer, batch, metrics)
 
     rare = "train.checkpoint_steps=100"
     with monkeypatch.context() as patched:
@@ -202,7 +202,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, lengths: list[float]) -> None:
     tests of its own.
     """
     found = iter(lengths)
-    monkeypatch.setattr(checkpoints, "acceptance_length", lambda *_: next(found))
+    monkeypatch.setattr(checkpoints, "held_out_acceptance", lambda *_: next(found))
 
 
 def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(
@@ -263,8 +263,8 @@ def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready:
     config = tiny_run(ready, "train.max_steps=20", "train.patience=4")
     original = loop.train_step
 
-    def stopping(trainer, data, step, meter):
-        result = original(trainer, data, step, meter)
+    def stopping(trainer, data, step, metrics):
+        result = original(trainer, data, step, metrics)
         return result._replace(stop=step == 4)  # after step 5, which is no checkpoint of its own
 
     monkeypatch.setattr(loop, "train_step", stopping)

@@ -11,7 +11,7 @@ import torch
 from deepspec.errors import TrainingFailed
 from deepspec.train import step
 from deepspec.train.loop import run_train
-from deepspec.train.out_of_memory import knobs_named
+from deepspec.train.out_of_memory import explain_oom
 from tests.conftest import tiny_run
 
 
@@ -49,7 +49,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
 def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
     with (
         pytest.raises(TrainingFailed) as caught,
-        knobs_named(tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")),
+        explain_oom(tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")),
     ):
         raise RuntimeError("out of memory")
     assert "draft.ttt_length (now 7)" in caught.value.fix
@@ -57,5 +57,5 @@ def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
 
 
 def test_any_other_error_passes(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="shapes do not match"), knobs_named(tiny_run(tmp_path)):
+    with pytest.raises(RuntimeError, match="shapes do not match"), explain_oom(tiny_run(tmp_path)):
         raise RuntimeError("shapes do not match")

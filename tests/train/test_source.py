@@ -25,10 +25,10 @@ from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, StoreError, TransientError
 from deepspec.hidden import rolling_workers as lanes
-from deepspec.hidden.expected_index import plan_samples, read_planned, unplanned
+from deepspec.hidden.expected_index import read_expected_index, unrendered, write_expected_index
 from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, read_layout
 from deepspec.hidden.rolling_capture import shard_bytes
-from deepspec.hidden.rolling_shards import Shelf
+from deepspec.hidden.rolling_shards import RollingShards
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
 from deepspec.target.chat import load_chat
@@ -98,14 +98,14 @@ def test_the_planned_index_is_that_of_the_sealed_cache(
 
     config = tiny_run(fresh, *setting)
     stage = open_unsealed(config)
-    plan_samples(config, stage, load_chat(config), shards=[3, 1])
+    write_expected_index(config, stage, load_chat(config), shards=[3, 1])
     made = {
         name: (fresh / stage.artifact.folder / "planned" / name).stat().st_mtime_ns
         for name in stage.artifact.store.names(stage.artifact.path("planned"))
     }
     assert len(made) == 2
-    plan_samples(config, stage, load_chat(config))
-    planned = read_planned(stage)
+    write_expected_index(config, stage, load_chat(config))
+    planned = read_expected_index(stage)
     index = HiddenCache(run_capture(config)).index
     for name in set(ExpectedIndex._fields) - {"answer"}:
         assert getattr(planned, name).tolist() == getattr(index, name).tolist(), name
@@ -125,11 +125,11 @@ def test_many_shards_are_rendered_in_several_processes(
     stage = open_unsealed(config)
     monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
     lanes.render_in_children(config, stage.artifact, range(6))
-    assert unplanned(stage.artifact, stage.upstream.records()) == []
+    assert unrendered(stage.artifact, stage.upstream.records()) == []
     planned = Path(stage.artifact.url) / "planned"
     together = {path.name: path.read_bytes() for path in planned.iterdir()}
     shutil.rmtree(planned)
-    plan_samples(config, stage, load_chat(config))
+    write_expected_index(config, stage, load_chat(config))
     assert {path.name: path.read_bytes() for path in planned.iterdir()} == together
 
 
@@ -149,7 +149,7 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
 
     config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
     artifact = run_capture(config, purpose="rolling")
-    reserved = shard_bytes(read_planned_of(config), read_layout(config, artifact))
+    reserved = shard_bytes(expected_index_of(config), read_layout(config, artifact))
     for shard, record in artifact.records().items():
         on_disk = record.num_bytes + artifact.store.size(artifact.path(index_file(record)))
         assert (
@@ -160,10 +160,10 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
     assert len(artifact.records()) == 6 and artifact.manifest() is None
 
 
-def read_planned_of(config) -> ExpectedIndex:
+def expected_index_of(config) -> ExpectedIndex:
     stage = open_unsealed(config)
-    plan_samples(config, stage, load_chat(config))
-    return read_planned(stage)
+    write_expected_index(config, stage, load_chat(config))
+    return read_expected_index(stage)
 
 
 def opened(store: Path, *overrides: str) -> OnlineStates:
@@ -464,10 +464,10 @@ def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anyth
 
 def test_two_trainings_never_use_up_the_same_shards(fresh: Path):
     stage = open_unsealed(tiny_run(fresh))
-    first = Shelf(stage)
+    first = RollingShards(stage)
     first.open()
     with pytest.raises(StoreError, match="another training uses up the shards"):
-        Shelf(stage).open()
+        RollingShards(stage).open()
     first.close()
 
 

@@ -75,13 +75,13 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
     """
     config, original, seen = tiny_run(ready), loop.train_step, []
 
-    def dying(trainer, data, step, meter):
+    def dying(trainer, data, step, metrics):
         seen.append(step)
         if len(seen) == 6:
             # the worst it can leave behind
             write_scalars(trainer.artifact, [{"step": 5, "time": 1.0, "loss": 99.0}])
             raise KeyboardInterrupt
-        return original(trainer, data, step, meter)
+        return original(trainer, data, step, metrics)
 
     monkeypatch.setattr(loop, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):

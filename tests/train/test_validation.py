@@ -23,7 +23,13 @@ from deepspec.target.generate import Decode
 from deepspec.target.loading import load_target
 from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
-from deepspec.train.validation import Answers, Rounds, acceptance_length, draft_along, load_answers
+from deepspec.train.validation import (
+    Answers,
+    RoundCounts,
+    draft_along,
+    held_out_acceptance,
+    load_answers,
+)
 from tests.conftest import tiny_run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -81,7 +87,7 @@ def test_rounds_are_counted_as_decoding_counts_them():
     # Row 0: from 2, three accepted, the end; from 7, two accepted, the end. Row 1: from 1, one
     # accepted and the 9 corrected; from 3, three accepted and one added; from 7, the last one
     # accepted.
-    assert found == Rounds(committed=3 + 2 + 2 + 4 + 1, rounds=5)
+    assert found == RoundCounts(committed=3 + 2 + 2 + 4 + 1, rounds=5)
     assert draft.asked == [(2, 1), (7, 3), (7, 7)]
 
 
@@ -138,7 +144,7 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
             )
         wanted += torch.tensor([committed, rounds])
     assert found.tolist() == wanted.tolist()
-    assert acceptance_length(draft, cache, numbers, ALONE) == pytest.approx(
+    assert held_out_acceptance(draft, cache, numbers, ALONE) == pytest.approx(
         float(found[0] / found[1])
     )
     assert draft.training

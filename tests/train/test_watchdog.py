@@ -23,10 +23,10 @@ from deepspec.train import loop
 
 original = loop.train_step
 
-def sleeping_step(trainer, data, step, meter):
+def sleeping_step(trainer, data, step, metrics):
     if step == 2:
         time.sleep(600)
-    return original(trainer, data, step, meter)
+    return original(trainer, data, step, metrics)
 
 loop.train_step = sleeping_step
 main()
