@@ -42,7 +42,9 @@ def mt_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(
         KNOWN,
         "mt-bench",
-        KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"), num_prompts=10, revision=None),
+        KNOWN["mt-bench"].model_copy(
+            update={"dataset": str(tmp_path / "set"), "num_prompts": 10, "revision": None}
+        ),
     )
     return str(tmp_path / "set")
 

@@ -39,7 +39,9 @@ def gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"question": f"What is {number} + {number}?", "answer": "#### 2"} for number in range(5)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "main" / "test-00000-of-00001.parquet")
-    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(dataset=str(folder), revision=None))
+    monkeypatch.setitem(
+        KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"dataset": str(folder), "revision": None})
+    )
     return folder
 
 
@@ -114,7 +116,7 @@ def test_a_benchmark_of_files_reads_one_after_the_other(
             "private_test_cases": "x" * 1000,
         }
         write_jsonl(folder / file, [row])
-    monkeypatch.setitem(KNOWN, "livecodebench", known._replace(dataset=str(folder)))
+    monkeypatch.setitem(KNOWN, "livecodebench", known.model_copy(update={"dataset": str(folder)}))
     prompts = read_benchmark(tiny_run(tmp_path / "store"), "livecodebench")
     assert [prompt.problem for prompt in prompts] == [f"Task {number}" for number in range(6)]
     assert ["# YOUR CODE HERE" in prompt.turns[0] for prompt in prompts] == [True] + 5 * [False]
@@ -127,7 +129,7 @@ def test_both_turns_of_a_list_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
         [{"prompt": ["Write a post.", "Rewrite {it}."], "category": "writing"}],
     )
     monkeypatch.setitem(
-        KNOWN, "mt-bench", KNOWN["mt-bench"]._replace(dataset=str(tmp_path / "set"))
+        KNOWN, "mt-bench", KNOWN["mt-bench"].model_copy(update={"dataset": str(tmp_path / "set")})
     )
     assert read_benchmark(tiny_run(tmp_path / "store"), "mt-bench") == [
         BenchmarkPrompt(("Write a post.", "Rewrite {it}."))
@@ -169,7 +171,7 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("deepspec.prompts.sources.newest_revision", lambda source: next(commits))
-    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(revision=None))
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"revision": None}))
     config = tiny_run(tmp_path / "store")
     artifact = stored_benchmark(config, KNOWN["gsm8k"])
     artifact.store.remove(artifact.path("records/00000.json"))
@@ -181,7 +183,9 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
     )
     read_benchmark(config, "gsm8k@v1")
     assert read[2:] == [("openai/gsm8k", "main", "test", "v1")]
-    pinned = Artifact(store_of(config), benchmark_key(KNOWN["gsm8k"]._replace(revision="v1")))
+    pinned = Artifact(
+        store_of(config), benchmark_key(KNOWN["gsm8k"].model_copy(update={"revision": "v1"}))
+    )
     assert next(describe(pinned.url.removeprefix("file://"))).endswith(
         "data set openai/gsm8k at v1)"
     )
@@ -201,7 +205,7 @@ def test_another_folder_of_the_same_name_is_not_taken_for_this_one(
     )
     config = tiny_run(tmp_path / "store")
     assert len(read_benchmark(config, "gsm8k")) == 5
-    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"]._replace(dataset=str(other)))
+    monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"dataset": str(other)}))
     assert [prompt.problem for prompt in read_benchmark(config, "gsm8k")] == ["Which?"]
 
 
