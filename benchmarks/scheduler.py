@@ -27,12 +27,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._measure import result
 from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.results import SimulatedServing
 from deepspec.config.recipes import load_run
-from deepspec.evaluate.calibration import calibrated, fit_calibration
+from deepspec.evaluate.calibration import fit_calibration
 from deepspec.evaluate.results import read_rows
-from deepspec.evaluate.rounds import Rounds, headline, read_rounds, split_by_prompt
+from deepspec.evaluate.rounds import headline, read_rounds, split_by_prompt
 from deepspec.evaluate.scheduler import schedule
-from deepspec.evaluate.simulate import Simulated, compare_policies
+from deepspec.evaluate.simulate import simulate_policies
 from deepspec.evaluate.speed_curve import SpeedCurve, profile
 from deepspec.target.model import Target
 
@@ -70,7 +71,7 @@ def of_this_machine(block_size: int) -> SpeedCurve:
     return profile(Target(Qwen3ForCausalLM(config), layer_ids=(1, 3, 5)), block_size=block_size)
 
 
-def ratios(found: Mapping[str, Sequence[Simulated]]) -> dict[str, float]:
+def ratios(found: Mapping[str, Sequence[SimulatedServing]]) -> dict[str, float]:
     """The least of all few, and of all many, numbers of requests."""
     speed = {
         name: {point.requests: point.throughput for point in points}
@@ -89,7 +90,7 @@ def ratios(found: Mapping[str, Sequence[Simulated]]) -> dict[str, float]:
     }
 
 
-def show(name: str, found: Mapping[str, Sequence[Simulated]]) -> None:
+def show(name: str, found: Mapping[str, Sequence[SimulatedServing]]) -> None:
     print(f"\n{name}: tokens/s of all, of one user, draft tokens verified a round")
     print(f"{'requests':14}" + "".join(f"{number:>20}" for number in REQUESTS))
     for policy, points in found.items():
@@ -115,12 +116,10 @@ def main(source: str = str(RECORDED), *overrides: str) -> dict[str, object]:
     found = fit_calibration(rows, block_size)
     assert found is not None, "too few rounds with confidences"
     _, served = split_by_prompt(read_rounds(headline(rows), block_size))
-    rounds = Rounds(
-        calibrated(served.confidence, found.temperatures), served.accepted, served.prompt
-    )
+    rounds = served.calibrated(found.temperatures)
     measured: dict[str, float] = {}
     for name, curve in (("GPU-like", gpu_like()), ("this machine", of_this_machine(block_size))):
-        policies = compare_policies(rounds, curve, requests=REQUESTS)
+        policies = simulate_policies(rounds, curve, requests=REQUESTS).policies
         show(name, policies)
         measured |= {f"{name}, {key}": value for key, value in ratios(policies).items()}
     goals = {key: GOAL for key in measured if "any number" not in key}

@@ -156,7 +156,7 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
     artifact = run_evaluate(config, shards=_chosen(shards), report=report)
     if artifact.manifest() is not None:
         put_report([artifact], ["html", "markdown"])  # the page for people, the text for the flows
-        report({"event": "result", "stage": "evaluate", **results(config)})
+        report({"event": "result", "stage": "evaluate", **results(config).to_json()})
 
 
 @app.command()

@@ -9,12 +9,12 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from deepspec.artifacts.results import EvaluationSummary
 from deepspec.process.progress_display import ProgressDisplay
 from flows.reporting import StageOutcome, result_row, stage_row, watched_by
 
@@ -31,12 +31,12 @@ def shown_on_terminal(stages: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def show_summary(outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None) -> None:
+def show_summary(outcomes: Sequence[StageOutcome], results: EvaluationSummary | None) -> None:
     """The tables at the end of a run, and where everything is."""
     console = Console(width=None if Console().is_terminal else PLAIN_WIDTH, highlight=False)
     if results:
         console.print(
-            _table("results", [result_row(part) for part in results["benchmarks"]]),
+            _table("results", [result_row(part) for part in results.benchmarks]),
             _headline(results),
             sep="\n",
         )
@@ -60,22 +60,22 @@ def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def _headline(results: Mapping[str, Any]) -> str:
-    speeds, (identical, prompts) = results["tokens_per_s"], results["lossless"]
+def _headline(results: EvaluationSummary) -> str:
+    speeds, (identical, prompts) = results.tokens_per_s, results.lossless
     return (
-        f"temperature {results['temperature']:g}: macro acceptance length {results['acceptance_length']['macro']:.2f}, "
-        f"{speeds['speculative']:.0f} against {speeds['plain']:.0f} tokens/s = {results['speedup']:.2f} x, lossless: {identical}/{prompts}"
+        f"temperature {results.temperature:g}: "
+        f"macro acceptance length {results.macro.acceptance_length:.2f}, "
+        f"{speeds.speculative:.0f} against {speeds.plain:.0f} tokens/s = {results.speedup:.2f} x, "
+        f"lossless: {identical}/{prompts}"
     )
 
 
 def summary_line(
-    outcomes: Sequence[StageOutcome], results: Mapping[str, Any] | None, *, total_s: float
+    outcomes: Sequence[StageOutcome], results: EvaluationSummary | None, *, total_s: float
 ) -> str:
     """The run in one JSON object, for scripts."""
     headline = (
-        {key: results[key] for key in ("acceptance_length", "lossless", "speedup")}
-        if results
-        else {}
+        results.model_dump(include={"acceptance_length", "lossless", "speedup"}) if results else {}
     )
     seconds = {outcome.status.stage: round(outcome.seconds, 2) for outcome in outcomes}
     return json.dumps(

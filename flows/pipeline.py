@@ -102,7 +102,7 @@ def evaluate_draft(
         publish_results(
             config.name,
             report_text(config),
-            results(config)["benchmarks"],
+            results(config).benchmarks,
             report_url=f"{outcomes[-1].status.artifact_url}/report.html",
             command=shlex.join([*words, "--output", "report.html"]),
         )

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -24,6 +24,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from deepspec.artifacts.results import BenchmarkMetrics
 from deepspec.artifacts.status import StageStatus
 from deepspec.process.progress_display import Progress, State
 
@@ -123,7 +124,7 @@ def stage_row(outcome: StageOutcome) -> dict[str, str]:
 
 
 def publish_results(
-    run_name: str, text: str, benchmarks: Sequence[Mapping[str, Any]], report_url: str, command: str
+    run_name: str, text: str, benchmarks: Sequence[BenchmarkMetrics], report_url: str, command: str
 ) -> None:
     """The evaluation's report as text, its numbers as a table, and where the whole report is."""
     whole_report = [
@@ -147,19 +148,19 @@ def publish_results(
         )
 
 
-def result_row(part: Mapping[str, Any]) -> dict[str, str]:
+def result_row(part: BenchmarkMetrics) -> dict[str, str]:
     """One benchmark at one temperature, formatted for a table."""
-    speeds, (identical, prompts) = part["tokens_per_s"], part["lossless"]
+    identical, prompts = part.lossless
     return {
-        "benchmark": part["benchmark"],
-        "T": f"{part['temperature']:g}",
-        "acceptance length": f"{part['acceptance_length']:.2f}",
+        "benchmark": part.benchmark,
+        "T": f"{part.temperature:g}",
+        "acceptance length": f"{part.acceptance_length:.2f}",
         "accepted by position (%)": " ".join(
-            f"{100 * share:.0f}" for share in part["conditional_acceptance"]
+            f"{100 * share:.0f}" for share in part.conditional_acceptance
         ),
-        "tokens/s": f"{speeds['speculative']:.0f}",
-        "plain": f"{speeds['plain']:.0f}",
-        "speed-up": f"{part['speedup']:.2f}",
+        "tokens/s": f"{part.tokens_per_s.speculative:.0f}",
+        "plain": f"{part.tokens_per_s.plain:.0f}",
+        "speed-up": f"{part.speedup:.2f}",
         # two draws at temperature 1 need not be the same
-        "lossless": "" if part["temperature"] else f"{identical}/{prompts}",
+        "lossless": "" if part.temperature else f"{identical}/{prompts}",
     }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import STAGES, artifact_of, stages_of, upstream_of
 from deepspec.artifacts.records import Manifest, Record
+from deepspec.artifacts.results import EvaluationSummary, read_summary
 from deepspec.artifacts.shard_loop import Work
 from deepspec.artifacts.side_files import failures
 from deepspec.config.run import RunConfig
@@ -162,18 +163,17 @@ def _digest(artifact: Artifact) -> str | None:
     return manifest.digest if manifest else None
 
 
-def results(config: RunConfig) -> dict[str, Any]:
+def results(config: RunConfig) -> EvaluationSummary:
     """The summary that the evaluation wrote.
 
     Raises:
         ArtifactMismatch: there is none yet.
     """
     artifact = artifact_of(config, "evaluate")
-    try:
-        return dict(json.loads(artifact.store.read(artifact.path("summary.json"))))
-    except FileNotFoundError:
+    if (found := read_summary(artifact)) is None:
         fix = f"run `python -m deepspec evaluate {config.typed}`"
-        raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix) from None
+        raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix)
+    return found
 
 
 def report_text(config: RunConfig) -> str:

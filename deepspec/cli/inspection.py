@@ -251,7 +251,7 @@ def compare(
 
     found = compare_results(a, b, sets or (), store=store)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(found.to_json()))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in comparison_tables(found):

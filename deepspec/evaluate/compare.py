@@ -10,52 +10,71 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple
 
 import numpy as np
 
+from deepspec.artifacts.records import Stored
+from deepspec.artifacts.results import Interval
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate import counts as acceptance
-from deepspec.evaluate.bootstrap import interval, pooled, resampled, total, weights
+from deepspec.evaluate import counts
+from deepspec.evaluate.bootstrap import Resampled, SumsT, interval, mean_of, pool, resample
 from deepspec.evaluate.counts import Array, Rows
-from deepspec.evaluate.summary import mean_of
+from deepspec.evaluate.summary import grouped
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
-class Kind(NamedTuple):
-    """What is compared: a measure of sums over units that are drawn together."""
+class ComparedLine(Stored):
+    """B against A: one benchmark, or all of them (`overall`), at one temperature.
 
-    unit: Literal["prompt", "group"]
-    count: Callable[[Sequence[Rows]], Any]
-    measure: Callable[[Any], Array]
-
-
-class Side(NamedTuple):
-    """One benchmark's sums in one of the two results: of all matched prompts, and of every
-    resample.
+    Acceptance counts `prompts`, speed counts `groups` of a batch size; what does not apply is unset.
     """
 
-    units: int
-    sums: Any  # what the kind counts: a Tally, or a Clock
-    drawn: Any
+    temperature: float
+    benchmark: str | None = None
+    overall: Literal["micro", "macro"] | None = None
+    batch_size: int | None = None
+    prompts: int | None = None
+    groups: int | None = None
+    a: float
+    b: float
+    difference: float
+    """b - a"""
+    interval: Interval | None
+    """95 % interval of the difference; None where only one prompt or group can be drawn."""
+    above_zero: float | None
+    """Share of resamples in which B is better; None as the interval."""
 
 
-# Of acceptance prompts are drawn, with all their turns; of speed the groups that A decoded
+class Comparison(Stored):
+    """Acceptance at each side's first batch size, and speed at each batch size that both have."""
+
+    matched: int
+    unmatched: tuple[int, int]
+    """Prompts that are only in A, and only in B."""
+    acceptance: list[ComparedLine]
+    speed: list[ComparedLine]
+
+
+class Measure(NamedTuple, Generic[SumsT]):
+    """What is compared: a ratio of sums over units that are drawn together."""
+
+    unit: Literal["prompt", "group"]
+    sums: Callable[[Sequence[Rows]], SumsT]
+    ratio: Callable[[SumsT], Array]
+
+
+# Of acceptance, prompts are drawn with all their turns; of speed, the groups that A decoded
 # together: a prompt's seconds are its share of its group's. Acceptance length needs no position of
 # the block.
-ACCEPTANCE = Kind("prompt", partial(acceptance.tally, positions=0), acceptance.acceptance_length)
-SPEED = Kind("group", acceptance.clock, acceptance.speedup)
+ACCEPTANCE = Measure("prompt", partial(counts.tally, positions=0), counts.acceptance_length)
+SPEED = Measure("group", counts.clock, counts.speedup)
 
 
-def compare(a: Rows, b: Rows) -> dict[str, Any]:
-    """Per temperature and benchmark, over all rounds (micro) and over benchmarks (macro): B against
-    A.
-
-    `acceptance` is of each side's first batch size; `speed` has each batch size that both have.
-    Every line has `a`, `b`, `difference` (b - a), its 95 % `interval` and `above_zero`, the share
-    of resamples in which B is better; the last two are null where there is but one prompt or group
-    to draw from.
+def compare(a: Rows, b: Rows) -> Comparison:
+    """B against A per temperature and benchmark, over all rounds (micro), and as the mean of the
+    benchmarks (macro).
 
     Raises:
         ArtifactMismatch: no prompt is in both.
@@ -63,34 +82,32 @@ def compare(a: Rows, b: Rows) -> dict[str, Any]:
     first_a, first_b = _of_first_size(a), _of_first_size(b)
     pairs = match(first_a, first_b)
     if not pairs:
-        what = "the two results have no prompt in common"
-        fix = "evaluate both on the same benchmarks, at the same temperature, with the same chat template and thinking mode"
+        same = "the same benchmarks, temperatures, chat template and thinking mode"
         raise ArtifactMismatch(
-            what, where="benchmark, temperature, prompt_digest of their rows", fix=fix
+            "the two results have no prompt in common",
+            where="benchmark, temperature, prompt_digest of their rows",
+            fix=f"evaluate both with {same}",
         )
-    sizes = [
-        size
-        for size in dict.fromkeys(row["batch_size"] for row in a)
-        if any(row["batch_size"] == size for row in b)
-    ]
-    return {
-        "matched": len(pairs),
-        "unmatched": [len(first_a) - len(pairs), len(first_b) - len(pairs)],
-        "acceptance": _lines(pairs, ACCEPTANCE),
-        "speed": [
-            {"batch_size": size, **line}
-            for size in sizes
-            for line in _lines(match(_of_size(a, size), _of_size(b, size)), SPEED)
-        ],
-    }
+    sizes_b = {row["batch_size"] for row in b}
+    speed = []
+    for size, of_size in grouped(a, lambda row: row["batch_size"]):
+        if size in sizes_b:
+            at_size = match(of_size, _of_size(b, size))
+            speed += [
+                line.model_copy(update={"batch_size": size}) for line in _lines(at_size, SPEED)
+            ]
+    return Comparison(
+        matched=len(pairs),
+        unmatched=(len(first_a) - len(pairs), len(first_b) - len(pairs)),
+        acceptance=_lines(pairs, ACCEPTANCE),
+        speed=speed,
+    )
 
 
 def match(a: Rows, b: Rows) -> list[Pair]:
-    """Rows of A with those of B on the same prompt; a prompt that is there twice is matched
-    twice.
-    """
-    there = {key: row for key, row in zip(_keys(b), b, strict=True)}
-    return [(row, there[key]) for key, row in zip(_keys(a), a, strict=True) if key in there]
+    """Rows of A with those of B on the same prompt; a prompt that occurs twice is matched twice."""
+    by_key = dict(zip(_keys(b), b, strict=True))
+    return [(row, by_key[key]) for key, row in zip(_keys(a), a, strict=True) if key in by_key]
 
 
 def _keys(rows: Rows) -> list[Hashable]:
@@ -111,71 +128,44 @@ def _of_size(rows: Rows, size: int) -> Rows:
     return [row for row in rows if row["batch_size"] == size]
 
 
-def _lines(pairs: Sequence[Pair], kind: Kind) -> list[dict[str, Any]]:
+def _lines(pairs: Sequence[Pair], measure: Measure[SumsT]) -> list[ComparedLine]:
     lines = []
-    for temperature, at_this in _grouped(pairs, "temperature"):
-        found = {
-            name: _sides(of_benchmark, kind, key=(name, temperature))
-            for name, of_benchmark in _grouped(at_this, "benchmark")
-        }
-        for name, sides in found.items():
-            lines.append(
-                {
-                    "temperature": temperature,
-                    "benchmark": name,
-                    **_difference([sides[0]], [sides[1]], kind),
-                }
+    for temperature, at_this in grouped(pairs, lambda pair: pair[0]["temperature"]):
+        all_a, all_b = list[Resampled[SumsT]](), list[Resampled[SumsT]]()
+        for name, of_benchmark in grouped(at_this, lambda pair: pair[0]["benchmark"]):
+            units = [of_unit for _, of_unit in grouped(of_benchmark, lambda p: p[0][measure.unit])]
+            a, b = (
+                resample(
+                    measure.sums([[pair[side] for pair in of_unit] for of_unit in units]),
+                    key=(name, temperature),
+                )
+                for side in (0, 1)
             )
-        all_a, all_b = zip(*found.values(), strict=True)
-        lines.append(
-            {
-                "temperature": temperature,
-                "overall": "micro",
-                **_difference([_pooled(all_a)], [_pooled(all_b)], kind),
-            }
-        )
-        lines.append(
-            {"temperature": temperature, "overall": "macro", **_difference(all_a, all_b, kind)}
-        )
+            all_a.append(a)
+            all_b.append(b)
+            fields = _difference([a], [b], measure)
+            lines.append(ComparedLine(temperature=temperature, benchmark=name, **fields))
+        micro = _difference([pool(all_a)], [pool(all_b)], measure)
+        macro = _difference(all_a, all_b, measure)
+        lines.append(ComparedLine(temperature=temperature, overall="micro", **micro))
+        lines.append(ComparedLine(temperature=temperature, overall="macro", **macro))
     return lines
 
 
-def _sides(pairs: Sequence[Pair], kind: Kind, *, key: Hashable) -> tuple[Side, Side]:
-    units = [of_unit for _, of_unit in _grouped(pairs, kind.unit)]
-    drawn = weights(len(units), key=key)
-    a, b = (kind.count([[pair[side] for pair in of_unit] for of_unit in units]) for side in (0, 1))
-    return Side(len(units), total(a), resampled(a, drawn)), Side(
-        len(units), total(b), resampled(b, drawn)
-    )
-
-
-def _pooled(sides: Sequence[Side]) -> Side:
-    return Side(
-        sum(side.units for side in sides),
-        pooled(side.sums for side in sides),
-        pooled(side.drawn for side in sides),
-    )
-
-
-def _difference(a: Sequence[Side], b: Sequence[Side], kind: Kind) -> dict[str, Any]:
-    """B against A, both the mean of these benchmarks."""
-    mean_a, mean_b = (mean_of(kind.measure(side.sums) for side in sides) for sides in (a, b))
-    drawn_a, drawn_b = (mean_of(kind.measure(side.drawn) for side in sides) for sides in (a, b))
+def _difference(
+    a: Sequence[Resampled[SumsT]], b: Sequence[Resampled[SumsT]], measure: Measure[SumsT]
+) -> dict[str, Any]:
+    """The numbers of a line, of each side the mean of these benchmarks."""
+    mean_a, mean_b = (mean_of(measure.ratio(part.total) for part in side) for side in (a, b))
+    drawn_a, drawn_b = (mean_of(measure.ratio(part.drawn) for part in side) for side in (a, b))
     change = np.atleast_1d(drawn_b - drawn_a)
     known = change[~np.isnan(change)]
-    sure = len(known) > 0 and any(side.units > 1 for side in a)
+    is_sure = len(known) > 0 and any(part.varies for part in a)
     return {
-        f"{kind.unit}s": sum(side.units for side in a),
+        f"{measure.unit}s": sum(part.num_units for part in a),
         "a": float(np.nan_to_num(mean_a)),
         "b": float(np.nan_to_num(mean_b)),
         "difference": float(np.nan_to_num(mean_b - mean_a)),
-        "interval": interval(change) if sure else None,
-        "above_zero": float((known > 0).mean()) if sure else None,
+        "interval": interval(change) if is_sure else None,
+        "above_zero": float((known > 0).mean()) if is_sure else None,
     }
-
-
-def _grouped(pairs: Sequence[Pair], name: str) -> list[tuple[Any, list[Pair]]]:
-    groups: dict[Any, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair[0][name], []).append(pair)
-    return list(groups.items())

@@ -1,111 +1,79 @@
-"""Where confidence meets a run: what cuts blocks while it decodes, and what its rounds say
-about confidence afterwards.
+"""Where confidence meets a run: what cuts blocks while it decodes, and what its rounds show of
+confidence afterwards.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
-from deepspec.evaluate.calibration import calibration_summary, fit_calibration
+from deepspec.artifacts.records import Stored
+from deepspec.artifacts.results import CurvePoints
+from deepspec.config.run import EvaluateConfig
+from deepspec.evaluate.calibration import Calibration
 from deepspec.evaluate.scheduler import Policy, make_policy
-from deepspec.evaluate.simulate import scheduler_summary
-from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
-from deepspec.evaluate.units import Models
+from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.storage.store import pretty_json
-from deepspec.target.model import Target
 
 log = logging.getLogger(__name__)
 
-# of a result: what its blocks are cut by, so that a run that goes on cuts them alike
 POLICY = "policy.json"
-CALIBRATION = "calibration.json"  # of a result, and beside the draft that it was fitted for
+CALIBRATION = "calibration.json"  # of a result, and alongside the draft that it was fitted for
+StoredT = TypeVar("StoredT", bound=Stored)
+
+
+class Temperatures(Stored):
+    """What a policy needs of a `calibration.json`."""
+
+    temperatures: list[float] | None
+
+
+class PolicyInputs(Temperatures):
+    """`policy.json` of a result: what its blocks are cut by, so that a resumed run cuts alike."""
+
+    curve: CurvePoints | None = None
 
 
 def live_policy(
-    config: RunConfig, artifact: Artifact, draft: Artifact, models: Models
+    settings: EvaluateConfig, artifact: Artifact, draft: Artifact, curve: Callable[[], SpeedCurve]
 ) -> Policy | None:
     """What cuts the blocks of this result: temperatures and curve are those of its first start.
-    None cuts nothing.
+
+    None cuts nothing. `curve` is called only where one is needed and not stored yet.
     """
-    settings = config.evaluate
     if settings.verify == "full":
         return None
-    fields = _read_json(artifact, POLICY)
-    if fields is None:
-        calibration = _read_json(draft, f"draft/{CALIBRATION}")
+    inputs = _read(artifact, POLICY, PolicyInputs)
+    if inputs is None:
+        calibration = _read(draft, f"draft/{CALIBRATION}", Temperatures)
         if calibration is None:
-            log.warning(
-                "stage=evaluate the draft's confidence is not calibrated: an evaluation with evaluate.verify=full does that"
-            )
-        curve = speed_curve(config, models).to_json() if settings.verify == "scheduled" else None
-        fields = {"temperatures": calibration and calibration["temperatures"], "curve": curve}
-        if not artifact.store.write_new(artifact.path(POLICY), pretty_json(fields)):
-            # another worker was first, and its curve stands for all
-            fields = _read_json(artifact, POLICY) or fields
-    curve_of = SpeedCurve(**fields["curve"], where=POLICY) if fields["curve"] else None
-    return make_policy(settings, temperatures=fields["temperatures"], curve=curve_of)
-
-
-def confidence_sections(
-    config: RunConfig,
-    artifact: Artifact,
-    draft: Artifact,
-    rows: Sequence[Mapping[str, Any]],
-    models: Models,
-) -> dict[str, Any]:
-    """What a result's summary says of confidence and of the scheduler, and its calibration, put
-    beside the draft as well.
-
-    Only of blocks that were verified whole: of those that were cut nobody knows what the target
-    thinks of the rest.
-    """
-    block_size = models.draft.block_size
-    if config.evaluate.verify != "full" or (fitted := fit_calibration(rows, block_size)) is None:
-        return {}
-    content = pretty_json(fitted.to_json())
-    artifact.store.write(artifact.path(CALIBRATION), content)
-    draft.store.write(draft.path(f"draft/{CALIBRATION}"), content)
-    curve = speed_curve(config, models)
-    found = {
-        "calibration": calibration_summary(rows, block_size),
-        "scheduler": scheduler_summary(rows, block_size, curve, fitted.temperatures),
-    }
-    return {
-        name: {**section, **_made_with(name, curve)} for name, section in found.items() if section
-    }
-
-
-def _made_with(name: str, curve: SpeedCurve) -> dict[str, Any]:
-    return {"curve": curve.to_json()} if name == "scheduler" else {}
-
-
-def speed_curve(config: RunConfig, models: Models) -> SpeedCurve:
-    """`resources.devices.speed_curve`, or what this machine does with the target."""
-    target: Target = models.target
-    return given_curve(config) or profile(target, block_size=models.draft.block_size)
-
-
-def given_curve(config: RunConfig) -> SpeedCurve | None:
-    """The curve in the file `resources.devices.speed_curve`, where one is named.
-
-    Raises:
-        DataError: no such file, or no curve in it.
-    """
-    return (
-        read_curve(Path(config.resources.devices.speed_curve))
-        if config.resources.devices.speed_curve
-        else None
+            fix = "an evaluation with evaluate.verify=full does that"
+            log.warning("stage=evaluate the draft's confidence is not calibrated: %s", fix)
+        inputs = PolicyInputs(
+            temperatures=calibration.temperatures if calibration else None,
+            curve=curve().points() if settings.verify == "scheduled" else None,
+        )
+        if not artifact.store.write_new(artifact.path(POLICY), pretty_json(inputs.model_dump())):
+            # Another worker was first, and its curve is that of all.
+            inputs = _read(artifact, POLICY, PolicyInputs) or inputs
+    return make_policy(
+        settings,
+        temperatures=inputs.temperatures,
+        curve=SpeedCurve(**dict(inputs.curve), where=POLICY) if inputs.curve else None,
     )
 
 
-def _read_json(artifact: Artifact, name: str) -> dict[str, Any] | None:
+def put_calibration(calibration: Calibration, artifact: Artifact, draft: Artifact) -> None:
+    """Write the calibration into the result, and alongside the draft for exports and policies."""
+    content = pretty_json(calibration.model_dump())
+    artifact.store.write(artifact.path(CALIBRATION), content)
+    draft.store.write(draft.path(f"draft/{CALIBRATION}"), content)
+
+
+def _read(artifact: Artifact, name: str, model: type[StoredT]) -> StoredT | None:
     try:
-        return dict(json.loads(artifact.store.read(artifact.path(name))))
+        return model.model_validate_json(artifact.store.read(artifact.path(name)))
     except FileNotFoundError:
         return None

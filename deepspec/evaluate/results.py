@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.results import EvaluationSummary
 from deepspec.artifacts.tables import read_table
 from deepspec.errors import DataError
+from deepspec.evaluate.counts import Rows
 from deepspec.evaluate.summary import summarise
 
 DOMAINS = ("math", "code", "chat")
 
 
 def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
-    """All committed rows; a column that an older version did not write has what it would have
-    held.
-    """
+    """All committed rows, with the columns that an older version did not write filled in."""
     return [
         _whole(row)
         for record in artifact.records().values()
@@ -37,25 +36,17 @@ def _whole(row: dict[str, Any]) -> dict[str, Any]:
     return {**absent, **row}
 
 
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """All metrics per benchmark and temperature, and the macro means at the first temperature as
-    the headline.
+def compute_summary(artifact: Artifact, rows: Rows) -> EvaluationSummary:
+    """The summary of the artifact's rows, without calibration and scheduler.
 
     Raises:
         DataError: no prompt was decoded.
     """
-    rows, info = read_rows(artifact), artifact.info()
+    info = artifact.info()
     if not rows:
-        fix = "its folder rejects/ says why each prompt was left out; choose other benchmarks, or lower evaluate.max_new_tokens"
+        why = "its folder rejects/ has the reason for each prompt that was left out"
+        fix = f"{why}; choose other benchmarks, or lower evaluate.max_new_tokens"
         raise DataError("not one prompt was decoded", where=artifact.url, fix=fix)
     run = info.run if info else {}
     dtype = run.get("evaluate", {}).get("dtype") or run.get("target", {}).get("dtype")
     return summarise(rows, dtype=dtype)
-
-
-def stored_summary(artifact: Artifact) -> dict[str, Any]:
-    """What `summary.json` says; empty where the evaluation has not come to its end."""
-    try:
-        return dict(json.loads(artifact.store.read(artifact.path("summary.json"))))
-    except FileNotFoundError:
-        return {}

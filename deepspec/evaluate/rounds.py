@@ -36,8 +36,35 @@ class Rounds(NamedTuple):
     def num_prompts(self) -> int:
         return len(np.unique(self.prompt))
 
+    def calibrated(self, temperatures: Sequence[float]) -> Rounds:
+        """The same rounds with calibrated confidences."""
+        return self._replace(confidence=calibrated(self.confidence, temperatures))
+
     def where(self, kept: Bools) -> Rounds:
+        """Some of the rounds."""
         return Rounds(self.confidence[kept], self.accepted[kept], self.prompt[kept])
+
+
+def calibrated(confidence: Floats, temperatures: Sequence[float] | None) -> Floats:
+    """Confidences [..., g] with each slot's logit divided by its temperature.
+
+    They are unchanged without temperatures.
+    """
+    if temperatures is None:
+        return confidence
+    return tempered(confidence, 1.0 / np.asarray(temperatures))
+
+
+def tempered(confidence: Floats, power: Floats | float) -> Floats:
+    """sigmoid(power * logit(confidence)), written so that 0 and 1 stay what they are."""
+    yes, no = confidence**power, (1.0 - confidence) ** power
+    return yes / (yes + no)
+
+
+def cut_below(confidence: Floats, threshold: float) -> Ints:
+    """Slots [...] before the first confidence [..., g] that is below the threshold."""
+    kept: Ints = np.cumprod(confidence >= threshold, axis=-1, dtype=np.int64).sum(-1)
+    return kept
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

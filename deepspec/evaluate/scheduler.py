@@ -28,8 +28,7 @@ import numpy as np
 
 from deepspec.config.evaluate import EvaluateConfig
 from deepspec.errors import ConfigError
-from deepspec.evaluate.calibration import calibrated, cut_below
-from deepspec.evaluate.rounds import Bools, Floats, Ints
+from deepspec.evaluate.rounds import Bools, Floats, Ints, calibrated, cut_below
 from deepspec.evaluate.speed_curve import SpeedCurve
 
 

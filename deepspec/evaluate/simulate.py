@@ -6,18 +6,15 @@ N rounds, R requests, S steps, g block size.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from deepspec.evaluate.calibration import calibrated
-from deepspec.evaluate.rounds import Floats, Ints, Rounds, headline, read_rounds, split_by_prompt
+from deepspec.artifacts.results import SchedulerSummary, SimulatedServing
+from deepspec.evaluate.rounds import Bools, Floats, Ints, Rounds
 from deepspec.evaluate.scheduler import Policy, Scheduled, Threshold
 from deepspec.evaluate.speed_curve import SpeedCurve
-
-log = logging.getLogger(__name__)
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
@@ -29,19 +26,14 @@ class Fixed(NamedTuple):
 
     length: int
 
-    def verify_lengths(self, confidence: Floats, running: Any) -> Ints:
+    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
+        """As `Policy` has it."""
         return np.where(running, self.length, 0)
 
 
-class Simulated(NamedTuple):
-    requests: int
-    throughput: float  # tokens per second, all requests together
-    per_user: float  # tokens per second of one request
-    verified_per_round: float  # draft tokens verified, the anchor not counted
-    lengths: list[float]  # [g + 1] share of rounds in which so many were verified
-
-
-def simulate(rounds: Rounds, policy: Policy, curve: SpeedCurve, *, requests: int) -> Simulated:
+def simulate(
+    rounds: Rounds, policy: Policy, curve: SpeedCurve, *, requests: int
+) -> SimulatedServing:
     """Serve `rounds` to so many requests at once; a step takes the curve's seconds at all tokens
     verified together.
 
@@ -49,65 +41,41 @@ def simulate(rounds: Rounds, policy: Policy, curve: SpeedCurve, *, requests: int
     and around, so every policy meets the same rounds at the same steps. A replay: a round cut short
     still ends where it was recorded to end, and the draft's own time is in no figure.
     """
-    steps = max(MIN_STEPS, -(-max(MIN_ROUNDS, len(rounds.accepted)) // requests))
-    # [S, R]
-    places = (
-        np.arange(steps)[:, None] + np.arange(requests) * len(rounds.accepted) // requests
-    ) % len(rounds.accepted)
+    num_rounds, block_size = rounds.confidence.shape
+    steps = max(MIN_STEPS, -(-max(MIN_ROUNDS, num_rounds) // requests))
+    starts = np.arange(requests) * num_rounds // requests
+    places = (np.arange(steps)[:, None] + starts) % num_rounds  # [S, R]
     running = np.ones(requests, dtype=np.bool_)
     verified = np.stack(
         [policy.verify_lengths(rounds.confidence[step], running) for step in places]
     )
     committed = int((np.minimum(rounds.accepted[places], verified) + 1).sum())
     throughput = committed / float(curve.seconds(requests + verified.sum(axis=1)).sum())
-    shares = np.bincount(verified.ravel(), minlength=rounds.confidence.shape[1] + 1) / verified.size
-    return Simulated(
-        requests, throughput, throughput / requests, float(verified.mean()), shares.tolist()
+    return SimulatedServing(
+        requests=requests,
+        throughput=throughput,
+        per_user=throughput / requests,
+        verified_per_round=float(verified.mean()),
+        lengths=(np.bincount(verified.ravel(), minlength=block_size + 1) / verified.size).tolist(),
     )
 
 
-def policies(block_size: int, curve: SpeedCurve) -> dict[str, Policy]:
-    """Full, every fixed length, thresholds, and the scheduler, by name; all of them believe the
-    confidences they are given.
-    """
-    named: dict[str, Policy] = {"full": Fixed(block_size)}
-    named |= {f"fixed@{length}": Fixed(length) for length in range(block_size + 1)}
-    named |= {f"threshold@{threshold:g}": Threshold(threshold) for threshold in THRESHOLDS}
-    return {**named, "scheduled": Scheduled(curve)}
-
-
-def compare_policies(
+def simulate_policies(
     rounds: Rounds, curve: SpeedCurve, *, requests: Sequence[int] = REQUESTS
-) -> dict[str, list[Simulated]]:
-    """Every policy at each number of requests, over calibrated rounds."""
-    named = policies(rounds.confidence.shape[1], curve)
-    return {
-        name: [simulate(rounds, policy, curve, requests=number) for number in requests]
-        for name, policy in named.items()
-    }
+) -> SchedulerSummary:
+    """Full, every fixed length, thresholds and the scheduler, at each number of requests.
 
-
-def scheduler_summary(
-    rows: Sequence[Mapping[str, Any]],
-    block_size: int,
-    curve: SpeedCurve,
-    temperatures: Sequence[float] | None,
-    *,
-    requests: Sequence[int] = REQUESTS,
-) -> dict[str, Any] | None:
-    """What every policy would give on a result's rows; None, and the log says so, without rounds
-    that told their confidence.
-
-    Simulated on the prompts that `fit_calibration` leaves out, since the scheduler would look too
-    good on the others.
+    The rounds are calibrated: every policy takes their confidences as they are.
     """
-    _, rounds = split_by_prompt(read_rounds(headline(rows), block_size))
-    if not len(rounds.accepted):
-        log.info("no simulation of the scheduler: there are no whole rounds with confidences")
-        return None
-    mended = Rounds(calibrated(rounds.confidence, temperatures), rounds.accepted, rounds.prompt)
-    found = compare_policies(mended, curve, requests=requests)
-    return {
-        "requests": list(requests),
-        "policies": {name: [point._asdict() for point in points] for name, points in found.items()},
+    block_size = rounds.confidence.shape[1]
+    policies: dict[str, Policy] = {
+        "full": Fixed(block_size),
+        **{f"fixed@{length}": Fixed(length) for length in range(block_size + 1)},
+        **{f"threshold@{threshold:g}": Threshold(threshold) for threshold in THRESHOLDS},
+        "scheduled": Scheduled(curve),
     }
+    found = {
+        name: [simulate(rounds, policy, curve, requests=number) for number in requests]
+        for name, policy in policies.items()
+    }
+    return SchedulerSummary(requests=list(requests), policies=found, curve=curve.points())

@@ -6,19 +6,18 @@ b tokens of one forward pass, over all requests together.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from pydantic import ValidationError
 
+from deepspec.artifacts.results import CurvePoints
 from deepspec.errors import DataError
 from deepspec.evaluate.rounds import Floats
-from deepspec.storage.store import pretty_json
 from deepspec.target.model import Target
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -93,16 +92,11 @@ class SpeedCurve:
             kept.append((count, seconds))
         return SpeedCurve([int(count) for count, _ in kept], [1.0 / seconds for _, seconds in kept])
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens.astype(int).tolist(),
-            "steps_per_second": self.steps_per_second.tolist(),
-        }
-
-    def write(self, path: Path) -> None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(pretty_json(self.to_json()))
-        partial.replace(path)
+    def points(self) -> CurvePoints:
+        """The measured points."""
+        return CurvePoints(
+            tokens=self.tokens.astype(int).tolist(), steps_per_second=self.steps_per_second.tolist()
+        )
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
@@ -115,16 +109,15 @@ def read_curve(path: Path) -> SpeedCurve:
     Raises:
         DataError: no such file, or no such curve in it.
     """
-    fix = 'measure one with `profile`, or write {"tokens": [1, 8, 64], "steps_per_second": [50.0, 49.0, 40.0]}'
+    fix = 'write {"tokens": [1, 8, 64], "steps_per_second": [50.0, 49.0, 40.0]}, as measured'
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return SpeedCurve(fields["tokens"], fields["steps_per_second"], where=str(path))
+        points = CurvePoints.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise DataError(
-            f"the speed curve cannot be read: {error.strerror}", where=str(path), fix=fix
-        ) from None
-    except (ValueError, TypeError, KeyError):
+        what = f"the speed curve cannot be read: {error.strerror}"
+        raise DataError(what, where=str(path), fix=fix) from None
+    except ValidationError:
         raise DataError("the file holds no speed curve", where=str(path), fix=fix) from None
+    return SpeedCurve(points.tokens, points.steps_per_second, where=str(path))
 
 
 @torch.inference_mode()

@@ -16,15 +16,19 @@ import torch
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.results import EvaluationSummary
 from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.status import choose, missing_shards, require_sealed
 from deepspec.artifacts.tables import write_table
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate.policies import confidence_sections, given_curve, live_policy
+from deepspec.evaluate.calibration import fit_calibration
+from deepspec.evaluate.confidence import summarise_confidence
+from deepspec.evaluate.policies import live_policy, put_calibration
 from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
-from deepspec.evaluate.results import read_rows, summary
+from deepspec.evaluate.results import compute_summary, read_rows
+from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.evaluate.units import SCHEMA, Evaluator, Models
 from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.model.spec import DraftSpec
@@ -40,13 +44,12 @@ log = logging.getLogger(__name__)
 def run_evaluate(
     config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent
 ) -> Artifact:
-    """Decode the missing units (all, or of those asked for), and write the summary when none is
+    """Decode the missing units (all, or those of `shards`), and write the summary when none is
     missing.
 
     Raises:
         DataError: not one prompt fits into the target, or `resources.devices.speed_curve` is no curve.
     """
-    given_curve(config)  # it is used at the end, and looked at before the first prompt
     inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
     units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
     stage = _Evaluation(config, units)
@@ -57,46 +60,73 @@ def run_evaluate(
         stage.begin()
         made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
         todo = [Work(number, made_from) for number in missing]
-        # no two workers take the same seconds
+        # Seconds are part of a row, so that no two workers make the same unit twice.
         work_through(config, artifact, todo, stage.unit, report, repeatable=False)
     if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
-        artifact.store.write(artifact.path("summary.json"), pretty_json(stage.summary()))
+        content = pretty_json(stage.summary().to_json())
+        artifact.store.write(artifact.path("summary.json"), content)
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
     return artifact
 
 
 class _Evaluation:
-    """Of one run: target and draft are loaded when something is to be decoded or profiled."""
+    """One run: target and draft are loaded when something is to be decoded or profiled."""
 
     def __init__(self, config: RunConfig, units: dict[int, Unit]) -> None:
-        self.config, self.units = config, units
-        self.artifact, self.draft = artifact_of(config, "evaluate"), artifact_of(config, "train")
+        self.config = config
+        self.units = units
+        self.artifact = artifact_of(config, "evaluate")
+        self.draft = artifact_of(config, "train")
         manifest = self.draft.manifest()
         self.digest = manifest.digest if manifest else ""
+        path = config.resources.devices.speed_curve
+        # Used at the end at the earliest, and checked before the first prompt.
+        self.given_curve = read_curve(Path(path)) if path else None
 
     @cached_property
     def models(self) -> Models:
         return load_models(self.config, self.draft)
 
+    def curve(self) -> SpeedCurve:
+        """`resources.devices.speed_curve`, or what this machine does with the target."""
+        return self.given_curve or profile(
+            self.models.target, block_size=self.models.draft.block_size
+        )
+
     def begin(self) -> None:
+        """Get ready to decode."""
+        settings = self.config.evaluate
         if self.config.resources.devices.evaluate_threads:
             torch.set_num_threads(self.config.resources.devices.evaluate_threads)
-        policy = live_policy(self.config, self.artifact, self.draft, self.models)
-        self.evaluator = Evaluator(self.models, self.config.evaluate, policy)
+        models = self.models
+        policy = live_policy(settings, self.artifact, self.draft, self.curve)
+        self.evaluator = Evaluator(models, settings, policy)
 
     def unit(self, work: Work, local: Path) -> Counts:
+        """Decode one unit into a staged file."""
         rows, skipped = self.evaluator.evaluate(self.units[work.shard])
         put_rejects(self.artifact, work.shard, skipped)
         write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-        return Counts(
-            rows=len(rows), tokens=sum(row["num_tokens"] for row in rows), rejected=len(skipped)
-        )
+        tokens = sum(row["num_tokens"] for row in rows)
+        return Counts(rows=len(rows), tokens=tokens, rejected=len(skipped))
 
-    def summary(self) -> dict[str, Any]:
-        found, rows = summary(self.artifact), read_rows(self.artifact)
-        if any(row["confidence"] for row in rows):
-            found |= confidence_sections(self.config, self.artifact, self.draft, rows, self.models)
-        return found
+    def summary(self) -> EvaluationSummary:
+        """The summary of all rows, with a calibration where confidences were recorded.
+
+        Only of blocks that were verified whole: of those that were cut, the target's verdict on the
+        rest is not known.
+        """
+        rows = read_rows(self.artifact)
+        found = compute_summary(self.artifact, rows)
+        if self.config.evaluate.verify != "full" or not any(row["confidence"] for row in rows):
+            return found
+        block_size = self.models.draft.block_size
+        calibration = fit_calibration(rows, block_size)
+        if calibration is None:
+            return found
+        put_calibration(calibration, self.artifact, self.draft)
+        parts = summarise_confidence(calibration, rows, block_size, self.curve())
+        return found.model_copy(update=parts._asdict())
 
 
 def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:

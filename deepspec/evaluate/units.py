@@ -201,7 +201,7 @@ class Evaluator:
                 "identical": identical,
                 "regret": None
                 if identical or unit.temperature > 0
-                else regret(target, prompt.input_ids, trace.token_ids),
+                else logit_gap(target, prompt.input_ids, trace.token_ids),
                 **trace._asdict(),
                 **{name: value / len(group) for name, value in clocks.items()},
             }
@@ -209,7 +209,7 @@ class Evaluator:
         return found
 
 
-def regret(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> float:
+def logit_gap(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """How far below the largest logit those of the answer's tokens are at most, in one pass of
     the target over all of them.
     """

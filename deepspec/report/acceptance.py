@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from deepspec.artifacts.results import Metrics
 from deepspec.figures.drawing import Point, interval_figure
 from deepspec.report.lines import Line, Result, first_columns, lines_of, ranged, rows_of, run_keys
 from deepspec.report.page import Gallery, ReportSection, Table
@@ -20,18 +21,18 @@ NOTE = (
 
 def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """A section for each temperature, with the results that have it."""
-    keys = list(dict.fromkeys(key for result in results for key in result.summary["temperatures"]))
-    for key in keys:
-        having = [result for result in results if key in result.summary["temperatures"]]
-        lines = lines_of(having, key)
+    temperatures = dict.fromkeys(at for result in results for at in result.summary.temperatures)
+    for temperature in temperatures:
+        having = [result for result in results if temperature in result.summary.temperatures]
+        lines = lines_of(having, temperature)
         blocks: list[Table | Gallery] = [
             _summary_table(lines, having),
             _intervals(lines, having),
-            _lossless_table(having, key),
+            _lossless_table(having, temperature),
             *position_blocks(lines, having),
             *speed_blocks(lines, having),
         ]
-        yield ReportSection(f"Temperature {float(key):g}", blocks)
+        yield ReportSection(f"Temperature {temperature:g}", blocks)
 
 
 def _summary_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
@@ -40,10 +41,13 @@ def _summary_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
     for words, part, line in rows_of(lines, results):
         if line.is_overall:
             strong.add(len(rows))
-        counts = [f"{part[name]:,}" if name in part else "" for name in ("prompts", "rounds")]
-        length, rate, speedup = (ranged(part[name], part["intervals"][name]) for name in MEASURES)
-        speeds = part.get("tokens_per_s", {})
-        per_s = [f"{speeds[way]:,.0f}" if speeds else "" for way in ("plain", "speculative")]
+        counts, per_s = ["", ""], ["", ""]
+        if isinstance(part, Metrics):
+            counts = [f"{part.prompts:,}", f"{part.rounds:,}"]
+            per_s = [f"{speed:,.0f}" for _, speed in part.tokens_per_s]
+        length, rate, speedup = (
+            ranged(getattr(part, name), getattr(part.intervals, name)) for name in MEASURES
+        )
         rows.append([*words, line.domain, *counts, length, rate, *per_s, speedup])
     first = [*first_columns(results), "domain"]
     acceptance = ["prompts", "rounds", "acceptance length", "verify rate"]
@@ -66,22 +70,22 @@ def _intervals(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
                 if part is None:
                     points.append(None)
                     continue
-                interval = part["intervals"][name]
-                note = f"{line.name}, {result.label}: {ranged(part[name], interval)}"
-                points.append(Point(part[name], 0.0, interval, note))
+                value, interval = getattr(part, name), getattr(part.intervals, name)
+                note = f"{line.name}, {result.label}: {ranged(value, interval)}"
+                points.append(Point(value, 0.0, interval, note))
             rows.append((line.name.partition(" (")[0], points))
         figures.append(interval_figure(title, rows, label=unit, reference=1.0))
     return Gallery("By benchmark", run_keys(results), figures)
 
 
-def _lossless_table(results: Sequence[Result], key: str) -> Table:
+def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
     rows = []
     for result in results:
-        found = result.summary["temperatures"][key]["losslessness"]
-        verdict = {True: "yes", False: "NO", None: "not by these counts"}[found["ok"]]
-        gap = "" if found["max_regret"] is None else f"{found['max_regret']:.3g}"
-        identical = f"{found['identical']}/{found['prompts']}"
-        dtype = found["dtype"] or "unknown"
-        rows.append([result.label, dtype, verdict, found["words"], identical, gap])
+        found = result.summary.temperatures[temperature].losslessness
+        verdict = {True: "yes", False: "NO", None: "not by these counts"}[found.ok]
+        gap = "" if found.max_logit_gap is None else f"{found.max_logit_gap:.3g}"
+        identical = f"{found.identical}/{found.prompts}"
+        dtype = found.dtype or "unknown"
+        rows.append([result.label, dtype, verdict, found.words, identical, gap])
     header = ["run", "number format", "shown", "what is known", "identical", "largest logit gap"]
     return Table("Losslessness", header, rows, words=4)

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from deepspec.evaluate.compare import compare
+from deepspec.artifacts.records import Stored
+from deepspec.evaluate.compare import ComparedLine, Comparison, compare
 from deepspec.evaluate.results import read_rows
 from deepspec.report.origin import flattened
 from deepspec.report.page import Table, for_terminal
@@ -22,9 +23,28 @@ ACCEPTANCE_NOTE = (
 SPEED_NOTE = "resampled: groups of prompts that A decoded together"
 
 
+class ComparedResult(Stored):
+    """One of the two results: the name of its run, and where it is."""
+
+    name: str
+    url: str
+
+
+class ResultComparison(Comparison):
+    """A comparison with the names of both results and the settings that differ."""
+
+    a: ComparedResult
+    b: ComparedResult
+    settings: dict[str, list[str | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values; a line has no key for what does not apply to it."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
 def compare_results(
     a: str, b: str, overrides: Sequence[str] = (), *, store: str | None = None
-) -> dict[str, Any]:
+) -> ResultComparison:
     """Two runs or result folders compared: their names, their numbers and the settings that differ.
 
     Raises:
@@ -33,50 +53,50 @@ def compare_results(
     artifacts = open_results([a, b], overrides, store=store)
     infos = [artifact.info() for artifact in artifacts]
     names = [
-        {"name": label, "url": artifact.url}
+        ComparedResult(name=label, url=artifact.url)
         for label, artifact in zip(labels_of(artifacts), artifacts, strict=True)
     ]
-    return {
-        "a": names[0],
-        "b": names[1],
-        "settings": _differences(*(info.run if info else {} for info in infos)),
-        **compare(*map(read_rows, artifacts)),
-    }
+    return ResultComparison(
+        **dict(compare(*map(read_rows, artifacts))),
+        a=names[0],
+        b=names[1],
+        settings=_differences(*(info.run if info else {} for info in infos)),
+    )
 
 
-def comparison_tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+def comparison_tables(found: ResultComparison) -> Iterator[RenderableType]:
     """The comparison for a terminal, one table after another."""
-    only_a, only_b = found["unmatched"]
-    yield "\n".join(f"{side.upper()}  {found[side]['name']}  {found[side]['url']}" for side in "ab")
+    only_a, only_b = found.unmatched
+    yield f"A  {found.a.name}  {found.a.url}\nB  {found.b.name}  {found.b.url}"
     yield (
-        f"{found['matched']:,} prompts are in both; "
+        f"{found.matched:,} prompts are in both; "
         f"{only_a:,} only in A, {only_b:,} only in B are left out"
     )
-    yield _table("acceptance length", found["acceptance"], ACCEPTANCE_NOTE)
-    if found["speed"]:
-        yield _table("speed-up over plain decoding", found["speed"], SPEED_NOTE)
-    if found["settings"]:
-        rows = [[name, *map(str, values)] for name, values in found["settings"].items()]
+    yield _table("acceptance length", found.acceptance, ACCEPTANCE_NOTE)
+    if found.speed:
+        yield _table("speed-up over plain decoding", found.speed, SPEED_NOTE)
+    if found.settings:
+        rows = [[name, *map(str, values)] for name, values in found.settings.items()]
         yield for_terminal(Table("settings that differ", ["setting", "A", "B"], rows, words=3))
 
 
-def _table(title: str, lines: Sequence[Mapping[str, Any]], note: str) -> RenderableType:
+def _table(title: str, lines: Sequence[ComparedLine], note: str) -> RenderableType:
     """Lines of acceptance count prompts; lines of speed have a batch size and count groups."""
-    is_speed = "batch_size" in lines[0]
+    is_speed = lines[0].batch_size is not None
     rows = []
     for line in lines:
-        counts = [line["batch_size"], line["groups"]] if is_speed else [line["prompts"]]
-        name = line.get("benchmark") or line["overall"]
-        values = [f"{line['a']:.3f}", f"{line['b']:.3f}", f"{line['difference']:+.3f}"]
+        counts = [line.batch_size, line.groups] if is_speed else [line.prompts]
+        name = line.benchmark or line.overall or ""
+        values = [f"{line.a:.3f}", f"{line.b:.3f}", f"{line.difference:+.3f}"]
         interval, above = "unknown", "unknown"
-        if line["interval"] is not None:
-            interval = "{:+.3f} to {:+.3f}".format(*line["interval"])
-            above = f"{line['above_zero']:.1%}"
-        first = [name, f"{line['temperature']:g}", *(f"{count:,}" for count in counts)]
+        if line.interval is not None:
+            interval = "{:+.3f} to {:+.3f}".format(*line.interval)
+            above = f"{line.above_zero:.1%}"
+        first = [name, f"{line.temperature:g}", *(f"{count:,}" for count in counts)]
         rows.append([*first, *values, interval, above])
-    counts = ["batch", "groups"] if is_speed else ["prompts"]
-    strong = frozenset(number for number, line in enumerate(lines) if "overall" in line)
-    header = ["benchmark", "T", *counts, *COLUMNS]
+    counted = ["batch", "groups"] if is_speed else ["prompts"]
+    strong = frozenset(number for number, line in enumerate(lines) if line.overall)
+    header = ["benchmark", "T", *counted, *COLUMNS]
     return for_terminal(Table(title, header, rows, strong=strong, note=note))
 
 

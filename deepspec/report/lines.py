@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deepspec.artifacts.results import EvaluationSummary, MeanMetrics, Metrics
 from deepspec.figures.picture import Key
 
-Part = Mapping[str, Any]
+Part = Metrics | MeanMetrics
 
 
 class Result(NamedTuple):
@@ -20,7 +21,7 @@ class Result(NamedTuple):
     """
 
     label: str
-    summary: Mapping[str, Any]
+    summary: EvaluationSummary
     settings: Mapping[str, Any]
     lineage: Sequence[str]
     sealed: bool
@@ -37,40 +38,46 @@ class Line(NamedTuple):
     is_overall: bool = False
 
     @property
+    def pooled(self) -> list[Metrics | None]:
+        """The parts with rounds and seconds of their own: macro means have none."""
+        return [part if isinstance(part, Metrics) else None for part in self.parts]
+
+    @property
     def has_positions(self) -> bool:
-        """Whether acceptance by position is known: macro means have none."""
-        return any(part and part.get("tried") for part in self.parts)
+        """Whether acceptance by position is known."""
+        return any(part and part.tried for part in self.pooled)
 
     @property
     def has_speeds(self) -> bool:
-        """Whether speed by batch size is known: macro means have none."""
-        return any(part and "batch_sizes" in part for part in self.parts)
+        """Whether speed by batch size is known."""
+        return any(self.pooled)
 
 
-def lines_of(results: Sequence[Result], key: str) -> list[Line]:
+def lines_of(results: Sequence[Result], temperature: float) -> list[Line]:
     """The benchmarks of one temperature, then domains if they are fewer, then micro and macro."""
-    overall = [result.summary["temperatures"][key] for result in results]
+    overall = [result.summary.temperatures[temperature] for result in results]
     of_benchmarks = [
         {
-            part["benchmark"]: part
-            for part in result.summary["benchmarks"]
-            if part["temperature"] == float(key)
+            part.benchmark: part
+            for part in result.summary.benchmarks
+            if part.temperature == temperature
         }
         for result in results
     ]
-    of_domains = [{part["domain"]: part for part in found["domains"]} for found in overall]
+    of_domains = [{part.domain: part for part in found.domains} for found in overall]
     names = list(dict.fromkeys(name for found in of_benchmarks for name in found))
     domains = list(dict.fromkeys(name for found in of_domains for name in found))
     lines = []
     for name in names:
         parts = [found.get(name) for found in of_benchmarks]
-        lines.append(Line(name, next(part["domain"] for part in parts if part), parts))
+        lines.append(Line(name, next(part.domain for part in parts if part), [*parts]))
     if len(domains) < len(names):
         for name in domains:
-            parts = [found.get(name) for found in of_domains]
-            lines.append(Line(f"all {name}", name, parts, is_overall=True))
-    for title, total in (("micro (all rounds)", "micro"), ("macro (mean of benchmarks)", "macro")):
-        lines.append(Line(title, "", [found[total] for found in overall], is_overall=True))
+            pooled: list[Part | None] = [found.get(name) for found in of_domains]
+            lines.append(Line(f"all {name}", name, pooled, is_overall=True))
+    micro, macro = [found.micro for found in overall], [found.macro for found in overall]
+    lines.append(Line("micro (all rounds)", "", [*micro], is_overall=True))
+    lines.append(Line("macro (mean of benchmarks)", "", [*macro], is_overall=True))
     return lines
 
 

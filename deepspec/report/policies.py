@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from deepspec.artifacts.results import SimulatedServing
 from deepspec.figures.drawing import Figure, Point, Series, from_zero, line_figure
 from deepspec.figures.picture import Key
 from deepspec.report.lines import Result
@@ -15,18 +15,18 @@ TEXT = (
     "Recorded rounds replayed at several numbers of concurrent requests: "
     "further up and to the right is better."
 )
-Policies = Mapping[str, Sequence[Mapping[str, Any]]]  # each policy's numbers by requests
+Policies = Mapping[str, Sequence[SimulatedServing]]  # each policy's numbers by requests
 
 
 def scheduler_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """Throughput of all requests against the speed of one, for each policy."""
     for result in results:
-        if not (found := result.summary.get("scheduler")):
+        if (found := result.summary.scheduler) is None:
             continue
         of_run = f" of {result.label}" if len(results) > 1 else ""
         # Fixed lengths last, also in the table.
-        names = sorted(found["policies"], key=_is_fixed)
-        policies = {name: found["policies"][name] for name in names}
+        names = sorted(found.policies, key=_is_fixed)
+        policies = {name: found.policies[name] for name in names}
         named = [name for name in names if not _is_fixed(name)]
         if len(named) > MOST_COLOURS:
             named = [name for name in named if "@" not in name]
@@ -47,9 +47,9 @@ def _curves(policies: Policies, named: Sequence[str]) -> Figure:
     for name, steps in policies.items():
         points = [
             Point(
-                at["per_user"],
-                at["throughput"],
-                note=f"{name}, {at['requests']} requests: {at['throughput']:,.0f} tokens/s",
+                at.per_user,
+                at.throughput,
+                note=f"{name}, {at.requests} requests: {at.throughput:,.0f} tokens/s",
             )
             for at in steps
         ]
@@ -66,9 +66,7 @@ def _table(policies: Policies) -> Table:
     rows = []
     for name, steps in policies.items():
         for at in steps:
-            verified = at.get("verified_per_round")
-            speeds = [f"{at['throughput']:,.1f}", f"{at['per_user']:,.1f}"]
-            shown = "–" if verified is None else f"{verified:.2f}"
-            rows.append([name, f"{at['requests']:,}", *speeds, shown])
+            speeds = [f"{at.throughput:,.1f}", f"{at.per_user:,.1f}"]
+            rows.append([name, f"{at.requests:,}", *speeds, f"{at.verified_per_round:.2f}"])
     header = ["policy", "requests", "tokens/s", "tokens/s per user", "verified per round"]
     return Table("Policies, in numbers", header, rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from deepspec.artifacts.results import Metrics
 from deepspec.figures.drawing import Figure, Point, Series, line_figure
 from deepspec.figures.picture import Key
 from deepspec.report.lines import (
     Line,
-    Part,
     Result,
     first_columns,
     ranged,
@@ -48,15 +48,15 @@ def position_blocks(lines: Sequence[Line], results: Sequence[Result]) -> Iterato
     yield _table(having, results)
 
 
-def _positions(part: Part, kind: Kind) -> list[Position]:
+def _positions(part: Metrics, kind: Kind) -> list[Position]:
     name = f"{kind}_acceptance"
-    counts = part["tried" if kind == "conditional" else "reached"]
-    return [*map(Position, part[name], part["intervals"][name], counts)]
+    counts = part.tried if kind == "conditional" else part.reached
+    return [*map(Position, getattr(part, name), getattr(part.intervals, name), counts)]
 
 
 def _curves(line: Line, results: Sequence[Result]) -> Figure:
     series = []
-    for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
+    for colour, (result, part) in enumerate(zip(results, line.pooled, strict=True)):
         if part is None:
             continue
         for kind in reversed(KINDS):
@@ -77,13 +77,15 @@ def _curves(line: Line, results: Sequence[Result]) -> Figure:
 
 
 def _longest(lines: Sequence[Line]) -> int:
-    return max((len(part["tried"]) for line in lines for part in line.parts if part), default=0)
+    return max((len(part.tried) for line in lines for part in line.pooled if part), default=0)
 
 
 def _table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
     longest = _longest(lines)
     rows = []
     for words, part, _ in rows_of(lines, results):
+        if not isinstance(part, Metrics):
+            continue
         for kind in KINDS:
             found = _positions(part, kind)
             cells = [ranged(at.value, at.interval) if at.num_rounds else "–" for at in found]

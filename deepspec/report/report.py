@@ -6,14 +6,14 @@ Its numbers are computed from the rows, so that every committed row counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import describe, find_artifact
+from deepspec.artifacts.results import EvaluationSummary, Interval, read_summary
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.evaluate.results import stored_summary, summary
+from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.report.acceptance import temperature_sections
 from deepspec.report.confidence import calibration_sections
 from deepspec.report.lines import Result
@@ -117,9 +117,13 @@ def _page(artifacts: Sequence[Artifact]) -> Page:
 
 def _result(artifact: Artifact, label: str) -> Result:
     info = artifact.info()
+    found = compute_summary(artifact, read_rows(artifact))
+    if stored := read_summary(artifact):
+        parts = {"calibration": stored.calibration, "scheduler": stored.scheduler}
+        found = found.model_copy(update=parts)
     return Result(
         label,
-        {**stored_summary(artifact), **summary(artifact)},
+        found,
         info.run if info else {},
         list(describe(artifact.url)),
         artifact.manifest() is not None,
@@ -127,32 +131,28 @@ def _result(artifact: Artifact, label: str) -> Result:
     )
 
 
-def _facts(found: Mapping[str, Any]) -> list[Fact]:
-    macro = found["macro"]
-    speed = found["batch_sizes"][0]
-    per_s = speed["tokens_per_s"]
-    at = f"temperature {found['temperature']:g}"
-    length = _interval(macro["intervals"]["acceptance_length"])
-    speedup = _interval(speed["interval"])
-    lossless = found["losslessness"]
-    if found["temperature"] > 0:
-        exact = Fact("Lossless", "in distribution", lossless["words"])
+def _facts(found: EvaluationSummary) -> list[Fact]:
+    macro = found.macro
+    speed = found.batch_sizes[0]
+    per_s = speed.tokens_per_s
+    at = f"temperature {found.temperature:g}"
+    length = _interval(macro.intervals.acceptance_length)
+    speedup = _interval(speed.interval)
+    lossless = found.losslessness
+    if found.temperature > 0:
+        exact = Fact("Lossless", "in distribution", lossless.words)
     else:
-        identical = f"{lossless['identical']}/{lossless['prompts']}"
-        exact = Fact("Identical answers", identical, lossless["words"])
+        identical = f"{lossless.identical}/{lossless.prompts}"
+        exact = Fact("Identical answers", identical, lossless.words)
     return [
-        Fact("Acceptance length", f"{macro['acceptance_length']:.2f}", f"{length}macro, {at}"),
+        Fact("Acceptance length", f"{macro.acceptance_length:.2f}", f"{length}macro, {at}"),
+        Fact("Speed-up", f"{speed.speedup:.2f} ×", f"{speedup}batch {speed.batch_size}, {at}"),
         Fact(
-            "Speed-up", f"{speed['speedup']:.2f} ×", f"{speedup}batch {speed['batch_size']}, {at}"
-        ),
-        Fact(
-            "Tokens per second",
-            f"{per_s['speculative']:,.0f}",
-            f"plain decoding {per_s['plain']:,.0f}",
+            "Tokens per second", f"{per_s.speculative:,.0f}", f"plain decoding {per_s.plain:,.0f}"
         ),
         exact,
     ]
 
 
-def _interval(ends: Sequence[float] | None) -> str:
+def _interval(ends: Interval | None) -> str:
     return f"95 % {ends[0]:.2f}–{ends[1]:.2f}, " if ends else ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from deepspec.artifacts.results import BatchSpeed, Metrics
 from deepspec.figures.drawing import Figure, Point, Series, bar_figure, line_figure, powers
 from deepspec.figures.picture import Key
 from deepspec.report.lines import (
@@ -30,30 +30,31 @@ PLAIN = 7  # the colour of plain decoding
 def speed_blocks(lines: Sequence[Line], results: Sequence[Result]) -> Iterator[Table | Gallery]:
     """Speed-up against batch size if there are several, seconds by phase, and both as a table."""
     timed = totals_first([line for line in lines if line.has_speeds])
-    measured = [
-        size for line in timed for part in line.parts if part for size in part["batch_sizes"]
-    ]
-    if len({size["batch_size"] for size in measured}) > 1:
+    measured = [size for line in timed for part in line.pooled for size in _sizes(part)]
+    if len({size.batch_size for size in measured}) > 1:
         yield _by_batch_size(timed, results, measured)
-    yield _by_phase(timed[0].parts, results)
+    yield _by_phase(timed[0].pooled, results)
     yield _table([line for line in lines if line.has_speeds], results)
 
 
+def _sizes(part: Part | None) -> list[BatchSpeed]:
+    return part.batch_sizes if isinstance(part, Metrics) else []
+
+
 def _by_batch_size(
-    lines: Sequence[Line], results: Sequence[Result], measured: Sequence[Mapping[str, Any]]
+    lines: Sequence[Line], results: Sequence[Result], measured: Sequence[BatchSpeed]
 ) -> Gallery:
-    sizes = [size["batch_size"] for size in measured]
-    highest = max(1.0, *(max(size["interval"] or [size["speedup"]]) for size in measured)) * 1.05
+    sizes = [size.batch_size for size in measured]
+    highest = max(1.0, *(max(size.interval or [size.speedup]) for size in measured)) * 1.05
     figures = []
     for line in lines:
         series = []
-        for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
+        for colour, (result, part) in enumerate(zip(results, line.pooled, strict=True)):
             points = []
-            found = part["batch_sizes"] if part else []
-            for size in sorted(found, key=lambda size: size["batch_size"]):
-                speedup = ranged(size["speedup"], size["interval"])
-                note = f"{result.label}, batch {size['batch_size']}: {speedup}"
-                points.append(Point(size["batch_size"], size["speedup"], size["interval"], note))
+            for size in sorted(_sizes(part), key=lambda size: size.batch_size):
+                speedup = ranged(size.speedup, size.interval)
+                note = f"{result.label}, batch {size.batch_size}: {speedup}"
+                points.append(Point(size.batch_size, size.speedup, size.interval, note))
             series.append(Series(points, colour))
         labels = ("prompts decoded together", "speed-up")
         figures.append(
@@ -77,12 +78,14 @@ def _by_phase(parts: Sequence[Part | None], results: Sequence[Result]) -> Galler
 
 def _bars(result: Result, part: Part) -> Figure:
     rows = []
-    for size in part["batch_sizes"]:
-        seconds = size["seconds"]
-        plain = [("plain decoding", seconds["plain_seconds"], PLAIN)]
-        phases = [(name, seconds[key], n) for n, (key, name) in enumerate(PHASES.items())]
-        rows.append((f"{size['batch_size']} plain", plain))
-        rows.append((f"{size['batch_size']} speculative", phases))
+    for size in _sizes(part):
+        plain = [("plain decoding", size.seconds.plain_seconds, PLAIN)]
+        phases = [
+            (name, getattr(size.seconds, key), colour)
+            for colour, (key, name) in enumerate(PHASES.items())
+        ]
+        rows.append((f"{size.batch_size} plain", plain))
+        rows.append((f"{size.batch_size} speculative", phases))
     return bar_figure(result.label, rows, label="seconds")
 
 
@@ -90,7 +93,7 @@ def _table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
     rows = [
         [*words, *_cells(size)]
         for words, part, _ in rows_of(lines, results)
-        for size in part["batch_sizes"]
+        for size in _sizes(part)
     ]
     first = first_columns(results)
     counts = ["batch", "prompts", "groups"]
@@ -100,8 +103,8 @@ def _table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
     return Table("Speed by batch size, and seconds by phase", header, rows, words=len(first))
 
 
-def _cells(size: Mapping[str, Any]) -> list[str]:
-    counts = [f"{size[name]:,}" for name in ("batch_size", "prompts", "groups")]
-    speeds = [f"{size['tokens_per_s'][way]:,.0f}" for way in ("plain", "speculative")]
-    seconds = [f"{size['seconds'][name]:.1f}" for name in ("plain_seconds", "seconds", *PHASES)]
-    return [*counts, *speeds, ranged(size["speedup"], size["interval"]), *seconds]
+def _cells(size: BatchSpeed) -> list[str]:
+    counts = [f"{count:,}" for count in (size.batch_size, size.prompts, size.groups)]
+    speeds = [f"{speed:,.0f}" for _, speed in size.tokens_per_s]
+    seconds = [f"{phase:.1f}" for _, phase in size.seconds]
+    return [*counts, *speeds, ranged(size.speedup, size.interval), *seconds]

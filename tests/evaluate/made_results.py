@@ -14,10 +14,11 @@ import pyarrow as pa
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.results import CalibrationSummary, SchedulerSummary
 from deepspec.artifacts.tables import write_table
 from deepspec.config.recipes import section_of
 from deepspec.config.run import RunConfig
-from deepspec.evaluate.results import summary
+from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.storage.store import pretty_json
 
 BENCHMARKS = {"gsm8k": ("math", 0.9), "humaneval": ("code", 0.75), "alpaca": ("chat", 0.55)}
@@ -79,8 +80,8 @@ def made_rows(
     return rows
 
 
-def made_calibration(block: int = 7) -> dict[str, Any]:
-    """As the calibration writes it into summary.json."""
+def made_calibration(block: int = 7) -> CalibrationSummary:
+    """As an evaluation writes it into summary.json."""
 
     def position(k: int, off: float) -> dict[str, Any]:
         middles = np.linspace(0.05, 0.95, 10)
@@ -123,10 +124,11 @@ def made_calibration(block: int = 7) -> dict[str, Any]:
         "temperatures": temperatures,
         "thresholds": sweep,
     }
-    return {**found, "fitted_on": split, "reported_on": split}
+    return CalibrationSummary.model_validate({**found, "fitted_on": split, "reported_on": split})
 
 
-def made_scheduler() -> dict[str, Any]:
+def made_scheduler() -> SchedulerSummary:
+    """As an evaluation writes it into summary.json."""
     requests = [1, 4, 16, 64, 256]
 
     def policy(gain: float, knee: float) -> list[dict[str, Any]]:
@@ -139,12 +141,13 @@ def made_scheduler() -> dict[str, Any]:
                     "throughput": throughput,
                     "per_user": throughput / number,
                     "verified_per_round": gain * 4,
+                    "lengths": [0.125] * 8,
                 }
             )
         return found
 
     fixed = {f"fixed@{k}": policy(0.5 + 0.1 * min(k, 4), 90 - 9 * k) for k in range(8)}
-    return {
+    found = {
         "requests": requests,
         "policies": {
             "full": policy(1.0, 20),
@@ -152,7 +155,9 @@ def made_scheduler() -> dict[str, Any]:
             "threshold@0.5": policy(1.0, 50),
             "scheduled": policy(1.05, 80),
         },
+        "curve": {"tokens": [1, 64], "steps_per_second": [80.0, 60.0]},
     }
+    return SchedulerSummary.model_validate(found)
 
 
 def put_result(
@@ -176,9 +181,8 @@ def put_result(
             Counts(rows=len(rows), tokens=sum(row["num_tokens"] for row in rows)),
             upstream=None,
         )
-    artifact.store.write(
-        artifact.path("summary.json"), pretty_json({**summary(artifact), **(more or {})})
-    )
+    summary = compute_summary(artifact, read_rows(artifact)).model_copy(update=more)
+    artifact.store.write(artifact.path("summary.json"), pretty_json(summary.to_json()))
     artifact.seal(shards=[0], files=["summary.json"], inputs={})
     return artifact
 

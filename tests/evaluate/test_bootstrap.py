@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspec.evaluate.bootstrap import (
-    RESAMPLES,
-    interval,
-    intervals,
-    pooled,
-    resampled,
-    total,
-    weights,
-)
+from deepspec.evaluate.bootstrap import RESAMPLES, intervals, pool, resample, weights
 from deepspec.evaluate.counts import (
     Tally,
     acceptance_length,
@@ -41,7 +33,7 @@ def test_a_resample_is_the_metric_of_the_rows_that_were_drawn():
     """The vectorised sums against the plain way: repeat the rows, count again."""
     rows = made_rows(benchmarks={"gsm8k": ("math", 0.8)}, prompts=6)
     sums = tally([[row] for row in rows], 7)
-    drawn = weights(6, key="x", resamples=5)
+    drawn = weights(6, key="x")[:5]
     by_hand = []
     for counts in drawn.astype(int).tolist():
         again = [row for row, times in zip(rows, counts, strict=True) for _ in range(times)]
@@ -49,7 +41,7 @@ def test_a_resample_is_the_metric_of_the_rows_that_were_drawn():
             sum(sum(row["committed"]) for row in again)
             / sum(len(row["committed"]) for row in again)
         )
-    assert np.allclose(acceptance_length(resampled(sums, drawn)), by_hand)
+    assert np.allclose(acceptance_length(resample(sums, key="x").drawn)[:5], by_hand)
 
 
 def test_the_interval_of_a_mean_holds_the_truth_about_95_times_in_100():
@@ -58,7 +50,7 @@ def test_the_interval_of_a_mean_holds_the_truth_about_95_times_in_100():
         committed = rng.exponential(3.0, 80)
         ones, none = np.ones(80), np.zeros((80, 0))
         sums = Tally(ones, committed, ones, none, none, none)
-        low, high = interval(acceptance_length(resampled(sums, weights(80, key=trial))))
+        low, high = resample(sums, key=trial).interval(acceptance_length)
         held += low <= 3.0 <= high
     assert 175 <= held <= 199
 
@@ -66,7 +58,7 @@ def test_the_interval_of_a_mean_holds_the_truth_about_95_times_in_100():
 def test_prompts_decoded_together_are_drawn_together():
     rows = made_rows(benchmarks={"gsm8k": ("math", 0.8)}, prompts=8, batch_sizes=[4])
     times = clock([rows[:4], rows[4:]])
-    found = speedup(resampled(times, weights(2, key="x")))
+    found = speedup(resample(times, key="x").drawn)
     assert len(np.unique(found.round(9))) == 3, (
         "of two groups: the one twice, the other twice, or both"
     )
@@ -74,9 +66,19 @@ def test_prompts_decoded_together_are_drawn_together():
 
 def test_benchmarks_pooled_are_the_sum_of_theirs():
     rows = made_rows(prompts=3)
-    sums = tally([[row] for row in rows], 7)
-    halves = [tally([[row] for row in part], 7) for part in (rows[:4], rows[4:])]
-    assert pooled(map(total, halves)).committed == total(sums).committed
+    halves = [
+        resample(tally([[row] for row in part], 7), key=number)
+        for number, part in enumerate((rows[:4], rows[4:]))
+    ]
+    found = pool(halves)
+    assert found.num_units == 9 and found.varies
+    assert found.total.committed == sum(sum(row["committed"]) for row in rows)
+    assert (found.drawn.rounds == halves[0].drawn.rounds + halves[1].drawn.rounds).all()
+
+
+def test_single_prompts_have_no_interval_alone_or_pooled():
+    one = [resample(tally([[row]], 7), key=row["benchmark"]) for row in made_rows(prompts=1)]
+    assert [part.interval(acceptance_length) for part in [*one, pool(one)]] == [None] * 4
 
 
 def test_what_no_resample_knows_has_no_interval():
@@ -88,4 +90,4 @@ def test_what_no_resample_knows_has_no_interval():
 
 def test_shares_that_were_the_same_in_every_round_are_not_called_certain():
     sums = Tally(*(np.ones(5) for _ in range(3)), *(np.ones((5, 1)) for _ in range(3)))
-    assert intervals(conditional_acceptance(resampled(sums, weights(5, key="x")))) == [None]
+    assert intervals(conditional_acceptance(resample(sums, key="x").drawn)) == [None]

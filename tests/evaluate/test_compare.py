@@ -18,26 +18,24 @@ from tests.evaluate.made_results import BENCHMARKS, folder_of, made_rows, put_re
 
 
 def line_of(found, name: str, kind: str = "acceptance"):
-    return next(
-        line for line in found[kind] if name in (line.get("benchmark"), line.get("overall"))
-    )
+    return next(line for line in getattr(found, kind) if name in (line.benchmark, line.overall))
 
 
 def test_a_better_draft_is_told_from_a_worse_one():
     found = compare(made_rows(), made_rows(better=0.05))
-    assert (found["matched"], found["unmatched"]) == (72, [0, 0])
+    assert (found.matched, found.unmatched) == (72, (0, 0))
     for name in [*BENCHMARKS, "micro", "macro"]:
         line = line_of(found, name)
-        low, high = line["interval"]
-        assert line["difference"] == pytest.approx(line["b"] - line["a"])
-        assert 0 < low < line["difference"] < high
-        assert line["above_zero"] > 0.99
+        low, high = line.interval
+        assert line.difference == pytest.approx(line.b - line.a)
+        assert 0 < low < line.difference < high
+        assert line.above_zero > 0.99
 
 
 def test_a_result_is_no_better_than_itself():
     found = compare(made_rows(), made_rows())
-    for line in [*found["acceptance"], *found["speed"]]:
-        assert (line["difference"], line["interval"], line["above_zero"]) == (0.0, [0.0, 0.0], 0.0)
+    for line in [*found.acceptance, *found.speed]:
+        assert (line.difference, line.interval, line.above_zero) == (0.0, (0.0, 0.0), 0.0)
 
 
 def test_pairs_make_the_interval_narrower_than_two_separate_ones():
@@ -45,11 +43,11 @@ def test_pairs_make_the_interval_narrower_than_two_separate_ones():
     small.
     """
     rows, better = made_rows(prompts=60), made_rows(prompts=60, better=0.01)
-    low, high = line_of(compare(rows, better), "micro")["interval"]
+    low, high = line_of(compare(rows, better), "micro").interval
     shuffled = [
         {**row, "prompt_digest": f"{row['benchmark']}-{(row['prompt'] + 7) % 60}"} for row in better
     ]
-    apart = line_of(compare(rows, shuffled), "micro")["interval"]
+    apart = line_of(compare(rows, shuffled), "micro").interval
     assert high - low < 0.5 * (apart[1] - apart[0])
 
 
@@ -62,8 +60,8 @@ def test_prompts_are_matched_by_what_was_rendered_not_by_their_number():
         for a, b in pairs
     )
     found = compare(rows, [*there, *made_rows(benchmarks={"mine": ("other", 0.5)}, prompts=4)])
-    assert (found["matched"], found["unmatched"]) == (12, [3, 4])
-    assert not any(line.get("benchmark") == "mine" for line in found["acceptance"])
+    assert (found.matched, found.unmatched) == (12, (3, 4))
+    assert not any(line.benchmark == "mine" for line in found.acceptance)
 
 
 def test_a_prompt_that_is_there_twice_is_matched_twice():
@@ -76,22 +74,21 @@ def test_a_prompt_that_is_there_twice_is_matched_twice():
 
 def test_speed_is_compared_at_each_batch_size_that_both_have():
     found = compare(made_rows(batch_sizes=[1, 4]), made_rows(batch_sizes=[1, 4, 8], better=0.05))
-    assert {line["batch_size"] for line in found["speed"]} == {1, 4}
-    assert line_of(found, "macro", "speed")["above_zero"] > 0.99
-    assert {line["groups"] for line in found["speed"] if line.get("benchmark") == "gsm8k"} == {
-        24,
-        6,
-    }
+    assert {line.batch_size for line in found.speed} == {1, 4}
+    assert line_of(found, "macro", "speed").above_zero > 0.99
+    assert {line.groups for line in found.speed if line.benchmark == "gsm8k"} == {24, 6}
 
 
 def test_of_a_single_prompt_nothing_is_sure():
-    line = line_of(compare(made_rows(prompts=1), made_rows(prompts=1, better=0.05)), "gsm8k")
-    assert line["interval"] is None and line["above_zero"] is None
+    """Nor of several benchmarks of one prompt each, together."""
+    found = compare(made_rows(prompts=1), made_rows(prompts=1, better=0.05))
+    for line in found.acceptance:
+        assert line.interval is None and line.above_zero is None
 
 
 def test_temperatures_are_not_mixed():
     found = compare(made_rows(temperatures=[0.0, 1.0]), made_rows(temperatures=[1.0]))
-    assert {line["temperature"] for line in found["acceptance"]} == {1.0}
+    assert {line.temperature for line in found.acceptance} == {1.0}
 
 
 def test_results_without_a_common_prompt_are_refused():
@@ -137,7 +134,11 @@ def test_the_command_gives_scripts_one_json_object(capsys, two: list[str]):
         "mine",
         {"draft.num_layers": ["2", "1"]},
     )
-    assert found == json.loads(json.dumps(compare_results(*two)))
+    assert found["acceptance"][0].keys() == {
+        *("temperature", "benchmark", "prompts"),
+        *("a", "b", "difference", "interval", "above_zero"),
+    }
+    assert found == compare_results(*two).to_json()
 
 
 def test_an_artifact_that_is_no_result_is_refused(capsys, two: list[str], store: Path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepspec.evaluate import counts as acceptance
-from deepspec.evaluate.bootstrap import total
+from deepspec.evaluate.bootstrap import resample
 from deepspec.evaluate.counts import (
     clock,
     conditional_acceptance,
@@ -24,7 +24,7 @@ ROWS = [
 
 
 def sums(rows):
-    return total(tally([[row] for row in rows], longest_proposal(rows)))
+    return resample(tally([[row] for row in rows], longest_proposal(rows)), key="").total
 
 
 def test_acceptance_length_counts_the_bonus_but_not_after_a_stop_token():
@@ -80,6 +80,6 @@ def test_speed_up_is_the_ratio_of_tokens_per_second():
         "draft_seconds": 0.2,
         "verify_seconds": 0.7,
     }
-    times = total(clock([[timing], [timing, timing]]))
+    times = resample(clock([[timing], [timing, timing]]), key="").total
     assert (acceptance.tokens_per_s(times), acceptance.plain_tokens_per_s(times)) == (10.0, 5.0)
     assert acceptance.speedup(times) == pytest.approx(2.0)

@@ -9,13 +9,17 @@ import pytest
 
 from deepspec.evaluate.rounds import Rounds, read_rounds, split_by_prompt
 from deepspec.evaluate.scheduler import Threshold
-from deepspec.evaluate.simulate import Fixed, compare_policies, scheduler_summary, simulate
+from deepspec.evaluate.simulate import Fixed, simulate, simulate_policies
 from deepspec.evaluate.speed_curve import SpeedCurve
 from tests.evaluate.made_rounds import made_rows
 
 # Two rounds of two slots, which every request alternates between: both slots accepted, and none.
 TWO = Rounds(np.array([[0.9, 0.9], [0.2, 0.2]]), np.array([2, 0]), np.array([0, 1]))
 CURVE = SpeedCurve([1, 2, 3, 4, 5, 6], [10.0, 8.0, 5.0, 4.0, 2.5, 2.0])
+
+
+def reported(rows, block_size: int) -> Rounds:
+    return split_by_prompt(read_rounds(rows, block_size))[1]
 
 
 @pytest.mark.parametrize(
@@ -47,23 +51,21 @@ def test_a_threshold_verifies_the_sure_round_alone():
 def test_the_scheduler_is_never_far_from_the_best_fixed_length_on_calibrated_rounds():
     rows = made_rows(40, 50, temperatures=(1.0,) * 4, seed=1)
     curve = SpeedCurve([1, 64, 4096], [50.0, 50.0, 50.0 / 64])
-    found = scheduler_summary(rows, 4, curve, None, requests=(1, 16, 64))
-    assert found is not None
-    policies = found["policies"]
+    found = simulate_policies(reported(rows, 4), curve, requests=(1, 16, 64))
+    policies = found.policies
     assert policies["full"] == policies["fixed@4"]
     for number, point in enumerate(policies["scheduled"]):
-        assert point["throughput"] > 0.99 * max(
-            policies[f"fixed@{length}"][number]["throughput"] for length in range(5)
+        assert point.throughput > 0.99 * max(
+            policies[f"fixed@{length}"][number].throughput for length in range(5)
         )
-    json.dumps(found, allow_nan=False)
+    json.dumps(found.model_dump(), allow_nan=False)
 
 
 def test_a_summary_names_every_policy_at_every_number_of_requests():
-    found = scheduler_summary(
-        made_rows(4, 10, temperatures=(1.0, 1.0)), 2, CURVE, (1.0, 2.0), requests=(1, 3)
-    )
-    assert found is not None
-    assert found["requests"] == [1, 3]
+    rounds = reported(made_rows(4, 10, temperatures=(1.0, 1.0)), 2)
+    found = simulate_policies(rounds.calibrated((1.0, 2.0)), CURVE, requests=(1, 3))
+    assert found.requests == [1, 3]
+    assert found.curve == CURVE.points()
     names = {
         "full",
         "fixed@0",
@@ -75,33 +77,11 @@ def test_a_summary_names_every_policy_at_every_number_of_requests():
         "threshold@0.8",
         "scheduled",
     }
-    assert set(found["policies"]) == names
-    for points in found["policies"].values():
-        assert [point["requests"] for point in points] == [1, 3]
-        assert all(
-            set(point) == {"requests", "throughput", "per_user", "verified_per_round", "lengths"}
-            for point in points
-        )
-
-
-def test_prompts_that_the_temperatures_were_fitted_on_are_not_served():
-    rows = made_rows(4, 10, temperatures=(1.0, 1.0))
-    fitted = set(split_by_prompt(read_rounds(rows, 2))[0].prompt.tolist())
-    perfect = [
-        {**row, "accepted": [2] * 10, "committed": [3] * 10} if row["prompt"] in fitted else row
-        for row in rows
-    ]
-    assert scheduler_summary(perfect, 2, CURVE, None, requests=(2,)) == scheduler_summary(
-        rows, 2, CURVE, None, requests=(2,)
-    )
-
-
-def test_rows_without_confidence_give_no_summary():
-    rows = [{**row, "confidence": None} for row in made_rows(4, 10, temperatures=(1.0,))]
-    assert scheduler_summary(rows, 1, CURVE, None) is None
-    assert scheduler_summary([], 1, CURVE, None) is None
+    assert set(found.policies) == names
+    for points in found.policies.values():
+        assert [point.requests for point in points] == [1, 3]
 
 
 def test_every_policy_meets_the_same_rounds():
-    found = compare_policies(TWO, SpeedCurve([1, 100], [1.0, 1.0]), requests=(3,))
+    found = simulate_policies(TWO, SpeedCurve([1, 100], [1.0, 1.0]), requests=(3,)).policies
     assert found["scheduled"][0].throughput == pytest.approx(found["full"][0].throughput)

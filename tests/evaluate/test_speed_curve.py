@@ -60,11 +60,9 @@ def test_what_is_no_curve_is_refused(tokens: list[int], speeds: list[float], sai
 
 
 def test_a_curve_goes_through_a_file(tmp_path: Path):
-    SpeedCurve([1, 8], [50.0, 40.0]).write(tmp_path / "curve.json")
-    assert json.loads((tmp_path / "curve.json").read_text()) == {
-        "tokens": [1, 8],
-        "steps_per_second": [50.0, 40.0],
-    }
+    points = SpeedCurve([1, 8], [50.0, 40.0]).points().model_dump()
+    assert points == {"tokens": [1, 8], "steps_per_second": [50.0, 40.0]}
+    (tmp_path / "curve.json").write_text(json.dumps(points))
     assert read_curve(tmp_path / "curve.json")(8) == pytest.approx(40.0)
 
 

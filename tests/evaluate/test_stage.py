@@ -15,14 +15,15 @@ from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.side_files import failures
 from deepspec.artifacts.status import report_text, results, stages_of
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
-from deepspec.evaluate import calibration, policies, units
+from deepspec.evaluate import calibration, units
 from deepspec.evaluate import prompts as benchmarks
 from deepspec.evaluate import stage as run
+from deepspec.evaluate.policies import live_policy
 from deepspec.evaluate.prompts import load_benchmarks, make_units
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.scheduler import Scheduled
 from deepspec.evaluate.speed_curve import SpeedCurve
-from deepspec.evaluate.stage import _Evaluation, run_evaluate
+from deepspec.evaluate.stage import run_evaluate
 from deepspec.evaluate.units import Evaluator
 from deepspec.export.export import export_draft
 from deepspec.hidden.stage import run_capture
@@ -50,10 +51,10 @@ def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe
     assert len(greedy) == 9
     assert all(row["identical"] for row in greedy)
     found = results(config)
-    assert found["lossless"] == [9, 9]
-    assert set(found["acceptance_length"]) == {"macro", "math", "code", "chat"}
-    assert 1.0 <= found["acceptance_length"]["macro"] <= config.draft.block_size + 1
-    assert found["speedup"] > 0
+    assert found.lossless == (9, 9)
+    assert set(found.acceptance_length) == {"macro", "math", "code", "chat"}
+    assert 1.0 <= found.acceptance_length["macro"] <= config.draft.block_size + 1
+    assert found.speedup > 0
 
 
 def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(
@@ -77,13 +78,12 @@ def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compar
             artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)
         ), "the whole lineage"
         assert "every answer is token for token that of plain greedy decoding" in found
-    macro = results(config)["macro"]
-    assert (
-        f"{macro['acceptance_length']:.2f} ({macro['intervals']['acceptance_length'][0]:.2f}"
-        in text
-    )
+    macro = results(config).macro
+    assert macro.intervals.acceptance_length is not None
+    low, _ = macro.intervals.acceptance_length
+    assert f"{macro.acceptance_length:.2f} ({low:.2f}" in text
     compared = compare_results(artifact.url, artifact.url)
-    assert (compared["matched"], compared["unmatched"], compared["settings"]) == (9 + 9, [0, 0], {})
+    assert (compared.matched, compared.unmatched, compared.settings) == (9 + 9, (0, 0), {})
 
 
 def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +156,7 @@ def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
     assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {
         (0, together[0.0, 0]["seconds"])
     }
-    sizes = [speed["batch_size"] for speed in results(config)["benchmarks"][0]["batch_sizes"]]
+    sizes = [speed.batch_size for speed in results(config).benchmarks[0].batch_sizes]
     assert sizes == [1, 2]
 
 
@@ -222,9 +222,7 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
         )
 
 
-def test_workers_that_start_together_cut_blocks_by_one_curve(
-    ready: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_workers_that_start_together_cut_blocks_by_one_curve(ready: Path):
     """Each measured a curve, cut by its own, and left its own in the result: what half of the
     blocks were cut by was lost.
     """
@@ -235,17 +233,16 @@ def test_workers_that_start_together_cut_blocks_by_one_curve(
         {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]},
     )
 
-    def overtaken(*_: object) -> SpeedCurve:
+    def overtaken() -> SpeedCurve:
         artifact.store.write(
             artifact.path("policy.json"),
             json.dumps({"temperatures": None, "curve": curve}).encode(),
         )
         return SpeedCurve([1], [5.0])
 
-    monkeypatch.setattr(policies, "speed_curve", overtaken)
-    stage = _Evaluation(config, {})
-    policy = policies.live_policy(config, artifact, artifact_of(config, "train"), stage.models)
-    assert isinstance(policy, Scheduled) and policy.curve.to_json() == curve
+    draft = artifact_of(config, "train")
+    policy = live_policy(config.evaluate, artifact, draft, overtaken)
+    assert isinstance(policy, Scheduled) and policy.curve.points().model_dump() == curve
     assert json.loads(artifact.store.read(artifact.path("policy.json")))["curve"] == curve
 
 
@@ -378,5 +375,5 @@ def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_
         assert (
             f"{artifact.key.name}-{artifact.key.fingerprint}`: digest `{manifest.digest}`" in card
         )
-    macro = results(config)["acceptance_length"]["macro"]
+    macro = results(config).macro.acceptance_length
     assert f"at temperature 0.0: tokens per round (bonus included) macro {macro:.2f}" in card

@@ -17,7 +17,7 @@ from deepspec.__main__ import app
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export import export as exporting
 from deepspec.export.engines import ENGINES, why_not
-from deepspec.export.export import TEMPERATURES, export_draft
+from deepspec.export.export import TEMPERATURES, export_draft, read_temperatures
 from deepspec.model.checkpoint import load_draft, save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft, make_spec
 
@@ -187,6 +187,27 @@ def test_a_folder_in_use_an_unknown_engine_and_no_draft_are_refused(tmp_path: Pa
     (tmp_path / "draft").rename(tmp_path / "moved")
     with pytest.raises(ArtifactMismatch, match="holds no draft"):
         export_draft(tmp_path, engine="hf", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no json", "not JSON"),
+        ("[1.0, 1.0]", "no list of temperatures"),
+        ('{"temperatures": 1.0}', "no list of temperatures"),
+        ('{"temperatures": [1.0]}', "1 temperatures"),
+        ('{"temperatures": [1.0, 0.0]}', "above 0, not 0.0"),
+        ('{"temperatures": [1.0, "hot"]}', "above 0, not hot"),
+        ('{"temperatures": [1.0, NaN]}', "above 0, not nan"),
+    ],
+)
+def test_a_file_that_is_no_calibration_of_this_draft_is_refused(
+    text: str, said: str, tmp_path: Path
+):
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactMismatch, match=said):
+        read_temperatures(path, 2)
 
 
 def test_a_draft_with_a_tensor_missing_is_not_exported(tmp_path: Path) -> None:

@@ -6,6 +6,12 @@ import json
 
 import pytest
 
+from deepspec.artifacts.results import (
+    BenchmarkMetrics,
+    EvaluationSummary,
+    MeanMetrics,
+    TokensPerSecond,
+)
 from deepspec.artifacts.status import StageStatus
 from flows.display import show_summary, shown_on_terminal, summary_line
 from flows.reporting import StageOutcome, prefect_key, report_nothing_to_do, result_row, stage_row
@@ -25,20 +31,20 @@ STATUS = StageStatus(
     failures={},
     upstream_sealed=True,
 )
-PART = {
-    "benchmark": "math",
-    "temperature": 0.0,
-    "acceptance_length": 4.9,
-    "conditional_acceptance": [0.91, 0.5],
-    "speedup": 1.66,
-    "tokens_per_s": {"plain": 180.4, "speculative": 300.0},
-    "lossless": [20, 20],
-}
-RESULTS = {
-    **PART,
-    "acceptance_length": {"macro": 3.01, "math": 4.9},
-    "benchmarks": [PART, {**PART, "temperature": 1.0, "lossless": [0, 20]}],
-}
+PART = BenchmarkMetrics.model_construct(
+    benchmark="math",
+    temperature=0.0,
+    acceptance_length=4.9,
+    conditional_acceptance=[0.91, 0.5],
+    speedup=1.66,
+    tokens_per_s=TokensPerSecond(plain=180.4, speculative=300.0),
+    lossless=(20, 20),
+)
+RESULTS = EvaluationSummary.model_construct(
+    **{**dict(PART), "acceptance_length": {"macro": 3.01, "math": 4.9}},
+    macro=MeanMetrics.model_construct(acceptance_length=3.01),
+    benchmarks=[PART, PART.model_copy(update={"temperature": 1.0, "lossless": (0, 20)})],
+)
 
 
 def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixture[str]):
@@ -68,7 +74,7 @@ def test_the_summary_names_speed_losslessness_and_every_folder(capsys: pytest.Ca
 
 
 def test_sampled_answers_are_not_compared_token_for_token():
-    assert [result_row(part)["lossless"] for part in RESULTS["benchmarks"]] == ["20/20", ""]
+    assert [result_row(part)["lossless"] for part in RESULTS.benchmarks] == ["20/20", ""]
 
 
 def test_a_stage_already_done_shows_that_instead_of_seconds():
