@@ -211,14 +211,10 @@ class SimulatedServing(Stored):
     """One policy at one number of concurrent requests, simulated."""
 
     requests: int
-    throughput: float
-    """Tokens per second, all requests together."""
-    per_user: float
-    """Tokens per second of one request."""
-    verified_per_round: float
-    """Draft tokens verified, the anchor not counted."""
-    lengths: list[float]
-    """[g + 1] share of rounds in which so many were verified."""
+    throughput: float  # tokens per second, all requests together
+    per_user: float  # tokens per second of one request
+    verified_per_round: float  # draft tokens verified, the anchor not counted
+    lengths: list[float]  # [g + 1] share of rounds in which so many were verified
 
 
 class SchedulerSummary(Stored):
