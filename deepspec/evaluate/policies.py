@@ -11,7 +11,7 @@ from typing import TypeVar
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Stored
 from deepspec.artifacts.results import CurvePoints
-from deepspec.config.run import EvaluateConfig
+from deepspec.config.evaluate import EvaluateConfig
 from deepspec.evaluate.calibration import Calibration
 from deepspec.evaluate.scheduler import Policy, make_policy
 from deepspec.evaluate.speed_curve import SpeedCurve
