@@ -1,9 +1,8 @@
-"""What was answered of a shard that is not committed yet, a line an answer, so that a killed run
-asks nothing twice.
+"""What was answered of a shard that is not committed yet, so that a killed run asks nothing twice.
 
-A file on the local disk (beside the artifact, or under `scratch` where that is in a bucket) which a
-line is appended to with one write: a kill can tear the last line only, and a torn line is an answer
-that is asked for again.
+A file on the local disk (in the artifact's folder, or under `scratch` for a store in a bucket) with
+one line an answer, each appended by one write: a kill can tear only the last line, and a torn line
+is an answer that is requested again.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ import xxhash
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.storage.store import canonical_json
-from deepspec.target.conversation import AnswerRequest
+from deepspec.target.conversation import FAILED, AnswerRequest, Failed, Refused, Turn
 
 
 class Journal:
-    """Notes by request. Of two that answer the same request the first counts, whoever wrote it."""
+    """Outcomes by request; of two answers to the same request the first one counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._notes: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        self._entries: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
         self._torn = False
         if path.exists():
             with path.open("rb") as lines:
@@ -37,20 +36,31 @@ class Journal:
                     self._torn = not line.endswith(b"\n")
                     with suppress(ValueError, KeyError, TypeError):
                         entry = json.loads(line)
-                        self._notes[entry["key"]].append((entry["kind"], entry["fields"]))
+                        self._entries[entry["key"]].append((entry["kind"], entry["fields"]))
 
-    def notes(self, key: str) -> list[tuple[str, dict[str, Any]]]:
-        """(kind, fields) of what was noted about a request, oldest first."""
-        return self._notes.get(key, [])
+    def final_outcome(self, key: str, *, row_runs: int) -> Turn | Refused | None:
+        """The outcome of a request in an earlier run, where no other attempt should be made.
 
-    def note(self, key: str, kind: str, fields: dict[str, Any]) -> None:
-        """Append one line.
+        A row that failed in `row_runs` runs is refused in the next one.
+        """
+        entries = self._entries.get(key, [])
+        for kind, fields in entries:
+            if kind == Turn.__name__:
+                return Turn(**fields)
+        if len(entries) < row_runs:
+            return None
+        reason = entries[-1][1]["detail"]
+        return Refused(FAILED, f"no answer in {len(entries)} runs; the last error: {reason}")
+
+    def append(self, key: str, outcome: Turn | Failed) -> None:
+        """Add one line.
 
         Raises:
-            OSError: it could not be written, or not whole; it may be tried again.
+            OSError: it was not written, or not whole; it may be tried again.
         """
-        data = canonical_json({"key": key, "kind": kind, "fields": fields}) + b"\n"
-        if self._torn:  # this line must not be glued to half of one
+        entry = {"key": key, "kind": type(outcome).__name__, "fields": outcome._asdict()}
+        data = canonical_json(entry) + b"\n"
+        if self._torn:  # end the torn line first
             data = b"\n" + data
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
@@ -60,30 +70,23 @@ class Journal:
 
 
 def request_key(request: AnswerRequest) -> str:
-    """Names a request by all that decides its answer: an answer to another conversation is
-    never taken for it.
-    """
-    decides = [
+    """A digest of all that decides the answer, so that no other request's answer is taken for it."""
+    content = [
         [message.entry() for message in request.messages],
         request.seed,
         request.tools,
         request.max_new_tokens,
     ]
-    return xxhash.xxh3_64_hexdigest(canonical_json(decides))
+    return xxhash.xxh3_64_hexdigest(canonical_json(content))
 
 
 def journal_path(artifact: Artifact, shard: int) -> Path:
+    """Where the journal of a shard is kept."""
     return folder_beside(artifact, "journal") / f"{shard:05d}.jsonl"
 
 
-def open_journal(artifact: Artifact, shard: int) -> Journal:
-    return Journal(journal_path(artifact, shard))
-
-
 def remove_committed(artifact: Artifact) -> None:
-    """Take away the journals of shards that are committed, by whichever run: their answers are
-    in the store now.
-    """
-    left = {int(path.stem): path for path in journal_path(artifact, 0).parent.glob("*.jsonl")}
-    for shard in artifact.records(left) if left else ():
-        left[shard].unlink(missing_ok=True)
+    """Remove the journals of committed shards, whichever run committed them."""
+    paths = {int(path.stem): path for path in journal_path(artifact, 0).parent.glob("*.jsonl")}
+    for shard in artifact.records(paths) if paths else ():
+        paths[shard].unlink(missing_ok=True)

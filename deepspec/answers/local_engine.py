@@ -16,7 +16,9 @@ class TransformersEngine:
     """The target in this process, `resources.memory.answer_rows` prompts decoded together."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.chat = config, load_chat(config)
+        self.batch_rows = config.resources.memory.answer_rows
+        self.sampling = config.answers.sampling
+        self.chat = load_chat(config)
         self.target = load_target(
             config.target, folder=target_folder(config), device=config.resources.devices.type
         )
@@ -25,45 +27,37 @@ class TransformersEngine:
     def answer(
         self, requests: Sequence[AnswerRequest], *, shard: int
     ) -> Iterator[tuple[AnswerRequest, Outcome]]:
-        """Decode in batches of similar prompt length; which rows share a batch follows from the
-        shard alone.
-        """
+        """Decode in batches of similar prompt length; the shard alone decides who shares one."""
         prompts = [self.chat.render(request.messages, request.tools) for request in requests]
-        fitting: dict[int, list[int]] = defaultdict(list)  # by how long the answer may be
+        fitting: dict[int, list[int]] = defaultdict(list)  # by the answer's limit
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             room = self.target.max_positions - request.max_new_tokens
-            if len(prompt) > room:
-                yield (
-                    request,
-                    Refused(
-                        "too_long",
-                        f"{len(prompt)} prompt tokens leave no room for the answer (at most {room})",
-                    ),
-                )
-            else:
+            if len(prompt) <= room:
                 fitting[request.max_new_tokens].append(index)
+                continue
+            why = f"{len(prompt)} prompt tokens leave no room for the answer (at most {room})"
+            yield request, Refused("too_long", why)
         for limit, indices in fitting.items():
             indices.sort(key=lambda index: len(prompts[index]))
-            settings = Decode(self.config.answers.sampling, limit, self.stop_ids)
-            for start in range(0, len(indices), self.config.resources.memory.answer_rows):
-                batch = indices[start : start + self.config.resources.memory.answer_rows]
-                seeds = [requests[index].seed for index in batch]
-                done = generate(
-                    self.target, [prompts[index] for index in batch], settings, seeds=seeds
+            settings = Decode(self.sampling, limit, self.stop_ids)
+            for start in range(0, len(indices), self.batch_rows):
+                batch = indices[start : start + self.batch_rows]
+                answers = generate(
+                    self.target,
+                    [prompts[index] for index in batch],
+                    settings,
+                    seeds=[requests[index].seed for index in batch],
                 )
-                for index, ids in zip(batch, done, strict=True):
-                    finish, request = (
-                        "stop" if ids[-1] in self.stop_ids else "length",
-                        requests[index],
-                    )
-                    yield (
-                        request,
-                        Turn(
-                            self.chat.decode(ids, self.stop_ids),
-                            ids,
-                            finish,
-                            len(ids),
-                            len(prompts[index]),
-                            request.seed,
-                        ),
-                    )
+                for index, token_ids in zip(batch, answers, strict=True):
+                    turn = self._turn(requests[index], prompts[index], token_ids)
+                    yield requests[index], turn
+
+    def _turn(self, request: AnswerRequest, prompt: Sequence[int], token_ids: list[int]) -> Turn:
+        return Turn(
+            text=self.chat.decode(token_ids, self.stop_ids),
+            token_ids=token_ids,
+            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
+            num_tokens=len(token_ids),
+            num_prompt_tokens=len(prompt),
+            seed=request.seed,
+        )

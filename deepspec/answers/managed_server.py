@@ -1,9 +1,8 @@
-"""A server of the target that the answers stage starts for itself: on loopback, logged to a file,
-always taken down.
+"""A server of the target that the answers stage starts itself: on loopback, logged to a file.
 
-It runs under `guard`, so that it ends with this process, however that ends, and frees its GPU. One
-that dies while there is work is started again; what was asked of it meanwhile is asked again, as
-with any server that is away.
+It runs under a supervisor, so that it ends with this process, however that ends, and frees its GPU.
+One that dies while there is work is started again; what it was working on is requested again, as
+with any server that is unreachable.
 """
 
 from __future__ import annotations
@@ -21,130 +20,112 @@ from pathlib import Path
 
 import httpx
 
-from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.side_files import folder_beside
-from deepspec.config.run import RunConfig
+from deepspec.config.target import TargetConfig
+from deepspec.config.servers import ServersConfig
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
 from deepspec.process.launch import Scope, run_child, scope
 from deepspec.process.machine import LOOPBACK, free_port
-from deepspec.target.chat import target_folder
 
 log = logging.getLogger(__name__)
 
+# `serve_command` fills in what stands in braces
 COMMANDS = {
-    "vllm": "vllm serve {model} --served-model-name {name} --host {host} --port {port} --dtype {dtype}",
-    "sglang": "{python} -m sglang.launch_server --model-path {model} --served-model-name {name} --host {host} --port {port} "
-    "--dtype {dtype}",
+    "vllm": "vllm serve {model} --served-model-name {name}"
+    " --host {host} --port {port} --dtype {dtype}",
+    "sglang": "{python} -m sglang.launch_server --model-path {model} --served-model-name {name}"
+    " --host {host} --port {port} --dtype {dtype}",
     "transformers": "transformers serve {model} --host {host} --port {port} --dtype {dtype}",
 }
 LOOK_S = 0.2
-Check = Callable[[], None]
 RESTARTS = 5  # of one server, by one lane
 
 
 @contextlib.contextmanager
-def serving(config: RunConfig, artifact: Artifact) -> Iterator[tuple[RunConfig, Check]]:
-    """The run with a server of its own as its only endpoint, up for the length of this block, and a
-    look at whether it still is.
+def serving(
+    servers: ServersConfig, target: TargetConfig, *, model: str, device: str, logs: Path
+) -> Iterator[tuple[ServersConfig, Callable[[], None]]]:
+    """The settings with a server of `model` as the only endpoint, and a check that it is alive.
+
+    The server is up for the length of this block.
 
     Raises:
         ConfigError: its program is not installed.
         ChildFailed: it ended before it was up; its last lines are in the message.
         TransientError: it was not up within `resources.servers.start_deadline_s`.
     """
-    port, settings = free_port(), config.resources.servers
-    name = str(target_folder(config) or config.target.model)
-    command = serve_command(config, model=name, port=port)
-    path = folder_beside(artifact, "logs") / f"serve-{port}.log"
-    log.info("starting a server: %s (its log is %s)", shlex.join(command), path)
-    with scope() as mine:
-        server = _Server(command, path, mine)
-        server.wait(f"http://{LOOPBACK}:{port}/health", settings.start_deadline_s)
-        at = {
-            "endpoints": (f"http://{LOOPBACK}:{port}/v1",),
-            "model_name": name,
-            "dialect": settings.start,
+    port = free_port()
+    command = serve_command(servers, target, model=model, port=port, device=device)
+    log_path = logs / f"serve-{port}.log"
+    log.info("starting a server: %s (its log is %s)", shlex.join(command), log_path)
+    url = f"http://{LOOPBACK}:{port}"
+    with scope() as owner:
+        server = _Server(command, log_path, owner)
+        server.wait_until_up(f"{url}/health", servers.start_deadline_s)
+        changes = {
+            "endpoints": (f"{url}/v1",),
+            "model_name": model,
+            "dialect": servers.start,
+            # one that is started again takes as long as the first
+            "lost_s": max(servers.lost_s, servers.start_deadline_s),
         }
-        # one that is started again takes as long as the first
-        patience = {"lost_s": max(settings.lost_s, settings.start_deadline_s)}
-        servers = settings.model_copy(update={**at, **patience})
-        resources = config.resources.model_copy(update={"servers": servers})
-        yield config.model_copy(update={"resources": resources}), server.check
+        yield servers.model_copy(update=changes), server.check
 
 
-def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
+def serve_command(
+    servers: ServersConfig, target: TargetConfig, *, model: str, port: int, device: str
+) -> list[str]:
     """The server's command line.
 
     Raises:
-        ConfigError: there is no such program here.
+        ConfigError: its program is not installed.
     """
-    settings, target = config.resources.servers, config.target
-    device = config.resources.devices.type
-    words = list(settings.start_command) or COMMANDS[settings.start].split()
-    if not settings.start_command:
-        if target.revision and settings.start != "transformers":
-            words += ["--revision", target.revision]
-        if settings.start == "transformers" and device != "auto":
-            words += ["--device", device]
-    filled = {
-        "model": model,
-        "name": model,
-        "host": LOOPBACK,
-        "port": str(port),
-        "dtype": target.dtype,
-        "python": sys.executable,
+    program = servers.start
+    parts = list(servers.start_command) or COMMANDS[program].split()
+    if not servers.start_command:
+        if target.revision and program != "transformers":
+            parts += ["--revision", target.revision]
+        if program == "transformers" and device != "auto":
+            parts += ["--device", device]
+    values = {
+        "{model}": model,
+        "{name}": model,
+        "{host}": LOOPBACK,
+        "{port}": str(port),
+        "{dtype}": target.dtype,
+        "{python}": sys.executable,
     }
-    for key, value in filled.items():
-        words = [word.replace(f"{{{key}}}", value) for word in words]
-    # where pip puts the programs of this environment, on the PATH or not
-    beside = Path(sys.executable).parent
-    program = shutil.which(words[0], path=str(beside)) or shutil.which(words[0])
-    if program is None:
-        fix = f"install {settings.start}, or give the command as resources.servers.start_command"
+    for placeholder, value in values.items():
+        parts = [part.replace(placeholder, value) for part in parts]
+    # pip puts this environment's programs there, whether it is on the PATH or not
+    folder = str(Path(sys.executable).parent)
+    found = shutil.which(parts[0], path=folder) or shutil.which(parts[0])
+    if found is None:
         raise ConfigError(
-            f"there is no program {words[0]!r} here",
-            where=f"resources.servers.start {settings.start}",
-            fix=fix,
+            f"there is no program {parts[0]!r} here",
+            where=f"resources.servers.start {program}",
+            fix=f"install {program}, or give the command as resources.servers.start_command",
         )
-    return [program, *words[1:]]
+    return [found, *parts[1:]]
 
 
 class _Server:
-    """One server in a thread of its own, started again when it dies; ends with the scope that
-    it was made in.
-    """
+    """One server, run by a thread that starts it again when it dies; ends with its scope."""
 
     def __init__(self, command: list[str], log_path: Path, owner: Scope) -> None:
-        self.command, self.log_path, self.owner = command, log_path, owner
+        self.command = command
+        self.log_path = log_path
+        self.owner = owner
         self.error: DeepSpecError | None = None
-        self.up = self.given_up = False
-        # the scope is found by context, and a thread begins without one
+        self.was_up = False
+        self.given_up = False
+        # the scope is a context variable, and a thread begins without any
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._run,), name="server", daemon=True).start()
 
     def _run(self) -> None:
         for restart in range(RESTARTS + 1):
-            try:
-                run_child(
-                    self.command,
-                    on_event=lambda event: None,
-                    on_line=lambda line: None,
-                    log_path=self.log_path,
-                )
-                self.error = ChildFailed(
-                    "the server ended by itself",
-                    where=f"its log is {self.log_path}",
-                    fix="see its log",
-                )
-            except DeepSpecError as error:
-                self.error = error
-            except OSError as error:  # its log cannot be written
-                self.error = ChildFailed(
-                    f"{type(error).__name__}: {error}",
-                    where=f"its log is {self.log_path}",
-                    fix="see that disk",
-                )
-            if not self.up or self.owner.closed:
+            self.error = self._run_once()
+            if not self.was_up or self.owner.closed:
                 return
             if restart < RESTARTS:
                 log.warning(
@@ -155,33 +136,49 @@ class _Server:
                 )
         self.given_up = True
 
+    def _run_once(self) -> DeepSpecError:
+        """Run the server until it ends; returns why it did."""
+        what, fix = "the server ended by itself", "see its log"
+        try:
+            run_child(
+                self.command,
+                on_event=lambda event: None,
+                on_line=lambda line: None,
+                log_path=self.log_path,
+            )
+        except DeepSpecError as error:
+            return error
+        except OSError as error:  # its log cannot be written
+            what, fix = f"{type(error).__name__}: {error}", "check the disk of its log"
+        return ChildFailed(what, where=self._where, fix=fix)
+
+    @property
+    def _where(self) -> str:
+        return f"its log is {self.log_path}"
+
     def check(self) -> None:
-        """Raise TransientError if the server died too often to be started again: nobody should
-        wait for it.
-        """
+        """Raise TransientError if the server died too often to be started again."""
         if self.given_up and self.error is not None:
-            what = f"the server died {RESTARTS + 1} times, the last time because {self.error.what}"
             raise TransientError(
-                what,
-                where=f"its log is {self.log_path}",
+                f"the server died {RESTARTS + 1} times; the last error: {self.error.what}",
+                where=self._where,
                 fix="see its log; rows that were answered are kept",
             )
 
-    def wait(self, url: str, deadline_s: float) -> None:
-        """Return once the server says that it is well."""
+    def wait_until_up(self, url: str, deadline_s: float) -> None:
+        """Return once the server reports that it is healthy."""
         deadline = time.monotonic() + deadline_s
         while True:
             if self.error is not None:
                 raise self.error
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(url, timeout=2.0, trust_env=False).is_success:
-                    self.up = True
+                    self.was_up = True
                     return
             if time.monotonic() > deadline:
-                fix = "raise resources.servers.start_deadline_s, or see its log"
                 raise TransientError(
                     f"the server was not up within {deadline_s:g} s",
-                    where=f"its log is {self.log_path}",
-                    fix=fix,
+                    where=self._where,
+                    fix="raise resources.servers.start_deadline_s, or see its log",
                 )
             time.sleep(LOOK_S)

@@ -1,5 +1,7 @@
-"""What a server said, as an answer of the target: thinking that it took apart is put back as
-the target wrote it.
+"""A server's reply as an answer of the target (trap A5).
+
+What a server separated from the answer as reasoning is put back the way the target wrote it, so
+that the cache renders what the model generated.
 """
 
 from __future__ import annotations
@@ -7,63 +9,48 @@ from __future__ import annotations
 from openai.types.chat import ChatCompletion
 
 from deepspec.answers.request import SEEDS
-from deepspec.config.target import TargetConfig
+from deepspec.target.chat_families import ChatFamily
 from deepspec.target.conversation import AnswerRequest, Refused, Turn
-
-THINKING = {  # by chat family: what the target writes before and behind its thinking
-    "qwen": ("<think>\n", "\n</think>\n\n"),
-    "gemma4": ("<|channel>thought\n", "\n<channel|>"),
-}
-# what is left of Gemma4's mark where a server leaves special tokens out of the text
-MARKS_LOST = "thought\n"
 
 
 def read_reply(
-    reply: ChatCompletion, request: AnswerRequest, target: TargetConfig, *, endpoint: str
+    reply: ChatCompletion, request: AnswerRequest, family: ChatFamily, *, endpoint: str
 ) -> Turn | Refused:
-    """One answer (trap A5: what the model generated is what the cache renders).
+    """The answer that a reply holds, or why it holds none.
 
     Raises:
         ValueError: the reply has no choice, none that ended, or one without text.
     """
     choice = reply.choices[0] if reply.choices else None
     if choice is None or choice.message is None or not choice.finish_reason:
-        raise ValueError("an answer without a choice")
+        raise ValueError("a reply without a finished choice")
     if choice.message.tool_calls:
-        return Refused(
-            "tool_call",
-            "the server took the target's call of a tool apart; start it without a tool parser",
-        )
+        why = "the server parsed the target's tool call; start it without a tool parser"
+        return Refused("tool_call", why)
     if choice.finish_reason not in ("stop", "length"):
         return Refused(choice.finish_reason, "the server ended the answer for this reason")
-    text, more = choice.message.content or "", choice.message.model_extra or {}
+    text = choice.message.content or ""
     if not isinstance(text, str):
-        raise ValueError("an answer whose content is no text")
-    reasoning = more.get("reasoning_content") or more.get("reasoning")
+        raise ValueError("an answer whose content is not text")
+    extra = choice.message.model_extra or {}
+    reasoning = extra.get("reasoning_content") or extra.get("reasoning")
     if reasoning:
-        begins, ends = THINKING[target.chat_family]
-        # amid the thinking: its end was never written
+        # without an answer after it, the limit cut the reasoning off before its end was written
         cut = choice.finish_reason == "length" and not text
-        text = begins + (
-            reasoning.lstrip("\n") if cut else reasoning.strip("\n") + ends + text.lstrip("\n")
-        )
-    elif target.chat_family == "gemma4" and text.startswith(MARKS_LOST):
-        return Refused(
-            "reasoning",
-            "the server left out the marks of the thinking; start it with a reasoning parser",
-        )
-    text.encode()  # half of a surrogate pair is no text, and could not be stored
-    ids, used = (choice.model_extra or {}).get("token_ids"), reply.usage
-    num_tokens, num_prompt = (
-        (used.completion_tokens or 0, used.prompt_tokens or 0) if used else (len(ids or ()), 0)
-    )
+        text = family.with_reasoning(reasoning, None if cut else text)
+    elif family.stripped_mark and text.startswith(family.stripped_mark):
+        why = "the server removed the marks of thinking; start it with a reasoning parser"
+        return Refused("reasoning", why)
+    text.encode()  # raises ValueError for half of a surrogate pair, which cannot be stored
+    token_ids = (choice.model_extra or {}).get("token_ids") or None
+    usage = reply.usage
     return Turn(
         text,
-        ids or None,
+        token_ids,
         choice.finish_reason,
-        num_tokens,
-        num_prompt,
-        request.seed % SEEDS,
-        endpoint,
-        reply.model,
+        num_tokens=(usage.completion_tokens or 0) if usage else len(token_ids or ()),
+        num_prompt_tokens=(usage.prompt_tokens or 0) if usage else 0,
+        seed=request.seed % SEEDS,
+        endpoint=endpoint,
+        served_model=reply.model,
     )

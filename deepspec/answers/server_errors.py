@@ -1,6 +1,4 @@
-"""What a failed attempt at a server means: tried again or not, and whether it was the row's own
-fault.
-"""
+"""What a failed attempt at a server means: whether to try again, and whether the row is at fault."""
 
 from __future__ import annotations
 
@@ -16,43 +14,40 @@ import openai
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 OVERLOADED = (429, 503)
 KEY_REFUSED = (401, 403)
-AWAY = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientPayloadError)
 
 
-class Again(Exception):
-    """An attempt that failed in a way that the next one need not."""
+class AttemptFailed(Exception):
+    """An attempt at a request failed for a reason that may pass."""
 
 
-class NotItsFault(Again):
-    """The server was not there, or had too much to do: no reason ever to give the request up."""
+class ServerUnavailable(AttemptFailed):
+    """The server was unreachable or overloaded, which does not count against the request."""
 
 
-def what_broke(error: Exception) -> tuple[Literal["away", "late", "broken"], BaseException]:
-    """Whether the server could not be reached, took too long, or answered wrongly or not to the
-    end; and the error beneath.
-    """
-    reasons = list(_causes(error))
-    if any(isinstance(reason, AWAY) for reason in reasons):
-        return "away", reasons[-1]
-    if isinstance(error, openai.APITimeoutError) and not any(
-        isinstance(reason, HUNG_UP) for reason in reasons
-    ):
-        return "late", reasons[-1]
-    return "broken", reasons[-1]
+def connection_failure(
+    error: Exception,
+) -> tuple[Literal["unreachable", "timeout", "broken"], BaseException]:
+    """How an attempt without a usable reply failed, and the innermost error."""
+    causes = list(_causes(error))
+    if any(isinstance(cause, UNREACHABLE) for cause in causes):
+        return "unreachable", causes[-1]
+    hung_up = any(isinstance(cause, HUNG_UP) for cause in causes)
+    if isinstance(error, openai.APITimeoutError) and not hung_up:
+        return "timeout", causes[-1]
+    return "broken", causes[-1]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: `openai` reports as a time-out what its connection
-    calls lost.
-    """
+    """The error and what it was raised from: `openai` raises lost connections as time-outs."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def retry_after_s(header: str | None) -> float:
-    """Retry-After in seconds, from either of its forms; 0 for none."""
+    """Retry-After in seconds, from either of its forms; 0 where there is none."""
     with suppress(ValueError):
         return max(0.0, float(header or 0))
     with suppress(ValueError):

@@ -1,10 +1,9 @@
-"""A pool of servers: each request goes to the one with the fewest in flight, and what a server can
-take is found by trying.
+"""A pool of servers: each request goes to the least busy one; what each can take is found by trying.
 
 Additive increase, multiplicative decrease, as in TCP (Chiu and Jain 1989): a round of good answers
 allows one request more, a 429, 503 or time-out halves what is allowed. A server that fails again
-and again rests, longer each time, and is then probed with one request. With 8 servers and one dying
-every minute, work flows to the other seven.
+and again is paused, longer each time, and then probed with one request. With 8 servers and one
+dying every minute, work flows to the other seven.
 """
 
 from __future__ import annotations
@@ -21,150 +20,150 @@ from deepspec.errors import TransientError
 
 log = logging.getLogger(__name__)
 
-RESTS_AFTER = 3  # failures in a row
-REST_S, LONGEST_REST_S = 1.0, 60.0
-LOOK_S = 0.05  # between two looks at who rests no longer
+FAILURES_BEFORE_PAUSE = 3  # in a row
+PAUSE_S = 1.0  # the first one; doubled each time
+LONGEST_PAUSE_S = 60.0
+RECHECK_S = 0.05  # between two looks at whether a pause is over
 
 
-class Endpoint:
-    """One server, and what is known of it."""
+class PooledServer:
+    """One server: what it is working on, and what it may be given. Times are monotonic seconds."""
 
     def __init__(self, url: str, most: int) -> None:
-        self.url, self.most = url, most
+        self.url = url
+        self.most = most
         self.allowed = float(most)
-        self.in_flight, self.failures, self.rests_until = 0, 0, 0.0
-        self._halved_at = self._rested_at = 0.0
+        self.in_flight = 0
+        self.failures = 0  # in a row
+        self.paused_until = 0.0
+        self._halved_at = 0.0
+        self._pause_began = 0.0
 
     @property
     def room(self) -> int:
-        """Requests that it may be given now."""
-        if time.monotonic() < self.rests_until:
+        """How many more requests it may be given now."""
+        if time.monotonic() < self.paused_until:
             return 0
-        return (1 if self.failures >= RESTS_AFTER else int(self.allowed)) - self.in_flight
+        probed = self.failures >= FAILURES_BEFORE_PAUSE
+        return (1 if probed else int(self.allowed)) - self.in_flight
 
-    def answered(self) -> None:
+    def note_answer(self) -> None:
+        """It answered: it may be given a little more."""
         self.failures = 0
         self.allowed = min(self.most, self.allowed + 1 / self.allowed)
 
-    def overloaded(self, began: float, retry_after_s: float = 0.0) -> None:
-        """It told a request sent at `began` (monotonic seconds) that it has too much to do, and
-        perhaps until when.
-        """
-        if began >= self._halved_at:  # what was sent before the last halving tells nothing new
-            self.allowed, self._halved_at = max(1.0, self.allowed / 2), time.monotonic()
-        self.rests_until = max(
-            self.rests_until, time.monotonic() + min(retry_after_s, LONGEST_REST_S)
-        )
+    def note_overload(self, began: float, retry_after_s: float = 0.0) -> None:
+        """It was too busy for a request sent at `began`: it may be given half as much.
 
-    def failed(self, began: float) -> None:
-        """A request sent at `began` (monotonic seconds) failed; those that one outage takes
-        down together lengthen no rest.
+        Requests sent before the last halving show nothing new and do not halve it again.
         """
-        if began < self._rested_at:
+        now = time.monotonic()
+        if began >= self._halved_at:
+            self.allowed = max(1.0, self.allowed / 2)
+            self._halved_at = now
+        self.paused_until = max(self.paused_until, now + min(retry_after_s, LONGEST_PAUSE_S))
+
+    def note_failure(self, began: float) -> None:
+        """A request sent at `began` failed; many that one outage ends together count as one."""
+        if began < self._pause_began:
             return
         self.failures += 1
-        if self.failures >= RESTS_AFTER:
-            rest_s = min(
-                LONGEST_REST_S, REST_S * 2.0 ** (self.failures - RESTS_AFTER)
-            ) * random.uniform(0.8, 1.2)
-            self._rested_at = time.monotonic()
-            self.rests_until = self._rested_at + rest_s
+        doublings = self.failures - FAILURES_BEFORE_PAUSE
+        if doublings >= 0:
+            pause_s = min(LONGEST_PAUSE_S, PAUSE_S * 2.0**doublings) * random.uniform(0.8, 1.2)
+            self._pause_began = time.monotonic()
+            self.paused_until = self._pause_began + pause_s
             log.warning(
-                "endpoint=%s failed %d times in a row and rests for %.1f s",
+                "endpoint=%s failed %d times in a row; paused for %.1f s",
                 self.url,
                 self.failures,
-                rest_s,
+                pause_s,
             )
 
 
-class Pool:
+class ServerPool:
     """The servers of one stage, for one event loop."""
 
     def __init__(self, urls: Sequence[str], *, most: int, lost_s: float) -> None:
-        self.endpoints = [Endpoint(url, most) for url in urls]
+        """`most` requests a server; after `lost_s` seconds without an answer all are lost."""
+        self.servers = [PooledServer(url, most) for url in urls]
         self.lost_s = lost_s
-        self._last_answer, self._lost = time.monotonic(), False
+        self._last_answer = time.monotonic()
+        self._lost = False
         self._waiting = deque[asyncio.Future[None]]()
-        self._look: asyncio.TimerHandle | None = None
+        self._recheck: asyncio.TimerHandle | None = None
 
-    def starts(self) -> None:
-        """Work comes after none: how long nobody has answered is counted from now, unless the work
-        before ended for it.
+    def note_idle(self) -> None:
+        """There was no work until now, so the time without an answer is counted from here.
 
-        Of a lane's shards only the first then waits for servers that are gone; the others fail at
-        once, to be tried later.
+        Not so where the servers were already lost: of many shards only the first one then waits for
+        them, and the others fail at once, to be tried later.
         """
         if not self._lost:
             self._last_answer = time.monotonic()
 
-    def answered(self, endpoint: Endpoint) -> None:
-        endpoint.answered()
-        self._last_answer, self._lost = time.monotonic(), False
+    def note_answer(self, server: PooledServer) -> None:
+        """The server answered, so the servers are not lost."""
+        server.note_answer()
+        self._last_answer = time.monotonic()
+        self._lost = False
 
     @asynccontextmanager
-    async def lent(self) -> AsyncIterator[Endpoint]:
-        """The least busy server that takes a request now; waits for one.
+    async def lease(self) -> AsyncIterator[PooledServer]:
+        """The least busy server that takes a request, as soon as there is one.
 
         Raises:
-            TransientError: none has answered for too long.
+            TransientError: all servers are lost.
         """
-        while not (ready := [endpoint for endpoint in self.endpoints if endpoint.room > 0]):
+        while not (ready := [server for server in self.servers if server.room > 0]):
             self.refuse_if_lost()
-            await self._next_place()
-        endpoint = min(ready, key=lambda found: (found.in_flight, random.random()))
-        endpoint.in_flight += 1
+            await self._next_room()
+        server = min(ready, key=lambda found: (found.in_flight, random.random()))
+        server.in_flight += 1
         try:
-            yield endpoint
+            yield server
         finally:
-            endpoint.in_flight -= 1
+            server.in_flight -= 1
             self._wake(1)
 
-    async def _next_place(self) -> None:
-        """Return when a place may be free: one request has ended, or there is more room than
-        before.
-        """
+    async def _next_room(self) -> None:
+        """Return when there may be room: a request has ended, or more of them are allowed."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
-        self._look_later()
+        self._schedule_recheck()
         await waiting
 
     def _wake(self, number: int) -> None:
         while number and self._waiting:
             waiting = self._waiting.popleft()
-            if not waiting.done():  # it was cancelled otherwise
+            if not waiting.done():  # cancelled
                 waiting.set_result(None)
                 number -= 1
 
-    def _look_later(self) -> None:
-        """Rests end and limits grow without anybody being told: one look for all who wait, not
-        one each.
-        """
-        if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_now)
+    def _schedule_recheck(self) -> None:
+        """Pauses end without an event: one timer for all that wait, not one each."""
+        if self._recheck is None:
+            loop = asyncio.get_running_loop()
+            self._recheck = loop.call_later(RECHECK_S, self._recheck_now)
 
-    def _look_now(self) -> None:
-        self._look = None
-        self._wake(
-            len(self._waiting)
-            if self._is_lost()
-            else sum(max(0, endpoint.room) for endpoint in self.endpoints)
-        )
+    def _recheck_now(self) -> None:
+        self._recheck = None
+        room = sum(max(0, server.room) for server in self.servers)
+        self._wake(len(self._waiting) if self._is_lost() else room)
         if self._waiting:
-            self._look_later()
+            self._schedule_recheck()
 
     def _is_lost(self) -> bool:
-        """Nothing is on its way that may still be answered, and for `lost_s` nothing was."""
-        on_its_way = any(endpoint.in_flight for endpoint in self.endpoints)
-        return not on_its_way and time.monotonic() - self._last_answer > self.lost_s
+        """No request is in flight that may still be answered, and for `lost_s` none was."""
+        in_flight = any(server.in_flight for server in self.servers)
+        return not in_flight and time.monotonic() - self._last_answer > self.lost_s
 
     def refuse_if_lost(self) -> None:
-        """Raise TransientError where the servers are lost."""
+        """Raise TransientError where all servers are lost."""
         if self._is_lost():
             self._lost = True
-            names = ", ".join(endpoint.url for endpoint in self.endpoints)
-            what = f"no server has answered for {self.lost_s:g} s"
             raise TransientError(
-                what,
-                where=f"resources.servers.endpoints {names}",
+                f"no server has answered for {self.lost_s:g} s",
+                where=f"resources.servers.endpoints {', '.join(server.url for server in self.servers)}",
                 fix="start them again; rows that were answered are kept",
             )

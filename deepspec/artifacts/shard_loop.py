@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import input_artifact
@@ -52,21 +52,32 @@ class Work(NamedTuple):
     upstream: Record
 
 
-Make = Callable[[Work, Path], Counts]
+class ShardInput(Protocol):
+    """What one shard is made from: `Work`, or a tuple that adds to it."""
+
+    @property
+    def shard(self) -> int: ...
+    @property
+    def upstream(self) -> Record: ...
 
 
-class Todo(Protocol):
+Input = TypeVar("Input", bound=ShardInput)
+Input_co = TypeVar("Input_co", bound=ShardInput, covariant=True)
+Make = Callable[[Input, Path], Counts]
+
+
+class Todo(Protocol[Input_co]):
     """The shards to make; an iterator may wait until the next one can be made."""
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Work]: ...
+    def __iter__(self) -> Iterator[Input_co]: ...
 
 
 def work_through(
     config: RunConfig,
     artifact: Artifact,
-    todo: Todo,
-    make: Make,
+    todo: Todo[Input],
+    make: Make[Input],
     report: Report,
     *,
     repeatable: bool = True,
@@ -83,7 +94,7 @@ def work_through(
     """
     shift, pending = (
         _Shift(config, artifact, len(todo), report, repeatable=repeatable),
-        deque[tuple[Work, Future[Record]]](),
+        deque[tuple[ShardInput, Future[Record]]](),
     )
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=1) as committer:
@@ -120,7 +131,7 @@ class _Shift:
         self.failures: dict[int, dict[str, Any]] = {}
         self.ended, self.rows, self.tokens = 0, 0, 0
 
-    def made(self, work: Work, make: Make) -> tuple[Path, Counts, ExitStack]:
+    def made(self, work: Input, make: Make[Input]) -> tuple[Path, Counts, ExitStack]:
         """A staged file with the shard, which lives until the stack is closed; while the disk
         is full, waits and makes it again.
         """
@@ -144,7 +155,7 @@ class _Shift:
             self._pause(f"the disk is full, shard {work.shard} will be made again")
 
     def commit(
-        self, work: Work, local: Path, counts: Counts, started: float, staged: ExitStack
+        self, work: ShardInput, local: Path, counts: Counts, started: float, staged: ExitStack
     ) -> Record:
         with staged, transient_system_errors(f"shard {work.shard}"):
             record = describe(
@@ -171,7 +182,7 @@ class _Shift:
                         f"the disk is full ({error.strerror}), shard {work.shard} waits to be committed"
                     )
 
-    def settle(self, work: Work, future: Future[Record]) -> None:
+    def settle(self, work: ShardInput, future: Future[Record]) -> None:
         """Take note of how a commit ended."""
         with self.noting_failure(work):
             record = future.result()
@@ -188,7 +199,7 @@ class _Shift:
             self._progress()
 
     @contextmanager
-    def noting_failure(self, work: Work) -> Iterator[None]:
+    def noting_failure(self, work: ShardInput) -> Iterator[None]:
         """An error of a shard is kept beside the artifact and in `failures`; the other shards
         go on.
         """

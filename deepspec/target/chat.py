@@ -17,8 +17,7 @@ from deepspec.config.run import RunConfig
 from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError
 from deepspec.messages import Message
-
-END_OF_TURN = {"qwen": "<|im_end|>", "gemma4": "<turn|>"}
+from deepspec.target.chat_families import CHAT_FAMILIES
 
 
 class Sample(NamedTuple):
@@ -33,7 +32,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, target: TargetConfig) -> None:
         self.tokenizer, self.thinking = tokenizer, target.thinking
-        marker = END_OF_TURN[target.chat_family]
+        marker = CHAT_FAMILIES[target.chat_family].end_of_turn
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(marker)
         if self.end_of_turn in (None, tokenizer.unk_token_id):
             what = f"the tokenizer does not know {marker!r}, the end of a turn in the family {target.chat_family!r}"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deepspec.config.target import TargetConfig
 from deepspec.messages import Message
-from deepspec.target.chat import END_OF_TURN, Chat, build_samples
+from deepspec.target.chat import Chat, build_samples
+from deepspec.target.chat_families import CHAT_FAMILIES
 from deepspec.target.generate import pad_right, prefill
 from deepspec.target.model import Target
 
@@ -176,6 +177,7 @@ def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
         for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True)
         if kept
     ]
-    wanted = "".join(answer + END_OF_TURN[settings.chat_family] for _, answer in CONVERSATION)
+    end = CHAT_FAMILIES[settings.chat_family].end_of_turn
+    wanted = "".join(answer + end for _, answer in CONVERSATION)
     text = chat.tokenizer.decode(supervised)
     return [Check("loss mask decodes to the answers", float(text != wanted), note=repr(text)[:60])]

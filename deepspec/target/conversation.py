@@ -1,8 +1,7 @@
-"""A conversation with an engine: the answers that it waits for, one at a time, each on what was
-answered before.
+"""A conversation with an engine: one answer at a time, each on what was answered before.
 
-What an engine is given (`AnswerRequest`) and what it gives back (`Turn`, `Refused` or `Failed`) is here,
-and nothing of how.
+An engine is given an `AnswerRequest` and gives back a `Turn`, `Refused` or `Failed`; how is its own
+affair.
 """
 
 from __future__ import annotations
@@ -64,45 +63,47 @@ Outcome = Turn | Refused | Failed
 
 
 class Conversation:
-    """A row on its way through an engine: `next_request` and `hear` in turn, until there is no
-    request any more.
+    """A row and the answers that it waits for.
+
+    `next_request` and `receive` are called in turn, until there is no request any more.
     """
 
     def __init__(self, row: Mapping[str, Any], settings: AnswersConfig) -> None:
-        self.row, self.settings = row, settings
-        self.messages, self.tools = parse_messages(row["messages"]), parse_tools(row.get("tools"))
+        self.row = row
         self.turns: list[Turn] = []
         self.ended: Refused | Failed | None = None
+        self._messages = parse_messages(row["messages"])
+        self._tools = parse_tools(row.get("tools"))
+        self._settings = settings
         self._limit = settings.max_new_tokens
 
     def next_request(self) -> AnswerRequest | None:
         """The answer to make now; None when all are made, or none will be."""
         if self.ended is not None:
             return None
-        messages = conversation_so_far(self.messages, [turn.text for turn in self.turns])
+        messages = conversation_so_far(self._messages, [turn.text for turn in self.turns])
         if messages is None:
             return None
         number = len(self.turns)
-        seed = stream_seed(self.settings.seed, self.row["id"], number)
-        return AnswerRequest(self.row["id"], number, messages, seed, self._limit, self.tools)
+        seed = stream_seed(self._settings.seed, self.row["id"], number)
+        return AnswerRequest(self.row["id"], number, messages, seed, self._limit, self._tools)
 
-    def hear(self, outcome: Outcome) -> None:
+    def receive(self, outcome: Outcome) -> None:
+        """Take the outcome of the request made last."""
         if not isinstance(outcome, Turn):
             self.ended = outcome
             return
-        truncated, more = (
-            outcome.finish_reason == "length",
-            self.settings.retry_max_new_tokens or MORE_ROOM * self.settings.max_new_tokens,
-        )
-        if truncated and self.settings.truncated == "retry" and self._limit < more:
-            self._limit = more
-        elif truncated and self.settings.truncated == "drop":
-            self.ended = Refused(
-                "truncated", f"the answer of turn {len(self.turns)} ran into {self._limit} tokens"
-            )
+        settings = self._settings
+        larger = settings.retry_max_new_tokens or MORE_ROOM * settings.max_new_tokens
+        truncated = outcome.finish_reason == "length"
+        if truncated and settings.truncated == "retry" and self._limit < larger:
+            self._limit = larger
+        elif truncated and settings.truncated == "drop":
+            why = f"the answer of turn {len(self.turns)} reached its limit of {self._limit} tokens"
+            self.ended = Refused("truncated", why)
         else:
             self.turns.append(outcome)
-            self._limit = self.settings.max_new_tokens
+            self._limit = settings.max_new_tokens
 
 
 def conversation_so_far(

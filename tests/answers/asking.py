@@ -1,16 +1,19 @@
-"""A shard of prompts asked of scripted servers, through the code that the stage runs."""
+"""A shard of prompts answered by scripted servers, through the code that the stage runs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
-from deepspec.answers.concurrent_shards import Ahead
+from deepspec.answers.answered_shard import write_answers
+from deepspec.answers.concurrent_shards import ConcurrentShards
 from deepspec.answers.journal import journal_path
-from deepspec.answers.progress import Meter
-from deepspec.answers.stage import commit_ready
+from deepspec.answers.progress import AnswerProgress
+from deepspec.answers.server_engine import ServerEngine
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.shard_loop import Work
@@ -63,14 +66,30 @@ def ask(
     if not keep_journal:
         journal_path(stage.artifact, 0).unlink(missing_ok=True)
     local = Path(config.store) / "answered"
-    with Ahead(config, stage, no_meter()) as ahead:
-        for work in ahead:
-            counts = commit_ready(stage.artifact, work, local, ahead.take(work), config)
+    with concurrent(config, stage) as shards:
+        for answered in shards:
+            counts = write_answers(stage.artifact, answered, local, max_refused=1)
         if counts.rejected:
             (written,) = Path(config.store, stage.artifact.folder, "rejects").iterdir()
             rejects = [json.loads(line) for line in written.read_text().splitlines()]
         return read_table(local).to_pylist(), rejects
 
 
-def no_meter() -> Meter:
-    return Meter([], silent, every_s=60)
+@contextmanager
+def concurrent(config: RunConfig, stage: ShardedStage) -> Iterator[ConcurrentShards]:
+    """The stage's shards, as the run's servers answer them."""
+    with (
+        closing(connect(config)) as engine,
+        ConcurrentShards(
+            engine, stage, config.answers, config.resources.servers, space_poll_s=0.05
+        ) as shards,
+    ):
+        yield shards
+
+
+def connect(config: RunConfig) -> ServerEngine:
+    return ServerEngine(config.answers, config.target, config.resources.servers, no_progress())
+
+
+def no_progress() -> AnswerProgress:
+    return AnswerProgress([], silent, every_s=60)

@@ -10,10 +10,10 @@ from openai.types.chat import ChatCompletion
 
 from deepspec.answers.response import read_reply
 from deepspec.messages import Message
+from deepspec.target.chat_families import CHAT_FAMILIES
 from deepspec.target.conversation import AnswerRequest, Refused, Turn
 from tests.answer_server import answer_server
 from tests.answers.asking import ask, row, server_run
-from tests.conftest import tiny_run
 
 
 def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
@@ -79,8 +79,8 @@ def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: s
     assert {key: body[key] for key in fields if key in body} == expected.get(dialect, known)
 
 
-def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all(tmp_path: Path):
-    target = tiny_run(tmp_path).target.model_copy(update={"chat_family": "gemma4"})
+def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all():
+    gemma4 = CHAT_FAMILIES["gemma4"]
     message = {"role": "assistant", "content": "cba", "reasoning": "hm"}
     reply = {
         "id": "x",
@@ -90,12 +90,12 @@ def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all(tmp_path: P
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
     request = AnswerRequest(1, 0, [Message("user", "abc")], 7, 12)
-    turn = read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1")
+    turn = read_reply(ChatCompletion.model_validate(reply), request, gemma4, endpoint="http://x/v1")
     assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
     # special tokens left out: nobody knows where it ended
     message |= {"content": "thought\nhmcba", "reasoning": None}
     assert isinstance(
-        read_reply(ChatCompletion.model_validate(reply), request, target, endpoint="http://x/v1"),
+        read_reply(ChatCompletion.model_validate(reply), request, gemma4, endpoint="http://x/v1"),
         Refused,
     )
 

@@ -20,18 +20,17 @@ from pkgutil import resolve_name
 
 import pytest
 
-from deepspec.answers.concurrent_shards import Ahead
 from deepspec.answers.journal import journal_path
-from deepspec.answers.server_engine import OpenAIEngine
-from deepspec.answers.server_pool import Endpoint
-from deepspec.answers.stage import ask_servers, run_answers
+from deepspec.answers.server_pool import PooledServer
+from deepspec.answers.stage import answer_shards, run_answers
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.status import open_sharded
 from deepspec.artifacts.tables import read_table
 from deepspec.errors import ConfigError, ShardsFailed, TransientError
+from deepspec.process.events import silent
 from deepspec.prompts.stage import run_prompts
 from tests.answer_server import always, answer_server
-from tests.answers.asking import ask, no_meter, row, server_run, stage_of
+from tests.answers.asking import ask, concurrent, connect, row, server_run, stage_of
 from tests.conftest import tiny_run, write_jsonl
 
 
@@ -119,7 +118,10 @@ def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ):
     full = iter([True, True])
-    for name in ("deepspec.answers.stage.write_table", "deepspec.answers.journal.Journal.note"):
+    for name in (
+        "deepspec.answers.answered_shard.write_table",
+        "deepspec.answers.journal.Journal.append",
+    ):
         real = resolve_name(
             name.replace(".answers.", ".answers:").replace(".journal.", ".journal:")
         )
@@ -164,15 +166,12 @@ def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
             server.url,
             settings=("resources.servers.lost_s=0.3", "resources.servers.requests=2"),
         )
-        with Ahead(
-            config,
-            stage_of(config, *([row(4 * n + i, "x") for i in range(4)] for n in range(30))),
-            no_meter(),
-        ) as ahead:
+        shards = ([row(4 * n + i, "x") for i in range(4)] for n in range(30))
+        with concurrent(config, stage_of(config, *shards)) as answered_shards:
             outcomes = []
-            for work in ahead:
+            for answered in answered_shards:
                 try:
-                    outcomes.append(len(ahead.take(work)))
+                    outcomes.append(len(answered.conversations()))
                 except TransientError:
                     outcomes.append(0)
                     plans[0] = "answer"
@@ -186,7 +185,7 @@ def test_a_slow_server_is_not_lost_while_it_is_at_work(
     """Row 2 fails again and again while row 1 takes longer than `lost_s`: its answer is on its
     way.
     """
-    monkeypatch.setattr("deepspec.answers.server_pool.REST_S", 0.02)
+    monkeypatch.setattr("deepspec.answers.server_pool.PAUSE_S", 0.02)
 
     def plan(body, before):
         if body["messages"][-1]["content"] == "slow":
@@ -224,7 +223,7 @@ def test_a_server_of_another_model_is_refused_before_the_first_prompt(tmp_path: 
         answer_server(models=("somebody-else",)) as server,
         pytest.raises(ConfigError, match="serves somebody-else, not demo"),
     ):
-        OpenAIEngine(server_run(tmp_path, server.url), no_meter())
+        connect(server_run(tmp_path, server.url))
     assert server.bodies == []
 
 
@@ -234,10 +233,10 @@ def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(
     with answer_server(key="right") as server:
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-            OpenAIEngine(server_run(tmp_path, server.url), no_meter())
+            connect(server_run(tmp_path, server.url))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is refused") as caught:
-            OpenAIEngine(server_run(tmp_path, server.url), no_meter())
+            connect(server_run(tmp_path, server.url))
     assert "sk-secret" not in str(caught.value)
 
 
@@ -359,12 +358,10 @@ def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
         settings=("resources.servers.lost_s=2", "resources.servers.requests=1"),
     )
     ended = []
-    with Ahead(
-        config, stage_of(config, *([row(number, "x")] for number in range(8))), no_meter()
-    ) as ahead:
-        for work in ahead:
+    with concurrent(config, stage_of(config, *([row(n, "x")] for n in range(8)))) as shards:
+        for answered in shards:
             with pytest.raises(TransientError, match="no server has answered"):
-                ahead.take(work)
+                answered.conversations()
             ended.append(time.monotonic())
     assert ended[-1] - ended[0] < 1.5
 
@@ -382,8 +379,8 @@ def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_
             settings=("resources.servers.request_timeout_s=10", "resources.servers.requests=4"),
         )
         shards = [[row(0, "slow")], *([row(number, "a", "b")] for number in range(1, 12))]
-        with Ahead(config, stage_of(config, *shards), no_meter()) as ahead:
-            ended = [(work.shard, len(ahead.take(work)[0].turns)) for work in ahead]
+        with concurrent(config, stage_of(config, *shards)) as complete:
+            ended = [(found.shard, len(found.conversations()[0].turns)) for found in complete]
     assert ended[-1] == (0, 1)
     assert sorted(ended[:-1]) == [(number, 2) for number in range(1, 12)]
 
@@ -397,7 +394,7 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
         config = server_run(store, server.url, settings=("resources.servers.max_refused=0.2",))
         run_prompts(config)
         with pytest.raises(
-            ShardsFailed, match=r"4 of 4 rows were refused, the first because: .*status 400"
+            ShardsFailed, match=r"4 of 4 rows were refused; the first error: .*status 400"
         ):
             run_answers(config, shards=[0])
         plans[0] = "answer"
@@ -434,7 +431,7 @@ def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store:
         run_prompts(config)
         stages = [open_sharded(config, "answers", [0]) for _ in range(2)]
         for stage in stages:
-            ask_servers(config, stage, no_meter())
+            answer_shards(config, stage, silent)
         (record,) = stages[1].artifact.records().values()
     assert len(server.bodies) == 8
     assert record.counts["truncated"] == 0
@@ -457,23 +454,23 @@ def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
 
 
 def test_an_overloaded_server_is_given_less_and_by_and_by_more():
-    endpoint = Endpoint("http://x/v1", 32)
+    server = PooledServer("http://x/v1", 32)
     sent = time.monotonic()
     for _ in range(32):  # all of one volley: one sign of overload, not 32
-        endpoint.overloaded(sent)
-    assert endpoint.room == 16
+        server.note_overload(sent)
+    assert server.room == 16
     for _ in range(600):
-        endpoint.answered()
-    assert endpoint.room == 32
+        server.note_answer()
+    assert server.room == 32
     for _ in range(32):
-        endpoint.failed(sent)
-    assert endpoint.room == 0  # rests
+        server.note_failure(sent)
+    assert server.room == 0  # paused
     # not for a minute, as after 32 failures one by one
-    assert endpoint.rests_until < time.monotonic() + 2
-    endpoint.rests_until = 0
-    assert endpoint.room == 1  # is probed
-    endpoint.answered()
-    assert endpoint.room == 32
+    assert server.paused_until < time.monotonic() + 2
+    server.paused_until = 0
+    assert server.room == 1  # is probed
+    server.note_answer()
+    assert server.room == 32
 
 
 TROUBLES = ["500", "503", "429 0.1", "hang up", "bad json", "no choices", "truncate"]

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.answers.stage import answer_rows, run_answers
+from deepspec.answers.sequential_shards import Engine, answer_all
+from deepspec.answers.stage import run_answers
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.tables import read_table
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed
 from deepspec.messages import Message
 from deepspec.prompts.stage import run_prompts
-from deepspec.target.conversation import AnswerRequest, Refused, conversation_so_far, stream_seed
+from deepspec.target.conversation import (
+    AnswerRequest,
+    Conversation,
+    Refused,
+    conversation_so_far,
+    stream_seed,
+)
+from tests.answers.asking import no_progress
 from tests.conftest import tiny_run
 from tests.engines import Echo
 
@@ -37,6 +46,11 @@ def row(number: int, *messages: str) -> dict:
     return {"id": number, "held_out": False, "domain": None, "messages": text}
 
 
+def answer_rows(config: RunConfig, engine: Engine, rows: list[dict]) -> list[Conversation]:
+    conversations = {row["id"]: Conversation(row, config.answers) for row in rows}
+    return answer_all(conversations, engine, no_progress(), shard=0)
+
+
 def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
     config = tiny_run(store, ECHO)
     prompts = all_rows(run_prompts(config))
@@ -56,16 +70,14 @@ def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
             return super().answer(requests, shard=shard)
 
     config = tiny_run(store)
-    (conversation,) = answer_rows([row(1, "abc", "def")], Spy(config), config, shard=0)
+    (conversation,) = answer_rows(config, Spy(config), [row(1, "abc", "def")])
     assert [turn.text for turn in conversation.turns] == ["cba", "fed"]
     assert [message.content for message in seen[1].messages] == ["abc", "cba", "def"]
 
 
 def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
-    fine, refused = answer_rows(
-        [row(1, "fine"), row(2, "refuse this")], Echo(config), config, shard=0
-    )
+    fine, refused = answer_rows(config, Echo(config), [row(1, "fine"), row(2, "refuse this")])
     assert (fine.ended, len(fine.turns)) == (None, 1)
     assert refused.ended == Refused("refused", "the test asked for it")
 
@@ -79,7 +91,7 @@ def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(
 ):
     """Trap A3; a second try gets more room, the first one's limit decides nothing after it."""
     config = tiny_run(store, f"answers.truncated={setting}", "answers.max_new_tokens=8")
-    found = answer_rows([row(1, "fine"), row(2, "truncate this")], Echo(config), config, shard=0)
+    found = answer_rows(config, Echo(config), [row(1, "fine"), row(2, "truncate this")])
     assert [turn.text for conversation in found for turn in conversation.turns] == texts
     assert all(
         conversation.turns or isinstance(conversation.ended, Refused) for conversation in found
@@ -93,7 +105,7 @@ def test_an_answer_that_runs_into_the_larger_limit_too_is_kept_as_truncated(stor
         "answers.max_new_tokens=4",
         "answers.retry_max_new_tokens=9",
     )
-    (found,) = answer_rows([row(1, "truncate this", "x")], Echo(config), config, shard=0)
+    (found,) = answer_rows(config, Echo(config), [row(1, "truncate this", "x")])
     assert [(turn.text, turn.finish_reason) for turn in found.turns] == [
         ("siht etac", "length"),
         ("x", "stop"),

@@ -1,0 +1,109 @@
+"""A shard of answers: how it is handed over by an engine, and how it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.side_files import put_rejects
+from deepspec.artifacts.tables import write_table
+from deepspec.errors import DataError, TransientError
+from deepspec.storage.store import file_checksum
+from deepspec.target.conversation import FAILED, Conversation, Failed, Refused
+
+TURN = pa.struct(
+    [
+        pa.field("text", pa.large_string(), nullable=False),
+        pa.field("token_ids", pa.large_list(pa.int32())),  # null where the engine gives text only
+        # stop: the target ended the turn; length: the limit did
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("endpoint", pa.string()),  # the server; null in process
+        pa.field("served_model", pa.string()),  # the name in the server's reply
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.uint64(), nullable=False),
+        pa.field("held_out", pa.bool_(), nullable=False),
+        pa.field("domain", pa.string()),
+        pa.field("messages", pa.large_string(), nullable=False),  # JSON, as in the prompts
+        pa.field("tools", pa.large_string()),  # JSON, as in the prompts; null where there are none
+        # one for each place of the conversation where the target answers
+        pa.field("turns", pa.large_list(TURN), nullable=False),
+    ]
+)
+
+
+class AnsweredShard(NamedTuple):
+    """One shard with its answers, and the record of the prompts that they belong to."""
+
+    shard: int
+    upstream: Record
+    conversations: Callable[[], list[Conversation]]
+    """All of its conversations, ended; raises what the shard failed with, at every call."""
+
+
+class AnsweredShards(Protocol):
+    """The shards to do, each yielded once its answers can be had."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a shard answered twice has the same answers."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[AnsweredShard]: ...
+
+
+def write_answers(
+    artifact: Artifact, answered: AnsweredShard, local: Path, *, max_refused: float
+) -> Counts:
+    """Write the answered rows to `local`, and the refused ones to the artifact's rejects.
+
+    Raises:
+        TransientError: rows got no answer this time.
+        DataError: servers refused more than the share `max_refused` of the rows; a server that
+            refuses nearly everything is set up wrongly, and its shard must not count as done.
+        DeepSpecError: what the shard failed with.
+    """
+    conversations = answered.conversations()
+    failed = [found.ended for found in conversations if isinstance(found.ended, Failed)]
+    if failed:
+        raise TransientError(
+            f"{len(failed)} of {len(conversations)} rows got no answer;"
+            f" the first error: {failed[0].detail}",
+            where=f"shard {answered.shard}",
+            fix="it is tried again by itself; rows that were answered are kept",
+        )
+    refused = [(found, found.ended) for found in conversations if isinstance(found.ended, Refused)]
+    by_servers = [end.detail for _, end in refused if end.reason.startswith(("http_", FAILED))]
+    if len(by_servers) > max_refused * len(conversations):
+        raise DataError(
+            f"{len(by_servers)} of {len(conversations)} rows were refused;"
+            f" the first error: {by_servers[0]}",
+            where="answers",
+            fix="correct endpoints and model_name in resources.servers, or raise max_refused there",
+        )
+    rows = [
+        {**found.row, "turns": [turn._asdict() for turn in found.turns]}
+        for found in conversations
+        if found.ended is None
+    ]
+    write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+    rejects = [{"id": f"{found.row['id']:016x}", **end._asdict()} for found, end in refused]
+    put_rejects(artifact, answered.shard, rejects, made=file_checksum(local))
+    turns: list[dict[str, Any]] = [turn for row in rows for turn in row["turns"]]
+    truncated = sum(turn["finish_reason"] == "length" for turn in turns)
+    return Counts(
+        rows=len(rows),
+        tokens=sum(turn["num_tokens"] for turn in turns),
+        rejected=len(refused),
+        extra={"turns": len(turns), "truncated": truncated},
+    )

@@ -1,0 +1,82 @@
+"""The one place that knows all engines.
+
+An engine that answers a shard at a time is a class with the method of `sequential_shards.Engine`,
+in a module of its own and with an entry in `IN_PROCESS`, or a user's own class, named in
+`answers.engine`. The other kind is servers, which are given the rows of several shards at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+
+from deepspec.answers.answered_shard import AnsweredShards
+from deepspec.answers.progress import AnswerProgress
+from deepspec.answers.sequential_shards import Engine, SequentialShards
+from deepspec.artifacts.side_files import folder_beside
+from deepspec.artifacts.status import ShardedStage
+from deepspec.config.run import RunConfig
+from deepspec.errors import ConfigError
+from deepspec.target.chat import target_folder
+
+IN_PROCESS = {"transformers": "deepspec.answers.local_engine:TransformersEngine"}
+
+
+@contextmanager
+def answered_shards(
+    config: RunConfig, stage: ShardedStage, progress: AnswerProgress
+) -> Iterator[AnsweredShards]:
+    """The stage's shards as the run's engine answers them.
+
+    Raises:
+        ConfigError: there is no such engine, or its servers are set up wrongly.
+        ChildFailed, TransientError: a server that the stage starts does not come up.
+    """
+    if config.answers.engine != "openai":
+        yield SequentialShards(load_engine(config), stage, config.answers, progress)
+        return
+    from deepspec.answers.concurrent_shards import ConcurrentShards
+    from deepspec.answers.journal import remove_committed
+    from deepspec.answers.managed_server import serving
+    from deepspec.answers.server_engine import ServerEngine
+
+    servers = config.resources.servers
+    with ExitStack() as stack:
+        stack.callback(remove_committed, stage.artifact)
+        check = None
+        if servers.start != "none":
+            started = serving(
+                servers,
+                config.target,
+                model=str(target_folder(config) or config.target.model),
+                device=config.resources.devices.type,
+                logs=folder_beside(stage.artifact, "logs"),
+            )
+            servers, check = stack.enter_context(started)
+        engine = ServerEngine(config.answers, config.target, servers, progress)
+        stack.enter_context(closing(engine))
+        space_poll_s = config.resources.storage.space_poll_s
+        shards = ConcurrentShards(
+            engine, stage, config.answers, servers, space_poll_s=space_poll_s, check=check
+        )
+        yield stack.enter_context(shards)
+
+
+def load_engine(config: RunConfig) -> Engine:
+    """The engine that `answers.engine` names, by its short name or as `package.module:Class`.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    name = config.answers.engine
+    module, _, attribute = IN_PROCESS.get(name, name).partition(":")
+    try:
+        engine: Engine = getattr(importlib.import_module(module), attribute)(config)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the engine cannot be imported: {error}",
+            where="answers.engine",
+            fix="give package.module:Class",
+        ) from None
+    return engine

@@ -1,0 +1,153 @@
+"""One client per server: its connection, what it understands, and the key that opens it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai import AsyncOpenAI, DefaultAioHttpClient
+from openai.types import Model
+from openai.types.chat import ChatCompletion
+
+from deepspec.answers.request import SEEDS, Dialect, common_fields, sent_messages
+from deepspec.answers.server_errors import KEY_REFUSED
+from deepspec.config.data import AnswersConfig
+from deepspec.config.target import TargetConfig
+from deepspec.config.servers import ServersConfig
+from deepspec.errors import ConfigError
+from deepspec.target.conversation import AnswerRequest
+
+log = logging.getLogger(__name__)
+
+REQUEST_LOGGERS = ("httpx", "httpx2")  # a line per request, of which there are millions
+KNOWN_OWNERS: dict[str, Dialect] = {"vllm": "vllm", "sglang": "sglang"}
+CHECK_S = 10.0  # that a server may take to list its models
+
+
+class ApiKey:
+    """The servers' key, read from its environment variable; neither printed nor logged."""
+
+    def __init__(self, variable: str) -> None:
+        self.variable = variable
+        self.value = os.environ.get(variable) or "none"  # what servers without keys accept
+        self.is_set = bool(os.environ.get(variable))
+
+    def scrub(self, text: str) -> str:
+        """The text without the key: a server's error may repeat what it was sent."""
+        return text.replace(self.value, "***") if self.is_set else text
+
+    def refused(self, url: str, status: int) -> ConfigError:
+        """The error of a server that does not accept the key."""
+        state = "is refused" if self.is_set else "is not set"
+        return ConfigError(
+            f"the server requires a key ({status}), and {self.variable} {state}",
+            where=url,
+            fix=f"set {self.variable} to its key",
+        )
+
+
+class ServerClient:
+    """A connection to one server of the target, which knows what its requests must hold."""
+
+    def __init__(
+        self, url: str, answers: AnswersConfig, target: TargetConfig, servers: ServersConfig
+    ) -> None:
+        self.url = url
+        self.key = ApiKey(servers.api_key_env)
+        self.model = servers.model_name or target.model
+        self._answers = answers
+        self._thinking = target.thinking
+        self._servers = servers
+        self._fields = self._fields_for(owner="")
+        for name in REQUEST_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # aiohttp: with hundreds of requests in flight it takes half of httpx's time
+        self._http = AsyncOpenAI(
+            base_url=url,
+            api_key=self.key.value,
+            max_retries=0,
+            timeout=servers.request_timeout_s,
+            # a proxy does not reach the servers of this machine
+            http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),
+        )
+
+    def _fields_for(self, owner: str) -> dict[str, Any]:
+        """The fields of every request to a server whose models belong to `owner`."""
+        dialect = self._servers.dialect
+        if dialect == "auto":
+            dialect = KNOWN_OWNERS.get(owner, "openai")
+        fields = common_fields(self._answers.sampling, dialect, thinking=self._thinking)
+        if self._servers.token_ids == "ask":
+            fields["return_token_ids"] = True
+        return {"model": self.model, **fields}
+
+    async def complete(self, request: AnswerRequest) -> ChatCompletion:
+        """The server's reply to one request.
+
+        Raises:
+            openai.APIError: there is none, or it is an error.
+            ValueError: its body is not JSON.
+        """
+        body = {
+            **self._fields,
+            "messages": sent_messages(request.messages),
+            "seed": request.seed % SEEDS,
+            "max_tokens": request.max_new_tokens,
+        }
+        if request.tools:
+            body["tools"] = request.tools
+        # Not `chat.completions.create`, which looks every field of the body up in its schema: a
+        # quarter of a request's time.
+        completion = await self._http.post("/chat/completions", body=body, cast_to=ChatCompletion)
+        if not isinstance(completion, ChatCompletion):  # the client passes other bodies on as text
+            raise ValueError("the body is not JSON")
+        return completion
+
+    async def check_model(self) -> None:
+        """Learn the server's dialect, before the first prompt.
+
+        A server that does not list its models, or is not up yet, is accepted as it is:
+        `transformers serve` answers 500 here while it has no cache folder.
+
+        Raises:
+            ConfigError: the server has another model, or refuses the key.
+        """
+        models = await self._models()
+        if not models:
+            return
+        names = sorted(model.id for model in models)
+        if self.model not in names:
+            raise ConfigError(
+                f"the server serves {', '.join(names)}, not {self.model}",
+                where=f"resources.servers.endpoints {self.url}",
+                fix="correct the endpoint, or set resources.servers.model_name",
+            )
+        self._fields = self._fields_for(models[0].owned_by)
+
+    async def _models(self) -> list[Model]:
+        try:
+            listed = await self._http.with_options(timeout=CHECK_S).models.list()
+            return list(listed.data or ())
+        except openai.APIStatusError as error:
+            if error.status_code in KEY_REFUSED:
+                raise self.key.refused(self.url, error.status_code) from None
+        except (openai.APIError, ValueError, AttributeError) as error:
+            reason = self.key.scrub(str(error))
+            log.warning("endpoint=%s does not list its models: %s", self.url, reason)
+        return []
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.close()
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
