@@ -31,8 +31,8 @@ from deepspec.config.draft import (
 )
 from deepspec.model.anchors import Samples, sample_anchors
 from deepspec.model.block_draft import BlockDraft
-from deepspec.model.checkpoint import Draft, build_draft
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.checkpoint import build_draft
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Plan
 from deepspec.model.spec import DraftSpec
 
@@ -112,7 +112,7 @@ def grown(places: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     return torch.cat(filled), torch.cat([torch.arange(most) < len(part) for part in each])
 
 
-def padded_plan(draft: Draft, batch: TrainBatch) -> Any:
+def padded_plan(draft: Drafter, batch: TrainBatch) -> Any:
     samples = Samples.of(batch.lengths)
     if isinstance(draft, BlockDraft):
         drawn = sample_anchors(
@@ -146,7 +146,7 @@ def groups(samples: Sequence[TrainBatch], *, pads: bool) -> list[list[TrainBatch
     return found
 
 
-def sides(draft: Draft, samples: Sequence[TrainBatch]) -> dict[str, Callable[[], float]]:
+def sides(draft: Drafter, samples: Sequence[TrainBatch]) -> dict[str, Callable[[], float]]:
     by_length = sorted(samples, key=lambda sample: len(sample.input_ids))
 
     def train(batches: Sequence[TrainBatch], plan: Callable[[TrainBatch], Any]) -> float:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ from deepspec.errors import DataError
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.anchors import BlockPlan
 from deepspec.model.block_draft import BlockDraft
-from deepspec.model.checkpoint import Draft, build_draft
+from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
-from deepspec.model.layers import softcap
+from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.spec import DraftSpec
 from deepspec.target.conformance import (
     NEW_TOKENS,
@@ -171,9 +171,8 @@ def _captured(target: Target, rows: Sequence[Sequence[int]]) -> TrainBatch:
     )
 
 
-def _learning(draft: Draft, batch: TrainBatch) -> list[Check]:
-    drafter: Drafter = draft
-    output = drafter.loss(batch, drafter.plan(batch))
+def _learning(draft: Drafter, batch: TrainBatch) -> list[Check]:
+    output = draft.loss(batch, draft.plan(batch))
     loss = output.numerator / output.denominator
     loss.backward()
     trainable = {
@@ -198,19 +197,22 @@ def _learning(draft: Draft, batch: TrainBatch) -> list[Check]:
     ]
 
 
-def uncached_logits(draft: Draft, batch: TrainBatch, *, verified: int) -> Tensor:
+def uncached_logits(draft: Drafter, batch: TrainBatch, *, verified: int) -> Tensor:
     """Logits [g, V] as training computes them, for the block behind the first `verified` tokens
     of the batch's only sample.
     """
     if isinstance(draft, BlockDraft):
         plan = draft.plan_for(batch, torch.tensor([verified], device=batch.input_ids.device))
         return block_outputs(draft, plan, batch.context).logits[0]
-    plan_of_all = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
-    states = torch.stack([states[verified - 1] for states in draft.step_states(batch, plan_of_all)])
-    return softcap(draft.lm_head(draft.norm(states)), draft.spec.logit_softcap)
+    eagle3 = cast("Eagle3Draft", draft)
+    plan_of_all = eagle3.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
+    states = torch.stack(
+        [states[verified - 1] for states in eagle3.step_states(batch, plan_of_all)]
+    )
+    return eagle3.logits(eagle3.norm(states))
 
 
-def _visibility(draft: Draft, batch: TrainBatch) -> list[Check]:
+def _visibility(draft: Drafter, batch: TrainBatch) -> list[Check]:
     """Trap D1: what is not known when a block is drafted must not move it, and what is known
     must.
     """
@@ -231,7 +233,7 @@ def _visibility(draft: Draft, batch: TrainBatch) -> list[Check]:
     ]
 
 
-def _cached_drafting(draft: Draft, batch: TrainBatch) -> Check:
+def _cached_drafting(draft: Drafter, batch: TrainBatch) -> Check:
     """The context arrives in two parts with a proposal in between; the distributions are those
     of one uncached pass.
     """
@@ -242,9 +244,9 @@ def _cached_drafting(draft: Draft, batch: TrainBatch) -> Check:
         batch.input_ids[None],
     )
     first, context = verified - 3, batch.context[None]
-    draft.prefill(cache, context[:, :first], ids[:, 1 : first + 1], [first])
+    draft.extend(cache, context[:, :first], ids[:, 1 : first + 1], [first])
     draft.propose(cache, ids[:, first], sampling, uniforms)
-    draft.accept(cache, context[:, first:verified], ids[:, first + 1 : verified + 1], [3])
+    draft.extend(cache, context[:, first:verified], ids[:, first + 1 : verified + 1], [3])
     proposal = draft.propose(cache, ids[:, verified], sampling, uniforms)
     drafted = torch.cat([ids[0, : verified + 1], proposal.tokens[0]])
     wanted = uncached_logits(draft, batch._replace(input_ids=drafted), verified=verified).softmax(
@@ -254,7 +256,7 @@ def _cached_drafting(draft: Draft, batch: TrainBatch) -> Check:
     return Check("cached and uncached drafting", distance(found, wanted), PROBABILITY)
 
 
-def _lossless(target: Target, draft: Draft, rows: Sequence[Sequence[int]]) -> Check:
+def _lossless(target: Target, draft: Drafter, rows: Sequence[Sequence[int]]) -> Check:
     """Speculative decoding of rows of different lengths gives the tokens of plain greedy
     decoding.
     """

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from deepspec.model.drafter import Proposal
+from deepspec.model.drafter import DraftCache, Drafter, Proposal
 from deepspec.model.sampling import Verdict, verify
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
 from deepspec.target.model import Target, TargetOutput
@@ -60,7 +60,7 @@ class Decoding:
         self.traces = [Trace([], [], [], [], []) for _ in slots.waiting]
 
     def start(self, tokens: Sequence[int], admitted: Mapping[int, int]) -> None:
-        """The first token of each newly seated prompt comes from its own forward pass and
+        """The first token of each newly admitted prompt comes from its own forward pass and
         belongs to no round.
         """
         for token, (row, prompt) in zip(tokens, admitted.items(), strict=True):
@@ -114,7 +114,7 @@ class Decoding:
 @torch.inference_mode()
 def speculate(
     target: Target,
-    draft: Any,
+    draft: Drafter,
     prompts: Sequence[Sequence[int]],
     settings: Decode,
     *,
@@ -168,15 +168,15 @@ def speculate(
             1, verdict.num_accepted[:, None], verdict.next_token[:, None]
         )
         clock.lap()
-        draft.accept(draft_cache, output.context, following, counts)
+        draft.extend(draft_cache, output.context, following, counts)
         clock.draft += clock.lap()
         rows.tokens = verdict.next_token
 
 
-def _start_draft(draft: Any, draft_cache: Any, started: Prefilled, *, alone: bool) -> None:
-    """Give the draft the features of newly seated prompts, and of each position the token that
-    follows it.
-    """
+def _start_draft(
+    draft: Drafter, draft_cache: DraftCache, started: Prefilled, *, alone: bool
+) -> None:
+    """Give the draft the features of newly admitted prompts, and the token after each position."""
     counts = [len(prompt) for prompt in started.prompts]
     shifted = [
         [*prompt[1:], token]
@@ -185,10 +185,10 @@ def _start_draft(draft: Any, draft_cache: Any, started: Prefilled, *, alone: boo
     following = pad_right(shifted, started.first.device)
     if alone:
         draft_cache.reset()
-        draft.prefill(draft_cache, started.context, following, counts)
+        draft.extend(draft_cache, started.context, following, counts)
     else:
         fresh = draft.new_cache(len(counts), max(counts))
-        draft.prefill(fresh, started.context, following, counts)
+        draft.extend(fresh, started.context, following, counts)
         draft_cache.put(started.rows, fresh)
 
 

@@ -21,6 +21,7 @@ from deepspec.config.evaluate import EvaluateConfig
 from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render, split_fitting
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
+from deepspec.model.drafter import Drafter
 from deepspec.target.chat import Chat
 from deepspec.target.conversation import stream_seed
 from deepspec.target.generate import Decode, generate
@@ -61,7 +62,7 @@ SCHEMA = pa.schema(
 
 class Models(NamedTuple):
     target: Target
-    draft: Any
+    draft: Drafter
     chat: Chat
     stop_ids: frozenset[int]
 

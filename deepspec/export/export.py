@@ -29,8 +29,8 @@ from deepspec.export.engines import (
     refuse_unservable,
 )
 from deepspec.export.model_card import model_card
-from deepspec.model.checkpoint import Draft, empty_draft, load_tensors, read_spec
-from deepspec.model.drafter import Proposal
+from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
+from deepspec.model.drafter import Drafter, Proposal
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
 
@@ -168,7 +168,7 @@ def compare(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> None:
         )
 
 
-def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Draft:
+def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Drafter:
     draft = empty_draft(spec)
     # Copied out of the mapped files: where a tensor lies in its file decides its alignment, and
     # that the last bits of a product.
@@ -182,15 +182,15 @@ def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Draft:
 
 
 @torch.inference_mode()
-def fixed_proposal(draft: Draft) -> Proposal:
+def fixed_proposal(draft: Drafter) -> Proposal:
     """What a draft proposes for a fixed input, its distributions [1, g, V] and confidence [1,
     g] included.
     """
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(1, NUM_TOKENS, draft.num_context_features, generator=generator)
+    context = torch.randn(1, NUM_TOKENS, draft.spec.num_context_features, generator=generator)
     tokens = torch.randint(0, draft.spec.vocab_size, (1, NUM_TOKENS), generator=generator)
     cache = draft.new_cache(1, NUM_TOKENS)
-    draft.prefill(cache, context, tokens, [NUM_TOKENS])
+    draft.extend(cache, context, tokens, [NUM_TOKENS])
     uniforms = torch.rand(1, draft.block_size, generator=generator)
     return draft.propose(cache, tokens[:, -1], SamplingConfig(temperature=1.0), uniforms)
 

@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
 TILE = 128  # queries and keys that flex attention works on at a time
 
 
-class Sight(NamedTuple):
+class BlockVisibility(NamedTuple):
     """What the queries of each block see of the row's tokens, besides their own block: `first`
     up to before `last`.
     """
@@ -33,7 +33,12 @@ class Sight(NamedTuple):
 
 
 def attend(
-    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float
+    queries: Tensor,
+    context: KeysValues,
+    own: Sequence[KeysValues],
+    visibility: BlockVisibility,
+    *,
+    scale: float,
 ) -> Tensor:
     """Attention output [1, n, H * E] of queries [1, n, H, E].
 
@@ -42,17 +47,17 @@ def attend(
         context: keys and values of the row's tokens.
         own: keys and values of the slots themselves (n each): those of its own block are seen, of
             each entry.
-        sight: what a query sees of `context`.
+        visibility: what a query sees of `context`.
         scale: factor on the scores.
     """
-    if sight.path == "flex":
-        return flex(queries, context, own, sight, scale=scale)
+    if visibility.path == "flex":
+        return flex(queries, context, own, visibility, scale=scale)
     # scores are as exact as the rotated queries and keys
     with torch.autocast(queries.device.type, enabled=False):
-        return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, sight)
+        return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, visibility)
 
 
-class SampleSight(NamedTuple):
+class SampleVisibility(NamedTuple):
     """What the blocks of one sample see."""
 
     start: int  # of the run of tokens that some of them see
@@ -69,28 +74,28 @@ class SampleSight(NamedTuple):
         return (places >= self.last[:, None]).repeat_interleave(block_size, 0)
 
 
-def by_sample(sight: Sight) -> list[SampleSight]:
+def by_sample(visibility: BlockVisibility) -> list[SampleVisibility]:
     """The samples that have blocks."""
     firsts, counts = (
-        values.tolist() for values in torch.unique_consecutive(sight.first, return_counts=True)
+        values.tolist() for values in torch.unique_consecutive(visibility.first, return_counts=True)
     )
-    samples: list[SampleSight] = []
-    for first, last in zip(firsts, sight.last.split(counts), strict=True):
+    samples: list[SampleVisibility] = []
+    for first, last in zip(firsts, visibility.last.split(counts), strict=True):
         # fill stands behind the samples and says 0
         start = max(first, samples[-1].end if samples else 0)
-        samples.append(SampleSight(start, max(start, int(last.max())), last))
+        samples.append(SampleVisibility(start, max(start, int(last.max())), last))
     return samples
 
 
 def sample_by_sample(
-    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight
+    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], visibility: BlockVisibility
 ) -> Tensor:
     """[1, n, H * E], sample by sample; `queries` [H, n, E] are scaled.
 
     Tensors are split once for all samples: the gradient of a slice would be a tensor as large as
     all of them together.
     """
-    samples, size = by_sample(sight), sight.block_size
+    samples, size = by_sample(visibility), visibility.block_size
     num_slots = [len(sample.last) * size for sample in samples]
     ends = [0, *(sample.end for sample in samples)]
     runs = [
@@ -156,7 +161,12 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 def flex(
-    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], sight: Sight, *, scale: float
+    queries: Tensor,
+    context: KeysValues,
+    own: Sequence[KeysValues],
+    visibility: BlockVisibility,
+    *,
+    scale: float,
 ) -> Tensor:
     """The same by flex attention."""
     device = queries.device.type
@@ -165,7 +175,7 @@ def flex(
         torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
     )
     # Autocast does not know flex attention, and rotated queries come in the tables' float32.
-    mask = tiles(sight, num_tokens=context[0].shape[2], copies=len(own))
+    mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
     kernel: Any = _compiled() if queries.is_cuda else flex_attention
     shares = queries.shape[2] != keys.shape[1]
     out = kernel(
@@ -179,7 +189,7 @@ def flex(
     return cast("Tensor", out).transpose(1, 2).flatten(2)
 
 
-def tiles(sight: Sight, *, num_tokens: int, copies: int) -> BlockMask:
+def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> BlockMask:
     """The tiles of 128 queries x 128 keys in which something is seen, worked out without looking at
     single keys.
 
@@ -187,7 +197,7 @@ def tiles(sight: Sight, *, num_tokens: int, copies: int) -> BlockMask:
     seen, as PyTorch's own helper does, would take a gigabyte for 8,192 tokens with 512 anchors a
     sample.
     """
-    first, last, size = sight.first, sight.last, sight.block_size
+    first, last, size = visibility.first, visibility.last, visibility.block_size
     num_queries, device = len(first) * size, first.device
     num_keys = num_tokens + copies * num_queries
     # Numbers captured as such would be compiled in, and every new length would compile again.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.families import HeadGeometry
-from deepspec.model.attention import Sight, flex
+from deepspec.model.attention import BlockVisibility, flex
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
     kernel raises.
     """
     starts = torch.zeros(2, dtype=torch.long, device=device)
-    sight = Sight(starts, starts + torch.tensor([3, 60], device=device), PROBE_BLOCK, "flex")
+    visibility = BlockVisibility(
+        starts, starts + torch.tensor([3, 60], device=device), PROBE_BLOCK, "flex"
+    )
     shapes = (
         (2 * PROBE_BLOCK, heads.num_heads),
         *[(heads.num_kv_heads, length) for length in (PROBE_TOKENS, 2 * PROBE_BLOCK)],
@@ -75,7 +77,7 @@ def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
             torch.ones(1, *shape, heads.head_dim, device=device, dtype=dtype, requires_grad=True)
             for shape in shapes
         )
-        flex(queries, (context, context), [(own, own)], sight, scale=1.0).sum().backward()
+        flex(queries, (context, context), [(own, own)], visibility, scale=1.0).sum().backward()
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:

@@ -11,41 +11,29 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
-from deepspec.model.attention import Sight
+from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
 from deepspec.model.chunked_loss import Targets, Vocabulary
-from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
-from deepspec.model.execution import FILL_BLOCKS, Execution
+from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
+from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
-from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import (
-    DecoderLayer,
-    Layers,
-    RMSNorm,
-    RotaryTable,
-    embedding_scale,
-    softcap,
-)
+from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 
 
-class BlockDraft(nn.Module):
-    """DFlash and DSpark; satisfies `draft.Drafter`."""
+class BlockDraft(Drafter):
+    """DFlash, or DSpark where the spec has heads."""
 
     def __init__(self, spec: DraftSpec) -> None:
-        super().__init__()
+        super().__init__(spec)
         size = spec.hidden_size
-        self.spec, self.execution = spec, Execution()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, size)
-        self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
-        self.fc = nn.Linear(spec.num_context_features, size, bias=False)
         self.hidden_norm = RMSNorm(size, spec.rms_norm_eps)
         self.layers = Layers(DecoderLayer(spec, input_size=size) for _ in range(spec.num_layers))
         self.norm = RMSNorm(size, spec.rms_norm_eps)
@@ -55,23 +43,12 @@ class BlockDraft(nn.Module):
             else None
         )
         self.confidence_head = ConfidenceHead(spec) if spec.confidence else None
-        self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
         self.detach_confidence = spec.confidence is not None and spec.confidence.detach
         self.configure_loss(
             LossConfig()
             if spec.algorithm == "dspark"
             else LossConfig(ce=1.0, tv=0.0, confidence=0.0)
         )
-        for frozen in (self.embed_tokens, self.lm_head):
-            frozen.weight.requires_grad = False
-
-    @property
-    def block_size(self) -> int:
-        return self.spec.block_size
-
-    @property
-    def num_context_features(self) -> int:
-        return self.spec.num_context_features
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -146,17 +123,21 @@ class BlockDraft(nn.Module):
     def block_states(self, context: Tensor, plan: BlockPlan) -> Tensor:
         """Final-normed states [K, g, D] of the block behind each anchor; `context` [T, m * D]."""
         size, first, weight = self.block_size, plan.samples.starts, self.fc.weight
-        table = self.rotary(len(context) + size, device=weight.device, dtype=weight.dtype)
+        table = self.rotations(len(context) + size)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
         # the anchor's own state is not known yet
-        sight = Sight(first, plan.anchors, size, training_path(weight, self.spec.heads))
+        visibility = BlockVisibility(
+            first, plan.anchors, size, training_path(weight, self.spec.heads)
+        )
         fused, x = (
             self._fuse(context[None]),
             self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None],
         )
         for layer in self.layers:
-            x = self.execution.layer(layer.over_blocks, x, fused, rotations, sight, self.execution)
+            x = self.execution.layer(
+                layer.over_blocks, x, fused, rotations, visibility, self.execution
+            )
         return self.norm(x)[0].unflatten(0, (-1, size))
 
     def _fuse(self, context: Tensor) -> Tensor:
@@ -168,29 +149,19 @@ class BlockDraft(nn.Module):
         ids = F.pad(
             anchor_tokens[..., None], (0, self.block_size - 1), value=self.spec.mask_token_id
         )
-        embedded = self.embed_tokens(ids)
-        return (
-            embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
-            if self.spec.family.scaled_embeddings
-            else embedded
-        )
+        return self.embed(ids)
 
     def vocabulary(self) -> Vocabulary:
-        w2 = self.markov_head.markov_w2.weight if self.markov_head is not None else None
-        return Vocabulary(self.lm_head.weight, w2, self.spec.logit_softcap)
+        """The same, with the Markov head's W2."""
+        shared = super().vocabulary()
+        if self.markov_head is None:
+            return shared
+        return shared._replace(markov_w2=self.markov_head.markov_w2.weight)
 
     # Decoding
 
-    def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype
-        and device.
-        """
-        room = capacity + self.block_size
-        table = self.rotary(room, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
-        return DraftCache([LayerCache(rows, room) for _ in self.layers], [0] * rows, table)
-
     @torch.no_grad()  # a graph through the cache would grow from round to round
-    def accept(
+    def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
     ) -> None:
         """Append the fused features of the first counts[b] positions of `context` [B, n, m * D]
@@ -207,8 +178,6 @@ class BlockDraft(nn.Module):
             length + count for length, count in zip(cache.lengths, counts, strict=True)
         ]
 
-    prefill = accept
-
     @torch.no_grad()
     def propose(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
@@ -222,10 +191,10 @@ class BlockDraft(nn.Module):
             self._embed_blocks(anchor),
         )
         for layer, stored in zip(self.layers, cache.layers, strict=True):
-            # what it writes is overwritten by the next accept
+            # what it writes is overwritten by the next extend
             x = layer(x, rotation, stored, cache.lengths, mask)
         states = self.norm(x)
-        logits = softcap(self.lm_head(states), self.spec.logit_softcap)
+        logits = self.logits(states)
         drawn = None if uniforms is None or sampling.temperature == 0 else uniforms
         if self.markov_head is not None:
             tokens, probs, previous = sample_block(

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.model.block_draft import BlockDraft
+from deepspec.model.drafter import Drafter
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.layers import RMSNorm
 from deepspec.model.spec import DraftSpec
 
-Draft = BlockDraft | Eagle3Draft
 
-
-def empty_draft(spec: DraftSpec) -> Draft:
+def empty_draft(spec: DraftSpec) -> Drafter:
     """A draft whose tensors have shapes but no memory yet."""
     with torch.device("meta"):
         return Eagle3Draft(spec) if spec.algorithm == "eagle3" else BlockDraft(spec)
 
 
-def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Draft:
+def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Drafter:
     """A fresh float32 draft: own weights follow from `seed` alone, embedding and lm_head [V, D] are
     frozen copies.
 
@@ -63,7 +62,7 @@ def _initialise(module: nn.Module, std: float, generator: torch.Generator) -> No
         buffer.fill_(1.0)
 
 
-def save_draft(draft: Draft, folder: Path) -> None:
+def save_draft(draft: Drafter, folder: Path) -> None:
     """Write the weights, then config.json: a folder with a config is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()}
@@ -80,7 +79,7 @@ def save_draft(draft: Draft, folder: Path) -> None:
 
 def load_draft(
     folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Draft:
+) -> Drafter:
     """The draft in `folder`, every tensor accounted for, in evaluation mode.
 
     Raises:

@@ -5,17 +5,19 @@ B batch (rows), T tokens, S samples, g block size, m captured layers, D hidden s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
+from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.execution import Execution
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import Rotation
+from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
 
@@ -100,69 +102,104 @@ class DraftCache:
         return torch.tensor(self.lengths, device=device)[:, None]
 
 
-class Drafter(Protocol):
-    """The protocol that DFlash, DSpark and Eagle3 satisfy."""
+class Drafter(nn.Module, ABC):
+    """A draft model: DFlash and DSpark (`BlockDraft`) or Eagle3 (`Eagle3Draft`).
 
-    spec: DraftSpec
-    execution: Execution
+    Embedding and lm_head are the target's, and frozen.
+    """
+
+    layers: Layers
+    norm: RMSNorm
+
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__()
+        size = spec.hidden_size
+        self.spec, self.execution = spec, Execution()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, size)
+        self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
+        self.fc = nn.Linear(spec.num_context_features, size, bias=False)
+        self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
+        for frozen in (self.embed_tokens, self.lm_head):
+            frozen.weight.requires_grad = False
 
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Tokens proposed per round."""
+        return self.spec.block_size
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of tokens [...], scaled where the target's family scales them."""
+        embedded = self.embed_tokens(token_ids)
+        if not self.spec.family.scaled_embeddings:
+            return embedded
+        return embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of final-normed states [..., D]."""
+        return softcap(self.lm_head(normed), self.spec.logit_softcap)
+
+    def vocabulary(self) -> Vocabulary:
+        """What the loss needs to turn states into logits."""
+        return Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
+
+    def rotations(self, num_positions: int) -> Rotation:
+        """Rotations of at least `num_positions` positions, of the weights' dtype and device."""
+        weight = self.fc.weight
+        return self.rotary(num_positions, device=weight.device, dtype=weight.dtype)
+
+    # Training
 
     @property
-    def num_context_features(self) -> int: ...
-
-    @property
+    @abstractmethod
     def loss_weights(self) -> dict[str, float]:
         """Weight of each of `LossOutput.numerators`."""
-        ...
 
-    def configure_loss(self, settings: LossConfig) -> None: ...
+    def configure_loss(self, settings: LossConfig) -> None:
+        """Set the weights of the loss terms; without effect on a draft that has only one term."""
 
+    @abstractmethod
     def plan(self, batch: TrainBatch) -> Any:
-        """Everything about a batch's loss that needs no forward pass; random choices follow
-        from `batch.seeds`.
-        """
-        ...
+        """Everything about a batch's loss that needs no forward pass; each algorithm has its own.
 
+        Random choices follow from `batch.seeds`.
+        """
+
+    @abstractmethod
     def denominators(self, plan: Any) -> dict[str, Tensor]:
-        """What each of `LossOutput.numerators` is divided by, once summed over the optimizer
-        step.
-        """
-        ...
+        """What each of `LossOutput.numerators` is divided by, once summed over the optimizer step."""
 
+    @abstractmethod
     def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
-        """Forward pass and loss sums; a batch with nothing to learn from gives zeros that still
-        have a graph.
-        """
-        ...
+        """Forward pass and loss sums; a batch without supervised tokens gives zeros with a graph."""
+
+    # Decoding
 
     def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens; room for a block comes on
-        top.
-        """
-        ...
+        """Empty cache for rows of at most `capacity` verified tokens; a block's room is added.
 
-    def prefill(
+        Its dtype and device are those of the weights.
+        """
+        room = capacity + self.block_size
+        layers = [LayerCache(rows, room) for _ in self.layers]
+        return DraftCache(layers, [0] * rows, self.rotations(room))
+
+    @abstractmethod
+    def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
     ) -> None:
-        """Append the first counts[b] positions of `context` [B, T, m * D] to row b.
+        """Append the first counts[b] positions of `context` [B, n, m * D] to row b of the cache.
 
-        `next_tokens` [B, T] is the token that follows each position; block drafters do not look at
-        it.
+        They are the prompt's, or those verified in a round; what a proposal left in the cache is
+        overwritten. `next_tokens` [B, n] is the token that follows each position; block drafters
+        do not use it.
         """
-        ...
 
-    def accept(
-        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
-    ) -> None:
-        """The same after a round of verification; what the proposal left behind is overwritten."""
-        ...
-
+    @abstractmethod
     def propose(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
-        """Draft the tokens behind `anchor` [B] long, which sits at position lengths[b];
-        `uniforms` [B, g] unless greedy.
+        """Draft the tokens that follow `anchor` [B] long, which is at position lengths[b].
+
+        `uniforms` [B, g] in [0, 1) decide the draws; without them, or at temperature 0, the
+        likeliest tokens are taken.
         """
-        ...

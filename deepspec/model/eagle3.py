@@ -12,26 +12,15 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
-from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import Samples
-from deepspec.model.attention import KeysValues, Sight, attend
+from deepspec.model.attention import BlockVisibility, KeysValues, attend
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Vocabulary
-from deepspec.model.drafter import DraftCache, Proposal, TrainBatch
-from deepspec.model.execution import FILL_TOKENS, Execution
-from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import (
-    Attention,
-    DecoderLayer,
-    RMSNorm,
-    RotaryTable,
-    Rotation,
-    embedding_scale,
-    softcap,
-)
+from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
+from deepspec.model.execution import FILL_TOKENS
+from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
 from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
@@ -61,29 +50,13 @@ class Eagle3Layer(DecoderLayer):
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(states)], dim=-1)
 
 
-class Eagle3Draft(nn.Module):
-    """Satisfies `draft.Drafter`."""
+class Eagle3Draft(Drafter):
+    """One Eagle3 layer between the fused states and the target's lm_head."""
 
     def __init__(self, spec: DraftSpec) -> None:
-        super().__init__()
-        size = spec.hidden_size
-        self.spec, self.execution = spec, Execution()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, size)
-        self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
-        self.fc = nn.Linear(spec.num_context_features, size, bias=False)
-        self.layers = nn.ModuleList([Eagle3Layer(spec)])
-        self.norm = RMSNorm(size, spec.rms_norm_eps)
-        self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
-        for frozen in (self.embed_tokens, self.lm_head):
-            frozen.weight.requires_grad = False
-
-    @property
-    def block_size(self) -> int:
-        return self.spec.block_size
-
-    @property
-    def num_context_features(self) -> int:
-        return self.spec.num_context_features
+        super().__init__(spec)
+        self.layers = Layers([Eagle3Layer(spec)])
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
     @property
     def layer(self) -> Eagle3Layer:
@@ -94,9 +67,6 @@ class Eagle3Draft(nn.Module):
         return {
             f"ce@{step}": self.spec.step_loss_decay**step for step in range(self.spec.ttt_length)
         }
-
-    def configure_loss(self, settings: LossConfig) -> None:
-        """Nothing to set: Eagle3's loss has no terms of its own to weigh."""
 
     # Training
 
@@ -148,9 +118,8 @@ class Eagle3Draft(nn.Module):
                     counted,
                 )
             )
-        vocabulary = Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
         return step_losses(
-            scored, vocabulary, batch.last_hidden, self.loss_weights, plan.num_samples
+            scored, self.vocabulary(), batch.last_hidden, self.loss_weights, plan.num_samples
         )
 
     def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
@@ -162,20 +131,16 @@ class Eagle3Draft(nn.Module):
             self.layer.self_attn,
             len(batch.input_ids),
         )
-        table = self.rotary(
-            num_tokens + self.spec.ttt_length,
-            device=self.fc.weight.device,
-            dtype=self.fc.weight.dtype,
-        )
+        table = self.rotations(num_tokens + self.spec.ttt_length)
         fused = self.fc(batch.context[None].to(self.fc.weight.dtype))
         x = run(
             Eagle3Layer.attention_input,
             self.layer,
-            self._embed(batch.input_ids.roll(-1))[None],
+            self.embed(batch.input_ids.roll(-1))[None],
             fused,
         )
         context = run(Attention.keys_values, attention, x, table.at(plan.positions))
-        sight = Sight(
+        visibility = BlockVisibility(
             plan.starts, plan.places + 1, 1, training_path(self.fc.weight, self.spec.heads)
         )
         own: list[KeysValues] = []
@@ -184,10 +149,10 @@ class Eagle3Draft(nn.Module):
             rotation = table.at(plan.places - plan.starts + step)
             if step > 0:
                 tokens = batch.input_ids[(plan.places + 1 + step).clamp(max=num_tokens - 1)]
-                x = run(Eagle3Layer.attention_input, self.layer, self._embed(tokens)[None], states)
+                x = run(Eagle3Layer.attention_input, self.layer, self.embed(tokens)[None], states)
                 own.append(run(Attention.keys_values, attention, x, rotation))
             states = self.execution.layer(
-                self._step, x, states, context, tuple(own), rotation, sight
+                self._step, x, states, context, tuple(own), rotation, visibility
             )
             yield states[0]
 
@@ -198,7 +163,7 @@ class Eagle3Draft(nn.Module):
         context: KeysValues,
         own: Sequence[KeysValues],
         rotation: Rotation,
-        sight: Sight,
+        visibility: BlockVisibility,
     ) -> Tensor:
         """The layer's output [1, P, D]: attention reads `x` [1, P, 2 D], the residual stream is
         `states`.
@@ -208,37 +173,21 @@ class Eagle3Draft(nn.Module):
             run(Attention.queries, attention, x, rotation),
             context,
             own,
-            sight,
+            visibility,
             scale=attention.scale,
         )
         return run(Eagle3Layer.after_attention, self.layer, states, attention.o_proj(attended))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedded = self.embed_tokens(tokens)
-        return (
-            embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
-            if self.spec.family.scaled_embeddings
-            else embedded
-        )
-
     # Decoding
 
     def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """Empty cache for rows of at most `capacity` verified tokens, in the draft's own dtype
-        and device.
-        """
-        room = capacity + self.block_size
-        weight = self.fc.weight
-        cache = DraftCache(
-            [LayerCache(rows, room)],
-            [0] * rows,
-            self.rotary(room, device=weight.device, dtype=weight.dtype),
-        )
-        cache.last_output = weight.new_zeros(rows, self.spec.hidden_size)
+        """The same, with room for the output that drafting goes on from."""
+        cache = super().new_cache(rows, capacity)
+        cache.last_output = self.fc.weight.new_zeros(rows, self.spec.hidden_size)
         return cache
 
     @torch.no_grad()  # a graph through the cache would grow from round to round
-    def accept(
+    def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
     ) -> None:
         """Append (features of a position, token after it) for the first counts[b] positions of
@@ -248,7 +197,7 @@ class Eagle3Draft(nn.Module):
         if longest == 0:
             return
         fused = self.fc(context[:, :longest].to(self.fc.weight.dtype))
-        x = self.layer.attention_input(self._embed(next_tokens[:, :longest]), fused)
+        x = self.layer.attention_input(self.embed(next_tokens[:, :longest]), fused)
         keys, values = self.layer.self_attn.keys_values(x, cache.rotation(longest))
         cache.layers[0].write(keys, values, cache.lengths)
         # Drafting goes on from the last position's output alone: the only query worth computing.
@@ -263,8 +212,6 @@ class Eagle3Draft(nn.Module):
             )
         cache.last_output = output
 
-    prefill = accept
-
     @torch.no_grad()
     def propose(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
@@ -278,12 +225,12 @@ class Eagle3Draft(nn.Module):
         probs: list[Tensor] = []
         for slot in range(self.block_size):
             if slot > 0:
-                x = self.layer.attention_input(self._embed(tokens[-1][:, None]), states[:, None])
+                x = self.layer.attention_input(self.embed(tokens[-1][:, None]), states[:, None])
                 keys, values = self.layer.self_attn.keys_values(x, cache.rotation(1))
                 cache.layers[0].write(keys, values, cache.lengths)
                 states = self._continue(cache, x, states[:, None])
                 cache.lengths = [length + 1 for length in cache.lengths]
-            logits = softcap(self.lm_head(self.norm(states)), self.spec.logit_softcap)
+            logits = self.logits(self.norm(states))
             if drawn is None:
                 tokens.append(logits.argmax(-1))
             else:

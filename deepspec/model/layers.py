@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config.families import RopeSettings
-from deepspec.model.attention import Sight, attend
+from deepspec.model.attention import BlockVisibility, attend
 from deepspec.model.execution import Execution
 from deepspec.model.kv_cache import LayerCache
 from deepspec.model.spec import DraftSpec
@@ -206,7 +206,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         fused: Tensor,
         rotations: tuple[Rotation, Rotation],
-        sight: Sight,
+        visibility: BlockVisibility,
         execution: Execution,
     ) -> Tensor:
         """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused
@@ -221,7 +221,7 @@ class DecoderLayer(nn.Module):
             run(Attention.queries, attention, normed, of_slots),
             context,
             [own],
-            sight,
+            visibility,
             scale=attention.scale,
         )
         return run(type(self).after_attention, self, x, attention.o_proj(attended))

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepspec.artifacts.artifact import Artifact
 from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.model.checkpoint import save_draft
+from deepspec.model.drafter import Drafter
 from deepspec.storage.store import file_checksum, pretty_json
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Piece, Strategy
@@ -44,7 +45,12 @@ class CheckpointRecord(BaseModel):
 
 
 def save_checkpoint(
-    artifact: Artifact, strategy: Strategy, world: World, *, draft: Any, record: CheckpointRecord
+    artifact: Artifact,
+    strategy: Strategy,
+    world: World,
+    *,
+    draft: Drafter,
+    record: CheckpointRecord,
 ) -> None:
     """Write the state after `record.step` optimizer steps, on all ranks; it counts once its record
     is there, with all files' checksums.
@@ -139,7 +145,7 @@ def checkpoint_steps(artifact: Artifact) -> list[int]:
 
 
 def resume_draft(
-    artifact: Artifact, draft: Any, inputs: Mapping[str, str] | None = None
+    artifact: Artifact, draft: Drafter, inputs: Mapping[str, str] | None = None
 ) -> CheckpointRecord | None:
     """Load the newest complete checkpoint's weights into the draft, on the device that it is on;
     None if there is no checkpoint.

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
+from deepspec.model.drafter import Drafter
 from deepspec.train.batches import StepData
 from deepspec.train.checkpoint_files import (
     CheckpointRecord,
@@ -83,7 +83,7 @@ class Checkpoints:
     def _newest(self) -> CheckpointRecord:
         return self.records[max(self.records)] if self.records else CheckpointRecord(step=0)
 
-    def _measured(self, record: CheckpointRecord, draft: Any) -> CheckpointRecord:
+    def _measured(self, record: CheckpointRecord, draft: Drafter) -> CheckpointRecord:
         """The record with the acceptance of the draft as it is now."""
         if not self.numbers:
             return record

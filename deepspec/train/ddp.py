@@ -5,12 +5,11 @@ of gradients a step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
 from deepspec.config.draft import TrainConfig
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.train.distributed import World
 from deepspec.train.optimizer import apply_step, make_optimizer, trainable
@@ -22,7 +21,7 @@ class Replicated:
     a step.
     """
 
-    def __init__(self, draft: Any, settings: TrainConfig, world: World) -> None:
+    def __init__(self, draft: Drafter, settings: TrainConfig, world: World) -> None:
         self.draft, self.settings, self.world = draft.train(), settings, world
         self.parameters = trainable(draft)
         self.optimizer = make_optimizer(self.parameters, settings)
@@ -40,7 +39,7 @@ class Replicated:
         dtype = COMPUTE_DTYPES[self.settings.compute_dtype]
         plan = self.draft.plan(batch)
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output: LossOutput = self.draft.loss(batch, plan)
+            output = self.draft.loss(batch, plan)
         output.numerator.backward()
         return output
 
@@ -55,7 +54,7 @@ class Replicated:
             return 0.0
         return apply_step(self.optimizer, lr=lr, denominator=denominator, clip=self.settings.clip)
 
-    def whole(self) -> Any:
+    def whole(self) -> Drafter:
         return self.draft
 
     def optimizer_state(self, name: str) -> Iterator[Piece]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -14,6 +13,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.source import Source
 from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
+from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
 from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records, whole_file
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 DRAFT_FILES = ("config.json", "model.safetensors")
 
 
-def make_draft(config: RunConfig, source: Source) -> Any:
+def make_draft(config: RunConfig, source: Source) -> Drafter:
     """A fresh draft for the target whose states are read, its embedding and lm_head from beside
     them (`checks`: it is the run's).
     """

@@ -11,7 +11,6 @@ import time
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import artifact_of
@@ -19,6 +18,7 @@ from deepspec.artifacts.status import require_sealed, stage_status
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed, TransientError
+from deepspec.model.drafter import Drafter
 from deepspec.process.events import Report, silent
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
@@ -131,7 +131,7 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     return _sealed(artifact, inputs, data)
 
 
-def _preflight(config: RunConfig, data: StepData, draft: Any) -> None:
+def _preflight(config: RunConfig, data: StepData, draft: Drafter) -> None:
     try:
         with explain_oom(config):
             check_before_training(config, data, draft)

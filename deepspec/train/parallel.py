@@ -5,11 +5,10 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.config.run import RunConfig
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Strategy
@@ -31,7 +30,7 @@ def make_strategy(
     artifact: Artifact,
     world: World,
     *,
-    draft: Any,
+    draft: Drafter,
     filler: Callable[[], TrainBatch],
 ) -> Strategy:
     """The one that `train.strategy` names, with the draft as it is now and an optimizer that has

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import torch
 
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.optimizer import trainable
 
@@ -24,7 +23,7 @@ OVERFIT_STEPS = 8
 OVERFIT_LR = 1e-3
 
 
-def check_before_training(config: RunConfig, data: StepData, draft: Any) -> None:
+def check_before_training(config: RunConfig, data: StepData, draft: Drafter) -> None:
     """Masks, features and gradients of the first step's first sample.
 
     Raises:
@@ -70,7 +69,7 @@ def _check_states(batch: TrainBatch, config: RunConfig, where: str) -> None:
             )
 
 
-def _overfit(draft: Any, batch: TrainBatch) -> tuple[float, float]:
+def _overfit(draft: Drafter, batch: TrainBatch) -> tuple[float, float]:
     """The loss of a copy of the draft on one batch, before and after a few steps on it alone."""
     mirror = copy.deepcopy(draft).train()
     optimizer = torch.optim.AdamW(list(trainable(mirror).values()), lr=OVERFIT_LR)

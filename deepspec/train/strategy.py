@@ -10,12 +10,12 @@ number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,7 +56,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def whole(self) -> Any:
+    def whole(self) -> Drafter:
         """The draft in float32 and one piece, as it is now; to be read, and let go of before
         the next step.
         """

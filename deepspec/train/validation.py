@@ -9,7 +9,7 @@ were sampled it is a lower bound that rises and falls with what decoding will ac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.source import Source
 from deepspec.config.data import SamplingConfig
+from deepspec.model.drafter import Drafter
 from deepspec.train.distributed import World
 
 ROWS = 8  # samples drafted along together
@@ -45,7 +46,9 @@ class Answers(NamedTuple):
     context: Tensor  # [B, T, m * D]
 
 
-def held_out_acceptance(draft: Any, cache: Source, numbers: Sequence[int], world: World) -> float:
+def held_out_acceptance(
+    draft: Drafter, cache: Source, numbers: Sequence[int], world: World
+) -> float:
     """Tokens committed per round over these samples of the cache, shared out to all ranks; 0
     where there is no round.
     """
@@ -84,7 +87,7 @@ def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) ->
 
 
 @torch.no_grad()
-def draft_along(draft: Any, answers: Answers) -> RoundCounts:
+def draft_along(draft: Drafter, answers: Answers) -> RoundCounts:
     """Rounds of drafting from the first to the last token of every answer."""
     rows, length = answers.input_ids.shape
     ids, block = answers.input_ids.tolist(), draft.block_size
@@ -97,7 +100,7 @@ def draft_along(draft: Any, answers: Answers) -> RoundCounts:
             0 if anchor is None else anchor - start
             for anchor, start in zip(anchors, known, strict=True)
         ]
-        draft.accept(
+        draft.extend(
             cache, _cut(answers.context, known, counts), _cut(following, known, counts), counts
         )
         known = [start + count for start, count in zip(known, counts, strict=True)]

@@ -35,7 +35,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.model.checkpoint import empty_draft, load_tensors
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.storage.store import pretty_json
 from deepspec.train.distributed import World
@@ -52,7 +52,13 @@ class Zero:
     """A draft under DeepSpeed's engine; satisfies `strategy.Strategy`."""
 
     def __init__(
-        self, config: RunConfig, artifact: Artifact, world: World, *, draft: Any, filler: TrainBatch
+        self,
+        config: RunConfig,
+        artifact: Artifact,
+        world: World,
+        *,
+        draft: Drafter,
+        filler: TrainBatch,
     ) -> None:
         self.draft, self.world, self.filler = draft.train(), world, filler
         self.parameters = trainable(draft)
@@ -124,7 +130,7 @@ class Zero:
             gradients.div_(by)
         yield
 
-    def whole(self) -> Any:
+    def whole(self) -> Drafter:
         draft = empty_draft(self.draft.spec)
         tensors = dict(self.draft.named_buffers()) | {
             name: self._get(name, key=None) for name in self.parameters
@@ -184,7 +190,7 @@ class Zero:
 class _Loss(nn.Module):
     """The draft's loss as a module's `forward`, which is what DeepSpeed hooks into."""
 
-    def __init__(self, draft: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, draft: Drafter, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.draft, self.device_type, self.dtype = draft, device.type, dtype
         self.output: LossOutput | None = None
@@ -193,7 +199,7 @@ class _Loss(nn.Module):
         with torch.autocast(
             self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32
         ):
-            self.output = cast("LossOutput", self.draft.loss(batch, plan))
+            self.output = self.draft.loss(batch, plan)
         return self.output.numerator
 
 

@@ -330,7 +330,7 @@ def test_the_condition_holds_for_every_draft_with_a_confidence_head(name: str):
     """Drawn anew from slot j on, a block has the same confidences up to and including slot j's."""
     draft, batch = make_draft(CONFIGS[name]), make_batch((12,))
     cache, sampling = draft.new_cache(1, 12), SamplingConfig(temperature=1.0)
-    draft.prefill(cache, batch.context[None], batch.input_ids[None], [12])
+    draft.extend(cache, batch.context[None], batch.input_ids[None], [12])
 
     def propose(uniforms: torch.Tensor) -> Proposal:
         return draft.propose(cache, batch.input_ids[-1:], sampling, uniforms)

@@ -24,10 +24,10 @@ GREEDY = Decode(SamplingConfig(temperature=0), 12, frozenset({3}))
 
 
 class ScriptedCache:
-    """Which answer each row is at, and how far."""
+    """Which answer each row is at, and how far; None before its prompt."""
 
     def __init__(self, rows: int) -> None:
-        self.rows: list[tuple[int, int]] = [(0, 0)] * rows
+        self.rows: list[tuple[int, int] | None] = [None] * rows
 
     def put(self, rows: list[int], fresh: ScriptedCache) -> None:
         for row, place in zip(rows, fresh.rows, strict=True):
@@ -37,7 +37,7 @@ class ScriptedCache:
         self.rows = [self.rows[row] for row in rows]
 
     def reset(self) -> None:
-        self.rows = [(0, 0)] * len(self.rows)
+        self.rows = [None] * len(self.rows)
 
 
 class Scripted:
@@ -51,16 +51,22 @@ class Scripted:
     def new_cache(self, rows: int, capacity: int) -> ScriptedCache:
         return ScriptedCache(rows)
 
-    def prefill(
+    def extend(
         self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]
     ) -> None:
         assert context.shape[:2] == next_tokens.shape
         for row, (tokens, count) in enumerate(zip(next_tokens.tolist(), counts, strict=True)):
-            prompt = [prompt[1:] for prompt in self.prompts].index(tokens[: count - 1])
-            assert tokens[count - 1] == self.answers[prompt][0], (
-                "the first token of the answer follows the prompt"
-            )
-            cache.rows[row] = (prompt, 1)
+            if cache.rows[row] is None:
+                cache.rows[row] = (self.prompt_of(tokens[:count]), 1)
+            else:
+                prompt, done = cache.rows[row]
+                cache.rows[row] = (prompt, done + count)
+
+    def prompt_of(self, shifted: list[int]) -> int:
+        """Its number, given the prompt from its second token on and the answer's first token."""
+        prompt = [prompt[1:] for prompt in self.prompts].index(shifted[:-1])
+        assert shifted[-1] == self.answers[prompt][0]
+        return prompt
 
     def propose(
         self,
@@ -85,13 +91,6 @@ class Scripted:
             None,
             torch.linspace(0.9, 0.3, self.block_size).expand(len(blocks), -1),
         )
-
-    def accept(
-        self, cache: ScriptedCache, context: Tensor, next_tokens: Tensor, counts: list[int]
-    ) -> None:
-        cache.rows = [
-            (prompt, done + count) for (prompt, done), count in zip(cache.rows, counts, strict=True)
-        ]
 
 
 MANY = [[5 + number, *range(20, 22 + number % 5), 40 + number] for number in range(11)]

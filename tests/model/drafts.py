@@ -13,8 +13,8 @@ from deepspec.config.draft import (
     Eagle3DraftConfig,
     MarkovConfig,
 )
-from deepspec.model.checkpoint import Draft, build_draft
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.checkpoint import build_draft
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec
 
 VOCAB, SIZE, LAYERS = 61, 32, [-1, 1, 2]
@@ -96,7 +96,7 @@ def make_spec(config: Any = None, *, target: str = "qwen3") -> DraftSpec:
     )
 
 
-def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> Draft:
+def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> Drafter:
     frozen = torch.randn(2, VOCAB, SIZE, generator=torch.Generator().manual_seed(seed + 1))
     return build_draft(
         make_spec(config, target=target), embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed
@@ -128,6 +128,6 @@ def taken(batch: TrainBatch, sample: int) -> TrainBatch:
     )
 
 
-def total_loss(draft: Draft, batch: TrainBatch) -> Tensor:
+def total_loss(draft: Drafter, batch: TrainBatch) -> Tensor:
     output = draft.loss(batch, draft.plan(batch))
     return output.numerator / output.denominator

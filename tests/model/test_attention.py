@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspec.model import attention_path, eagle3
 from deepspec.model import block_draft as block
-from deepspec.model.attention import TILE, Sight, tiles
+from deepspec.model.attention import TILE, BlockVisibility, tiles
 from deepspec.model.attention_path import training_path
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
@@ -75,16 +75,16 @@ def test_compiled_flex_attention_has_the_gradients_of_dense_attention(
         assert (found - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
 
 
-def seen_by_hand(sight: Sight, *, num_tokens: int, copies: int) -> Tensor:
-    """[n, L] bool, from what `Sight` says, one query and key at a time."""
-    num_queries = len(sight.first) * sight.block_size
+def seen_by_hand(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Tensor:
+    """[n, L] bool, from what `BlockVisibility` says, one query and key at a time."""
+    num_queries = len(visibility.first) * visibility.block_size
     seen = torch.zeros(num_queries, num_tokens + copies * num_queries, dtype=torch.bool)
     for query in range(num_queries):
-        block = query // sight.block_size
-        seen[query, int(sight.first[block]) : int(sight.last[block])] = True
+        block = query // visibility.block_size
+        seen[query, int(visibility.first[block]) : int(visibility.last[block])] = True
         for copy in range(copies):
-            start = num_tokens + copy * num_queries + block * sight.block_size
-            seen[query, start : start + sight.block_size] = True
+            start = num_tokens + copy * num_queries + block * visibility.block_size
+            seen[query, start : start + visibility.block_size] = True
     return seen
 
 
@@ -99,26 +99,26 @@ def listed(tiles_of: Tensor, counts: Tensor | None, order: Tensor | None) -> Ten
 
 
 # Samples of 200, 3 and 300 tokens, then fill.
-LONG = Sight(
+LONG = BlockVisibility(
     torch.tensor([0] * 30 + [200] + [203] * 40 + [0]),
     torch.tensor([*range(5, 185, 6), 201, *range(210, 490, 7), 0]),
     7,
     "flex",
 )
-EAGLE = Sight(
+EAGLE = BlockVisibility(
     torch.tensor([0] * 9 + [12] * 3), torch.tensor([*range(4, 13), 14, 15, 16]), 1, "flex"
 )
 
 
 @pytest.mark.parametrize(
-    ("sight", "num_tokens", "copies"),
+    ("visibility", "num_tokens", "copies"),
     [(LONG, 512, 1), (LONG, 505, 1), (EAGLE, 20, 0), (EAGLE, 20, 3)],
 )
 def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missing(
-    sight: Sight, num_tokens: int, copies: int
+    visibility: BlockVisibility, num_tokens: int, copies: int
 ) -> None:
-    wanted = seen_by_hand(sight, num_tokens=num_tokens, copies=copies)
-    mask = tiles(sight, num_tokens=num_tokens, copies=copies)
+    wanted = seen_by_hand(visibility, num_tokens=num_tokens, copies=copies)
+    mask = tiles(visibility, num_tokens=num_tokens, copies=copies)
     queries, keys = torch.meshgrid(*(torch.arange(size) for size in wanted.shape), indexing="ij")
     assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), queries, keys), wanted)
     room = torch.nn.functional.pad(wanted, (0, -wanted.shape[1] % TILE, 0, -wanted.shape[0] % TILE))
@@ -133,8 +133,10 @@ def test_the_mask_of_flex_attention_says_what_is_seen_and_no_tile_of_it_is_missi
 
 
 def test_whole_tiles_are_found() -> None:
-    sight = Sight(torch.zeros(64, dtype=torch.long), torch.full((64,), 300), 4, "flex")
-    counts = tiles(sight, num_tokens=512, copies=1).full_kv_num_blocks
+    visibility = BlockVisibility(
+        torch.zeros(64, dtype=torch.long), torch.full((64,), 300), 4, "flex"
+    )
+    counts = tiles(visibility, num_tokens=512, copies=1).full_kv_num_blocks
     assert counts is not None
     assert counts.sum() == 4
 

@@ -30,12 +30,15 @@ def test_a_saved_draft_drafts_the_same(name: str, target: str, tmp_path: Path) -
         "embed_tokens.weight",
         "lm_head.weight",
     }
-    context, tokens = torch.randn(1, 5, draft.num_context_features), torch.tensor([[1, 2, 3, 4, 5]])
+    context, tokens = (
+        torch.randn(1, 5, draft.spec.num_context_features),
+        torch.tensor([[1, 2, 3, 4, 5]]),
+    )
     proposals = []
     for each in (draft, loaded):
         with torch.inference_mode():
             cache = each.new_cache(1, 8)
-            each.prefill(cache, context, tokens, [5])
+            each.extend(cache, context, tokens, [5])
             proposals.append(each.propose(cache, tokens[:, -1], GREEDY, None).tokens)
     assert torch.equal(*proposals)
 
@@ -46,9 +49,9 @@ def test_a_draft_runs_in_bfloat16(name: str, tmp_path: Path) -> None:
     save_draft(make_draft(CONFIGS[name], target="gemma4"), tmp_path)
     draft = load_draft(tmp_path, dtype=torch.bfloat16)
     cache = draft.new_cache(2, 8)
-    draft.prefill(
+    draft.extend(
         cache,
-        torch.randn(2, 5, draft.num_context_features),
+        torch.randn(2, 5, draft.spec.num_context_features),
         torch.ones(2, 5, dtype=torch.long),
         [5, 3],
     )

@@ -33,7 +33,7 @@ def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None
     cache, anchor = draft.new_cache(1, 12), tokens[:, 9]
     for part in (context[:, :5], context[:, 5:6], torch.cat([context[:, 6:9], context[:, :2]], 1)):
         draft.propose(cache, tokens[:, cache.lengths[0]], GREEDY, None)
-        draft.accept(
+        draft.extend(
             cache,
             part,
             tokens[:, : part.shape[1]],
@@ -69,9 +69,9 @@ def test_eagle3_drafts_what_its_training_time_test_scores(target: str) -> None:
     assert isinstance(draft, Eagle3Draft)
     cache, start = draft.new_cache(1, 12), 6
     tokens, context = batch.input_ids[None], batch.context[None]
-    draft.prefill(cache, context[:, :4], tokens[:, 1:5], [4])
+    draft.extend(cache, context[:, :4], tokens[:, 1:5], [4])
     draft.propose(cache, tokens[:, 4], GREEDY, None)
-    draft.accept(cache, context[:, 4:9], tokens[:, 5:10], [3])
+    draft.extend(cache, context[:, 4:9], tokens[:, 5:10], [3])
     proposal = draft.propose(cache, tokens[:, start + 1], SAMPLED, UniformStream([1]).take(4))
     assert proposal.probs is not None
 
@@ -96,7 +96,7 @@ def rounds(
     """Prefill and accept as told, proposing after each; row b draws from its own stream."""
     streams, proposals = UniformStream(range(len(counts[0]))), []
     for (context, tokens), accepted in zip(inputs, counts, strict=True):
-        draft.accept(cache, context, tokens, accepted)
+        draft.extend(cache, context, tokens, accepted)
         proposals.append(
             draft.propose(cache, tokens[:, 0], SAMPLED, streams.take(draft.block_size))
         )
@@ -111,7 +111,7 @@ def test_rows_of_different_lengths_draft_as_if_alone(name: str, target: str) -> 
     generator = torch.Generator().manual_seed(5)
     inputs = [
         (
-            torch.randn(3, n, draft.num_context_features, generator=generator),
+            torch.randn(3, n, draft.spec.num_context_features, generator=generator),
             torch.randint(0, VOCAB, (3, n), generator=generator),
         )
         for n in (7, 5, 5)
@@ -120,7 +120,7 @@ def test_rows_of_different_lengths_draft_as_if_alone(name: str, target: str) -> 
     for row in range(3):
         cache, stream = draft.new_cache(1, 30), UniformStream([row])
         for (context, tokens), accepted, joint in zip(inputs, counts, together, strict=True):
-            draft.accept(cache, context[row : row + 1], tokens[row : row + 1], [accepted[row]])
+            draft.extend(cache, context[row : row + 1], tokens[row : row + 1], [accepted[row]])
             alone = draft.propose(
                 cache, tokens[row : row + 1, 0], SAMPLED, stream.take(draft.block_size)
             )
@@ -137,14 +137,14 @@ def test_a_row_can_be_given_to_another_prompt(name: str) -> None:
     two_rows = first.context.unflatten(0, (2, 9)), first.input_ids.unflatten(0, (2, 9))
     one_row = second.context[None], second.input_ids[None]
     cache = draft.new_cache(2, 12)
-    draft.prefill(cache, *two_rows, [9, 8])
+    draft.extend(cache, *two_rows, [9, 8])
     single = draft.new_cache(1, 6)
-    draft.prefill(single, *one_row, [6])
+    draft.extend(single, *one_row, [6])
     cache.put([0], single)
     fresh = draft.new_cache(2, 12)
-    draft.prefill(fresh, *two_rows, [0, 8])
+    draft.extend(fresh, *two_rows, [0, 8])
     alone = draft.new_cache(1, 12)
-    draft.prefill(alone, *one_row, [6])
+    draft.extend(alone, *one_row, [6])
     anchor = torch.tensor([1, 2])
     both = draft.propose(cache, anchor, SAMPLED, torch.full((2, 4), 0.5))
     wanted = draft.propose(alone, anchor[:1], SAMPLED, torch.full((1, 4), 0.5))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspec.model import execution
-from deepspec.model.checkpoint import Draft
+from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
@@ -38,7 +38,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return graphs
 
 
-def gradients(draft: Draft, lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+def gradients(draft: Drafter, lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
     batch = make_batch(lengths)
     output = draft.loss(batch, draft.plan(batch))
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]

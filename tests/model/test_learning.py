@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
-from deepspec.model.checkpoint import Draft, build_draft
+from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec
 from tests.model.drafts import CONFIGS, LAYERS, QWEN3
@@ -41,7 +41,7 @@ def copies(rows: int, frozen: Tensor, seed: int) -> TrainBatch:
     )
 
 
-def trained(name: str) -> tuple[Draft, Tensor]:
+def trained(name: str) -> tuple[Drafter, Tensor]:
     changes = {"ttt_length": BLOCK} if name == "eagle3" else {"num_anchors": 8}
     target = {**QWEN3, "vocab_size": VOCAB, "hidden_size": SIZE}
     layer_ids = [0, 1, 2] if name == "eagle3" else LAYERS
@@ -58,8 +58,7 @@ def trained(name: str) -> tuple[Draft, Tensor]:
         * 2.0
     )
     draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0)
-    drafter: Drafter = draft
-    drafter.configure_loss(LossConfig(ce=1.0, tv=0.0, confidence=0.0, decay=None))
+    draft.configure_loss(LossConfig(ce=1.0, tv=0.0, confidence=0.0, decay=None))
     steps = STEPS.get(name, 200)
     optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=5e-3)
     cooling = torch.optim.lr_scheduler.LinearLR(
@@ -67,7 +66,7 @@ def trained(name: str) -> tuple[Draft, Tensor]:
     )
     for step in range(steps):
         batch = copies(BATCH, frozen, seed=1000 * step)
-        output = drafter.loss(batch, drafter.plan(batch))
+        output = draft.loss(batch, draft.plan(batch))
         optimizer.zero_grad()
         (output.numerator / output.denominator).backward()
         optimizer.step()
@@ -87,7 +86,7 @@ def test_a_draft_of_a_copying_target_is_accepted_at_every_position(name: str) ->
     )
     with torch.inference_mode():
         cache = draft.new_cache(ROWS, NUM_TOKENS)
-        draft.prefill(cache, context[:, :VERIFIED], ids[:, 1 : VERIFIED + 1], [VERIFIED] * ROWS)
+        draft.extend(cache, context[:, :VERIFIED], ids[:, 1 : VERIFIED + 1], [VERIFIED] * ROWS)
         proposal = draft.propose(cache, ids[:, VERIFIED], SamplingConfig(temperature=0), None)
     right = (proposal.tokens == ids[:, VERIFIED + 1 : VERIFIED + 1 + BLOCK]).cumprod(1).sum(0)
     reached = torch.cat([torch.tensor([ROWS]), right[:-1]])

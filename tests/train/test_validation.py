@@ -47,7 +47,7 @@ class Knows:
     def new_cache(self, rows: int, capacity: int) -> SimpleNamespace:
         return SimpleNamespace(lengths=[0] * rows)
 
-    def accept(self, cache, context, following, counts) -> None:
+    def extend(self, cache, context, following, counts) -> None:
         for row, count in enumerate(counts):
             start = cache.lengths[row]
             assert context[row, :count, 0].tolist() == [

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.errors import DataError
-from deepspec.model.checkpoint import Draft, empty_draft, load_tensors
+from deepspec.model.checkpoint import empty_draft, load_tensors
+from deepspec.model.drafter import Drafter
 from deepspec.model.spec import DraftSpec
 from deepspec.target.conformance import Check
 
@@ -56,7 +57,7 @@ class Case(NamedTuple):
         config: dict[str, Any],
         weights: Sequence[str],
         state_dict: dict[str, list[int]] | None = None,
-    ) -> Draft:
+    ) -> Drafter:
         """The case's draft in float32; `state_dict` names its tensors where the files hold
         those of more drafts than one.
         """
@@ -97,7 +98,7 @@ def relative(found: float, wanted: float, *, floor: float = 0.0) -> float:
     return abs(found - wanted) / scale if scale else abs(found)
 
 
-def regret(logits: Tensor, likeliest: Tensor) -> float:
+def logit_gap(logits: Tensor, likeliest: Tensor) -> float:
     """How far below its row's largest logit the token named likeliest is; 0 where both agree,
     small where they tie.
     """

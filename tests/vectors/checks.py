@@ -15,7 +15,7 @@ from torch import Tensor
 from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate.speculate import speculate
-from deepspec.model.checkpoint import Draft
+from deepspec.model.drafter import Drafter
 from deepspec.model.sampling import verify
 from deepspec.target.conformance import Check, distance
 from deepspec.target.generate import Decode, generate, prefill
@@ -104,7 +104,7 @@ class Replayed(NamedTuple):
 
 
 @torch.inference_mode()
-def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: float) -> Replayed:
+def replay(target: Target, draft: Drafter, wanted: dict[str, Any], *, threshold: float) -> Replayed:
     """Decode one prompt as the reference did: a block is cut at the first confidence below the
     threshold.
     """
@@ -113,7 +113,7 @@ def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: f
     cache, draft_cache = target.new_cache(1, capacity), draft.new_cache(1, capacity)
     context, last_hidden = prefill(target, cache, [prompt])
     anchor = target.logits(last_hidden).argmax(-1)
-    draft.prefill(draft_cache, context, torch.tensor([[*prompt[1:], int(anchor)]]), [len(prompt)])
+    draft.extend(draft_cache, context, torch.tensor([[*prompt[1:], int(anchor)]]), [len(prompt)])
     ids = [*prompt, int(anchor)]
     for step in wanted["steps"]:
         proposal = draft.propose(draft_cache, anchor, GREEDY, None)
@@ -137,7 +137,7 @@ def replay(target: Target, draft: Draft, wanted: dict[str, Any], *, threshold: f
             )
         )
         following = torch.cat([tokens[:, :accepted], verdict.next_token[:, None]], 1)
-        draft.accept(draft_cache, output.context, following, [accepted + 1])
+        draft.extend(draft_cache, output.context, following, [accepted + 1])
         cache.lengths = [cache.lengths[0] + accepted + 1]
         ids, anchor = [*ids, *following[0].tolist()], verdict.next_token
     return Replayed(differing + (ids[: len(wanted["output_ids"])] != wanted["output_ids"]), error)

@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec.config.draft import LossConfig
 from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.block_draft import BlockDraft
-from deepspec.model.checkpoint import Draft
-from deepspec.model.drafter import TrainBatch
+from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.layers import softcap
 from deepspec.model.loss import deviation
@@ -129,7 +128,7 @@ def _inputs(batch: TrainBatch) -> dict[str, Tensor]:
 
 
 def _write(
-    draft: Draft, loss: Tensor, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+    draft: Drafter, loss: Tensor, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path
 ) -> None:
     draft.zero_grad()
     loss.backward()

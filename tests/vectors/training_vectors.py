@@ -18,13 +18,12 @@ from torch import Tensor
 from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.anchors import BlockPlan, Samples
 from deepspec.model.block_draft import BlockDraft
-from deepspec.model.checkpoint import Draft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
 from deepspec.model.layers import softcap
 from deepspec.model.loss import deviation
 from deepspec.target.conformance import Check, distance
-from tests.vectors.cases import Case, regret, relative, worst
+from tests.vectors.cases import Case, logit_gap, relative, worst
 from tests.vectors.loss_vectors import (
     LOSS,
     ROUNDING_FACTOR,
@@ -134,12 +133,11 @@ def batch_of(tensors: dict[str, Tensor], rows: Rows) -> TrainBatch:
     )
 
 
-def _exactly(draft: Draft, batch: TrainBatch, plan: BlockPlan | Eagle3Plan) -> Draft:
+def _exactly(draft: Drafter, batch: TrainBatch, plan: BlockPlan | Eagle3Plan) -> Drafter:
     """The draft in float64, with the gradients of the same loss."""
     exact = copy.deepcopy(draft).double()
     exact.zero_grad()
-    drafter: Drafter = exact
-    output = drafter.loss(
+    output = exact.loss(
         batch._replace(context=batch.context.double(), last_hidden=batch.last_hidden.double()), plan
     )
     (output.numerator / output.denominator.clamp(min=1e-9)).backward()
@@ -197,11 +195,11 @@ def _forward_checks(
         "draft_logits": lambda wanted: distance(logits, wanted[keep]),
         "draft_logits_row0": lambda wanted: distance(logits[:in_row0], wanted[0][keep[0]]),
         "draft_logsumexp": lambda wanted: distance(logits.logsumexp(-1), wanted[keep]),
-        "draft_argmax": lambda wanted: regret(logits, wanted[keep]),
+        "draft_argmax": lambda wanted: logit_gap(logits, wanted[keep]),
         "aligned_target_logsumexp": lambda wanted: distance(
             target.logsumexp(-1), wanted[keep][counted]
         ),
-        "aligned_target_argmax": lambda wanted: regret(target, wanted[keep][counted]),
+        "aligned_target_argmax": lambda wanted: logit_gap(target, wanted[keep][counted]),
     }
     errors = {name: measure(tensors[name]) for name, measure in compared.items() if name in tensors}
     checks = [states, worst("logits", errors, _allowed(rounding))]
@@ -243,7 +241,7 @@ def _step_checks(
         errors["states"][f"step {step}"] = distance(states[counted], wanted["hidden"])
         of_step = [
             distance(logits.logsumexp(-1), wanted["logsumexp"]),
-            regret(logits, wanted["argmax"]),
+            logit_gap(logits, wanted["argmax"]),
         ]
         for row, (start, end) in enumerate(
             zip(*(bounds.tolist() for bounds in Samples.of(batch.lengths)), strict=True)
