@@ -20,8 +20,8 @@ from pathlib import Path
 
 import httpx
 
-from deepspec.config.target import TargetConfig
 from deepspec.config.servers import ServersConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
 from deepspec.process.launch import Scope, run_child, scope
 from deepspec.process.machine import LOOPBACK, free_port

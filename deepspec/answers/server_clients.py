@@ -17,8 +17,8 @@ from openai.types.chat import ChatCompletion
 from deepspec.answers.request import SEEDS, Dialect, common_fields, sent_messages
 from deepspec.answers.server_errors import KEY_REFUSED
 from deepspec.config.data import AnswersConfig
-from deepspec.config.target import TargetConfig
 from deepspec.config.servers import ServersConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
 from deepspec.target.conversation import AnswerRequest
 

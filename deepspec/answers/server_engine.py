@@ -23,8 +23,8 @@ from deepspec.answers.server_errors import (
 )
 from deepspec.answers.server_pool import PooledServer, ServerPool
 from deepspec.config.data import AnswersConfig
-from deepspec.config.target import TargetConfig
 from deepspec.config.servers import ServersConfig
+from deepspec.config.target import TargetConfig
 from deepspec.target.chat_families import CHAT_FAMILIES
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 

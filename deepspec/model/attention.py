@@ -9,13 +9,14 @@ per query of its own, H heads, G key-value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from deepspec.model.execution import compiled
 
 KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
 TILE = 128  # queries and keys that flex attention works on at a time
@@ -176,7 +177,8 @@ def flex(
     )
     # Autocast does not know flex attention, and rotated queries come in the tables' float32.
     mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
-    kernel: Any = _compiled() if queries.is_cuda else flex_attention
+    # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
+    kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention
     shares = queries.shape[2] != keys.shape[1]
     out = kernel(
         queries.transpose(1, 2).to(dtype),
@@ -246,10 +248,3 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None]
-
-
-@lru_cache
-def _compiled() -> Callable[..., Tensor]:
-    # Not compiled, flex attention computes dense scores and saves nothing (trap D10). Lengths
-    # differ from batch to batch.
-    return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))

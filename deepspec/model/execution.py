@@ -24,7 +24,7 @@ class Execution(NamedTuple):
 
     def positionwise(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """What `function` returns; compiled where asked for."""
-        return (_compiled(function) if self.compile else function)(*inputs)
+        return (compiled(function) if self.compile else function)(*inputs)
 
     def layer(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """What `function` returns; computed once more in the backward pass where asked for."""
@@ -34,6 +34,6 @@ class Execution(NamedTuple):
 
 
 @lru_cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Once for all layers, which are an input like any other, and for all lengths.
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function: one for all layers, which are an input like any other, and lengths."""
     return torch.compile(function, dynamic=True)

@@ -31,7 +31,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(
         execution,
-        "_compiled",
+        "compiled",
         lru_cache(lambda function: torch.compile(function, dynamic=True, backend=backend)),
     )
     torch._dynamo.reset()
