@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check docs format bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
@@ -18,6 +18,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m docs.reference --check
+
+# The page of all settings, from the models that check them.
+docs: $(STAMP)
+	$(BIN)/python -m docs.reference
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -11,20 +11,28 @@ from deepspec.config.section import Section
 
 
 class DemoSource(Section):
+    """Prompts of the embedded demo."""
+
     kind: Literal["demo"]
     """The prompts of the demo stage."""
 
 
 class FileSource(Section):
+    """Prompts in files."""
+
     kind: Literal["files"]
     """JSONL or Parquet files."""
     paths: tuple[str, ...] = Field(min_length=1)
     """Files (local paths or URLs); rows carry `messages`, `conversations`, `turns` or `prompt`."""
     column: str | None = None
-    """Column that holds the conversation or the prompt; null looks for one of those four."""
+    """Column that holds the conversation or the prompt; null takes the first of those four that
+    exists.
+    """
 
 
 class DatasetSource(Section):
+    """Prompts in a Hugging Face data set."""
+
     kind: Literal["dataset"]
     """A Hugging Face data set."""
     name: str
@@ -34,16 +42,18 @@ class DatasetSource(Section):
     split: str = "train"
     """Split to read."""
     revision: str | None = None
-    """Commit or tag to read; null reads the newest commit, warns which one that is, and stays
+    """Commit or tag to read; null reads the newest commit, logs a warning with it, and stays
     with it when it resumes.
     """
     column: str | None = None
-    """Column that holds the conversation or the prompt; null looks for `messages`,
-    `conversations`, `turns` or `prompt`.
+    """Column that holds the conversation or the prompt; null takes the first of `messages`,
+    `conversations`, `turns` and `prompt` that exists.
     """
 
 
 class PromptsConfig(Section):
+    """Where prompts come from, which of them are kept, and how they are cut into shards."""
+
     source: Annotated[DemoSource | FileSource | DatasetSource, Field(discriminator="kind")]
     """Where prompts come from."""
     limit: PositiveInt | None = None
@@ -59,8 +69,8 @@ class PromptsConfig(Section):
     theirs are dropped.
     """
     duplicates: Literal["drop", "keep"] = "drop"
-    """What to do with a conversation that came before; one that is kept has an id of its own,
-    and the split of the first.
+    """What to do with a repeated conversation; one that is kept has an id of its own, and the
+    split of the first.
     """
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of unusable rows above which the stage fails."""
@@ -72,6 +82,8 @@ class PromptsConfig(Section):
 
 
 class SamplingConfig(Section):
+    """How a next token is drawn."""
+
     temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -83,6 +95,8 @@ class SamplingConfig(Section):
 
 
 class AnswerSamplingConfig(SamplingConfig):
+    """How the target draws the tokens of its answers."""
+
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the logits of tokens that came before; 1 leaves them. Only servers compute it."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -90,6 +104,8 @@ class AnswerSamplingConfig(SamplingConfig):
 
 
 class AnswersConfig(Section):
+    """How the target answers the prompts."""
+
     engine: str = Field(
         default="transformers", pattern=r"^(transformers|openai|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
     )
@@ -101,11 +117,11 @@ class AnswersConfig(Section):
     max_new_tokens: PositiveInt = 4096
     """Tokens per answer at most."""
     truncated: Literal["keep", "drop", "retry"] = "keep"
-    """What to do with answers that ran into the limit; `retry` asks once more with a larger
-    one, and keeps what comes.
+    """What to do with an answer that reaches the limit; `retry` requests it once more with a
+    larger one, and keeps the result.
     """
     retry_max_new_tokens: PositiveInt | None = None
-    """That larger limit; null is four times `max_new_tokens`."""
+    """The larger limit of `truncated: retry`; null is four times `max_new_tokens`."""
     seed: int = 42
     """Seed of the answers; each prompt draws from its own stream."""
 
@@ -115,15 +131,18 @@ class AnswersConfig(Section):
             self.truncated != "retry" or self.retry_max_new_tokens <= self.max_new_tokens
         ):
             raise ValueError(
-                "answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more than answers.max_new_tokens"
+                "answers.retry_max_new_tokens goes with answers.truncated `retry`, and is more "
+                "than answers.max_new_tokens"
             )
         return self
 
 
 class HiddenConfig(Section):
+    """Which of the target's hidden states are kept, and how they are stored."""
+
     codec: Literal["raw", "lossless", "int8", "fp8"] = "raw"
-    """How context features are stored: bfloat16 as it is; the same entropy-coded; 8 bits with
-    scales (half the size).
+    """How context features are stored: `raw` is plain bfloat16, `lossless` the same
+    entropy-coded, `int8` and `fp8` are 8 bits with scales (half the size).
     """
     last_codec: Literal["raw", "lossless", "int8"] | None = None
     """How final hidden states are stored; null follows `codec` (int8 where that is fp8, which
@@ -134,19 +153,21 @@ class HiddenConfig(Section):
     max_length: PositiveInt = 4096
     """Tokens per sample at most; longer samples are cut."""
     last_hidden: Literal["supervised", "none"] = "supervised"
-    """Keep the final hidden state around supervised tokens, or not at all (DFlash does not need
-    it).
+    """Whether the final hidden states around supervised tokens are kept, or none at all (DFlash
+    does not need them).
     """
 
     @model_validator(mode="after")
     def _compression_has_codes(self) -> Self:
         if self.compression == "zstd" and self.codec not in ("int8", "fp8"):
             raise ValueError(
-                "hidden.compression `zstd` goes with hidden.codec int8 or fp8; `lossless` is entropy-coded already"
+                "hidden.compression `zstd` goes with hidden.codec int8 or fp8; `lossless` is "
+                "entropy-coded already"
             )
         return self
 
     @property
     def codec_of_last_hidden(self) -> Literal["raw", "lossless", "int8"]:
+        """The codec of the final hidden states, whether it is given or follows `codec`."""
         follows: Literal["raw", "lossless", "int8"] = "int8" if self.codec == "fp8" else self.codec
         return self.last_codec or follows

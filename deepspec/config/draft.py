@@ -1,4 +1,4 @@
-"""The sections of a run that describe a draft: its heads, its loss, its training."""
+"""The sections of a run about its draft model: architecture, loss, training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from deepspec.config.section import Section
 
 
 class MarkovConfig(Section):
+    """The Markov head: a low-rank transition table over the previous token."""
+
     rank: PositiveInt = 256
     """Rank of the transition table."""
     kind: Literal["vanilla", "gated", "rnn"] = "vanilla"
@@ -17,6 +19,8 @@ class MarkovConfig(Section):
 
 
 class ConfidenceConfig(Section):
+    """The confidence head: how likely each proposed token is to be accepted."""
+
     markov_features: bool = True
     """Whether the head also sees the Markov embedding of the previous token."""
     detach: bool = False
@@ -24,6 +28,8 @@ class ConfidenceConfig(Section):
 
 
 class BlockDraftConfig(Section):
+    """A draft that proposes a whole block in one forward pass."""
+
     algorithm: Literal["dspark", "dflash"]
     """`dflash` is the backbone alone; `dspark` adds the Markov and the confidence head."""
     block_size: PositiveInt = 7
@@ -49,8 +55,10 @@ class BlockDraftConfig(Section):
 
 
 class Eagle3DraftConfig(Section):
+    """A draft that proposes token by token: one decoder layer fed with its own outputs."""
+
     algorithm: Literal["eagle3"]
-    """One decoder layer trained on its own outputs."""
+    """Always `eagle3`."""
     block_size: PositiveInt = 7
     """Tokens proposed per round."""
     num_layers: Literal[1] = 1
@@ -80,23 +88,26 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
+    """How the draft is trained."""
+
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """What a rank keeps: all of the optimizer (`ddp`), or its part (`deepspeed`, see
-    `resources.memory.zero_stage`). Alone here in no fingerprint: but for rounding the draft is the same,
-    and either goes on from the other's checkpoints."""
+    `resources.memory.zero_stage`). The only field here that is in no fingerprint: but for rounding
+    the draft is the same, and either continues from the other's checkpoints.
+    """
     seed: int = 42
     """Seed of weights, order and anchors."""
     epochs: PositiveInt = 10
     """Passes over the training samples."""
     max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps, whatever the epochs say."""
+    """Stop after this many optimizer steps, however many epochs are left."""
     window_shards: PositiveInt = 64
     """Shards whose samples are shuffled together; the order of the shards is shuffled too.
     Reads stay within a window.
     """
     window_epochs: PositiveInt = 1
-    """Passes over the samples of a window, each in another order, before the next window comes;
-    a divisor of `epochs`.
+    """Passes over the samples of a window, each in another order, before the next window; a
+    divisor of `epochs`.
     """
     global_batch: PositiveInt = 512
     """Samples per optimizer step, over all ranks and micro-batches."""
@@ -113,19 +124,20 @@ class TrainConfig(Section):
     checkpoint_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints."""
     acceptance_samples: int = Field(default=64, ge=0)
-    """Held-out samples that the draft drafts along at every checkpoint, so that the best one is
-    kept; 0 keeps the last one.
+    """Held-out samples on which the draft's acceptance is measured at every checkpoint, so that
+    the best one is kept; 0 keeps the last one.
     """
     patience: PositiveInt | None = None
-    """Checkpoints in a row without a better acceptance after which training ends; null goes on
-    to the last step.
+    """Checkpoints in a row without a better acceptance after which training ends; null never
+    ends it early.
     """
 
     @model_validator(mode="after")
     def _patience_has_a_measure(self) -> Self:
         if self.patience is not None and self.acceptance_samples == 0:
             raise ValueError(
-                "train.patience needs train.acceptance_samples: without it nothing tells which checkpoint is better"
+                "train.patience needs train.acceptance_samples: without them no checkpoint is "
+                "known to be better than another"
             )
         return self
 
@@ -136,6 +148,7 @@ class TrainConfig(Section):
             below, above = self.epochs - left, self.epochs - left + self.window_epochs
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ValueError(
-                f"train.epochs {self.epochs} is no multiple of train.window_epochs {self.window_epochs}: choose {nearest} epochs"
+                f"train.epochs {self.epochs} is no multiple of train.window_epochs "
+                f"{self.window_epochs}: choose {nearest} epochs"
             )
         return self

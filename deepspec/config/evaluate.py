@@ -12,6 +12,8 @@ from deepspec.config.section import Section
 
 
 class BenchmarkConfig(Section):
+    """A set of prompts to decode."""
+
     name: str
     """A known one (`gsm8k`; `gsm8k@COMMIT` pins its data set), `demo/math`, `demo/code`,
     `demo/chat`, or a JSONL or Parquet file.
@@ -21,8 +23,8 @@ class BenchmarkConfig(Section):
     and all of a file.
     """
     turns: Literal["first", "all"] = "first"
-    """User turns of each prompt to decode: the first, or all of them, each on the target's own
-    answers to those before.
+    """User turns of each prompt to decode: the first, or all of them, each after the target's
+    own answers to the earlier ones.
     """
     domain: Domain | None = None
     """What the prompts are about; null is a known one's own, and `other` for a file."""
@@ -34,8 +36,10 @@ class BenchmarkConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """What is decoded, with and without the draft, and how."""
+
     benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
-    """Prompts to decode."""
+    """Sets of prompts to decode."""
     temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         default=(1.0,), min_length=1
     )
@@ -63,17 +67,17 @@ class EvaluateConfig(Section):
 
     @field_validator("temperatures", "batch_sizes")
     @classmethod
-    def _each_is_there_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+    def _no_value_is_repeated(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(values)) < len(values):
-            raise ValueError(
-                "a value is there twice: its prompts would be decoded and counted twice"
-            )
+            raise ValueError("a value is repeated: its prompts would be decoded and counted twice")
         return values
 
     @model_validator(mode="after")
-    def _benchmarks_have_names_of_their_own(self) -> Self:
+    def _names_are_distinct(self) -> Self:
         names = Counter(short_name(benchmark.name) for benchmark in self.benchmarks)
         if twice := [name for name, count in names.items() if count > 1]:
-            what = f"several benchmarks are called {', '.join(twice)}: their results could not be told apart"
-            raise ValueError(f"{what}; name each once, rename a file, or leave one out")
+            raise ValueError(
+                f"several benchmarks are called {', '.join(twice)}: their results could not be "
+                "distinguished; name each once, rename a file, or leave one out"
+            )
         return self

@@ -1,5 +1,4 @@
-"""The two model families as records: everything in which Qwen3 and Gemma4 differ for a draft, and
-nothing else.
+"""The two model families as records: all in which Qwen3 and Gemma4 differ for a draft.
 
 A target is described by its Hugging Face `config.json` as a dictionary; nothing here loads a model.
 """
@@ -15,6 +14,8 @@ HFConfig = Mapping[str, Any]
 
 
 class Family(NamedTuple):
+    """In what a model family differs for a draft."""
+
     name: Literal["qwen3", "gemma4"]
     # `model_type` of the text config; the wrapper's first where the text config is nested
     model_types: tuple[str, ...]
@@ -80,18 +81,14 @@ class HeadGeometry(NamedTuple):
 
 
 class RopeSettings(NamedTuple):
-    """Rotary embedding of a full-attention layer: angles of the first `rotated` pairs, none for
-    the others.
-    """
+    """Rotary embedding of a full-attention layer: the first pairs are rotated, the others not."""
 
     theta: float
     num_rotated: int  # of head_dim / 2 pairs
 
 
 def text_config(hf_config: HFConfig) -> HFConfig:
-    """The language model's part of a target's config: itself, or `text_config` of a multimodal
-    wrapper.
-    """
+    """The language model's part of a target's config: `text_config` of a multimodal wrapper."""
     nested = hf_config.get("text_config")
     return nested if isinstance(nested, Mapping) else hf_config
 
@@ -135,10 +132,8 @@ def head_geometry(text: HFConfig, family: Family) -> HeadGeometry:
     `num_global_key_value_heads`, newer Transformers as `per_layer_config` of each such layer.
     """
     num_heads = text["num_attention_heads"]
-    kv_heads, head_dim = (
-        text.get("num_key_value_heads") or num_heads,
-        text.get("head_dim") or text["hidden_size"] // num_heads,
-    )
+    kv_heads = text.get("num_key_value_heads") or num_heads
+    head_dim = text.get("head_dim") or text["hidden_size"] // num_heads
     if family.global_head_dim is None:
         return HeadGeometry(num_heads, kv_heads, head_dim, values_are_keys=False)
     values_are_keys = bool(text.get("attention_k_eq_v"))
@@ -165,8 +160,9 @@ def _global_layer(text: HFConfig) -> Mapping[str, Any]:
 
 
 def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSettings:
-    """Rotary embedding of the full-attention layers; old configs say `rope_theta`, new ones
-    `rope_parameters`.
+    """Rotary embedding of the full-attention layers.
+
+    Old configs have `rope_theta`, new ones `rope_parameters`.
 
     Raises:
         ConfigError: a rope type that drafts do not compute (yarn, linear, ...).

@@ -21,6 +21,8 @@ from deepspec.config.target import DemoConfig, TargetConfig
 
 
 class RunConfig(Section):
+    """A whole run, from prompts to results."""
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the run: lower-case letters, digits, dot, dash, underscore."""
     store: str
@@ -37,11 +39,9 @@ class RunConfig(Section):
     evaluate: EvaluateConfig
     resources: ResourcesConfig = ResourcesConfig()
 
-    @cached_property  # no field, and not compared: `load_run` knows it
+    @cached_property  # no field, and not compared: `load_run` sets it
     def typed(self) -> str:
-        """The run as a command takes it, its overrides and store included; the word for it
-        where nobody typed any.
-        """
+        """The run as a command takes it, with overrides and store; `RUN` where none was typed."""
         return "RUN"
 
     @model_validator(mode="after")
@@ -56,26 +56,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _engine_can_do_it(self) -> Self:
-        sampling = self.answers.sampling
-        if self.answers.engine == "openai" and bool(self.resources.servers.endpoints) == (
-            self.resources.servers.start != "none"
-        ):
-            what = "answers.engine `openai` needs servers: either resources.servers.endpoints, e.g. [http://127.0.0.1:8000/v1], or resources.servers.start"
-            raise ValueError(what)
-        if sampling.presence_penalty and "transformers" in (
-            self.resources.servers.start,
-            self.resources.servers.dialect,
-        ):
+    def _engine_has_servers_where_it_needs_them(self) -> Self:
+        sampling, servers = self.answers.sampling, self.resources.servers
+        starts = servers.start != "none"
+        if self.answers.engine == "openai" and bool(servers.endpoints) == starts:
+            raise ValueError(
+                "answers.engine `openai` needs servers: either resources.servers.endpoints, e.g. "
+                "[http://127.0.0.1:8000/v1], or resources.servers.start"
+            )
+        if sampling.presence_penalty and "transformers" in (servers.start, servers.dialect):
             raise ValueError(
                 "answers.sampling.presence_penalty: `transformers serve` does not know it"
             )
-        if self.answers.engine == "transformers" and (
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-        ) != (1.0, 0.0):
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty)
+        if self.answers.engine == "transformers" and penalties != (1.0, 0.0):
             raise ValueError(
-                "answers.sampling.repetition_penalty and presence_penalty need a server: answers.engine `openai`"
+                "answers.sampling.repetition_penalty and presence_penalty need a server: "
+                "answers.engine `openai`"
             )
         return self
 
@@ -83,26 +80,30 @@ class RunConfig(Section):
     def _patience_has_samples(self) -> Self:
         if self.train.patience is not None and self.prompts.held_out == 0:
             raise ValueError(
-                "train.patience needs prompts.held_out: without held-out samples nothing tells which checkpoint is better"
+                "train.patience needs prompts.held_out: without held-out samples no checkpoint is "
+                "known to be better than another"
             )
         return self
 
     @model_validator(mode="after")
-    def _draft_finds_what_it_reads(self) -> Self:
+    def _draft_has_what_it_reads_and_learns_from(self) -> Self:
+        draft, loss = self.draft, self.loss
+        confidence = None if draft.algorithm == "eagle3" else draft.confidence
+        if self.evaluate.verify != "full" and not confidence:
+            raise ValueError(
+                "evaluate.verify: the draft has no confidence head to cut its blocks by; choose "
+                "full, or draft.confidence"
+            )
         if self.hidden.last_hidden == "none" and (
-            self.draft.algorithm == "eagle3" or self.loss.tv > 0 or self.draft.confidence
+            draft.algorithm == "eagle3" or loss.tv > 0 or confidence
         ):
             raise ValueError("hidden.last_hidden `none` serves only a dflash draft with loss.tv 0")
-        if self.draft.algorithm != "eagle3" and not self.loss.ce + self.loss.tv + (
-            self.loss.confidence if self.draft.confidence else 0
-        ):
+        if draft.algorithm == "eagle3":
+            if self.target.layer_ids[0] < 0:
+                raise ValueError("eagle3 cannot read layer -1, the embedding output")
+        elif not loss.ce + loss.tv + (loss.confidence if confidence else 0):
             raise ValueError(
-                "loss.ce, loss.tv and loss.confidence are all 0 for this draft: there is nothing to learn from"
-            )
-        if self.draft.algorithm == "eagle3" and self.target.layer_ids[0] < 0:
-            raise ValueError("eagle3 cannot read layer -1, the embedding output")
-        if self.evaluate.verify != "full" and not getattr(self.draft, "confidence", None):
-            raise ValueError(
-                "evaluate.verify: the draft tells no confidence to cut its blocks by; choose full, or draft.confidence"
+                "loss.ce, loss.tv and loss.confidence are all 0 for this draft: there is nothing "
+                "to learn from"
             )
         return self

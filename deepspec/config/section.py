@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -9,3 +11,10 @@ class Section(BaseModel):
     """A frozen group of settings; the docstring below a field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field holds, by its type: one, several to choose from, or none."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for part in get_args(annotation) for section in sections_in(part)]

@@ -10,9 +10,7 @@ from deepspec.config.section import Section
 
 
 class DemoConfig(Section):
-    """The embedded default: a tiny target trained here on text that every Python installation
-    carries.
-    """
+    """The embedded demo: a tiny target, trained from scratch on text of the Python installation."""
 
     seed: int = 0
     """Seed of the corpus and of the target's weights."""
@@ -37,6 +35,8 @@ class DemoConfig(Section):
 
 
 class TargetConfig(Section):
+    """The target model, and which of its hidden states a draft reads."""
+
     model: str
     """Hugging Face name or local folder of the target model; `demo` is the target that the demo
     stage trains.
@@ -44,7 +44,7 @@ class TargetConfig(Section):
     revision: str | None = None
     """Commit or tag of the model on the hub; null for a local folder."""
     chat_family: Literal["qwen", "gemma4"]
-    """How the chat template marks turns."""
+    """Family of the chat template: how it marks turns."""
     thinking: bool = False
     """Whether the chat template switches thinking on."""
     layer_ids: tuple[int, ...] = Field(min_length=1)
@@ -52,7 +52,7 @@ class TargetConfig(Section):
     the last layer.
     """
     mask_token_id: int = Field(ge=0)
-    """Token id that stands for a not yet drafted position."""
+    """Token id that stands for a position not drafted yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format that the target computes in."""
 
