@@ -97,7 +97,7 @@ class Record(Stored):
     counts: dict[str, float] = {}
     index_checksum: str = ""
     """Of the shard's file of index rows; empty where it has none."""
-    scales_checksum: str = Field(default="", alias="scales_checksum")
+    scales_checksum: str = Field(default="", alias="made_with")
     """Of the codecs' channel scales, without which the shard cannot be read; empty without any.
     On disk the field has its older name.
     """
