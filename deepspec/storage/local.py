@@ -1,6 +1,4 @@
-"""A store in a local folder: what is visible under a name is whole and on the disk, or it is
-not there.
-"""
+"""A store in a local folder: what is visible under a name is whole and on the disk."""
 
 from __future__ import annotations
 
@@ -8,96 +6,107 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import xxhash
-
 from deepspec.errors import DamagedData
-from deepspec.storage.s3_client import Buffer, Entry, FolderListing
-
-STAGED = ".staged"
-COPY_BYTES = 16 << 20
+from deepspec.storage.store import Buffer, Entry, FolderListing, Store, file_checksum
 
 
-class Disk:
-    """A folder; `remote.Remote` is its counterpart for everything else."""
+class LocalStore(Store):
+    """A folder; its files are its users' own, so `fetch` copies nothing."""
 
-    def __init__(self, root: str, *, spool: Path) -> None:
-        self.root, self.spool = Path(root), spool
+    is_local = True
 
-    def read(self, key: str) -> bytes:
-        return (self.root / key).read_bytes()
+    def __init__(self, url: str, root: str, *, scratch: Path) -> None:
+        self.url, self.root, self.scratch = url, root, scratch
+        self.spool = Path(root) / ".staged"
 
-    def read_many(self, keys: list[str]) -> list[bytes | None]:
-        return [_read_if_there(self.root / key) for key in keys]
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or a folder of this name."""
+        return self._file(name).exists()
 
-    def read_range(self, key: str, start: int, end: int) -> Buffer:
-        descriptor, data = (
-            os.open(self.root / key, os.O_RDONLY),
-            memoryview(bytearray(max(0, end - start))),
-        )
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._file(name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """The whole content of a file."""
+        return self._file(name).read_bytes()
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """The contents in the order of the names, None where there is no file."""
+        found: list[bytes | None] = [None] * len(names)
+        for number, name in enumerate(names):
+            with suppress(FileNotFoundError):
+                found[number] = self.read(name)
+        return found
+
+    def read_range(self, name: str, start: int, end: int) -> Buffer:
+        """Exactly the bytes [start, end)."""
+        room = memoryview(bytearray(max(0, end - start)))
+        descriptor = os.open(self.path(name), os.O_RDONLY)
         try:
-            count = read_into(descriptor, data, start)
+            count = read_into(descriptor, room, start)
         finally:
             os.close(descriptor)
-        if count != len(data):
-            what = f"the file ends before byte {end}"
-            raise DamagedData(
-                what,
-                where=str(self.root / key),
-                fix="run `python -m deepspec verify`, then the stage again",
-            )
-        return data
+        if count != len(room):
+            fix = "run `python -m deepspec verify`, then the stage again"
+            raise DamagedData(f"the file ends before byte {end}", where=self.path(name), fix=fix)
+        return room
 
-    def size(self, key: str) -> int:
-        return (self.root / key).stat().st_size
-
-    def checksum(self, key: str) -> str:
-        return file_checksum(self.root / key)
-
-    def exists(self, key: str) -> bool:
-        return (self.root / key).exists()
+    def checksum(self, name: str) -> str:
+        """xxh3_128 of what is stored now, as 32 hex digits."""
+        return file_checksum(self._file(name))
 
     def listing(self, folder: str) -> FolderListing:
-        files: list[Entry] = []
-        folders: list[str] = []
-        try:
-            with os.scandir(self.root / folder) as found:
-                for item in found:
-                    _list_item(item, files, folders)
-        except (FileNotFoundError, NotADirectoryError):
-            return FolderListing([], [])
-        return FolderListing(files, folders)
+        """What lies directly in the folder now."""
+        found = FolderListing([], [])
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self.path(folder)) as items,
+        ):
+            for item in items:
+                if item.is_dir():
+                    found.folders.append(item.name)
+                    continue
+                with suppress(FileNotFoundError):  # removed since the folder was read
+                    status = item.stat()
+                    found.files.append(Entry(item.name, status.st_size, status.st_mtime))
+        return found
 
-    def remove(self, key: str) -> None:
-        path = self.root / key
+    def remove(self, name: str) -> None:
+        """Neither a file nor a folder of this name is left."""
+        path = self._file(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
-    def write(self, key: str, data: bytes) -> None:
-        staged = self._written(data)
-        try:
-            self.publish(staged, key)
-        finally:
-            staged.unlink(missing_ok=True)
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the file's content at once or not at all."""
+        with self.staged() as local:
+            local.write_bytes(data)
+            self.publish(local, name)
 
-    def write_new(self, key: str, data: bytes) -> bool:
-        staged, target = self._written(data), self.root / key
-        _fsync(staged)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(staged, target)  # a rename would replace what is there; a link refuses
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink(missing_ok=True)
+    def write_new(self, name: str, data: bytes) -> bool:
+        """True if this call created the file, False if there was one already."""
+        target = self._file(name)
+        with self.staged() as local:
+            local.write_bytes(data)
+            _fsync(local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(local, target)  # a rename would replace what is there; a link refuses
+            except FileExistsError:
+                return False
         _fsync(target.parent)
         return True
 
-    def publish(self, local: Path, key: str, *, checksum: str | None = None) -> None:
-        target = self.root / key
+    def publish(self, local: Path, name: str, *, checksum: str | None = None) -> None:
+        """Put a staged file in its place; nothing is compared, a rename changes no byte."""
+        target = self._file(name)
         _fsync(local)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -105,68 +114,31 @@ class Disk:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            what = "a file from another disk cannot be moved there in one step"
-            raise OSError(
-                errno.EXDEV, f"{what}; write it to a name from `staged()`", str(local)
-            ) from None
+            what = "a file of another disk cannot be moved in one step; write it under `staged()`"
+            raise OSError(errno.EXDEV, what, str(local)) from None
         _fsync(target.parent)
 
-    def fetch(self, key: str, checksum: str | None = None) -> Path:
-        return self.root / key
+    def fetch(self, name: str, checksum: str | None = None) -> Path:
+        """The file itself."""
+        return self._file(name)
 
-    def check_writable(self) -> None:
-        """Raise OSError if nothing can be put in place."""
-        probe = f".probe-{uuid.uuid4().hex}"
-        self.write(probe, b"deepspec")
-        self.remove(probe)
+    def probe(self) -> None:
+        """Create and remove one small file."""
+        name = f".probe-{uuid.uuid4().hex}"
+        self.write(name, b"deepspec")
+        self.remove(name)
 
-    def _written(self, data: bytes) -> Path:
-        self.spool.mkdir(parents=True, exist_ok=True)
-        staged = self.spool / staged_name()
-        staged.write_bytes(data)
-        return staged
+    def _file(self, name: str) -> Path:
+        return Path(self.path(name))
 
 
 def read_into(descriptor: int, room: memoryview, offset: int) -> int:
-    """Fill `room` from the file's bytes at `offset`; returns how many there were. One call of
-    the system ends at 2 GiB.
-    """
+    """Fill `room` from the file's bytes at `offset`; returns how many there were."""
     done = 0
+    # One call of the system ends at 2 GiB.
     while done < len(room) and (count := os.preadv(descriptor, [room[done:]], offset + done)):
         done += count
     return done
-
-
-def file_checksum(local: Path) -> str:
-    """xxh3_128 of a file's bytes as 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with local.open("rb") as file:
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def staged_name() -> str:
-    """A name nobody else has, from which `gc` sees who was writing."""
-    return f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex}"
-
-
-def _read_if_there(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def _list_item(item: os.DirEntry[str], files: list[Entry], folders: list[str]) -> None:
-    if item.is_dir():
-        folders.append(item.name)
-        return
-    try:
-        status = item.stat()
-    except FileNotFoundError:  # removed since the folder was read
-        return
-    files.append(Entry(item.name, status.st_size, status.st_mtime))
 
 
 def _fsync(path: Path) -> None:

@@ -1,281 +1,247 @@
-"""A store in a bucket: retries, verified uploads, fetched copies and create-only writes, above
-either client.
-"""
+"""A store in a bucket: verified uploads, fetched copies, create-only writes, above any client."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import uuid
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import xxhash
+from typing_extensions import override
 
 from deepspec.errors import DamagedData
-from deepspec.storage.retries import CHECK_S, Calls, within
-from deepspec.storage.s3_client import (
-    PART_BYTES,
-    Bucket,
-    Buffer,
-    Failure,
-    FolderListing,
-    Head,
-    ShortBody,
-    Upload,
-)
+from deepspec.storage.blocks import hash_blocks, read_blocks
+from deepspec.storage.clients import ClientName, client_of
+from deepspec.storage.retries import retried, within
+from deepspec.storage.s3_client import PART_BYTES, Bucket, Head, create
+from deepspec.storage.s3_errors import DAMAGED_FIX, Failure, cut_short, user_error
+from deepspec.storage.store import Buffer, FolderListing, Store, Upload, Uploads
 
 log = logging.getLogger(__name__)
 
+QUICK_S, CHECK_S = 6.0, 10.0
 SINGLE_PUT_BYTES = PART_BYTES
-READERS, BLOCKS_AHEAD = 16, 4
-Uploads = Literal["read_back", "size_only"]
+READERS = 16
+ResultT = TypeVar("ResultT")
 
 
-class Remote:
-    """Objects by key; `disk.Disk` is its counterpart for a local folder."""
+class RemoteStore(Store):
+    """Objects by key, below `root` ("bucket/prefix")."""
 
-    def __init__(self, calls: Calls, *, scratch: Path, uploads: Uploads) -> None:
-        self.calls, self.url, self.scratch, self.uploads = calls, calls.url, scratch, uploads
-        self._checked_in: set[int] = set()
+    is_local = False
 
-    @property
-    def fs(self) -> Any:
-        """The fsspec file system of this process."""
-        return self.calls.fsspec_bucket.fs
+    def __init__(self, url: str, root: str, *, scratch: Path, uploads: Uploads) -> None:
+        self.url, self.root, self.scratch, self.uploads = url, root, scratch, uploads
+        self.spool = scratch / "staged"
+        self.patience_s: float | None = None  # None: as long as `retried` allows
+        self._checked_in: set[int] = set()  # processes that could write here
 
-    def read(self, key: str) -> bytes:
-        return self.calls.once("read", key, lambda bucket: bucket.read(key))
+    @override
+    def exists(self, name: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return bool(self.head(name))
+        return bool(self.names(name))
 
-    def read_many(self, keys: list[str]) -> list[bytes | None]:
-        self.calls.bucket  # noqa: B018 - one client, made before many threads ask for it
+    def head(self, name: str) -> Head:
+        """The object's current version."""
+        return self._request("head", name, lambda bucket: bucket.head(name))
+
+    @override
+    def size(self, name: str) -> int:
+        return self.head(name).num_bytes
+
+    @override
+    def read(self, name: str) -> bytes:
+        return self._request("read", name, lambda bucket: bucket.read(name))
+
+    @override
+    def read_many(self, names: Sequence[str]) -> list[bytes | None]:
+        def read(name: str) -> bytes | None:
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(name)
+            return None
+
+        client_of(self.url, self.root)  # one client, made before many threads need it
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self._read_if_there, keys))
+            return list(pool.map(read, names))
 
-    def read_range(self, key: str, start: int, end: int) -> Buffer:
+    @override
+    def read_range(self, name: str, start: int, end: int) -> Buffer:
         if end <= start:
             return b""
 
         def whole(bucket: Bucket) -> Buffer:
-            data = bucket.read_range(key, start, end)
-            if len(data) != end - start and bucket.head(key).num_bytes >= end:
-                raise ShortBody(f"{len(data)} of {end - start} bytes came")
+            data = bucket.read_range(name, start, end)
+            if len(data) != end - start and bucket.head(name).num_bytes >= end:
+                raise ConnectionError(f"{len(data)} of {end - start} bytes came")
             return data
 
-        data = self.calls.once("read", key, whole)
+        data = self._request("read", name, whole)
         if len(data) != end - start:
-            raise self.calls.cut_short(key)
+            raise cut_short(f"{self.url}/{name}")
         return data
 
-    def head(self, key: str) -> Head:
-        return self.calls.once("head", key, lambda bucket: bucket.head(key))
+    @override
+    def checksum(self, name: str) -> str:
+        return hash_blocks(self._blocks(name, self.size(name)))
 
-    def size(self, key: str) -> int:
-        return self.head(key).num_bytes
-
-    def exists(self, key: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return bool(self.head(key))
-        files, folders = self.listing(key)
-        return bool(files or folders)
-
+    @override
     def listing(self, folder: str) -> FolderListing:
         try:
-            return self.calls.once("list", folder, lambda bucket: bucket.listing(folder))
+            return self._request("list", folder, lambda bucket: bucket.listing(folder))
         except FileNotFoundError:
             return FolderListing([], [])
 
-    def remove(self, key: str) -> None:
-        self.calls.once("remove", key, lambda bucket: bucket.remove(key))
-        files, folders = self.listing(key)
-        for name in [*(entry.name for entry in files), *folders]:
-            self.remove(f"{key}/{name}")
+    @override
+    def remove(self, name: str) -> None:
+        self._remove_object(name)
+        for inner in self.names(name):
+            self.remove(f"{name}/{inner}")
 
-    def write(self, key: str, data: bytes) -> None:
-        self.calls.once("write", key, lambda bucket: bucket.put(key, data))
+    @override
+    def write(self, name: str, data: bytes) -> None:
+        self._request("write", name, lambda bucket: bucket.put(name, data))
 
-    def write_new(self, key: str, data: bytes) -> bool:
-        created = self._create(key, data)
+    @override
+    def write_new(self, name: str, data: bytes) -> bool:
+        created = self._create(name, data)
         if created is not None:
             return created
-        if self.exists(key):
+        if self.exists(name):
             return False
-        self.write(key, data)
+        self.write(name, data)
         return True
 
+    @override
     def conditional_writes_work(self) -> bool:
-        """Whether the server keeps two writers of one new name apart; that one can write here
-        at all shows on the way.
-        """
-        key = f".probe-{uuid.uuid4().hex}"
-        first, second = self._create(key, b"first"), self._create(key, b"second")
-        self.calls.once("remove", key, lambda bucket: bucket.remove(key))
+        """Three requests find out, and also whether one can write here at all."""
+        name = f".probe-{uuid.uuid4().hex}"
+        first = self._create(name, b"first")
+        second = self._create(name, b"second")
+        self._remove_object(name)
         return (first, second) == (True, False)
 
-    def _create(self, key: str, data: bytes) -> bool | None:
-        """Whether this call put it there; None if the server refuses to be asked."""
+    def _create(self, name: str, data: bytes) -> bool | None:
         owner = uuid.uuid4().hex
+        return self._request("create", name, partial(create, key=name, data=data, owner=owner))
 
-        def put(bucket: Bucket) -> bool:
-            try:
-                bucket.put_new(key, data, owner)
-            except bucket.errors as error:
-                if bucket.problem(error).kind != "exists":
-                    raise
-                return self._is_owner(bucket, key, owner)
-            return True
-
-        try:
-            return self.calls.attempt("create", key, put)
-        except Failure as failure:
-            if failure.problem.kind == "unsupported":
-                return None
-            raise self.calls.error(failure, key) from None
-
-    @staticmethod
-    def _is_owner(bucket: Bucket, key: str, owner: str) -> bool:
-        """Whether the object that is in the way is our own: its answer got lost and the request was
-        sent again.
-
-        The owner tells that even from somebody else's equal bytes.
-        """
-        try:
-            return bucket.head(key).owner == owner
-        except FileNotFoundError:
-            raise ConnectionError("the server saw a conflict, and nothing is there now") from None
-
-    def publish(self, local: Path, key: str, *, checksum: str | None = None) -> None:
+    @override
+    def publish(self, local: Path, name: str, *, checksum: str | None = None) -> None:
         for _ in range(2):
-            self._upload(local, key)
-            wrong = self._what_is_wrong(local, key, checksum)
+            self._upload(local, name)
+            wrong = self._what_is_wrong(local, name, checksum)
             if not wrong:
                 return
-            log.warning("op=publish key=%s reason=%s", key, wrong)
-            self.calls.once("remove", key, lambda bucket: bucket.remove(key))
+            log.warning("op=publish key=%s reason=%s", name, wrong)
+            self._remove_object(name)
+        what = f"twice, what arrived is not what was sent: {wrong}"
         fix = "check the network and the server, then run the same again"
-        raise DamagedData(
-            f"twice, what arrived is not what was sent: {wrong}", where=f"{self.url}/{key}", fix=fix
-        )
+        raise DamagedData(what, where=f"{self.url}/{name}", fix=fix)
 
-    def _upload(self, local: Path, key: str) -> None:
+    def _upload(self, local: Path, name: str) -> None:
         if local.stat().st_size <= SINGLE_PUT_BYTES:
-            self.write(key, local.read_bytes())
+            self.write(name, local.read_bytes())
             return
-        try:
-            self.calls.attempt("upload", key, lambda bucket: bucket.upload(local, key))
-        except Failure as failure:
-            # The answer to a completed upload may get lost; asked again, the server knows of no
-            # such upload any more.
-            if failure.problem.kind != "missing":
-                raise self.calls.error(failure, key) from None
+        # The answer to a completed upload may get lost; the next try finds no such upload any more.
+        with contextlib.suppress(FileNotFoundError):
+            self._request("upload", name, lambda bucket: bucket.upload(local, name))
 
-    def _what_is_wrong(self, local: Path, key: str, checksum: str | None) -> str:
+    def _what_is_wrong(self, local: Path, name: str, checksum: str | None) -> str:
         try:
-            num_bytes = self.size(key)
+            num_bytes = self.size(name)
         except FileNotFoundError:
             return "nothing is there"
         if num_bytes != local.stat().st_size:
             return f"{num_bytes} bytes are there, {local.stat().st_size} were sent"
         if checksum is None or self.uploads == "size_only":
             return ""
-        found = self.checksum(key)
+        found = self.checksum(name)
         return "" if found == checksum else f"the checksum there is {found}, {checksum} was sent"
 
-    def checksum(self, key: str) -> str:
-        digest = xxhash.xxh3_128()
-        for block in self._blocks(key, self.size(key)):
-            digest.update(block)
-        return digest.hexdigest()
-
-    def fetch(self, key: str, checksum: str | None = None) -> Path:
-        path = PurePosixPath(key)
-        folder = (
-            self.scratch / "fetched" / xxhash.xxh3_64_hexdigest(self.url.encode()) / path.parent
-        )
-        if checksum and (folder / f"{checksum}-{path.name}").exists():
-            return folder / f"{checksum}-{path.name}"
-        folder.mkdir(parents=True, exist_ok=True)
+    @override
+    def fetch(self, name: str, checksum: str | None = None) -> Path:
+        store = xxhash.xxh3_64_hexdigest(self.url.encode())
+        target = self.scratch / "fetched" / store / Path(self.path(name)).relative_to(self.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if checksum and (kept := target.with_name(f"{checksum}-{target.name}")).exists():
+            return kept
         while True:
-            head = self.head(key)
+            head = self.head(name)
             version = checksum or xxhash.xxh3_128_hexdigest(
                 f"{head.num_bytes} {head.etag}".encode()
             )
-            cached = folder / f"{version}-{path.name}"
-            partial = folder / f".{uuid.uuid4().hex}"
-            try:
-                if cached.exists() or self._download(key, head, partial, checksum=checksum) == head:
-                    if not cached.exists():
-                        partial.replace(cached)
-                    return cached
-            finally:
-                partial.unlink(missing_ok=True)
+            kept = target.with_name(f"{version}-{target.name}")
+            if kept.exists() or self._download(name, head, kept, checksum=checksum):
+                return kept
 
-    def _download(self, key: str, head: Head, partial: Path, *, checksum: str | None) -> Head:
-        """Writes `partial`; returns what is there afterwards: if it was replaced meanwhile, the
-        copy may be made of both.
-        """
-        digest = xxhash.xxh3_128()
-        with partial.open("wb") as file:
-            for block in self._blocks(key, head.num_bytes):
-                digest.update(block)
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        after = self.head(key)
-        if after == head and checksum and digest.hexdigest() != checksum:
-            what = f"its checksum is {digest.hexdigest()}, not {checksum}"
-            raise DamagedData(
-                what,
-                where=f"{self.url}/{key}",
-                fix="run `python -m deepspec verify`, then the stage again",
-            )
-        return after
+    def _download(self, name: str, head: Head, target: Path, *, checksum: str | None) -> bool:
+        """Whether `target` is now a copy of that version: it may have been replaced meanwhile."""
+        unfinished = target.with_name(f".{uuid.uuid4().hex}")
+        try:
+            with unfinished.open("wb") as file:
+                found = hash_blocks(self._blocks(name, head.num_bytes), file)
+            if self.head(name) != head:
+                return False
+            if checksum and found != checksum:
+                what = f"its checksum is {found}, not {checksum}"
+                raise DamagedData(what, where=f"{self.url}/{name}", fix=DAMAGED_FIX)
+            unfinished.replace(target)
+            return True
+        finally:
+            unfinished.unlink(missing_ok=True)
 
-    def _blocks(self, key: str, num_bytes: int) -> Iterator[Buffer]:
-        """The object's bytes in order, a few ranged reads in flight."""
-        self.calls.bucket  # noqa: B018 - one client, made before the threads ask for it
-        with ThreadPoolExecutor(BLOCKS_AHEAD) as pool:
-            waiting = deque[Any]()
-            for start in range(0, num_bytes, PART_BYTES):
-                waiting.append(
-                    pool.submit(self.read_range, key, start, min(start + PART_BYTES, num_bytes))
-                )
-                if len(waiting) > BLOCKS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    def _blocks(self, name: str, num_bytes: int) -> Iterator[Buffer]:
+        client_of(self.url, self.root)  # one client, made before the threads need it
+        return read_blocks(partial(self.read_range, name), num_bytes)
 
+    @override
     def stale_uploads(self, before: float) -> list[Upload]:
-        found = self.calls.by_fsspec("list uploads", "", lambda bucket: bucket.uploads())
+        found = self._request("list uploads", "", lambda bucket: bucket.uploads(), client="s3fs")
         return [upload for upload in found if upload.started < before]
 
+    @override
     def abort_upload(self, upload: Upload) -> None:
-        self.calls.by_fsspec("abort", upload.key, lambda bucket: bucket.abort(upload))
+        self._request("abort", upload.key, lambda bucket: bucket.abort(upload), client="s3fs")
 
-    def check_writable(self) -> None:
-        """Raise StoreError if nothing can be written, TransientError if the server is away.
-
-        That is said soon in the first check of a process, after an outage's length later on.
-        """
+    @override
+    def probe(self) -> None:
+        """Create and remove one small object; the first time in a process within `CHECK_S`."""
         if os.getpid() in self._checked_in:
-            key = f".probe-{uuid.uuid4().hex}"
-            self.write(key, b"deepspec")
-            self.calls.once("remove", key, lambda bucket: bucket.remove(key))
+            name = f".probe-{uuid.uuid4().hex}"
+            self.write(name, b"deepspec")
+            self._remove_object(name)
             return
-        quick = Remote(self.calls.quick(), scratch=self.scratch, uploads=self.uploads)
+        quick = copy.copy(self)
+        quick.patience_s = QUICK_S
         apart = within(CHECK_S, quick.conditional_writes_work, where=f"store {self.url}")
         self._checked_in.add(os.getpid())
         if not apart:
-            log.warning(
-                "store=%s ignores If-None-Match: racing workers are not kept apart, the last record wins, both are whole",
-                self.url,
-            )
+            what = "of racing workers the last record wins, both are whole"
+            log.warning("store=%s ignores If-None-Match: %s", self.url, what)
 
-    def _read_if_there(self, key: str) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):
-            return self.read(key)
-        return None
+    def _remove_object(self, name: str) -> None:
+        self._request("remove", name, lambda bucket: bucket.remove(name))
+
+    def _request(
+        self,
+        op: str,
+        name: str,
+        call: Callable[[Bucket], ResultT],
+        *,
+        client: ClientName | None = None,
+    ) -> ResultT:
+        """What `call` returns for the client of this process, tried again while that may help."""
+        self.path(name)  # refuses what leads outside
+        bucket = client_of(self.url, self.root, name=client)
+        where = f"{self.url}/{name}"
+        try:
+            return retried(f"{op} {where}", lambda: call(bucket), bucket, within_s=self.patience_s)
+        except Failure as failure:
+            raise user_error(failure.problem, where) from None

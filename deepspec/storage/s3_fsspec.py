@@ -1,122 +1,33 @@
-"""The store's objects through fsspec: s3fs for S3, and whatever else fsspec knows (`memory://`
-for the tests).
-"""
+"""S3 through s3fs, which is always installed."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from deepspec.errors import TransientError
+from deepspec.storage.fsspec_client import FsspecBucket
+from deepspec.storage.retries import retried
 from deepspec.storage.s3_client import (
     CONNECT_S,
     OWNER,
     PART_BYTES,
+    PARTS_AT_ONCE,
     READ_S,
-    Buffer,
-    Entry,
-    Failure,
-    FolderListing,
     Head,
-    Problem,
-    Upload,
     part_bytes,
-    problem_of_answer,
-    retried,
-    scrub,
 )
+from deepspec.storage.s3_errors import Failure, Problem, problem_of, problem_of_answer
+from deepspec.storage.store import Upload
 
 log = logging.getLogger(__name__)
-PARTS_AT_ONCE = 4
 ABORT_S = 20.0
-
-
-class FsspecBucket:
-    """Any file system of fsspec; its own locks keep the threads of one process apart, nothing
-    more.
-    """
-
-    errors: tuple[type[Exception], ...] = (OSError,)
-
-    def __init__(self, fs: Any, root: str) -> None:
-        self.fs, self.root = fs, root
-        self._lock = threading.Lock()
-
-    def path(self, key: str) -> str:
-        return f"{self.root}/{key}"
-
-    def problem(self, error: Exception) -> Problem:
-        if isinstance(error, FileNotFoundError):
-            return Problem("missing", "not found")
-        if isinstance(error, FileExistsError):
-            return Problem("exists", "exists already")
-        passing = isinstance(error, ConnectionError | TimeoutError)
-        return Problem(
-            "transient" if passing else "fatal", scrub(f"{type(error).__name__}: {error}")
-        )
-
-    def read(self, key: str) -> bytes:
-        return bytes(self.fs.cat_file(self.path(key)))
-
-    def read_range(self, key: str, start: int, end: int) -> Buffer:
-        return bytes(self.fs.cat_file(self.path(key), start=start, end=end))
-
-    def head(self, key: str) -> Head:
-        info = self.fs.info(self.path(key))
-        if info["type"] == "directory":
-            raise FileNotFoundError(key)
-        return Head(
-            int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
-        )
-
-    def listing(self, folder: str) -> FolderListing:
-        path = self.path(folder)
-        self.fs.invalidate_cache(path)
-        files, folders = [], []
-        for info in self.fs.ls(path, detail=True):
-            name = PurePosixPath(info["name"]).name
-            if info["type"] == "directory":
-                folders.append(name)
-            elif info["name"].strip("/") != path.strip("/"):
-                # asked for an object, S3 lists the object itself
-                modified = (
-                    info.get("LastModified") or info.get("created") or info.get("mtime") or 0.0
-                )
-                seconds = (
-                    modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
-                )
-                files.append(Entry(name, int(info["size"]), seconds))
-        return FolderListing(files, folders)
-
-    def remove(self, key: str) -> None:
-        if self.fs.isfile(self.path(key)):
-            self.fs.rm_file(self.path(key))
-
-    def put(self, key: str, data: bytes) -> None:
-        self.fs.pipe_file(self.path(key), data)
-
-    def put_new(self, key: str, data: bytes, owner: str) -> None:
-        with self._lock:
-            if self.fs.exists(self.path(key)):
-                raise FileExistsError(key)
-            self.put(key, data)
-
-    def upload(self, local: Path, key: str) -> None:
-        self.fs.put_file(str(local), self.path(key))
-
-    def uploads(self) -> list[Upload]:
-        """Every multipart upload below the store's prefix that is neither complete nor aborted;
-        only S3 has any.
-        """
-        return []
-
-    def abort(self, upload: Upload) -> None:
-        """The upload's parts are gone, unless it was completed or aborted meanwhile."""
 
 
 class S3fsBucket(FsspecBucket):
@@ -124,125 +35,104 @@ class S3fsBucket(FsspecBucket):
 
     def __init__(self, root: str) -> None:
         import aiohttp
-        import botocore.exceptions
+        import botocore.exceptions as botocore
 
         super().__init__(s3_filesystem(), root)
-        self.errors = (
-            OSError,
-            botocore.exceptions.BotoCoreError,
-            botocore.exceptions.ClientError,
-            aiohttp.ClientError,
-        )
+        self.errors = (OSError, botocore.BotoCoreError, botocore.ClientError, aiohttp.ClientError)
         self._no_credentials = (
-            botocore.exceptions.NoCredentialsError,
-            botocore.exceptions.PartialCredentialsError,
-            botocore.exceptions.ProfileNotFound,
-            botocore.exceptions.CredentialRetrievalError,
-            botocore.exceptions.TokenRetrievalError,
+            botocore.NoCredentialsError,
+            botocore.PartialCredentialsError,
+            botocore.ProfileNotFound,
+            botocore.CredentialRetrievalError,
+            botocore.TokenRetrievalError,
         )
-        self._connection = (
-            botocore.exceptions.ConnectionError,
-            botocore.exceptions.HTTPClientError,
-            aiohttp.ClientError,
-        )
-        self.name, _, self.prefix = root.partition("/")
+        self._connection = (botocore.ConnectionError, botocore.HTTPClientError, aiohttp.ClientError)
+        self.name, _, prefix = root.partition("/")
+        self.prefix = f"{prefix}/" if prefix else ""
 
     def call(self, method: str, key: str, **fields: Any) -> dict[str, Any]:
-        return dict(
-            self.fs.call_s3(
-                method,
-                Bucket=self.name,
-                Key=f"{self.prefix}/{key}" if self.prefix else key,
-                **fields,
-            )
-        )
+        """One request about an object, as botocore names its methods and fields."""
+        return dict(self.fs.call_s3(method, Bucket=self.name, Key=self.prefix + key, **fields))
 
+    @override
     def problem(self, error: Exception) -> Problem:
-        # s3fs gives the server's answer a class and an errno of its own; the cause still says what
+        # s3fs gives the server's answer a class and an errno of its own; the cause still has what
         # it was.
         response = getattr(error.__cause__ or error, "response", None)
         if isinstance(response, dict):
-            status, code = (
-                response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
-                str(response.get("Error", {}).get("Code", "")),
-            )
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = str(response.get("Error", {}).get("Code", ""))
             return problem_of_answer(status, "" if code.isdigit() else code)
         if isinstance(error, self._no_credentials):
             return Problem("no credentials", type(error).__name__)
         if isinstance(error, PermissionError):
             return Problem("denied", "permission denied")
         if isinstance(error, self._connection):
-            return Problem("transient", scrub(f"{type(error).__name__}: {error}"))
+            return problem_of(error, transient=True)
         return super().problem(error)
 
+    @override
     def read(self, key: str) -> bytes:
         try:
-            # a range, because s3fs asks for the size first otherwise
+            # A range, because s3fs requests the size first otherwise.
             return bytes(self.fs.cat_file(self.path(key), start=0))
         except OSError as error:
             if self.problem(error).kind == "bad range":  # an empty object has no byte 0
                 return b""
             raise
 
+    @override
     def head(self, key: str) -> Head:
         found = self.call("head_object", key)
-        return Head(
-            int(found["ContentLength"]),
-            str(found["ETag"]).strip('"'),
-            found.get("Metadata", {}).get(OWNER, ""),
-        )
+        owner = found.get("Metadata", {}).get(OWNER, "")
+        return Head(int(found["ContentLength"]), str(found["ETag"]).strip('"'), owner)
 
+    @override
     def remove(self, key: str) -> None:
         self.call("delete_object", key)
 
+    @override
     def put(self, key: str, data: bytes) -> None:
         self.call("put_object", key, Body=data)
 
+    @override
     def put_new(self, key: str, data: bytes, owner: str) -> None:
         self.call("put_object", key, Body=data, IfNoneMatch="*", Metadata={OWNER: owner})
 
+    @override
     def upload(self, local: Path, key: str) -> None:
-        size = part_bytes(local.stat().st_size)
-        num_parts = max(1, -(-local.stat().st_size // size))
+        num_bytes = local.stat().st_size
+        size = part_bytes(num_bytes)
         owner = uuid.uuid4().hex
-        upload_id = str(
-            self.call("create_multipart_upload", key, Metadata={OWNER: owner})["UploadId"]
-        )
+        begun = self.call("create_multipart_upload", key, Metadata={OWNER: owner})
+        upload = Upload(key, str(begun["UploadId"]), 0.0)
 
         def send(number: int) -> dict[str, Any]:
             with local.open("rb") as file:
                 file.seek((number - 1) * size)
                 body = file.read(size)
-            part = {"UploadId": upload_id, "PartNumber": number, "Body": body}
-            put = partial(self.call, "upload_part", key, **part)
-            return {
-                "PartNumber": number,
-                "ETag": retried(f"upload {key} part {number}", put, self)["ETag"],
-            }
+            place = {"UploadId": upload.upload_id, "PartNumber": number}
+            put = partial(self.call, "upload_part", key, **place, Body=body)
+            sent = retried(f"upload {key} part {number}", put, self)
+            return {"PartNumber": number, "ETag": sent["ETag"]}
 
-        whole = False
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-                parts = list(pool.map(send, range(1, num_parts + 1)))
-            self._complete(Upload(key, upload_id, 0.0), parts, owner)
-            whole = True
-        finally:
-            if not whole:
-                self._abort_or_leave(Upload(key, upload_id, 0.0))
+                parts = list(pool.map(send, range(1, max(1, -(-num_bytes // size)) + 1)))
+            self._complete(upload, parts, owner)
+        except BaseException:
+            self._abort_or_leave(upload)
+            raise
 
     def _complete(self, upload: Upload, parts: list[dict[str, Any]], owner: str) -> None:
         """Make one object of the parts.
 
-        If the answer is lost it is looked for, not asked for again: a gateway that died in the
-        middle keeps the upload locked.
+        If the answer is lost, the object is looked for instead of a second try: a gateway that died
+        in the middle keeps the upload locked.
         """
+        fields = {"UploadId": upload.upload_id, "MultipartUpload": {"Parts": parts}}
         try:
-            self.call(
-                "complete_multipart_upload",
-                upload.key,
-                UploadId=upload.upload_id,
-                MultipartUpload={"Parts": parts},
-            )
+            self.call("complete_multipart_upload", upload.key, **fields)
         except self.errors as error:
             if self.problem(error).kind != "transient" or not self._is_there(upload.key, owner):
                 raise
@@ -254,39 +144,35 @@ class S3fsBucket(FsspecBucket):
             return False
 
     def _abort_or_leave(self, upload: Upload) -> None:
-        """A server that cannot even abort now must not hide why the upload failed; `gc` finds
-        what is left.
+        """Abort; a server that cannot even do that now must not hide why the upload failed.
+
+        `gc` finds what is left.
         """
         try:
             self.abort(upload)
         except (Failure, TransientError) as error:
             log.warning("op=abort key=%s left=yes reason=%s", upload.key, error)
 
+    @override
     def uploads(self) -> list[Upload]:
         found: list[Upload] = []
-        marks: dict[str, str] = {}
-        prefix = f"{self.prefix}/" if self.prefix else ""
+        after: dict[str, str] = {}
+        list_uploads = partial(self.fs.call_s3, "list_multipart_uploads", Bucket=self.name)
         while True:
-            page = self.fs.call_s3(
-                "list_multipart_uploads", Bucket=self.name, Prefix=prefix, **marks
-            )
-            for upload in page.get("Uploads", []):
-                found.append(
-                    Upload(
-                        upload["Key"].removeprefix(prefix),
-                        upload["UploadId"],
-                        upload["Initiated"].timestamp(),
-                    )
-                )
+            page = list_uploads(Prefix=self.prefix, **after)
+            for item in page.get("Uploads", []):
+                key = item["Key"].removeprefix(self.prefix)
+                found.append(Upload(key, item["UploadId"], item["Initiated"].timestamp()))
             if not page.get("IsTruncated"):
                 return found
-            marks = {
+            after = {
                 "KeyMarker": page["NextKeyMarker"],
                 "UploadIdMarker": page["NextUploadIdMarker"],
             }
 
+    @override
     def abort(self, upload: Upload) -> None:
-        abort = lambda: self.call("abort_multipart_upload", upload.key, UploadId=upload.upload_id)  # noqa: E731
+        abort = partial(self.call, "abort_multipart_upload", upload.key, UploadId=upload.upload_id)
         try:
             retried(f"abort {upload.key}", abort, self, within_s=ABORT_S)
         except Failure as failure:
@@ -295,8 +181,7 @@ class S3fsBucket(FsspecBucket):
 
 
 def s3_filesystem() -> Any:
-    """A new s3fs client that looks for credentials and endpoint where every AWS tool does, and does
-    not retry.
+    """A new s3fs client that finds credentials and endpoint as every AWS tool, and never retries.
 
     The body of each request is hashed into its signature, so that a server refuses bytes that
     changed on the way; newer checksum headers are left out, because servers other than Amazon's

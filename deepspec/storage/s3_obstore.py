@@ -1,6 +1,4 @@
-"""S3 through obstore: the fast client for the paths that move gigabytes. Optional; s3fs does
-the same with more CPU.
-"""
+"""S3 through obstore, the fast client, where it is installed; s3fs does the same with more CPU."""
 
 from __future__ import annotations
 
@@ -13,43 +11,44 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from typing_extensions import override
+
 from deepspec.storage.s3_client import (
     CONNECT_S,
     OWNER,
+    PARTS_AT_ONCE,
     READ_S,
-    Buffer,
-    Entry,
-    FolderListing,
+    Bucket,
     Head,
-    Problem,
     part_bytes,
-    problem_of_answer,
-    scrub,
 )
+from deepspec.storage.s3_errors import Problem, problem_of_answer, scrub
+from deepspec.storage.store import Buffer, Entry, FolderListing
 
-PARTS_AT_ONCE = 4
-# botocore renews at least ten minutes early; obstore asks again five minutes before the end
+# Botocore renews at least ten minutes early; obstore wants new ones five minutes before the end.
 CREDENTIALS_KEPT = timedelta(minutes=10)
 STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>(\w+)</Code>")
 
-# the process that started obstore's threads; they do not exist in its forks
+# The process that started obstore's threads, which do not exist in its forks.
 _used_in: list[int] = []
 
 
 @functools.cache
 def installed() -> bool:
+    """Whether the package is there."""
     return importlib.util.find_spec("obstore") is not None
 
 
 def usable() -> bool:
-    """Whether obstore works in this process: a fork of a process that used it would wait for
-    ever, even with a new client.
+    """Whether obstore works in this process.
+
+    A fork of a process that used it would wait for ever, even with a new client.
     """
     return installed() and _used_in[:1] in ([], [os.getpid()])
 
 
-class ObstoreBucket:
+class ObstoreBucket(Bucket):
     """S3 through obstore; credentials, endpoint and region are those that botocore finds."""
 
     def __init__(self, root: str) -> None:
@@ -63,10 +62,12 @@ class ObstoreBucket:
         self._denied = (exceptions.PermissionDeniedError,)
         self._no_credentials = (exceptions.UnauthenticatedError,)
         # A part that fails once is not worth sending the whole file again; everything else is
-        # retried in one place.
+        # retried in `retries` alone.
         connect = _s3_connection(root)
-        self.store, self.uploads = connect(0), connect(3)
+        self.store = connect(0)
+        self._upload_store = connect(3)
 
+    @override
     def problem(self, error: Exception) -> Problem:
         text = str(error).split("Debug source:")[0]
         status, code = STATUS.search(text), CODE.search(text)
@@ -83,12 +84,15 @@ class ObstoreBucket:
         transient = isinstance(error, ConnectionError | TimeoutError) or "HTTP error" in text
         return Problem("transient" if transient else "fatal", scrub(text))
 
+    @override
     def read(self, key: str) -> bytes:
         return bytes(self.obstore.get(self.store, key).bytes())
 
+    @override
     def read_range(self, key: str, start: int, end: int) -> Buffer:
         return memoryview(self.obstore.get_range(self.store, key, start=start, end=end))
 
+    @override
     def head(self, key: str) -> Head:
         # obstore.head would leave out the attributes.
         found = self.obstore.get(self.store, key, options={"head": True})
@@ -98,6 +102,7 @@ class ObstoreBucket:
             str(found.attributes.get(OWNER, "")),
         )
 
+    @override
     def listing(self, folder: str) -> FolderListing:
         found = self.obstore.list_with_delimiter(self.store, folder)
         files = [
@@ -108,27 +113,27 @@ class ObstoreBucket:
             files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]]
         )
 
+    @override
     def remove(self, key: str) -> None:
         self.obstore.delete(self.store, key)
 
+    @override
     def put(self, key: str, data: bytes) -> None:
         self.obstore.put(self.store, key, data, use_multipart=False)
 
+    @override
     def put_new(self, key: str, data: bytes, owner: str) -> None:
-        self.obstore.put(
-            self.store, key, data, use_multipart=False, mode="create", attributes={OWNER: owner}
-        )
+        how = {"use_multipart": False, "mode": "create", "attributes": {OWNER: owner}}
+        self.obstore.put(self.store, key, data, **how)
 
+    @override
     def upload(self, local: Path, key: str) -> None:
-        size = part_bytes(local.stat().st_size)
-        self.obstore.put(
-            self.uploads,
-            key,
-            local,
-            use_multipart=True,
-            chunk_size=size,
-            max_concurrency=PARTS_AT_ONCE,
-        )
+        how = {
+            "use_multipart": True,
+            "chunk_size": part_bytes(local.stat().st_size),
+            "max_concurrency": PARTS_AT_ONCE,
+        }
+        self.obstore.put(self._upload_store, key, local, **how)
 
 
 def _s3_connection(root: str) -> Callable[[int], Any]:
@@ -138,37 +143,42 @@ def _s3_connection(root: str) -> Callable[[int], Any]:
 
     session = Session()
     meta = session.create_client("s3").meta
+    is_http = meta.endpoint_url.startswith("http://")
     name, _, prefix = root.partition("/")
-    config = {
-        "endpoint": meta.endpoint_url,
-        "region": meta.region_name or "us-east-1",
-        "virtual_hosted_style_request": "false",
-    }
     options: dict[str, Any] = {
         "connect_timeout": f"{CONNECT_S}s",
         "read_timeout": f"{READ_S}s",
         "timeout": "600s",
+        "allow_http": is_http,
     }
-    options["allow_http"] = meta.endpoint_url.startswith("http://")
     bundle = session.get_config_variable("ca_bundle")
-    if bundle and not options["allow_http"]:
+    if bundle and not is_http:
         options["root_certificate"] = Path(bundle).read_bytes()
-    where: dict[str, Any] = {"prefix": prefix or None, "config": config, "client_options": options}
-    where["credential_provider"] = _credentials(session)
     backoff = {
         "init_backoff": timedelta(milliseconds=200),
         "max_backoff": timedelta(seconds=2),
         "base": 2,
     }
     limits = {"retry_timeout": timedelta(seconds=30), "backoff": backoff}
+    config = {
+        "endpoint": meta.endpoint_url,
+        "region": meta.region_name or "us-east-1",
+        "virtual_hosted_style_request": "false",
+    }
     return lambda max_retries: S3Store(
-        name, **where, retry_config={**limits, "max_retries": max_retries}
+        name,
+        prefix=prefix or None,
+        config=config,
+        client_options=options,
+        credential_provider=_credentials(session),
+        retry_config={**limits, "max_retries": max_retries},
     )
 
 
 def _credentials(session: Any) -> Callable[[], dict[str, Any]]:
-    """What obstore calls for keys; botocore renews those of a role in time, so obstore asks
-    again every few minutes.
+    """What obstore calls for keys.
+
+    Botocore renews those of a role in time, so obstore is made to call again every few minutes.
     """
 
     def provide() -> dict[str, Any]:
@@ -176,12 +186,11 @@ def _credentials(session: Any) -> Callable[[], dict[str, Any]]:
         if found is None:
             raise PermissionError("no credentials")
         keys = found.get_frozen_credentials()
-        expires = datetime.now(UTC) + CREDENTIALS_KEPT
         return {
             "access_key_id": keys.access_key,
             "secret_access_key": keys.secret_key,
             "token": keys.token,
-            "expires_at": expires,
+            "expires_at": datetime.now(UTC) + CREDENTIALS_KEPT,
         }
 
     return provide

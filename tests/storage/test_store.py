@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -146,14 +147,14 @@ def test_a_writer_that_dies_before_the_last_step_leaves_nothing_visible(write: s
     assert not store.exists("record") and store.names("") == [".staged"]
 
 
-def test_a_store_travels_to_other_processes_as_its_url(tmp_path: Path):
-    store = open_store(str(tmp_path), scratch=str(tmp_path / "scratch"), uploads="size_only")
+def test_a_store_may_be_sent_to_other_processes(tmp_path: Path):
+    remote = open_store(f"memory://{tmp_path.name}", scratch=str(tmp_path), uploads="size_only")
+    again = pickle.loads(pickle.dumps(remote))
+    assert (again.url, again.scratch, again.uploads) == (remote.url, remote.scratch, "size_only")
+    store = open_store(str(tmp_path))
     store.write("data", b"x")
     with CONTEXT.Pool(1) as pool:
         assert pool.apply(store.read, ("data",)) == b"x"
-    make, arguments = store.__reduce__()
-    again = make(*arguments)
-    assert (again.url, again.scratch, again.uploads) == (store.url, store.scratch, "size_only")
 
 
 def test_what_keeps_one_from_writing_is_said_before_the_work(tmp_path: Path):
@@ -164,18 +165,6 @@ def test_what_keeps_one_from_writing_is_said_before_the_work(tmp_path: Path):
         open_store(str(tmp_path)).check_writable(min_free_gb=1e9)
     open_store(str(tmp_path / "new")).check_writable()
     assert open_store(str(tmp_path / "new")).names("") == [".staged"]
-
-
-@pytest.mark.parametrize("url", ["nosuch://bucket", "s3://"])
-def test_a_url_that_is_no_store_is_refused(url: str):
-    with pytest.raises(StoreError):
-        open_store(url)
-
-
-def test_keys_in_the_url_are_refused_and_not_repeated():
-    with pytest.raises(StoreError, match="keys do not belong") as caught:
-        open_store("s3://AKIASECRET:hunter2@bucket/x")
-    assert "hunter2" not in str(caught.value) and "AKIASECRET" not in str(caught.value)
 
 
 def test_a_local_store_loads_no_s3_client(tmp_path: Path):

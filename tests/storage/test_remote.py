@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,12 +20,10 @@ import xxhash
 
 from deepspec.artifacts import gc
 from deepspec.errors import EXIT_TRANSIENT, DamagedData, DeepSpecError, StoreError, TransientError
-from deepspec.storage import remote
-from deepspec.storage import retries as bucket_calls
-from deepspec.storage import s3_client as bucket
+from deepspec.storage import remote, retries
+from deepspec.storage.clients import client_of
 from deepspec.storage.store import Store, file_checksum
 from deepspec.storage.urls import open_store
-from tests.conftest import REPOSITORY
 from tests.faulty import (
     Answer,
     FaultyProxy,
@@ -37,37 +34,10 @@ from tests.faulty import (
     lose_answer,
     times,
 )
-from tests.radosgw import ACCESS_KEY, REGION, SECRET_KEY, Radosgw, free_port
+from tests.radosgw import ACCESS_KEY, SECRET_KEY, Radosgw, free_port
+from tests.storage.conftest import CLIENTS, PART_BYTES
 
-CLIENTS = ["obstore", "s3fs"]
-PART_BYTES = 5 << 20  # the smallest part that S3 takes
 BIG = os.urandom(PART_BYTES + 1000)  # two parts
-
-
-@pytest.fixture(params=CLIENTS)
-def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DEEPSPEC_S3_CLIENT", request.param)
-    for module, name in (
-        (bucket, "PART_BYTES"),
-        (remote, "PART_BYTES"),
-        (remote, "SINGLE_PUT_BYTES"),
-    ):
-        monkeypatch.setattr(module, name, PART_BYTES)
-    return request.param
-
-
-@pytest.fixture
-def store(s3_url: str, client: str, tmp_path: Path) -> Store:
-    return open_store(s3_url, scratch=str(tmp_path / "scratch"))
-
-
-@pytest.fixture
-def proxy(radosgw: Radosgw, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    with FaultyProxy(radosgw.port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-        monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.02)  # a scripted fault is over at once
-        monkeypatch.setattr(bucket, "JITTER_S", 0.02)
-        yield between
 
 
 def publish(store: Store, name: str, data: bytes) -> None:
@@ -222,15 +192,6 @@ class Load:
             assert self.store.read(f"large/{number}") == BIG
 
 
-def client_fixed(store: Store, monkeypatch: pytest.MonkeyPatch, client: str) -> Store:
-    """The store always uses this client, whatever the variable says: here two are at work in
-    one process.
-    """
-    calls = store._place.calls
-    monkeypatch.setattr(calls, "_bucket", lambda _, find=calls._bucket: find(client))
-    return store
-
-
 @pytest.mark.slow
 def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(
     s3_url, radosgw, tmp_path: Path, monkeypatch
@@ -239,10 +200,12 @@ def test_a_15_second_outage_in_mid_read_and_mid_write_surfaces_nothing(
     stores = [
         open_store(f"{s3_url}/{client}", scratch=str(tmp_path / client)) for client in CLIENTS
     ]
-    loads = [
-        Load(client_fixed(store, monkeypatch, client))
-        for store, client in zip(stores, CLIENTS, strict=True)
-    ]
+    loads = [Load(store) for store in stores]
+
+    def client_in_url(url: str, root: str, name=None):
+        return client_of(url, root, name=name or url.rpartition("/")[2])
+
+    monkeypatch.setattr(remote, "client_of", client_in_url)
     with ThreadPoolExecutor(8) as pool:
         jobs = [job for load in loads for job in load.start(pool)]
         time.sleep(1)
@@ -406,7 +369,7 @@ def test_each_thing_that_keeps_one_from_writing_has_its_message_without_any_secr
     s3_url, store: Store, client, tmp_path, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
+    monkeypatch.setattr(remote, "QUICK_S", 1.5)
     messages = [refused(open_store("s3://no-such-bucket-here/x", scratch=str(tmp_path)))]
     assert "no such bucket" in messages[-1]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-" + SECRET_KEY)
@@ -456,7 +419,7 @@ def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(
     """Every child of a lane begins with this check: a 15 s restart during one of 313 must not
     fail its group for good.
     """
-    monkeypatch.setattr(bucket_calls, "QUICK_S", 1.5)
+    monkeypatch.setattr(remote, "QUICK_S", 1.5)
     store = open_store(s3_url, scratch=str(tmp_path))
     radosgw.kill()
     try:
@@ -468,103 +431,12 @@ def test_a_server_that_restarts_during_the_first_check_is_worth_another_try(
     store.check_writable()
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("a bug"), OSError("no threads left"), StoreError("no such bucket")]
-)
-def test_the_quick_check_hands_on_what_went_wrong(error: Exception):
-    """Anything but a StoreError once came out as "no answer in 10 s", which nobody had waited
-    for.
-    """
-
-    def call() -> bool:
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        bucket_calls.within(10.0, call, where="here")
-    assert caught.value is error
-
-
 def test_a_server_that_stays_away_is_a_transient_error(store: Store, monkeypatch):
-    monkeypatch.setattr(bucket, "TRIES", 3)
+    monkeypatch.setattr(retries, "TRIES", 3)
     store.write("data", b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TransientError, match="did not answer"):
         open_store(store.url).read("data")
-
-
-def read_in_child(store: Store, results) -> None:
-    results.put(bytes(store.read_range("data", 2, 6)))
-
-
-class Bytes:
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, number: int) -> int:
-        return self.store.read_range("data", number, number + 1)[0]
-
-
-def children_read(url: str, method: str) -> None:
-    """In a process of its own: what else a test process has loaded decides whether its forks
-    end well.
-    """
-    from torch.utils.data import DataLoader
-
-    store = open_store(url)
-    assert bytes(store.read_range("data", 2, 6)) == bytes(range(2, 6))
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    child = context.Process(target=read_in_child, args=(store, results))
-    child.start()
-    assert results.get(timeout=60) == bytes(range(2, 6))
-    child.join(20)
-    assert child.exitcode == 0
-    loader = DataLoader(
-        Bytes(store), batch_size=1, num_workers=2, timeout=60, multiprocessing_context=method
-    )
-    assert [int(batch[0]) for batch in loader] == list(range(20))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_used(
-    method: str, store: Store
-):
-    """obstore's threads do not survive a fork, even a new client hangs there: a forked child
-    reads through s3fs.
-    """
-    store.write("data", bytes(range(20)))
-    code = (
-        f"from tests.storage.test_s3 import children_read; children_read({store.url!r}, {method!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
-
-
-def test_nothing_but_the_standard_chain_is_asked_for_keys(
-    s3_url: str, client: str, radosgw: Radosgw, monkeypatch, tmp_path: Path
-):
-    """A profile in ~/.aws is enough, for both clients."""
-    for name in (
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_ENDPOINT_URL",
-        "AWS_DEFAULT_REGION",
-    ):
-        monkeypatch.delenv(name)
-    keys = f"aws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
-    (tmp_path / "credentials").write_text(f"[lab]\n{keys}")
-    (tmp_path / "config").write_text(
-        f"[profile lab]\nregion = {REGION}\nendpoint_url = {radosgw.endpoint}\n"
-    )
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_PROFILE", "lab")
-    store = open_store(s3_url, scratch=str(tmp_path))
-    store.check_writable()
-    store.write("x", b"y")
-    assert store.read("x") == b"y"
 
 
 def test_many_small_objects_are_read_in_order(store: Store, client: str):

@@ -1,0 +1,64 @@
+"""The clients of this process: one for all stores of one URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import fsspec
+
+from deepspec.errors import StoreError
+from deepspec.storage import s3_obstore
+from deepspec.storage.fsspec_client import FsspecBucket
+from deepspec.storage.s3_client import Bucket
+from deepspec.storage.s3_fsspec import S3fsBucket
+from deepspec.storage.s3_obstore import ObstoreBucket
+
+CLIENT_VARIABLE = "DEEPSPEC_S3_CLIENT"
+ClientName = Literal["obstore", "s3fs", "fsspec"]
+
+# A new client costs half a second and its own connections. By process, because clients do not
+# survive a fork, and by what the environment has of keys and endpoints, because clients read that
+# once.
+_clients: dict[tuple[object, ...], Bucket] = {}
+
+
+def client_of(url: str, root: str, *, name: ClientName | None = None) -> Bucket:
+    """The client for the store at `url`, whose root is "bucket/prefix".
+
+    Without a `name` it is the fastest that works in this process.
+    """
+    is_s3 = url.startswith(("s3://", "s3a://"))
+    name = (name or wanted_client()) if is_s3 else "fsspec"
+    settings = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    key = (os.getpid(), name, url, root, settings)
+    found = _clients.get(key)
+    if found is None:
+        makers: dict[ClientName, Callable[[], Bucket]] = {
+            "obstore": lambda: ObstoreBucket(root),
+            "s3fs": lambda: S3fsBucket(root),
+            "fsspec": lambda: FsspecBucket(fsspec.core.url_to_fs(url)[0], root),
+        }
+        # Two threads may both make one; no lock, because a fork may happen while another thread
+        # holds it.
+        found = _clients.setdefault(key, makers[name]())
+    return found
+
+
+def wanted_client() -> Literal["obstore", "s3fs"]:
+    """The client that `DEEPSPEC_S3_CLIENT` names, otherwise obstore where it works.
+
+    Raises:
+        StoreError: the variable names none of the two, or one that is not installed.
+    """
+    wanted = os.environ.get(CLIENT_VARIABLE, "")
+    if wanted not in ("", "obstore", "s3fs"):
+        what, fix = f"there is no S3 client {wanted!r}", "use obstore or s3fs, or unset it"
+        raise StoreError(what, where=CLIENT_VARIABLE, fix=fix)
+    if wanted == "obstore" and not s3_obstore.installed():
+        fix = "pip install 'deepspec[s3]', or unset it"
+        raise StoreError("obstore is not installed", where=CLIENT_VARIABLE, fix=fix)
+    # A forced obstore gives way, too: in a process forked from one that used it, it would wait for
+    # ever.
+    return "s3fs" if wanted == "s3fs" or not s3_obstore.usable() else "obstore"
