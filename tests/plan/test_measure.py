@@ -13,7 +13,7 @@ from transformers import AutoConfig, Qwen3Config
 from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
-from deepspec.storage.store import Store
+from deepspec.storage.local import LocalStore
 from deepspec.storage.urls import open_store
 from deepspec.target.loading import read_text_config
 from tests.conftest import tiny_run
@@ -86,7 +86,7 @@ def test_the_store_is_timed_and_left_as_it_was(tmp_path: Path):
 def test_a_nearly_full_store_is_not_filled_for_a_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Store, "free_bytes", lambda self: float(measure.STORE_PROBE_BYTES))
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda self: float(measure.STORE_PROBE_BYTES))
     assert measure_store(open_store(str(tmp_path))) is None
 
 
@@ -96,7 +96,7 @@ def test_a_store_that_fails_to_write_is_an_error_of_the_store(
     def fail(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(Store, "write", fail)
+    monkeypatch.setattr(LocalStore, "write", fail)
     with pytest.raises(StoreError, match="read-only"):
         measure_store(open_store(str(tmp_path)))
 
