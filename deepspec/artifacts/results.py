@@ -181,7 +181,7 @@ class ThresholdPoint(Stored):
     proposed_per_round: float
 
 
-class SampleSize(Stored):
+class RoundCounts(Stored):
     """How much something was computed from."""
 
     rounds: int
@@ -196,8 +196,8 @@ class CalibrationSummary(Stored):
     """Of the product of confidences up to each position."""
     temperatures: list[float]
     thresholds: list[ThresholdPoint]
-    fitted_on: SampleSize
-    reported_on: SampleSize
+    fitted_on: RoundCounts
+    reported_on: RoundCounts
 
 
 class CurvePoints(Stored):

@@ -14,7 +14,7 @@ from deepspec.artifacts.results import (
     CalibrationSummary,
     ConfidenceMeasures,
     PositionCalibration,
-    SampleSize,
+    RoundCounts,
     SchedulerSummary,
     ThresholdPoint,
 )
@@ -49,8 +49,8 @@ def summarise_confidence(
         cumulative=_positions(cumulative(before), cumulative(after)),
         temperatures=calibration.temperatures,
         thresholds=threshold_sweep(after),
-        fitted_on=SampleSize(rounds=calibration.rounds, prompts=calibration.prompts),
-        reported_on=SampleSize(rounds=len(after.accepted), prompts=after.num_prompts),
+        fitted_on=RoundCounts(rounds=calibration.rounds, prompts=calibration.prompts),
+        reported_on=RoundCounts(rounds=len(after.accepted), prompts=after.num_prompts),
     )
     return ConfidenceSummary(summary, simulate_policies(after, curve))
 

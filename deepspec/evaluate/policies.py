@@ -13,7 +13,7 @@ from deepspec.artifacts.records import Stored
 from deepspec.artifacts.results import CurvePoints
 from deepspec.config.evaluate import EvaluateConfig
 from deepspec.evaluate.calibration import Calibration
-from deepspec.evaluate.scheduler import Policy, make_policy
+from deepspec.evaluate.scheduler import Policy, Scheduled, Threshold
 from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.storage.store import pretty_json
 
@@ -58,11 +58,10 @@ def live_policy(
         if not artifact.store.write_new(artifact.path(POLICY), pretty_json(inputs.model_dump())):
             # Another worker was first, and its curve is that of all.
             inputs = _read(artifact, POLICY, PolicyInputs) or inputs
-    return make_policy(
-        settings,
-        temperatures=inputs.temperatures,
-        curve=SpeedCurve(**dict(inputs.curve), where=POLICY) if inputs.curve else None,
-    )
+    if settings.verify == "threshold":
+        return Threshold(settings.threshold, inputs.temperatures)
+    points = inputs.curve or curve().points()
+    return Scheduled(SpeedCurve(**dict(points), where=POLICY), inputs.temperatures)
 
 
 def put_calibration(calibration: Calibration, artifact: Artifact, draft: Artifact) -> None:

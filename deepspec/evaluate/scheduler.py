@@ -21,15 +21,17 @@ R requests, g block size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from deepspec.config.evaluate import EvaluateConfig
-from deepspec.errors import ConfigError
 from deepspec.evaluate.rounds import Bools, Floats, Ints, calibrated, cut_below
 from deepspec.evaluate.speed_curve import SpeedCurve
+
+Policy = Callable[[Floats, Bools], Ints]
+"""What the batched decoder calls in each round: slots [R] to verify, 0 to g, given the draft's
+confidences [R, g] and which requests are running [R]; 0 for the others."""
 
 
 def schedule(confidence: Floats, curve: SpeedCurve) -> Ints:
@@ -39,84 +41,51 @@ def schedule(confidence: Floats, curve: SpeedCurve) -> Ints:
     in descending survival for as long as each improves tau * SPS(b), tokens expected times steps
     per second; equal ones join in the order of requests, an earlier slot before a later one. Where
     a step's seconds grow ever faster with b, what the early stop finds is the best of all prefixes;
-    on a curve with stairs it may stop in front of one, which `SpeedCurve.smooth` takes away.
+    on a curve with stairs it may stop before one, which `SpeedCurve.smooth` takes away.
     """
     requests, block_size = confidence.shape
     survival = np.cumprod(confidence, axis=1).ravel()
-    # a request's slots stand in order, and survival never rises along them
+    # A request's slots stand in order, and survival never rises along them.
     order = np.argsort(-survival, kind="stable")
     expected = requests + np.concatenate([[0.0], np.cumsum(survival[order])])
     throughput = expected * curve(requests + np.arange(len(expected)))
     worse = np.flatnonzero(~(throughput[1:] > throughput[:-1]))
     admitted = order[: worse[0]] if len(worse) else order
-    return (
-        np.bincount(admitted // block_size, minlength=requests)
-        if block_size
-        else np.zeros(requests, dtype=np.int64)
-    )
+    return np.bincount(admitted // block_size, minlength=requests)
 
 
-class Policy(Protocol):
-    """What the batched decoder asks in each round."""
+@dataclass(frozen=True)
+class Fixed:
+    """The first so many slots of every block; 0 is plain decoding."""
 
-    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        """Slots [R] to verify, 0 to g, given the draft's confidences [R, g] and which requests
-        go on [R]; 0 for the others.
-        """
-        ...
+    length: int
 
-
-class Full(NamedTuple):
-    """Every slot of every block."""
-
-    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        return np.where(running, confidence.shape[1], 0)
+    def __call__(self, confidence: Floats, running: Bools) -> Ints:
+        return np.where(running, self.length, 0)
 
 
-class Threshold(NamedTuple):
+@dataclass(frozen=True)
+class Threshold:
     """Each block up to the first confidence below the threshold."""
 
     threshold: float
     temperatures: Sequence[float] | None = None  # [g]
 
-    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        return np.where(
-            running, cut_below(calibrated(confidence, self.temperatures), self.threshold), 0
-        )
+    def __call__(self, confidence: Floats, running: Bools) -> Ints:
+        lengths = cut_below(calibrated(confidence, self.temperatures), self.threshold)
+        return np.where(running, lengths, 0)
 
 
-class Scheduled(NamedTuple):
+@dataclass(frozen=True)
+class Scheduled:
     """What pays at the number of requests that are running."""
 
     curve: SpeedCurve
     temperatures: Sequence[float] | None = None  # [g]
 
-    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
+    def __call__(self, confidence: Floats, running: Bools) -> Ints:
         lengths = np.zeros(len(confidence), dtype=np.int64)
         if running.any():
-            lengths[running] = schedule(
-                calibrated(confidence[running], self.temperatures), self.curve
-            )
+            sure = calibrated(confidence[running], self.temperatures)
+            lengths[running] = schedule(sure, self.curve)
         return lengths
-
-
-def make_policy(
-    settings: EvaluateConfig, *, temperatures: Sequence[float] | None, curve: SpeedCurve | None
-) -> Policy:
-    """The policy that `evaluate.verify` names.
-
-    Raises:
-        ConfigError: `scheduled` without a curve.
-    """
-    if settings.verify == "full":
-        return Full()
-    if settings.verify == "threshold":
-        return Threshold(settings.threshold, temperatures)
-    if curve is None:
-        fix = "profile the target first, or choose full or threshold"
-        raise ConfigError(
-            "the prefix scheduler needs to know how fast the target steps",
-            where="evaluate.verify",
-            fix=fix,
-        )
-    return Scheduled(curve, temperatures)

@@ -7,28 +7,17 @@ N rounds, R requests, S steps, g block size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from deepspec.artifacts.results import SchedulerSummary, SimulatedServing
-from deepspec.evaluate.rounds import Bools, Floats, Ints, Rounds
-from deepspec.evaluate.scheduler import Policy, Scheduled, Threshold
+from deepspec.evaluate.rounds import Rounds
+from deepspec.evaluate.scheduler import Fixed, Policy, Scheduled, Threshold
 from deepspec.evaluate.speed_curve import SpeedCurve
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
 MIN_ROUNDS, MIN_STEPS = 4096, 64  # of one simulation: at one request, and at very many
-
-
-class Fixed(NamedTuple):
-    """The first so many slots of every block; 0 is plain decoding."""
-
-    length: int
-
-    def verify_lengths(self, confidence: Floats, running: Bools) -> Ints:
-        """As `Policy` has it."""
-        return np.where(running, self.length, 0)
 
 
 def simulate(
@@ -46,9 +35,7 @@ def simulate(
     starts = np.arange(requests) * num_rounds // requests
     places = (np.arange(steps)[:, None] + starts) % num_rounds  # [S, R]
     running = np.ones(requests, dtype=np.bool_)
-    verified = np.stack(
-        [policy.verify_lengths(rounds.confidence[step], running) for step in places]
-    )
+    verified = np.stack([policy(rounds.confidence[step], running) for step in places])
     committed = int((np.minimum(rounds.accepted[places], verified) + 1).sum())
     throughput = committed / float(curve.seconds(requests + verified.sum(axis=1)).sum())
     return SimulatedServing(

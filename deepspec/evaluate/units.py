@@ -177,8 +177,7 @@ class Evaluator:
             return answers, time.perf_counter() - started
 
         plain = plainly() if plain_first else None
-        policy = self.policy.verify_lengths if self.policy else None
-        traces, seconds = speculate(target, draft, prompts, decode, seeds=seeds, policy=policy)
+        traces, seconds = speculate(target, draft, prompts, decode, seeds=seeds, policy=self.policy)
         answers, plain_seconds = plain or plainly()
         clocks = {
             "seconds": seconds.total,

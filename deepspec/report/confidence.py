@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from deepspec.artifacts.results import (
     CalibrationSummary,
     PositionCalibration,
-    SampleSize,
+    RoundCounts,
     ThresholdPoint,
 )
 from deepspec.figures.drawing import Figure, Point, Series, line_figure
@@ -54,7 +54,7 @@ def calibration_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
         yield _threshold_section(sweeps, colours)
 
 
-def _split(size: SampleSize, kind: str) -> str:
+def _split(size: RoundCounts, kind: str) -> str:
     return f"{size.prompts:,} {kind} ({size.rounds:,} rounds)"
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from deepspec.artifacts.results import SampleSize, ThresholdPoint
+from deepspec.artifacts.results import RoundCounts, ThresholdPoint
 from deepspec.evaluate.calibration import fit_calibration, fit_temperatures
 from deepspec.evaluate.confidence import (
     ConfidenceSummary,
@@ -51,7 +51,7 @@ def test_hidden_temperatures_are_found_and_mend_prompts_that_were_not_fitted_on(
     rows = made_rows(60, 200, temperatures=hidden)
     found = summarised(rows, 3).calibration
     assert found.temperatures == pytest.approx(hidden, rel=0.25)
-    assert found.fitted_on == found.reported_on == SampleSize(rounds=6000, prompts=30)
+    assert found.fitted_on == found.reported_on == RoundCounts(rounds=6000, prompts=30)
     for kind, slots in (("positions", (0, 1)), ("cumulative", (0, 1, 2))):
         for slot in slots:
             place = getattr(found, kind)[slot]

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from deepspec.config.data import SamplingConfig
-from deepspec.config.evaluate import BenchmarkConfig, EvaluateConfig
-from deepspec.errors import ConfigError
 from deepspec.evaluate.rounds import read_rounds
-from deepspec.evaluate.scheduler import Full, Scheduled, Threshold, make_policy, schedule
-from deepspec.evaluate.simulate import Fixed, simulate
+from deepspec.evaluate.scheduler import Fixed, Policy, Scheduled, Threshold, schedule
+from deepspec.evaluate.simulate import simulate
 from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.model.drafter import Proposal
 from deepspec.model.sampling import verify
@@ -243,10 +241,8 @@ def without_the_early_stop(curve: SpeedCurve) -> Rule:
     return lengths
 
 
-def everyone(policy: Scheduled | Threshold | Full) -> Rule:
-    return lambda confidence: policy.verify_lengths(
-        confidence, np.ones(len(confidence), dtype=bool)
-    )
+def everyone(policy: Policy) -> Rule:
+    return lambda confidence: policy(confidence, np.ones(len(confidence), dtype=bool))
 
 
 @pytest.mark.parametrize("requests", [1, 2])
@@ -301,7 +297,7 @@ def test_a_threshold_and_a_whole_block_leave_it_as_it_is():
     for _ in range(20):
         batch = [a_request(rng, vocabulary=3)]
         assert bias(batch, everyone(Threshold(0.6))) < 1e-12
-        assert bias(batch, everyone(Full())) < 1e-12
+        assert bias(batch, everyone(Fixed(2))) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -382,41 +378,17 @@ def test_appendix_a_through_real_verification(early_stop: bool):
 def test_requests_that_have_ended_take_no_part():
     confidence = np.array([[0.9, 0.9], [0.99, 0.99], [0.8, 0.3]])
     running = np.array([True, False, True])
-    assert Full().verify_lengths(confidence, running).tolist() == [2, 0, 2]
-    assert Threshold(0.5).verify_lengths(confidence, running).tolist() == [2, 0, 1]
+    assert Fixed(2)(confidence, running).tolist() == [2, 0, 2]
+    assert Threshold(0.5)(confidence, running).tolist() == [2, 0, 1]
     alone = schedule(confidence[running], STAIRS).tolist()
-    assert Scheduled(STAIRS).verify_lengths(confidence, running).tolist() == [alone[0], 0, alone[1]]
-    assert Scheduled(STAIRS).verify_lengths(confidence, np.zeros(3, dtype=bool)).tolist() == [
-        0,
-        0,
-        0,
-    ]
+    assert Scheduled(STAIRS)(confidence, running).tolist() == [alone[0], 0, alone[1]]
+    assert Scheduled(STAIRS)(confidence, np.zeros(3, dtype=bool)).tolist() == [0, 0, 0]
 
 
 def test_temperatures_come_before_the_cut():
     confidence, running = np.array([[0.8, 0.8]]), np.array([True])
-    assert Threshold(0.7).verify_lengths(confidence, running).tolist() == [2]
-    assert Threshold(0.7, temperatures=(1.0, 3.0)).verify_lengths(confidence, running).tolist() == [
-        1
-    ]
+    assert Threshold(0.7)(confidence, running).tolist() == [2]
+    assert Threshold(0.7, temperatures=(1.0, 3.0))(confidence, running).tolist() == [1]
     curve = SpeedCurve([1, 2, 3], [1.0, 0.6, 0.4])
-    assert Scheduled(curve).verify_lengths(confidence, running).tolist() == [1]
-    assert Scheduled(curve, temperatures=(5.0, 1.0)).verify_lengths(
-        confidence, running
-    ).tolist() == [0]
-
-
-def test_the_settings_name_the_policy():
-    settings = EvaluateConfig(benchmarks=(BenchmarkConfig(name="made.jsonl"),), threshold=0.3)
-    temperatures = (1.0, 2.0)
-
-    def made(verify: str, curve: SpeedCurve | None = None) -> object:
-        return make_policy(
-            settings.model_copy(update={"verify": verify}), temperatures=temperatures, curve=curve
-        )
-
-    assert made("full") == Full()
-    assert made("threshold") == Threshold(0.3, temperatures)
-    assert made("scheduled", FLAT) == Scheduled(FLAT, temperatures)
-    with pytest.raises(ConfigError, match="how fast the target steps"):
-        made("scheduled")
+    assert Scheduled(curve)(confidence, running).tolist() == [1]
+    assert Scheduled(curve, temperatures=(5.0, 1.0))(confidence, running).tolist() == [0]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deepspec.evaluate.rounds import Rounds, read_rounds, split_by_prompt
-from deepspec.evaluate.scheduler import Threshold
-from deepspec.evaluate.simulate import Fixed, simulate, simulate_policies
+from deepspec.evaluate.scheduler import Fixed, Threshold
+from deepspec.evaluate.simulate import simulate, simulate_policies
 from deepspec.evaluate.speed_curve import SpeedCurve
 from tests.evaluate.made_rounds import made_rows
 

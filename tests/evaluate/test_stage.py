@@ -18,11 +18,8 @@ from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.evaluate import calibration, units
 from deepspec.evaluate import prompts as benchmarks
 from deepspec.evaluate import stage as run
-from deepspec.evaluate.policies import live_policy
 from deepspec.evaluate.prompts import load_benchmarks, make_units
 from deepspec.evaluate.results import read_rows
-from deepspec.evaluate.scheduler import Scheduled
-from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.evaluate.stage import run_evaluate
 from deepspec.evaluate.units import Evaluator
 from deepspec.export.export import export_draft
@@ -220,30 +217,6 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
             json.loads(artifact.store.read(artifact.path("policy.json")))["temperatures"]
             == shipped["temperatures"]
         )
-
-
-def test_workers_that_start_together_cut_blocks_by_one_curve(ready: Path):
-    """Each measured a curve, cut by its own, and left its own in the result: what half of the
-    blocks were cut by was lost.
-    """
-    config = tiny_run(ready, MATH, "evaluate.verify=scheduled")
-    run_train(config)
-    artifact, curve = (
-        artifact_of(config, "evaluate"),
-        {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]},
-    )
-
-    def overtaken() -> SpeedCurve:
-        artifact.store.write(
-            artifact.path("policy.json"),
-            json.dumps({"temperatures": None, "curve": curve}).encode(),
-        )
-        return SpeedCurve([1], [5.0])
-
-    draft = artifact_of(config, "train")
-    policy = live_policy(config.evaluate, artifact, draft, overtaken)
-    assert isinstance(policy, Scheduled) and policy.curve.points().model_dump() == curve
-    assert json.loads(artifact.store.read(artifact.path("policy.json")))["curve"] == curve
 
 
 @pytest.mark.parametrize("recipe", ["dflash-demo", "eagle3-demo"])
