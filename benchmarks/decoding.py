@@ -22,7 +22,7 @@ from benchmarks._measure import result
 from deepspec.artifacts.lineage import artifact_of
 from deepspec.config.data import SamplingConfig
 from deepspec.config.recipes import load_run
-from deepspec.evaluate.prompts import load_benchmarks, render
+from deepspec.evaluate.prompts import load_benchmarks, render_turns
 from deepspec.evaluate.speculate import speculate
 from deepspec.evaluate.stage import load_models
 from deepspec.evaluate.units import Models
@@ -87,7 +87,7 @@ def main(run: str = "demo", *overrides: str) -> dict[str, object]:
         SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1
     )
     prompts = [
-        render(models.chat, text).input_ids
+        render_turns(models.chat, text).input_ids
         for benchmark in load_benchmarks(config)
         for text in benchmark.prompts
     ]

@@ -46,8 +46,8 @@ GOAL = 0.98
 
 def recorded(source: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     if source.endswith(".json"):
-        rows: list[dict[str, Any]] = json.loads(Path(source).read_text(encoding="utf-8"))
-        return rows
+        rows = json.loads(Path(source).read_text(encoding="utf-8"))
+        return [{"batch_size": 1, **row} for row in rows]
     return read_rows(artifact_of(load_run(source, overrides), "evaluate"))
 
 

@@ -76,7 +76,7 @@ def fit_calibration(rows: Rows, block_size: int) -> Calibration | None:
     fitted, _ = split_by_prompt(read_rounds(chosen, block_size))
     num_rounds = len(fitted.accepted)
     if num_rounds < MIN_TESTED:
-        has_confidence = any(row.get("confidence") for row in chosen)
+        has_confidence = any(row["confidence"] for row in chosen)
         why = "too few whole rounds to fit on" if has_confidence else "the draft has no confidence"
         log.info("no calibration: %s (rounds=%d of %d needed)", why, num_rounds, MIN_TESTED)
         return None

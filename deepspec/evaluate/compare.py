@@ -28,7 +28,7 @@ Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 class ComparedLine(Stored):
     """B against A: one benchmark, or all of them (`overall`), at one temperature.
 
-    Acceptance counts `prompts`, speed counts `groups` of a batch size; what does not apply is unset.
+    Acceptance counts `prompts`, speed counts `groups` of a batch size; other keys are unset.
     """
 
     temperature: float

@@ -1,4 +1,4 @@
-"""Benchmarks as an evaluation takes them: so many prompts of each, cut into units, rendered
+"""Benchmarks as an evaluation takes them: a number of prompts of each, cut into units, rendered
 turn by turn.
 """
 
@@ -19,49 +19,48 @@ from deepspec.messages import Message
 from deepspec.prompts.benchmarks import read_benchmark
 from deepspec.target.chat import Chat
 
-SLICE_PROMPTS = 10  # prompts of one unit of evaluation: what is lost at most when a run is killed
-# times the batch size, where it is larger than 1: a batch is then full for most of the time
-SLICE_BATCHES = 4
+SLICE_PROMPTS = 10  # prompts of one unit: the most that is lost when a run is killed
+SLICE_BATCHES = 4  # times a batch size above 1: its batch is then full most of the time
 DOMAIN_OF_DEMO: dict[str, Domain] = dict(zip(DEMO, ("math", "code", "chat"), strict=True))
 
-Turns = tuple[str, ...]  # what the user says in a conversation, one by one
+Turns = tuple[str, ...]  # the user's messages of a conversation
 
 
 class Benchmark(NamedTuple):
+    """The prompts that a run takes of a benchmark."""
+
     name: str
     domain: Domain
     prompts: list[Turns]
 
 
 class Unit(NamedTuple):
-    """A slice of a benchmark at one temperature and batch size: evaluated, recorded and resumed
-    as one shard.
-    """
+    """A slice of a benchmark at one temperature and batch size: one shard of the result."""
 
     number: int
     benchmark: str
     domain: Domain
     temperature: float
     batch_size: int
-    first: int
-    prompts: list[Turns]
+    prompts: dict[int, Turns]  # by their number in the benchmark
 
 
 class RenderedPrompt(NamedTuple):
+    """A conversation as the target reads it."""
+
     input_ids: list[int]
     digest: str  # of the ids: shows when two runs rendered the same prompt differently
 
 
 class Fitting(NamedTuple):
-    """Prompts by number: those that fit into the target, and why the others do not."""
+    """Prompts by number: those that fit into the target, and why the others are left out."""
 
     usable: dict[int, RenderedPrompt]
     skipped: dict[int, str]
 
 
 def load_benchmarks(config: RunConfig) -> list[Benchmark]:
-    """All benchmarks of the run, every one checked before the first is used; known ones are put
-    into the store if need be.
+    """All benchmarks of the run, every one checked; known ones are put into the store if needed.
 
     Raises:
         DataError: a file that is missing, empty, or has a line without turns; a data set that is
@@ -91,25 +90,15 @@ def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]
     for temperature, size in product(config.evaluate.temperatures, config.evaluate.batch_sizes):
         together = SLICE_PROMPTS if size == 1 else SLICE_BATCHES * size
         for name, domain, prompts in benchmarks:
-            for first in range(0, len(prompts), together):
-                units.append(
-                    Unit(
-                        len(units),
-                        name,
-                        domain,
-                        temperature,
-                        size,
-                        first,
-                        prompts[first : first + together],
-                    )
-                )
+            numbered = [*enumerate(prompts)]
+            for first in range(0, len(numbered), together):
+                of_unit = dict(numbered[first : first + together])
+                units.append(Unit(len(units), name, domain, temperature, size, of_unit))
     return units
 
 
-def render(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
-    """The conversation up to the turn that comes after as many answers; the target's own
-    answers stand in between.
-    """
+def render_turns(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
+    """The conversation up to the turn after so many answers, which are the target's own."""
     messages = [Message("user", turns[0])]
     for answer, turn in zip(answers, turns[1:], strict=False):
         messages += [Message("assistant", answer), Message("user", turn)]
@@ -120,18 +109,13 @@ def render(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPro
 def split_fitting(
     prompts: Mapping[int, RenderedPrompt], *, max_positions: int, max_new_tokens: int
 ) -> Fitting:
-    """Tell the prompts apart that leave room for a whole answer in the target's `max_positions`
-    tokens from those that do not.
-    """
-    limit, usable, skipped = (
-        max_positions - max_new_tokens,
-        dict[int, RenderedPrompt](),
-        dict[int, str](),
-    )
+    """Split off the prompts that leave no room for a whole answer in `max_positions` tokens."""
+    fitting = Fitting({}, {})
+    room = f"the target takes {max_positions}, of which evaluate.max_new_tokens keeps"
     for number, prompt in prompts.items():
-        if (length := len(prompt.input_ids)) <= limit:
-            usable[number] = prompt
+        if (length := len(prompt.input_ids)) <= max_positions - max_new_tokens:
+            fitting.usable[number] = prompt
         else:
-            room = f"the target takes {max_positions}, of which evaluate.max_new_tokens keeps {max_new_tokens} for the answer"
-            skipped[number] = f"the prompt has {length} tokens; {room}"
-    return Fitting(usable, skipped)
+            why = f"the prompt has {length} tokens; {room} {max_new_tokens} for the answer"
+            fitting.skipped[number] = why
+    return fitting

@@ -1,5 +1,5 @@
-"""Recorded rounds as arrays: what calibration is fitted on, and what the scheduler's simulator
-replays.
+"""Recorded rounds as arrays, with their confidences: calibration is fitted on them, and the
+simulator of policies replays them.
 
 N rounds, g block size.
 """
@@ -7,11 +7,13 @@ N rounds, g block size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deepspec.evaluate.counts import Rows
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +23,9 @@ Bools = NDArray[np.bool_]
 
 
 class Rounds(NamedTuple):
-    """Rounds that proposed and verified a whole block, prompt by prompt in the order in which they
-    were decoded.
+    """Rounds that proposed and verified a whole block, prompt by prompt in the order of decoding.
 
-    Slot k (1-based) was accepted where `accepted >= k`, and was put to the test only where
+    Slot k (1-based) was accepted where `accepted >= k`, and was tested only where
     `accepted >= k - 1`.
     """
 
@@ -34,6 +35,7 @@ class Rounds(NamedTuple):
 
     @property
     def num_prompts(self) -> int:
+        """How many prompts the rounds are of."""
         return len(np.unique(self.prompt))
 
     def calibrated(self, temperatures: Sequence[float]) -> Rounds:
@@ -67,60 +69,51 @@ def cut_below(confidence: Floats, threshold: float) -> Ints:
     return kept
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows at the first temperature and batch size, which a run's headline figures are
-    about.
-    """
+def headline(rows: Rows) -> Rows:
+    """The rows at the first temperature and batch size, those of a run's headline figures."""
+    return [
+        row
+        for row in rows
+        if row["temperature"] == rows[0]["temperature"]
+        and row["batch_size"] == rows[0]["batch_size"]
+    ]
 
-    def conditions(row: Mapping[str, Any]) -> tuple[float, int]:
-        return row["temperature"], row.get("batch_size") or 1
 
-    return [row for row in rows if conditions(row) == conditions(rows[0])]
-
-
-def read_rounds(rows: Sequence[Mapping[str, Any]], block_size: int) -> Rounds:
-    """The rounds of `rows` whose every label is known; none where the draft has no confidence head.
+def read_rounds(rows: Rows, block_size: int) -> Rounds:
+    """The rounds of `rows` with every label known; none where the draft has no confidence head.
 
     Left out are blocks that were cut before verification, and rounds that an accepted stop token
-    ended inside the block: what the target would have said of the tokens behind it was dropped. A
-    round that the limit of new tokens cut is whole, as its verdict was recorded before the cut.
-    Prompts are told apart by benchmark and number, whatever the temperature and batch size, so that
-    a split by prompt never has the same prompt on both sides. Of a result decoded with
-    `evaluate.verify` other than `full`, only the blocks the draft was sure of remain: fit on one
-    that was.
+    ended inside the block: the target's verdict on the tokens after it was dropped. A round that
+    the limit of new tokens cut is whole, as its verdict was recorded before the cut. Prompts differ
+    by benchmark and number, whatever the temperature and batch size, so that a split by prompt
+    never has the same prompt on both sides. Of a result decoded with `evaluate.verify` other than
+    `full`, only blocks of high confidence remain: fit on one that was.
     """
     prompts: dict[tuple[str, int], int] = {}
-    confidence: list[Sequence[float]] = []
-    accepted: list[int] = []
-    prompt: list[int] = []
+    confidence, accepted, prompt = list[Sequence[float]](), list[int](), list[int]()
     left_out = 0
     for row in rows:
         number = prompts.setdefault((row["benchmark"], row["prompt"]), len(prompts))
-        if not row.get("confidence"):
+        if not row["confidence"]:
             continue
         columns = (row[name] for name in ("confidence", "proposed", "accepted", "committed"))
-        for told, proposed, kept, committed in zip(*columns, strict=True):
+        for chances, proposed, kept, committed in zip(*columns, strict=True):
             stopped = committed == kept < block_size
-            if stopped or not proposed == len(told) == block_size:
+            if stopped or not proposed == len(chances) == block_size:
                 left_out += 1
                 continue
-            confidence.append(told)
+            confidence.append(chances)
             accepted.append(kept)
             prompt.append(number)
     if left_out:
-        log.info(
-            "rounds=%d left_out=%d cut short, or ended by a stop token amid the block",
-            len(accepted),
-            left_out,
-        )
+        why = "cut short, or ended by a stop token inside the block"
+        log.info("rounds=%d left_out=%d %s", len(accepted), left_out, why)
     values = np.array(confidence, dtype=np.float64).reshape(-1, block_size)
     return Rounds(values, np.array(accepted, dtype=np.int64), np.array(prompt, dtype=np.int64))
 
 
 def split_by_prompt(rounds: Rounds, *, seed: int = 0) -> tuple[Rounds, Rounds]:
-    """Rounds of half of the prompts, drawn by `seed`, and those of the other half (which has
-    the odd one).
-    """
+    """The rounds of half of the prompts, drawn by `seed`, and of the others (one more if odd)."""
     prompts = np.random.default_rng(seed).permutation(np.unique(rounds.prompt))
     first = np.isin(rounds.prompt, prompts[: len(prompts) // 2])
     return rounds.where(first), rounds.where(~first)

@@ -1,20 +1,19 @@
 """How much of each proposed block the target verifies: all, up to the first low confidence, or what
 pays (Algorithm 1).
 
-Lossless, whatever the confidences are worth, as long as slot j's confidence depends on no token
-from slot j on: DSpark's sees the state of its slot, computed from mask tokens, and the token before
-it. Whether slot j is verified is then settled before its token x_j counts for anything: the
-scheduler admits candidates in descending survival, and within a request survival only falls, so
-admitting is a walk. Each step looks at the next slot of every request, a number that follows from
-tokens admitted already, and either admits one or ends for all. Hence x_j, when its slot is
-admitted, is still distributed as the draft said, given all that was looked at, and verification
-turns it into the target's distribution; when it is not admitted, the target draws that token
-itself.
+Lossless, however wrong the confidences are, as long as slot j's confidence depends on no token from
+slot j on: DSpark's sees the state of its slot, computed from mask tokens, and the token before it.
+Whether slot j is verified is then decided before its token x_j has any influence: the scheduler
+admits candidates in descending survival, and within a request survival only falls, so admitting is
+a walk. Each step looks at the next slot of every request, a number that follows from tokens already
+admitted, and either admits one or ends for all. Hence x_j, when its slot is admitted, still has the
+draft's distribution given everything that was looked at, and verification turns it into the
+target's distribution; when it is not admitted, the target draws that token itself.
 
-To go on looking for a better total after a step that does not improve (Appendix A) breaks this:
-slot j would be admitted for the sake of slot j + 1, whose confidence depends on x_j, so that
-admitted tokens are no longer the draft's. The same happens under any rule if a confidence looks at
-its own token, as the draft's probability of it would.
+Searching on for a better total after a step that does not improve (Appendix A) breaks this: slot j
+would be admitted for the sake of slot j + 1, whose confidence depends on x_j, so that admitted
+tokens no longer have the draft's distribution. The same happens under any rule if a confidence
+looks at its own token, as the draft's probability of it would.
 
 R requests, g block size.
 """
@@ -61,6 +60,7 @@ class Fixed:
     length: int
 
     def __call__(self, confidence: Floats, running: Bools) -> Ints:
+        """Slots to verify, as `Policy`."""
         return np.where(running, self.length, 0)
 
 
@@ -72,6 +72,7 @@ class Threshold:
     temperatures: Sequence[float] | None = None  # [g]
 
     def __call__(self, confidence: Floats, running: Bools) -> Ints:
+        """Slots to verify, as `Policy`."""
         lengths = cut_below(calibrated(confidence, self.temperatures), self.threshold)
         return np.where(running, lengths, 0)
 
@@ -84,6 +85,7 @@ class Scheduled:
     temperatures: Sequence[float] | None = None  # [g]
 
     def __call__(self, confidence: Floats, running: Bools) -> Ints:
+        """Slots to verify, as `Policy`."""
         lengths = np.zeros(len(confidence), dtype=np.int64)
         if running.any():
             sure = calibrated(confidence[running], self.temperatures)

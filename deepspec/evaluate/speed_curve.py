@@ -1,5 +1,4 @@
-"""How fast the target steps when a step verifies b tokens: measured once, then looked up by the
-scheduler.
+"""How fast the target steps when a step verifies b tokens: measured once, looked up by policies.
 
 b tokens of one forward pass, over all requests together.
 """
@@ -28,10 +27,10 @@ ROUNDS = 15
 class SpeedCurve:
     """SPS(b): forward passes per second at b tokens.
 
-    Between measured points the seconds of a step are interpolated linearly. In front of the first
-    point they are its own; behind the last they grow with the tokens, as where computing is the
-    limit. More tokens never take less time: a point slower than a later one was disturbed while it
-    was measured, and counts as fast as that one.
+    Between measured points the seconds of a step are interpolated linearly. Before the first point
+    they are those of that point; after the last they grow with the tokens, as where computing is
+    the limit. More tokens never take less time: a point slower than a later one was disturbed while
+    it was measured, and counts as fast as that one.
 
     Raises:
         DataError: no points, token counts that do not ascend from 1 on, or speeds that are not
@@ -40,38 +39,35 @@ class SpeedCurve:
 
     def __init__(
         self,
-        tokens: Sequence[int],
-        steps_per_second: Sequence[float],
+        tokens: ArrayLike,
+        steps_per_second: ArrayLike,
         *,
         where: str = "the speed curve",
     ) -> None:
-        counts, speeds = (
-            np.asarray(tokens, dtype=np.float64),
-            np.asarray(steps_per_second, dtype=np.float64),
-        )
-        fix = "give tokens and steps_per_second as two lists of one length, the tokens ascending from at least 1"
+        counts = np.asarray(tokens, dtype=np.float64)
+        speeds = np.asarray(steps_per_second, dtype=np.float64)
+        wrong = ""
         if counts.ndim != 1 or counts.shape != speeds.shape or not len(counts):
-            raise DataError(
-                f"{counts.size} token counts and {speeds.size} speeds make no curve",
-                where=where,
-                fix=fix,
-            )
-        if counts[0] < 1 or (np.diff(counts) <= 0).any():
-            raise DataError("the token counts do not ascend from at least 1", where=where, fix=fix)
-        if not (np.isfinite(speeds) & (speeds > 0)).all():
-            raise DataError("a speed is not a number above 0", where=where, fix=fix)
+            wrong = f"{counts.size} token counts and {speeds.size} speeds make no curve"
+        elif counts[0] < 1 or (np.diff(counts) <= 0).any():
+            wrong = "the token counts do not ascend from at least 1"
+        elif not (np.isfinite(speeds) & (speeds > 0)).all():
+            wrong = "a speed is not a number above 0"
+        if wrong:
+            fix = "give a speed above 0 for each token count, the counts ascending from at least 1"
+            raise DataError(wrong, where=where, fix=fix)
         self.tokens, self.steps_per_second = counts, speeds
         self._seconds = np.minimum.accumulate(1.0 / speeds[::-1])[::-1]
 
     def seconds(self, num_tokens: ArrayLike) -> Floats:
         """Of one step that verifies so many tokens (any shape)."""
         wanted = np.asarray(num_tokens, dtype=np.float64)
-        found: Floats = np.interp(wanted, self.tokens, self._seconds) * np.maximum(
-            1.0, wanted / self.tokens[-1]
-        )
+        beyond = np.maximum(1.0, wanted / self.tokens[-1])
+        found: Floats = np.interp(wanted, self.tokens, self._seconds) * beyond
         return found
 
     def __call__(self, num_tokens: ArrayLike) -> Floats:
+        """Steps per second at so many tokens (any shape)."""
         found: Floats = 1.0 / self.seconds(num_tokens)
         return found
 
@@ -79,31 +75,18 @@ class SpeedCurve:
         """The highest curve at or under this one in seconds whose every further token costs at
         least as much as the last.
 
-        On such a curve the scheduler's early stop gives nothing away. Noise makes stairs in it, in
-        front of which the scheduler would stop; noise also only ever adds time, so that the lower
-        hull is what the machine can do.
+        On such a curve the scheduler's early stop loses nothing. Noise makes stairs, before which
+        the scheduler would stop; noise also only ever adds time, so that the lower hull is what the
+        machine can do.
         """
-        kept: list[tuple[float, float]] = []
-        for count, seconds in zip(self.tokens.tolist(), self._seconds.tolist(), strict=True):
-            while len(kept) > 1 and _slope(kept[-2], kept[-1]) >= _slope(
-                kept[-1], (count, seconds)
-            ):
+        kept: list[int] = []
+        for number in range(len(self.tokens)):
+            while len(kept) > 1 and self._slope(*kept[-2:]) >= self._slope(kept[-1], number):
                 kept.pop()
-            kept.append((count, seconds))
-        return SpeedCurve([int(count) for count, _ in kept], [1.0 / seconds for _, seconds in kept])
+            kept.append(number)
+        return SpeedCurve(self.tokens[kept], 1.0 / self._seconds[kept])
 
-    def points(self) -> CurvePoints:
-        """The measured points."""
-        return CurvePoints(
-            tokens=self.tokens.astype(int).tolist(), steps_per_second=self.steps_per_second.tolist()
-        )
-
-
-def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
-    return (right[1] - left[1]) / (right[0] - left[0])
-
-
-def read_curve(path: Path) -> SpeedCurve:
+    def read_curve(path: Path) -> SpeedCurve:
     """The curve in a file {"tokens": [...], "steps_per_second": [...]}.
 
     Raises:
@@ -131,25 +114,21 @@ def profile(
 ) -> SpeedCurve:
     """The curve of this target on this machine, its logits included, smoothed.
 
-    Of each size the fastest of `rounds` after a warm-up counts: other work on the machine only ever
-    adds time. A step of b tokens is one verification: as few rows as hold them at `block_size` + 1
-    each, all of one length, each behind `context_tokens` of its own. Counts that make no such
-    rectangle are measured at the next larger one. The sizes take turns, so that a machine busy for
-    a while slows them all alike.
+    The fastest of `rounds` after a warm-up counts for each size: other work on the machine only
+    ever adds time. A step of b tokens is one verification: as few rows as hold them at `block_size`
+    + 1 each, all of one length, each after `context_tokens` of its own. Counts that make no such
+    rectangle are measured at the next larger one. The sizes alternate, so that a machine busy for a
+    while slows them all alike.
     """
     shapes = dict.fromkeys(_shape(count, block_size) for count in sorted(tokens))
     steps = {rows * width: _step(target, rows, width, context_tokens) for rows, width in shapes}
-    taken: dict[int, list[float]] = {count: [] for count in sorted(steps)}
-    for number in range(rounds + 1):
-        for count in taken:
-            seconds = steps[count]()
-            if number:  # the first is the warm-up
-                taken[count].append(seconds)
-    return SpeedCurve(list(taken), [1.0 / min(seconds) for seconds in taken.values()]).smooth()
+    sizes = sorted(steps)
+    seconds = np.array([[steps[size]() for size in sizes] for _ in range(rounds + 1)])
+    return SpeedCurve(sizes, 1.0 / seconds[1:].min(axis=0)).smooth()  # the first is the warm-up
 
 
 def _shape(num_tokens: int, block_size: int) -> tuple[int, int]:
-    """Rows and tokens per row."""
+    """Rows, and tokens per row."""
     rows = -(-num_tokens // (block_size + 1))
     return rows, -(-num_tokens // rows)
 
@@ -161,7 +140,7 @@ def _step(target: Target, rows: int, width: int, context_tokens: int) -> Callabl
     ).to(target.device)
     cache = target.new_cache(rows, context_tokens + width)
     target.forward(ids[:, :context_tokens], cache)
-    # and there they stay: every step overwrites the one before
+    # Every step overwrites what the one before it wrote.
     cache.lengths = [context_tokens] * rows
 
     def step() -> float:

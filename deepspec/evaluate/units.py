@@ -1,8 +1,8 @@
 """A unit of evaluation, decoded: its prompts plainly and speculatively by the same target, one row
 of raw counts for each.
 
-With a batch size of 1 the two ways take turns prompt by prompt; with a larger one a unit's prompts
-are decoded together, as many at a time, and rows that finish take the prompts that wait.
+With a batch size of 1 the two ways alternate prompt by prompt. With a larger one a unit's prompts
+are decoded together, that many at a time, and rows that finish take the prompts that wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.evaluate import EvaluateConfig
-from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render, split_fitting
+from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render_turns, split_fitting
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.drafter import Drafter
@@ -44,9 +44,7 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
         ("plain_tokens", pa.int32()),
         ("identical", pa.bool_()),
-        # of a greedy answer unlike the plain one: how far below the largest its tokens' logits are
-        # at most
-        ("regret", pa.float32()),
+        ("regret", pa.float32()),  # `logit_gap` of a greedy answer unlike the plain one
         ("proposed", COUNTS),
         ("accepted", COUNTS),
         ("committed", COUNTS),
@@ -61,6 +59,8 @@ SCHEMA = pa.schema(
 
 
 class Models(NamedTuple):
+    """Target and draft on one device, and how the target's chats are written and end."""
+
     target: Target
     draft: Drafter
     chat: Chat
@@ -68,9 +68,18 @@ class Models(NamedTuple):
 
 
 class UnitResult(NamedTuple):
+    """What a unit's shard holds, and what it lacks."""
+
     rows: list[dict[str, Any]]  # one per prompt and turn
-    # prompts that were not decoded, each with the reason; their later turns go with them
+    # Prompts that were not decoded, each with the reason; their later turns are left out as well.
     skipped: list[dict[str, Any]]
+
+
+class Decoded(NamedTuple):
+    """One prompt decoded both ways."""
+
+    row: dict[str, Any]
+    answer: list[int]  # the plain one
 
 
 class Evaluator:
@@ -81,98 +90,83 @@ class Evaluator:
         self._warm: set[int] = set()  # batch sizes
 
     def warm_up(self, unit: Unit) -> None:
-        """Decode one batch both ways, the first of its size, so that no first-call cost lands
-        in a measurement.
+        """Decode one batch both ways, the first of its size, so that no first-call cost is
+        measured.
         """
         if unit.batch_size in self._warm:
             return
         self._warm.add(unit.batch_size)
         prompts = {
-            number: render(self.models.chat, turns) for number, turns in enumerate(unit.prompts)
+            number: render_turns(self.models.chat, turns) for number, turns in unit.prompts.items()
         }
-        if usable := dict(list(self._fitting(prompts).usable.items())[: unit.batch_size]):
-            # then the measurement runs out of it as well, and says so
+        if usable := dict([*self._fitting(prompts).usable.items()][: unit.batch_size]):
+            # The measurement then runs out of memory as well, and reports it.
             with suppress(torch.OutOfMemoryError):
                 self._decode(unit, usable, plain_first=True)
 
     def evaluate(self, unit: Unit) -> UnitResult:
-        """Every turn of every prompt; a conversation goes on with the plainly decoded answers."""
+        """Every turn of every prompt; a conversation continues with the plainly decoded answers."""
         self.warm_up(unit)
-        rows, skipped = list[dict[str, Any]](), list[dict[str, Any]]()
-        answers: dict[int, list[str]] = {
-            number: [] for number in range(unit.first, unit.first + len(unit.prompts))
-        }
-        for turn in range(max(map(len, unit.prompts))):
-            waiting = [
-                number
-                for number, given in answers.items()
-                if len(given) == turn < len(unit.prompts[number - unit.first])
-            ]
+        result = UnitResult([], [])
+        answers: dict[int, list[str]] = {number: [] for number in unit.prompts}
+        for turn in range(max(map(len, unit.prompts.values()))):
             prompts = {
-                number: render(self.models.chat, unit.prompts[number - unit.first], answers[number])
-                for number in waiting
+                number: render_turns(self.models.chat, turns, answers[number])
+                for number, turns in unit.prompts.items()
+                if len(answers[number]) == turn < len(turns)
             }
             usable, too_long = self._fitting(prompts)
-            skipped += [
-                {"prompt": number, "turn": turn, "reason": "too_long", "detail": detail}
-                for number, detail in too_long.items()
-            ]
-            together = max(len(usable), 1) if unit.batch_size > 1 else 1
-            for start in range(0, len(usable), together):
-                group = dict(list(usable.items())[start : start + together])
+            for number, detail in too_long.items():
+                result.skipped.append(_skipped(number, turn, "too_long", detail))
+            if unit.batch_size == 1:
+                groups = [{number: prompt} for number, prompt in usable.items()]
+            else:
+                groups = [usable] if usable else []
+            for group in groups:
                 first = min(group)
+                offset = first - min(unit.prompts)
                 try:
-                    found = self._decode(
-                        unit, group, plain_first=(unit.number + first - unit.first + turn) % 2 == 0
+                    decoded = self._decode(
+                        unit, group, plain_first=(unit.number + offset + turn) % 2 == 0
                     )
                 except torch.OutOfMemoryError as error:
                     if unit.batch_size == 1:
                         raise
-                    log.warning(
-                        "stage=evaluate batch_size=%d does not fit into memory: %s",
-                        unit.batch_size,
-                        str(error).splitlines()[0],
-                    )
-                    skipped += [
-                        {
-                            "prompt": number,
-                            "turn": turn,
-                            "reason": "out_of_memory",
-                            "detail": str(error),
-                        }
-                        for number in group
-                    ]
+                    what = f"batch_size={unit.batch_size} does not fit into memory"
+                    log.warning("stage=evaluate %s: %s", what, str(error).splitlines()[0])
+                    for number in group:
+                        result.skipped.append(_skipped(number, turn, "out_of_memory", str(error)))
                     continue
-                for number, (row, plain) in found.items():
-                    rows.append({**row, "turn": turn, "group": first})
-                    answers[number].append(self.models.chat.decode(plain, self.models.stop_ids))
-        return UnitResult(rows, skipped)
+                for number, (row, answer) in decoded.items():
+                    result.rows.append({**row, "turn": turn, "group": first})
+                    answers[number].append(self.models.chat.decode(answer, self.models.stop_ids))
+        return result
 
     def _fitting(self, prompts: Mapping[int, RenderedPrompt]) -> Fitting:
-        limits = {
-            "max_positions": self.models.target.max_positions,
-            "max_new_tokens": self.settings.max_new_tokens,
-        }
-        return split_fitting(prompts, **limits)
+        return split_fitting(
+            prompts,
+            max_positions=self.models.target.max_positions,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
 
     def _decode(
         self, unit: Unit, group: Mapping[int, RenderedPrompt], *, plain_first: bool
-    ) -> dict[int, tuple[dict[str, Any], list[int]]]:
-        """A row of each prompt of the group, and its plainly decoded answer."""
+    ) -> dict[int, Decoded]:
         target, draft, _, stop_ids = self.models
+        settings = self.settings
         sampling = SamplingConfig(
-            temperature=unit.temperature, top_p=self.settings.top_p, top_k=self.settings.top_k
+            temperature=unit.temperature, top_p=settings.top_p, top_k=settings.top_k
         )
-        decode = Decode(sampling, self.settings.max_new_tokens, stop_ids, unit.batch_size)
+        decode = Decode(sampling, settings.max_new_tokens, stop_ids, unit.batch_size)
         prompts = [prompt.input_ids for prompt in group.values()]
         seeds = [
-            stream_seed(self.settings.seed, int(prompt.digest, 16), number)
+            stream_seed(settings.seed, int(prompt.digest, 16), number)
             for number, prompt in group.items()
         ]
 
         def plainly() -> tuple[list[list[int]], float]:
             started = time.perf_counter()
-            # its tokens are on the host when it returns
+            # Its tokens are on the host when it returns.
             answers = generate(target, prompts, decode, seeds=seeds)
             return answers, time.perf_counter() - started
 
@@ -185,9 +179,10 @@ class Evaluator:
             "verify_seconds": seconds.verify,
             "plain_seconds": plain_seconds,
         }
-        found = {}
+        decoded = {}
         for (number, prompt), trace, answer in zip(group.items(), traces, answers, strict=True):
             identical = answer == trace.token_ids
+            is_exact = identical or unit.temperature > 0
             row = {
                 "benchmark": unit.benchmark,
                 "domain": unit.domain,
@@ -200,18 +195,24 @@ class Evaluator:
                 "plain_tokens": len(answer),
                 "identical": identical,
                 "regret": None
-                if identical or unit.temperature > 0
+                if is_exact
                 else logit_gap(target, prompt.input_ids, trace.token_ids),
                 **trace._asdict(),
+                "confidence": trace.confidence or None,
                 **{name: value / len(group) for name, value in clocks.items()},
             }
-            found[number] = ({**row, "confidence": trace.confidence or None}, answer)
-        return found
+            decoded[number] = Decoded(row, answer)
+        return decoded
+
+
+def _skipped(number: int, turn: int, reason: str, detail: str) -> dict[str, Any]:
+    return {"prompt": number, "turn": turn, "reason": reason, "detail": detail}
 
 
 def logit_gap(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """How far below the largest logit those of the answer's tokens are at most, in one pass of
-    the target over all of them.
+    """Largest distance of an answer token's logit from the largest logit at its position.
+
+    One pass of the target over prompt and answer.
     """
     ids = torch.tensor([[*prompt, *answer]], device=target.device)
     logits = target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1 : -1]).float()

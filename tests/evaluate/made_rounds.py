@@ -27,6 +27,7 @@ def made_rows(
             {
                 "benchmark": "made",
                 "temperature": 1.0,
+                "batch_size": 1,
                 "prompt": prompt,
                 "proposed": [block_size] * rounds,
                 "accepted": accepted,

@@ -22,7 +22,7 @@ from tests.model.drafts import make_draft
 
 
 def row(**columns: Any) -> dict[str, Any]:
-    return {"benchmark": "made", "temperature": 1.0, "prompt": 0, **columns}
+    return {"benchmark": "made", "temperature": 1.0, "batch_size": 1, "prompt": 0, **columns}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from deepspec.evaluate.prompts import (
     RenderedPrompt,
     load_benchmarks,
     make_units,
-    render,
+    render_turns,
     split_fitting,
 )
 from deepspec.evaluate.results import read_rows
@@ -96,13 +96,13 @@ def test_two_benchmarks_of_one_name_are_refused(store: Path, tmp_path: Path):
 
 def test_a_turn_is_rendered_on_the_answers_before_it(store: Path):
     chat, turns = load_chat(tiny_run(store)), ("one", "two", "three")
-    assert render(chat, turns).input_ids == chat.render([Message("user", "one")])
+    assert render_turns(chat, turns).input_ids == chat.render([Message("user", "one")])
     said = [Message("user", "one"), Message("assistant", "1"), Message("user", "two")]
-    assert render(chat, turns, ["1"]).input_ids == chat.render(said)
-    assert render(chat, turns, ["1", "2"]).input_ids == chat.render(
+    assert render_turns(chat, turns, ["1"]).input_ids == chat.render(said)
+    assert render_turns(chat, turns, ["1", "2"]).input_ids == chat.render(
         [*said, Message("assistant", "2"), Message("user", "three")]
     )
-    assert render(chat, turns, ["1"]).digest != render(chat, turns, ["2"]).digest
+    assert render_turns(chat, turns, ["1"]).digest != render_turns(chat, turns, ["2"]).digest
 
 
 def test_a_prompt_without_room_for_its_answer_is_told_apart_with_the_reason():
@@ -140,7 +140,7 @@ def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
         answer = chat.decode(first["token_ids"], chat.stop_ids())
         assert (
             second["prompt_digest"]
-            == render(chat, benchmark.prompts[first["prompt"]], [answer]).digest
+            == render_turns(chat, benchmark.prompts[first["prompt"]], [answer]).digest
         )
     evaluated = artifact_of(config, "evaluate")
     lines = list(describe(evaluated.url.removeprefix("file://")))
