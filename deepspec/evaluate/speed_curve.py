@@ -38,11 +38,7 @@ class SpeedCurve:
     """
 
     def __init__(
-        self,
-        tokens: ArrayLike,
-        steps_per_second: ArrayLike,
-        *,
-        where: str = "the speed curve",
+        self, tokens: ArrayLike, steps_per_second: ArrayLike, *, where: str = "the speed curve"
     ) -> None:
         counts = np.asarray(tokens, dtype=np.float64)
         speeds = np.asarray(steps_per_second, dtype=np.float64)
@@ -86,7 +82,19 @@ class SpeedCurve:
             kept.append(number)
         return SpeedCurve(self.tokens[kept], 1.0 / self._seconds[kept])
 
-    def read_curve(path: Path) -> SpeedCurve:
+    def _slope(self, left: int, right: int) -> float:
+        """Seconds that a further token costs between two points."""
+        more = self._seconds[right] - self._seconds[left]
+        return float(more / (self.tokens[right] - self.tokens[left]))
+
+    def points(self) -> CurvePoints:
+        """The measured points."""
+        return CurvePoints(
+            tokens=self.tokens.astype(int).tolist(), steps_per_second=self.steps_per_second.tolist()
+        )
+
+
+def read_curve(path: Path) -> SpeedCurve:
     """The curve in a file {"tokens": [...], "steps_per_second": [...]}.
 
     Raises:
