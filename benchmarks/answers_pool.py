@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks._measure import peak_bytes, result
 from deepspec.answers.stage import run_answers
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.prompts.stage import run_prompts
 
@@ -122,10 +123,10 @@ def answer(folder: Path, urls: str, count: int) -> None:
         "resources.servers.progress_s=0.05",
     ]
     config = load_run("dspark-qwen3-4b", settings, store=str(folder / "store"))
-    run_prompts(config)
+    run_prompts(Run(config))
     seen: list[tuple[float, int]] = []
     run_answers(
-        config,
+        Run(config),
         report=lambda event: (
             seen.append((time.perf_counter(), event["rows"]))
             if event["event"] == "answering"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from deepspec.artifacts.run import Run
 from deepspec.cache.codec_base import Codec, CodecName, Compression
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, FidelityLimits, measure, refuse
@@ -139,9 +140,9 @@ def real_states(store: str) -> States:
         "target.layer_ids=[1, 2, 4, 5, 6]",
     ]
     config = load_run("demo", [*demo, "resources.storage.min_free_gb=0"], store=store)
-    run_demo(config)
-    tokenizer = load_chat(config).tokenizer
-    target = load_target(config.target, folder=target_folder(config), device="cpu")
+    run_demo(Run(config))
+    tokenizer = load_chat(Run(config)).tokenizer
+    target = load_target(config.target, folder=target_folder(Run(config)), device="cpu")
     context: list[Tensor] = []
     last: list[Tensor] = []
     for row in make_corpus(config.demo).training:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks._measure import result
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.config.data import SamplingConfig
 from deepspec.config.recipes import load_run
 from deepspec.evaluate.prompts import load_benchmarks, render_turns
@@ -82,13 +82,13 @@ def main(run: str = "demo", *overrides: str) -> dict[str, object]:
         run, [word for word in overrides if not word.startswith("store=")], store=store
     )
     torch.set_num_threads(config.resources.devices.evaluate_threads or torch.get_num_threads())
-    models = load_models(config, artifact_of(config, "train"))
+    models = load_models(Run(config), Run(config).artifact("train"))
     settings = Decode(
         SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1
     )
     prompts = [
         render_turns(models.chat, text).input_ids
-        for benchmark in load_benchmarks(config)
+        for benchmark in load_benchmarks(Run(config))
         for text in benchmark.prompts
     ]
     alone = sides(models, settings)

@@ -21,6 +21,7 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks._measure import result
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.process.launch import RunRequest
@@ -93,7 +94,7 @@ def measure(folder: Path, shards: int, groups: int) -> tuple[float, float]:
     """Seconds of the whole run, and megabytes that the server's database has more after it."""
     request, home = request_of(folder, shards, groups), folder / "prefect"
     config = load_run(request.source, request.overrides, store=request.store)
-    run_prompts(config)
+    run_prompts(Run(config))
     server = PrivateServer(home)
     try:
         server.wait()
@@ -103,7 +104,7 @@ def measure(folder: Path, shards: int, groups: int) -> tuple[float, float]:
         # the server's address is in the environment
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
         seconds = time.monotonic() - started
-        assert stage_status(config, "answers").sealed
+        assert stage_status(Run(config), "answers").sealed
         grown_mb = (settled_bytes(home) - before) / 1e6
         assert recorded_groups(home) == groups, (
             "every group is a task run that the server has recorded"

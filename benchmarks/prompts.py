@@ -22,6 +22,7 @@ from pathlib import Path
 import datasets
 
 from benchmarks._measure import alternate, peak_bytes, result
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.prompts.stage import run_prompts
@@ -68,7 +69,7 @@ def make_run(store: Path, source: Path) -> RunConfig:
 def stage(folder: Path, source: Path) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as store:
         began = time.perf_counter()
-        run_prompts(make_run(Path(store), source))
+        run_prompts(Run(make_run(Path(store), source)))
         return time.perf_counter() - began
 
 
@@ -121,7 +122,7 @@ def main() -> dict[str, object]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        run_prompts(make_run(Path(sys.argv[1]), Path(sys.argv[2])))
+        run_prompts(Run(make_run(Path(sys.argv[1]), Path(sys.argv[2]))))
         print(peak_bytes())
     else:
         print(json.dumps(main()))

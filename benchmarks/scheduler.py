@@ -26,8 +26,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._measure import result
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.results import SimulatedServing
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.evaluate.calibration import fit_calibration
 from deepspec.evaluate.results import read_rows
@@ -48,7 +48,7 @@ def recorded(source: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     if source.endswith(".json"):
         rows = json.loads(Path(source).read_text(encoding="utf-8"))
         return [{"batch_size": 1, **row} for row in rows]
-    return read_rows(artifact_of(load_run(source, overrides), "evaluate"))
+    return read_rows(Run(load_run(source, overrides)).artifact("evaluate"))
 
 
 def gpu_like() -> SpeedCurve:

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
+from deepspec.artifacts.run import Run as OpenedRun
+from deepspec.artifacts.run import open_run
 from deepspec.cli.inspection import Purpose, Run, RunOrArtifact, Sets, Shards, StoreUrl
 from deepspec.cli.inspection import app as looking
-from deepspec.config.recipes import load_run, recipe_names, to_yaml
-from deepspec.config.run import RunConfig
+from deepspec.config.recipes import recipe_names, to_yaml
 from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
 from deepspec.process.events import Report, json_lines
 from deepspec.process.launch import RunRequest
@@ -64,8 +65,8 @@ def demo(run: Run = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
     """Stage 0, demo recipes only: train the tiny target and write its prompts and benchmarks."""
     from deepspec.demo.stage import run_demo
 
-    config, report = _open(run, sets, store)
-    run_demo(config, report)
+    opened, report = _open(run, sets, store)
+    run_demo(opened, report)
 
 
 @app.command()
@@ -73,8 +74,8 @@ def prompts(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Stage 1: read the source, drop what cannot be used, cut into shards."""
     from deepspec.prompts.stage import run_prompts
 
-    config, report = _open(run, sets, store)
-    run_prompts(config, report)
+    opened, report = _open(run, sets, store)
+    run_prompts(opened, report)
 
 
 @app.command()
@@ -82,8 +83,8 @@ def answers(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards 
     """Stage 2: the target answers every prompt anew."""
     from deepspec.answers.stage import run_answers
 
-    config, report = _open(run, sets, store)
-    run_answers(config, shards=_chosen(shards), report=report)
+    opened, report = _open(run, sets, store)
+    run_answers(opened, shards=_chosen(shards), report=report)
 
 
 @app.command()
@@ -107,30 +108,30 @@ def hidden(
     from deepspec.hidden.stage import run_capture
     from deepspec.plan.plan import check_cache_fits
 
-    config, report = _open(
+    opened, report = _open(
         run, [*(sets or ()), *(["resources.checks.space=warn"] if force else [])], store
     )
     if purpose == "cache":
-        check_cache_fits(config)
-    run_capture(config, shards=_chosen(shards), purpose=purpose, report=report)
+        check_cache_fits(opened)
+    run_capture(opened, shards=_chosen(shards), purpose=purpose, report=report)
 
 
 @app.command()
 def train(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Stage 4: train the draft on every visible GPU, from the newest checkpoint if there is one."""
-    config, report = _open(run, sets, store)
-    ranks = 1 if is_rank() else num_ranks(config)
+    opened, report = _open(run, sets, store)
+    ranks = 1 if is_rank() else num_ranks(opened)
     if ranks > 1:
         launch_ranks(
             RunRequest(run, tuple(sets or ()), store),
             ranks,
             report=report,
-            stop_s=config.resources.runner.stop_s,
+            stop_s=opened.config.resources.runner.stop_s,
         )
         return
     from deepspec.train.loop import run_train
 
-    run_train(config, report)
+    run_train(opened, report)
 
 
 @app.command()
@@ -140,8 +141,8 @@ def benchmarks(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """
     from deepspec.prompts.benchmarks import benchmark_digests
 
-    config, _ = _open(run, sets, store)
-    for name in {**benchmark_digests(config, "prompts"), **benchmark_digests(config, "evaluate")}:
+    opened, _ = _open(run, sets, store)
+    for name in {**benchmark_digests(opened, "prompts"), **benchmark_digests(opened, "evaluate")}:
         typer.echo(f"{name} is in the store")
 
 
@@ -152,11 +153,11 @@ def evaluate(run: Run, sets: Sets = None, store: StoreUrl = None, shards: Shards
     from deepspec.evaluate.stage import run_evaluate
     from deepspec.report.report import put_report
 
-    config, report = _open(run, sets, store)
-    artifact = run_evaluate(config, shards=_chosen(shards), report=report)
+    opened, report = _open(run, sets, store)
+    artifact = run_evaluate(opened, shards=_chosen(shards), report=report)
     if artifact.manifest() is not None:
         put_report([artifact], ["html", "markdown"])  # the page for people, the text for the flows
-        report({"event": "result", "stage": "evaluate", **results(config).to_json()})
+        report({"event": "result", "stage": "evaluate", **results(opened).to_json()})
 
 
 @app.command()
@@ -200,15 +201,14 @@ def conformance(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[RunConfig, Report]:
-    """The validated run, and where its events go; refuses a store that cannot be used before
-    anything is loaded.
-    """
-    from deepspec.artifacts.lineage import store_of
+def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[OpenedRun, Report]:
+    """The opened run, and where its events go.
 
-    config = load_run(run, sets or (), store=store)
-    store_of(config).check_writable(config.resources.storage.min_free_gb)
-    return config, json_lines if _speaks_json() else TerminalReport().show
+    A store that cannot be used is refused before anything is loaded.
+    """
+    opened = open_run(run, sets or (), store=store)
+    opened.store.check_writable(opened.config.resources.storage.min_free_gb)
+    return opened, json_lines if _speaks_json() else TerminalReport().show
 
 
 def _chosen(shards: str | None) -> list[int] | None:

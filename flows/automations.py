@@ -7,7 +7,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from flows.selection import STAGES_OF
+from flows.flow_stages import STAGES_OF
 
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed

@@ -18,14 +18,14 @@ from typing import Annotated
 
 import typer
 
-from deepspec.artifacts.lineage import store_of
-from deepspec.artifacts.status import results, stages_of
+from deepspec.artifacts.run import Run as OpenedRun
+from deepspec.artifacts.status import results
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.compatible import check_answer, check_server
+from flows.flow_stages import STAGES_OF
 from flows.request import open_run
-from flows.selection import STAGES_OF
 from flows.server import PrivateServer, start_private_server
 
 WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
@@ -109,12 +109,13 @@ def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
             f"the flow {flow_name!r} has no shards", where="--shards", fix="leave --shards out"
         )
     config = open_run(request)
-    server = start_private_server(store_of(config))
+    server = start_private_server(OpenedRun(config).store)
     from flows.display import show_summary, shown_on_terminal, summary_line
 
     # By its name: run as a script, that module imports this one.
     flows = importlib.import_module("flows.pipeline").FLOWS
-    stages = [stage for stage in stages_of(config) if stage in STAGES_OF[flow_name]]
+    known = [stage.name for stage in OpenedRun(config).stages]
+    stages = [stage for stage in known if stage in STAGES_OF[flow_name]]
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
         asked = {"shards": shards} if shards else {}
@@ -122,7 +123,7 @@ def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
             recipe=request.source, overrides=request.overrides, store=request.store or "", **asked
         )
     found = (
-        results(config)
+        results(OpenedRun(config))
         if outcomes[-1].status.stage == "evaluate" and outcomes[-1].status.sealed
         else None
     )

@@ -15,11 +15,11 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
+from deepspec.artifacts.stages import STAGES
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import shard_list
 from flows.reporting import best_effort, prefect_key
-from flows.selection import FLOW_OF, SELECTABLE
 
 MOST_ROWS = 200  # of the table; a command names every shard
 LONGEST_REASON = 500  # characters
@@ -76,14 +76,14 @@ def resume_commands(request: RunRequest, stage: str, error: DeepSpecError) -> di
     """By what they do: commands for the missing shards alone, and for the whole run again, as
     the run itself was started.
     """
-    missing = sorted(error.failures) if stage in SELECTABLE else []
+    missing = sorted(error.failures) if STAGES[stage].is_selectable else []
     commands = dict[str, str]()
     with get_client(sync_client=True) as client:
         origin = find_origin(client)
         if (
             missing
             and origin.deployment
-            and _has_deployment(client, name := f"{FLOW_OF[stage]}/{origin.deployment}")
+            and _has_deployment(client, name := f"{STAGES[stage].flow}/{origin.deployment}")
         ):
             commands["Only these shards, by a worker"] = deployment_command(
                 name, {**_asked(request), "shards": shard_list(missing)}

@@ -12,8 +12,9 @@ from prefect.runtime import flow_run
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.leases import LOST_S, Lease, Leases, holders_text, this_process
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import SHARDED, StageStatus
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.stages import STAGES
+from deepspec.artifacts.status import StageStatus
 from deepspec.config.run import RunConfig
 from deepspec.errors import TransientError
 from flows.stage_progress import StageProgress
@@ -39,7 +40,7 @@ def leases_on(artifact: Artifact) -> Leases:
 
 def shards_to_lease(todo: StageStatus) -> list[int]:
     """The missing shards; a stage without shards is leased as one."""
-    return todo.missing if todo.stage in SHARDED and todo.missing else [0]
+    return todo.missing if STAGES[todo.stage].is_sharded and todo.missing else [0]
 
 
 def acquire_shards(leases: Leases, config: RunConfig, todo: StageStatus) -> tuple[list[int], bool]:
@@ -76,9 +77,9 @@ def acquire_shards(leases: Leases, config: RunConfig, todo: StageStatus) -> tupl
         told,
         LOST_S,
     )
-    progress = StageProgress(config.name, todo, sharded=todo.stage in SHARDED)
+    progress = StageProgress(config.name, todo, sharded=STAGES[todo.stage].is_sharded)
     progress.set_note(f"waiting for {told}, which works on the same shards")
-    watch = StoreWatch(artifact_of(config, todo.stage), todo, progress)
+    watch = StoreWatch(Run(config).artifact(todo.stage), todo, progress)
     while not mine:
         time.sleep(watch.pause_s)
         try:

@@ -12,7 +12,7 @@ from prefect import get_run_logger
 from prefect.blocks.system import Secret
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
@@ -43,7 +43,7 @@ class LocalExecutor:
         self.run, self.secrets = run, api_key(run.config) if run.stage == "answers" else {}
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
-        run, path = self.run, log_path(artifact_of(self.run.config, self.run.stage), name)
+        run, path = self.run, log_path(Run(self.run.config).artifact(self.run.stage), name)
         get_run_logger().info("%s: started, full log in %s", name, path)
         command = run.request.command(run.stage, shards)
         on_event = functools.partial(run.on_event, lane=lane.name)

@@ -18,11 +18,12 @@ from typing import ParamSpec, TypeVar
 
 from prefect import Flow, flow, get_run_logger
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import report_text, results
+from flows.flow_stages import STAGES_OF
 from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
 from flows.request import open_run
-from flows.selection import STAGES_OF
 from flows.tasks import run_stages
 
 P = ParamSpec("P")
@@ -101,8 +102,8 @@ def evaluate_draft(
         words = ["python", "-m", "deepspec", "report", *request.arguments()]
         publish_results(
             config.name,
-            report_text(config),
-            results(config).benchmarks,
+            report_text(Run(config)),
+            results(Run(config)).benchmarks,
             report_url=f"{outcomes[-1].status.artifact_url}/report.html",
             command=shlex.join([*words, "--output", "report.html"]),
         )

@@ -31,8 +31,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Crashed
 
 from deepspec.artifacts.leases import Leases
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import noted_failures, read_failures
+from deepspec.artifacts.stages import STAGES
 from deepspec.errors import (
     ChildFailed,
     ConfigError,
@@ -47,7 +48,6 @@ from flows.automations import PART
 from flows.lease_wait import GROUP
 from flows.parameters import title
 from flows.pool import WorkPool
-from flows.selection import FLOW_OF
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 from flows.store_watch import StoreWatch
@@ -64,10 +64,10 @@ class PoolExecutor:
 
     def __init__(self, run: StageRun, leases: Leases) -> None:
         self.run, self.leases, settings = run, leases, run.config.resources
-        self.flow = FLOW_OF[run.stage]
+        self.flow = STAGES[run.stage].flow
         self.title = f"{self.flow}/{settings.runner.workers}"
         self.pool = self._patiently(lambda: WorkPool(self.title, run.progress))
-        self.artifact = artifact_of(run.config, run.stage)
+        self.artifact = Run(run.config).artifact(run.stage)
         self.fixed = settings.devices.lanes if run.sharded else 1
         self.lanes = list[Lane]()
         self.alive = set[str]()  # runs whose leases are renewed, and

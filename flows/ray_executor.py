@@ -25,7 +25,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.config.resources import DevicesConfig, ResourcesConfig
 from deepspec.errors import ConfigError, TransientError, UserError
@@ -71,7 +71,7 @@ class RayExecutor:
         self.options: dict[str, Any] = (
             {"num_gpus": 1 / -(-count // gpus)} if gpus else {"num_cpus": 1}
         )
-        artifact = artifact_of(run.config, run.stage)
+        artifact = Run(run.config).artifact(run.stage)
         self.order, self.url = (
             GroupOrder(run.request, run.stage, artifact.key.fingerprint, str(Path.cwd())),
             artifact.url,
@@ -127,7 +127,7 @@ def work_there(name: str, order: GroupOrder, shards: list[int] | None) -> None:
         contextlib.chdir(order.folder) if Path(order.folder).is_dir() else contextlib.nullcontext()
     ):
         config = load_run(request.source, request.overrides, store=request.store)
-        artifact = artifact_of(config, stage)
+        artifact = Run(config).artifact(stage)
         if artifact.key.fingerprint != order.fingerprint:
             what = f"{request.source} on the Ray node {socket.gethostname()} is not what the flow has read"
             raise ConfigError(
@@ -160,7 +160,7 @@ def ray_executor(run: StageRun) -> Iterator[RayExecutor]:
     Raises:
         UserError: there is no such cluster, or it has nothing to work with.
     """
-    artifact = artifact_of(run.config, run.stage)
+    artifact = Run(run.config).artifact(run.stage)
     with (
         connected(run.config.resources) as runner,
         watching_store(StoreWatch(artifact, run.before, run.progress)),

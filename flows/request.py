@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from deepspec.artifacts.lineage import artifact_of, store_of
-from deepspec.artifacts.status import stages_of
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
@@ -23,9 +22,8 @@ def open_run(request: RunRequest) -> RunConfig:
     config = load_run(request.source, request.overrides, store=request.store)
     if config.resources.runner.kind == "ray":
         require_ray()
-    store_of(config).check_writable(config.resources.storage.min_free_gb)
-    for stage in stages_of(config):
-        artifact_of(config, stage)  # its name covers every input file, so each must be there
+    Run(config).store.check_writable(config.resources.storage.min_free_gb)
+    Run(config).check_inputs()
     return config
 
 

@@ -18,14 +18,15 @@ from typing import Any, Protocol
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from deepspec.artifacts.lineage import artifact_of, upstream_of
+from deepspec.artifacts.missing import missing
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import TOO_MANY, failures_allowed
-from deepspec.artifacts.status import SHARDED, StageStatus, missing_shards, training_lines
+from deepspec.artifacts.stages import STAGES
+from deepspec.artifacts.status import StageStatus, training_lines
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import RunRequest, scope
 from deepspec.process.shard_ranges import shard_list
-from flows.selection import SELECTABLE
 from flows.shard_scheduler import SHARD_DIGITS, Lane, ShardScheduler
 from flows.stage_progress import StageProgress
 
@@ -56,8 +57,8 @@ class StageRun:
         self, request: RunRequest, config: RunConfig, before: StageStatus, *, some: bool = False
     ) -> None:
         self.request, self.config, self.before, self.stage = request, config, before, before.stage
-        self.sharded = before.stage in SHARDED and bool(before.missing)
-        self.whole = before.missing if some and before.stage in SELECTABLE else None
+        self.sharded = STAGES[before.stage].is_sharded and bool(before.missing)
+        self.whole = before.missing if some and STAGES[before.stage].is_selectable else None
         self.failures: dict[int, dict[str, Any]] = {}
         # failed for good; one of a group whose child failed as a whole: one shard may have brought
         # it down
@@ -68,7 +69,7 @@ class StageRun:
         )
         self.error: DeepSpecError | None = None
         self.limits = config.resources.retries.limits(self.stage)
-        history = functools.partial(training_lines, config) if self.stage == "train" else tuple
+        history = functools.partial(training_lines, Run(config)) if self.stage == "train" else tuple
         self.progress = StageProgress(config.name, before, sharded=self.sharded, history=history)
         todo = before.missing if self.sharded else [0]  # a stage without shards is dealt as one
         self.left = threading.Event()
@@ -151,7 +152,7 @@ class StageRun:
         """
         made = set(group) - set(self.missing(group))
         if unreported := self.progress.unreported(made):
-            for record in artifact_of(self.config, self.stage).records(unreported).values():
+            for record in Run(self.config).artifact(self.stage).records(unreported).values():
                 fields = record.model_dump(
                     include={"shard", "rows", "tokens", "num_bytes", "rejected"}
                 )
@@ -166,11 +167,7 @@ class StageRun:
         """
         if not self.sharded:
             return list(group)
-        before = artifact_of(self.config, upstream_of(self.config, self.stage)[0]).records(group)
-        return missing_shards(
-            artifact_of(self.config, self.stage),
-            {shard: record.checksum for shard, record in before.items()},
-        )
+        return missing(Run(self.config), self.stage, group)
 
     def still_missing(self, group: Sequence[int]) -> list[int]:
         """Those that are to be tried again: all, where the store is away; the next child passes

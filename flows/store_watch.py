@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.status import SHARDED, StageStatus
+from deepspec.artifacts.stages import STAGES
+from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from flows.stage_progress import StageProgress
 
@@ -41,7 +42,7 @@ class StoreWatch:
         # end.
         self.left = (
             set(todo.missing) - set(artifact.record_shards())
-            if todo.stage in SHARDED
+            if STAGES[todo.stage].is_sharded
             else set[int]()
         )
 

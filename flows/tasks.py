@@ -12,8 +12,10 @@ from prefect import get_run_logger
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.leases import Leases
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import SHARDED, StageStatus, require_sealed, stage_status, stages_of
+from deepspec.artifacts.missing import require_sealed
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.stages import STAGES
+from deepspec.artifacts.status import StageStatus, selected, stage_status
 from deepspec.config.run import RunConfig
 from deepspec.errors import DeepSpecError
 from deepspec.process.launch import RunRequest
@@ -27,7 +29,6 @@ from flows.local_executor import LocalExecutor
 from flows.pool_executor import PoolExecutor
 from flows.reporting import StageOutcome, publish_stages, report_nothing_to_do
 from flows.request import open_run
-from flows.selection import FLOW_OF, selected
 from flows.stage_run import Executor, StageRun
 
 
@@ -46,7 +47,9 @@ def run_stages(
     check_server()
     asked, config = parse_shards(str(shards)), open_run(request)
     outcomes: list[StageOutcome] = []
-    for stage in (stage for stage in stages_of(config) if stage in chosen):
+    for stage in (
+        stage for stage in (known.name for known in Run(config).stages) if stage in chosen
+    ):
         if asked and outcomes and not outcomes[-1].status.sealed:
             get_run_logger().warning(
                 "%s: left out, because shards of %s are still missing",
@@ -63,7 +66,9 @@ def run_stages(
                 config.name,
                 [
                     *outcomes,
-                    StageOutcome(stage_status(config, stage), "failed", time.monotonic() - started),
+                    StageOutcome(
+                        stage_status(Run(config), stage), "failed", time.monotonic() - started
+                    ),
                 ],
             )
             raise
@@ -81,18 +86,18 @@ def run_stage(
         ShardsFailed: shards are still missing; all others are committed.
         DeepSpecError: the stage could not be run at all.
     """
-    started, status = time.monotonic(), stage_status(config, stage)
-    todo = selected(config, status, asked)
+    started, status = time.monotonic(), stage_status(Run(config), stage)
+    todo = selected(Run(config), status, asked)
     if nothing_to_do(status, todo, asked):
         return already_done(config, status, 0.0)
-    require_sealed(config, stage)
-    artifact = artifact_of(config, stage)
+    require_sealed(Run(config), stage)
+    artifact = Run(config).artifact(stage)
     with leases_on(artifact) as leases:
         while True:
             mine, at_once = acquire_shards(leases, config, todo)
             if not at_once or made_since(artifact, mine):
-                status = stage_status(config, stage)
-                todo = selected(config, status, asked)
+                status = stage_status(Run(config), stage)
+                todo = selected(Run(config), status, asked)
                 if nothing_to_do(status, todo, asked):
                     return already_done(config, status, time.monotonic() - started)
             part = among(todo, mine)
@@ -100,7 +105,7 @@ def run_stage(
                 # none missing: the manifest alone is
                 run = StageRun(request, config, part, some=bool(asked and part.missing))
                 status = work_off(run, leases, asked)
-                todo = selected(config, status, asked)
+                todo = selected(Run(config), status, asked)
                 if status.sealed:
                     publish_asset(artifact)
                 if nothing_to_do(status, todo, asked):
@@ -117,8 +122,8 @@ def work_off(run: StageRun, leases: Leases, asked: Sequence[int]) -> StageStatus
     try:
         with executor_for(run, leases) as executor:
             run.work(executor)
-        after = stage_status(run.config, run.stage)
-        left = among(selected(run.config, after, asked), shards_to_lease(run.before))
+        after = stage_status(Run(run.config), run.stage)
+        left = among(selected(Run(run.config), after, asked), shards_to_lease(run.before))
     except DeepSpecError:
         run.progress.close("failed")
         raise
@@ -146,7 +151,7 @@ def already_done(config: RunConfig, status: StageStatus, seconds: float) -> Stag
     state: State = "in training" if status.in_training else "already done"
     report_nothing_to_do(status, state)
     if status.sealed:
-        publish_once(artifact_of(config, status.stage))
+        publish_once(Run(config).artifact(status.stage))
     return StageOutcome(status, state, seconds)
 
 
@@ -157,7 +162,7 @@ def among(todo: StageStatus, shards: Sequence[int]) -> StageStatus:
     known = set(shards)
     return (
         todo._replace(missing=[shard for shard in todo.missing if shard in known])
-        if todo.stage in SHARDED
+        if STAGES[todo.stage].is_sharded
         else todo
     )
 
@@ -173,7 +178,7 @@ def executor_for(run: StageRun, leases: Leases) -> Iterator[Executor]:
 
         with ray_executor(run) as executor:
             yield executor
-    elif runner == "workers" and run.stage in FLOW_OF:
+    elif runner == "workers" and STAGES[run.stage].flow:
         yield PoolExecutor(run, leases)
     else:
         yield LocalExecutor(run)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from deepspec.artifacts.run import Run
 from tests.radosgw import Radosgw, ceph_missing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,7 +92,7 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that holds the tiny demo artifact and nothing else; copy it, do not write to it."""
     from deepspec.demo.stage import run_demo
 
-    return made_once(tmp_path_factory, "demo-store", lambda store: run_demo(tiny_run(store)))
+    return made_once(tmp_path_factory, "demo-store", lambda store: run_demo(Run(tiny_run(store))))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +105,7 @@ def captured(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     def make(store: Path) -> None:
         shutil.copytree(demo_store, store)
         for stage in (run_prompts, run_answers, run_capture):
-            stage(tiny_run(store))
+            stage(Run(tiny_run(store)))
 
     return made_once(tmp_path_factory, "captured-store", make)
 

@@ -19,8 +19,8 @@ from typing import Any, Self
 from deepspec.answers.answered_shard import AnsweredShard
 from deepspec.answers.journal import Journal, journal_path, request_key
 from deepspec.answers.server_engine import ServerEngine
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.shard_loop import FULL, Work
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.config.data import AnswersConfig
 from deepspec.config.servers import ServersConfig

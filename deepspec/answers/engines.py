@@ -14,9 +14,9 @@ from contextlib import ExitStack, closing, contextmanager
 from deepspec.answers.answered_shard import AnsweredShards
 from deepspec.answers.progress import AnswerProgress
 from deepspec.answers.sequential_shards import Engine, SequentialShards
+from deepspec.artifacts.missing import ShardedStage
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.artifacts.status import ShardedStage
-from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.target.chat import target_folder
 
@@ -25,7 +25,7 @@ IN_PROCESS = {"transformers": "deepspec.answers.local_engine:TransformersEngine"
 
 @contextmanager
 def answered_shards(
-    config: RunConfig, stage: ShardedStage, progress: AnswerProgress
+    run: Run, stage: ShardedStage, progress: AnswerProgress
 ) -> Iterator[AnsweredShards]:
     """The stage's shards as the run's engine answers them.
 
@@ -33,8 +33,9 @@ def answered_shards(
         ConfigError: there is no such engine, or its servers are set up wrongly.
         ChildFailed, TransientError: a server that the stage starts does not come up.
     """
+    config = run.config
     if config.answers.engine != "openai":
-        yield SequentialShards(load_engine(config), stage, config.answers, progress)
+        yield SequentialShards(load_engine(run), stage, config.answers, progress)
         return
     from deepspec.answers.concurrent_shards import ConcurrentShards
     from deepspec.answers.journal import remove_committed
@@ -49,7 +50,7 @@ def answered_shards(
             started = serving(
                 servers,
                 config.target,
-                model=str(target_folder(config) or config.target.model),
+                model=str(target_folder(run) or config.target.model),
                 device=config.resources.devices.type,
                 logs=folder_beside(stage.artifact, "logs"),
             )
@@ -63,16 +64,16 @@ def answered_shards(
         yield stack.enter_context(shards)
 
 
-def load_engine(config: RunConfig) -> Engine:
+def load_engine(run: Run) -> Engine:
     """The engine that `answers.engine` names, by its short name or as `package.module:Class`.
 
     Raises:
         ConfigError: it cannot be imported.
     """
-    name = config.answers.engine
+    name = run.config.answers.engine
     module, _, attribute = IN_PROCESS.get(name, name).partition(":")
     try:
-        engine: Engine = getattr(importlib.import_module(module), attribute)(config)
+        engine: Engine = getattr(importlib.import_module(module), attribute)(run)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the engine cannot be imported: {error}",

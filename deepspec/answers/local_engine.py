@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 from deepspec.target.generate import Decode, generate
@@ -15,12 +15,13 @@ from deepspec.target.loading import load_target
 class TransformersEngine:
     """The target in this process, `resources.memory.answer_rows` prompts decoded together."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, run: Run) -> None:
+        config = run.config
         self.batch_rows = config.resources.memory.answer_rows
         self.sampling = config.answers.sampling
-        self.chat = load_chat(config)
+        self.chat = load_chat(run)
         self.target = load_target(
-            config.target, folder=target_folder(config), device=config.resources.devices.type
+            config.target, folder=target_folder(run), device=config.resources.devices.type
         )
         self.stop_ids = self.chat.stop_ids(self.target.generation_eos)
 

@@ -12,15 +12,15 @@ from typing import Protocol
 
 from deepspec.answers.answered_shard import AnsweredShard
 from deepspec.answers.progress import AnswerProgress
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.shard_loop import Work
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.config.data import AnswersConfig
 from deepspec.target.conversation import AnswerRequest, Conversation, Outcome
 
 
 class Engine(Protocol):
-    """Answers the requests of one shard at a time; made as `Class(config)`."""
+    """Answers the requests of one shard at a time; made as `Class(run)`, with a `Run`."""
 
     def answer(
         self, requests: Sequence[AnswerRequest], *, shard: int

@@ -13,39 +13,40 @@ from deepspec.answers.answered_shard import AnsweredShard, write_answers
 from deepspec.answers.engines import answered_shards
 from deepspec.answers.progress import AnswerProgress
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import ShardedStage, open_sharded, seal_if_whole
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import work_through
-from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
-from deepspec.config.run import RunConfig
 from deepspec.process.events import Report, silent
 
 
 def run_answers(
-    config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent
+    run: Run, *, shards: Sequence[int] | None = None, report: Report = silent
 ) -> Artifact:
     """Answer the missing ones of `shards` (None: all), and seal once none is missing.
 
     Raises:
         ShardsFailed: naming every shard that failed, and why.
     """
-    stage = open_sharded(config, "answers", shards)
+    stage = open_sharded(run, "answers", shards)
     if stage.todo:
-        answer_shards(config, stage, report)
-    seal_if_whole(config, "answers")
+        answer_shards(run, stage, report)
+    seal_if_whole(run, "answers")
     return stage.artifact
 
 
-def answer_shards(config: RunConfig, stage: ShardedStage, report: Report) -> None:
+def answer_shards(run: Run, stage: ShardedStage, report: Report) -> None:
     """Answer and commit the shards that the stage has to do.
 
     Raises:
         ShardsFailed: naming every shard that failed, and why.
     """
+    config = run.config
 
     def make(answered: AnsweredShard, local: Path) -> Counts:
         return write_answers(stage.artifact, answered, local, max_refused=max_refused)
 
     max_refused = config.resources.servers.max_refused
     progress = AnswerProgress(stage.todo, report, every_s=config.resources.servers.progress_s)
-    with answered_shards(config, stage, progress) as todo:
-        work_through(config, stage.artifact, todo, make, report, repeatable=todo.repeatable)
+    with answered_shards(run, stage, progress) as todo:
+        work_through(run, stage.artifact, todo, make, report, repeatable=todo.repeatable)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_at, artifact_key, input_artifact, require_info
+from deepspec.artifacts.lineage import artifact_at, input_artifact, require_info
+from deepspec.artifacts.run import Run
 from deepspec.config.old_keys import translated
 from deepspec.config.recipes import load_run, validated
 from deepspec.config.run import RunConfig
@@ -52,7 +53,7 @@ def drift(source: str, config: RunConfig) -> str:
     if artifact is None:
         return ""
     try:
-        found = artifact_key(config, artifact.key.stage).fingerprint
+        found = Run(config).artifact(artifact.key.stage).key.fingerprint
     except (DataError, ConfigError) as error:
         return f"a file that the run reads is not here (relative paths are those of the run's folder): {error}"
     made = artifact.key.fingerprint

@@ -21,6 +21,8 @@ class Stored(BaseModel):
 
 
 class ArtifactInput(Stored):
+    """An artifact by what names it."""
+
     stage: str
     name: str
     fingerprint: str
@@ -44,12 +46,9 @@ class ArtifactKey(NamedTuple):
         return ArtifactInput(stage=self.stage, name=self.name, fingerprint=self.fingerprint)
 
 
-class ArtifactInfo(Stored):
+class ArtifactInfo(ArtifactInput):
     """`artifact.json`: written before the first shard and compared on resume."""
 
-    stage: str
-    name: str
-    fingerprint: str
     recipe: dict[str, Any]
     inputs: tuple[ArtifactInput, ...]
     format: int = 1

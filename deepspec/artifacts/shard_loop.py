@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import input_artifact
 from deepspec.artifacts.records import Counts, Record, describe
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_failure, quarantine
 from deepspec.config.retries import RetriesConfig
-from deepspec.config.run import RunConfig
 from deepspec.errors import (
     ArtifactMismatch,
     DamagedData,
@@ -74,7 +74,7 @@ class Todo(Protocol[Input_co]):
 
 
 def work_through(
-    config: RunConfig,
+    run: Run,
     artifact: Artifact,
     todo: Todo[Input],
     make: Make[Input],
@@ -92,42 +92,38 @@ def work_through(
         ShardsFailed: at the end, naming every shard that failed and why; early, where too many have
             failed for good.
     """
-    shift, pending = (
-        _Shift(config, artifact, len(todo), report, repeatable=repeatable),
+    shards, pending = (
+        ShardRun(run, artifact, len(todo), report, repeatable=repeatable),
         deque[tuple[ShardInput, Future[Record]]](),
     )
     started = time.monotonic()
     with ThreadPoolExecutor(max_workers=1) as committer:
         for work in todo:
-            with shift.noting_failure(work):
-                local, counts, staged = shift.made(work, make)
+            with shards.noting_failure(work):
+                local, counts, staged = shards.made(work, make)
                 pending.append(
-                    (work, committer.submit(shift.commit, work, local, counts, started, staged))
+                    (work, committer.submit(shards.commit, work, local, counts, started, staged))
                 )
             started = time.monotonic()
             while len(pending) > COMMITS_IN_FLIGHT:
-                shift.settle(*pending.popleft())
-            if shift.too_many_failed():
+                shards.settle(*pending.popleft())
+            if shards.too_many_failed():
                 break
         while pending:
-            shift.settle(*pending.popleft())
-    if shift.failures:
-        raise shift.failed(config)
+            shards.settle(*pending.popleft())
+    if shards.failures:
+        raise shards.failed()
 
 
-class _Shift:
+class ShardRun:
     """What one call of `work_through` keeps count of."""
 
     def __init__(
-        self, config: RunConfig, artifact: Artifact, total: int, report: Report, *, repeatable: bool
+        self, run: Run, artifact: Artifact, total: int, report: Report, *, repeatable: bool
     ) -> None:
         self.repeatable = repeatable
-        self.resources, self.artifact, self.total, self.report = (
-            config.resources,
-            artifact,
-            total,
-            report,
-        )
+        self.run, self.resources = run, run.config.resources
+        self.artifact, self.total, self.report = artifact, total, report
         self.failures: dict[int, dict[str, Any]] = {}
         self.ended, self.rows, self.tokens = 0, 0, 0
 
@@ -260,13 +256,13 @@ class _Shift:
         self.report({"event": "paused", "stage": self.artifact.key.stage, "why": why})
         time.sleep(self.resources.storage.space_poll_s)
 
-    def failed(self, config: RunConfig) -> ShardsFailed:
+    def failed(self) -> ShardsFailed:
         reasons = "; ".join(
             f"shard {shard}: {failure['what']}" for shard, failure in self.failures.items()
         )
         left = self.total - self.ended
         shards = "" if left else f" --shards {','.join(map(str, self.failures))}"
-        fix = f"run `python -m deepspec {self.artifact.key.stage} {config.typed}{shards}`"
+        fix = f"run `{self.run.command(self.artifact.key.stage)}{shards}`"
         early = f"; {left} were not begun, because {TOO_MANY} ({self.allowed})" if left else ""
         what = f"{len(self.failures)} of {self.total} shards failed{early}: {reasons}"
         return ShardsFailed(what, where=self.artifact.url, fix=fix, failures=self.failures)

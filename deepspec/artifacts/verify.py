@@ -14,9 +14,8 @@ from functools import partial
 import xxhash
 
 from deepspec.artifacts.artifact import RECORDS, Artifact
-from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
 from deepspec.artifacts.records import Record, index_file
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.errors import DamagedData
 
 Locate = Callable[[Artifact, Record], list[str]]
@@ -25,27 +24,24 @@ own.
 """
 
 
-def verify_stage(config: RunConfig, stage: str, locate: Locate | None = None) -> Iterator[str]:
+def verify_stage(run: Run, stage: str, locate: Locate | None = None) -> Iterator[str]:
     """One line per damaged or missing file of the stage's artifact."""
-    return verify_artifact(
-        artifact_of(config, stage), locate, num_threads=config.resources.devices.read_threads
-    )
+    num_threads = run.config.resources.devices.read_threads
+    return verify_artifact(run.artifact(stage), locate, num_threads=num_threads)
 
 
-def verify_benchmarks(config: RunConfig) -> Iterator[str]:
-    """The same of the known benchmarks that the run reads."""
-    for benchmark in dict.fromkeys(
-        [*known_benchmarks(config, "prompts"), *known_benchmarks(config, "evaluate")]
-    ):
-        yield from verify_artifact(
-            Artifact(store_of(config), benchmark_key(benchmark)),
-            num_threads=config.resources.devices.read_threads,
-        )
+def verify_benchmarks(run: Run) -> Iterator[str]:
+    """One line per damaged or missing file of the known benchmarks that the run reads."""
+    known = [*run.known_benchmarks("prompts"), *run.known_benchmarks("evaluate")]
+    for benchmark in dict.fromkeys(known):
+        artifact = run.benchmark(benchmark)
+        yield from verify_artifact(artifact, num_threads=run.config.resources.devices.read_threads)
 
 
 def verify_artifact(
     artifact: Artifact, locate: Locate | None = None, *, num_threads: int
 ) -> Iterator[str]:
+    """One line per damaged or missing file; what is damaged is removed, so that it is made again."""
     yield from _damaged_manifest(artifact)
     yield from _damaged_records(artifact)
     with ThreadPoolExecutor(num_threads) as pool:

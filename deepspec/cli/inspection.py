@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepspec.config.recipes import load_run
+from deepspec.artifacts.run import open_run
 from deepspec.errors import EXIT_FAILED
 
 app = typer.Typer()
@@ -46,9 +46,9 @@ Purpose = Literal["cache", "rolling", "index"]
 @app.command()
 def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Show per stage what is committed, missing, rejected or failed."""
-    from deepspec.artifacts.status import stage_status, stages_of
+    from deepspec.artifacts.status import stage_status
 
-    config = load_run(run, sets or (), store=store)
+    opened = open_run(run, sets or (), store=store)
     table = Table(
         "stage",
         "state",
@@ -61,7 +61,7 @@ def status(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
         "MB",
         box=None,
     )
-    found = [stage_status(config, stage) for stage in stages_of(config)]
+    found = [stage_status(opened, stage.name) for stage in opened.stages]
     for part in found:
         state = (
             "sealed"
@@ -119,7 +119,7 @@ def plan(  # noqa: PLR0913 - a command line's options are independent of each ot
     from deepspec.plan.view import show
 
     found = plan_run(
-        load_run(run, sets or (), store=store), num_rows=sample, train_hours=train_hours
+        open_run(run, sets or (), store=store), num_rows=sample, train_hours=train_hours
     )
     if as_json:
         typer.echo(json.dumps(found.to_json()))
@@ -145,7 +145,7 @@ def show(
 
     console = Console(highlight=False)
     for text in show_sample(
-        load_run(run, sets or (), store=store), shard=shard, row=row, colours=console.is_terminal
+        open_run(run, sets or (), store=store), shard=shard, row=row, colours=console.is_terminal
     ):
         console.print(text, soft_wrap=True)
 
@@ -155,15 +155,14 @@ def verify(run: Run, sets: Sets = None, store: StoreUrl = None) -> None:
     """Read everything that is committed and compare it with its checksum; what is damaged is
     named and made missing.
     """
-    from deepspec.artifacts.status import stages_of
     from deepspec.artifacts.verify import verify_benchmarks, verify_stage
     from deepspec.cache.damage import locate_damage
 
-    config, locate = load_run(run, sets or (), store=store), {"hidden": locate_damage}
+    opened, locate = open_run(run, sets or (), store=store), {"hidden": locate_damage}
     damaged = 0
     checks = [
-        *(verify_stage(config, stage, locate.get(stage)) for stage in stages_of(config)),
-        verify_benchmarks(config),
+        *(verify_stage(opened, stage.name, locate.get(stage.name)) for stage in opened.stages),
+        verify_benchmarks(opened),
     ]
     for problem in (line for check in checks for line in check):
         # at once: its record is gone by now, and the rest may take hours
@@ -191,10 +190,9 @@ def gc(
     uploads, quarantined shards.
     """
     from deepspec.artifacts import gc as collector
-    from deepspec.artifacts.lineage import store_of
     from deepspec.formatting import human_bytes
 
-    place = store_of(load_run(run, sets or (), store=store))
+    place = open_run(run, sets or (), store=store).store
     place.check_writable()
     found = collector.orphans(place, grace_s=3600 * grace_hours)
     for orphan in found:

@@ -51,10 +51,13 @@ class DatasetSource(Section):
     """
 
 
+PromptSource = Annotated[DemoSource | FileSource | DatasetSource, Field(discriminator="kind")]
+
+
 class PromptsConfig(Section):
     """Where prompts come from, which of them are kept, and how they are cut into shards."""
 
-    source: Annotated[DemoSource | FileSource | DatasetSource, Field(discriminator="kind")]
+    source: PromptSource
     """Where prompts come from."""
     limit: PositiveInt | None = None
     """Prompts to keep at most, in source order; null keeps all."""

@@ -8,21 +8,20 @@ import tempfile
 from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.demo.build import build_demo
 from deepspec.errors import ConfigError
 from deepspec.process.events import Report, silent
 
 
-def run_demo(config: RunConfig, report: Report = silent) -> Artifact:
+def run_demo(run: Run, report: Report = silent) -> Artifact:
     """Make and seal the demo's folder, unless it is there already."""
+    config = run.config
     if config.demo is None:
         raise ConfigError(
             "this run has no demo section", where="demo", fix="use one of the demo recipes"
         )
-    artifact = artifact_of(config, "demo")
-    artifact.create(config.model_dump(mode="json"))
+    artifact = run.create("demo")
     if artifact.manifest() is not None:
         return artifact
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from deepspec.artifacts.run import Run
 from deepspec.config.benchmarks import DEMO, Domain, find_benchmark, short_name
 from deepspec.config.evaluate import BenchmarkConfig
 from deepspec.config.run import RunConfig
@@ -59,19 +60,20 @@ class Fitting(NamedTuple):
     skipped: dict[int, str]
 
 
-def load_benchmarks(config: RunConfig) -> list[Benchmark]:
+def load_benchmarks(run: Run) -> list[Benchmark]:
     """All benchmarks of the run, every one checked; known ones are put into the store if needed.
 
     Raises:
         DataError: a file that is missing, empty, or has a line without turns; a data set that is
             neither stored nor reachable.
     """
-    return [_load(config, settings) for settings in config.evaluate.benchmarks]
+    return [_load(run, settings) for settings in run.config.evaluate.benchmarks]
 
 
-def _load(config: RunConfig, settings: BenchmarkConfig) -> Benchmark:
+def _load(run: Run, settings: BenchmarkConfig) -> Benchmark:
+    config = run.config
     known = find_benchmark(settings.name)
-    prompts = [prompt.turns for prompt in read_benchmark(config, settings.name)]
+    prompts = [prompt.turns for prompt in read_benchmark(run, settings.name)]
     limit = settings.limit or (known.num_prompts if known else None)
     if limit is not None and limit < len(prompts):
         chosen = np.random.default_rng(config.evaluate.seed).permutation(len(prompts))[:limit]

@@ -14,14 +14,13 @@ import pyarrow as pa
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.missing import choose, missing_units, require_sealed
 from deepspec.artifacts.records import Counts, Record
 from deepspec.artifacts.results import EvaluationSummary
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.status import choose, missing_shards, require_sealed
 from deepspec.artifacts.tables import write_table
-from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate.calibration import fit_calibration
 from deepspec.evaluate.confidence import summarise_confidence
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def run_evaluate(
-    config: RunConfig, *, shards: Sequence[int] | None = None, report: Report = silent
+    run: Run, *, shards: Sequence[int] | None = None, report: Report = silent
 ) -> Artifact:
     """Decode the missing units (all, or those of `shards`), and write the summary when none is
     missing.
@@ -50,19 +49,20 @@ def run_evaluate(
     Raises:
         DataError: not one prompt fits into the target, or `resources.devices.speed_curve` is no curve.
     """
-    inputs = require_sealed(config, "evaluate") | benchmark_digests(config, "evaluate")
-    units = {unit.number: unit for unit in make_units(config, load_benchmarks(config))}
-    stage = _Evaluation(config, units)
-    artifact, digest = stage.artifact, stage.digest
-    artifact.create(config.model_dump(mode="json"))
-    missing = missing_shards(artifact, dict.fromkeys(choose(shards, units, "evaluate"), digest))
+    inputs = require_sealed(run, "evaluate") | benchmark_digests(run, "evaluate")
+    units = {unit.number: unit for unit in make_units(run.config, load_benchmarks(run))}
+    stage = _Evaluation(run, units)
+    artifact = run.create("evaluate")
+    missing = missing_units(run, "evaluate", choose(shards, units, "evaluate"))
     if missing:
         stage.begin()
-        made_from = Record(artifact="", shard=0, file="", num_bytes=0, checksum=digest, rows=0)
+        made_from = Record(
+            artifact="", shard=0, file="", num_bytes=0, checksum=stage.digest, rows=0
+        )
         todo = [Work(number, made_from) for number in missing]
         # Seconds are part of a row, so that no two workers make the same unit twice.
-        work_through(config, artifact, todo, stage.unit, report, repeatable=False)
-    if artifact.manifest() is None and not missing_shards(artifact, dict.fromkeys(units, digest)):
+        work_through(run, artifact, todo, stage.unit, report, repeatable=False)
+    if artifact.manifest() is None and not missing_units(run, "evaluate", units):
         content = pretty_json(stage.summary().to_json())
         artifact.store.write(artifact.path("summary.json"), content)
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
@@ -72,20 +72,21 @@ def run_evaluate(
 class _Evaluation:
     """One run: target and draft are loaded when something is to be decoded or profiled."""
 
-    def __init__(self, config: RunConfig, units: dict[int, Unit]) -> None:
-        self.config = config
+    def __init__(self, run: Run, units: dict[int, Unit]) -> None:
+        self.run = run
+        self.config = run.config
         self.units = units
-        self.artifact = artifact_of(config, "evaluate")
-        self.draft = artifact_of(config, "train")
+        self.artifact = run.artifact("evaluate")
+        self.draft = run.artifact("train")
         manifest = self.draft.manifest()
         self.digest = manifest.digest if manifest else ""
-        path = config.resources.devices.speed_curve
+        path = run.config.resources.devices.speed_curve
         # Used at the end at the earliest, and checked before the first prompt.
         self.given_curve = read_curve(Path(path)) if path else None
 
     @cached_property
     def models(self) -> Models:
-        return load_models(self.config, self.draft)
+        return load_models(self.run, self.draft)
 
     def curve(self) -> SpeedCurve:
         """`resources.devices.speed_curve`, or what this machine does with the target."""
@@ -129,15 +130,16 @@ class _Evaluation:
         return found.model_copy(update=parts._asdict())
 
 
-def load_models(config: RunConfig, draft_artifact: Artifact) -> Models:
+def load_models(run: Run, draft_artifact: Artifact) -> Models:
     """Target and draft in the same dtype on the same device.
 
     Raises:
         ArtifactMismatch: the draft was made for a target of another shape; found before any weight
             is read.
     """
-    chat, dtype = load_chat(config), config.evaluate.dtype or config.target.dtype
-    folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(config)
+    config = run.config
+    chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
+    folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(run)
     check_pair(
         read_spec(folder),
         read_text_config(config.target, folder=of_target),

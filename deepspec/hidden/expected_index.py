@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
 from deepspec.cache.index import (

@@ -19,8 +19,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse

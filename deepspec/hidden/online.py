@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors.torch import load
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.missing import ShardedStage
+from deepspec.artifacts.run import Run
 from deepspec.cache.format import HiddenSample, Layout
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.prefetch import read_ahead
@@ -86,7 +86,7 @@ class OnlineStates(Source):
             return [self.capture.sample(row, states) for row, states in self.capture.states(batch)]
 
 
-def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineStates:
+def open_online(run: Run, *, is_first: bool, report: Report) -> OnlineStates:
     """The source, once the first process has rendered all answers and written what stands beside
     the shards.
 
@@ -94,26 +94,23 @@ def open_online(config: RunConfig, *, is_first: bool, report: Report) -> OnlineS
         FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
             allows.
     """
-    stage = open_unsealed(config)
+    stage = open_unsealed(run)
     return compute_online(
-        config,
-        stage,
-        shared_index(config, stage, is_first=is_first),
-        is_first=is_first,
-        report=report,
+        run, stage, shared_index(run, stage, is_first=is_first), is_first=is_first, report=report
     )
 
 
 def compute_online(
-    config: RunConfig, stage: ShardedStage, index: ExpectedIndex, *, is_first: bool, report: Report
+    run: Run, stage: ShardedStage, index: ExpectedIndex, *, is_first: bool, report: Report
 ) -> OnlineStates:
     """The source over an index that is known, the target loaded; the first process writes what
     stands beside the shards.
     """
-    chat = load_chat(config)
+    config = run.config
+    chat = load_chat(run)
     target = load_target(
         config.target,
-        folder=target_folder(config),
+        folder=target_folder(run),
         device=config.resources.devices.type,
         attention="fastest",
     )
@@ -124,24 +121,23 @@ def compute_online(
     return OnlineStates(capture, index, ExpectedRows(config, stage, chat, index))
 
 
-def open_unsealed(config: RunConfig) -> ShardedStage:
+def open_unsealed(run: Run) -> ShardedStage:
     """The hidden artifact, created or compared, of which training makes what it needs by itself."""
-    artifact = artifact_of(config, "hidden")
-    artifact.create(config.model_dump(mode="json"))
-    return ShardedStage(artifact, artifact_of(config, "answers"), [])
+    return ShardedStage(run.create("hidden"), run.upstream("hidden"), [])
 
 
-def shared_index(config: RunConfig, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
+def shared_index(run: Run, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
     """The index of samples, which the first process makes where it is missing and all others
     wait for.
     """
+    config = run.config
     if is_first:
         render_in_children(
-            config,
+            run,
             stage.artifact,
             [record.shard for record in unrendered(stage.artifact, stage.upstream.records())],
         )
-        write_expected_index(config, stage, load_chat(config))
+        write_expected_index(config, stage, load_chat(run))
     await_expected_index(stage)
     return read_expected_index(stage)
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import xxhash
 
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record, index_file
-from deepspec.artifacts.status import ShardedStage
+from deepspec.artifacts.run import Run
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import ExpectedIndex, column_values, read_index_rows
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import SampleRange, Source
-from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
 from deepspec.formatting import human_bytes
 from deepspec.hidden.expected_index import FOLDER
@@ -62,13 +62,13 @@ class RollingStates(Source):
 
     def __init__(
         self,
-        config: RunConfig,
+        run: Run,
         stage: ShardedStage,
         index: ExpectedIndex,
         layout: Layout,
         kept: Mapping[int, HiddenSample],
     ) -> None:
-        self.config, self.stage, self.artifact = config, stage, stage.artifact
+        self.run, self.stage, self.artifact = run, stage, stage.artifact
         self.index, self.layout, self.schema = index, layout, layout.schema()
         self._kept, self._answers = kept, stage.upstream.records()
         self._shards: dict[int, _Shard] = {}
@@ -222,16 +222,12 @@ class FedStates(RollingStates):
             StoreError: `resources.training.rolling_gb` cannot hold what one step needs, or another training
                 uses these shards.
         """
-        self._feeder = RollingCapture(self.config, self.stage, self.index, self.layout, course)
+        self._feeder = RollingCapture(self.run, self.stage, self.index, self.layout, course)
         self._feeder.start()
 
 
 def open_rolling(
-    config: RunConfig,
-    *,
-    share: Callable[[ExpectedIndex], Sequence[int]],
-    is_first: bool,
-    report: Report,
+    run: Run, *, share: Callable[[ExpectedIndex], Sequence[int]], is_first: bool, report: Report
 ) -> RollingStates:
     """The source; the target is loaded only until this rank's `share` of held-out samples is in
     memory.
@@ -240,11 +236,12 @@ def open_rolling(
         FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
             allows.
     """
-    stage = open_unsealed(config)
-    index = shared_index(config, stage, is_first=is_first)
+    config = run.config
+    stage = open_unsealed(run)
+    index = shared_index(run, stage, is_first=is_first)
     numbers, kept = share(index), dict[int, HiddenSample]()
     if numbers or (is_first and lacks_metadata(config, stage.artifact)):
-        online = compute_online(config, stage, index, is_first=is_first, report=report)
+        online = compute_online(run, stage, index, is_first=is_first, report=report)
         samples = online.stream(
             iter(numbers),
             max_bytes=config.resources.memory.prefetch_mb * 1_000_000,
@@ -262,7 +259,7 @@ def open_rolling(
         )
     await_metadata(config, stage.artifact)
     kind = FedStates if is_first else RollingStates
-    return kind(config, stage, index, read_layout(config, stage.artifact), kept)
+    return kind(run, stage, index, read_layout(config, stage.artifact), kept)
 
 
 def _on_host(sample: HiddenSample) -> HiddenSample:

@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.artifacts.missing import ShardedStage
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import transient_system_errors
-from deepspec.artifacts.status import ShardedStage
 from deepspec.cache.format import Layout
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.source import SampleRange
-from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, DeepSpecError, StoreError
 from deepspec.formatting import human_bytes
 from deepspec.hidden.rolling_shards import RollingShards
@@ -50,12 +50,13 @@ class RollingCapture:
 
     def __init__(
         self,
-        config: RunConfig,
+        run: Run,
         stage: ShardedStage,
         index: ExpectedIndex,
         layout: Layout,
         course: SampleRange,
     ) -> None:
+        config = run.config
         self.config, self.shelf, self.course = config, RollingShards(stage), course
         self.max_bytes = round(config.resources.training.rolling_gb * 1e9)
         self.most_bytes = shard_bytes(index, layout)
@@ -63,7 +64,7 @@ class RollingCapture:
         self._place, self._window_end, self._moved = course.start, 0, True
         self._in_capture: set[int] = set()
         self._idle = [
-            CaptureWorker(config, stage.artifact, gpu, number=number)
+            CaptureWorker(run, stage.artifact, gpu, number=number)
             for number, gpu in enumerate(worker_gpus(config))
         ]
         self._ended, self._error = threading.Event(), list[DeepSpecError]()

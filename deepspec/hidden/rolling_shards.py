@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import IO
 
 from deepspec.artifacts import gc
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record, index_file
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.artifacts.status import ShardedStage
 from deepspec.errors import StoreError
 from deepspec.formatting import human_bytes
 

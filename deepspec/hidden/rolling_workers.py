@@ -16,7 +16,7 @@ from typing import Any
 
 from deepspec.artifacts import gc
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.recipes import to_yaml
 from deepspec.config.run import RunConfig
@@ -48,13 +48,12 @@ def worker_gpus(config: RunConfig) -> list[str | None]:
 class CaptureWorker:
     """Captures groups of shards, one after the other, on one GPU."""
 
-    def __init__(
-        self, config: RunConfig, artifact: Artifact, gpu: str | None, *, number: int
-    ) -> None:
+    def __init__(self, run: Run, artifact: Artifact, gpu: str | None, *, number: int) -> None:
+        config = run.config
         self.config, self.artifact = config, artifact
         self.env = {"DEEPSPEC_EVENTS": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         self.request, self.log_path = (
-            save_run_file(config, artifact),
+            save_run_file(run, artifact),
             folder_beside(artifact, "logs") / f"rolling-{number}.log",
         )
 
@@ -98,20 +97,20 @@ class CaptureWorker:
             stop.wait(resources.retries.delay_s * 2 ** (attempt - 1))
 
 
-def save_run_file(config: RunConfig, artifact: Artifact) -> RunRequest:
+def save_run_file(run: Run, artifact: Artifact) -> RunRequest:
     """The run as a file of its own, for children: how its options were given is not known here."""
-    path = (
-        folder_beside(artifact, "logs") / f"run-{artifact_of(config, 'train').key.fingerprint}.yaml"
-    )
+    config = run.config
+    path = folder_beside(artifact, "logs") / f"run-{run.artifact('train').key.fingerprint}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_yaml(config), encoding="utf-8")
     return RunRequest(str(path))
 
 
-def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[int]) -> None:
+def render_in_children(run: Run, artifact: Artifact, shards: Sequence[int]) -> None:
     """Have as many processes as are worth their start write the planned index of these shards;
     few shards are left to the caller.
     """
+    config = run.config
     resources = config.resources
     processes = min(
         resources.training.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS
@@ -119,7 +118,7 @@ def render_in_children(config: RunConfig, artifact: Artifact, shards: Sequence[i
     if processes < 2:
         return
     request, env = (
-        save_run_file(config, artifact),
+        save_run_file(run, artifact),
         {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)

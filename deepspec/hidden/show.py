@@ -9,9 +9,8 @@ from itertools import groupby
 
 from rich.text import Text
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
-from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.hidden.sequences import CaptureRow, capture_rows, sequence_id
 from deepspec.target.chat import Chat, load_chat
@@ -19,18 +18,19 @@ from deepspec.target.chat import Chat, load_chat
 BEGIN, END = "⟦", "⟧"  # around what is supervised, where colours would be lost
 
 
-def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> Iterator[Text]:
+def show_sample(run: Run, *, shard: int, row: int, colours: bool) -> Iterator[Text]:
     """The sequences that capture makes of one row of the answers; each a headline, then its tokens
     as text.
 
     Raises:
         ConfigError: there is no such shard or row.
     """
-    artifact = artifact_of(config, "answers")
+    config = run.config
+    artifact = run.artifact("answers")
     record = artifact.record(shard)
     if record is None:
         there = ", ".join(map(str, sorted(artifact.record_shards())[:20])) or "none"
-        fix = f"run `python -m deepspec answers {config.typed} --shards {shard}`"
+        fix = f"run `{run.command('answers')} --shards {shard}`"
         raise ConfigError(
             f"shard {shard} of the answers is not committed; of those that are: {there}",
             where=artifact.url,
@@ -44,7 +44,7 @@ def show_sample(config: RunConfig, *, shard: int, row: int, colours: bool) -> It
             fix=fix,
         )
     (answer,) = read_table(artifact.fetch_shard(record)).slice(row, 1).to_pylist()
-    chat = load_chat(config)
+    chat = load_chat(run)
     found = capture_rows([answer], chat, config.hidden)
     numbers = {sequence_id(answer["id"], number): number for number in range(len(answer["turns"]))}
     # capture wants them by length

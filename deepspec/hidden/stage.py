@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import ShardedStage, open_sharded, seal_if_whole
 from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.status import ShardedStage, open_sharded, seal_if_whole
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import INDEX, write_index
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def run_capture(
-    config: RunConfig,
+    run: Run,
     *,
     shards: Sequence[int] | None = None,
     purpose: Literal["cache", "rolling", "index"] = "cache",
@@ -58,21 +59,22 @@ def run_capture(
     is never sealed. Only which samples there are is an `index`, which trainings without a cache
     need first.
     """
-    stage = open_sharded(config, "hidden", shards)
+    config = run.config
+    stage = open_sharded(run, "hidden", shards)
     if purpose == "index":
-        write_expected_index(config, stage, load_chat(config), shards=shards)
+        write_expected_index(config, stage, load_chat(run), shards=shards)
         return stage.artifact
     if stage.todo or lacks_metadata(config, stage.artifact):
-        chat = load_chat(config)
+        chat = load_chat(run)
         target = load_target(
             config.target,
-            folder=target_folder(config),
+            folder=target_folder(run),
             device=config.resources.devices.type,
             attention="fastest",
         )
         layout = write_metadata(config, stage, chat, target, report)
         work_through(
-            config,
+            run,
             stage.artifact,
             stage.todo,
             Capture(config, stage, chat, target, layout).shard,
@@ -84,7 +86,7 @@ def run_capture(
         write_index(stage.artifact, records)
 
     if purpose == "cache":
-        seal_if_whole(config, "hidden", files=(*metadata_files(config), INDEX), before=finish)
+        seal_if_whole(run, "hidden", files=(*metadata_files(config), INDEX), before=finish)
     return stage.artifact
 
 

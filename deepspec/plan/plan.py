@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import logging
 
-from deepspec.artifacts.lineage import artifact_of, store_of
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.errors import ArtifactMismatch
 from deepspec.formatting import human_bytes
 from deepspec.plan.arithmetic import (
@@ -29,7 +28,7 @@ from deepspec.target.loading import check_settings, read_text_config
 log = logging.getLogger(__name__)
 
 
-def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | None = None) -> Plan:
+def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None) -> Plan:
     """Sample, measure and compute; reads the run's inputs and writes nothing that stays.
 
     Raises:
@@ -37,14 +36,15 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
         ConfigError: settings that the target cannot follow.
         StoreError: the store cannot be written to.
     """
-    _require_demo(config)
-    text = read_text_config(config.target, folder=target_folder(config))
+    config = run.config
+    _require_demo(run)
+    text = read_text_config(config.target, folder=target_folder(run))
     check_settings(config.target, text)
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
     num_parameters = draft_parameters(config, text)
-    store = store_of(config)
+    store = run.store
     store.check_writable()
-    work = sample_workload(config, load_chat(config), num_rows=num_rows)
+    work = sample_workload(run, load_chat(run), num_rows=num_rows)
     median = histogram([size.tokens for size in work.sizes]).p50
     speed = measure_speed(config, text, median_tokens=median)
     facts = Facts(
@@ -54,7 +54,7 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
         speed=speed,
         lanes=num_lanes(config, speed.device),
         store_bytes_per_s=measure_store(store),
-        missing=_missing_share(config),
+        missing=_missing_share(run),
         train_hours=train_hours,
     )
     return compute_plan(
@@ -64,39 +64,39 @@ def plan_run(config: RunConfig, *, num_rows: int = 256, train_hours: float | Non
     )
 
 
-def _require_demo(config: RunConfig) -> None:
-    if config.demo is not None and artifact_of(config, "demo").manifest() is None:
+def _require_demo(run: Run) -> None:
+    config = run.config
+    if config.demo is not None and run.artifact("demo").manifest() is None:
         what = "the demo's target and prompts do not exist yet, so there is nothing to measure"
         raise ArtifactMismatch(
-            what,
-            where=artifact_of(config, "demo").url,
-            fix=f"run `python -m deepspec demo {config.typed}` first",
+            what, where=run.artifact("demo").url, fix=f"run `{run.command('demo')}` first"
         )
 
 
-def _missing_share(config: RunConfig) -> float:
+def _missing_share(run: Run) -> float:
     hidden, prompts = (
-        artifact_of(config, "hidden").record_shards(),
-        artifact_of(config, "prompts").record_shards(),
+        run.artifact("hidden").record_shards(),
+        run.artifact("prompts").record_shards(),
     )
     return 1 - len(hidden) / max(len(prompts), len(hidden), 1)
 
 
-def check_cache_fits(config: RunConfig, *, num_rows: int = 64) -> None:
+def check_cache_fits(run: Run, *, num_rows: int = 64) -> None:
     """Refuse to start a capture whose missing shards the store cannot hold; for the start of the
     hidden stage.
 
     Raises:
         StoreError: naming what is needed, what is free, and what would fit.
     """
-    missing = _missing_share(config)
+    config = run.config
+    missing = _missing_share(run)
     if not missing:
         return
-    text = read_text_config(config.target, folder=target_folder(config))
+    text = read_text_config(config.target, folder=target_folder(run))
     shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
-    counts = sample_workload(config, load_chat(config), num_rows=num_rows).counts
+    counts = sample_workload(run, load_chat(run), num_rows=num_rows).counts
     needed = missing * hidden_bytes(counts, hidden_settings(config.hidden), shape)
-    fit = room(needed, store_of(config), min_free_gb=config.resources.storage.min_free_gb)
+    fit = room(needed, run.store, min_free_gb=config.resources.storage.min_free_gb)
     sizes = bytes_by_codec(counts, hidden_settings(config.hidden), shape)
     advice = fit_advice(fit, {name: missing * size for name, size in sizes.items()})
     if config.resources.checks.space == "refuse":

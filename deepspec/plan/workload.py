@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Record
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
 from deepspec.config.data import DatasetSource, DemoSource, FileSource
@@ -46,16 +46,17 @@ class _Rows(NamedTuple):
     answer_tokens: float | None = None  # in all rows, where the records say
 
 
-def sample_workload(config: RunConfig, chat: Chat, *, num_rows: int) -> Workload:
+def sample_workload(run: Run, chat: Chat, *, num_rows: int) -> Workload:
     """Tokens of the whole run, estimated from about `num_rows` of its prompts.
 
     Raises:
         DataError: the source cannot be read or holds nothing usable.
     """
+    config = run.config
     rows = (
-        _from_answers(config, num_rows)
-        or _from_prompts(config, chat, num_rows)
-        or _from_source(config, chat, num_rows)
+        _from_answers(run, num_rows)
+        or _from_prompts(run, chat, num_rows)
+        or _from_source(run, chat, num_rows)
     )
     per_answer = [_sizes(answer, chat, config) for answer in rows.answers]
     sizes = tuple(size for found in per_answer for size in found)
@@ -116,15 +117,15 @@ def _sizes(answer: Mapping[str, Any], chat: Chat, config: RunConfig) -> list[Sam
     ]
 
 
-def _from_answers(config: RunConfig, num_rows: int) -> _Rows | None:
+def _from_answers(run: Run, num_rows: int) -> _Rows | None:
     """Answers that are committed, scaled to all prompts; their records know the answer tokens
     exactly.
     """
-    records, prompts = artifact_of(config, "answers").records(), _committed_prompts(config)
+    records, prompts = run.artifact("answers").records(), _committed_prompts(run)
     answered = sum(record.rows for record in records.values())
     if not answered or not prompts:
         return None
-    answers = list(_spread(config, "answers", num_rows))
+    answers = list(_spread(run, "answers", num_rows))
     total = sum(record.rows for record in prompts.values())
     seen = answered + sum(record.rejected for record in records.values())
     sampled = seen if len(answers) == answered else round(len(answers) * seen / answered)
@@ -140,29 +141,30 @@ def _from_answers(config: RunConfig, num_rows: int) -> _Rows | None:
     )
 
 
-def _from_prompts(config: RunConfig, chat: Chat, num_rows: int) -> _Rows | None:
+def _from_prompts(run: Run, chat: Chat, num_rows: int) -> _Rows | None:
     """Prompts that are committed, with answers as long as those in the source."""
-    records = _committed_prompts(config)
+    config = run.config
+    records = _committed_prompts(run)
     total = sum(record.rows for record in records.values())
     if not total:
         return None
-    sealed = artifact_of(config, "prompts").manifest() is not None
-    stand_ins = StandIns(config, chat, _source_answers(config, num_rows))
-    rows = list(_spread(config, "prompts", num_rows))
+    sealed = run.artifact("prompts").manifest() is not None
+    stand_ins = StandIns(config, chat, _source_answers(run, num_rows))
+    rows = list(_spread(run, "prompts", num_rows))
     answers = [stand_ins.answered(row["id"], row["messages"], ()) for row in rows]
     prompts = Number(total, "exact") if sealed else Number(total, "so far, not sealed")
     return _Rows(answers, len(rows), prompts, f"sample of {len(rows)} prompts", stand_ins.origin)
 
 
-def _committed_prompts(config: RunConfig) -> dict[int, Record]:
-    return artifact_of(config, "prompts").records()
+def _committed_prompts(run: Run) -> dict[int, Record]:
+    return run.artifact("prompts").records()
 
 
-def _spread(config: RunConfig, stage: str, num_rows: int) -> Iterator[dict[str, Any]]:
+def _spread(run: Run, stage: str, num_rows: int) -> Iterator[dict[str, Any]]:
     """Rows evenly spread over a few evenly spread shards of a stage; all rows where there are
     no more.
     """
-    artifact = artifact_of(config, stage)
+    artifact = run.artifact(stage)
     records = list(artifact.records().values())
     total = sum(record.rows for record in records)
     if total > num_rows:
@@ -183,16 +185,17 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
     )
 
 
-def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
+def _from_source(run: Run, chat: Chat, num_rows: int) -> _Rows:
     """The source's first usable rows; how many there are in all is what the source says, if it
     does.
 
     Raises:
         DataError: no row is usable.
     """
+    config = run.config
     wanted = min(num_rows, config.prompts.limit or num_rows)
     ended, seen, read, found = False, set[int](), 0, list[tuple[Prompt, tuple[str, ...]]]()
-    for read, row in enumerate(read_source(config), start=1):
+    for read, row in enumerate(read_source(run, run.config.prompts.source), start=1):
         prompt = make_prompt(row, config.prompts)
         if isinstance(prompt, Prompt) and prompt.id not in seen:
             seen.add(prompt.id)
@@ -213,13 +216,14 @@ def _from_source(config: RunConfig, chat: Chat, num_rows: int) -> _Rows:
     prompts = (
         Number(len(found), "source, all usable")
         if ended
-        else _source_prompts(config, len(found) / read)
+        else _source_prompts(run, len(found) / read)
     )
     return _Rows(answers, len(found), prompts, f"first {len(found)} of source", stand_ins.origin)
 
 
-def _source_prompts(config: RunConfig, usable: float) -> Number | None:
-    limit, rows = config.prompts.limit, count_source_rows(config)
+def _source_prompts(run: Run, usable: float) -> Number | None:
+    config = run.config
+    limit, rows = config.prompts.limit, count_source_rows(run)
     if rows is None:
         return Number(limit, "limit; length unknown") if limit else None
     if limit and limit <= rows * usable:
@@ -230,11 +234,12 @@ def _source_prompts(config: RunConfig, usable: float) -> Number | None:
     )
 
 
-def count_source_rows(config: RunConfig) -> int | None:
+def count_source_rows(run: Run) -> int | None:
     """Rows of the source, of files without parsing them; None where that cannot be known."""
+    config = run.config
     match config.prompts.source:
         case DemoSource():
-            demo = artifact_of(config, "demo")
+            demo = run.artifact("demo")
             return _count_rows(str(demo.store.fetch(demo.path("prompts.jsonl"))))
         case FileSource(paths=paths):
             return sum(_count_rows(path) for path in paths)
@@ -269,10 +274,12 @@ def _dataset_rows(source: DatasetSource) -> int | None:
     return int(splits[source.split].num_examples) or None if source.split in splits else None
 
 
-def _source_answers(config: RunConfig, num_rows: int) -> list[str]:
+def _source_answers(run: Run, num_rows: int) -> list[str]:
     try:
         return [
-            text for row in islice(read_source(config), num_rows) for text in assistant_texts(row)
+            text
+            for row in islice(read_source(run, run.config.prompts.source), num_rows)
+            for text in assistant_texts(row)
         ]
     except (DataError, OSError):
         return []  # the prompts are committed: the source may be gone

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of, benchmark_key, known_benchmarks, store_of
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
 from deepspec.config.data import DatasetSource
@@ -36,7 +36,7 @@ class BenchmarkPrompt(NamedTuple):
     problem: str | None = None  # the data set's own text, without the words around it
 
 
-def read_benchmark(config: RunConfig, name: str) -> list[BenchmarkPrompt]:
+def read_benchmark(run: Run, name: str) -> list[BenchmarkPrompt]:
     """All prompts of a benchmark, in the order of its data set or file.
 
     Raises:
@@ -44,12 +44,12 @@ def read_benchmark(config: RunConfig, name: str) -> list[BenchmarkPrompt]:
             neither stored nor reachable.
     """
     if known := find_benchmark(name):
-        artifact = stored_benchmark(config, known)
+        artifact = stored_benchmark(run, known)
         rows = read_table(artifact.fetch_shard(artifact.records()[SHARD])).to_pylist()
         return [BenchmarkPrompt(tuple(row["turns"]), row["problem"]) for row in rows]
     path = name
     if name.startswith("demo/"):
-        demo = artifact_of(config, "demo")
+        demo = run.artifact("demo")
         path = str(demo.store.fetch(demo.path(f"benchmarks/{name.removeprefix('demo/')}.jsonl")))
     prompts = [BenchmarkPrompt(_turns(row, place)) for place, row in read_places(path)]
     if not prompts:
@@ -76,13 +76,14 @@ def _turns(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
     return tuple(turns)
 
 
-def stored_benchmark(config: RunConfig, benchmark: BenchmarkSet) -> Artifact:
+def stored_benchmark(run: Run, benchmark: BenchmarkSet) -> Artifact:
     """The benchmark's artifact, made and sealed first if the store does not have it.
 
     Raises:
         DataError: it is not there and the data set cannot be read.
     """
-    artifact = Artifact(store_of(config), benchmark_key(benchmark))
+    config = run.config
+    artifact = run.benchmark(benchmark)
     if artifact.record(SHARD) is None:
         _commit(config, benchmark, artifact)
     # its prompts are there: a worker that was killed between the two, or `verify`, needs no network
@@ -135,13 +136,11 @@ def _hub_rows(benchmark: BenchmarkSet, artifact: Artifact) -> Iterator[Mapping[s
     )
 
 
-def benchmark_digests(config: RunConfig, stage: str) -> dict[str, str]:
+def benchmark_digests(run: Run, stage: str) -> dict[str, str]:
     """The manifest digests of the known benchmarks that the stage reads, by
     `benchmarks/fingerprint`.
     """
-    artifacts = [
-        stored_benchmark(config, benchmark) for benchmark in known_benchmarks(config, stage)
-    ]
+    artifacts = [stored_benchmark(run, benchmark) for benchmark in run.known_benchmarks(stage)]
     found = {
         f"benchmarks/{artifact.key.fingerprint}": artifact.manifest() for artifact in artifacts
     }

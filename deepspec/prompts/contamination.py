@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.messages import parse_messages
 from deepspec.prompts.benchmarks import read_benchmark
 
@@ -24,10 +24,11 @@ class BenchmarkPrompts:
         DataError: a benchmark that cannot be read, or a line without turns.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, run: Run) -> None:
+        config = run.config
         self._name_of: dict[str, str] = {}
         for name in config.prompts.decontaminate:
-            for turns, problem in read_benchmark(config, name):
+            for turns, problem in read_benchmark(run, name):
                 self._name_of.update({normalised(text): name for text in (*turns, problem or "")})
         # a turn without a word in it would match every other such message
         self._name_of.pop("", None)

@@ -16,9 +16,8 @@ import fsspec
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.data import DatasetSource, DemoSource, FileSource
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
+from deepspec.config.data import DatasetSource, DemoSource, FileSource, PromptSource
 from deepspec.errors import DataError
 from deepspec.storage.store import canonical_json
 
@@ -27,17 +26,18 @@ log = logging.getLogger(__name__)
 COLUMNS = ("messages", "conversations", "turns", "prompt")  # that a conversation is looked for in
 
 
-def read_source(config: RunConfig) -> Iterator[Mapping[str, Any]]:
-    """The source's rows, one at a time, in an order that never changes; a `column` that was named
-    stands under a known name.
+def read_source(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
+    """The source's rows, one at a time, in an order that never changes.
+
+    The column that the source names stands under a known name. `source` is the run's, or the same
+    with the commit to read.
 
     Raises:
         DataError: the source cannot be read, or its first row has no conversation in a column that
             is known.
     """
-    source = config.prompts.source
     column = None if isinstance(source, DemoSource) else source.column
-    for number, row in enumerate(_rows(config)):
+    for number, row in enumerate(_rows(run, source)):
         if number == 0 and not (row.keys() & ({column} if column else {*COLUMNS})):
             what = f"the first row has no column {column or ' or '.join(COLUMNS)}, only {', '.join(sorted(row)) or 'none'}"
             raise DataError(
@@ -54,14 +54,14 @@ def _renamed(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
     return {**rest, "prompt" if isinstance(value, str) else "messages": value}
 
 
-def _rows(config: RunConfig) -> Iterator[Mapping[str, Any]]:
-    match config.prompts.source:
+def _rows(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
+    match source:
         case DemoSource():
-            demo = artifact_of(config, "demo")
+            demo = run.artifact("demo")
             return read_file(str(demo.store.fetch(demo.path("prompts.jsonl"))))
         case FileSource(paths=paths):
             return (row for path in paths for row in read_file(path))
-        case DatasetSource() as source:
+        case DatasetSource():
             return read_dataset(source)
 
 

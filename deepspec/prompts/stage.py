@@ -15,13 +15,12 @@ from typing import Any
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.missing import require_sealed
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.status import require_sealed
 from deepspec.artifacts.tables import write_table
-from deepspec.config.data import DatasetSource
-from deepspec.config.run import RunConfig
+from deepspec.config.data import DatasetSource, PromptsConfig, PromptSource
 from deepspec.errors import DataError
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
@@ -45,7 +44,7 @@ SCHEMA = pa.schema(
 BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is no fault of a row
 
 
-def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
+def run_prompts(run: Run, report: Report = silent) -> Artifact:
     """Read the source once, committing each shard that is not there yet, and seal.
 
     The source is read in order and shards are cut by row, so a run that was killed makes the same
@@ -54,16 +53,16 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
     Raises:
         DataError: a source that cannot be read, is empty, or has too many unusable rows.
     """
-    artifact = artifact_of(config, "prompts")
-    inputs = require_sealed(config, "prompts")
-    benchmarks = BenchmarkPrompts(config)
-    inputs |= benchmark_digests(config, "prompts")
-    artifact.create(config.model_dump(mode="json"))
-    config = _pinned(config, artifact)
+    settings = run.config.prompts
+    inputs = require_sealed(run, "prompts")
+    benchmarks = BenchmarkPrompts(run)
+    inputs |= benchmark_digests(run, "prompts")
+    artifact = run.create("prompts")
+    rows = read_source(run, _source(run, artifact))
     committed = artifact.records()
     totals = {"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0}
     shard = -1
-    for shard, (prompts, rejects) in enumerate(_shards(config, read_source(config), benchmarks)):
+    for shard, (prompts, rejects) in enumerate(_shards(settings, rows, benchmarks)):
         started = time.monotonic()
         dropped = {
             reason: sum(reject["reason"] == reason for reject in rejects)
@@ -91,24 +90,21 @@ def run_prompts(config: RunConfig, report: Report = silent) -> Artifact:
                 **totals,
             }
         )
-    _check_share(config, totals)
+    _check_share(settings, totals)
     artifact.seal(inputs=inputs, shards=range(shard + 1))
     return artifact
 
 
-def _pinned(config: RunConfig, artifact: Artifact) -> RunConfig:
-    """The run with a commit to read, where its source is a data set."""
-    source = config.prompts.source
+def _source(run: Run, artifact: Artifact) -> PromptSource:
+    """The run's source; of a data set, the commit to read."""
+    source = run.config.prompts.source
     if not isinstance(source, DatasetSource):
-        return config
-    found = pinned(source, artifact, setting="prompts.source.revision=")
-    return config.model_copy(
-        update={"prompts": config.prompts.model_copy(update={"source": found})}
-    )
+        return source
+    return pinned(source, artifact, setting="prompts.source.revision=")
 
 
-def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
-    where = f"prompts.source {config.prompts.source}"
+def _check_share(settings: PromptsConfig, totals: Mapping[str, int]) -> None:
+    where = f"prompts.source {settings.source}"
     if totals["rows"] == 0:
         raise DataError(
             "the source holds no usable prompt",
@@ -118,8 +114,8 @@ def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
     # what was dropped on purpose is no fault of the source
     unusable = totals["rejected"] - totals[DUPLICATE] - totals[BENCHMARK]
     share = unusable / (totals["rows"] + totals["rejected"])
-    if share > config.prompts.max_rejected:
-        what = f"{unusable} rows ({share:.1%}) were rejected, prompts.max_rejected is {config.prompts.max_rejected:.1%}"
+    if share > settings.max_rejected:
+        what = f"{unusable} rows ({share:.1%}) were rejected, prompts.max_rejected is {settings.max_rejected:.1%}"
         raise DataError(
             what,
             where=where,
@@ -128,14 +124,14 @@ def _check_share(config: RunConfig, totals: Mapping[str, int]) -> None:
 
 
 def _shards(
-    config: RunConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkPrompts
+    settings: PromptsConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkPrompts
 ) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
     """Cut the source into shards of `shard_rows` prompts."""
-    limit, kept, seen = config.prompts.limit, 0, Seen(config.prompts)
+    limit, kept, seen = settings.limit, 0, Seen(settings)
     prompts: list[Prompt] = []
     rejects: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
-        prompt = make_prompt(row, config.prompts)
+        prompt = make_prompt(row, settings)
         if isinstance(prompt, Prompt):
             prompt = seen.named(prompt)
         if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
@@ -145,7 +141,7 @@ def _shards(
             continue
         prompts.append(prompt)
         kept += 1
-        if len(prompts) == config.prompts.shard_rows:
+        if len(prompts) == settings.shard_rows:
             yield prompts, rejects
             prompts, rejects = [], []
         if kept == limit:

@@ -12,8 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError
 from deepspec.messages import Message
@@ -98,10 +97,11 @@ class Chat:
         return [*ids, self.end_of_turn] if finished else ids
 
 
-def load_chat(config: RunConfig) -> Chat:
+def load_chat(run: Run) -> Chat:
+    config = run.config
     from transformers import AutoTokenizer
 
-    folder = target_folder(config)
+    folder = target_folder(run)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder or config.target.model), revision=config.target.revision
@@ -116,10 +116,11 @@ def load_chat(config: RunConfig) -> Chat:
     return Chat(tokenizer, config.target)
 
 
-def target_folder(config: RunConfig) -> Path | None:
+def target_folder(run: Run) -> Path | None:
     """The local folder of the target, or None where it is a name on the hub."""
+    config = run.config
     if config.demo:
-        return artifact_of(config, "demo").fetch_folder("target")
+        return run.artifact("demo").fetch_folder("target")
     folder = Path(config.target.model)
     return folder if folder.is_dir() else None
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactInput
+from deepspec.artifacts.run import Run
 from deepspec.cache.reader import SCHEMA, HiddenCache
 from deepspec.config.families import text_config
 from deepspec.config.run import RunConfig
@@ -39,18 +40,19 @@ class Difference(NamedTuple):
         return f"{self.field} is {self.found} in its {self.file}, {self.wanted} in {self.other}"
 
 
-def check_cache(config: RunConfig, cache: HiddenCache) -> None:
+def check_cache(run: Run, cache: HiddenCache) -> None:
     """Refuse a cache of another target, other layers, codec, number format or tokenizer than the
     run's.
 
     Raises:
         ArtifactMismatch: names every field that differs, and both of its values.
     """
+    config = run.config
     found = [
         *_recipe(cache.artifact),
         *_schema(config, cache),
-        *_sizes(config, cache),
-        *_tokenizer(config, cache),
+        *_sizes(run, cache),
+        *_tokenizer(run, cache),
     ]
     # of each field, the difference that was found first
     first = {difference.field: difference for difference in reversed(found)}
@@ -100,7 +102,7 @@ def _schema(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
     yield from _different(found, wanted, file=SCHEMA)
 
 
-def _sizes(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
+def _sizes(run: Run, cache: HiddenCache) -> Iterator[Difference]:
     """The target's config against the states, the embedding and lm_head (only their shapes),
     and the target itself where it is here.
     """
@@ -123,7 +125,7 @@ def _sizes(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
         file=TENSORS,
         other=f"its {CONFIG}",
     )
-    if folder := target_folder(config):
+    if folder := target_folder(run):
         own = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         yield from _different(
             {name: kept.get(name) for name in SIZES},
@@ -132,12 +134,12 @@ def _sizes(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
         )
 
 
-def _tokenizer(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
+def _tokenizer(run: Run, cache: HiddenCache) -> Iterator[Difference]:
     """Vocabulary and chat template, where the target is a local folder; what a hub's model has
     is decided by its revision.
     """
-    if target_folder(config):
-        wanted = load_chat(config).digests()
+    if target_folder(run):
+        wanted = load_chat(run).digests()
         yield from _different(
             {name: cache.layout.metadata.get(name) for name in wanted}, wanted, file=SCHEMA
         )

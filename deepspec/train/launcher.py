@@ -16,7 +16,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from deepspec.artifacts.status import trains_without_cache
+from deepspec.artifacts.missing import trains_without_cache
+from deepspec.artifacts.run import Run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
@@ -38,16 +39,17 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def num_ranks(config: RunConfig) -> int:
+def num_ranks(run: Run) -> int:
     """How many processes are to train together on this machine.
 
     Raises:
         ConfigError: more than there are GPUs for, or that a step's samples cannot be dealt to
             evenly.
     """
+    config = run.config
     resources = config.resources
     gpus = visible_gpus() if resources.devices.type != "cpu" else []
-    if gpus and trains_without_cache(config) and resources.training.source == "rolling":
+    if gpus and trains_without_cache(run) and resources.training.source == "rolling":
         gpus = _left_by_capture(gpus, resources.training.rolling_gpus)
     wanted = resources.training.ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):

@@ -13,8 +13,9 @@ from datetime import timedelta
 from functools import partial
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import require_sealed, stage_status
+from deepspec.artifacts.missing import require_sealed
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.status import stage_status
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed, TransientError
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 LOG_STEPS = 10  # optimizer steps between two lines of metrics
 
 
-def run_train(config: RunConfig, report: Report = silent) -> Artifact:
+def run_train(run: Run, report: Report = silent) -> Artifact:
     """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and
     seal.
 
@@ -57,13 +58,14 @@ def run_train(config: RunConfig, report: Report = silent) -> Artifact:
         TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
     """
     with ExitStack() as at_end:
-        return _run(config, report, at_end)
+        return _run(run, report, at_end)
 
 
-def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
-    artifact = artifact_of(config, "train")
-    inputs = require_sealed(config, "train")
-    if stage_status(config, "train").sealed:
+def _run(run: Run, report: Report, at_end: ExitStack) -> Artifact:
+    config = run.config
+    artifact = run.artifact("train")
+    inputs = require_sealed(run, "train")
+    if stage_status(run, "train").sealed:
         log.info("stage=train nothing is left to do: %s/draft", artifact.url)
         return artifact
     resources = config.resources
@@ -76,11 +78,11 @@ def _run(config: RunConfig, report: Report, at_end: ExitStack) -> Artifact:
     check_strategy(config, world)
     report = report if world.is_first else silent
     if world.is_first:
-        artifact.create(config.model_dump(mode="json"))
-    cache = open_source(config, world, report)
+        run.create("train")
+    cache = open_source(run, world, report)
     at_end.callback(cache.close)
     if world.is_first and isinstance(cache, HiddenCache):
-        check_cache(config, cache)
+        check_cache(run, cache)
     world.wait()  # no rank goes on before
     data = StepData(cache, config, world)
     draft = make_draft(config, cache).to(world.device)

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import logging
 
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import trains_without_cache
+from deepspec.artifacts.missing import trains_without_cache
+from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
 from deepspec.cache.source import Source
-from deepspec.config.run import RunConfig
 from deepspec.hidden.online import open_online
 from deepspec.hidden.rolling import open_rolling
 from deepspec.process.events import Report
@@ -20,7 +19,7 @@ from deepspec.train.validation import acceptance_numbers, own_share
 log = logging.getLogger(__name__)
 
 
-def open_source(config: RunConfig, world: World, report: Report) -> Source:
+def open_source(run: Run, world: World, report: Report) -> Source:
     """The source, ready to be asked for its index, its layout and held-out samples.
 
     Raises:
@@ -28,24 +27,25 @@ def open_source(config: RunConfig, world: World, report: Report) -> Source:
         FidelityTooLow: the codec loses more of the target's states than `resources.checks.fidelity`
             allows.
     """
+    config = run.config
     resources = config.resources
-    if not trains_without_cache(config):
+    if not trains_without_cache(run):
         if resources.training.source != "cache":
             log.info(
                 "stage=train the cache is sealed: it is read as it is, whatever resources.training.source says (%s)",
                 resources.training.source,
             )
         return HiddenCache(
-            artifact_of(config, "hidden"),
+            run.artifact("hidden"),
             cache_gb=resources.storage.copies_gb,
             check_reads=resources.checks.reads,
         )
     if resources.training.source == "rolling":
         count = config.train.acceptance_samples
         return open_rolling(
-            config,
+            run,
             share=lambda index: own_share(acceptance_numbers(index, count), world),
             is_first=world.is_first,
             report=report,
         )
-    return open_online(config, is_first=world.is_first, report=report)
+    return open_online(run, is_first=world.is_first, report=report)

@@ -14,10 +14,10 @@ from deepspec.answers.concurrent_shards import ConcurrentShards
 from deepspec.answers.journal import journal_path
 from deepspec.answers.progress import AnswerProgress
 from deepspec.answers.server_engine import ServerEngine
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Counts
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work
-from deepspec.artifacts.status import ShardedStage
 from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.run import RunConfig
 from deepspec.process.events import silent
@@ -48,14 +48,14 @@ def row(number: int, *said: str) -> dict:
 
 def stage_of(config: RunConfig, *shards: list[dict]) -> ShardedStage:
     """The stage with these shards of prompts to do."""
-    upstream, todo = artifact_of(config, "prompts"), []
+    upstream, todo = Run(config).artifact("prompts"), []
     for number, rows in enumerate(shards):
         with upstream.store.staged() as local:
             write_table(pa.Table.from_pylist(rows, prompts.SCHEMA), local)
             todo.append(
                 Work(number, upstream.commit(number, local, Counts(rows=len(rows)), upstream=None))
             )
-    return ShardedStage(artifact_of(config, "answers"), upstream, todo)
+    return ShardedStage(Run(config).artifact("answers"), upstream, todo)
 
 
 def ask(

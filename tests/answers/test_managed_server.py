@@ -16,6 +16,7 @@ import pytest
 
 from deepspec.answers.managed_server import serve_command
 from deepspec.answers.stage import run_answers
+from deepspec.artifacts.run import Run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.prompts.stage import run_prompts
@@ -49,8 +50,8 @@ def left_over(words: str) -> list[str]:
 
 def test_a_server_is_started_used_and_taken_down(store: Path):
     config = serving_run(store, SCRIPTED)
-    run_prompts(config)
-    artifact = run_answers(config)
+    run_prompts(Run(config))
+    artifact = run_answers(Run(config))
     assert artifact.manifest() is not None
     assert left_over("tests.answer_server") == []
     (log,) = Path(artifact.store.root, artifact.folder, "logs").glob("serve-*.log")
@@ -60,8 +61,8 @@ def test_a_server_is_started_used_and_taken_down(store: Path):
 def test_a_server_that_dies_is_started_again_and_nothing_is_lost(store: Path):
     # 24 answers in all
     config = serving_run(store, [*SCRIPTED, "10"], "resources.servers.requests=2")
-    run_prompts(config)
-    assert run_answers(config).manifest() is not None
+    run_prompts(Run(config))
+    assert run_answers(Run(config)).manifest() is not None
     assert left_over("tests.answer_server") == []
 
 
@@ -73,11 +74,11 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
     """
     monkeypatch.setattr("deepspec.answers.managed_server.RESTARTS", 1)
     config = serving_run(store, [*SCRIPTED, "10"], "resources.servers.requests=2")
-    run_prompts(config)
+    run_prompts(Run(config))
     with pytest.raises(TransientError, match="the server died 2 times"):
-        run_answers(config)
+        run_answers(Run(config))
     assert left_over("tests.answer_server") == []
-    assert run_answers(config).manifest() is not None
+    assert run_answers(Run(config)).manifest() is not None
 
 
 @pytest.mark.parametrize(
@@ -100,16 +101,16 @@ def test_a_server_that_does_not_come_up_is_one_clear_error(
     store: Path, command: list[str], error: type[Exception], says: str
 ):
     config = serving_run(store, command, "resources.servers.start_deadline_s=1")
-    run_prompts(config)
+    run_prompts(Run(config))
     with pytest.raises(error, match=says):
-        run_answers(config)
+        run_answers(Run(config))
     assert left_over("time.sleep(987)") == []
 
 
 def test_the_server_ends_with_a_stage_that_is_killed(store: Path, tmp_path: Path):
     """SIGKILL, where nobody can clean up: the guard sees its lifeline end."""
     config = serving_run(store, SCRIPTED)
-    run_prompts(config)
+    run_prompts(Run(config))
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     stage = subprocess.Popen(
         [sys.executable, "-m", "deepspec", "answers", str(tmp_path / "run.yaml")],

@@ -23,8 +23,8 @@ import pytest
 from deepspec.answers.journal import journal_path
 from deepspec.answers.server_pool import PooledServer
 from deepspec.answers.stage import answer_shards, run_answers
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import open_sharded
+from deepspec.artifacts.missing import open_sharded
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.errors import ConfigError, ShardsFailed, TransientError
 from deepspec.process.events import silent
@@ -134,8 +134,8 @@ def test_a_full_disk_makes_the_stage_wait_and_costs_no_answer(
         monkeypatch.setattr(name, fails_once)
     with answer_server() as server:
         config = server_run(store, server.url, settings=("resources.storage.space_poll_s=0.05",))
-        run_prompts(config)
-        assert run_answers(config).manifest() is not None
+        run_prompts(Run(config))
+        assert run_answers(Run(config)).manifest() is not None
     assert next(full, None) is None and len(server.bodies) == 24
 
 
@@ -146,15 +146,15 @@ def test_a_disk_that_takes_nothing_fails_shard_after_shard_and_hangs_on_none(
         config = server_run(
             store, server.url, settings=("prompts.shard_rows=1", "resources.servers.requests=1")
         )
-        stage = artifact_of(config, "prompts")
-        run_prompts(config)
+        stage = Run(config).artifact("prompts")
+        run_prompts(Run(config))
 
         def staged(self):
             raise OSError(errno.EIO, "input/output error")
 
         monkeypatch.setattr(type(stage.store), "staged", staged)
         with pytest.raises(ShardsFailed, match="11 of 24 shards failed; 13 were not begun"):
-            run_answers(config)
+            run_answers(Run(config))
 
 
 def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
@@ -252,7 +252,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: P
         said = []
         for url, shards in ((server.url, "0-2"), (refusing.url, "3-5")):
             config = server_run(store, url, settings=("resources.servers.request_tries=3",))
-            run_prompts(config)
+            run_prompts(Run(config))
             (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
             env = {
                 **os.environ,
@@ -392,13 +392,13 @@ def test_a_server_that_refuses_nearly_everything_does_not_finish_a_shard(store: 
     plans = ["400"]
     with answer_server(lambda body, before: plans[0], models=()) as server:
         config = server_run(store, server.url, settings=("resources.servers.max_refused=0.2",))
-        run_prompts(config)
+        run_prompts(Run(config))
         with pytest.raises(
             ShardsFailed, match=r"4 of 4 rows were refused; the first error: .*status 400"
         ):
-            run_answers(config, shards=[0])
+            run_answers(Run(config), shards=[0])
         plans[0] = "answer"
-        assert run_answers(config, shards=[0]).records()[0].rows == 4
+        assert run_answers(Run(config), shards=[0]).records()[0].rows == 4
 
 
 def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
@@ -409,8 +409,8 @@ def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
             server.url,
             settings=("resources.servers.progress_s=0.01", "resources.servers.requests=2"),
         )
-        run_prompts(config)
-        run_answers(config, report=events.append)
+        run_prompts(Run(config))
+        run_answers(Run(config), report=events.append)
     told = [event for event in events if event["event"] == "answering"]
     assert any(
         0 < event["rows"] < 4 and event["in_flight"] == 2 and event["left_s"] is not None
@@ -428,10 +428,10 @@ def test_progress_within_a_shard_is_told_while_it_goes_on(store: Path):
 def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store: Path):
     with answer_server(lambda body, before: "truncate" if before else "answer") as server:
         config = server_run(store, server.url)
-        run_prompts(config)
-        stages = [open_sharded(config, "answers", [0]) for _ in range(2)]
+        run_prompts(Run(config))
+        stages = [open_sharded(Run(config), "answers", [0]) for _ in range(2)]
         for stage in stages:
-            answer_shards(config, stage, silent)
+            answer_shards(Run(config), stage, silent)
         (record,) = stages[1].artifact.records().values()
     assert len(server.bodies) == 8
     assert record.counts["truncated"] == 0
@@ -444,7 +444,7 @@ def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store:
 def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
     with answer_server() as server:
         config = server_run(tmp_path, server.url)
-        path = journal_path(artifact_of(config, "answers"), 0)
+        path = journal_path(Run(config).artifact("answers"), 0)
         ask(config, row(1, "a"), row(2, "b"))
         path.write_bytes(path.read_bytes()[:-20])
         answered, _ = ask(config, row(1, "a"), row(2, "b"), keep_journal=True)
@@ -501,7 +501,7 @@ def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_eac
         ]
         overrides += ["answers.engine=openai", f"resources.servers.endpoints={urls}"]
         config = tiny_run(store, *overrides)
-        run_prompts(config)
+        run_prompts(Run(config))
         run_file = tmp_path / "run.yaml"
         run_file.write_text(json.dumps(config.model_dump(mode="json")))
         command = [sys.executable, "-m", "deepspec", "answers", str(run_file)]
@@ -514,7 +514,7 @@ def test_2000_prompts_on_8_troubled_servers_killed_three_times_come_out_once_eac
             assert child.poll() is None
             child.send_signal(signal.SIGKILL)
             child.wait()
-        artifact = run_answers(config)
+        artifact = run_answers(Run(config))
         asked = sum(len(server.bodies) for server in servers)
     rows = [
         found

@@ -11,6 +11,7 @@ import pytest
 from deepspec.answers.sequential_shards import Engine, answer_all
 from deepspec.answers.stage import run_answers
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed
@@ -53,8 +54,8 @@ def answer_rows(config: RunConfig, engine: Engine, rows: list[dict]) -> list[Con
 
 def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
     config = tiny_run(store, ECHO)
-    prompts = all_rows(run_prompts(config))
-    answers = all_rows(run_answers(config))
+    prompts = all_rows(run_prompts(Run(config)))
+    answers = all_rows(run_answers(Run(config)))
     assert [(a["id"], a["held_out"], a["domain"]) for a in answers] == [
         (p["id"], p["held_out"], p["domain"]) for p in prompts
     ]
@@ -70,14 +71,14 @@ def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
             return super().answer(requests, shard=shard)
 
     config = tiny_run(store)
-    (conversation,) = answer_rows(config, Spy(config), [row(1, "abc", "def")])
+    (conversation,) = answer_rows(config, Spy(Run(config)), [row(1, "abc", "def")])
     assert [turn.text for turn in conversation.turns] == ["cba", "fed"]
     assert [message.content for message in seen[1].messages] == ["abc", "cba", "def"]
 
 
 def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
-    fine, refused = answer_rows(config, Echo(config), [row(1, "fine"), row(2, "refuse this")])
+    fine, refused = answer_rows(config, Echo(Run(config)), [row(1, "fine"), row(2, "refuse this")])
     assert (fine.ended, len(fine.turns)) == (None, 1)
     assert refused.ended == Refused("refused", "the test asked for it")
 
@@ -91,7 +92,7 @@ def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(
 ):
     """Trap A3; a second try gets more room, the first one's limit decides nothing after it."""
     config = tiny_run(store, f"answers.truncated={setting}", "answers.max_new_tokens=8")
-    found = answer_rows(config, Echo(config), [row(1, "fine"), row(2, "truncate this")])
+    found = answer_rows(config, Echo(Run(config)), [row(1, "fine"), row(2, "truncate this")])
     assert [turn.text for conversation in found for turn in conversation.turns] == texts
     assert all(
         conversation.turns or isinstance(conversation.ended, Refused) for conversation in found
@@ -105,7 +106,7 @@ def test_an_answer_that_runs_into_the_larger_limit_too_is_kept_as_truncated(stor
         "answers.max_new_tokens=4",
         "answers.retry_max_new_tokens=9",
     )
-    (found,) = answer_rows(config, Echo(config), [row(1, "truncate this", "x")])
+    (found,) = answer_rows(config, Echo(Run(config)), [row(1, "truncate this", "x")])
     assert [(turn.text, turn.finish_reason) for turn in found.turns] == [
         ("siht etac", "length"),
         ("x", "stop"),
@@ -126,8 +127,8 @@ def test_a_larger_limit_that_is_none_is_refused(store: Path, settings: tuple[str
 
 def test_a_shard_counts_its_turns_and_truncations(store: Path):
     config = tiny_run(store, ECHO)
-    run_prompts(config)
-    counts = [record.counts for record in run_answers(config).records().values()]
+    run_prompts(Run(config))
+    counts = [record.counts for record in run_answers(Run(config)).records().values()]
     assert all(entry["turns"] == 4 and entry["truncated"] == 0 for entry in counts)
 
 
@@ -138,20 +139,20 @@ def test_a_failing_shard_leaves_the_others_committed_and_is_named(
     monkeypatch.setenv("FLAKY_DIR", str(tmp_path))
     (tmp_path / "broken").touch()
     config = tiny_run(store, FLAKY)
-    run_prompts(config)
+    run_prompts(Run(config))
     with pytest.raises(ShardsFailed) as caught:
-        run_answers(config)
+        run_answers(Run(config))
     assert sorted(caught.value.failures) == [3, 5]
     assert caught.value.retryable == [3]
     assert "shard 5: the prompt cannot be rendered" in str(caught.value)
     calls = tmp_path / "calls"
     calls.unlink()
     with pytest.raises(ShardsFailed):
-        run_answers(config, shards=[3, 5])
+        run_answers(Run(config), shards=[3, 5])
     assert calls.read_text().split() == ["3", "5"]
     calls.unlink()
     (tmp_path / "broken").unlink()
-    artifact = run_answers(config)
+    artifact = run_answers(Run(config))
     assert calls.read_text().split() == ["5"]
     assert artifact.manifest() is not None
 
@@ -166,9 +167,9 @@ def test_the_digest_does_not_depend_on_the_order_in_which_shards_were_made(
     digests = []
     for place, order in ((store, [None]), (other, [[4], [0, 2], None])):
         config = tiny_run(place, ECHO)
-        run_prompts(config)
+        run_prompts(Run(config))
         for shards in order:
-            artifact = run_answers(config, shards=shards)
+            artifact = run_answers(Run(config), shards=shards)
         manifest = artifact.manifest()
         assert manifest is not None
         digests.append(manifest.digest)
@@ -177,16 +178,16 @@ def test_the_digest_does_not_depend_on_the_order_in_which_shards_were_made(
 
 def test_a_shard_that_does_not_exist_is_refused(store: Path):
     config = tiny_run(store, ECHO)
-    run_prompts(config)
+    run_prompts(Run(config))
     with pytest.raises(ConfigError, match="no shard 99; there are 0 to 5"):
-        run_answers(config, shards=[99])
+        run_answers(Run(config), shards=[99])
 
 
 def test_an_engine_that_cannot_be_imported_is_refused(store: Path):
     config = tiny_run(store, "answers.engine=no_such_module:Engine")
-    run_prompts(config)
+    run_prompts(Run(config))
     with pytest.raises(ConfigError, match="cannot be imported"):
-        run_answers(config)
+        run_answers(Run(config))
 
 
 def test_streams_differ_by_row_turn_and_seed():

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from deepspec.answers.stage import run_answers
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run
@@ -122,8 +123,8 @@ def expected(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     store = tmp_path_factory.mktemp("greedy") / "store"
     shutil.copytree(demo_store, store)
     config = tiny_run(store, GREEDY)
-    run_prompts(config)
-    return turns_of(run_answers(config))
+    run_prompts(Run(config))
+    return turns_of(run_answers(Run(config)))
 
 
 def test_two_servers_one_killed_amid_its_answers_and_started_again(
@@ -148,7 +149,7 @@ def test_two_servers_one_killed_amid_its_answers_and_started_again(
         name,
         *settings,
     )
-    run_prompts(config)
+    run_prompts(Run(config))
     happened: list[str] = []
 
     def meddle(event: dict) -> None:
@@ -159,7 +160,7 @@ def test_two_servers_one_killed_amid_its_answers_and_started_again(
             served[1].start()
             happened.append("started")
 
-    found = turns_of(run_answers(config, report=meddle))
+    found = turns_of(run_answers(Run(config), report=meddle))
     assert happened == ["killed", "started"]
     same_answers(found, expected)
     served[1].wait()
@@ -177,5 +178,5 @@ def test_a_server_of_ones_own_answers_the_same(
         "resources.servers.start=transformers",
         "resources.devices.type=cpu",
     )
-    run_prompts(config)
-    same_answers(turns_of(run_answers(config)), expected)
+    run_prompts(Run(config))
+    same_answers(turns_of(run_answers(Run(config))), expected)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import artifact_key, artifact_of, stages_of
+from deepspec.artifacts.run import Run
 from tests.conftest import tiny_run, write_jsonl
 
 ORDER = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
@@ -14,7 +14,10 @@ ORDER = ("demo", "prompts", "answers", "hidden", "train", "evaluate")
 
 def fingerprints(*overrides: str, recipe: str = "demo", store: str = "store") -> dict[str, str]:
     config = tiny_run(Path(store), *overrides, recipe=recipe)
-    return {stage: artifact_key(config, stage).fingerprint for stage in stages_of(config)}
+    return {
+        stage: Run(config).artifact(stage).key.fingerprint
+        for stage in [stage.name for stage in Run(config).stages]
+    }
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_a_prompts_file_counts_by_what_it_holds(tmp_path: Path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
     override = f"prompts.source={{kind: files, paths: [{path}]}}"
     before = fingerprints(override)["prompts"]
-    from deepspec.artifacts.lineage import file_digest
+    from deepspec.artifacts.digests import file_digest
 
     write_jsonl(path, [{"prompt": "two"}])
     file_digest.cache_clear()
@@ -84,12 +87,11 @@ def test_a_prompts_file_counts_by_what_it_holds(tmp_path: Path):
 
 def test_a_users_own_prompts_are_read_before_the_demo_trains_its_target(tmp_path: Path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
-    assert stages_of(tiny_run(tmp_path, f"prompts.source={{kind: files, paths: [{path}]}}"))[
-        :2
-    ] == ("prompts", "demo")
-    assert stages_of(tiny_run(tmp_path)) == ORDER
+    own = Run(tiny_run(tmp_path, f"prompts.source={{kind: files, paths: [{path}]}}"))
+    assert [stage.name for stage in own.stages][:2] == ["prompts", "demo"]
+    assert [stage.name for stage in Run(tiny_run(tmp_path)).stages] == list(ORDER)
 
 
 def test_an_artifact_folder_is_stage_name_and_fingerprint(tmp_path: Path):
-    artifact = artifact_of(tiny_run(tmp_path), "hidden")
+    artifact = Run(tiny_run(tmp_path)).artifact("hidden")
     assert artifact.folder == f"hidden/demo-{artifact.key.fingerprint}"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from tests.conftest import REPOSITORY, tiny_run
 
@@ -27,6 +27,7 @@ RUNS = """
 import os, sys, traceback
 from pathlib import Path
 from tests.conftest import tiny_run
+from deepspec.artifacts.run import Run
 from deepspec.answers.stage import run_answers
 from deepspec.hidden.stage import run_capture
 from deepspec.prompts.stage import run_prompts
@@ -34,9 +35,9 @@ from deepspec.evaluate.stage import run_evaluate
 from deepspec.train.loop import run_train
 
 def work(store):
-    config = tiny_run(Path(store))
+    run = Run(tiny_run(Path(store)))
     for stage in (run_prompts, run_answers, run_capture, run_train, run_evaluate):
-        stage(config)
+        stage(run)
 
 for line in sys.stdin:
     pid = os.fork()
@@ -104,8 +105,8 @@ def test_ten_kills_at_random_moments_leave_no_trace_in_the_sealed_digests(
         )
     run(runs, store)
     for stage in STAGES:
-        assert stage_status(tiny_run(store), stage).sealed
+        assert stage_status(Run(tiny_run(store)), stage).sealed
     for stage in ("prompts", "answers", "hidden"):
-        manifests = [artifact_of(tiny_run(place), stage).manifest() for place in (quiet, store)]
+        manifests = [Run(tiny_run(place)).artifact(stage).manifest() for place in (quiet, store)]
         assert len({manifest.digest for manifest in manifests if manifest is not None}) == 1
         assert None not in manifests

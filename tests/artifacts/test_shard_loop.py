@@ -16,6 +16,7 @@ import pytest
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey, Counts, Record
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work, failures_allowed, stage_size, work_through
 from deepspec.artifacts.side_files import failures
 from deepspec.errors import DamagedData, ShardsFailed, TransientError
@@ -69,7 +70,7 @@ def test_a_shard_is_committed_while_the_next_is_made(
         return make(work, local)
 
     monkeypatch.setattr(artifact, "put", slow)
-    work_through(tiny_run(tmp_path), artifact, works(3), noticing, lambda event: None)
+    work_through(Run(tiny_run(tmp_path)), artifact, works(3), noticing, lambda event: None)
     assert list(artifact.records()) == [0, 1, 2]
 
 
@@ -81,7 +82,7 @@ def test_a_shard_that_fails_is_noted_and_the_others_are_made(artifact: Artifact,
         return make(work, local)
 
     with pytest.raises(ShardsFailed, match="shard 1: not finite"):
-        work_through(tiny_run(tmp_path), artifact, works(3), failing, lambda event: None)
+        work_through(Run(tiny_run(tmp_path)), artifact, works(3), failing, lambda event: None)
     assert list(artifact.records()) == [0, 2]
     assert failures(artifact) == {1: "not finite"}
     assert artifact.store.read(artifact.path("quarantine/00001.arrow")) == b"what there is of it"
@@ -116,7 +117,11 @@ def test_where_too_many_shards_fail_for_good_no_more_are_begun(
     made: list[int] = []
     with pytest.raises(ShardsFailed) as caught:
         work_through(
-            tiny_run(tmp_path, override), artifact, works(60), hopeless(made), lambda event: None
+            Run(tiny_run(tmp_path, override)),
+            artifact,
+            works(60),
+            hopeless(made),
+            lambda event: None,
         )
     assert len(caught.value.failures) == allowed + 1 and len(made) < 30
     assert list(artifact.records()) == [shard for shard in made if shard % 3 == 2], (
@@ -135,7 +140,7 @@ def test_where_too_many_shards_fail_for_good_no_more_are_begun(
 def test_a_shard_that_fails_is_told_at_once_with_its_reason(artifact: Artifact, tmp_path: Path):
     events = []
     with pytest.raises(ShardsFailed):
-        work_through(tiny_run(tmp_path), artifact, works(3), hopeless([]), events.append)
+        work_through(Run(tiny_run(tmp_path)), artifact, works(3), hopeless([]), events.append)
     told = [event for event in events if event["event"] in ("failed", "shard")]
     failed = {"event": "failed", "stage": "answers", "what": "not finite", "transient": False}
     assert told[:2] == [{**failed, "shard": 0}, {**failed, "shard": 1}] and told[2]["shard"] == 2
@@ -145,7 +150,7 @@ def test_shards_that_may_do_better_next_time_stop_nothing(artifact: Artifact, tm
     made: list[int] = []
     with pytest.raises(ShardsFailed, match="20 of 30 shards failed: "):
         work_through(
-            tiny_run(tmp_path),
+            Run(tiny_run(tmp_path)),
             artifact,
             works(30),
             hopeless(made, transient=True),
@@ -180,7 +185,7 @@ def test_below_the_watermark_the_stage_waits_and_goes_on_by_itself(
     config = tiny_run(
         tmp_path, "resources.storage.min_free_gb=1", "resources.storage.space_poll_s=0.01"
     )
-    work_through(config, artifact, works(2), make, events.append)
+    work_through(Run(config), artifact, works(2), make, events.append)
     assert list(artifact.records()) == [0, 1]
     assert [event["event"] for event in events].count("paused") == 2
 
@@ -198,7 +203,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_waited_for(
         return make(work, local)
 
     work_through(
-        tiny_run(tmp_path, "resources.storage.space_poll_s=0.01"),
+        Run(tiny_run(tmp_path, "resources.storage.space_poll_s=0.01")),
         artifact,
         works(2),
         full_twice,
@@ -241,7 +246,7 @@ def test_a_really_full_disk_loses_nothing_and_everything_is_committed_once_there
     helper.start()
     config = tiny_run(tmp_path, "resources.storage.space_poll_s=0.05")
     work_through(
-        config,
+        Run(config),
         artifact,
         works(6),
         large,

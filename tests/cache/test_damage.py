@@ -14,7 +14,6 @@ from deepspec.cache.damage import locate_damage
 from deepspec.cache.index import read_index_rows
 from deepspec.storage.urls import open_store
 from tests.cache.samples import make_cache, make_sample
-from tests.conftest import tiny_run
 
 KEY = ArtifactKey("hidden", "tiny", "0123456789ab", {}, ())
 
@@ -25,12 +24,11 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
         Artifact(open_store(str(tmp_path / "store")), KEY),
         [[make_sample(4 * s + r, 6 + r) for r in range(4)] for s in range(3)],
     )
-    monkeypatch.setattr(verify, "artifact_of", lambda config, stage: made)
     return made
 
 
 def problems(artifact: Artifact, tmp_path: Path) -> list[str]:
-    return list(verify.verify_stage(tiny_run(tmp_path), "hidden", locate_damage))
+    return list(verify.verify_artifact(artifact, locate_damage, num_threads=4))
 
 
 def flip(artifact: Artifact, relative: str, offset: int) -> None:

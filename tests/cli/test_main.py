@@ -10,7 +10,8 @@ import pytest
 
 from deepspec import __main__ as door
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of, file_digest, stages_of
+from deepspec.artifacts.digests import file_digest
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.storage.urls import open_store
 from tests.conftest import TINY, tiny_run, write_jsonl
@@ -45,10 +46,10 @@ def test_status_tells_each_stage_and_where_it_lies(capsys, captured: Path):
 
 def test_lineage_goes_from_the_cache_back_to_the_corpus_by_folder_alone(capsys, captured: Path):
     config = tiny_run(captured)
-    code, out, _ = run(capsys, "lineage", str(Path(artifact_of(config, "hidden").url)))
+    code, out, _ = run(capsys, "lineage", str(Path(Run(config).artifact("hidden").url)))
     assert code == 0
-    for stage in stages_of(config)[:4]:
-        assert artifact_of(config, stage).key.fingerprint in out
+    for stage in [stage.name for stage in Run(config).stages][:4]:
+        assert Run(config).artifact(stage).key.fingerprint in out
     assert "digest" in out
 
 
@@ -66,7 +67,7 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
         tiny_run(captured, "train.lr=0.25", "resources.memory.answer_rows=3"),
     )
     shutil.copytree(captured, moved)
-    result = artifact_of(config, "evaluate")
+    result = Run(config).artifact("evaluate")
     Artifact(open_store(str(moved)), result.key).create(config.model_dump(mode="json"))
     for folder, place in (
         (str(moved / result.folder), "/"),
@@ -78,9 +79,9 @@ def test_the_run_that_made_an_artifact_is_printed_from_the_store_and_makes_the_s
         (tmp_path / "that.yaml").write_text(out)
         again = load_run(str(tmp_path / "that.yaml"))
         assert again.store == str(moved) and again.resources.memory.answer_rows == 3
-        stages = stages_of(config)
-        assert [artifact_of(again, stage).key for stage in stages] == [
-            artifact_of(config, stage).key for stage in stages
+        stages = [stage.name for stage in Run(config).stages]
+        assert [Run(again).artifact(stage).key for stage in stages] == [
+            Run(config).artifact(stage).key for stage in stages
         ]
     _, out, err = run(
         capsys,
@@ -99,7 +100,7 @@ def test_a_run_that_would_make_something_else_by_now_is_printed_with_a_warning(
 ):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}])
     config = tiny_run(tmp_path / "store", f"prompts.source={{kind: files, paths: [{prompts}]}}")
-    artifact = artifact_of(config, "prompts")
+    artifact = Run(config).artifact("prompts")
     artifact.create(config.model_dump(mode="json"))
     prompts.unlink()
     file_digest.cache_clear()
@@ -116,7 +117,7 @@ def test_a_run_that_would_make_something_else_by_now_is_printed_with_a_warning(
 def test_a_run_that_this_version_does_not_know_and_no_artifact_at_all_are_said(
     capsys, tmp_path: Path
 ):
-    artifact = artifact_of(tiny_run(tmp_path), "prompts")
+    artifact = Run(tiny_run(tmp_path)).artifact("prompts")
     code, _, err = run(capsys, "show-config", artifact.url)
     assert code == 2 and "there is no artifact here" in err
     artifact.create({**tiny_run(tmp_path).model_dump(mode="json"), "gone": 1})

@@ -9,7 +9,7 @@ from string import Formatter
 
 import pytest
 
-from deepspec.artifacts.lineage import artifact_key, benchmark_key
+from deepspec.artifacts.run import Run, benchmark_key
 from deepspec.config.benchmarks import KNOWN, check_name, columns_of, find_benchmark, turns_of
 from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, DataError
@@ -172,9 +172,9 @@ def test_what_a_known_benchmark_is_by_default_is_part_of_a_results_name(
     monkeypatch: pytest.MonkeyPatch,
 ):
     run = load_run("demo", ["evaluate.benchmarks=[{name: gsm8k}]"])
-    before = artifact_key(run, "evaluate").fingerprint
+    before = Run(run).artifact("evaluate").key.fingerprint
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"num_prompts": 3}))
-    assert artifact_key(run, "evaluate").fingerprint != before
+    assert Run(run).artifact("evaluate").key.fingerprint != before
 
 
 def test_revisions_are_whole_commits_or_left_open():

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.results import CalibrationSummary, SchedulerSummary
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import write_table
 from deepspec.config.recipes import section_of
 from deepspec.config.run import RunConfig
@@ -170,7 +170,7 @@ def put_result(
     """A sealed result of the run that holds these rows, its summary with `more` sections;
     `without` leaves columns out.
     """
-    artifact = artifact_of(config, "evaluate")
+    artifact = Run(config).artifact("evaluate")
     artifact.create(section_of(config))
     kept = [{name: value for name, value in row.items() if name not in without} for row in rows]
     with artifact.store.staged() as local:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import artifact_of, describe
+from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.run import Run
 from deepspec.config.benchmarks import KNOWN
 from deepspec.errors import ConfigError
 from deepspec.evaluate.prompts import (
@@ -50,7 +51,7 @@ def mt_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def load(store: Path, **settings: object):
-    return load_benchmarks(tiny_run(store, f"evaluate.benchmarks={json.dumps([settings])}"))[0]
+    return load_benchmarks(Run(tiny_run(store, f"evaluate.benchmarks={json.dumps([settings])}")))[0]
 
 
 def test_a_known_benchmark_takes_its_own_number_of_first_turns_and_a_limit_another(
@@ -78,7 +79,7 @@ def test_a_file_takes_all_its_prompts_and_is_of_no_domain_unless_it_is_said(tmp_
 
 def test_the_demos_benchmarks_have_the_domains_of_their_names(store: Path):
     config = tiny_run(store)
-    units = make_units(config, load_benchmarks(config))
+    units = make_units(config, load_benchmarks(Run(config)))
     assert {(unit.benchmark, unit.domain) for unit in units} == {
         ("math", "math"),
         ("code", "code"),
@@ -91,11 +92,11 @@ def test_two_benchmarks_of_one_name_are_refused(store: Path, tmp_path: Path):
     paths = [write_jsonl(tmp_path / part / "math.jsonl", [{"turns": ["x"]}]) for part in ("a", "")]
     names = ", ".join(f"{{name: {name}}}" for name in (paths[0], paths[1]))
     with pytest.raises(ConfigError, match="several benchmarks are called math"):
-        load_benchmarks(tiny_run(store, f"evaluate.benchmarks=[{names}]"))
+        load_benchmarks(Run(tiny_run(store, f"evaluate.benchmarks=[{names}]")))
 
 
 def test_a_turn_is_rendered_on_the_answers_before_it(store: Path):
-    chat, turns = load_chat(tiny_run(store)), ("one", "two", "three")
+    chat, turns = load_chat(Run(tiny_run(store))), ("one", "two", "three")
     assert render_turns(chat, turns).input_ids == chat.render([Message("user", "one")])
     said = [Message("user", "one"), Message("assistant", "1"), Message("user", "two")]
     assert render_turns(chat, turns, ["1"]).input_ids == chat.render(said)
@@ -128,13 +129,13 @@ def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
     config = tiny_run(
         tmp_path / "ready", f"evaluate.benchmarks={settings}", "evaluate.temperatures=[0.0]"
     )
-    run_train(config)
-    rows = read_rows(run_evaluate(config))
+    run_train(Run(config))
+    rows = read_rows(run_evaluate(Run(config)))
     assert [(row["benchmark"], row["domain"], row["turn"]) for row in rows] == [
         ("mt-bench", "chat", turn) for turn in (0, 0, 0, 1, 1, 1)
     ]
-    chat = load_chat(config)
-    (benchmark,) = load_benchmarks(config)
+    chat = load_chat(Run(config))
+    (benchmark,) = load_benchmarks(Run(config))
     for first, second in zip(rows[:3], rows[3:], strict=True):
         assert first["identical"]
         answer = chat.decode(first["token_ids"], chat.stop_ids())
@@ -142,7 +143,7 @@ def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
             second["prompt_digest"]
             == render_turns(chat, benchmark.prompts[first["prompt"]], [answer]).digest
         )
-    evaluated = artifact_of(config, "evaluate")
+    evaluated = Run(config).artifact("evaluate")
     lines = list(describe(evaluated.url.removeprefix("file://")))
     assert any(
         line.strip().startswith("benchmarks/mt-bench-") and f"data set {mt_bench}" in line
@@ -165,8 +166,8 @@ def test_a_prompt_that_is_too_long_is_skipped_counted_and_kept_with_its_reason(
         "evaluate.temperatures=[0.0]",
     ]
     config = tiny_run(tmp_path / "ready", *overrides)
-    run_train(config)
-    artifact = run_evaluate(config)
+    run_train(Run(config))
+    artifact = run_evaluate(Run(config))
     assert [(row["prompt"], row["turn"]) for row in read_rows(artifact)] == [(1, 0)]
     assert artifact.records()[0].rejected == 1
     (reject,) = map(

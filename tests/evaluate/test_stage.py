@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
-from deepspec.artifacts.status import report_text, results, stages_of
+from deepspec.artifacts.status import report_text, results
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.evaluate import calibration, units
 from deepspec.evaluate import prompts as benchmarks
@@ -41,13 +41,13 @@ def ready(captured: Path, tmp_path: Path) -> Path:
 def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe: str):
     # eagle3 cannot read the embedding, layer -1
     config = tiny_run(ready, "target.layer_ids=[0, 1, 2]", recipe=recipe)
-    run_capture(config)
-    run_train(config)
-    rows = read_rows(run_evaluate(config))
+    run_capture(Run(config))
+    run_train(Run(config))
+    rows = read_rows(run_evaluate(Run(config)))
     greedy = [row for row in rows if row["temperature"] == 0]
     assert len(greedy) == 9
     assert all(row["identical"] for row in greedy)
-    found = results(config)
+    found = results(Run(config))
     assert found.lossless == (9, 9)
     assert set(found.acceptance_length) == {"macro", "math", "code", "chat"}
     assert 1.0 <= found.acceptance_length["macro"] <= config.draft.block_size + 1
@@ -58,24 +58,25 @@ def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compar
     ready: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = tiny_run(ready)
-    run_train(config)
+    run_train(Run(config))
     code, out, _ = command(capsys, "evaluate", "demo", "--store", str(ready), *SETS)
     assert code == 0 and set(json.loads(out.splitlines()[-1])) == {
         "acceptance_length",
         "lossless",
         "speedup",
     }
-    artifact = artifact_of(config, "evaluate")
+    artifact = Run(config).artifact("evaluate")
     page, text = (
         artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md")
     )
-    assert page.startswith("<!DOCTYPE html>") and report_text(config) == text
+    assert page.startswith("<!DOCTYPE html>") and report_text(Run(config)) == text
     for found in (page, text):
         assert all(
-            artifact_of(config, stage).key.fingerprint in found for stage in stages_of(config)
+            Run(config).artifact(stage).key.fingerprint in found
+            for stage in [stage.name for stage in Run(config).stages]
         ), "the whole lineage"
         assert "every answer is token for token that of plain greedy decoding" in found
-    macro = results(config).macro
+    macro = results(Run(config)).macro
     assert macro.intervals.acceptance_length is not None
     low, _ = macro.intervals.acceptance_length
     assert f"{macro.acceptance_length:.2f} ({low:.2f}" in text
@@ -85,8 +86,8 @@ def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compar
 
 def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pytest.MonkeyPatch):
     config = tiny_run(ready)
-    run_train(config)
-    artifact = run_evaluate(config, shards=[0, 2])
+    run_train(Run(config))
+    artifact = run_evaluate(Run(config), shards=[0, 2])
     assert sorted(artifact.records()) == [0, 2]
     assert artifact.manifest() is None
     decoded = []
@@ -96,9 +97,9 @@ def test_what_was_evaluated_is_not_evaluated_again(ready: Path, monkeypatch: pyt
         "evaluate",
         lambda self, unit: decoded.append(unit.number) or original(self, unit),
     )
-    run_evaluate(config)
+    run_evaluate(Run(config))
     assert decoded == [1, 3, 4, 5]
-    run_evaluate(config)
+    run_evaluate(Run(config))
     assert decoded == [1, 3, 4, 5]
 
 
@@ -109,16 +110,16 @@ def test_of_two_workers_at_the_same_unit_the_first_one_stands(
     work was reported as failed.
     """
     config = tiny_run(ready, MATH, "evaluate.temperatures=[0.0]")
-    run_train(config)
+    run_train(Run(config))
     original = Evaluator.evaluate
 
     def overtaken(self, unit):
         monkeypatch.setattr(Evaluator, "evaluate", original)
-        run_evaluate(config)
+        run_evaluate(Run(config))
         return original(self, unit)
 
     monkeypatch.setattr(Evaluator, "evaluate", overtaken)
-    artifact = run_evaluate(config)
+    artifact = run_evaluate(Run(config))
     assert artifact.manifest() is not None
     assert not failures(artifact)
 
@@ -127,8 +128,8 @@ def test_every_prompt_row_tells_how_it_was_rendered_and_what_was_counted(ready: 
     config = tiny_run(
         ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", "evaluate.temperatures=[0.0]"
     )
-    run_train(config)
-    for row in read_rows(run_evaluate(config)):
+    run_train(Run(config))
+    for row in read_rows(run_evaluate(Run(config))):
         assert len(row["prompt_digest"]) == 16
         assert len(row["proposed"]) == len(row["accepted"]) == len(row["committed"])
         assert 1 + sum(row["committed"]) >= row["num_tokens"] == len(row["token_ids"])
@@ -139,8 +140,8 @@ MATH = "evaluate.benchmarks=[{name: demo/math}]"
 
 def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
     config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]")
-    run_train(config)
-    rows = read_rows(run_evaluate(config))
+    run_train(Run(config))
+    rows = read_rows(run_evaluate(Run(config)))
     alone, together = (
         {(row["temperature"], row["prompt"]): row for row in rows if row["batch_size"] == size}
         for size in (1, 2)
@@ -153,7 +154,7 @@ def test_a_larger_batch_changes_no_answer_and_shares_its_seconds(ready: Path):
     assert {(row["group"], row["seconds"]) for key, row in together.items() if key[0] == 0} == {
         (0, together[0.0, 0]["seconds"])
     }
-    sizes = [speed.batch_size for speed in results(config).benchmarks[0].batch_sizes]
+    sizes = [speed.batch_size for speed in results(Run(config)).benchmarks[0].batch_sizes]
     assert sizes == [1, 2]
 
 
@@ -166,7 +167,7 @@ def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_siz
     config = tiny_run(
         ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0, 1.0]"
     )
-    run_train(config)
+    run_train(Run(config))
     order: list[tuple[int, str]] = []
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,7 +180,7 @@ def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_siz
     monkeypatch.setattr(benchmarks, "SLICE_BATCHES", 1)
     for name in ("generate", "speculate"):
         monkeypatch.setattr(units, name, noted(name, getattr(units, name)))
-    run_evaluate(config)
+    run_evaluate(Run(config))
     for size in (1, 2):
         pairs = [name for batch_size, name in order if batch_size == size]
         assert pairs[:2] == ["generate", "speculate"], "the warm-up"
@@ -193,8 +194,8 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
 ):
     monkeypatch.setattr(calibration, "MIN_TESTED", 3)
     config = tiny_run(ready, MATH, "evaluate.temperatures=[0.0]")
-    draft = run_train(config)
-    uncut = run_evaluate(config)
+    draft = run_train(Run(config))
+    uncut = run_evaluate(Run(config))
     summary = json.loads(uncut.store.read(uncut.path("summary.json")))
     assert {"positions", "temperatures", "thresholds"} <= set(summary["calibration"])
     assert {"full", "scheduled"} <= set(summary["scheduler"]["policies"])
@@ -207,7 +208,7 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
         ["evaluate.verify=threshold", "evaluate.threshold=0.6"],
         ["evaluate.verify=scheduled", f"resources.devices.speed_curve={curve}"],
     ):
-        artifact = run_evaluate(tiny_run(ready, MATH, "evaluate.temperatures=[0.0]", *cut))
+        artifact = run_evaluate(Run(tiny_run(ready, MATH, "evaluate.temperatures=[0.0]", *cut)))
         rows = read_rows(artifact)
         assert {row["prompt"]: row["token_ids"] for row in rows} == wanted, (
             "what is verified changes no answer"
@@ -253,17 +254,17 @@ def test_a_speed_curve_that_cannot_be_read_is_refused_before_the_first_prompt(
     confidence, never.
     """
     config = tiny_run(ready, MATH, f"resources.devices.speed_curve={tmp_path / 'none.json'}")
-    run_train(config)
+    run_train(Run(config))
     monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("a prompt was decoded"))
     with pytest.raises(DataError, match="the speed curve cannot be read"):
-        run_evaluate(config)
+        run_evaluate(Run(config))
 
 
 def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
     ready: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1, 2]", "evaluate.temperatures=[0.0]")
-    run_train(config)
+    run_train(Run(config))
     original = units.generate
 
     def too_large(target, prompts, settings, **rest):
@@ -272,7 +273,7 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
         return original(target, prompts, settings, **rest)
 
     monkeypatch.setattr(units, "generate", too_large)
-    artifact = run_evaluate(config)
+    artifact = run_evaluate(Run(config))
     assert {row["batch_size"] for row in read_rows(artifact)} == {1}
     rejected = [record.rejected for record in artifact.records().values()]
     assert rejected == [0, 3]
@@ -280,7 +281,7 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
 
 def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
     config = tiny_run(ready)
-    made = make_units(config, load_benchmarks(config))
+    made = make_units(config, load_benchmarks(Run(config)))
     assert [(unit.temperature, unit.benchmark) for unit in made] == [
         (t, name) for t in (0.0, 1.0) for name in ("math", "code", "chat")
     ]
@@ -290,8 +291,10 @@ def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
 def test_a_limit_takes_a_seeded_choice(ready: Path):
     chosen = [
         load_benchmarks(
-            tiny_run(
-                ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", f"evaluate.seed={s}"
+            Run(
+                tiny_run(
+                    ready, "evaluate.benchmarks=[{name: demo/math, limit: 2}]", f"evaluate.seed={s}"
+                )
             )
         )
         for s in (0, 0, 3)
@@ -310,7 +313,7 @@ def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     with pytest.raises(DataError, match=said):
         load_benchmarks(
-            tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]")
+            Run(tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]"))
         )
 
 
@@ -318,8 +321,8 @@ def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(
     ready: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_run(ready)
-    run_train(config)
-    artifact = artifact_of(config, "train")
+    run_train(Run(config))
+    artifact = Run(config).artifact("train")
     described = json.loads(artifact.store.read(artifact.path("draft/config.json")))
     wrong = {**described, "hidden_size": 64, "num_target_layers": 9}
     artifact.store.write(artifact.path("draft/config.json"), json.dumps(wrong).encode())
@@ -327,7 +330,7 @@ def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(
     with pytest.raises(
         ArtifactMismatch, match="hidden size: draft 64, target 32; layers: draft 9, target 4"
     ):
-        run_evaluate(config)
+        run_evaluate(Run(config))
 
 
 def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_did(
@@ -336,17 +339,17 @@ def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_
     config = tiny_run(
         ready, "evaluate.benchmarks=[{name: demo/math, limit: 1}]", "evaluate.temperatures=[0.0]"
     )
-    run_train(config)
-    run_evaluate(config)
-    train = artifact_of(config, "train")
+    run_train(Run(config))
+    run_evaluate(Run(config))
+    train = Run(config).artifact("train")
     export_draft(Path(train.url.removeprefix("file://")), engine="vllm", out=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for stage in ("train", "hidden", "answers", "prompts"):
-        artifact = artifact_of(config, stage)
+        artifact = Run(config).artifact(stage)
         manifest = artifact.manifest()
         assert manifest is not None
         assert (
             f"{artifact.key.name}-{artifact.key.fingerprint}`: digest `{manifest.digest}`" in card
         )
-    macro = results(config).macro.acceptance_length
+    macro = results(Run(config)).macro.acceptance_length
     assert f"at temperature 0.0: tokens per round (bonus included) macro {macro:.2f}" in card

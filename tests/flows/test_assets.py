@@ -13,8 +13,10 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of, chain, input_artifact, stages_of, upstream_of
+from deepspec.artifacts.lineage import chain, input_artifact
 from deepspec.artifacts.records import ArtifactInput
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.stages import STAGES
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from flows import assets
@@ -88,7 +90,7 @@ def chain_in_store(artifact: Artifact) -> dict[str, set[str]]:
 
 def sealed(config: RunConfig, *stages: str) -> list[Artifact]:
     """The stages' artifacts, sealed with nothing in them."""
-    artifacts = [artifact_of(config, stage) for stage in stages]
+    artifacts = [Run(config).artifact(stage) for stage in stages]
     for artifact in artifacts:
         artifact.create(config.model_dump(mode="json"))
         artifact.seal(inputs={})
@@ -97,7 +99,7 @@ def sealed(config: RunConfig, *stages: str) -> list[Artifact]:
 
 def test_the_servers_events_and_the_store_tell_the_same_chain(tmp_path: Path):
     config = tiny_run(tmp_path / "a store")
-    artifacts = sealed(config, *stages_of(config))
+    artifacts = sealed(config, *[stage.name for stage in Run(config).stages])
     publish_all(artifacts)
     result = artifacts[-1]
     on_server = chain_on_server(asset_key(result.url))
@@ -118,12 +120,12 @@ def test_what_a_server_does_not_know_is_told_once_with_the_first_thing_that_was_
     never had one.
     """
     config = tiny_run(tmp_path / "store", "evaluate.benchmarks=[{name: gsm8k}]")
-    result = artifact_of(config, "evaluate")
+    result = Run(config).artifact("evaluate")
     (benchmark,) = [entry for entry in result.key.inputs if entry.stage == "benchmarks"]
     read = input_artifact(result.store, benchmark)
     read.create({})
     read.seal(inputs={})
-    sealed(config, *stages_of(config))
+    sealed(config, *[stage.name for stage in Run(config).stages])
     publish_all([result])
     assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
     assert asset_key(read.url) in inputs_in(event_of(asset_key(result.url)))
@@ -134,20 +136,20 @@ def test_what_a_server_does_not_know_is_told_once_with_the_first_thing_that_was_
 
 def test_hidden_states_that_training_made_are_passed_over(tmp_path: Path):
     config = tiny_run(tmp_path / "store")
-    artifact_of(config, "hidden").create({})
+    Run(config).artifact("hidden").create({})
     *_, draft = artifacts = sealed(config, "demo", "prompts", "answers", "train")
     publish_all(artifacts)
     made_from = {
-        asset_key(artifact_of(config, stage).url) for stage in upstream_of(config, "hidden")
+        asset_key(Run(config).artifact(stage).url) for stage in STAGES["hidden"].reads(config)
     }
     assert inputs_in(event_of(asset_key(draft.url))) == made_from
 
 
 def test_a_stage_that_a_flow_seals_is_an_asset_and_nothing_of_the_run_is_told(run_file: Path):
     prompts_and_answers(str(run_file))
-    answers = artifact_of(load_run(str(run_file)), "answers")
+    answers = Run(load_run(str(run_file))).artifact("answers")
     event = event_of(asset_key(answers.url))
-    assert inputs_in(event) == {asset_key(artifact_of(load_run(str(run_file)), "prompts").url)}
+    assert inputs_in(event) == {asset_key(Run(load_run(str(run_file))).artifact("prompts").url)}
     assert (event["payload"]["shards"], event["payload"]["rows"]) == (6, 12)
     assert "flow-run" in {one["prefect.resource.role"] for one in event["related"]}
     assert "resources" not in json.dumps(event) and "endpoint" not in json.dumps(event)

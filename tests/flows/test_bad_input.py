@@ -24,6 +24,7 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import State
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import UserError
@@ -94,7 +95,7 @@ def test_a_run_that_cannot_be_says_so_in_its_log_in_one_paragraph(
 ):
     told = refusal(regenerate(**{"recipe": str(run_file), **asked}, return_state=True))
     assert said in told and "\n  fix: " in told and "hidden-word" not in told
-    assert stage_status(load_run(str(run_file)), "answers").committed == 0
+    assert stage_status(Run(load_run(str(run_file))), "answers").committed == 0
 
 
 def test_the_parts_of_a_pipeline_are_not_begun_where_the_whole_cannot_be(run_file: Path):
@@ -165,7 +166,7 @@ def test_a_run_by_hand_and_a_workers_run_refuse_a_server_of_another_version(run_
             pytest.raises(UserError, match=r"3\.7\.9, which does not fit"),
         ):
             run_stages(RunRequest(str(run_file)), ("prompts",))
-    assert stage_status(load_run(str(run_file)), "prompts").committed == 0
+    assert stage_status(Run(load_run(str(run_file))), "prompts").committed == 0
 
 
 @pytest.mark.slow
@@ -209,7 +210,7 @@ def test_an_error_that_prefect_writes_twice_is_in_a_runs_log_once():
 
 
 def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
-    run_prompts(load_run(str(run_file)))
+    run_prompts(Run(load_run(str(run_file))))
     wrong = (
         "answers.engine=openai",
         "resources.servers.start=vllm",
@@ -232,7 +233,7 @@ def test_shards_by_hand_may_be_written_as_people_do(
     asked again.
     """
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
-    run_prompts(load_run(str(run_file)))
+    run_prompts(Run(load_run(str(run_file))))
     run_flow("regenerate", RunRequest(str(run_file)), " 1,  2,")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
-    assert stage_status(load_run(str(run_file)), "answers").missing == [0, 3, 4, 5]
+    assert stage_status(Run(load_run(str(run_file))), "answers").missing == [0, 3, 4, 5]

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from deepspec.answers.stage import run_answers
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
@@ -59,13 +59,13 @@ def chaos_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def undisturbed(run_file: Path, store: Path) -> RunConfig:
     config = load_run(str(run_file), store=str(store))
-    run_prompts(config)
-    run_answers(config)
+    run_prompts(Run(config))
+    run_answers(Run(config))
     return config
 
 
 def digest(config: RunConfig) -> str:
-    manifest = artifact_of(config, "answers").manifest()
+    manifest = Run(config).artifact("answers").manifest()
     assert manifest is not None
     return manifest.digest
 
@@ -74,7 +74,7 @@ def committed(config: RunConfig) -> dict[str, int]:
     """Modification times of all records: a shard that is made again would show a new one."""
     return {
         path.name: path.stat().st_mtime_ns
-        for path in Path(artifact_of(config, "answers").url, "records").glob("*.json")
+        for path in Path(Run(config).artifact("answers").url, "records").glob("*.json")
     }
 
 
@@ -149,7 +149,7 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
 ):
     quiet = digest(undisturbed(chaos_run, tmp_path / "quiet"))
     config = load_run(str(chaos_run))
-    run_prompts(config)
+    run_prompts(Run(config))
     (tmp_path / "pace").write_text(str(PACE_S))
     with machines(tmp_path, database) as made:
         made.start_server()
@@ -165,7 +165,7 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
             assert all(after.get(name) == made_at for name, made_at in before.items()), (
                 "a committed shard was made again"
             )
-        left = stage_status(config, "answers").missing
+        left = stage_status(Run(config), "answers").missing
         assert 0 < len(left) < SHARDS, "the last kill still disturbed something"
         (tmp_path / "pace").unlink()
         wait_until(
@@ -196,7 +196,7 @@ def finished(chaos: Chaos, config: RunConfig) -> bool:
     """Whether the artifact is sealed; where nobody works on it any more, a run of what is
     missing is begun.
     """
-    if not stage_status(config, "answers").sealed:
+    if not stage_status(Run(config), "answers").sealed:
         chaos.keep_going()
         return False
     return True

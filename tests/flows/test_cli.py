@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import stage_status, stages_of
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.process.launch import MARK, RunRequest
 from flows.server import start_private_server
@@ -146,7 +146,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **pipes,
     )
-    wait_until(lambda: stage_status(config, "answers").committed == LANES)
+    wait_until(lambda: stage_status(Run(config), "answers").committed == LANES)
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     children = [one for one in everyone if MARK in one.environ()]
     assert len(children) == 4 * LANES, "each lane's child, its server, and the guards of both"
@@ -158,7 +158,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_keeps_what_it_made(
     assert "Traceback" not in stderr
     if number == signal.SIGINT:
         assert process.returncode == 130 and "interrupted" in stderr
-    kept = stage_status(config, "answers")
+    kept = stage_status(Run(config), "answers")
     assert (kept.committed, kept.missing) == (LANES, [1, 2, 4, 5])
 
 
@@ -193,11 +193,17 @@ def test_one_command_makes_everything_and_a_second_one_nothing_even_without_pref
     assert summary["lossless"][0] == summary["lossless"][1] and summary["peak_rss_bytes"] > 1e8
     assert Path(summary["result"], "summary.json").exists()
     config = tiny_run(store, *QUICK)
-    before = {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)}
+    before = {
+        stage: Run(config).artifact(stage).manifest()
+        for stage in [stage.name for stage in Run(config).stages]
+    }
     assert all(before.values())
 
     shutil.rmtree(store / ".prefect")
     second = run(flow_command("pipeline", *arguments), environment(HOME=str(store.parent)))
     assert second.returncode == 0
-    assert second.stdout.count("already done") == len(stages_of(config))
-    assert {stage: artifact_of(config, stage).manifest() for stage in stages_of(config)} == before
+    assert second.stdout.count("already done") == len([stage.name for stage in Run(config).stages])
+    assert {
+        stage: Run(config).artifact(stage).manifest()
+        for stage in [stage.name for stage in Run(config).stages]
+    } == before

@@ -28,8 +28,8 @@ from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepspec import __version__
-from deepspec.artifacts.lineage import artifact_of
-from deepspec.artifacts.status import stage_status, stages_of
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.status import selected, stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, UserError
 from deepspec.process.launch import RunRequest
@@ -38,7 +38,6 @@ from flows.automations import crashed
 from flows.compatible import check_version
 from flows.parameters import KEY_IN_OVERRIDE, KEY_IN_STORE
 from flows.pipeline import FLOWS, pipeline
-from flows.selection import selected
 from flows.server import free_port
 from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY, tiny_run
@@ -327,7 +326,7 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     run(RunRequest(str(site.run_file)).command("prompts"), env=site.env)
     recipe, config = str(site.run_file), load_run(str(site.run_file))
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
-    assert stage_status(config, "answers").missing == [0, 2, 3]
+    assert stage_status(Run(config), "answers").missing == [0, 2, 3]
     said = site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
     assert (
         "the stage 'answers' has no shard 17; there are 0 to 5" in said and "Traceback" not in said
@@ -339,7 +338,7 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
         "ConfigError: the stage 'answers' has no shard 17; there are 0 to 5"
         in failed_run["state"]["message"]
     )
-    assert stage_status(config, "answers").missing == [0, 2, 3]
+    assert stage_status(Run(config), "answers").missing == [0, 2, 3]
     limit = time.monotonic() + 30
     while len(set(site.heard)) < 2 and time.monotonic() < limit:
         time.sleep(0.2)
@@ -396,11 +395,11 @@ def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them
         icons = re.compile(r"status of 404 .*\.(ico|svg)$")
         assert [said for said in page.complaints if not icons.search(said.strip())] == []
     config = load_run(recipe, changed)
-    assert stage_status(config, "answers").missing == [0, 1, 2, 5]
+    assert stage_status(Run(config), "answers").missing == [0, 1, 2, 5]
     by_worker, here, again = map(shlex.split, commands)
     assert here[:4] == ["python", "-m", "deepspec", "answers"] and "shards=3-5" in again
     run([sys.executable, "-m", *by_worker, "--watch"], env=site.env, timeout=240)
-    assert stage_status(config, "answers").missing == [0, 1, 2]
+    assert stage_status(Run(config), "answers").missing == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -419,18 +418,21 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
         "dspark-demo-evaluate-folder",
     } <= keys
     config = tiny_run(store, *QUICK)
-    assert all(stage_status(config, stage).sealed for stage in stages_of(config))
-    result = artifact_of(config, "evaluate")
+    assert all(
+        stage_status(Run(config), stage).sealed
+        for stage in [stage.name for stage in Run(config).stages]
+    )
+    result = Run(config).artifact("evaluate")
     with temporary_settings({PREFECT_API_URL: site.url}):
         assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
     # at the tests' own server, which knows nothing of it
     pipeline(recipe="demo", overrides=tuple(QUICK), store=str(store))
     assert chain_on_server(asset_key(result.url)) == chain_in_store(result)
-    status = stage_status(config, "evaluate")
+    status = stage_status(Run(config), "evaluate")
     with pytest.raises(ConfigError, match="the stage 'evaluate' has no shard 99; there are 0 to "):
-        selected(config, status, [99])
+        selected(Run(config), status, [99])
     Path(status.artifact_url, "records", "00001.json").unlink()
-    assert selected(config, stage_status(config, "evaluate"), [0, 1]).missing == [1]
+    assert selected(Run(config), stage_status(Run(config), "evaluate"), [0, 1]).missing == [1]
 
 
 SILENCE_S = 20.0  # Prefect takes no less than ten, and looks every five

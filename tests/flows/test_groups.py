@@ -26,7 +26,7 @@ from prefect.states import Crashed, Failed, Running, State
 from prefect.types._datetime import now
 
 from deepspec.artifacts.leases import Lease, Leases
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_failure
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
@@ -92,10 +92,12 @@ def dealt(site: Site, act: Callable[[StageRun, Leases], None]) -> None:
     def dealing() -> None:
         config = load_run(str(site.run_file), site.overrides)
         run = StageRun(
-            RunRequest(str(site.run_file), site.overrides), config, stage_status(config, "answers")
+            RunRequest(str(site.run_file), site.overrides),
+            config,
+            stage_status(Run(config), "answers"),
         )
         try:
-            with leases_on(artifact_of(config, "answers")) as leases:
+            with leases_on(Run(config).artifact("answers")) as leases:
                 act(run, leases)
         finally:
             run.left.set()
@@ -182,7 +184,7 @@ def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_
             parent_run_id=str(flow_run.id),
             process="elsewhere 1 2 3 4",
         )
-        with Leases(artifact_of(run.config, "answers"), lease) as its_own:
+        with Leases(Run(run.config).artifact("answers"), lease) as its_own:
             assert its_own.acquire([0]).shards == [0]
             wait_until(lambda: str(child.id) in executor.alive)
             set_state(child, Crashed(message="no sign of life for 540 s"))

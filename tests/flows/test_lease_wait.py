@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.artifacts.leases import Acquired, Leases, this_process
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import TransientError
@@ -92,7 +92,7 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
         )
         > 1
     ), "it sees them come"
-    assert artifact_of(load_run(str(run_file)), "answers").store.entries("claims") == []
+    assert Run(load_run(str(run_file))).artifact("answers").store.entries("claims") == []
     with get_client(sync_client=True) as client:
         shown = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["flaky-answers"]))
@@ -123,7 +123,7 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
         capture_output=True,
         check=True,
     )
-    leases = leases_on(artifact_of(config, "answers"))
+    leases = leases_on(Run(config).artifact("answers"))
     leases.lease = leases.lease.model_copy(
         update={"process": dead.stdout.decode().strip(), "run_id": "another"}
     )
@@ -145,7 +145,7 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
 
     answers(str(run_file), (), "0")
     config = load_run(str(run_file))
-    with leases_on(artifact_of(config, "answers")) as other:
+    with leases_on(Run(config).artifact("answers")) as other:
         other.lease = other.lease.model_copy(update={"run": "capture x", "run_id": "another"})
         other.acquire([4])
         with pytest.raises(
@@ -161,7 +161,7 @@ def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next
     """Killed, a run leaves those to which it has dealt its shards behind on other machines, and
     the UI's retry has its very id.
     """
-    artifact, seen = artifact_of(load_run(str(run_file)), "answers"), list[list[int]]()
+    artifact, seen = Run(load_run(str(run_file))).artifact("answers"), list[list[int]]()
 
     @flow(retries=1)
     def tried_twice() -> None:
@@ -182,7 +182,7 @@ def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Pat
     """A sweep's runs share what comes before their drafts; only groups that a stage deals out
     are not to wait for it.
     """
-    artifact = artifact_of(load_run(str(run_file)), "answers")
+    artifact = Run(load_run(str(run_file))).artifact("answers")
 
     @flow
     def part() -> str:
@@ -202,10 +202,10 @@ def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = load_run(str(run_file))
-    run_prompts(config)
+    run_prompts(Run(config))
     artifact, todo, tries = (
-        artifact_of(config, "answers"),
-        stage_status(config, "answers"),
+        Run(config).artifact("answers"),
+        stage_status(Run(config), "answers"),
         list[int](),
     )
     monkeypatch.setattr(turns, "StoreWatch", partial(turns.StoreWatch, poll_s=0.1))

@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
@@ -37,7 +38,7 @@ def deployment() -> tuple[str, UUID]:
 @flow
 def look_at(title: str, run_file: Path, *, looks: int = 0) -> tuple[int, str]:
     progress = StageProgress(
-        "looking", stage_status(load_run(str(run_file)), "answers"), sharded=True
+        "looking", stage_status(Run(load_run(str(run_file))), "answers"), sharded=True
     )
     found = WorkPool(title, progress)
     for _ in range(looks):

@@ -23,6 +23,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ShardsFailed
@@ -177,7 +178,7 @@ def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_stor
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], (
         "each once, for what failed for good is not tried again"
     )
-    assert stage_status(load_run(str(site.run_file), overrides), "answers").missing == [5]
+    assert stage_status(Run(load_run(str(site.run_file), overrides)), "answers").missing == [5]
 
 
 @pytest.mark.slow
@@ -220,7 +221,7 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     wait_until(
         lambda: (
             site.lines("waits") == [1, 4]
-            and stage_status(config, "answers").missing == [1, 2, 4, 5]
+            and stage_status(Run(config), "answers").missing == [1, 2, 4, 5]
         )
     )
     for process in [site.workers[0], *site.workers[0].children(recursive=True)]:
@@ -229,7 +230,7 @@ def test_what_a_killed_worker_had_is_made_by_another_one(site: Site):
     thread.join(180)
     assert outcome and outcome[0].is_completed(), outcome
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], "each once"
-    assert stage_status(config, "answers").sealed
+    assert stage_status(Run(config), "answers").sealed
     assert (
         states_of(
             "regenerate run.yaml 0000-0002 (part)", "regenerate run.yaml 0003-0004 (part)"

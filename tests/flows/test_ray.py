@@ -21,7 +21,7 @@ from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig, RunnerConfig
 from deepspec.config.run import RunConfig
@@ -61,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, port = tmp_path_factory.mktemp("ray"), free_port()
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_file = flaky_run(folder, monkeypatch)
-        run_prompts(load_run(str(run_file)))
+        run_prompts(Run(load_run(str(run_file))))
         assert "ray" not in sys.modules, "it would not know that it is to stay on loopback"
         for name, value in {
             **ON_LOOPBACK,
@@ -117,7 +117,7 @@ def config_of(run_file: Path, *overrides: str) -> RunConfig:
 
 
 def committed(config: RunConfig) -> list[int]:
-    return artifact_of(config, "answers").record_shards()
+    return Run(config).artifact("answers").record_shards()
 
 
 def children_for(run_file: Path) -> list[psutil.Process]:
@@ -158,7 +158,7 @@ def test_a_killed_workers_shards_go_to_the_others_and_none_is_lost_or_made_twice
     slow.touch()
     seen: list[Progress] = []
     found: list[tuple[bool, bytes]] = []
-    record = Path(artifact_of(config, "answers").url, "records", "00000.json")
+    record = Path(Run(config).artifact("answers").url, "records", "00000.json")
 
     def kill() -> None:
         wait_for(lambda: committed(config) == [0] and len(children_for(cluster)) == 4)

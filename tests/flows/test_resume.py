@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
@@ -44,7 +44,7 @@ class Site:
 
     def prompts(self, store: Path) -> RunConfig:
         config = load_run(str(self.run_file), [ENGINE], store=str(store))
-        run_prompts(config)
+        run_prompts(Run(config))
         return config
 
     def begin(self, store: Path, **parameters: object) -> str:
@@ -63,7 +63,7 @@ class Site:
         (self.machines.folder / "slow").touch()
         run, config = self.begin(store), load_run(str(self.run_file), [ENGINE], store=str(store))
         wait_until(
-            lambda: stage_status(config, "answers").committed == 2 and self.noted()[-1] == 2,
+            lambda: stage_status(Run(config), "answers").committed == 2 and self.noted()[-1] == 2,
             "two shards",
         )
         return run
@@ -116,7 +116,7 @@ def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes
     broken.unlink()
     site.machines.start_worker()
     assert site.machines.set_state(run, "SCHEDULED", "AwaitingRetry") == "ACCEPT"
-    wait_until(lambda: stage_status(config, "answers").sealed, "the last shard")
+    wait_until(lambda: stage_status(Run(config), "answers").sealed, "the last shard")
     assert site.machines.ended(run) == "COMPLETED"
     assert site.calls() == [5]
 
@@ -132,7 +132,7 @@ def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_butt
     assert site.calls() == [0, 1, 2]
     site.go_on()
     assert site.machines.ended(site.begin(tmp_path, shards="3")) == "COMPLETED"
-    assert site.calls() == [3] and stage_status(config, "answers").missing == [2, 4, 5]
+    assert site.calls() == [3] and stage_status(Run(config), "answers").missing == [2, 4, 5]
     (site.machines.folder / "slow").touch()
     site.machines.set_state(run, "SCHEDULED", "AwaitingRetry")
     wait_until(lambda: site.noted() == [2], "the retry")
@@ -142,7 +142,7 @@ def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_butt
     site.machines.start_server()
     site.machines.start_worker()
     assert site.machines.ended(site.begin(tmp_path)) == "COMPLETED", "the same parameters"
-    assert site.calls() == [2, 4, 5] and stage_status(config, "answers").sealed
+    assert site.calls() == [2, 4, 5] and stage_status(Run(config), "answers").sealed
 
 
 def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_kept(
@@ -151,7 +151,7 @@ def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_
     """Of a killed one neither: tests/train/test_launcher.py."""
     store = tmp_path / "store"
     shutil.copytree(captured, store)
-    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    artifact = Run(tiny_run(store, *LONG)).artifact("train")
     run = site.machines.begin(site.train, recipe="demo", overrides=[*TINY, *LONG], store=str(store))
     wait_until(lambda: checkpoint_steps(artifact), "a checkpoint")
     everyone = family(site.machines.processes(FLOW))

@@ -12,6 +12,7 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import StageStatus
 from deepspec.process.progress_display import Progress
 from flows.reporting import watched_by
@@ -62,7 +63,7 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
     take about 490 s.
     """
     seen, now = list[Progress](), time.monotonic()
-    lanes = [Lane(name, doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
+    lanes = [Lane(Run(name), doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
     with watched_by(seen.append):
         progress = StageProgress("rates", status("answers", 900, 100), sharded=True)
         progress._began = now - 10
@@ -85,7 +86,7 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
 
 
 def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
-    lanes = [Lane("GPU 0 #0", "0", failed=1), Lane("GPU 1 #1", "1", dead=True)]
+    lanes = [Lane(Run("GPU 0 #0"), "0", failed=1), Lane(Run("GPU 1 #1"), "1", dead=True)]
     progress = StageProgress("lanes", status("hidden", 0, 4), sharded=True)
     progress.show_lanes(lanes)
     lanes[0].doing, lanes[0].began = "hidden 0000-0003", time.monotonic() - 60

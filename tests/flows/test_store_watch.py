@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.answers.stage import run_answers
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.process.progress_display import Progress
@@ -25,9 +25,9 @@ def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Pa
     config = load_run(
         str(run_file), ("resources.retries.times=0", "answers.engine=tests.engines:Echo")
     )
-    run_prompts(config)
-    run_answers(config, shards=[0])
-    artifact = artifact_of(config, "answers")
+    run_prompts(Run(config))
+    run_answers(Run(config), shards=[0])
+    artifact = Run(config).artifact("answers")
     stale = artifact.records([0])[0]
     seen, two_seen = list[Progress](), threading.Event()
 
@@ -36,16 +36,16 @@ def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Pa
         if progress.done == 3:
             two_seen.set()
 
-    before = stage_status(config, "answers")
+    before = stage_status(Run(config), "answers")
     with watched_by(see):
         progress = StageProgress("elsewhere", before, sharded=True)
         with watching_store(
             StoreWatch(artifact, before._replace(missing=[1, 2, 3]), progress, poll_s=0.02)
         ):
-            run_answers(config, shards=[1, 2])
+            run_answers(Run(config), shards=[1, 2])
             assert two_seen.wait(60)
             assert {progress.done for progress in seen} == {1, 2, 3}
-            run_answers(config, shards=[3, 4])
+            run_answers(Run(config), shards=[3, 4])
     assert seen[-1].done == 4, "shard 4 was not asked for"
     assert seen[-1].numbers["rows"] == 6
     assert artifact.records([0])[0] == stale

@@ -18,6 +18,7 @@ from prefect.artifacts import Artifact
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
@@ -58,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def answers_folder(run_file: Path) -> Path:
-    return Path(stage_status(load_run(str(run_file)), "answers").artifact_url)
+    return Path(stage_status(Run(load_run(str(run_file))), "answers").artifact_url)
 
 
 def calls(run_file: Path) -> list[int]:
@@ -83,7 +84,7 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     )
     assert f"`python -m deepspec answers {run_file} --shards 5`" in said
     assert sorted(calls(run_file)) == [0, 1, 2, 3, 3, 4, 5], "shard 3 twice, shard 5 once"
-    status = stage_status(load_run(str(run_file)), "answers")
+    status = stage_status(Run(load_run(str(run_file))), "answers")
     assert (status.committed, status.missing) == (5, [5])
     assert "stage=answers shard=5 failed" in caplog.text, "a child's errors reach the run's log"
     assert set(re.findall(r"deepspec answers (\S+) --shards", caplog.text)) == {str(run_file)}, (
@@ -130,7 +131,7 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
         and "--shards 1-23" in said
     )
     assert calls(run_file) == list(range(12))
-    status = stage_status(load_run(str(run_file), hopeless), "answers")
+    status = stage_status(Run(load_run(str(run_file), hopeless)), "answers")
     assert (status.committed, status.missing) == (1, list(range(1, 24)))
     with pytest.raises(ShardsFailed, match="22 were not begun, because more failed for good than"):
         prompts_and_answers(str(run_file), (*hopeless, "resources.retries.max_failed=0"))
@@ -253,7 +254,7 @@ def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_
     assert [
         one.cmdline() for one in psutil.Process().children(recursive=True) if MARK in one.environ()
     ] == []
-    status = stage_status(load_run(str(run_file), late), "answers")
+    status = stage_status(Run(load_run(str(run_file), late)), "answers")
     assert (status.committed, status.missing) == (1, [1, 2, 3, 4, 5])
 
 
@@ -283,8 +284,8 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
 def stage_run(run_file: Path, *overrides: str) -> StageRun:
     request = RunRequest(str(run_file), ("resources.devices.type=auto", *overrides))
     config: RunConfig = load_run(request.source, request.overrides)
-    run_prompts(config)
-    status = stage_status(config, "answers")._replace(missing=[0, 1, 2, 3])
+    run_prompts(Run(config))
+    status = stage_status(Run(config), "answers")._replace(missing=[0, 1, 2, 3])
     return StageRun(request, config, status)
 
 
@@ -307,7 +308,7 @@ def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
     assert list(run.given_up([0, 1, 2])) == [2]
     assert run.error is None
     run.group_failed(ChildFailed("no word"), lane, [3])
-    assert isinstance(run.failure(stage_status(run.config, "answers")), ChildFailed)
+    assert isinstance(run.failure(stage_status(Run(run.config), "answers")), ChildFailed)
 
 
 def alone(run: StageRun) -> tuple[StageRun, Lane]:
@@ -439,7 +440,7 @@ def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
     `take`.
     """
     run = stage_run(run_file)
-    run.scheduler.lanes = [dying, other] = [Lane("dying"), Lane("other")]
+    run.scheduler.lanes = [dying, other] = [Lane(Run("dying")), Lane(Run("other"))]
     monkeypatch.setattr(run.progress, "update_lanes", lambda: json.loads("no JSON"))
     with pytest.raises(ValueError, match="Expecting value"):
         run.serve(LocalExecutor(run), dying)
@@ -456,7 +457,7 @@ def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file
     run = StageRun(
         RunRequest(str(run_file)),
         load_run(str(run_file)),
-        stage_status(load_run(str(run_file)), "train"),
+        stage_status(Run(load_run(str(run_file))), "train"),
     )
     said = run.failure(run.before)
     assert (
@@ -469,7 +470,7 @@ def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file
 @outside_a_flow
 def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
     config = load_run(str(run_file))
-    run = StageRun(RunRequest(str(run_file)), config, stage_status(config, "train"))
+    run = StageRun(RunRequest(str(run_file)), config, stage_status(Run(config), "train"))
     run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
     assert run.scheduler.next_group(lane) == [0]
     run.group_failed(
@@ -477,7 +478,7 @@ def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
         lane,
         [0],
     )
-    assert "the child's word" in str(run.failure(stage_status(run.config, "train")))
+    assert "the child's word" in str(run.failure(stage_status(Run(run.config), "train")))
 
 
 @outside_a_flow
@@ -500,7 +501,7 @@ def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest
 @outside_a_flow
 def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_file: Path):
     seen: list[Progress] = []
-    status = stage_status(load_run(str(run_file)), "answers")._replace(
+    status = stage_status(Run(load_run(str(run_file))), "answers")._replace(
         committed=2, missing=[2, 3, 4]
     )
     with watched_by(seen.append):
@@ -544,7 +545,7 @@ def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
     }
     with watched_by(seen.append):
         progress = StageProgress(
-            "answering", stage_status(load_run(str(run_file)), "answers"), sharded=True
+            "answering", stage_status(Run(load_run(str(run_file))), "answers"), sharded=True
         )
         progress.on_event(event, lane="answers 0-2")
         progress.on_event({**event, "rows": 30}, lane="answers 0-2")  # later word of the same lane

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepspec import __main__ as door
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.hidden import stage as capture
 from tests.conftest import TINY, tiny_run
 from tests.radosgw import Radosgw
@@ -51,7 +51,7 @@ def test_a_store_that_cannot_be_written(capsys, tmp_path: Path):
 def test_an_artifact_of_another_format_version(capsys, captured: Path, tmp_path: Path):
     store = tmp_path / "store"
     shutil.copytree(captured, store)
-    path = Path(artifact_of(tiny_run(store), "hidden").url) / "artifact.json"
+    path = Path(Run(tiny_run(store)).artifact("hidden").url) / "artifact.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     assert "the artifact's format is not that of this run (2 there, 1 here)" in refused(
         capsys, "--store", str(store)
@@ -61,7 +61,7 @@ def test_an_artifact_of_another_format_version(capsys, captured: Path, tmp_path:
 def test_an_artifact_that_another_recipe_made(capsys, captured: Path, tmp_path: Path):
     store = tmp_path / "store"
     shutil.copytree(captured, store)
-    path = Path(artifact_of(tiny_run(store), "hidden").url) / "artifact.json"
+    path = Path(Run(tiny_run(store)).artifact("hidden").url) / "artifact.json"
     fields = json.loads(path.read_text())
     fields["recipe"]["hidden"]["max_length"] = 99
     path.write_text(json.dumps(fields))

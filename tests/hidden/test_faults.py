@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from tests.conftest import REPOSITORY, tiny_run
 
@@ -27,10 +27,12 @@ torch.set_num_threads(1)
 from tests.conftest import tiny_run
 from deepspec.hidden import stage as capture
 from deepspec.target.chat import load_chat, target_folder
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 
-config = tiny_run(Path(sys.argv[1]), *sys.argv[3:])
-chat, target = load_chat(config), capture.load_target(config.target, folder=target_folder(config))
+run = Run(tiny_run(Path(sys.argv[1]), *sys.argv[3:]))
+chat = load_chat(run)
+target = capture.load_target(run.config.target, folder=target_folder(run))
 capture.load_chat, capture.load_target = lambda *_: chat, lambda *_, **__: target
 chance = random.Random(7)
 lanes = {}  # pid: number
@@ -40,7 +42,7 @@ def lane(number):
     pid = os.fork()
     if pid == 0:
         try:
-            capture.run_capture(config, shards=[shard for shard in range(6) if shard % 2 == number])
+            capture.run_capture(run, shards=[shard for shard in range(6) if shard % 2 == number])
         finally:
             os._exit(0)
     lanes[pid] = number
@@ -57,13 +59,13 @@ while kills < 20:
     os.kill(victim, signal.SIGKILL)
     number = wait(victim)
     kills += 1
-    if not stage_status(config, "hidden").missing:  # captured between two kills: begin anew with half of it lost
+    if not stage_status(run, "hidden").missing:  # captured between two kills: begin anew with half of it lost
         for path in Path(sys.argv[1]).glob("hidden/*/records/0000[1-4].json"):
             path.unlink()
     lane(number)
 for pid in list(lanes):
     wait(pid)
-capture.run_capture(config)
+capture.run_capture(run)
 print("killed", kills, time.monotonic() - began)
 """
 
@@ -86,9 +88,9 @@ def test_twenty_kills_on_two_lanes_leave_the_cache_of_an_undisturbed_run(
         _, kills, seconds = done.stdout.split()
     assert kills == "20"
     manifests = [
-        artifact_of(tiny_run(store, *overrides), "hidden").manifest() for store in (quiet, killed)
+        Run(tiny_run(store, *overrides)).artifact("hidden").manifest() for store in (quiet, killed)
     ]
     assert manifests[0] is not None
     assert manifests[1] is not None
     assert manifests[0].digest == manifests[1].digest
-    assert stage_status(tiny_run(killed, *overrides), "hidden").sealed
+    assert stage_status(Run(tiny_run(killed, *overrides)), "hidden").sealed

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of, store_of
+from deepspec.artifacts.run import Run
 from deepspec.cache.format import HiddenSample
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
@@ -39,7 +39,7 @@ def config(captured: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Ru
         shutil.rmtree(tmp_path / "store" / "hidden")
         return tiny_run(tmp_path / "store")
     config = tiny_run(request.param, f"resources.storage.scratch={tmp_path}")
-    store = store_of(config)
+    store = Run(config).store
     for path in captured.rglob("*"):
         if path.is_file() and not {"hidden", ".staged"} & set(path.parts):
             store.write(str(path.relative_to(captured)), path.read_bytes())
@@ -49,12 +49,12 @@ def config(captured: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Ru
 @pytest.fixture
 def source(config: RunConfig) -> Iterator[RollingStates]:
     """As a rank sees it that feeds nothing; all shards are there."""
-    write_expected_index(config, open_unsealed(config), load_chat(config))
-    run_capture(config, purpose="rolling")
-    source = open_rolling(config, share=lambda index: [], is_first=False, report=silent)
+    write_expected_index(config, open_unsealed(Run(config)), load_chat(Run(config)))
+    run_capture(Run(config), purpose="rolling")
+    source = open_rolling(Run(config), share=lambda index: [], is_first=False, report=silent)
     yield source
     source.close()
-    store_of(config).remove(artifact_of(config, "hidden").folder)
+    Run(config).store.remove(Run(config).artifact("hidden").folder)
 
 
 def same(first: HiddenSample, second: HiddenSample) -> bool:
@@ -66,12 +66,12 @@ def same(first: HiddenSample, second: HiddenSample) -> bool:
 def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(
     captured: Path, config: RunConfig, source: RollingStates
 ):
-    cache = HiddenCache(artifact_of(tiny_run(captured), "hidden"))
+    cache = HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
     order = np.random.default_rng(0).permutation(len(cache)).tolist()
     streamed = source.stream(iter(order), max_bytes=100_000, threads=3)
     assert all(same(sample, cache[number]) for sample, number in zip(streamed, order, strict=True))
     shelf, number = (
-        RollingShards(open_unsealed(config)),
+        RollingShards(open_unsealed(Run(config))),
         int(np.flatnonzero(source.index.shard == 2)[1]),
     )
     shelf.open()
@@ -84,7 +84,7 @@ def test_a_shard_that_was_used_up_is_waited_for_until_it_is_captured_again(
         reading = pool.submit(source.__getitem__, number)
         with pytest.raises(StillWaiting):
             reading.result(timeout=0.5)
-        run_capture(config, shards=[2], purpose="rolling")
+        run_capture(Run(config), shards=[2], purpose="rolling")
         assert same(reading.result(timeout=20), cache[number])
         assert beats, (
             "whoever waits for a shard that another rank has captured does not stand still"
@@ -105,8 +105,8 @@ def test_held_out_samples_are_kept_in_memory_and_the_target_is_not(
         return sum(type(each) is Target for each in gc.get_objects())
 
     gc.collect()
-    before, cache = targets(), HiddenCache(artifact_of(tiny_run(captured), "hidden"))
-    first = open_rolling(config, share=lambda index: [3, 11], is_first=True, report=silent)
+    before, cache = targets(), HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
+    first = open_rolling(Run(config), share=lambda index: [3, 11], is_first=True, report=silent)
     assert targets() == before
     source.artifact.store.remove(source.artifact.path("shards"))
     for number in (3, 11):
@@ -125,7 +125,7 @@ def test_taking_stock_removes_what_a_crash_left_and_what_was_made_from_other_ans
     artifact.store.remove(artifact.path(records[3].file))  # or a file that was lost
     stale = records[4].model_copy(update={"upstream": "other answers"}).with_digest()
     artifact.store.write(artifact.path("records/00004.json"), stale.model_dump_json().encode())
-    shelf = RollingShards(open_unsealed(config))
+    shelf = RollingShards(open_unsealed(Run(config)))
     shelf.open()
     shelf.close()
     assert sorted(shelf.sizes) == artifact.record_shards() == [0, 2, 5]

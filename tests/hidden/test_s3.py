@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.verify import verify_stage
 from deepspec.cache.damage import locate_damage
 from deepspec.cache.reader import HiddenCache
@@ -46,7 +46,7 @@ def in_bucket(radosgw: Radosgw, captured: Path, tmp_path_factory: pytest.TempPat
         url = f"s3://{radosgw.new_bucket()}/store"
         upload(captured, url)
         config = tiny_run(url, f"resources.storage.scratch={scratch}")  # type: ignore[arg-type]
-        run_capture(config)
+        run_capture(Run(config))
         yield config
 
 
@@ -73,28 +73,28 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
 
     monkeypatch.setattr(capture.Capture, "shard", interrupted)
     sealed, on_disk = (
-        run_capture(remote).manifest(),
-        artifact_of(tiny_run(captured), "hidden").manifest(),
+        run_capture(Run(remote)).manifest(),
+        Run(tiny_run(captured)).artifact("hidden").manifest(),
     )
     assert sealed is not None
     assert on_disk is not None
     assert sealed.digest == on_disk.digest
-    assert list(verify_stage(remote, "hidden", locate_damage)) == []
+    assert list(verify_stage(Run(remote), "hidden", locate_damage)) == []
     assert not list((Path(remote.resources.storage.scratch) / "staged").iterdir())
 
 
 def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remote):
-    artifact = run_capture(remote)
+    artifact = run_capture(Run(remote))
     before, record = artifact.manifest(), artifact.record(3)
     assert before is not None
     assert record is not None
     data = bytearray(artifact.store.read(artifact.path(record.file)))
     data[len(data) // 2] ^= 4
     artifact.store.write(artifact.path(record.file), bytes(data))
-    (problem,) = verify_stage(remote, "hidden", locate_damage)
+    (problem,) = verify_stage(Run(remote), "hidden", locate_damage)
     assert "shard 3" in problem
     assert "column context" in problem
-    after = run_capture(remote).manifest()
+    after = run_capture(Run(remote)).manifest()
     assert after is not None
     assert after.digest == before.digest
 
@@ -102,8 +102,8 @@ def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remot
 def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_nothing(
     in_bucket, captured: Path, radosgw: Radosgw
 ):
-    local = HiddenCache(artifact_of(tiny_run(captured), "hidden"))
-    cache = HiddenCache(artifact_of(in_bucket, "hidden"), cache_gb=1.0)
+    local = HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
+    cache = HiddenCache(Run(in_bucket).artifact("hidden"), cache_gb=1.0)
     numbers = list(range(len(cache)))
     for number, sample in zip(
         numbers, cache.stream(numbers, max_bytes=200_000, threads=4), strict=True
@@ -125,8 +125,8 @@ def test_reading_survives_an_outage_and_the_second_pass_asks_the_server_for_noth
 def test_forked_workers_read_a_bucket_that_their_parent_has_read(in_bucket, captured: Path):
     """Trap C9: an S3 client does not survive a fork; s3fs raises and obstore hangs."""
     local, cache = (
-        HiddenCache(artifact_of(tiny_run(captured), "hidden")),
-        HiddenCache(artifact_of(in_bucket, "hidden")),
+        HiddenCache(Run(tiny_run(captured)).artifact("hidden")),
+        HiddenCache(Run(in_bucket).artifact("hidden")),
     )
     assert same(cache[0], local[0])
     loader = DataLoader(
@@ -143,7 +143,7 @@ def test_training_from_a_bucket_ends_where_training_from_a_disk_does(
 
     store = tmp_path / "store"
     shutil.copytree(captured, store)
-    on_disk, in_bucket = run_train(tiny_run(store)), run_train(in_bucket)
+    on_disk, in_bucket = run_train(Run(tiny_run(store))), run_train(Run(in_bucket))
     first, second = (
         load_file(artifact.store.fetch(artifact.path("draft/model.safetensors")))
         for artifact in (on_disk, in_bucket)
@@ -154,7 +154,7 @@ def test_training_from_a_bucket_ends_where_training_from_a_disk_does(
 def test_no_key_is_in_anything_that_was_written(
     remote, radosgw: Radosgw, caplog: pytest.LogCaptureFixture
 ):
-    artifact = run_capture(remote)
+    artifact = run_capture(Run(remote))
     secrets = [value.encode() for name, value in radosgw.variables().items() if "KEY" in name]
     assert secrets
     for name in (

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deepspec.__main__ import app
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.errors import ConfigError
 from deepspec.hidden.sequences import CaptureRow, CaptureRows, sequence_id
@@ -21,11 +21,11 @@ from tests.conftest import TINY, tiny_run
 
 def test_the_marked_text_is_the_answer_with_its_end_of_turn(captured: Path):
     config = tiny_run(captured)
-    artifact, chat = artifact_of(config, "answers"), load_chat(config)
+    artifact, chat = Run(config).artifact("answers"), load_chat(Run(config))
     record = artifact.record(1)
     assert record is not None
     answer = read_table(artifact.fetch_shard(record)).to_pylist()[2]
-    headline, text = show_sample(config, shard=1, row=2, colours=False)
+    headline, text = show_sample(Run(config), shard=1, row=2, colours=False)
     marked = re.findall("⟦(.*?)⟧", text.plain, flags=re.DOTALL)
     assert marked == [chat.tokenizer.decode(turn["token_ids"]) for turn in answer["turns"]]
     assert f"{answer['id']:016x}" in headline.plain
@@ -49,7 +49,7 @@ def test_a_shard_or_row_that_is_not_there_is_refused(
     captured: Path, shard: int, row: int, said: str
 ):
     with pytest.raises(ConfigError, match=said):
-        list(show_sample(tiny_run(captured), shard=shard, row=row, colours=False))
+        list(show_sample(Run(tiny_run(captured)), shard=shard, row=row, colours=False))
 
 
 def test_sequences_come_in_the_order_of_their_turns(
@@ -65,7 +65,7 @@ def test_sequences_come_in_the_order_of_their_turns(
     monkeypatch.setattr("deepspec.hidden.show.capture_rows", lambda *_: CaptureRows(made[::-1], []))
     monkeypatch.setattr("deepspec.hidden.show.read_table", lambda _: answer)
     headlines = [
-        text.plain for text in show_sample(tiny_run(captured), shard=0, row=0, colours=True)
+        text.plain for text in show_sample(Run(tiny_run(captured)), shard=0, row=0, colours=True)
     ][::2]
     assert [re.findall(r"sequence (\d): (\d+) tokens", line)[0] for line in headlines] == [
         ("0", "30"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
 from deepspec.artifacts.tables import read_table
 from deepspec.artifacts.verify import verify_stage
@@ -30,11 +30,11 @@ from tests.conftest import tiny_run
 
 @pytest.fixture(scope="module")
 def cache(captured: Path) -> HiddenCache:
-    return HiddenCache(artifact_of(tiny_run(captured), "hidden"))
+    return HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
 
 
 def test_every_answer_is_one_sample_with_its_id_and_split(captured: Path, cache: HiddenCache):
-    answers = artifact_of(tiny_run(captured), "answers")
+    answers = Run(tiny_run(captured)).artifact("answers")
     rows = [
         row
         for record in answers.records().values()
@@ -48,7 +48,7 @@ def test_every_answer_is_one_sample_with_its_id_and_split(captured: Path, cache:
 def test_cached_states_are_those_of_the_target_run_alone(captured: Path, cache: HiddenCache):
     """No padding, batch or order leaks into a row (trap C3), in bfloat16."""
     config = tiny_run(captured)
-    target = load_target(config.target, folder=target_folder(config))
+    target = load_target(config.target, folder=target_folder(Run(config)))
     for number in range(0, len(cache), 5):
         sample = cache[number]
         alone = target.forward(sample.input_ids.long()[None])
@@ -65,7 +65,7 @@ def test_cached_states_are_those_of_the_target_run_alone(captured: Path, cache: 
 
 def test_supervised_tokens_are_the_answers(captured: Path, cache: HiddenCache):
     config = tiny_run(captured)
-    answers = artifact_of(config, "answers")
+    answers = Run(config).artifact("answers")
     said = {
         row["id"]: row["turns"][0]["token_ids"]
         for record in answers.records().values()
@@ -77,7 +77,7 @@ def test_supervised_tokens_are_the_answers(captured: Path, cache: HiddenCache):
 
 
 def test_the_frozen_tensors_lie_beside_the_shards_and_name_no_place(captured: Path):
-    artifact = artifact_of(tiny_run(captured), "hidden")
+    artifact = Run(tiny_run(captured)).artifact("hidden")
     manifest = artifact.manifest()
     assert manifest is not None
     assert set(manifest.files) == {*metadata_files(tiny_run(captured)), INDEX}
@@ -86,21 +86,21 @@ def test_the_frozen_tensors_lie_beside_the_shards_and_name_no_place(captured: Pa
 
 def test_rows_are_cut_at_max_length_and_rows_without_two_supervised_tokens_left_out(captured: Path):
     config = tiny_run(captured, "hidden.max_length=10")
-    answers = artifact_of(config, "answers")
+    answers = Run(config).artifact("answers")
     rows = read_table(answers.fetch_shard(next(iter(answers.records().values())))).to_pylist()
-    found = capture_rows(rows, load_chat(config), config.hidden)
+    found = capture_rows(rows, load_chat(Run(config)), config.hidden)
     assert found.rows == []
     assert {reject["reason"] for reject in found.rejects} == {"too_little_supervised"}
     assert len(found.rejects) == len(rows)
     config = tiny_run(captured)
-    assert len(capture_rows(rows, load_chat(config), config.hidden).rows) == len(rows)
+    assert len(capture_rows(rows, load_chat(Run(config)), config.hidden).rows) == len(rows)
 
 
 def test_batches_fit_the_token_budget_once_padded(captured: Path):
     config = tiny_run(captured)
-    answers = artifact_of(config, "answers")
+    answers = Run(config).artifact("answers")
     rows = read_table(answers.fetch_shard(next(iter(answers.records().values())))).to_pylist()
-    captured_rows = capture_rows(rows, load_chat(config), config.hidden).rows
+    captured_rows = capture_rows(rows, load_chat(Run(config)), config.hidden).rows
     batches = list(token_batches(captured_rows, 150))
     assert [row for batch in batches for row in batch] == captured_rows
     assert all(len(batch) * len(batch[-1].input_ids) <= 150 or len(batch) == 1 for batch in batches)
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_found_named_and_its_shard_captured_again(captured: Pat
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     config = tiny_run(store)
-    artifact = artifact_of(config, "hidden")
+    artifact = Run(config).artifact("hidden")
     before, record = artifact.manifest(), artifact.record(2)
     assert before is not None
     assert record is not None
@@ -122,13 +122,13 @@ def test_a_flipped_bit_is_found_named_and_its_shard_captured_again(captured: Pat
     with pytest.raises(DamagedData, match="of shard 2 is damaged"):
         for number in range(len(damaged)):
             damaged[number]
-    problems = list(verify_stage(config, "hidden"))
+    problems = list(verify_stage(Run(config), "hidden"))
     assert len(problems) == 1
     assert "shard 2" in problems[0]
-    after = run_capture(config).manifest()
+    after = run_capture(Run(config)).manifest()
     assert after is not None
     assert after.digest == before.digest
-    assert list(verify_stage(config, "hidden")) == []
+    assert list(verify_stage(Run(config), "hidden")) == []
 
 
 def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again(
@@ -137,12 +137,12 @@ def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     config = tiny_run(store)
-    artifact = artifact_of(config, "hidden")
+    artifact = Run(config).artifact("hidden")
     before = artifact.manifest()
     path = Path(artifact.store.path(artifact.path("frozen.safetensors")))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert len(list(verify_stage(config, "hidden"))) == 1
-    after = run_capture(config).manifest()
+    assert len(list(verify_stage(Run(config), "hidden"))) == 1
+    after = run_capture(Run(config)).manifest()
     assert before is not None
     assert after is not None
     assert after.digest == before.digest
@@ -150,7 +150,7 @@ def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again
 
 def test_an_unfinished_cache_is_refused(store: Path):
     with pytest.raises(ArtifactMismatch, match="not finished"):
-        HiddenCache(artifact_of(tiny_run(store), "hidden"))
+        HiddenCache(Run(tiny_run(store)).artifact("hidden"))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def answered(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def capture_with(answered: Path, place: Path, *overrides: str) -> HiddenCache:
     shutil.copytree(answered, place)
-    return HiddenCache(run_capture(tiny_run(place, *overrides)))
+    return HiddenCache(run_capture(Run(tiny_run(place, *overrides))))
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,15 @@ def test_each_codec_gives_back_the_states_that_raw_keeps(
         assert (
             relative_difference(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
         )
-    assert list(verify_stage(tiny_run(tmp_path / "store", *overrides), "hidden")) == []
+    assert list(verify_stage(Run(tiny_run(tmp_path / "store", *overrides)), "hidden")) == []
 
 
 def test_the_gates_figures_are_kept_in_the_artifact(answered: Path, tmp_path: Path):
     events = []
     shutil.copytree(answered, tmp_path / "store")
-    artifact = run_capture(tiny_run(tmp_path / "store", "hidden.codec=int8"), report=events.append)
+    artifact = run_capture(
+        Run(tiny_run(tmp_path / "store", "hidden.codec=int8")), report=events.append
+    )
     kept = json.loads(artifact.store.read(artifact.path("fidelity.json")))
     assert 0 < kept["relative_error"] < 0.02
     assert kept["argmax_agreement"] > 0.9
@@ -215,8 +217,8 @@ def test_a_codec_that_loses_too_much_is_refused_before_any_shard_is_written(
         with pytest.raises(
             FidelityTooLow, match=r"relative_error is .*, max_relative_error is 0.001"
         ):
-            run_capture(config)
-    assert artifact_of(config, "hidden").records() == {}
+            run_capture(Run(config))
+    assert Run(config).artifact("hidden").records() == {}
 
 
 def test_final_states_are_left_out_by_setting(answered: Path, tmp_path: Path):
@@ -239,7 +241,7 @@ def test_rows_packed_into_one_are_those_computed_alone(captured: Path, cache: Hi
     documents do not see each other.
     """
     config = tiny_run(captured)
-    target = load_target(config.target, folder=target_folder(config))
+    target = load_target(config.target, folder=target_folder(Run(config)))
     sequences = [cache[number].input_ids.tolist() for number in (0, 5, 9, 14)]
     for ids, packed in zip(sequences, target.forward_packed(sequences), strict=True):
         alone = target.forward(torch.tensor([ids]))
@@ -281,12 +283,12 @@ def test_a_shard_of_wrong_states_is_set_aside_and_the_others_are_captured(
     )
     config = tiny_run(tmp_path / "store")
     with pytest.raises(ShardsFailed, match=f"shard 2: .*{said}"):
-        run_capture(config)
-    artifact = artifact_of(config, "hidden")
+        run_capture(Run(config))
+    artifact = Run(config).artifact("hidden")
     assert list(artifact.records()) == [0, 1, 3, 4, 5]
     assert artifact.store.names(artifact.path("quarantine")) == ["00002.arrow"]
     monkeypatch.undo()
-    assert run_capture(config).manifest() is not None
+    assert run_capture(Run(config)).manifest() is not None
     assert failures(artifact) == {}
 
 
@@ -295,7 +297,7 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
 ):
     """Trap C2: the states before the norm predict other tokens."""
     config = tiny_run(captured)
-    target = load_target(config.target, folder=target_folder(config))
+    target = load_target(config.target, folder=target_folder(Run(config)))
     # what a target's own norm does, this tiny one has learnt nothing
     target.decoder.norm.weight.data *= torch.linspace(-3, 3, 32)
     checks = StateChecks(target, config.resources.checks)
@@ -334,14 +336,14 @@ def test_shards_are_never_read_with_other_scales_than_they_were_encoded_with(
     """
     shutil.copytree(answered, tmp_path / "store")
     config = tiny_run(tmp_path / "store", "hidden.codec=int8")
-    artifact = run_capture(config, shards=[0, 1, 2])
+    artifact = run_capture(Run(config), shards=[0, 1, 2])
     path = Path(artifact.store.path(artifact.path("scales.safetensors")))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DamagedData, match="encoded with other channel scales"):
-        run_capture(config)
+        run_capture(Run(config))
     path.unlink()  # lost: made again from the same samples, they come out the same here
-    assert run_capture(config).manifest() is not None
+    assert run_capture(Run(config)).manifest() is not None
     assert path.read_bytes() == whole
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DamagedData, match=r"scales.safetensors is damaged"):
@@ -353,7 +355,7 @@ def test_the_longest_sample_of_every_shard_is_looked_at(
 ):
     config = tiny_run(captured)
     checks = StateChecks(
-        load_target(config.target, folder=target_folder(config)), config.resources.checks
+        load_target(config.target, folder=target_folder(Run(config))), config.resources.checks
     )
     compared: list[int] = []
     monkeypatch.setattr(

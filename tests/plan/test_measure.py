@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen3Config
 
+from deepspec.artifacts.run import Run
 from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
@@ -110,7 +111,7 @@ def test_the_draft_is_counted_without_its_frozen_parts(store: Path):
     from deepspec.target.chat import target_folder
 
     config = tiny_run(store)
-    text = read_text_config(config.target, folder=target_folder(config))
+    text = read_text_config(config.target, folder=target_folder(Run(config)))
     whole = draft_parameters(config, text)
     assert 10_000 < whole < 1_000_000
     smaller = tiny_run(store, "draft.num_layers=1")

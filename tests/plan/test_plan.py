@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.artifacts.run import Run
 from deepspec.errors import StoreError
 from deepspec.plan.plan import check_cache_fits
 from tests.cli.test_main import SETS, run
@@ -72,12 +73,12 @@ def test_a_capture_that_cannot_fit_does_not_start(
     store: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_run(store)
-    check_cache_fits(config)
+    check_cache_fits(Run(config))
     monkeypatch.setattr("deepspec.storage.store.Store.free_bytes", lambda self: 200_000.0)
     with pytest.raises(StoreError, match=r"hidden.codec that fits \(.*int8 1"):
-        check_cache_fits(config)
-    check_cache_fits(tiny_run(store, "resources.checks.space=warn"))
-    check_cache_fits(tiny_run(captured))  # all of it is there: nothing has to fit any more
+        check_cache_fits(Run(config))
+    check_cache_fits(Run(tiny_run(store, "resources.checks.space=warn")))
+    check_cache_fits(Run(tiny_run(captured)))  # all of it is there: nothing has to fit any more
 
 
 @pytest.mark.parametrize(

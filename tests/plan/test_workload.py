@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.answers.stage import run_answers
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.hidden.stage import run_capture
@@ -23,7 +23,7 @@ from tests.conftest import tiny_run, write_jsonl
 
 
 def workload(config: RunConfig, num_rows: int = 256) -> Workload:
-    return sample_workload(config, load_chat(config), num_rows=num_rows)
+    return sample_workload(Run(config), load_chat(Run(config)), num_rows=num_rows)
 
 
 def of_file(store: Path, path: Path, *overrides: str) -> RunConfig:
@@ -46,12 +46,12 @@ def test_source_prompts_and_answers_agree_and_answers_are_what_capture_counts(st
     """
     config = tiny_run(store)
     before = workload(config)
-    run_prompts(config)
+    run_prompts(Run(config))
     with_prompts = workload(config)
-    run_answers(config)
+    run_answers(Run(config))
     with_answers = workload(config)
-    run_capture(config)
-    captured = artifact_of(config, "hidden").records().values()
+    run_capture(Run(config))
+    captured = Run(config).artifact("hidden").records().values()
     assert with_answers.counts.tokens == sum(record.tokens for record in captured)
     assert with_answers.counts.samples == sum(record.rows for record in captured)
     assert with_answers.counts.supervised == sum(record.counts["supervised"] for record in captured)
@@ -75,8 +75,8 @@ def test_a_sample_of_the_answers_is_scaled_and_says_how_sure_it_is(captured: Pat
 
 def test_half_of_the_answers_stand_for_all_prompts(store: Path):
     config = tiny_run(store)
-    run_prompts(config)
-    run_answers(config, shards=[0, 2, 4])
+    run_prompts(Run(config))
+    run_answers(Run(config), shards=[0, 2, 4])
     part = workload(config)
     assert (part.origin, part.answers_from) == ("sample of 12 answers", "3 of 6 shards committed")
     assert part.counts.samples == 24
@@ -93,7 +93,7 @@ def test_answers_are_as_long_as_those_in_the_source(store: Path, tmp_path: Path)
     assert {size.supervised for size in workload(long).sizes} == {64}  # answers.max_new_tokens
     assert max(size.supervised for size in workload(short).sizes) < 10
     before = workload(short).counts
-    run_prompts(short)
+    run_prompts(Run(short))
     assert workload(short).counts == before
 
 
@@ -127,8 +127,8 @@ def test_a_source_without_a_usable_row_is_refused(store: Path, tmp_path: Path):
 def test_rows_of_files_are_counted_without_parsing_them(store: Path, tmp_path: Path):
     path = write_jsonl(tmp_path / "rows.jsonl", [chat_row(n, "yes") for n in range(7)])
     path.write_text(path.read_text() + "\n")
-    assert count_source_rows(of_file(store, path)) == 7
-    assert count_source_rows(tiny_run(store)) == 240
+    assert count_source_rows(Run(of_file(store, path))) == 7
+    assert count_source_rows(Run(tiny_run(store))) == 240
 
 
 def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_key, benchmark_key, describe, store_of
+from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.run import Run, benchmark_key
 from deepspec.artifacts.verify import verify_benchmarks
 from deepspec.config.benchmarks import KNOWN, find_benchmark
 from deepspec.errors import DataError
@@ -49,13 +50,13 @@ def test_a_known_benchmark_is_read_from_its_data_set_once_and_from_the_store_fro
     gsm8k: Path, tmp_path: Path
 ):
     config = tiny_run(tmp_path / "store")
-    prompts = read_benchmark(config, "gsm8k")
+    prompts = read_benchmark(Run(config), "gsm8k")
     assert len(prompts) == 5
     assert prompts[1] == BenchmarkPrompt((f"What is 1 + 1?{STEPS}",), "What is 1 + 1?")
     shutil.rmtree(gsm8k)  # as on a machine without a network
     assert (
         read_benchmark(
-            tiny_run(tmp_path / "store", "evaluate.seed=9", recipe="dflash-demo"), "gsm8k"
+            Run(tiny_run(tmp_path / "store", "evaluate.seed=9", recipe="dflash-demo")), "gsm8k"
         )
         == prompts
     )
@@ -63,7 +64,7 @@ def test_a_known_benchmark_is_read_from_its_data_set_once_and_from_the_store_fro
 
 def test_it_is_an_artifact_like_any_other_and_tells_its_data_set(gsm8k: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "store")
-    artifact = stored_benchmark(config, KNOWN["gsm8k"])
+    artifact = stored_benchmark(Run(config), KNOWN["gsm8k"])
     manifest = artifact.manifest()
     assert manifest is not None
     assert (manifest.totals["shards"], manifest.totals["rows"]) == (1, 5)
@@ -78,17 +79,17 @@ def test_damage_is_found_and_the_same_prompts_are_read_again(gsm8k: Path, tmp_pa
     config = tiny_run(
         tmp_path / "store", "evaluate.benchmarks=[{name: gsm8k}]", "prompts.decontaminate=[gsm8k]"
     )
-    artifact = stored_benchmark(config, KNOWN["gsm8k"])
+    artifact = stored_benchmark(Run(config), KNOWN["gsm8k"])
     before, record = artifact.manifest(), artifact.records()[0]
     assert before is not None
     artifact.store.write(artifact.path(record.file), b"torn")
-    (problem,) = verify_benchmarks(config)
+    (problem,) = verify_benchmarks(Run(config))
     assert "shard 0" in problem
-    assert len(read_benchmark(config, "gsm8k")) == 5
+    assert len(read_benchmark(Run(config), "gsm8k")) == 5
     after = artifact.manifest()
     assert after is not None
     assert after.digest == before.digest
-    assert list(verify_benchmarks(config)) == []
+    assert list(verify_benchmarks(Run(config))) == []
 
 
 def test_prompts_that_are_stored_but_not_sealed_need_no_network(gsm8k: Path, tmp_path: Path):
@@ -96,10 +97,10 @@ def test_prompts_that_are_stored_but_not_sealed_need_no_network(gsm8k: Path, tmp
     sent the next one to the hub again.
     """
     config = tiny_run(tmp_path / "store")
-    artifact = stored_benchmark(config, KNOWN["gsm8k"])
+    artifact = stored_benchmark(Run(config), KNOWN["gsm8k"])
     artifact.store.remove(artifact.path("manifest.json"))
     shutil.rmtree(gsm8k)
-    assert len(read_benchmark(config, "gsm8k")) == 5
+    assert len(read_benchmark(Run(config), "gsm8k")) == 5
     assert artifact.manifest() is not None
 
 
@@ -117,7 +118,7 @@ def test_a_benchmark_of_files_reads_one_after_the_other(
         }
         write_jsonl(folder / file, [row])
     monkeypatch.setitem(KNOWN, "livecodebench", known.model_copy(update={"dataset": str(folder)}))
-    prompts = read_benchmark(tiny_run(tmp_path / "store"), "livecodebench")
+    prompts = read_benchmark(Run(tiny_run(tmp_path / "store")), "livecodebench")
     assert [prompt.problem for prompt in prompts] == [f"Task {number}" for number in range(6)]
     assert ["# YOUR CODE HERE" in prompt.turns[0] for prompt in prompts] == [True] + 5 * [False]
 
@@ -131,7 +132,7 @@ def test_both_turns_of_a_list_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(
         KNOWN, "mt-bench", KNOWN["mt-bench"].model_copy(update={"dataset": str(tmp_path / "set")})
     )
-    assert read_benchmark(tiny_run(tmp_path / "store"), "mt-bench") == [
+    assert read_benchmark(Run(tiny_run(tmp_path / "store")), "mt-bench") == [
         BenchmarkPrompt(("Write a post.", "Rewrite {it}."))
     ]
 
@@ -142,7 +143,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(tmp_path: Path, na
     known = find_benchmark(name)
     assert known is not None
     with pytest.raises(DataError) as caught:
-        read_benchmark(tiny_run(tmp_path / "store"), name)
+        read_benchmark(Run(tiny_run(tmp_path / "store")), name)
     for words in (f"benchmark {known.name}", "ffline", known.dataset, "network", "JSONL file"):
         assert words in str(caught.value)
 
@@ -154,7 +155,7 @@ def test_a_network_that_is_down_is_no_stack_trace(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="benchmark lbpp: cannot be loaded"):
-        read_benchmark(tiny_run(tmp_path / "store"), "lbpp")
+        read_benchmark(Run(tiny_run(tmp_path / "store")), "lbpp")
 
 
 def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_folder_of_its_own(
@@ -173,18 +174,18 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
     monkeypatch.setattr("deepspec.prompts.sources.newest_revision", lambda source: next(commits))
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"revision": None}))
     config = tiny_run(tmp_path / "store")
-    artifact = stored_benchmark(config, KNOWN["gsm8k"])
+    artifact = stored_benchmark(Run(config), KNOWN["gsm8k"])
     artifact.store.remove(artifact.path("records/00000.json"))
-    stored_benchmark(config, KNOWN["gsm8k"])
+    stored_benchmark(Run(config), KNOWN["gsm8k"])
     assert read == [("openai/gsm8k", "main", "test", "aaa")] * 2
     assert "gsm8k@aaa" in caplog.text
     assert next(describe(artifact.url.removeprefix("file://"))).endswith(
         "data set openai/gsm8k at aaa)"
     )
-    read_benchmark(config, "gsm8k@v1")
+    read_benchmark(Run(config), "gsm8k@v1")
     assert read[2:] == [("openai/gsm8k", "main", "test", "v1")]
     pinned = Artifact(
-        store_of(config), benchmark_key(KNOWN["gsm8k"].model_copy(update={"revision": "v1"}))
+        Run(config).store, benchmark_key(KNOWN["gsm8k"].model_copy(update={"revision": "v1"}))
     )
     assert next(describe(pinned.url.removeprefix("file://"))).endswith(
         "data set openai/gsm8k at v1)"
@@ -204,9 +205,9 @@ def test_another_folder_of_the_same_name_is_not_taken_for_this_one(
         other / "main" / "test-00000-of-00001.parquet",
     )
     config = tiny_run(tmp_path / "store")
-    assert len(read_benchmark(config, "gsm8k")) == 5
+    assert len(read_benchmark(Run(config), "gsm8k")) == 5
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"dataset": str(other)}))
-    assert [prompt.problem for prompt in read_benchmark(config, "gsm8k")] == ["Which?"]
+    assert [prompt.problem for prompt in read_benchmark(Run(config), "gsm8k")] == ["Which?"]
 
 
 def benchmarks_verb(
@@ -293,9 +294,9 @@ def test_the_verb_reads_splits_and_files_from_a_hub_at_one_commit_and_then_asks_
     assert missing.returncode == 2
     assert "benchmark math500: cannot be loaded" in missing.stderr
     config = tiny_run(tmp_path / "store")
-    assert [prompt.problem for prompt in read_benchmark(config, "gsm8k")] == ["How many?"]
-    assert read_benchmark(config, "arena-hard-v2") == [BenchmarkPrompt(("Write a poem.",))] * 2
-    assert read_benchmark(config, names[2]) == [BenchmarkPrompt(("Sort a list.",))]
+    assert [prompt.problem for prompt in read_benchmark(Run(config), "gsm8k")] == ["How many?"]
+    assert read_benchmark(Run(config), "arena-hard-v2") == [BenchmarkPrompt(("Write a poem.",))] * 2
+    assert read_benchmark(Run(config), names[2]) == [BenchmarkPrompt(("Sort a list.",))]
     assert benchmarks_verb("http://127.0.0.1:9", tmp_path, *names, offline="1").returncode == 0
 
 
@@ -304,9 +305,9 @@ def test_a_data_set_of_other_columns_leaves_nothing_that_counts(gsm8k: Path, tmp
         pa.Table.from_pylist([{"query": "?"}]), gsm8k / "main" / "test-00000-of-00001.parquet"
     )
     with pytest.raises(DataError, match="nothing in question"):
-        read_benchmark(tiny_run(tmp_path / "store"), "gsm8k")
+        read_benchmark(Run(tiny_run(tmp_path / "store")), "gsm8k")
     assert (
-        Artifact(store_of(tiny_run(tmp_path / "store")), benchmark_key(KNOWN["gsm8k"])).manifest()
+        Artifact(Run(tiny_run(tmp_path / "store")).store, benchmark_key(KNOWN["gsm8k"])).manifest()
         is None
     )
 
@@ -325,7 +326,7 @@ def test_a_data_set_of_other_columns_leaves_nothing_that_counts(gsm8k: Path, tmp
 def test_a_file_that_is_no_benchmark_is_refused_with_its_line(tmp_path: Path, text: str, said: str):
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(DataError, match=said) as caught:
-        read_benchmark(tiny_run(tmp_path / "store"), str(tmp_path / "b.jsonl"))
+        read_benchmark(Run(tiny_run(tmp_path / "store")), str(tmp_path / "b.jsonl"))
     assert "b.jsonl" in str(caught.value)
 
 
@@ -339,7 +340,7 @@ def test_training_prompts_that_are_a_known_benchmarks_are_dropped_with_and_witho
     config = tiny_run(
         store, f"prompts.source={source}", "prompts.decontaminate=[gsm8k]", "prompts.max_rejected=0"
     )
-    artifact = run_prompts(config)
+    artifact = run_prompts(Run(config))
     (record,) = artifact.records().values()
     assert (record.rows, record.counts["benchmark"]) == (1, 2)
     rejects = [
@@ -367,11 +368,11 @@ def test_runs_of_other_targets_share_a_benchmark_and_another_revision_is_another
         for name in names
     ]
     for stage in ("prompts", "evaluate"):
-        assert len({artifact_key(run, stage).fingerprint for run in runs}) == 3
+        assert len({Run(run).artifact(stage).key.fingerprint for run in runs}) == 3
     inputs = [
         {
             entry.fingerprint
-            for entry in artifact_key(run, "evaluate").inputs
+            for entry in Run(run).artifact("evaluate").key.inputs
             if entry.stage == "benchmarks"
         }
         for run in runs
@@ -379,6 +380,6 @@ def test_runs_of_other_targets_share_a_benchmark_and_another_revision_is_another
     dflash = tiny_run(tmp_path, "evaluate.benchmarks=[{name: gsm8k}]", recipe="dflash-demo")
     assert {
         entry.fingerprint
-        for entry in artifact_key(dflash, "evaluate").inputs
+        for entry in Run(dflash).artifact("evaluate").key.inputs
         if entry.stage == "benchmarks"
     } == inputs[0]

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepspec.artifacts.lineage import artifact_key, file_digest
+from deepspec.artifacts.digests import file_digest
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.config.data import PromptsConfig
 from deepspec.errors import DataError
@@ -37,7 +38,11 @@ def run_files(store: Path, *paths: Path, shard_rows: int = 4, **settings: object
         "prompts.limit=null",
     ]
     return run_prompts(
-        tiny_run(store, *overrides, *(f"prompts.{key}={value}" for key, value in settings.items()))
+        Run(
+            tiny_run(
+                store, *overrides, *(f"prompts.{key}={value}" for key, value in settings.items())
+            )
+        )
     )
 
 
@@ -163,7 +168,7 @@ def test_a_local_data_set_is_read_through_datasets(store: Path, tmp_path: Path):
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [conversation(n) for n in range(3)])
     source = json.dumps({"kind": "dataset", "name": str(folder)})
-    artifact = run_prompts(tiny_run(store, f"prompts.source={source}"))
+    artifact = run_prompts(Run(tiny_run(store, f"prompts.source={source}")))
     assert len(all_rows(artifact)) == 3
 
 
@@ -311,7 +316,7 @@ def test_files_of_one_name_in_two_folders_each_decide_the_fingerprint(tmp_path: 
     for number in (1, 2):
         write_jsonl(source, [conversation(number)])
         file_digest.cache_clear()
-        found.append(artifact_key(tiny_run(tmp_path, *overrides), "prompts").fingerprint)
+        found.append(Run(tiny_run(tmp_path, *overrides)).artifact("prompts").key.fingerprint)
     assert found[0] != found[1]
 
 
@@ -323,7 +328,7 @@ def test_a_column_of_any_name_can_be_read(store: Path, tmp_path: Path):
     source = json.dumps(
         {"kind": "files", "paths": [str(write_jsonl(tmp_path / "p.jsonl", rows))], "column": "q"}
     )
-    artifact = run_prompts(tiny_run(store, f"prompts.source={source}", "prompts.limit=null"))
+    artifact = run_prompts(Run(tiny_run(store, f"prompts.source={source}", "prompts.limit=null")))
     assert [json.loads(row["messages"])[0]["content"] for row in all_rows(artifact)] == [
         "a question",
         "another",
@@ -340,7 +345,7 @@ def test_a_source_without_the_column_is_refused_at_its_first_row(
     path = write_jsonl(tmp_path / "p.jsonl", [{"text": "x", "other": 1}] * 3)
     source = json.dumps({"kind": "files", "paths": [str(path)], **column})
     with pytest.raises(DataError, match=said):
-        run_prompts(tiny_run(store, f"prompts.source={source}"))
+        run_prompts(Run(tiny_run(store, f"prompts.source={source}")))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +360,7 @@ def test_a_data_set_split_or_subset_that_does_not_exist_is_refused_by_name(
     write_jsonl(folder / "train.jsonl", [conversation(1)])
     source = json.dumps({"kind": "dataset", "name": str(folder), **settings})
     with pytest.raises(DataError) as caught:
-        run_prompts(tiny_run(store, f"prompts.source={source}"))
+        run_prompts(Run(tiny_run(store, f"prompts.source={source}")))
     assert next(iter(settings.values())) in str(caught.value)
 
 
@@ -395,13 +400,13 @@ def test_a_data_set_that_is_not_pinned_stays_with_the_commit_that_it_began_with(
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("deepspec.prompts.sources.newest_revision", lambda source: next(commits))
     source = json.dumps({"kind": "dataset", "name": "somebody/a-set"})
-    artifact = run_prompts(tiny_run(store, f"prompts.source={source}"))
+    artifact = run_prompts(Run(tiny_run(store, f"prompts.source={source}")))
     artifact.store.remove(artifact.path("records/00001.json"))
-    run_prompts(tiny_run(store, f"prompts.source={source}"))
+    run_prompts(Run(tiny_run(store, f"prompts.source={source}")))
     assert read == ["aaa", "aaa"]
     assert "prompts.source.revision=aaa" in caplog.text
     pinned = json.dumps({"kind": "dataset", "name": "somebody/a-set", "revision": "v1"})
-    run_prompts(tiny_run(store, f"prompts.source={pinned}"))
+    run_prompts(Run(tiny_run(store, f"prompts.source={pinned}")))
     assert read[2:] == ["v1"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deepspec.artifacts.run import Run
 from deepspec.errors import DataError
 from deepspec.messages import Message
 from deepspec.target.chat import build_samples, load_chat
@@ -13,7 +14,7 @@ from tests.conftest import tiny_run
 
 @pytest.fixture(scope="module")
 def chat(demo_store):
-    return load_chat(tiny_run(demo_store))
+    return load_chat(Run(tiny_run(demo_store)))
 
 
 def test_the_rendered_prompt_ends_where_the_answer_begins(chat):
@@ -80,4 +81,4 @@ def test_every_supervised_token_has_the_context_it_was_generated_in(chat):
 
 def test_a_tokenizer_of_another_family_is_refused(demo_store):
     with pytest.raises(DataError, match="end of a turn in the family 'gemma4'"):
-        load_chat(tiny_run(demo_store, "target.chat_family=gemma4"))
+        load_chat(Run(tiny_run(demo_store, "target.chat_family=gemma4")))

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from deepspec.__main__ import app
+from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError, DataError
 from deepspec.evaluate.conformance import run_target_checks
 from deepspec.target.conformance import check_chat, check_target, make_rows, spread
@@ -103,7 +104,7 @@ def test_the_loss_mask_of_the_targets_own_template_is_decoded(demo_store: Path) 
     from deepspec.target.chat import target_folder
 
     config = tiny_run(demo_store)
-    folder = target_folder(config)
+    folder = target_folder(Run(config))
     assert folder is not None
     (check,) = check_chat(folder, config.target)
     assert check.passed

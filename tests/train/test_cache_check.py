@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.storage.store import file_checksum
@@ -39,7 +39,7 @@ def path(artifact: Artifact, name: str) -> Path:
 
 def test_the_cache_of_the_run_passes(captured: Path):
     config = tiny_run(captured)
-    check_cache(config, HiddenCache(artifact_of(config, "hidden")))
+    check_cache(Run(config), HiddenCache(Run(config).artifact("hidden")))
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_a_cache_that_was_copied_to_another_runs_place_is_refused(
     )
     other = tiny_run(ready, override, *dflash)
     shutil.copytree(
-        path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), "")
+        path(Run(tiny_run(ready)).artifact("hidden"), ""), path(Run(other).artifact("hidden"), "")
     )
     with pytest.raises(ArtifactMismatch, match="the cache is not that of this run") as refused:
-        run_train(other)
+        run_train(Run(other))
     assert said in refused.value.what
-    assert refused.value.where == artifact_of(other, "hidden").url
+    assert refused.value.where == Run(other).artifact("hidden").url
     assert "hidden" in refused.value.fix
 
 
@@ -161,19 +161,19 @@ def test_a_cache_that_was_edited_is_refused(
     ready: Path, change: Callable[[Artifact], None], said: str
 ):
     config = tiny_run(ready)
-    change(artifact_of(config, "hidden"))
+    change(Run(config).artifact("hidden"))
     with pytest.raises(ArtifactMismatch) as refused:
-        check_cache(config, HiddenCache(artifact_of(config, "hidden")))
+        check_cache(Run(config), HiddenCache(Run(config).artifact("hidden")))
     assert said in refused.value.what
 
 
 def test_all_that_differs_is_said_at_once_and_nothing_twice(ready: Path):
     other = tiny_run(ready, "target.layer_ids=[-1, 1, 2]", "hidden.codec=int8")
     shutil.copytree(
-        path(artifact_of(tiny_run(ready), "hidden"), ""), path(artifact_of(other, "hidden"), "")
+        path(Run(tiny_run(ready)).artifact("hidden"), ""), path(Run(other).artifact("hidden"), "")
     )
     with pytest.raises(ArtifactMismatch) as refused:
-        check_cache(other, HiddenCache(artifact_of(other, "hidden")))
+        check_cache(Run(other), HiddenCache(Run(other).artifact("hidden")))
     assert [
         refused.value.what.count(f"{field} is") for field in ("target.layer_ids", "hidden.codec")
     ] == [1, 1]
@@ -206,4 +206,4 @@ def test_the_batch_is_looked_at_before_the_cache_is_opened(
     monkeypatch.setattr(loop, "join_world", lambda *_, **__: world)
     monkeypatch.setattr(loop, "HiddenCache", lambda *_, **__: pytest.fail("the cache was opened"))
     with pytest.raises(ConfigError, match="8 samples a step cannot be dealt evenly to 3 ranks"):
-        run_train(tiny_run(captured))
+        run_train(Run(tiny_run(captured)))

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
 from deepspec.hidden.rolling_workers import worker_gpus
 from deepspec.process.events import silent
@@ -104,35 +104,41 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    assert num_ranks(tiny_run(tmp_path, "train.global_batch=9")) == 3
-    assert num_ranks(tiny_run(tmp_path, "resources.training.ranks=2")) == 2
+    assert num_ranks(Run(tiny_run(tmp_path, "train.global_batch=9"))) == 3
+    assert num_ranks(Run(tiny_run(tmp_path, "resources.training.ranks=2"))) == 2
     with pytest.raises(ConfigError, match="2 samples a step cannot be dealt evenly to 3 ranks"):
-        num_ranks(tiny_run(tmp_path, "train.global_batch=2"))
-    assert num_ranks(tiny_run(tmp_path, "resources.devices.type=cpu")) == 1
+        num_ranks(Run(tiny_run(tmp_path, "train.global_batch=2")))
+    assert num_ranks(Run(tiny_run(tmp_path, "resources.devices.type=cpu"))) == 1
     assert (
-        num_ranks(tiny_run(tmp_path, "resources.devices.type=cpu", "resources.training.ranks=4"))
+        num_ranks(
+            Run(tiny_run(tmp_path, "resources.devices.type=cpu", "resources.training.ranks=4"))
+        )
         == 4
     )
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
-        num_ranks(tiny_run(tmp_path, "resources.training.ranks=4"))
+        num_ranks(Run(tiny_run(tmp_path, "resources.training.ranks=4")))
     rolling = tiny_run(tmp_path, "resources.training.source=rolling", "train.global_batch=6")
-    assert (num_ranks(rolling), worker_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
+    assert (num_ranks(Run(rolling)), worker_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
     shared = tiny_run(
         tmp_path,
         "resources.training.source=rolling",
         "resources.training.rolling_gpus=0",
         "train.global_batch=6",
     )
-    assert (num_ranks(shared), worker_gpus(shared)) == (3, [None])
+    assert (num_ranks(Run(shared)), worker_gpus(shared)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
         num_ranks(
-            tiny_run(
-                tmp_path, "resources.training.source=rolling", "resources.training.rolling_gpus=3"
+            Run(
+                tiny_run(
+                    tmp_path,
+                    "resources.training.source=rolling",
+                    "resources.training.rolling_gpus=3",
+                )
             )
         )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert num_ranks(tiny_run(tmp_path)) == 1
-    assert (num_ranks(rolling), worker_gpus(rolling)) == (1, [None])
+    assert num_ranks(Run(tiny_run(tmp_path))) == 1
+    assert (num_ranks(Run(rolling)), worker_gpus(rolling)) == (1, [None])
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
@@ -175,8 +181,8 @@ def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_r
     assert done.stderr.count("steps=0 of 6") == 1, done.stderr
     assert "ranks=2" in done.stderr
     assert_close(
-        weights(run_train(tiny_run(ready, SIX))),
-        weights(artifact_of(tiny_run(store, SIX), "train")),
+        weights(run_train(Run(tiny_run(ready, SIX)))),
+        weights(Run(tiny_run(store, SIX)).artifact("train")),
     )
 
 
@@ -199,9 +205,9 @@ def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_pa
     said = [log.read_text() for log in logs]
     assert codes == [0, 0], said
     assert sorted(text.count("steps=0 of 6") for text in said) == [0, 1]
-    artifact = artifact_of(tiny_run(ready, SIX), "train")
+    artifact = Run(tiny_run(ready, SIX)).artifact("train")
     assert artifact.manifest() is not None
-    assert_close(weights(artifact), weights(artifact_of(tiny_run(two_ranks[0], SIX), "train")))
+    assert_close(weights(artifact), weights(Run(tiny_run(two_ranks[0], SIX)).artifact("train")))
 
 
 @contextlib.contextmanager
@@ -307,7 +313,7 @@ def interrupt(store: Path, number: int) -> int:
     """Train until there is a checkpoint, then send the signal to the command; its exit code,
     all its ranks gone.
     """
-    artifact = artifact_of(tiny_run(store, *LONG), "train")
+    artifact = Run(tiny_run(store, *LONG)).artifact("train")
     with subprocess.Popen(
         arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
     ) as parent:
@@ -331,10 +337,10 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(
     straight = tmp_path / "straight"
     shutil.copytree(ready, straight)
     assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
-    artifact = artifact_of(tiny_run(ready, *LONG), "train")
+    artifact = Run(tiny_run(ready, *LONG)).artifact("train")
     assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
     launched(ready, *LONG)
-    assert_close(weights(artifact), weights(run_train(tiny_run(straight, *LONG))))
+    assert_close(weights(artifact), weights(run_train(Run(tiny_run(straight, *LONG)))))
 
 
 @pytest.mark.slow
@@ -355,7 +361,7 @@ def undisturbed(
     straight = tmp_path_factory.mktemp("straight") / "store"
     shutil.copytree(captured, straight)
     launch_ranks(arguments(straight, *TWELVE), 1, report=silent, stop_s=5)
-    return weights(artifact_of(tiny_run(straight, *TWELVE), "train"))
+    return weights(Run(tiny_run(straight, *TWELVE)).artifact("train"))
 
 
 @pytest.mark.slow
@@ -373,7 +379,7 @@ def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(
                 open(marker, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
     """)
-    artifact = artifact_of(tiny_run(ready, *TWELVE), "train")
+    artifact = Run(tiny_run(ready, *TWELVE)).artifact("train")
     with pytest.raises(TransientError, match="killed by SIGKILL"):
         launch_ranks(arguments(ready, *TWELVE), before, report=silent, stop_s=5)
     assert checkpoint_steps(artifact) == [4]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.cache.index import Index
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, ConfigError, TrainingFailed, TransientError
@@ -66,10 +66,10 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run_train(tiny_run(ready))
-    resumed = run_train(tiny_run(ready))
+        run_train(Run(tiny_run(ready)))
+    resumed = run_train(Run(tiny_run(ready)))
     assert steps[5] == 4, "the newest checkpoint was written after step 4"
-    undisturbed = weights(run_train(tiny_run(straight)))
+    undisturbed = weights(run_train(Run(tiny_run(straight))))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in weights(resumed).items())
     assert checkpoint_steps(resumed) == [4, 6]
 
@@ -94,12 +94,12 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     with monkeypatch.context() as patched:
         patched.setattr(step, "accumulate", interrupted)
         with pytest.raises(TransientError, match="asked to stop, and did after step 3"):
-            run_train(tiny_run(ready, rare))
+            run_train(Run(tiny_run(ready, rare)))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert checkpoint_steps(artifact_of(tiny_run(ready, rare), "train")) == [3]
+    assert checkpoint_steps(Run(tiny_run(ready, rare)).artifact("train")) == [3]
     resumed, undisturbed = (
-        weights(run_train(tiny_run(ready, rare))),
-        weights(run_train(tiny_run(straight, rare))),
+        weights(run_train(Run(tiny_run(ready, rare)))),
+        weights(run_train(Run(tiny_run(straight, rare)))),
     )
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
@@ -108,7 +108,7 @@ def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_
     ready: Path, monkeypatch
 ):
     config = tiny_run(ready, "resources.checks.recapture_every=1000")
-    hidden, draft = artifact_of(config, "hidden"), run_train(config)
+    hidden, draft = Run(config).artifact("hidden"), run_train(Run(config))
     states = capture.Capture.states
 
     def others(self, rows):
@@ -119,16 +119,16 @@ def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_
 
     hidden.store.remove(hidden.path("records/00001.json"))
     monkeypatch.setattr(capture.Capture, "states", others)
-    capture.run_capture(config)
+    capture.run_capture(Run(config))
     sealed = draft.manifest()
     with pytest.raises(
         ArtifactMismatch,
         match=f"step 6 was trained on another version of hidden/{hidden.key.fingerprint}",
     ):
-        run_train(config)
+        run_train(Run(config))
     assert draft.manifest() == sealed
     draft.store.remove(draft.path("checkpoints"))
-    assert hidden.manifest().digest in run_train(config).manifest().inputs.values()
+    assert hidden.manifest().digest in run_train(Run(config)).manifest().inputs.values()
     assert draft.manifest().files != sealed.files
 
 
@@ -137,14 +137,14 @@ def test_the_split_into_micro_batches_leaves_no_trace(ready: Path, tmp_path: Pat
     shutil.copytree(ready, other)
     sets = ("train.max_steps=20", *SMOOTH)
     config = tiny_run(other, *sets, "resources.memory.batch_tokens=60")
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     assert len(StepData(cache, config, ALONE).micro_batches(0)) > 2
-    assert_close(weights(run_train(tiny_run(ready, *sets))), weights(run_train(config)))
+    assert_close(weights(run_train(Run(tiny_run(ready, *sets)))), weights(run_train(Run(config))))
 
 
 def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):
     config = tiny_run(captured)
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     orders = [
         [
             StepData(cache, tiny_run(captured, f"train.seed={seed}"), ALONE).drawn(step)
@@ -158,7 +158,7 @@ def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):
 
 def test_every_training_sample_comes_once_an_epoch_and_held_out_ones_never(captured: Path):
     config = tiny_run(captured, "train.global_batch=1", "train.max_steps=null")
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     data = StepData(cache, config, ALONE)
     epoch = [data.drawn(step)[0].number for step in range(len(data.numbers))]
     held_out = set((cache.index.held_out == 1).nonzero()[0].tolist())
@@ -184,14 +184,14 @@ def test_a_samples_chance_changes_with_epoch_seed_and_sample():
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(ready: Path):
     config = tiny_run(ready, "train.lr=1e20", "train.warmup=0")
     with pytest.raises(TrainingFailed, match="sample ids are in bad_step_"):
-        run_train(config)
-    artifact = artifact_of(config, "train")
+        run_train(Run(config))
+    artifact = Run(config).artifact("train")
     assert any(name.startswith("bad_step_") for name in artifact.store.names(artifact.folder))
 
 
 def test_a_cache_without_a_training_sample_is_refused(captured: Path):
     config = tiny_run(captured)
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     cache.index = Index(*(column[:0] for column in cache.index))
     with pytest.raises(TrainingFailed, match="no training sample"):
         StepData(cache, config, ALONE)
@@ -214,7 +214,7 @@ def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(
     monkeypatch.setattr(
         step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop)
     )
-    artifact = run_train(tiny_run(ready, "train.max_steps=10"))
+    artifact = run_train(Run(tiny_run(ready, "train.max_steps=10")))
     assert checkpoint_steps(artifact) == [4, 8, 10]
     best = load_file(artifact.store.path(artifact.path("checkpoints/00000004/model.safetensors")))
     assert all(torch.equal(best[name], tensor) for name, tensor in weights(artifact).items())
@@ -233,15 +233,15 @@ def test_training_ends_early_where_acceptance_gets_no_better_and_stays_ended(
 ):
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5])
     config = tiny_run(ready, "train.max_steps=20", "train.patience=2")
-    artifact = run_train(config)
+    artifact = run_train(Run(config))
     assert checkpoint_steps(artifact)[-1] == 8
     artifact.store.remove(artifact.path("manifest.json"))  # killed before it was sealed
-    assert checkpoint_steps(run_train(config))[-1] == 8
+    assert checkpoint_steps(run_train(Run(config)))[-1] == 8
 
 
 def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
     config = tiny_run(ready, "train.acceptance_samples=0")
-    artifact = run_train(config)
+    artifact = run_train(Run(config))
     assert artifact.manifest() is not None
     with pytest.raises(ConfigError, match="patience needs"):
         tiny_run(ready, "train.acceptance_samples=0", "train.patience=1")
@@ -253,7 +253,7 @@ def test_a_cache_without_held_out_samples_is_trained_on_and_the_lack_is_told(
     ready: Path, monkeypatch, caplog
 ):
     monkeypatch.setattr(checkpoints, "acceptance_numbers", lambda *_: [])
-    run_train(tiny_run(ready, "train.max_steps=2", "train.patience=1"))
+    run_train(Run(tiny_run(ready, "train.max_steps=2", "train.patience=1")))
     assert "there is no held-out sample to measure checkpoints on" in caplog.text
 
 
@@ -269,9 +269,9 @@ def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready:
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(TransientError, match="asked to stop"):
-        run_train(config)
+        run_train(Run(config))
     monkeypatch.setattr(loop, "train_step", original)
-    artifact = run_train(config)
+    artifact = run_train(Run(config))
     assert checkpoint_steps(artifact)[-1] == 10  # 3.0 at step 2, then 2.0 at 4, 6, 8 and 10
 
 
@@ -284,9 +284,9 @@ def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_o
         loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 3)
     )
     with pytest.raises(TransientError, match="asked to stop"):
-        run_train(tiny_run(ready))
+        run_train(Run(tiny_run(ready)))
     monkeypatch.setattr(loop, "train_step", original)
-    artifact = run_train(tiny_run(ready))
+    artifact = run_train(Run(tiny_run(ready)))
     assert [record.acceptance_length for record in checkpoint_records(artifact).values()] == [
         3.0,
         2.0,
@@ -306,7 +306,7 @@ def test_a_stop_at_the_last_step_does_not_cost_the_last_draft(ready: Path, monke
     monkeypatch.setattr(
         loop, "train_step", lambda *parts: original(*parts)._replace(stop=parts[2] == 5)
     )
-    artifact = run_train(tiny_run(ready))
+    artifact = run_train(Run(tiny_run(ready)))
     assert {
         step: record.acceptance_length for step, record in checkpoint_records(artifact).items()
     } == {4: 1.5, 6: 2.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepspec.artifacts.run import Run
 from deepspec.errors import TrainingFailed
 from deepspec.train import step
 from deepspec.train.loop import run_train
@@ -36,7 +37,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
 
     monkeypatch.setattr(step, "accumulate", too_large)
     with pytest.raises(TrainingFailed, match="does not fit into memory") as caught:
-        run_train(tiny_run(tmp_path / "store", "resources.memory.batch_tokens=4321"))
+        run_train(Run(tiny_run(tmp_path / "store", "resources.memory.batch_tokens=4321")))
     assert str(error).splitlines()[0] in caught.value.what
     for knob in (
         "resources.memory.batch_tokens (now 4321)",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import TrainingFailed
 from deepspec.train import preflight
@@ -27,7 +27,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 @pytest.fixture
 def parts(captured: Path):
     config = tiny_run(captured)
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     return config, StepData(cache, config, ALONE), make_draft(config, cache)
 
 
@@ -77,8 +77,8 @@ def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(
     store = tmp_path / "store"
     shutil.copytree(captured, store)
     with pytest.raises(TrainingFailed, match="trained on one sample alone, its loss does not fall"):
-        run_train(tiny_run(store))
-    assert run_train(tiny_run(store, "resources.checks.preflight=warn")).manifest() is not None
+        run_train(Run(tiny_run(store)))
+    assert run_train(Run(tiny_run(store, "resources.checks.preflight=warn"))).manifest() is not None
 
 
 def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of, describe
+from deepspec.artifacts.lineage import describe
 from deepspec.artifacts.records import index_file
+from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
@@ -97,16 +98,16 @@ def test_the_planned_index_is_that_of_the_sealed_cache(
     from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, *setting)
-    stage = open_unsealed(config)
-    write_expected_index(config, stage, load_chat(config), shards=[3, 1])
+    stage = open_unsealed(Run(config))
+    write_expected_index(config, stage, load_chat(Run(config)), shards=[3, 1])
     made = {
         name: (fresh / stage.artifact.folder / "planned" / name).stat().st_mtime_ns
         for name in stage.artifact.store.names(stage.artifact.path("planned"))
     }
     assert len(made) == 2
-    write_expected_index(config, stage, load_chat(config))
+    write_expected_index(config, stage, load_chat(Run(config)))
     planned = read_expected_index(stage)
-    index = HiddenCache(run_capture(config)).index
+    index = HiddenCache(run_capture(Run(config))).index
     for name in set(ExpectedIndex._fields) - {"answer"}:
         assert getattr(planned, name).tolist() == getattr(index, name).tolist(), name
     assert (
@@ -122,14 +123,14 @@ def test_many_shards_are_rendered_in_several_processes(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny_run(fresh, "resources.training.render_processes=2")
-    stage = open_unsealed(config)
+    stage = open_unsealed(Run(config))
     monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
     lanes.render_in_children(config, stage.artifact, range(6))
     assert unrendered(stage.artifact, stage.upstream.records()) == []
     planned = Path(stage.artifact.url) / "planned"
     together = {path.name: path.read_bytes() for path in planned.iterdir()}
     shutil.rmtree(planned)
-    write_expected_index(config, stage, load_chat(config))
+    write_expected_index(config, stage, load_chat(Run(config)))
     assert {path.name: path.read_bytes() for path in planned.iterdir()} == together
 
 
@@ -148,7 +149,7 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
     from deepspec.hidden.stage import run_capture
 
     config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
-    artifact = run_capture(config, purpose="rolling")
+    artifact = run_capture(Run(config), purpose="rolling")
     reserved = shard_bytes(expected_index_of(config), read_layout(config, artifact))
     for shard, record in artifact.records().items():
         on_disk = record.num_bytes + artifact.store.size(artifact.path(index_file(record)))
@@ -161,17 +162,17 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
 
 
 def expected_index_of(config) -> ExpectedIndex:
-    stage = open_unsealed(config)
-    write_expected_index(config, stage, load_chat(config))
+    stage = open_unsealed(Run(config))
+    write_expected_index(config, stage, load_chat(Run(config)))
     return read_expected_index(stage)
 
 
 def opened(store: Path, *overrides: str) -> OnlineStates:
-    return open_online(tiny_run(store, *overrides), is_first=True, report=silent)
+    return open_online(Run(tiny_run(store, *overrides)), is_first=True, report=silent)
 
 
 def test_states_computed_online_are_those_of_the_cache(captured: Path, fresh: Path):
-    cache, online = HiddenCache(artifact_of(tiny_run(captured), "hidden")), opened(fresh)
+    cache, online = HiddenCache(Run(tiny_run(captured)).artifact("hidden")), opened(fresh)
     order = [7, 0, 11, 3, 3, 1]
     for number, found in zip(
         order, online.stream(iter(order), max_bytes=100_000, threads=2), strict=True
@@ -201,10 +202,10 @@ def test_online_training_ends_bit_for_bit_like_that_from_the_cache_where_batches
 
     shutil.copytree(fresh, tmp_path / "cached")
     config = tiny_run(tmp_path / "cached", ALONE, f"hidden.codec={codec}")
-    run_capture(config)
-    cached = run_train(config)
+    run_capture(Run(config))
+    cached = run_train(Run(config))
     online = run_train(
-        tiny_run(fresh, ALONE, f"hidden.codec={codec}", "resources.training.source=online")
+        Run(tiny_run(fresh, ALONE, f"hidden.codec={codec}", "resources.training.source=online"))
     )
     assert losses(online) == losses(cached)
     assert difference(cached, online) == 0
@@ -219,29 +220,30 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
 
     config = tiny_run(fresh, "resources.training.source=online", "train.max_steps=1")
     with pytest.raises(ArtifactMismatch, match="'train' reads 'hidden', which is not finished"):
-        run_train(tiny_run(fresh, "train.max_steps=1"))
-    assert (stage_status(config, "hidden").in_training, stage_status(config, "hidden").missing) == (
-        True,
-        [],
-    )
+        run_train(Run(tiny_run(fresh, "train.max_steps=1")))
     assert (
-        stage_status(config, "train").upstream_sealed and not stage_status(config, "train").sealed
+        stage_status(Run(config), "hidden").in_training,
+        stage_status(Run(config), "hidden").missing,
+    ) == (True, [])
+    assert (
+        stage_status(Run(config), "train").upstream_sealed
+        and not stage_status(Run(config), "train").sealed
     )
-    draft = run_train(config)
-    answers = artifact_of(config, "answers")
+    draft = run_train(Run(config))
+    answers = Run(config).artifact("answers")
     assert (
         draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
     )
     said = "\n".join(describe(draft.url))
     assert all(
-        artifact_of(config, stage).key.fingerprint in said
+        Run(config).artifact(stage).key.fingerprint in said
         for stage in ("train", "hidden", "answers", "prompts", "demo")
     )
     assert "(made in training)" in said
     for later in (config, tiny_run(fresh, "train.max_steps=1")):
-        assert stage_status(later, "train").sealed
-    run_capture(config)
-    assert stage_status(config, "hidden").sealed and stage_status(config, "train").sealed
+        assert stage_status(Run(later), "train").sealed
+    run_capture(Run(config))
+    assert stage_status(Run(config), "hidden").sealed and stage_status(Run(config), "train").sealed
 
 
 def test_online_training_ends_like_that_from_the_cache_but_for_rounding(
@@ -249,8 +251,8 @@ def test_online_training_ends_like_that_from_the_cache_but_for_rounding(
 ):
     shutil.copytree(captured, tmp_path / "cached")
     cached, online = (
-        run_train(tiny_run(tmp_path / "cached")),
-        run_train(tiny_run(fresh, "resources.training.source=online")),
+        run_train(Run(tiny_run(tmp_path / "cached"))),
+        run_train(Run(tiny_run(fresh, "resources.training.source=online"))),
     )
     print(difference(cached, online), losses(cached), losses(online))
     assert losses(online) == pytest.approx(losses(cached), rel=1e-3)
@@ -316,8 +318,8 @@ def cached_twice(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Ar
     store = tmp_path_factory.mktemp("cached") / "store"
     shutil.copytree(answered, store)
     config = tiny_run(store, ALONE, *ROLLING[1:])
-    run_capture(config)
-    return run_train(config)
+    run_capture(Run(config))
+    return run_train(Run(config))
 
 
 DYING = """
@@ -361,7 +363,7 @@ def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_
     held, mark = budget_gb(fresh, 4), dying(late=True)
     with Watched(fresh) as watched:
         rolling = run_train(
-            tiny_run(fresh, ALONE, *ROLLING, f"resources.training.rolling_gb={held}")
+            Run(tiny_run(fresh, ALONE, *ROLLING, f"resources.training.rolling_gb={held}"))
         )
     assert mark.exists()
     assert losses(rolling) == losses(cached_twice)
@@ -381,7 +383,7 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
     two = RunRequest(
         "demo", (*sets, "resources.training.ranks=2", "resources.devices.type=cpu"), str(fresh)
     )
-    artifact = artifact_of(tiny_run(fresh, *sets), "train")
+    artifact = Run(tiny_run(fresh, *sets)).artifact("train")
     with subprocess.Popen(
         two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
     ) as training:
@@ -392,12 +394,12 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
         family = psutil.Process(training.pid).children(recursive=True)
         training.kill()
     assert psutil.wait_procs(family, timeout=30)[1] == []
-    hidden = Path(artifact_of(tiny_run(fresh), "hidden").url)
+    hidden = Path(Run(tiny_run(fresh)).artifact("hidden").url)
     (hidden / "shards" / "00009-0123456789ab.arrow").write_bytes(
         b"what a crash left of a shard that was being deleted"
     )
     with Watched(fresh) as watched:
-        run_train(tiny_run(fresh, *sets))
+        run_train(Run(tiny_run(fresh, *sets)))
     assert watched.most / 1e9 <= budget_gb(fresh, 4)
     assert_close(weights(cached_twice), weights(artifact))
     assert not list(hidden.glob("shards/*"))
@@ -428,12 +430,12 @@ def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_i
     with monkeypatch.context() as patched:
         patched.setattr(loop, "seal_draft", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_train(config)
+            run_train(Run(config))
     caplog.set_level("INFO")
-    assert run_train(config).manifest() is not None
+    assert run_train(Run(config)).manifest() is not None
     assert "capturing" not in caplog.text
     caplog.clear()
-    run_train(config)
+    run_train(Run(config))
     assert "target=" not in caplog.text and "capturing" not in caplog.text
 
 
@@ -441,12 +443,14 @@ def test_a_lane_that_always_dies_fails_the_training_with_its_own_error(fresh: Pa
     dying(late=False)
     with pytest.raises(TransientError, match="hidden was killed by SIGKILL"):
         run_train(
-            tiny_run(
-                fresh,
-                *ROLLING,
-                "resources.retries.times=1",
-                "resources.retries.delay_s=0",
-                "train.acceptance_samples=0",
+            Run(
+                tiny_run(
+                    fresh,
+                    *ROLLING,
+                    "resources.retries.times=1",
+                    "resources.retries.delay_s=0",
+                    "train.acceptance_samples=0",
+                )
             )
         )
 
@@ -457,13 +461,13 @@ def test_a_disk_that_cannot_hold_the_windows_of_one_step_is_refused_before_anyth
     with pytest.raises(
         StoreError, match=r"rolling_gb holds 100 kB \(train.window_shards 2, prompts.shard_rows 4\)"
     ) as caught:
-        run_train(tiny_run(fresh, *ROLLING, "resources.training.rolling_gb=0.0001"))
+        run_train(Run(tiny_run(fresh, *ROLLING, "resources.training.rolling_gb=0.0001")))
     enough = float(caught.value.fix.split()[3])
     assert budget_gb(fresh, 3) < enough <= 1.01 * budget_gb(fresh, 5)
 
 
 def test_two_trainings_never_use_up_the_same_shards(fresh: Path):
-    stage = open_unsealed(tiny_run(fresh))
+    stage = open_unsealed(Run(tiny_run(fresh)))
     first = RollingShards(stage)
     first.open()
     with pytest.raises(StoreError, match="another training uses up the shards"):
@@ -477,10 +481,10 @@ def test_a_sealed_cache_is_read_whatever_the_source(
     shutil.copytree(captured, tmp_path / "sealed")
     caplog.set_level("INFO")
     run_train(
-        tiny_run(tmp_path / "sealed", "resources.training.source=rolling", "train.max_steps=1")
+        Run(tiny_run(tmp_path / "sealed", "resources.training.source=rolling", "train.max_steps=1"))
     )
     assert "the cache is sealed: it is read as it is" in caplog.text
-    assert artifact_of(tiny_run(tmp_path / "sealed"), "hidden").manifest() is not None
+    assert Run(tiny_run(tmp_path / "sealed")).artifact("hidden").manifest() is not None
 
 
 @pytest.mark.slow
@@ -488,7 +492,7 @@ def test_online_training_on_two_ranks_ends_where_one_does(
     fresh: Path, tmp_path: Path, captured: Path
 ):
     shutil.copytree(captured, tmp_path / "cached")
-    alone = run_train(tiny_run(tmp_path / "cached", "train.global_batch=6"))
+    alone = run_train(Run(tiny_run(tmp_path / "cached", "train.global_batch=6")))
     sets = (
         *TINY,
         "train.global_batch=6",
@@ -497,4 +501,4 @@ def test_online_training_on_two_ranks_ends_where_one_does(
         "resources.devices.type=cpu",
     )
     launch_ranks(RunRequest("demo", sets, str(fresh)), 2, report=silent, stop_s=5)
-    assert difference(alone, artifact_of(tiny_run(fresh, "train.global_batch=6"), "train")) < 1e-3
+    assert difference(alone, Run(tiny_run(fresh, "train.global_batch=6")).artifact("train")) < 1e-3

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.config.draft import LossConfig
 from deepspec.errors import ConfigError, DamagedData
 from deepspec.train.checkpoint_files import (
@@ -53,7 +53,7 @@ def strategy_of(store: Path, *overrides: str, draft: Any = None) -> Strategy:
     config = tiny_run(store, *overrides)
     draft = make_draft() if draft is None else draft
     return make_strategy(
-        config, artifact_of(config, "train"), ALONE, draft=draft, filler=lambda: make_batch((9,))
+        config, Run(config).artifact("train"), ALONE, draft=draft, filler=lambda: make_batch((9,))
     )
 
 
@@ -189,7 +189,7 @@ def test_a_strategy_goes_on_from_what_another_saved(
 ):
     saved, undisturbed = strategy_of(tmp_path, *first), strategy_of(tmp_path, *then)
     steps(saved, range(3))
-    artifact = artifact_of(tiny_run(tmp_path), "train")
+    artifact = Run(tiny_run(tmp_path)).artifact("train")
     save_checkpoint(artifact, saved, ALONE, draft=saved.whole(), record=CheckpointRecord(step=3))
     draft = make_draft(seed=5)
     record = resume_draft(artifact, draft)
@@ -217,7 +217,7 @@ def test_the_optimizers_shares_hold_every_parameter_once_and_about_the_same_each
 @pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_is_resumed_and_damage_is_named(s3_url: str, tmp_path: Path):
     config = tiny_run(s3_url, f"resources.storage.scratch={tmp_path / 'scratch'}")  # type: ignore[arg-type]
-    artifact, saved = artifact_of(config, "train"), strategy_of(tmp_path, *ZERO[2])
+    artifact, saved = Run(config).artifact("train"), strategy_of(tmp_path, *ZERO[2])
     steps(saved, range(2))
     save_checkpoint(artifact, saved, ALONE, draft=saved.whole(), record=CheckpointRecord(step=2))
     draft = make_draft(seed=5)
@@ -262,7 +262,7 @@ def test_the_configuration_follows_from_ours_and_is_shown(tmp_path: Path):
         "allgather_bucket_size": 1002,
     }
     strategy_of(tmp_path, *ZERO[1])
-    artifact = artifact_of(tiny_run(tmp_path), "train")
+    artifact = Run(tiny_run(tmp_path)).artifact("train")
     assert (
         json.loads(artifact.store.read(artifact.path("deepspeed.json")))["zero_optimization"][
             "stage"
@@ -282,13 +282,14 @@ def test_deepspeed_is_loaded_for_nobody_else_and_its_absence_is_told_before_anyt
     code = """
 import sys
 from pathlib import Path
+from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run
 assert "deepspeed" not in sys.modules
 sys.modules["deepspeed"] = None  # as if it were not installed
 try:
-    run_train(tiny_run(Path(sys.argv[1]), "train.strategy=deepspeed"))
+    run_train(Run(tiny_run(Path(sys.argv[1]), "train.strategy=deepspeed")))
 except ConfigError as error:
     print(error)
 """

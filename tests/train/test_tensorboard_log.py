@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.train import loop
 from deepspec.train import tensorboard_log as scalars
 from deepspec.train.loop import run_train
@@ -85,8 +85,8 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
 
     monkeypatch.setattr(loop, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        run_train(config)
-    artifact = run_train(config)
+        run_train(Run(config))
+    artifact = run_train(Run(config))
     assert seen == [0, 1, 2, 3, 4, 5, 4, 5]
     wanted, found = in_lines(artifact), read(accumulator(artifact))
     assert {step for _, step in wanted} == set(range(1, 7))
@@ -99,7 +99,7 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
 
 @needs_tensorboard
 def test_who_looks_on_sees_new_steps_and_no_step_twice(ready: Path):
-    artifact = artifact_of(tiny_run(ready), "train")
+    artifact = Run(tiny_run(ready)).artifact("train")
     lines = [{"step": step, "time": float(step), "loss": step / 2} for step in range(1, 9)]
     write_scalars(artifact, lines[:2])
     events = accumulator(artifact)
@@ -113,7 +113,7 @@ def test_without_tensorboard_training_works_and_says_once_how_to_get_it(
 ):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with caplog.at_level(logging.INFO):
-        artifact = run_train(tiny_run(ready))
+        artifact = run_train(Run(tiny_run(ready)))
     assert artifact.manifest() is not None
     assert caplog.text.count("pip install 'deepspec[tensorboard]'") == 1
     assert not folder(artifact).exists()

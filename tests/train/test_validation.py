@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepspec.answers.stage import run_answers
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.data import SamplingConfig
 from deepspec.evaluate.speculate import speculate
@@ -108,10 +108,10 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
         "target.layer_ids=[0, 1, 2]",
         recipe=recipe,
     )
-    run_prompts(config)
-    run_answers(config)
-    run_capture(config)
-    cache = HiddenCache(artifact_of(config, "hidden"))
+    run_prompts(Run(config))
+    run_answers(Run(config))
+    run_capture(Run(config))
+    cache = HiddenCache(Run(config).artifact("hidden"))
     draft = make_draft(config, cache)
     numbers = [number for number in range(len(cache)) if cache.index.num_supervised[number] > 1]
     found = sum(
@@ -122,8 +122,8 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
         torch.zeros(2),
     )
     target, chat = (
-        load_target(config.target, folder=target_folder(config), device="cpu"),
-        load_chat(config),
+        load_target(config.target, folder=target_folder(Run(config)), device="cpu"),
+        load_chat(Run(config)),
     )
     settings = Decode(
         SamplingConfig(temperature=0.0),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_of
+from deepspec.artifacts.run import Run
 from deepspec.process.machine import free_port
 from deepspec.train.checkpoint_files import checkpoint_steps
 from deepspec.train.loop import run_train
@@ -127,7 +127,7 @@ def back_to(step: int, artifact: Artifact) -> None:
 def ddp(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store in which one rank has trained undisturbed."""
     store = copy(captured, tmp_path_factory.mktemp("ddp") / "store")
-    run_train(tiny_run(store, *RUN))
+    run_train(Run(tiny_run(store, *RUN)))
     return store
 
 
@@ -138,19 +138,19 @@ def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(
     store = copy(captured, tmp_path / "store")
     said = two_ranks(store, *RUN, ZERO, f"resources.memory.zero_stage={stage}")
     artifact, wanted = (
-        artifact_of(tiny_run(store, *RUN), "train"),
-        artifact_of(tiny_run(ddp, *RUN), "train"),
+        Run(tiny_run(store, *RUN)).artifact("train"),
+        Run(tiny_run(ddp, *RUN)).artifact("train"),
     )
     assert_close(artifact, wanted)
     assert said.count("deepspeed.json: {") == 1
     assert "Warning" not in said
     back_to(10, artifact)
-    assert_close(run_train(tiny_run(store, *RUN)), wanted)
+    assert_close(run_train(Run(tiny_run(store, *RUN))), wanted)
 
 
 def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Path, tmp_path: Path):
     store = copy(ddp, tmp_path / "store")
-    artifact = artifact_of(tiny_run(store, *RUN), "train")
+    artifact = Run(tiny_run(store, *RUN)).artifact("train")
     back_to(10, artifact)
     said = two_ranks(
         store,
@@ -161,7 +161,7 @@ def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Pa
         launcher=of_deepspeed(),
     )
     assert "steps=10 of 20" in said
-    assert_close(artifact, artifact_of(tiny_run(ddp, *RUN), "train"))
+    assert_close(artifact, Run(tiny_run(ddp, *RUN)).artifact("train"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
@@ -182,4 +182,6 @@ def test_a_rank_that_never_has_a_sample_is_not_waited_for(
         launcher=launcher,
         door=door,
     )
-    assert_close(run_train(tiny_run(alone, *run)), artifact_of(tiny_run(store, *run), "train"))
+    assert_close(
+        run_train(Run(tiny_run(alone, *run))), Run(tiny_run(store, *run)).artifact("train")
+    )
