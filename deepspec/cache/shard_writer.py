@@ -1,63 +1,99 @@
-"""Writing a shard of the hidden-state cache: one message a sample, its place and checksums
-noted as it goes by.
-"""
+"""Writing a shard of the hidden-state cache, one message a sample, hashed on its way to the file."""
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
+import xxhash
+from typing_extensions import Buffer, override
 
 from deepspec.cache.format import HiddenSample, Layout, column_checksums
 from deepspec.cache.index import encode_rows
-from deepspec.cache.sink import HashingSink, Writes
 
 MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding stand before the schema message
 
 
-class Encoded(NamedTuple):
-    """A sample as it will be written, and its index row as far as that is known before."""
+class EncodedSample(NamedTuple):
+    """A sample as it will be written, and the part of its index row that is known before."""
 
     batch: pa.RecordBatch
     row: dict[str, Any]
 
 
-class Written(NamedTuple):
+class WrittenShard(NamedTuple):
+    """What the record of a shard needs of it."""
+
     checksum: str  # xxh3_128 of the file
     index_rows: bytes
 
 
+class HashedFile(io.FileIO):
+    """A new file that hashes what is written: all of it, and the current message."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.num_bytes = 0
+        self._message_start = 0
+        self._whole, self._message = xxhash.xxh3_128(), xxhash.xxh3_64()
+
+    def start_message(self, start: int) -> None:
+        """The next message begins at byte `start`.
+
+        That may lie ahead: pyarrow writes the file's header with the first message.
+        """
+        self._message.reset()
+        self._message_start = start
+
+    def message_digest(self) -> int:
+        """xxh3_64 of the bytes since the last `start_message`."""
+        return self._message.intdigest()
+
+    def digest(self) -> str:
+        """xxh3_128 of all bytes so far, as 32 hex digits."""
+        return self._whole.hexdigest()
+
+    @override
+    def write(self, data: Buffer) -> int:
+        """Write all of `data`, however many calls of the system that takes."""
+        left = memoryview(data)
+        num_bytes = len(left)
+        self._whole.update(left)
+        self._message.update(left[max(0, self._message_start - self.num_bytes) :])
+        self.num_bytes += num_bytes
+        while left:
+            left = left[super().write(left) :]
+        return num_bytes
+
+
 class ShardWriter:
-    """Writes samples one after the other; `finish` closes the file. Used as a block, which leaves
-    no thread behind.
+    """Writes samples one after the other; `finish` closes the file. Used as a block.
 
     `encode` may run in several threads at once (entropy coding is slower than a disk), `write` in
     one.
     """
 
-    def __init__(
-        self, path: Path, layout: Layout, shard: int, *, writes: Writes = "direct"
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout, shard: int) -> None:
         self.layout, self.shard, self.schema = layout, shard, layout.schema()
         self.rows: list[dict[str, Any]] = []
-        self._stack = ExitStack()
-        self.sink = self._stack.enter_context(HashingSink(path, writes=writes))
-        self._writer = pa.ipc.new_file(pa.PythonFile(self.sink, mode="w"), self.schema)
-        # pyarrow writes the schema with the first batch, so the first offset cannot be asked of the
-        # sink.
+        self.file = HashedFile(path)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self.file, mode="w"), self.schema)
+        # pyarrow writes the schema with the first batch, so the file cannot tell the first offset.
         self._offset = MAGIC_BYTES + len(self.schema.serialize())
 
     def append(self, sample: HiddenSample, *, held_out: int) -> None:
+        """Encode and write a sample."""
         self.write(self.encode(sample, held_out=held_out))
 
-    def encode(self, sample: HiddenSample, *, held_out: int) -> Encoded:
+    def encode(self, sample: HiddenSample, *, held_out: int) -> EncodedSample:
+        """The sample as `write` takes it."""
         batch = self.layout.encode(sample, self.schema)
         row = {
             "sample_id": sample.sample_id,
@@ -68,25 +104,27 @@ class ShardWriter:
             "held_out": held_out,
             "column_checksums": column_checksums(batch),
         }
-        return Encoded(batch, row)
+        return EncodedSample(batch, row)
 
-    def write(self, encoded: Encoded) -> None:
-        self.sink.start_message(self._offset)
+    def write(self, encoded: EncodedSample) -> None:
+        """Write a sample as the next row of the shard."""
+        self.file.start_message(self._offset)
         self._writer.write_batch(encoded.batch)
-        end = self.sink.num_bytes
+        end = self.file.num_bytes
         place = {
             "row": len(self.rows),
             "offset": self._offset,
             "num_bytes": end - self._offset,
-            "checksum": self.sink.message_digest(),
+            "checksum": self.file.message_digest(),
         }
         self.rows.append({**encoded.row, **place})
         self._offset = end
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenShard:
+        """Write the footer and close the file; `publish` brings it to the disk."""
         self._writer.close()
-        self._stack.close()
-        return Written(self.sink.digest(), encode_rows(self.rows))
+        self.file.close()
+        return WrittenShard(self.file.digest(), encode_rows(self.rows))
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +135,7 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        self.file.close()
 
 
 class Background:
@@ -116,6 +154,7 @@ class Background:
         self._failed: Future[None] | None = None
 
     def submit(self, job: Callable[[], None], *, num_bytes: int) -> None:
+        """Run the job after all earlier ones; returns once there is room for its bytes."""
         began = time.monotonic()
         with self._room:
             self._room.wait_for(

@@ -48,7 +48,6 @@ NEW_PATHS = {
     "min_free_gb": "storage.min_free_gb",
     "space_poll_s": "storage.space_poll_s",
     "cache_gb": "storage.copies_gb",
-    "writes": "storage.writes",
     "batch_tokens": "memory.batch_tokens",
     "answer_rows": "memory.answer_rows",
     "recompute": "memory.recompute",
@@ -69,6 +68,7 @@ NEW_PATHS = {
     "rolling_gpus": "training.rolling_gpus",
     "render_processes": "training.render_processes",
 }
+REMOVED = {"writes": "shards are written through the page cache"}
 IN_STAGES = {"retries": "times", "retry_delay_s": "delay_s"}  # of `retries.stages.<stage>`
 SECTIONS = ("runner", "retries")  # old keys that are sections now; their old values were scalars
 
@@ -86,7 +86,9 @@ def translated(resources: Mapping[str, Any]) -> dict[str, Any]:
     """`resources` as an older version recorded it, with its settings under the new keys."""
     moved = moved_keys(resources)
     found: dict[str, Any] = {
-        key: dict(value) for key, value in resources.items() if key not in moved
+        key: dict(value)
+        for key, value in resources.items()
+        if key not in moved and key not in REMOVED
     }
     for old, new in moved.items():
         section, _, field = new.partition(".")

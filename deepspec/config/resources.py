@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from deepspec.config.old_keys import moved_keys
+from deepspec.config.old_keys import REMOVED, moved_keys
 from deepspec.config.retries import RetriesConfig
 from deepspec.config.section import Section
 from deepspec.config.servers import ServersConfig
@@ -80,10 +80,6 @@ class StorageConfig(Section):
     copies_gb: float = Field(default=0.0, ge=0)
     """Local copies (GB) of samples read from a remote store, under `scratch`; the least
     recently used shards go first.
-    """
-    writes: Literal["direct", "buffered"] = "direct"
-    """Whether shards are written past the page cache; `benchmarks/cache_write.py` measures which
-    is faster on a disk.
     """
 
 
@@ -206,8 +202,12 @@ class ResourcesConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _keys_are_those_of_this_version(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and (moved := moved_keys(fields)):
-            raise ValueError(
-                "; ".join(f"resources.{old} is now resources.{new}" for old, new in moved.items())
-            )
+        if not isinstance(fields, dict):
+            return fields
+        moved = moved_keys(fields).items()
+        wrong = [f"resources.{old} is now resources.{new}" for old, new in moved]
+        for old in REMOVED.keys() & fields:
+            wrong.append(f"resources.{old} no longer exists: {REMOVED[old]}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return fields

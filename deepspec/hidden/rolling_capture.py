@@ -41,7 +41,7 @@ from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
 
-# beyond its samples: the schema twice, the list of messages, what direct writes pad
+# beyond its samples: the schema twice and the list of messages
 SHARD_BYTES = 1 << 16
 
 

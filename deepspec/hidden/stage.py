@@ -25,7 +25,7 @@ from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import INDEX, write_index
-from deepspec.cache.shard_writer import Background, Encoded, ShardWriter
+from deepspec.cache.shard_writer import Background, EncodedSample, ShardWriter
 from deepspec.config.run import RunConfig
 from deepspec.hidden.checks import StateChecks, kept_positions
 from deepspec.hidden.expected_index import kept_spans, write_expected_index
@@ -120,7 +120,7 @@ class Capture:
         answers = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
         rows, left_out = capture_rows(answers, self.chat, self.config.hidden)
         self.checks.begin(len(rows))
-        with ShardWriter(local, self.layout, work.shard, writes=resources.storage.writes) as writer:
+        with ShardWriter(local, self.layout, work.shard) as writer:
             # Several samples are encoded at a time, and written in their order; the bytes that wait
             # at either place are counted.
             with (
@@ -152,11 +152,11 @@ class Capture:
 
     def encoding(
         self, writer: ShardWriter, sample: HiddenSample, *, held_out: bool
-    ) -> Callable[[], Encoded]:
+    ) -> Callable[[], EncodedSample]:
         """The job that brings a sample to the host and encodes it."""
         ready = self.host.ready()
 
-        def encode() -> Encoded:
+        def encode() -> EncodedSample:
             context, last_hidden = (
                 self.host.bring(stored, ready) for stored in (sample.context, sample.last_hidden)
             )
@@ -208,7 +208,7 @@ class Capture:
         )
 
 
-def _write(writer: ShardWriter, encoded: Future[Encoded]) -> None:
+def _write(writer: ShardWriter, encoded: Future[EncodedSample]) -> None:
     writer.write(encoded.result())
 
 

@@ -10,7 +10,7 @@ import torch
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.codecs import make_codec
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout, last_hidden_spans
-from deepspec.cache.shard_writer import ShardWriter, Written
+from deepspec.cache.shard_writer import ShardWriter, WrittenShard
 
 LAYERS, SIZE = 2, 8
 LAYOUT = Layout(
@@ -60,7 +60,7 @@ def same(first: HiddenSample, second: HiddenSample) -> bool:
 
 def write_shard(
     path: Path, samples: Sequence[HiddenSample], *, shard: int = 7, layout: Layout = LAYOUT
-) -> Written:
+) -> WrittenShard:
     with ShardWriter(path, layout, shard) as writer:
         for sample in samples:
             writer.append(sample, held_out=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import contextlib
+import resource
+import signal
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +16,10 @@ import pytest
 import torch
 import xxhash
 
-from deepspec.cache import sink as sinks
 from deepspec.cache.codecs import make_codec
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.cache.index import read_index_rows
-from deepspec.cache.shard_writer import MAGIC_BYTES, Background
-from deepspec.cache.sink import HashingSink
+from deepspec.cache.shard_writer import MAGIC_BYTES, Background, HashedFile, ShardWriter
 from deepspec.storage.store import file_checksum
 from tests.cache.samples import LAYOUT, make_sample, same, write_shard
 
@@ -80,34 +80,49 @@ def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
     assert read_index_rows(written.index_rows).num_rows == 0
 
 
-def test_bytes_come_to_the_disk_as_they_were_written_whatever_the_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sinks, "BUFFER_BYTES", 8192)
-    pieces = [
-        np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
-        for number, size in enumerate((1, 8191, 3, 40_000, 0, 7))
-    ]
-    with HashingSink(tmp_path / "file") as sink:
-        for piece in pieces:
-            sink.write(piece)
-    whole = b"".join(piece.tobytes() for piece in pieces)
-    assert (tmp_path / "file").read_bytes() == whole
-    assert sink.digest() == xxhash.xxh3_128_hexdigest(whole)
+def test_a_file_is_hashed_as_a_whole_and_by_message_however_it_is_cut_into_writes(tmp_path: Path):
+    pieces = [b"header", b"first", b"", b"of two", b"second message"]
+    with HashedFile(tmp_path / "file") as file:
+        file.start_message(3)  # inside the first piece, as pyarrow's header and message may come
+        for piece in pieces[:4]:
+            file.write(piece)
+        assert file.message_digest() == xxhash.xxh3_64_intdigest(b"".join(pieces[:4])[3:])
+        file.start_message(file.num_bytes)
+        file.write(np.frombuffer(pieces[4], dtype=np.uint8))
+        assert file.message_digest() == xxhash.xxh3_64_intdigest(pieces[4])
+    whole = b"".join(pieces)
+    assert (tmp_path / "file").read_bytes() == whole and file.num_bytes == len(whole)
+    assert file.digest() == xxhash.xxh3_128_hexdigest(whole)
 
 
-def test_a_full_disk_is_an_error_of_the_writer_and_leaves_no_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The thread that writes meets it; whoever goes on writing, or closes, is told."""
+@contextlib.contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Files may not grow beyond this: a write that would cross the limit is cut off there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sinks, "write_all", full)
-    with pytest.raises(OSError, match="No space"), HashingSink(tmp_path / "file") as sink:
-        sink.write(b"x" * 100)
-    assert not [thread for thread in threading.enumerate() if thread.name == "sink"]
+def test_what_one_call_of_the_system_leaves_over_is_written_by_the_next(tmp_path: Path):
+    """One call ends at 2 GiB, or where a disk is nearly full."""
+    file = HashedFile(tmp_path / "file")
+    with file, file_size_limit(1 << 19), pytest.raises(OSError, match="too large"):
+        file.write(b"x" * (1 << 20))
+    assert (tmp_path / "file").stat().st_size == 1 << 19
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_full_disk_is_an_error_of_the_writer():
+    with (
+        pytest.raises(OSError, match="No space"),
+        ShardWriter(Path("/dev/full"), LAYOUT, 0) as writer,
+    ):
+        writer.append(make_sample(0, 5), held_out=0)
 
 
 def test_the_background_runs_jobs_in_order_and_holds_at_most_its_bytes():

@@ -29,6 +29,7 @@ RECORDED = {
     "stages": {"train": {"retries": 1, "retry_delay_s": 3.0, "deadline_minutes": 5.0}},
     "fidelity": {"min_cosine": 0.5},
     "rolling_gb": 12.0,
+    "writes": "buffered",
 }
 
 
@@ -44,7 +45,7 @@ def fields_of(model: type[BaseModel], path: str = "") -> dict[str, Any]:
 
 
 def test_every_old_key_leads_to_a_field_of_its_own():
-    assert len(set(NEW_PATHS.values())) == len(NEW_PATHS) == 58
+    assert len(set(NEW_PATHS.values())) == len(NEW_PATHS) == 57
     assert set(NEW_PATHS.values()) <= set(fields_of(ResourcesConfig))
 
 
@@ -65,6 +66,11 @@ def test_every_old_key_leads_to_a_field_of_its_own():
 def test_an_old_key_is_answered_with_its_new_path(override: str, old: str, new: str):
     with pytest.raises(ConfigError, match=f"{old} is now {new}\n"):
         load_run("demo", [override])
+
+
+def test_a_key_that_is_gone_is_answered_in_one_line():
+    with pytest.raises(ConfigError, match="writes no longer exists: shards are written"):
+        load_run("demo", ["resources.writes=direct"])
 
 
 def test_old_keys_of_a_run_file_are_all_named_at_once(tmp_path: Path):
