@@ -1,9 +1,9 @@
 """`python -m flows.setup`: everything that a Prefect server needs to run the flows. Run it again
 after every change.
 
-Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs
-crashed which died without a word, one per pool that tells of runs which no worker takes, and, if
-asked for, one that tells a webhook how runs ended. What is there already is brought up to date.
+Work pools with their templates, the deployments of prefect.yaml, an automation that marks runs as
+crashed which died silently, one per pool for runs that no worker takes, and on request one that
+calls a webhook at the end of runs. What exists already is brought up to date.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NotifyUrl = Annotated[
         "--notify",
         metavar="URL",
         envvar="DEEPSPEC_NOTIFY_URL",
-        help="webhook to tell of finished, failed and crashed runs",
+        help="webhook that is called when a run finished, failed or crashed",
     ),
 ]
 Silence = Annotated[
@@ -78,8 +78,8 @@ def command(
 
 
 def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]) -> None:
-    """Pools, deployments and automations are on the server as described here; each is told in a
-    line.
+    """Pools, deployments and automations are on the server as described here; a line is printed for
+    each.
 
     Raises:
         UserError: no server, or one of another version; not the repository's folder; an interval
@@ -101,15 +101,20 @@ def setup(*, notify: str | None, silence_s: float, limits: dict[str, int | None]
         if notify:
             typer.echo(put_automation(client, ended(notify)))
         for pool in POOLS:
-            if not any(
-                worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(pool)
-            ):
+            workers = client.read_workers_for_work_pool(pool)
+            if not any(worker.status == "ONLINE" for worker in workers):
                 typer.echo(
-                    f"no worker on the work pool {pool!r} yet: start one with `prefect worker start --pool {pool}`"
+                    f"no worker on the work pool {pool!r} yet: "
+                    f"start one with `prefect worker start --pool {pool}`"
                 )
 
 
 def check_folder(folder: Path) -> None:
+    """Return where the folder has the files that are installed.
+
+    Raises:
+        UserError: names those that are missing.
+    """
     needed = ["prefect.yaml", *(f"deployments/work_pools/{pool}.json" for pool in POOLS)]
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(
@@ -125,13 +130,16 @@ def check_silence(silence_s: float) -> None:
     """
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
-    least_s = SILENT_HEARTBEATS * (
-        PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or SILENCE_S / SILENT_HEARTBEATS
-    )
+    heartbeat_s = PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or SILENCE_S / SILENT_HEARTBEATS
+    least_s = SILENT_HEARTBEATS * heartbeat_s
     if silence_s < least_s:
-        what = f"after {silence_s:g} s of silence healthy runs would be marked crashed: at least {least_s:g} s are needed"
-        fix = "leave --silence out, or set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to a third of it here and wherever flows run (least: 30)"
-        raise UserError(what, where="--silence", fix=fix)
+        raise UserError(
+            f"after {silence_s:g} s of silence healthy runs would be marked crashed: "
+            f"at least {least_s:g} s are needed",
+            where="--silence",
+            fix="leave --silence out, or set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to a third of it "
+            "here and wherever flows run (least: 30)",
+        )
 
 
 def require_server() -> None:
@@ -144,13 +152,20 @@ def require_server() -> None:
 
     url = PREFECT_API_URL.value()
     if url is None:
-        fix = "`prefect server start` in another terminal, then here `export PREFECT_API_URL=http://127.0.0.1:4200/api`"
-        raise UserError("no Prefect server is set", where="PREFECT_API_URL", fix=fix)
+        raise UserError(
+            "no Prefect server is set",
+            where="PREFECT_API_URL",
+            fix="`prefect server start` in another terminal, "
+            "then here `export PREFECT_API_URL=http://127.0.0.1:4200/api`",
+        )
     check_answer(fix="start it (`prefect server start`), or correct PREFECT_API_URL")
 
 
 def put_pool(client: Any, name: str, limit: int | None) -> str:
-    """The pool with this repository's template; a limit that is not given stays as it is."""
+    """The pool has this repository's template; a limit that is not given stays as it is.
+
+    Returns what was done, in a line.
+    """
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
@@ -165,7 +180,7 @@ def put_pool(client: Any, name: str, limit: int | None) -> str:
             WorkPoolCreate(name=name, type="process", base_job_template=template, **limited)
         )
         return f"work pool {name}: made"
-    # a site's own, say of Kubernetes: its template is that of another kind of worker
+    # A site's own, say of Kubernetes: its template is that of another kind of worker.
     if found.type != "process":
         return f"work pool {name}: is of type {found.type!r}, left as it is"
     client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limited))
@@ -173,7 +188,8 @@ def put_pool(client: Any, name: str, limit: int | None) -> str:
 
 
 def deploy(api_url: str) -> str:
-    """Every deployment of prefect.yaml in this folder, by the command that a user would type.
+    """Every deployment of prefect.yaml in this folder is made, by the command that a user would
+    type.
 
     Raises:
         UserError: Prefect refuses one.
@@ -188,9 +204,9 @@ def deploy(api_url: str) -> str:
     }
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        output = "\n    ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         raise UserError(
-            f"the deployments were not made:\n    {said}",
+            f"the deployments were not made:\n    {output}",
             where="prefect.yaml",
             fix="run `prefect --no-prompt deploy --all`",
         )
@@ -198,7 +214,7 @@ def deploy(api_url: str) -> str:
 
 
 def put_automation(client: Any, automation: Any) -> str:
-    """The one automation of its name."""
+    """The server has one automation of its name: this one."""
     found = client.read_automations_by_name(automation.name)
     for extra in found[1:]:
         client.delete_automation(extra.id)
@@ -210,6 +226,7 @@ def put_automation(client: Any, automation: Any) -> str:
 
 
 def run_setup() -> None:
+    """The command line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     try:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from deepspec.artifacts.records import Record
 from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made
@@ -91,6 +92,11 @@ class StageProgress:
             else:
                 return
             self._show()
+
+    def add_record(self, record: Record, *, lane: str = "") -> None:
+        """Add a committed shard of which no event arrived."""
+        fields = record.model_dump(include={"shard", *SUMMED})
+        self.on_event({"event": "shard", "stage": self.current.stage, **fields}, lane=lane)
 
     def unreported(self, shards: Collection[int]) -> list[int]:
         """Those of the shards that no event named: their child was killed just then, or works where
