@@ -1,5 +1,5 @@
-"""What the Prefect server does by itself about runs of these flows; `python -m flows.setup` installs
-it.
+"""What the Prefect server does by itself about runs of these flows; `python -m flows.setup`
+installs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SILENT_HEARTBEATS = 3  # with half as many, healthy runs were marked crashed
 SILENCE_S = SILENT_HEARTBEATS * 180.0  # Prefect's own interval between two heartbeats
 # Prefect calls a run late 15 s after it should have begun, looking every five
 UNATTENDED_S, LATE_S = 60.0, 20.0
-# Ends the name of a run whose shards another run assigned to it; the webhook reports only the other.
+# Ends the name of a child run, for which no webhook is called: only for the run that started it.
 PART = " (part)"
 WEBHOOK_BLOCK = "deepspec-notify"
 # Rendered by the server; tojson, because a name may hold quotes.

@@ -6,7 +6,8 @@ artifact of the run on the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -74,8 +75,8 @@ def set_child_state(child: FlowRun, state: State[Any]) -> None:
 
 
 def cancel_unbegun() -> None:
-    """Child runs that an earlier try of this run started and no worker has begun are cancelled: they
-    would make what is assigned again now.
+    """Cancel the child runs of an earlier try of this run that no worker has begun: they would make
+    what is assigned again now.
     """
     wanted = FlowRunFilter(
         parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.id)]),
@@ -89,11 +90,19 @@ def cancel_unbegun() -> None:
                 client.set_flow_run_state(child.id, Cancelling())
 
 
-def publish_error(error: DeepSpecError) -> None:
-    """Leave the error that ends this run with it, for its parent."""
-    artifact = ArtifactCreate(type=ERROR_TYPE, flow_run_id=flow_run.id, data=error.to_json())
-    with best_effort(), get_client(sync_client=True) as client:
-        client.create_artifact(artifact)
+@contextlib.contextmanager
+def leaving_error_to_parent() -> Iterator[None]:
+    """Where this run is a child run, the error that leaves the block is kept with it, for
+    `read_error` in its parent.
+    """
+    try:
+        yield
+    except DeepSpecError as error:
+        if is_part():
+            wanted = ArtifactCreate(type=ERROR_TYPE, flow_run_id=flow_run.id, data=error.to_json())
+            with best_effort(), get_client(sync_client=True) as client:
+                client.create_artifact(wanted)
+        raise
 
 
 def read_error(child: FlowRun) -> DeepSpecError | None:

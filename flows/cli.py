@@ -1,5 +1,4 @@
-"""The flows' command line: check the request, find a Prefect server, run the flow, show what came
-of it.
+"""The flows' command line: check the request, find a server, run the flow, show its outcome.
 
 Prefect is imported late: its settings come from the environment, and a wrong recipe should not wait
 for it.
@@ -18,17 +17,16 @@ from typing import Annotated
 
 import typer
 
-from deepspec.artifacts.run import Run as OpenedRun
 from deepspec.artifacts.status import results
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.compatible import check_answer, check_server
 from flows.flow_stages import STAGES_OF
-from flows.request import open_run
+from flows.request import checked_run
 from flows.server import PrivateServer, start_private_server
 
-WHOLE = ("train", "pipeline")  # flows that are not asked for single shards
+WHOLE = ("train", "pipeline")  # flows of which no single shards can be chosen
 END_S = 20.0  # for the last events and log lines
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -66,7 +64,10 @@ def run_command(only: str | None = None) -> None:
         rich_markup_mode=None,
     )
     for flow_name in (only,) if only else STAGES_OF:
-        summary = f"Run the flow `{flow_name}`: whatever is missing in the store is made, nothing is made twice."
+        summary = (
+            f"Run the flow `{flow_name}`: whatever is missing in the store is made, "
+            "nothing is made twice."
+        )
         stages = ", ".join(STAGES_OF[flow_name])
         app.command(flow_name, help=summary, short_help=stages)(_command_of(flow_name))
     try:
@@ -90,8 +91,8 @@ def _command_of(flow_name: str) -> Callable[..., None]:
 
 
 def end_in_time(code: object, seconds: float = END_S) -> None:
-    """The process is gone by then, with this exit code: Prefect would wait minutes for each
-    event that a hanging server does not take.
+    """The process has ended by then, with this exit code: Prefect would wait minutes for each event
+    that a hanging server does not accept.
     """
     sys.stdout.flush()
     timer = threading.Timer(seconds, os._exit, [code if isinstance(code, int) else bool(code)])
@@ -100,33 +101,33 @@ def end_in_time(code: object, seconds: float = END_S) -> None:
 
 
 def run_flow(flow_name: str, request: RunRequest, shards: str = "") -> None:
-    """Run the flow, then print its tables and, as the last line, its summary as JSON."""
+    """Run the flow, then print its tables and, as the last line, its summary as JSON.
+
+    Raises:
+        DeepSpecError: the request is wrong, there is no server, or the run failed.
+    """
     started = time.monotonic()
-    # as the flow's own pattern has it: `1,  2` and `17,` are no mistakes
+    # In the form that the flow's own pattern accepts: `1,  2` and `17,` are no mistakes.
     shards = shard_list(parse_shards(shards))
     if shards and flow_name in WHOLE:
         raise UserError(
             f"the flow {flow_name!r} has no shards", where="--shards", fix="leave --shards out"
         )
-    config = open_run(request)
-    server = start_private_server(OpenedRun(config).store)
+    run = checked_run(request)
+    server = start_private_server(run.store)
     from flows.display import show_summary, shown_on_terminal, summary_line
 
     # By its name: run as a script, that module imports this one.
     flows = importlib.import_module("flows.pipeline").FLOWS
-    known = [stage.name for stage in OpenedRun(config).stages]
-    stages = [stage for stage in known if stage in STAGES_OF[flow_name]]
+    stages = [stage.name for stage in run.stages if stage.name in STAGES_OF[flow_name]]
     wait_for_server(server)
     with shown_on_terminal(stages), talking_to(server):
-        asked = {"shards": shards} if shards else {}
+        chosen = {"shards": shards} if shards else {}
         outcomes = flows[flow_name](
-            recipe=request.source, overrides=request.overrides, store=request.store or "", **asked
+            recipe=request.source, overrides=request.overrides, store=request.store or "", **chosen
         )
-    found = (
-        results(OpenedRun(config))
-        if outcomes[-1].status.stage == "evaluate" and outcomes[-1].status.sealed
-        else None
-    )
+    last = outcomes[-1].status
+    found = results(run) if last.stage == "evaluate" and last.sealed else None
     show_summary(outcomes, found)
     typer.echo(summary_line(outcomes, found, total_s=time.monotonic() - started))
 
@@ -148,10 +149,8 @@ def wait_for_server(server: PrivateServer | None) -> None:
 
 @contextlib.contextmanager
 def talking_to(server: PrivateServer | None) -> Iterator[None]:
-    """Turns what Prefect raises into our errors; spares a private server the heartbeats, which
-    nobody there would miss.
-
-    Each flow run waits about a second at its end for its heartbeat thread.
+    """Turns what Prefect raises into our errors. With a private server, runs send no heartbeats: no
+    automation waits for them there, and each flow run waits a second for their thread at its end.
     """
     import httpx
     from prefect.exceptions import PrefectException
@@ -167,15 +166,15 @@ def talking_to(server: PrivateServer | None) -> Iterator[None]:
         )
         sys.exit(EXIT_INTERRUPTED)
     except (httpx.HTTPError, PrefectException) as error:
-        fix = "run the same command again: it goes on where this one stopped"
         raise TransientError(
             f"the Prefect server was lost: {type(error).__name__}: {error}",
             where="Prefect",
-            fix=fix,
+            fix="run the same command again: it goes on where this one stopped",
         ) from error
 
 
 def exit_code(error: DeepSpecError) -> int:
+    """The error's exit code; that of a transient error where another try may make every shard."""
     if isinstance(error, ShardsFailed):
         return EXIT_TRANSIENT if len(error.retryable) == len(error.failures) else error.exit_code
     return error.exit_code

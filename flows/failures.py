@@ -35,76 +35,60 @@ class Origin(NamedTuple):
 
 
 def publish_failure(run_name: str, error: DeepSpecError, request: RunRequest, stage: str) -> None:
-    """Why the run failed and how to go on."""
+    """The run has an artifact with why it failed and how to go on."""
     with best_effort():
-        text = failure_text(run_name, error, resume_commands(request, stage, error))
         create_markdown_artifact(
-            text,
+            failure_text(run_name, error, resume_commands(request, stage, error)),
             key=prefect_key(f"{run_name}-failure"),
             description=f"{stage} failed, and how to go on",
         )
 
 
 def failure_text(run_name: str, error: DeepSpecError, commands: Mapping[str, str]) -> str:
-    """The error as Markdown: a table of the shards that are missing, what else is said, and a
+    """The error as Markdown: a table of the shards that are missing, the rest of the error, and a
     block for each command.
     """
     parts = [f"## {run_name} failed"]
     if error.failures:
-        rows = [
-            f"| {shard} | {_cell(failure['what'])} | {'yes' if failure.get('transient') else 'no, not as it is'} |"
-            for shard, failure in sorted(error.failures.items())[:MOST_ROWS]
-        ]
-        parts += [
-            "\n".join(
-                [
-                    "| shard | why it is missing | may another try help? |",
-                    "| ---: | --- | --- |",
-                    *rows,
-                ]
-            )
-        ]
+        lines = ["| shard | why it is missing | may another try help? |", "| ---: | --- | --- |"]
+        for shard, failure in sorted(error.failures.items())[:MOST_ROWS]:
+            may_help = "yes" if failure.get("transient") else "no, not as it is"
+            lines.append(f"| {shard} | {_cell(failure['what'])} | {may_help} |")
+        parts.append("\n".join(lines))
         if (more := len(error.failures) - MOST_ROWS) > 0:
             parts.append(f"and {more:,} more shards.")
-    if not isinstance(error, ShardsFailed):  # that one only repeats the table
+    if not isinstance(error, ShardsFailed):  # its text only repeats the table
         parts.append(_block(str(error)))
     parts += [f"### {title}\n\n{_block(command)}" for title, command in commands.items()]
     return "\n\n".join(parts) + "\n"
 
 
 def resume_commands(request: RunRequest, stage: str, error: DeepSpecError) -> dict[str, str]:
-    """By what they do: commands for the missing shards alone, and for the whole run again, as
-    the run itself was started.
+    """By what they do: commands for the missing shards alone, and for the whole run again, as the
+    run itself was started.
     """
     missing = sorted(error.failures) if STAGES[stage].is_selectable else []
     commands = dict[str, str]()
     with get_client(sync_client=True) as client:
         origin = find_origin(client)
-        if (
-            missing
-            and origin.deployment
-            and _has_deployment(client, name := f"{STAGES[stage].flow}/{origin.deployment}")
-        ):
-            commands["Only these shards, by a worker"] = deployment_command(
-                name, {**_asked(request), "shards": shard_list(missing)}
-            )
+        deployment = f"{STAGES[stage].flow}/{origin.deployment}"
+        if missing and origin.deployment and _has_deployment(client, deployment):
+            parameters = {**_parameters(request), "shards": shard_list(missing)}
+            command = deployment_command(deployment, parameters)
+            commands["Only these shards, by a worker"] = command
     if missing:
         commands["Only these shards, on this machine"] = request.shown(stage, missing)
     corrected = "Once that is corrected, the" if isinstance(error, UserError) else "The"
     again = f"{corrected} same run again: it does only what is missing"
     if origin.deployment:
-        commands[again] = deployment_command(
-            f"{origin.flow}/{origin.deployment}", origin.parameters
-        )
+        deployment = f"{origin.flow}/{origin.deployment}"
+        commands[again] = deployment_command(deployment, origin.parameters)
     else:
-        shards = (
-            ["--shards", str(asked)]
-            if (asked := origin.parameters.get("shards")) not in (None, "")
-            else []
-        )
-        commands[again] = shlex.join(
-            ["python", "-m", "flows", origin.flow, *request.arguments(), *shards]
-        )
+        words = ["python", "-m", "flows", origin.flow, *request.arguments()]
+        chosen = origin.parameters.get("shards")
+        if chosen not in (None, ""):
+            words += ["--shards", str(chosen)]
+        commands[again] = shlex.join(words)
     return commands
 
 
@@ -117,24 +101,17 @@ def find_origin(client: SyncPrefectClient) -> Origin:
 
 
 def deployment_command(name: str, parameters: Mapping[str, Any]) -> str:
-    """`prefect deployment run NAME -p ...`, for a shell; parameters at their empty defaults are
-    left out.
-    """
-    given = {
-        key: value
-        for key, value in parameters.items()
-        if value not in ("", None) and value != [] and value != ()
-    }
-    words = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in given.items()
-    ]
-    return shlex.join(
-        ["prefect", "deployment", "run", name, *(word for pair in words for word in ("-p", pair))]
-    )
+    """`prefect deployment run NAME -p ...` for a shell, without parameters that are empty."""
+    words = ["prefect", "deployment", "run", name]
+    for key, value in parameters.items():
+        if value in ("", None, [], ()):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += ["-p", f"{key}={text}"]
+    return shlex.join(words)
 
 
-def _asked(request: RunRequest) -> dict[str, Any]:
+def _parameters(request: RunRequest) -> dict[str, Any]:
     return {
         "recipe": request.source,
         "overrides": list(request.overrides),

@@ -19,7 +19,7 @@ from deepspec.errors import ConfigError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
 from flows.automations import PART
-from flows.lease_wait import is_part
+from flows.child_runs import is_part
 from flows.shard_scheduler import SHARD_DIGITS
 
 # `demo` alone means `dspark-demo`

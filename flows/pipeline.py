@@ -18,12 +18,11 @@ from typing import ParamSpec, TypeVar
 
 from prefect import Flow, flow, get_run_logger
 
-from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import report_text, results
 from flows.flow_stages import STAGES_OF
 from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
-from flows.request import open_run
+from flows.request import checked_run
 from flows.tasks import run_stages
 
 P = ParamSpec("P")
@@ -43,7 +42,8 @@ def form_flow(name: str, *, shards: str = MISSING_SHARDS) -> Callable[[Callable[
     Prefect takes the descriptions in a deployment's form from the docstring, and from there alone.
     """
     meanings = {
-        "recipe": "A recipe (`python -m deepspec recipes` lists them) or a run file ending in .yaml.",
+        "recipe": "A recipe (`python -m deepspec recipes` lists them) "
+        "or a run file ending in .yaml.",
         "overrides": "Fields to change, one `section.field=value` each, e.g. `train.lr=3e-4`.",
         "shards": shards,
         "store": "Artifact store, a folder or s3://bucket/prefix; empty takes the recipe's.",
@@ -98,12 +98,12 @@ def evaluate_draft(
     request = request_of(recipe, overrides, store)
     outcomes = run_stages(request, STAGES_OF["evaluate"], shards)
     if outcomes[-1].status.sealed:
-        config = open_run(request)
+        run = checked_run(request)
         words = ["python", "-m", "deepspec", "report", *request.arguments()]
         publish_results(
-            config.name,
-            report_text(Run(config)),
-            results(Run(config)).benchmarks,
+            run.config.name,
+            report_text(run),
+            results(run)["benchmarks"],
             report_url=f"{outcomes[-1].status.artifact_url}/report.html",
             command=shlex.join([*words, "--output", "report.html"]),
         )
@@ -117,7 +117,7 @@ def pipeline(
     """Prompts, answers, hidden states, draft, results: one after the other, each only where it is
     missing.
     """
-    open_run(request_of(recipe, overrides, store))
+    checked_run(request_of(recipe, overrides, store))
     outcomes: list[StageOutcome] = []
     for part in (prepare, train_draft, evaluate_draft):
         # The log of this run has nothing of what is logged in that one.

@@ -24,8 +24,8 @@ from deepspec.storage.store import Store
 
 START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
 STOP_S = 5.0
-# Long enough for a server that restarts; with Prefect's defaults each request would wait six minutes
-# for one that hangs.
+# Long enough for a server that restarts; with Prefect's defaults each request would wait six
+# minutes for one that hangs.
 PATIENCE = {"PREFECT_API_REQUEST_TIMEOUT": "10", "PREFECT_CLIENT_MAX_RETRIES": "4"}
 
 
@@ -45,7 +45,7 @@ class PrivateServer:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
-        # Registered before Prefect's own handlers, so it runs after they have sent their last events.
+        # Registered before Prefect's own handlers: it runs after they have sent their last events.
         atexit.register(self.stop)
 
     def wait(self) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from prefect import get_run_logger
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import missing
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import failures_allowed
 from deepspec.artifacts.stages import STAGES
-from deepspec.artifacts.status import StageStatus, missing_shards, training_lines
+from deepspec.artifacts.status import StageStatus, training_lines
 from deepspec.config.retries import StageLimits
 from deepspec.errors import DeepSpecError, ShardsFailed, UserError
 from deepspec.process.launch import RunRequest
@@ -25,6 +26,7 @@ from deepspec.process.shard_ranges import shard_list
 from flows.shard_scheduler import SHARD_DIGITS, Lane, ShardScheduler
 from flows.stage_failures import StageFailures
 from flows.stage_progress import StageProgress
+
 
 class StageRun:
     """A stage at work: what its lanes share.
@@ -94,9 +96,7 @@ class StageRun:
         """
         if not self.sharded:
             return list(group)
-        upstream = self.run.upstream(self.stage).records(group)
-        wanted = {shard: record.checksum for shard, record in upstream.items()}
-        return missing_shards(self.artifact, wanted)
+        return missing(self.run, self.stage, group)
 
     def count_made(self, lane: Lane, group: Sequence[int]) -> int:
         """Shards of the group that are committed; the records of those that no event named count as

@@ -1,5 +1,5 @@
-"""Progress of work that is done where its events cannot be heard: the shards that appear in the
-store are told of as they do.
+"""Progress of work whose events do not reach this process: the shards that appear in the store are
+added as they do.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import copy_context
 
 from deepspec.artifacts.artifact import Artifact
@@ -19,14 +19,14 @@ from flows.stage_progress import StageProgress
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 3.0  # between two looks into the store
-# share of the time that is spent on it: a listing of 10,000 records takes a while
+POLL_S = 3.0  # between two looks into the store
+# share of the time that is spent on looking: a listing of 10,000 records takes a while
 MOST_LOOKING = 0.05
 
 
 class StoreWatch:
-    """Tells a progress of the shards that others commit: a listing of names at each look, and each
-    new record read once.
+    """Adds the shards that others commit to a stage's progress: a listing of names at each look,
+    and each new record read once.
     """
 
     def __init__(
@@ -35,51 +35,42 @@ class StoreWatch:
         todo: StageStatus,
         progress: StageProgress,
         *,
-        poll_s: float = LOOK_S,
+        poll_s: float = POLL_S,
     ) -> None:
-        self.artifact, self.progress, self.poll_s, self.took_s = artifact, progress, poll_s, 0.0
-        # The stale record of a shard that is made again is there already: that one is seen at the
-        # end.
-        self.left = (
-            set(todo.missing) - set(artifact.record_shards())
-            if STAGES[todo.stage].is_sharded
-            else set[int]()
-        )
+        self.artifact, self.progress, self.poll_s = artifact, progress, poll_s
+        self._took_s = 0.0
+        self._left = set[int]()
+        if STAGES[todo.stage].is_sharded:
+            # A shard that is made again has its stale record: it is counted at the end.
+            self._left = set(todo.missing) - set(artifact.record_shards())
 
     def poll(self) -> None:
-        """May raise what the store raises."""
-        if not self.left:
+        """Look once; may raise what the store raises."""
+        if not self._left:
             return
         started = time.monotonic()
-        new = sorted(self.left & set(self.artifact.record_shards()))
-        self._report(new)
-        self.left -= set(new)
-        self.took_s = time.monotonic() - started
-
-    def _report(self, shards: Sequence[int]) -> None:
-        for record in self.artifact.read_records(shards).values():
-            fields = record.model_dump(
-                include={"shard", "rows", "tokens", "num_bytes", "seconds", "rejected"}
-            )
-            self.progress.on_event({"event": "shard", "stage": self.artifact.key.stage, **fields})
+        new = self._left & set(self.artifact.record_shards())
+        for record in self.artifact.read_records(sorted(new)).values():
+            self.progress.add_record(record)
+        self._left -= new
+        self._took_s = time.monotonic() - started
 
     @property
     def pause_s(self) -> float:
-        return max(self.poll_s, self.took_s / MOST_LOOKING)
+        """Seconds to wait before the next look."""
+        return max(self.poll_s, self._took_s / MOST_LOOKING)
 
 
 @contextlib.contextmanager
 def watching_store(watch: StoreWatch) -> Iterator[None]:
-    """Within the block, and a last time at its end, the watch's progress hears of what is
-    committed.
-    """
+    """Looks within the block as often as the watch allows, and a last time at its end."""
     ended = threading.Event()
 
     def look() -> None:
         try:
             watch.poll()
-        except (DeepSpecError, OSError) as error:  # no more than the bar stands still
-            log.warning("the store could not be looked at: %s", error)
+        except (DeepSpecError, OSError) as error:  # the progress stands still, and no more
+            log.warning("the store cannot be read for progress: %s", error)
 
     def look_until_ended() -> None:
         while not ended.wait(watch.pause_s):

@@ -39,8 +39,8 @@ class WorkPool:
                 raise ConfigError(
                     f"there is no deployment {title!r} on the Prefect server",
                     where="resources.runner.workers",
-                    fix="run `python -m flows.setup`, with PREFECT_API_URL set to the server of the "
-                    "workers; or another name",
+                    fix="run `python -m flows.setup`, with PREFECT_API_URL set to the server of "
+                    "the workers; or another name",
                 ) from None
             own = client.read_flow_run(flow_run.root_flow_run_id)
         self.limit = self._smallest_limit(pool_limit, own)
@@ -81,8 +81,8 @@ class WorkPool:
         return sum(worker.status == "ONLINE" for worker in workers)
 
     def room(self) -> int:
-        """Groups that can be under way: one for each worker, within the limits; one that waits where
-        there is no worker.
+        """Groups that can be under way: one for each worker, within the limits; one that waits
+        where there is no worker.
         """
         workers = max(1, self.online())
         return workers if self.limit is None else min(workers, self.limit)

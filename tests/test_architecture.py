@@ -59,9 +59,6 @@ LONGER_FOR_NOW = {
     "deepspec/plan/workload.py",
     "deepspec/process/launch.py",
     "deepspec/train/zero.py",
-    "flows/pool_executor.py",
-    "flows/ray_executor.py",
-    "flows/stage_run.py",
 }
 
 

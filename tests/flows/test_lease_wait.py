@@ -19,15 +19,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from deepspec.artifacts.leases import Acquired, Leases, this_process
-from deepspec.artifacts.run import Run
+from deepspec.artifacts.run import Run, open_run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import TransientError
 from deepspec.process.launch import RunRequest
 from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
-from flows import lease_wait as turns
-from flows.lease_wait import GROUP, leases_on
+from flows import lease_wait
+from flows.child_runs import GROUP
+from flows.lease_wait import leases_on
 from flows.reporting import StageOutcome, watched_by
 from flows.tasks import run_stages
 
@@ -107,7 +108,7 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
     ), "not for ever"
 
 
-def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_is_taken_over(
+def test_runs_of_different_shards_work_in_parallel_and_what_a_dead_one_had_is_taken_over(
     run_file: Path,
 ):
     (run_file.parent / "slow").touch()
@@ -137,9 +138,9 @@ def test_runs_of_different_shards_work_side_by_side_and_what_a_dead_one_claimed_
     assert first[0][1].state == "done" and second[0][1].status.sealed
 
 
-def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file: Path):
+def test_a_child_run_does_not_keep_a_worker_waiting(run_file: Path):
     @flow
-    def dealing() -> None:
+    def parent() -> None:
         with tags(GROUP):
             answers(str(run_file), (), "4")
 
@@ -151,15 +152,15 @@ def test_a_run_that_was_dealt_its_shards_does_not_keep_a_worker_waiting(run_file
         with pytest.raises(
             TransientError, match=r"another run works on these shards: run 'capture x' on "
         ):
-            dealing()
+            parent()
     assert this_process().startswith(other.lease.process.split()[0])
 
 
 def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next_one(
     run_file: Path,
 ):
-    """Killed, a run leaves those to which it has dealt its shards behind on other machines, and
-    the UI's retry has its very id.
+    """Killed, a run leaves its child runs behind on other machines, and the UI's retry has the same
+    id.
     """
     artifact, seen = Run(load_run(str(run_file))).artifact("answers"), list[list[int]]()
 
@@ -179,8 +180,8 @@ def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next
 
 
 def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Path):
-    """A sweep's runs share what comes before their drafts; only groups that a stage deals out
-    are not to wait for it.
+    """A sweep's runs share what comes before their drafts; only child runs are not to wait for their
+    parent.
     """
     artifact = Run(load_run(str(run_file))).artifact("answers")
 
@@ -191,24 +192,21 @@ def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Pat
     @flow
     def sweep() -> tuple[str, str, str]:
         with tags(GROUP):
-            dealt = part()
-        return leases_on(artifact).lease.run_id, dealt, part()
+            child = part()
+        return leases_on(artifact).lease.run_id, child, part()
 
-    own, dealt, other = sweep()
-    assert (own, other) == (dealt, "")
+    own, child, other = sweep()
+    assert (own, other) == (child, "")
 
 
 def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = load_run(str(run_file))
-    run_prompts(Run(config))
-    artifact, todo, tries = (
-        Run(config).artifact("answers"),
-        stage_status(Run(config), "answers"),
-        list[int](),
-    )
-    monkeypatch.setattr(turns, "StoreWatch", partial(turns.StoreWatch, poll_s=0.1))
+    run = open_run(str(run_file))
+    run_prompts(run)
+    artifact, todo = run.artifact("answers"), stage_status(run, "answers")
+    tries = list[int]()
+    monkeypatch.setattr(lease_wait, "StoreWatch", partial(lease_wait.StoreWatch, poll_s=0.1))
 
     class Away(Leases):
         def acquire(self, wanted: Iterable[int]) -> Acquired:
@@ -224,7 +222,5 @@ def test_a_run_that_waits_for_hours_goes_on_waiting_while_the_store_is_away(
         Away(artifact, other.lease.model_copy(update={"run_id": "another"})) as waiting,
     ):
         other.acquire(todo.missing)
-        assert (
-            flow(turns.acquire_shards, validate_parameters=False)(waiting, config, todo)[0]
-            == todo.missing
-        )
+        turn = flow(lease_wait.acquire_shards, validate_parameters=False)(waiting, run, todo)
+        assert turn == (todo.missing, True)

@@ -30,7 +30,7 @@ from deepspec.process.launch import RunRequest
 from deepspec.process.progress_display import Progress
 from deepspec.prompts.stage import run_prompts
 from flows.reporting import StageOutcome, watched_by
-from flows.request import open_run
+from flows.request import checked_run
 from flows.server import free_port
 from flows.tasks import run_stages
 from tests.answer_server import answer_server
@@ -41,7 +41,7 @@ from tests.processes import is_alive
 
 if find_spec("prefect_ray") is None:
     pytest.skip("Ray is not installed", allow_module_level=True)
-from flows.ray_executor import ON_LOOPBACK, connected
+from flows.ray_cluster import ON_LOOPBACK, connected
 
 pytestmark = pytest.mark.slow
 
@@ -278,4 +278,4 @@ def test_a_run_on_ray_is_refused_where_it_is_not_installed(
 ):
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(ConfigError, match="needs prefect_ray, not installed here"):
-        open_run(RunRequest(str(run_file), ("resources.runner.kind=ray",)))
+        checked_run(RunRequest(str(run_file), ("resources.runner.kind=ray",)))

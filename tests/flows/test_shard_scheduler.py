@@ -9,7 +9,6 @@ import threading
 
 import pytest
 
-from deepspec.artifacts.run import Run
 from deepspec.config.retries import LONGEST_DELAY_S, StageLimits
 from flows.shard_scheduler import IN_A_ROW, MAX_GROUPS, Lane, ShardScheduler
 
@@ -48,7 +47,7 @@ def worked_off(
 
 
 def test_a_faster_lane_gets_more_and_all_end_together():
-    lanes = [Lane(Run("fast")), Lane(Run("slow"))]
+    lanes = [Lane("fast"), Lane("slow")]
     groups, ends = worked_off(scheduler_of(1000, lanes), [10.0, 40.0])
     ideal = 1000 / (1 / 10 + 1 / 40)
     assert ends < 1.05 * ideal
@@ -58,22 +57,21 @@ def test_a_faster_lane_gets_more_and_all_end_together():
 
 def test_groups_last_minutes_and_never_exceed_what_is_allowed():
     # 600 s wished: ten shards of a minute
-    groups, _ = worked_off(scheduler_of(2000, [Lane(Run("lane"))]), [60.0])
+    groups, _ = worked_off(scheduler_of(2000, [Lane("lane")]), [60.0])
     assert {size for _, size in groups[1:-5]} == {10}
-    groups, _ = worked_off(scheduler_of(2000, [Lane(Run("lane"))]), [0.1])
+    groups, _ = worked_off(scheduler_of(2000, [Lane("lane")]), [0.1])
     assert {size for _, size in groups[:-5]} == {32}
 
 
 def test_a_stage_of_ten_thousand_slow_shards_does_not_become_ten_thousand_task_runs():
     groups, _ = worked_off(
-        scheduler_of(10_000, [Lane(Run(str(number))) for number in range(8)], group_s=60.0),
-        [300.0] * 8,
+        scheduler_of(10_000, [Lane(str(number)) for number in range(8)], group_s=60.0), [300.0] * 8
     )
     assert len(groups) <= MAX_GROUPS + 1
 
 
 def test_what_a_lane_gives_back_another_one_makes_that_waits_for_it():
-    lanes = [Lane(Run("dies")), Lane(Run("lives"))]
+    lanes = [Lane("dies"), Lane("lives")]
     scheduler = scheduler_of(2, lanes, most=1)
     first, second = scheduler.next_group(lanes[0]), scheduler.next_group(lanes[1])
     scheduler.group_ended(lanes[1], second, 1, 1.0)
@@ -89,7 +87,7 @@ def test_what_a_lane_gives_back_another_one_makes_that_waits_for_it():
 
 
 def test_a_shard_is_given_out_again_as_often_as_is_allowed():
-    lane = Lane(Run("lane"))
+    lane = Lane("lane")
     scheduler = scheduler_of(2, [lane], most=1)
     for spent in ([], [], [0]):
         group = scheduler.next_group(lane)
@@ -99,7 +97,7 @@ def test_a_shard_is_given_out_again_as_often_as_is_allowed():
 
 
 def test_a_lane_that_only_fails_is_left_out_and_the_last_one_never():
-    lanes = [Lane(Run("sick")), Lane(Run("well"))]
+    lanes = [Lane("sick"), Lane("well")]
     scheduler = scheduler_of(100, lanes)
     for number in range(IN_A_ROW):
         assert scheduler.lane_failed(lanes[0]) == (number == IN_A_ROW - 1)
@@ -108,7 +106,7 @@ def test_a_lane_that_only_fails_is_left_out_and_the_last_one_never():
 
 
 def test_where_the_stage_ends_nobody_waits_any_longer():
-    lanes = [Lane(Run("busy")), Lane(Run("waiting"))]
+    lanes = [Lane("busy"), Lane("waiting")]
     scheduler = scheduler_of(1, lanes)
     assert scheduler.next_group(lanes[0]) == [0]
     waiting = threading.Thread(target=scheduler.next_group, args=(lanes[1],))
@@ -122,7 +120,7 @@ def test_a_lane_that_gets_on_between_its_failures_is_not_left_out():
     """Workers that are killed every minute made some of each group: one after the other, all
     lanes but one were left out for good.
     """
-    lanes = [Lane(Run("killed")), Lane(Run("well"))]
+    lanes = [Lane("killed"), Lane("well")]
     scheduler = scheduler_of(100, lanes)
     assert not any(scheduler.lane_failed(lanes[0], made=2) for _ in range(3 * IN_A_ROW))
     assert [scheduler.lane_failed(lanes[0]) for _ in range(IN_A_ROW)] == [False, False, True]

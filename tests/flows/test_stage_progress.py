@@ -12,7 +12,6 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import StageStatus
 from deepspec.process.progress_display import Progress
 from flows.reporting import watched_by
@@ -63,7 +62,7 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
     take about 490 s.
     """
     seen, now = list[Progress](), time.monotonic()
-    lanes = [Lane(Run(name), doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
+    lanes = [Lane(name, doing="answers 0900-0949", began=now - 10) for name in ("a", "b")]
     with watched_by(seen.append):
         progress = StageProgress("rates", status("answers", 900, 100), sharded=True)
         progress._began = now - 10
@@ -86,7 +85,7 @@ def test_rates_and_time_left_are_those_of_this_run_and_its_lanes():
 
 
 def test_the_lanes_are_a_table_and_the_artifacts_stay_the_same_ones():
-    lanes = [Lane(Run("GPU 0 #0"), "0", failed=1), Lane(Run("GPU 1 #1"), "1", dead=True)]
+    lanes = [Lane("GPU 0 #0", "0", failed=1), Lane("GPU 1 #1", "1", dead=True)]
     progress = StageProgress("lanes", status("hidden", 0, 4), sharded=True)
     progress.show_lanes(lanes)
     lanes[0].doing, lanes[0].began = "hidden 0000-0003", time.monotonic() - 60
@@ -165,3 +164,59 @@ def test_a_store_that_cannot_be_read_just_then_costs_the_curves_alone(
     )
     assert progress.current.done == 1 and "the bucket is away" in caplog.text
     assert data_of("away-train-curves").count("data:image/svg+xml") == 1
+
+
+def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again():
+    seen: list[Progress] = []
+    before = status("answers", 2, 3)
+    with watched_by(seen.append):
+        progress = StageProgress("flaky", before, sharded=True)
+        for shard in (2, 3, 3, 4):
+            progress.on_event(
+                {
+                    "event": "shard",
+                    "stage": "answers",
+                    "shard": shard,
+                    "rows": 2,
+                    "tokens": 10,
+                    "num_bytes": 100,
+                }
+            )
+            progress.on_event(
+                {"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"}
+            )
+        progress.close("done")
+    assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
+    assert {"rows": 6, "tokens": 30, "num_bytes": 300, "rejected": 0}.items() <= seen[
+        -1
+    ].numbers.items()
+
+
+def test_what_the_lanes_report_of_the_rows_under_way_is_added_up():
+    seen: list[Progress] = []
+    event = {
+        "event": "answering",
+        "stage": "answers",
+        "rows": 10,
+        "rows_todo": 100,
+        "tokens": 50,
+        "tokens_per_s": 20.0,
+        "in_flight": 8,
+        "errors": 1,
+        "refused": 0,
+        "truncated_share": 0.25,
+        "left_s": 60,
+    }
+    with watched_by(seen.append):
+        progress = StageProgress("answering", status("answers", 0, 6), sharded=True)
+        progress.on_event(event, lane="answers 0-2")
+        progress.on_event(
+            {**event, "rows": 30}, lane="answers 0-2"
+        )  # a later event of the same lane
+        progress.on_event({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
+        note = seen[-1].note
+        progress.close("done")
+    assert (
+        note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
+    )
+    assert seen[-1].note == ""

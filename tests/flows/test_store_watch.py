@@ -21,7 +21,7 @@ from flows.store_watch import StoreWatch, watching_store
 
 
 @pytest.mark.filterwarnings("ignore:Artifact creation outside")
-def test_the_board_hears_of_each_shard_that_appears_and_of_no_other(run_file: Path):
+def test_each_shard_that_appears_is_added_once_and_no_other(run_file: Path):
     config = load_run(
         str(run_file), ("resources.retries.times=0", "answers.engine=tests.engines:Echo")
     )

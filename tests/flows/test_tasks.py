@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,24 +20,15 @@ from prefect.client.orchestration import get_client
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
-from deepspec.config.run import RunConfig
-from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
+from deepspec.errors import ConfigError, ShardsFailed
 from deepspec.process import launch
 from deepspec.process.launch import MARK, RunRequest
-from deepspec.process.machine import visible_gpus
 from deepspec.process.progress_display import Progress
-from deepspec.prompts.stage import run_prompts
-from flows.local_executor import LocalExecutor
 from flows.reporting import StageOutcome, watched_by
-from flows.shard_scheduler import Lane
-from flows.stage_progress import StageProgress
-from flows.stage_run import StageRun
 from flows.tasks import run_stages
 from tests.answer_server import answer_server
 from tests.conftest import write_jsonl
 from tests.flows.conftest import SERVED, flaky_run, questions
-
-outside_a_flow = pytest.mark.filterwarnings("ignore:Artifact creation outside")
 
 
 @flow
@@ -281,142 +271,6 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
     assert not (run_file.parent / "store").exists()
 
 
-def stage_run(run_file: Path, *overrides: str) -> StageRun:
-    request = RunRequest(str(run_file), ("resources.devices.type=auto", *overrides))
-    config: RunConfig = load_run(request.source, request.overrides)
-    run_prompts(Run(config))
-    status = stage_status(Run(config), "answers")._replace(missing=[0, 1, 2, 3])
-    return StageRun(request, config, status)
-
-
-@outside_a_flow
-def test_only_shards_that_failed_for_good_are_given_up(run_file: Path):
-    run, lane = alone(stage_run(run_file))
-    run.group_failed(
-        ShardsFailed(
-            "",
-            failures={
-                1: {"what": "busy", "transient": True},
-                2: {"what": "bad", "transient": False},
-            },
-        ),
-        lane,
-        [0, 1, 2],
-    )
-    assert list(run.given_up([0, 1, 2])) == [2]
-    run.group_failed(TransientError("killed"), lane, [0, 1])
-    assert list(run.given_up([0, 1, 2])) == [2]
-    assert run.error is None
-    run.group_failed(ChildFailed("no word"), lane, [3])
-    assert isinstance(run.failure(stage_status(Run(run.config), "answers")), ChildFailed)
-
-
-def alone(run: StageRun) -> tuple[StageRun, Lane]:
-    """The run with its only lane, to which everything was assigned."""
-    run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
-    assert run.scheduler.next_group(lane) == [0, 1, 2] and run.scheduler.next_group(lane) == [3]
-    return run, lane
-
-
-@outside_a_flow
-def test_a_group_that_fails_as_a_whole_counts_once(run_file: Path):
-    run, lane = alone(stage_run(run_file))
-    run.group_failed(ChildFailed("no word"), lane, [0, 1])
-    run.group_failed(ChildFailed("no word"), lane, [0, 1])
-    run.group_failed(
-        ShardsFailed(
-            "",
-            failures={
-                2: {"what": "busy", "transient": True},
-                3: {"what": "bad", "transient": False},
-            },
-        ),
-        lane,
-        [2, 3],
-    )
-    assert run.lost == {0, 3} and not run.too_many_failed()
-
-
-@outside_a_flow
-def test_a_shard_that_failed_for_good_counts_while_its_group_is_at_work_and_once(run_file: Path):
-    """Groups last minutes: lanes that fail side by side would be told to stop long after too
-    much was lost.
-    """
-    seen: list[Progress] = []
-    with watched_by(seen.append):
-        run, lane = alone(stage_run(run_file, "resources.retries.max_failed=0"))
-        busy = {
-            "event": "failed",
-            "stage": "answers",
-            "shard": 0,
-            "what": "busy",
-            "transient": True,
-        }
-        run.on_event(busy, lane=lane.name)
-        assert not run.too_many_failed()
-        run.on_event({**busy, "shard": 1, "what": "bad", "transient": False}, lane=lane.name)
-        assert run.too_many_failed() and run.scheduler.stopped and seen[-1].numbers["failed"] == 1
-        bad = {"what": "bad", "transient": False}
-        run.group_failed(
-            ShardsFailed("", failures={0: {"what": "busy", "transient": True}, 1: bad}),
-            lane,
-            [0, 1, 2],
-        )
-        assert run.lost == {1}
-
-
-@outside_a_flow
-def test_what_failed_for_good_is_not_tried_again_because_its_child_was_killed_after_it(
-    run_file: Path,
-):
-    run, lane = alone(stage_run(run_file))
-    run.on_event(
-        {"event": "failed", "stage": "answers", "shard": 1, "what": "bad", "transient": False},
-        lane=lane.name,
-    )
-    run.group_failed(TransientError("killed"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.scheduler._waiting] == [0, 2] and list(
-        run.given_up([0, 1, 2])
-    ) == [1]
-
-
-@outside_a_flow
-def test_shards_of_a_group_that_got_on_before_it_was_killed_are_not_counted_as_tried(
-    run_file: Path,
-):
-    """With a worker that dies every minute, the last shards of a long group were given up
-    before anybody had begun them.
-    """
-    run, lane = alone(stage_run(run_file, "resources.retries.times=1"))
-    run.scheduler.group_ended(lane, [3], 1, 1.0)
-    group = [0, 1, 2]
-    for left in ([1, 2], [2], [2]):
-        run.missing = lambda group, left=left: left
-        run.group_failed(TransientError("killed"), lane, group)
-        run.scheduler.group_ended(lane, group, 0, 1.0)
-        assert run.failed == set()
-        time.sleep(0.1)
-        group = run.scheduler.next_group(lane)
-        assert group == left
-    run.group_failed(TransientError("killed"), lane, group)
-    assert run.failed == {2}, "twice nothing was made"
-
-
-@outside_a_flow
-def test_what_fails_while_the_store_is_away_is_tried_again(run_file: Path):
-    """The child fails because of it, and then nobody can say what is missing of its group: the
-    group was given up.
-    """
-    run, lane = alone(stage_run(run_file))
-
-    def away(group: Sequence[int]) -> list[int]:
-        raise TransientError("the server did not answer")
-
-    run.missing = away
-    flow(run.group_failed)(TransientError("the server did not answer"), lane, [0, 1, 2])
-    assert [shard.number for shard in run.scheduler._waiting] == [0, 1, 2]
-
-
 def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -430,132 +284,6 @@ def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
 
     monkeypatch.setattr(launch.Scope, "start", refusing)
     assert prompts_and_answers(str(run_file))[1].status.sealed and refused
-
-
-@outside_a_flow
-def test_a_lane_that_dies_of_what_nobody_foresaw_keeps_no_other_one_waiting(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A group that stayed its own for ever would have held every other lane, and the run, in
-    `take`.
-    """
-    run = stage_run(run_file)
-    run.scheduler.lanes = [dying, other] = [Lane(Run("dying")), Lane(Run("other"))]
-    monkeypatch.setattr(run.progress, "update_lanes", lambda: json.loads("no JSON"))
-    with pytest.raises(ValueError, match="Expecting value"):
-        run.serve(LocalExecutor(run), dying)
-    monkeypatch.undo()
-    assert not run.scheduler._assigned and dying.dead
-    left = run.scheduler.next_group(other)
-    run.scheduler.group_ended(other, left, len(left), 1.0)
-    assert left and not run.scheduler.lane_failed(other)
-
-
-@outside_a_flow
-def test_a_stage_without_shards_that_ends_without_a_word_names_no_shard(run_file: Path):
-    """It said `python -m deepspec train RUN --shards 0`, which there is not."""
-    run = StageRun(
-        RunRequest(str(run_file)),
-        load_run(str(run_file)),
-        stage_status(Run(load_run(str(run_file))), "train"),
-    )
-    said = run.failure(run.before)
-    assert (
-        isinstance(said, ChildFailed)
-        and "shard" not in said.what + said.fix
-        and said.failures == {}
-    )
-
-
-@outside_a_flow
-def test_a_stage_without_shards_keeps_its_childs_word(run_file: Path):
-    config = load_run(str(run_file))
-    run = StageRun(RunRequest(str(run_file)), config, stage_status(Run(config), "train"))
-    run.scheduler.lanes = [lane] = LocalExecutor(run).lanes
-    assert run.scheduler.next_group(lane) == [0]
-    run.group_failed(
-        ShardsFailed("the child's word", failures={7: {"what": "bad", "transient": False}}),
-        lane,
-        [0],
-    )
-    assert "the child's word" in str(run.failure(stage_status(Run(run.config), "train")))
-
-
-@outside_a_flow
-def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert visible_gpus() == ["3", "GPU-5"]
-    executor = LocalExecutor(stage_run(run_file))
-    assert [executor.environment(lane)["CUDA_VISIBLE_DEVICES"] for lane in executor.lanes] == [
-        "3",
-        "GPU-5",
-    ]
-    on_cpu = LocalExecutor(
-        stage_run(run_file, "resources.devices.type=cpu", "resources.devices.lanes=3")
-    )
-    assert len(on_cpu.lanes) == 3 and "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(
-        on_cpu.lanes[0]
-    )
-
-
-@outside_a_flow
-def test_progress_counts_every_shard_once_even_if_a_retry_reports_it_again(run_file: Path):
-    seen: list[Progress] = []
-    status = stage_status(Run(load_run(str(run_file))), "answers")._replace(
-        committed=2, missing=[2, 3, 4]
-    )
-    with watched_by(seen.append):
-        progress = StageProgress("flaky", status, sharded=True)
-        for shard in (2, 3, 3, 4):
-            progress.on_event(
-                {
-                    "event": "shard",
-                    "stage": "answers",
-                    "shard": shard,
-                    "rows": 2,
-                    "tokens": 10,
-                    "num_bytes": 100,
-                }
-            )
-            progress.on_event(
-                {"event": "progress", "stage": "answers", "done": 1, "total": 2, "unit": "shards"}
-            )
-        progress.close("done")
-    assert [progress.done for progress in seen] == [2, 3, 4, 4, 5, 5]
-    assert {"rows": 6, "tokens": 30, "num_bytes": 300, "rejected": 0}.items() <= seen[
-        -1
-    ].numbers.items()
-
-
-@outside_a_flow
-def test_what_the_lanes_say_of_the_rows_under_way_is_added_up(run_file: Path):
-    seen: list[Progress] = []
-    event = {
-        "event": "answering",
-        "stage": "answers",
-        "rows": 10,
-        "rows_todo": 100,
-        "tokens": 50,
-        "tokens_per_s": 20.0,
-        "in_flight": 8,
-        "errors": 1,
-        "refused": 0,
-        "truncated_share": 0.25,
-        "left_s": 60,
-    }
-    with watched_by(seen.append):
-        progress = StageProgress(
-            "answering", stage_status(Run(load_run(str(run_file))), "answers"), sharded=True
-        )
-        progress.on_event(event, lane="answers 0-2")
-        progress.on_event({**event, "rows": 30}, lane="answers 0-2")  # later word of the same lane
-        progress.on_event({**event, "left_s": 90, "truncated_share": 0.0}, lane="answers 3-5")
-        note = seen[-1].note
-        progress.close("done")
-    assert (
-        note == "40 of 200 rows, 40 tokens/s, 16 in flight, 2 errors, 12.5% truncated, 0:01:30 left"
-    )
-    assert seen[-1].note == ""
 
 
 def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(

@@ -1,5 +1,5 @@
-"""What a run finds out about the pool that is to do its work: no such deployment, no room
-beside itself, nobody there.
+"""What a run finds out about the pool that is to do its work: no such deployment, no room for
+others, no worker.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
-from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, StoreError, TransientError
-from flows import pool
-from flows.pool import WorkPool
-from flows.pool_executor import error_in
+from deepspec.errors import ConfigError
+from flows import work_pool
 from flows.stage_progress import StageProgress
+from flows.work_pool import WorkPool
 
 
 @pytest.fixture(scope="module")
 def deployment() -> tuple[str, UUID]:
-    """A pool on which nobody works, and the id of a deployment `answering/NAME` on it, both of
-    this name.
+    """A pool without a worker, and the id of a deployment `answering/NAME` on it, both of this
+    name.
     """
     name = f"empty-{uuid4().hex[:6]}"
     with get_client(sync_client=True) as client:
@@ -57,7 +56,7 @@ def test_a_deployment_that_is_not_there_is_named(run_file: Path):
         look_at("regenerate/nowhere", run_file)
 
 
-def test_a_pool_without_a_worker_is_told_once_with_the_command_that_starts_one(
+def test_a_pool_without_a_worker_is_reported_once_with_the_command_that_starts_one(
     run_file: Path,
     deployment: tuple[str, UUID],
     monkeypatch: pytest.MonkeyPatch,
@@ -65,7 +64,7 @@ def test_a_pool_without_a_worker_is_told_once_with_the_command_that_starts_one(
 ):
     name = deployment[0]
     assert look_at(f"answering/{name}", run_file, looks=3) == (1, ""), "not before a minute is over"
-    monkeypatch.setattr(pool, "DESERTED_S", 0.0)
+    monkeypatch.setattr(work_pool, "DESERTED_S", 0.0)
     told = (
         f"no worker on the work pool '{name}': start one with `prefect worker start --pool {name}`"
     )
@@ -90,24 +89,3 @@ def test_a_run_that_holds_the_only_place_of_the_pool_is_refused(
             look_at(f"answering/{name}", run_file)
         client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=2))
         assert look_at(f"answering/{name}", run_file)[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("message", "kind", "what"),
-    [
-        (
-            "Flow run encountered an exception: StoreError: cannot write\n  where: store x\n  fix: choose",
-            StoreError,
-            "cannot write",
-        ),
-        ("Flow run encountered an exception: TransientError: gone", TransientError, "gone"),
-        ("Flow run encountered an exception: ShardsFailed: 3 failed", ChildFailed, "told"),
-        ("Flow run encountered an exception: KeyError: 'x'", ChildFailed, "'x'"),
-        ("it broke", ChildFailed, "told"),
-    ],
-)
-def test_a_child_runs_message_becomes_its_error_again(
-    message: str, kind: type[DeepSpecError], what: str
-):
-    found = error_in(message, "told", "here")
-    assert (type(found), found.what, found.where) == (kind, what, "here")

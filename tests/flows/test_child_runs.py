@@ -1,5 +1,5 @@
-"""What a run asks of a pool's workers, without a worker: nothing is asked for twice, and
-nobody's shards are given to another one.
+"""Child runs on a pool without a worker: none is started twice, none's shards are given to another
+one, and the error of one reaches its parent as it was.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from prefect.states import Crashed, Failed, Running, State
 from prefect.types._datetime import now
 
 from deepspec.artifacts.leases import Lease, Leases
-from deepspec.artifacts.run import Run
-from deepspec.artifacts.side_files import put_failure
+from deepspec.artifacts.run import open_run
 from deepspec.artifacts.status import stage_status
-from deepspec.config.recipes import load_run
-from deepspec.errors import DeepSpecError, ShardsFailed, TransientError
+from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed, StoreError, TransientError
 from deepspec.process.launch import RunRequest
-from flows import pool_executor as workers
+from flows import child_runs, pool_executor
 from flows.automations import ended
-from flows.lease_wait import GROUP, is_part, leases_on
-from flows.pool import WorkPool
+from flows.child_runs import GROUP, is_part, leaving_error_to_parent, read_error
+from flows.lease_wait import leases_on
 from flows.pool_executor import PoolExecutor
 from flows.stage_run import StageRun
 from flows.tasks import run_stages
+from flows.work_pool import WorkPool
 from tests.flows.conftest import flaky_run
 from tests.flows.test_lease_wait import in_thread, wait_until
 
@@ -68,7 +67,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     """A pool of its own, on which nobody works."""
-    monkeypatch.setattr(workers, "POLL_S", 0.05)
+    monkeypatch.setattr(pool_executor, "POLL_S", 0.05)
+    monkeypatch.setattr(child_runs, "PAUSE_S", 0.1)
     name = f"empty-{uuid4().hex[:6]}"
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
@@ -85,24 +85,21 @@ def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     )
 
 
-def dealt(site: Site, act: Callable[[StageRun, Leases], None]) -> None:
-    """Do this in a flow that is about to deal out the stage `answers`."""
+def assigning(site: Site, act: Callable[[StageRun, Leases], None]) -> None:
+    """Do this in a flow that is about to assign the shards of `answers`."""
 
     @flow
-    def dealing() -> None:
-        config = load_run(str(site.run_file), site.overrides)
-        run = StageRun(
-            RunRequest(str(site.run_file), site.overrides),
-            config,
-            stage_status(Run(config), "answers"),
-        )
+    def parent() -> None:
+        run = open_run(str(site.run_file), site.overrides)
+        request = RunRequest(str(site.run_file), site.overrides)
+        stage_run = StageRun(request, run, stage_status(run, "answers"))
         try:
-            with leases_on(Run(config).artifact("answers")) as leases:
-                act(run, leases)
+            with leases_on(run.artifact("answers")) as leases:
+                act(stage_run, leases)
         finally:
-            run.left.set()
+            stage_run.left.set()
 
-    dealing()
+    parent()
 
 
 def at_work(executor: PoolExecutor, shards: list[int]) -> tuple[threading.Thread, list[Any]]:
@@ -124,12 +121,12 @@ def set_state(run: FlowRun, state: State[Any]) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
-def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
+def test_a_child_run_whose_start_the_server_could_not_confirm_is_not_started_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ):
     lost = list[str]()
 
-    def unreported(*args: Any, **fields: Any) -> FlowRun:
+    def unconfirmed(*args: Any, **fields: Any) -> FlowRun:
         made = run_deployment(*args, **fields)
         if not lost:
             lost.append(fields["idempotency_key"])
@@ -143,8 +140,8 @@ def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
         return WorkPool(*args)
 
     lost_pools = list[Any]()
-    monkeypatch.setattr(workers, "run_deployment", unreported)
-    monkeypatch.setattr(workers, "WorkPool", restarting)
+    monkeypatch.setattr(child_runs, "run_deployment", unconfirmed)
+    monkeypatch.setattr(pool_executor, "WorkPool", restarting)
 
     def act(run: StageRun, leases: Leases) -> None:
         executor = PoolExecutor(run, leases)
@@ -153,23 +150,23 @@ def test_a_run_whose_making_the_server_could_not_confirm_is_not_made_again(
         run.left.set()
         thread.join(60)
 
-    dealt(site, act)
+    assigning(site, act)
     (child,) = site.children()
     assert child.name == "regenerate run.yaml 0000 (part)" and child.state_name == "Cancelled"
 
 
-def test_what_an_earlier_try_asked_for_and_nobody_began_is_cancelled(site: Site):
+def test_child_runs_of_an_earlier_try_that_no_worker_began_are_cancelled(site: Site):
     def act(run: StageRun, leases: Leases) -> None:
-        left = PoolExecutor(run, leases)._start(1, [0, 1])
+        left = PoolExecutor(run, leases)._start([0, 1])
         PoolExecutor(run, leases)
         assert [(child.id, child.state_name) for child in site.children()] == [
             (left.id, "Cancelled")
         ]
 
-    dealt(site, act)
+    assigning(site, act)
 
 
-def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_another_one(
+def test_the_shards_of_a_run_that_is_marked_crashed_but_lives_are_not_given_to_another_one(
     site: Site,
 ):
     def act(run: StageRun, leases: Leases) -> None:
@@ -184,7 +181,7 @@ def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_
             parent_run_id=str(flow_run.id),
             process="elsewhere 1 2 3 4",
         )
-        with Leases(Run(run.config).artifact("answers"), lease) as its_own:
+        with Leases(run.artifact, lease) as its_own:
             assert its_own.acquire([0]).shards == [0]
             wait_until(lambda: str(child.id) in executor.alive)
             set_state(child, Crashed(message="no sign of life for 540 s"))
@@ -195,44 +192,106 @@ def test_the_shards_of_a_run_that_was_called_crashed_but_lives_are_not_given_to_
             outcome[0]
         )
 
-    dealt(site, act)
+    assigning(site, act)
 
 
 def test_a_run_that_ended_well_without_its_shards_says_what_may_be_wrong(site: Site):
     def act(run: StageRun, leases: Leases) -> None:
         executor = PoolExecutor(run, leases)
-        child = executor._start(1, [3, 4])
+        child = executor._start([3, 4])
         child.state = State(type="COMPLETED", name="Completed", message="All states completed.")
         with pytest.raises(
             TransientError,
             match=r"but of its shards 3-4 are not there\n.*where: .*\n.*fix: .* the same run file",
         ):
-            executor._judge(child, [3, 4], {})
+            executor._check(child, [3, 4])
 
-    dealt(site, act)
+    assigning(site, act)
+
+
+@flow
+def failing(error: DeepSpecError) -> None:
+    with leaving_error_to_parent():
+        raise error
+
+
+def failed_child(error: DeepSpecError) -> FlowRun:
+    """A child run that ended with this error."""
+    with tags(GROUP):
+        state = failing(error, return_state=True)
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(state.state_details.flow_run_id)
+
+
+def raised(site: Site, error: DeepSpecError) -> DeepSpecError:
+    """What its parent raises for a child that was to make shards 3 and 4."""
+    caught = list[DeepSpecError]()
+
+    def act(run: StageRun, leases: Leases) -> None:
+        executor = PoolExecutor(run, leases)
+        with pytest.raises(DeepSpecError) as found:
+            executor._check(failed_child(error), [3, 4])
+        caught.append(found.value)
+
+    assigning(site, act)
+    return caught[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreError("cannot write\nto the disk", where="store x", fix="choose another"),
+        TransientError("gone"),
+        ChildFailed("answers ended with exit code 1", fix="see its last lines"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_child_runs_error_is_raised_by_its_parent_as_it_was(site: Site, error: DeepSpecError):
+    found = raised(site, error)
+    assert (type(found), found.to_json()) == (type(error), error.to_json())
+
+
+def test_shards_that_failed_in_a_child_run_keep_their_reasons_and_the_others_may_be_tried(
+    site: Site,
+):
+    bad = {"what": "the prompt cannot be rendered", "transient": False}
+    found = raised(site, ShardsFailed("1 failed", failures={4: bad, 9: bad}))
+    assert isinstance(found, ShardsFailed) and found.retryable == [3]
+    assert found.failures[4] == bad and "ended Failed" in found.failures[3]["what"]
+
+
+def test_a_child_run_that_left_no_error_is_named_with_the_message_of_its_state(site: Site):
+    def act(run: StageRun, leases: Leases) -> None:
+        executor = PoolExecutor(run, leases)
+        child = executor._start([3, 4])
+        child.state = Failed(message="Flow run encountered an exception: KeyError: 'x'")
+        with pytest.raises(ChildFailed, match=r"ended Failed: .* KeyError: 'x'"):
+            executor._check(child, [3, 4])
+
+    assigning(site, act)
 
 
 def test_what_may_be_tried_again_of_an_evaluation_is(site: Site):
-    """Its units are known to the child alone, and what the child's state says of them does not
-    say whether they may be.
-    """
+    """Its units are known to the child alone: its error names them."""
 
     def act(run: StageRun, leases: Leases) -> None:
         run.sharded = False
         executor = PoolExecutor(run, leases)
-        child = executor._start(1, None)
-        child.state = Failed(
-            message="Flow run encountered an exception: ShardsFailed: 1 of 2 shards failed"
-        )
-        put_failure(executor.artifact, 0, TransientError("the disk was full"))
+        full = {0: {"what": "the disk was full", "transient": True}}
         with pytest.raises(ShardsFailed) as failed:
-            executor._judge(child, [], {})
+            executor._check(failed_child(ShardsFailed("1 of 2 failed", failures=full)), [])
         assert failed.value.retryable == [0]
 
-    dealt(site, act)
+    assigning(site, act)
 
 
-def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_server: None):
+def test_a_run_that_a_user_started_leaves_no_error_for_a_parent(site: Site):
+    state = failing(TransientError("gone"), return_state=True)
+    with get_client(sync_client=True) as client:
+        assert read_error(client.read_flow_run(state.state_details.flow_run_id)) is None
+
+
+def test_a_webhook_is_called_for_a_run_and_not_for_each_of_its_child_runs(prefect_server: None):
     trigger = EventTrigger.model_validate(ended("http://127.0.0.1:9/nobody").trigger.model_dump())
     related = [
         {
@@ -246,7 +305,7 @@ def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_
             "prefect.resource.name": "gpu",
         },
     ]
-    told = []
+    called = []
     for name in (
         "regenerate run.yaml",
         "regenerate run.yaml 0000-0002",
@@ -260,18 +319,18 @@ def test_a_webhook_is_told_of_a_run_and_not_of_each_group_that_it_dealt(prefect_
             resource=resource,
             related=related,
         )
-        told += [name] if trigger.covers(event) else []
-    assert told == ["regenerate run.yaml", "regenerate run.yaml 0000-0002"]
+        called += [name] if trigger.covers(event) else []
+    assert called == ["regenerate run.yaml", "regenerate run.yaml 0000-0002"]
 
 
-def test_only_a_run_that_was_dealt_its_shards_is_a_part_of_another_one():
+def test_only_a_run_that_another_one_assigned_its_shards_is_a_part_of_it():
     asked = flow(is_part)
 
     @flow
     def a_users_own() -> list[bool]:
         with tags(GROUP):
-            dealt = asked()
-        return [asked(), dealt]
+            child = asked()
+        return [asked(), child]
 
     assert a_users_own() == [False, True]
     with tags(GROUP):

@@ -1,0 +1,25 @@
+"""Lanes of one machine: one for each GPU, or as many as are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepspec.process.machine import visible_gpus
+from flows.local_executor import LocalExecutor
+from tests.flows.test_stage_run import answers_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:Artifact creation outside")
+
+
+def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert visible_gpus() == ["3", "GPU-5"]
+    executor = LocalExecutor(answers_run(run_file))
+    environments = [executor.environment(lane) for lane in executor.lanes]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["3", "GPU-5"]
+    three = ("resources.devices.type=cpu", "resources.devices.lanes=3")
+    on_cpu = LocalExecutor(answers_run(run_file, *three))
+    assert len(on_cpu.lanes) == 3
+    assert "CUDA_VISIBLE_DEVICES" not in on_cpu.environment(on_cpu.lanes[0])
