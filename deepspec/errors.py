@@ -141,10 +141,5 @@ def error_from_json(fields: dict[str, Any]) -> DeepSpecError:
     return known.get(fields.get("error", ""), ChildFailed).from_json(fields)
 
 
-def error_named(name: str, what: str, *, where: str = "", fix: str = "") -> DeepSpecError:
-    """An error of the class of this name; a ChildFailed for an unknown one."""
-    return error_from_json({"error": name, "what": what, "where": where, "fix": fix})
-
-
 def _subclasses(cls: type[DeepSpecError]) -> list[type[DeepSpecError]]:
     return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]

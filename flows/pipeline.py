@@ -103,7 +103,7 @@ def evaluate_draft(
         publish_results(
             run.config.name,
             report_text(run),
-            results(run)["benchmarks"],
+            results(run).benchmarks,
             report_url=f"{outcomes[-1].status.artifact_url}/report.html",
             command=shlex.join([*words, "--output", "report.html"]),
         )
