@@ -65,22 +65,3 @@ def failures(artifact: Artifact) -> dict[int, str]:
         for name, note in zip(names, notes, strict=True)
         if note
     }
-
-
-def noted_failures(artifact: Artifact) -> dict[int, float]:
-    """When (unix seconds, by the store's clock) the failure of each shard that has a note was
-    noted.
-    """
-    return {
-        int(entry.name.split(".")[0]): entry.modified
-        for entry in artifact.store.entries(artifact.path("failures"))
-    }
-
-
-def read_failures(artifact: Artifact, shards: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """The notes on these shards, as `ShardsFailed` has them."""
-    wanted = sorted(shards)
-    notes = artifact.store.read_many(
-        [artifact.path(f"failures/{shard:05d}.json") for shard in wanted]
-    )
-    return {shard: json.loads(note) for shard, note in zip(wanted, notes, strict=True) if note}
