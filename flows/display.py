@@ -19,9 +19,9 @@ from deepspec.process.progress_display import ProgressDisplay
 from flows.reporting import StageOutcome, result_row, stage_row, watched_by
 
 PLAIN_WIDTH = 120  # of tables where there is no terminal
-# columns of the stages' table in Prefect that say nothing after a run that succeeded
+# columns of the stages' table in Prefect that are the same after every run that succeeded
 UNSHOWN = ("state", "missing")
-WORDS = ("benchmark", "stage")  # columns that hold words, not numbers
+TEXT_COLUMNS = ("benchmark", "stage")  # the others hold numbers
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def show_summary(outcomes: Sequence[StageOutcome], results: EvaluationSummary | 
 def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in WORDS else "right")
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
     for row in rows:
         table.add_row(*row.values())
     return table

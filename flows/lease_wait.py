@@ -21,7 +21,7 @@ from flows.stage_progress import StageProgress
 from flows.store_watch import StoreWatch
 
 
-class Turn(NamedTuple):
+class AcquiredShards(NamedTuple):
     """The shards that this run works on now."""
 
     shards: list[int]
@@ -45,7 +45,7 @@ def shards_to_lease(todo: StageStatus) -> list[int]:
     return todo.missing if STAGES[todo.stage].is_sharded and todo.missing else [0]
 
 
-def acquire_shards(leases: Leases, run: Run, todo: StageStatus) -> Turn:
+def acquire_shards(leases: Leases, run: Run, todo: StageStatus) -> AcquiredShards:
     """Those of the missing shards that no other run works on, once there are any.
 
     Raises:
@@ -55,7 +55,7 @@ def acquire_shards(leases: Leases, run: Run, todo: StageStatus) -> Turn:
     wanted = shards_to_lease(todo)
     mine, others = leases.acquire(wanted)
     if len(mine) == len(wanted):
-        return Turn(mine, waited=False)
+        return AcquiredShards(mine, waited=False)
     holders = holders_text(others)
     if mine:
         get_run_logger().warning(
@@ -65,14 +65,14 @@ def acquire_shards(leases: Leases, run: Run, todo: StageStatus) -> Turn:
             len(wanted),
             holders,
         )
-        return Turn(mine, waited=False)
+        return AcquiredShards(mine, waited=False)
     if is_part():
         raise TransientError(
             f"another run works on these shards: {holders}",
             where=todo.artifact_url,
             fix="it is tried again by itself",
         )
-    return Turn(_wait_for_shards(leases, run, todo, holders), waited=True)
+    return AcquiredShards(_wait_for_shards(leases, run, todo, holders), waited=True)
 
 
 def _wait_for_shards(leases: Leases, run: Run, todo: StageStatus, holders: str) -> list[int]:

@@ -24,7 +24,7 @@ from flows.stage_run import StageRun
 
 class LocalExecutor:
     """Children of this process: one for each visible GPU, pinned to it, or as many as
-    `resources.devices.lanes` asks for.
+    `resources.devices.lanes` sets.
     """
 
     def __init__(self, stage_run: StageRun) -> None:

@@ -48,7 +48,7 @@ class GroupOrder(NamedTuple):
 
 class RayExecutor:
     """Workers of a Ray cluster: one at a time for each GPU, or as many as `resources.devices.lanes`
-    asks for.
+    sets.
     """
 
     def __init__(self, stage_run: StageRun, runner: RayTaskRunner[Any]) -> None:

@@ -180,7 +180,7 @@ def put_pool(client: Any, name: str, limit: int | None) -> str:
             WorkPoolCreate(name=name, type="process", base_job_template=template, **limited)
         )
         return f"work pool {name}: made"
-    # A site's own, say of Kubernetes: its template is that of another kind of worker.
+    # The site has its own, such as one of Kubernetes, whose template is for another kind of worker.
     if found.type != "process":
         return f"work pool {name}: is of type {found.type!r}, left as it is"
     client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limited))

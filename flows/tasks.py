@@ -48,9 +48,9 @@ def run_stages(
     outcomes = list[StageOutcome]()
     with leaving_error_to_parent():
         check_server()
-        asked, run = parse_shards(str(shards)), checked_run(request)
+        wanted, run = parse_shards(str(shards)), checked_run(request)
         for stage in (stage.name for stage in run.stages if stage.name in chosen):
-            if asked and outcomes and not outcomes[-1].status.sealed:
+            if wanted and outcomes and not outcomes[-1].status.sealed:
                 get_run_logger().warning(
                     "%s: left out, because shards of %s are still missing",
                     stage,
@@ -59,7 +59,7 @@ def run_stages(
                 break
             started = time.monotonic()
             try:
-                outcomes.append(run_stage(request, run, stage, asked))
+                outcomes.append(run_stage(request, run, stage, wanted))
             except DeepSpecError as error:
                 publish_failure(run.config.name, error, request, stage)
                 seconds = time.monotonic() - started
@@ -70,8 +70,10 @@ def run_stages(
     return outcomes
 
 
-def run_stage(request: RunRequest, run: Run, stage: str, asked: Sequence[int] = ()) -> StageOutcome:
-    """The stage, with everything made that was missing of it (or of the asked shards), and the
+def run_stage(
+    request: RunRequest, run: Run, stage: str, wanted: Sequence[int] = ()
+) -> StageOutcome:
+    """The stage, with everything made that was missing of it (or of the wanted shards), and the
     artifact sealed if it is whole.
 
     Raises:
@@ -80,8 +82,8 @@ def run_stage(request: RunRequest, run: Run, stage: str, asked: Sequence[int] = 
     """
     started = time.monotonic()
     status = stage_status(run, stage)
-    todo = selected(run, status, asked)
-    if has_nothing_to_do(status, todo, asked):
+    todo = selected(run, status, wanted)
+    if has_nothing_to_do(status, todo, wanted):
         return already_done(run, status, 0.0)
     require_sealed(run, stage)
     artifact = run.artifact(stage)
@@ -90,23 +92,23 @@ def run_stage(request: RunRequest, run: Run, stage: str, asked: Sequence[int] = 
             turn = acquire_shards(leases, run, todo)
             if turn.waited or made_since(artifact, turn.shards):
                 status = stage_status(run, stage)
-                todo = selected(run, status, asked)
-                if has_nothing_to_do(status, todo, asked):
+                todo = selected(run, status, wanted)
+                if has_nothing_to_do(status, todo, wanted):
                     return already_done(run, status, time.monotonic() - started)
             part = among(todo, turn.shards)
             if part.missing or not todo.missing:  # none missing: the manifest alone is
-                only_chosen = bool(asked and part.missing)
+                only_chosen = bool(wanted and part.missing)
                 stage_run = StageRun(request, run, part, only_chosen=only_chosen)
-                status = make_part(stage_run, leases, asked)
-                todo = selected(run, status, asked)
+                status = make_part(stage_run, leases, wanted)
+                todo = selected(run, status, wanted)
                 if status.sealed:
                     publish_asset(artifact)
-                if has_nothing_to_do(status, todo, asked):
+                if has_nothing_to_do(status, todo, wanted):
                     return StageOutcome(status, "done", time.monotonic() - started)
             leases.release()
 
 
-def make_part(stage_run: StageRun, leases: Leases, asked: Sequence[int]) -> StageStatus:
+def make_part(stage_run: StageRun, leases: Leases, wanted: Sequence[int]) -> StageStatus:
     """The stage as it is once this run's part of what was missing is made.
 
     Raises:
@@ -117,7 +119,7 @@ def make_part(stage_run: StageRun, leases: Leases, asked: Sequence[int]) -> Stag
         with executor_for(stage_run, leases) as executor:
             work_off(stage_run, executor)
         after = stage_status(run, before.stage)
-        left = among(selected(run, after, asked), shards_to_lease(before))
+        left = among(selected(run, after, wanted), shards_to_lease(before))
     except DeepSpecError:
         stage_run.progress.close("failed")
         raise
@@ -129,10 +131,10 @@ def make_part(stage_run: StageRun, leases: Leases, asked: Sequence[int]) -> Stag
     return after
 
 
-def has_nothing_to_do(status: StageStatus, todo: StageStatus, asked: Sequence[int]) -> bool:
-    """Whether this run is done with the stage; shards that were not asked for may be missing."""
+def has_nothing_to_do(status: StageStatus, todo: StageStatus, wanted: Sequence[int]) -> bool:
+    """Whether this run is done with the stage; others than the wanted shards may be missing."""
     is_done = status.sealed or status.in_training
-    return is_done or bool(asked and status.missing and not todo.missing)
+    return is_done or bool(wanted and status.missing and not todo.missing)
 
 
 def made_since(artifact: Artifact, missing: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Progress of a stage that is run by hand: its events, shown on the terminal."""
+"""The events of a single stage, shown on the terminal."""
 
 from __future__ import annotations
 
