@@ -74,7 +74,7 @@ class CaptureWorker:
             shards = missing()
             try:
                 return run_child(
-                    [*self.request.command("hidden", shards), "--for", "rolling"],
+                    [*self.request.command("hidden", shards), "--purpose", "rolling"],
                     on_event=on_event,
                     on_line=_warnings,
                     env=self.env,
@@ -125,7 +125,7 @@ def render_in_children(run: Run, artifact: Artifact, shards: Sequence[int]) -> N
 
     def render(group: Sequence[int]) -> None:
         run_child(
-            [*request.command("hidden", group), "--for", "index"],
+            [*request.command("hidden", group), "--purpose", "index"],
             on_event=silent,
             on_line=_warnings,
             env=env,
