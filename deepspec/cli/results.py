@@ -73,7 +73,7 @@ def compare(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two results: is the second one better?
+    """Compare two results, the second with the first.
 
     By how much on the prompts that both have, and how sure that is.
     """
