@@ -80,7 +80,7 @@ def plain(tmp_path: Path) -> Artifact:
 
 def test_a_whole_result_shows_every_section_and_every_number_twice(whole: Artifact):
     """Each figure has a title, words for who cannot see it, and its numbers in a table."""
-    page = Outline(report_text(Run([whole]), "html"))
+    page = Outline(report_text([whole], "html"))
     titles = [attributes["id"] for attributes in page.named("h2")]
     assert titles == [
         "temperature-0",
@@ -106,7 +106,7 @@ def test_a_whole_result_shows_every_section_and_every_number_twice(whole: Artifa
 
 
 def test_a_result_of_an_older_version_is_shown_with_what_it_has(plain: Artifact):
-    text = report_text(Run([plain]), "html")
+    text = report_text([plain], "html")
     assert [attributes["id"] for attributes in Outline(text).named("h2")] == [
         "temperature-0",
         "lineage",
@@ -115,7 +115,7 @@ def test_a_result_of_an_older_version_is_shown_with_what_it_has(plain: Artifact)
 
 
 def test_the_page_needs_nothing_but_itself(whole: Artifact):
-    text = report_text(Run([whole]), "html")
+    text = report_text([whole], "html")
     assert not re.search(r"<script|https?://|@import|url\(", text)
     assert all(
         attributes.get("href", "").startswith(("#", "data:"))
@@ -128,7 +128,7 @@ def test_the_page_needs_nothing_but_itself(whole: Artifact):
 def test_runs_stand_side_by_side_and_what_was_set_otherwise_stands_out(
     whole: Artifact, plain: Artifact
 ):
-    text = report_text(Run([whole, plain]), "html")
+    text = report_text([whole, plain], "html")
     for artifact in (whole, plain):
         assert f"dspark-demo {artifact.key.fingerprint[:6]}" in text
     assert re.search(
@@ -144,8 +144,7 @@ def test_names_of_users_break_nothing(tmp_path: Path, form):
     rows = made_rows(benchmarks={NASTY: ("other", 0.8), "gsm8k": ("math", 0.9)}, prompts=3)
     path = write_jsonl(tmp_path / f"{NASTY.replace(chr(39), '')}.jsonl", [{"turns": ["x"]}])
     text = report_text(
-        Run([put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{path}'}}]"), rows)]),
-        form,
+        [put_result(tiny_run(tmp_path, f"evaluate.benchmarks=[{{name: '{path}'}}]"), rows)], form
     )
     assert "<script" not in text
     if form == "html":
@@ -165,7 +164,7 @@ def markdown_tables(text: str) -> list[str]:
 
 
 def test_the_same_in_markdown(whole: Artifact):
-    text = report_text(Run([whole]), "markdown")
+    text = report_text([whole], "markdown")
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
         "Temperature 0",
@@ -182,7 +181,7 @@ def test_the_same_in_markdown(whole: Artifact):
 
 
 def test_equal_results_give_equal_reports(whole: Artifact):
-    assert report_text(Run([whole]), "html") == report_text(Run([whole]), "html")
+    assert report_text([whole], "html") == report_text([whole], "html")
 
 
 def test_a_report_lies_beside_its_result_and_is_no_part_of_its_seal(
@@ -195,12 +194,12 @@ def test_a_report_lies_beside_its_result_and_is_no_part_of_its_seal(
     assert whole.manifest() == before
     config = tiny_run(Path(whole.store.root))
     assert list(verify_stage(Run(config), "evaluate", None)) == []
-    assert Path(out.strip()).read_text() == report_text(Run([whole]), "html")
+    assert Path(out.strip()).read_text() == report_text([whole], "html")
 
 
 def test_a_report_goes_to_the_terminal_or_where_it_is_sent(capsys, plain: Artifact, tmp_path: Path):
     assert run(capsys, "report", folder_of(plain), "--format", "markdown")[1] == report_text(
-        Run([plain]), "markdown"
+        [plain], "markdown"
     )
     code, out, _ = run(capsys, "report", folder_of(plain), "--output", str(tmp_path / "mine.html"))
     assert (code, out) == (0, f"{tmp_path / 'mine.html'}\n")
@@ -214,7 +213,7 @@ def test_a_report_goes_to_the_terminal_or_where_it_is_sent(capsys, plain: Artifa
 def test_what_is_evaluated_so_far_is_shown_and_said_to_be(whole: Artifact):
     whole.store.remove(whole.path("manifest.json"))
     whole.store.remove(whole.path("summary.json"))
-    text = report_text(Run([whole]), "html")
+    text = report_text([whole], "html")
     assert "Not finished: dspark-demo" in text
     assert "temperature-1" in text and "Scheduler" not in text
 
@@ -244,17 +243,17 @@ def test_an_answer_without_a_round_is_shown_beside_a_single_prompt(tmp_path: Pat
         "plain_tokens": 1,
     }
     commit(artifact, 1, [{**row, **nothing}], like=row)
-    Outline(report_text(Run([artifact]), "html"))
+    Outline(report_text([artifact], "html"))
 
 
 def test_prompts_that_were_left_out_are_counted(tmp_path: Path):
     row = made_rows(prompts=1)[0]
     artifact = put_result(tiny_run(tmp_path), [row])
     commit(artifact, 1, [], like=row, rejected=3)
-    assert "3 prompts of dspark-demo were not decoded" in report_text(Run([artifact]), "html")
+    assert "3 prompts of dspark-demo were not decoded" in report_text([artifact], "html")
     (tmp_path / artifact.folder / "records" / "00000.json").unlink()
     with pytest.raises(DataError, match="not one prompt was decoded"):
-        report_text(Run([artifact]), "html")
+        report_text([artifact], "html")
 
 
 def test_a_folder_that_is_not_there_is_named_where_it_was_looked_for(

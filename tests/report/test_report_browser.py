@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from deepspec.artifacts.run import Run
 from deepspec.report.report import report_text
 from tests.conftest import tiny_run
 from tests.evaluate.made_results import made_calibration, made_rows, made_scheduler, put_result
@@ -54,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made_rows(prompts=6, batch_sizes=[1, 4], better=0.05),
         more=more,
     )
-    (folder / "report.html").write_text(report_text(Run([one, two]), "html"), encoding="utf-8")
+    (folder / "report.html").write_text(report_text([one, two], "html"), encoding="utf-8")
     return folder / "report.html"
 
 
