@@ -14,12 +14,12 @@ from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
-from deepspec.process.events import silent
+from deepspec.train.batches import StepData
 from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
+from deepspec.train.metrics import StepMetrics
 from deepspec.train.step import Trainer
-from deepspec.train.throughput import Vitals
-from deepspec.train.watchdog import Watchdog
+from deepspec.train.throughput import Throughput
 from tests.cache.samples import make_cache
 
 SHARD_ROWS = 96
@@ -76,13 +76,15 @@ def make_trainer(
     draft.configure_loss(config.loss)
     world = World(0, 1, device)
     strategy = Replicated(draft, config.train, world)
+    data = StepData(cache, config.train, config.resources, world)
     return Trainer(
-        config,
-        cache.artifact,
-        world,
-        strategy,
-        threading.Event(),
-        Watchdog(3600.0, silent),
-        Vitals(device),
-        {},
+        settings=config.train,
+        artifact=cache.artifact,
+        inputs={},
+        world=world,
+        data=data,
+        strategy=strategy,
+        metrics=StepMetrics(),
+        throughput=Throughput(device, first=0, total=data.total_steps),
+        stop=threading.Event(),
     )

@@ -18,8 +18,6 @@ from benchmarks._measure import ROUNDS, result
 from benchmarks._training import QWEN3, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
-from deepspec.train.batches import StepData
-from deepspec.train.metrics import StepMetrics
 from deepspec.train.step import train_step
 
 LENGTHS = {40: 120, 56: 140, 72: 160, 88: 180, 112: 150, 144: 120, 184: 90}  # tokens: samples
@@ -39,11 +37,11 @@ def measure(cache: HiddenCache, folder: Path) -> float:
     """The median over rounds of the share of time that training waited."""
     config = load_run("demo", store=str(folder))
     trainer = make_trainer(config, cache, TARGET, torch.device("cpu"))
-    data, metrics, shares = StepData(cache, config, trainer.world), StepMetrics(), []
-    for number in range(ROUNDS + 1):
-        for step in range(number * STEPS, (number + 1) * STEPS):
-            train_step(trainer, data, step, metrics)
-        shares.append(trainer.vitals.read()["data_wait_share"])
+    shares = []
+    for end in range(STEPS, (ROUNDS + 2) * STEPS, STEPS):
+        for step in range(end - STEPS, end):
+            train_step(trainer, step)
+        shares.append(trainer.throughput.read(end).data_wait_share)
     return statistics.median(shares[1:])  # the first round begins with nothing read ahead
 
 

@@ -27,9 +27,7 @@ from benchmarks._training import QWEN3, QWEN3_4B, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
 from deepspec.model.drafter import TrainBatch
-from deepspec.train.batches import StepData
 from deepspec.train.ddp import Replicated
-from deepspec.train.metrics import StepMetrics
 from deepspec.train.step import train_step
 from deepspec.train.strategy import COMPUTE_DTYPES
 
@@ -82,16 +80,13 @@ class Steps:
         )
         self.trainer = make_trainer(config, cache, shape.target, device)
         self.strategy = cast("Replicated", self.trainer.strategy)
-        self.data, self.meter, self.numbers = (
-            StepData(cache, config, self.trainer.world),
-            StepMetrics(),
-            count(),
-        )
+        self.data = self.trainer.data
+        self.numbers = count()
         (self.group,) = self.data.micro_batches(0)
         self.batch = self.data.load(self.group)
 
     def whole(self) -> None:
-        train_step(self.trainer, self.data, next(self.numbers), self.meter)
+        train_step(self.trainer, next(self.numbers))
 
     def bare(self, batch: TrainBatch | None = None) -> None:
         batch = batch or self.batch

@@ -48,12 +48,12 @@ class Source(Protocol):
         until the next one is asked for.
         """
 
-    @abstractmethod
     def file(self, name: str) -> Path:
-        """A local file with what stands beside the shards under this name."""
+        """A local copy of one of the artifact's files that are not shards."""
+        return self.artifact.store.fetch(self.artifact.path(name))
 
-    def begin(self, course: SampleRange) -> None:
-        """Make ready for a training that takes this course; called once, before the first
+    def begin(self, samples: SampleRange) -> None:
+        """Make ready for a training that takes these samples; called once, before the first
         sample is asked for.
         """
         return

@@ -1,15 +1,14 @@
-"""The index of a cache before any of it is captured: the answers render_rows as capture renders them,
-without the target.
+"""The index of a cache before any of it is captured: answers rendered as capture renders them.
 
 A small Arrow file per shard in the hidden artifact (`planned/`), named by the answers that it was
-made from: made once, taken up where it was left, and used again by every later start.
+made from: made once, resumed where it was left, and used again by every later start.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -28,9 +27,8 @@ from deepspec.cache.index import (
     read_index_rows,
 )
 from deepspec.config.data import HiddenConfig
-from deepspec.config.run import RunConfig
 from deepspec.errors import DamagedData, TransientError
-from deepspec.hidden.sequences import CaptureRow, capture_rows, in_order
+from deepspec.hidden.sequences import CaptureRow, capture_order, capture_rows
 from deepspec.target.chat import Chat
 
 log = logging.getLogger(__name__)
@@ -45,65 +43,52 @@ SCHEMA = pa.schema(
 
 
 def write_expected_index(
-    config: RunConfig, stage: ShardedStage, chat: Chat, *, shards: Sequence[int] | None = None
+    stage: ShardedStage, chat: Chat, settings: HiddenConfig, *, shards: Sequence[int] | None = None
 ) -> None:
-    """Render the shards of answers (all, or those asked for) that were not before."""
-    records = stage.upstream.records(shards)
-    todo = unrendered(stage.artifact, records)
+    """Render the shards of answers (None: all) that are not rendered yet."""
+    artifact, answers = stage.artifact, stage.upstream
+    todo = unrendered(artifact, answers.records(shards))
     began = time.monotonic()
     for done, record in enumerate(todo, start=1):
-        rows = render_rows(
-            read_table(stage.upstream.fetch_shard(record)).to_pylist(), chat, config.hidden
-        )
-        stage.artifact.store.write(
-            stage.artifact.path(_name(record)), _encode(record.shard, rows, config.hidden)
-        )
+        table = read_table(answers.fetch_shard(record))
+        data = _encode(record.shard, render_rows(table.to_pylist(), chat, settings), settings)
+        artifact.store.write(artifact.path(_name(record)), data)
         if done % 100 == 0 or done == len(todo):
-            log.info(
-                "stage=hidden render_rows %d of %d shards of answers in %.0f s",
-                done,
-                len(todo),
-                time.monotonic() - began,
-            )
+            message = "stage=hidden rendered %d of %d shards of answers in %.0f s"
+            log.info(message, done, len(todo), time.monotonic() - began)
 
 
-def unrendered(artifact: Artifact, records: Mapping[int, Record]) -> list[Record]:
-    """The shards of answers that are not render_rows yet."""
+def unrendered(artifact: Artifact, answers: Mapping[int, Record]) -> list[Record]:
+    """The shards of answers that are not rendered yet."""
     found = set(artifact.store.names(artifact.path(FOLDER)))
-    return [record for record in records.values() if _name(record).partition("/")[2] not in found]
+    return [
+        record
+        for record in answers.values()
+        if _name(record).removeprefix(f"{FOLDER}/") not in found
+    ]
 
 
 def await_expected_index(stage: ShardedStage) -> None:
-    """Return when another process has render_rows all shards; there is no limit to how long that
-    may take.
-    """
+    """Return when another process has rendered all shards, however long that takes."""
     records = stage.upstream.records()
     while unrendered(stage.artifact, records):
         time.sleep(POLL_S)
 
 
 def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
-    """The index over all render_rows shards.
+    """The index over all rendered shards.
 
     Raises:
         TransientError: one of them was removed meanwhile.
     """
-    names, tables = (
-        [stage.artifact.path(_name(record)) for record in stage.upstream.records().values()],
-        [SCHEMA.empty_table()],
-    )
+    names = [stage.artifact.path(_name(record)) for record in stage.upstream.records().values()]
+    tables = [SCHEMA.empty_table()]
     for start in range(0, len(names), ROWS_AT_A_TIME):
-        for name, data in zip(
-            names[start:],
-            stage.artifact.store.read_many(names[start : start + ROWS_AT_A_TIME]),
-            strict=False,
-        ):
+        group = names[start : start + ROWS_AT_A_TIME]
+        for name, data in zip(group, stage.artifact.store.read_many(group), strict=True):
             if data is None:
-                raise TransientError(
-                    "a part of the planned index is gone",
-                    where=name,
-                    fix="run it again: it is made anew",
-                )
+                what = "a part of the expected index is gone"
+                raise TransientError(what, where=name, fix="run it again: it is made anew")
             tables.append(read_index_rows(data))
     whole = pa.concat_tables(tables).combine_chunks()
     batch = (whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)])[0]
@@ -113,15 +98,13 @@ def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
 def render_rows(
     answers: Sequence[dict[str, object]], chat: Chat, settings: HiddenConfig
 ) -> list[tuple[CaptureRow, int]]:
-    """The rows that capture makes of a shard of answers, in its order, each with the number of
-    its answer.
-    """
+    """The rows that capture makes of a shard of answers, in order, each with its answer's place."""
     rows = [
-        (row, number)
-        for number, answer in enumerate(answers)
+        (row, place)
+        for place, answer in enumerate(answers)
         for row in capture_rows([answer], chat, settings).rows
     ]
-    return sorted(rows, key=lambda found: in_order(found[0]))
+    return sorted(rows, key=lambda found: capture_order(found[0]))
 
 
 def kept_spans(row: CaptureRow, settings: HiddenConfig) -> np.ndarray:
@@ -130,23 +113,29 @@ def kept_spans(row: CaptureRow, settings: HiddenConfig) -> np.ndarray:
 
 
 class ExpectedRows:
-    """The rows of a run by number, each render_rows when it is asked for: a rank need not render
-    what others train on.
+    """The rows of a run by their number in the index, each rendered when it is read.
+
+    A rank need not render what others train on.
     """
 
     def __init__(
-        self, config: RunConfig, stage: ShardedStage, chat: Chat, index: ExpectedIndex
+        self,
+        answers: Artifact,
+        chat: Chat,
+        settings: HiddenConfig,
+        index: ExpectedIndex,
+        *,
+        num_tables: int,
     ) -> None:
-        self.settings, self.upstream, self.chat, self.index = (
-            config.hidden,
-            stage.upstream,
-            chat,
-            index,
-        )
-        self._records = stage.upstream.records()
-        self._table = lru_cache(2 * config.train.window_shards)(
-            lambda shard: read_table(self.upstream.fetch_shard(self._records[shard]))
-        )
+        self.answers = answers
+        self.chat = chat
+        self.settings = settings
+        self.index = index
+        self._records = answers.records()
+        self._table: Callable[[int], pa.Table] = lru_cache(num_tables)(self._read)
+
+    def _read(self, shard: int) -> pa.Table:
+        return read_table(self.answers.fetch_shard(self._records[shard]))
 
     def __getitem__(self, number: int) -> CaptureRow:
         """Row `number` of the index.
@@ -154,22 +143,15 @@ class ExpectedRows:
         Raises:
             DamagedData: the index does not fit the answers.
         """
-        shard, answer, sample_id = (
-            int(column[number])
-            for column in (self.index.shard, self.index.answer, self.index.sample_id)
-        )
-        for row in capture_rows(
-            self._table(shard).slice(answer, 1).to_pylist(), self.chat, self.settings
-        ).rows:
-            if (row.sample_id, len(row.input_ids)) == (
-                sample_id,
-                int(self.index.num_tokens[number]),
-            ):
+        index = self.index
+        shard, sample_id = int(index.shard[number]), int(index.sample_id[number])
+        answer = self._table(shard).slice(int(index.answer[number]), 1).to_pylist()
+        for row in capture_rows(answer, self.chat, self.settings).rows:
+            if row.sample_id == sample_id and len(row.input_ids) == index.num_tokens[number]:
                 return row
-        what = f"sample {sample_id:016x} is not what shard {shard} of the answers says"
         raise DamagedData(
-            what,
-            where=self.upstream.url,
+            f"sample {sample_id:016x} is not in shard {shard} of the answers as the index has it",
+            where=self.answers.url,
             fix=f"remove the folder {FOLDER!r} of the hidden artifact: it is made again",
         )
 
@@ -179,20 +161,19 @@ def _name(record: Record) -> str:
 
 
 def _encode(shard: int, rows: Sequence[tuple[CaptureRow, int]], settings: HiddenConfig) -> bytes:
-    entries = []
-    for place, (row, answer) in enumerate(rows):
-        num_last = int(kept_spans(row, settings)[:, 1].sum())
-        values = (
-            row.sample_id,
-            shard,
-            place,
-            len(row.input_ids),
-            sum(row.loss_mask),
-            num_last,
-            int(row.held_out),
-            answer,
-        )
-        entries.append(dict(zip(ExpectedIndex._fields, values, strict=True)))
+    entries = [
+        {
+            "sample_id": row.sample_id,
+            "shard": shard,
+            "row": place,
+            "num_tokens": len(row.input_ids),
+            "num_supervised": sum(row.loss_mask),
+            "num_last": int(kept_spans(row, settings)[:, 1].sum()),
+            "held_out": int(row.held_out),
+            "answer": answer,
+        }
+        for place, (row, answer) in enumerate(rows)
+    ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(entries, schema=SCHEMA))

@@ -1,31 +1,26 @@
-"""Hidden states computed while training asks for them: the target runs beside the draft, and no
-state is ever written.
+"""Hidden states computed while training reads them: no state is ever written.
 
-What training is about to need is rendered by threads, run through the target in batches of
-`resources.memory.batch_tokens`, and quantized as capture does it, `resources.memory.prefetch_mb` ahead. Every
-rank has a target of its own on its own device.
+What training needs next is rendered by threads, run through the target in batches of
+`resources.memory.batch_tokens`, and quantized as capture does it, `resources.memory.prefetch_mb`
+ahead. Every rank has a target of its own on its own device, next to the draft.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
-
-from safetensors.torch import load
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.run import Run
-from deepspec.cache.format import HiddenSample, Layout
+from deepspec.cache.format import HiddenSample
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.prefetch import read_ahead
-from deepspec.cache.reader import SCALES, SCHEMA, read_schema
 from deepspec.cache.source import Source
-from deepspec.config.run import RunConfig
+from deepspec.config.data import HiddenConfig
+from deepspec.hidden.capture import Capture
 from deepspec.hidden.expected_index import (
     POLL_S,
     ExpectedRows,
@@ -34,28 +29,26 @@ from deepspec.hidden.expected_index import (
     unrendered,
     write_expected_index,
 )
-from deepspec.hidden.metadata import codec_files, lacks_metadata, write_metadata
+from deepspec.hidden.metadata import lacks_metadata, read_layout, write_metadata
 from deepspec.hidden.rolling_workers import render_in_children
 from deepspec.hidden.sequences import CaptureRow, token_batches
-from deepspec.hidden.stage import Capture
+from deepspec.hidden.stage import load_capture_target
 from deepspec.process.events import Report
-from deepspec.target.chat import load_chat, target_folder
-from deepspec.target.loading import load_target
-
-log = logging.getLogger(__name__)
+from deepspec.target.chat import load_chat
 
 ROWS_AHEAD = 256  # rendered and waiting for the target
 
 
 class OnlineStates(Source):
-    """The target and the rows that it is to be run over; used by the thread that reads ahead
-    and by the main one.
-    """
+    """The target, and the rows to run it over; used by the main thread and one that reads ahead."""
 
-    def __init__(self, capture: Capture, index: ExpectedIndex, rows: ExpectedRows) -> None:
-        self.capture, self.index, self.rows = capture, index, rows
-        self.artifact, self.layout = capture.stage.artifact, capture.layout
-        self._target_is_free = threading.Lock()  # what it taps is kept in one place
+    def __init__(self, artifact: Artifact, capture: Capture, rows: ExpectedRows) -> None:
+        self.artifact = artifact
+        self.capture = capture
+        self.rows = rows
+        self.index = rows.index
+        self.layout = capture.layout
+        self._target_lock = threading.Lock()  # the states that it taps are kept in one place
 
     def __getitem__(self, number: int) -> HiddenSample:
         return self._computed([self.rows[number]])[0]
@@ -63,62 +56,51 @@ class OnlineStates(Source):
     def stream(
         self, numbers: Iterable[int], *, max_bytes: int, threads: int
     ) -> Iterator[HiddenSample]:
+        """Samples in the order of the numbers, computed ahead."""
         rows = read_ahead(
             ((1, partial(self.rows.__getitem__, number)) for number in numbers),
             max_bytes=ROWS_AHEAD,
             threads=threads,
         )
-        batches = token_batches(rows, self.capture.config.resources.memory.batch_tokens)
-        for samples in read_ahead(
-            ((self._num_bytes(batch), partial(self._computed, batch)) for batch in batches),
-            max_bytes=max_bytes,
-        ):
+        batches = token_batches(rows, self.capture.batch_tokens)
+        jobs = ((self._num_bytes(batch), partial(self._computed, batch)) for batch in batches)
+        for samples in read_ahead(jobs, max_bytes=max_bytes):
             yield from samples
 
-    def file(self, name: str) -> Path:
-        return self.artifact.store.fetch(self.artifact.path(name))
-
     def _num_bytes(self, batch: list[CaptureRow]) -> int:
-        return sum(self.layout.most_bytes(len(row.input_ids), len(row.input_ids)) for row in batch)
+        lengths = [len(row.input_ids) for row in batch]
+        return sum(self.layout.most_bytes(length, length) for length in lengths)
 
     def _computed(self, batch: list[CaptureRow]) -> list[HiddenSample]:
-        with self._target_is_free:
-            return [self.capture.sample(row, states) for row, states in self.capture.states(batch)]
+        with self._target_lock:
+            return [self.capture.sample(*captured) for captured in self.capture.states(batch)]
 
 
 def open_online(run: Run, *, is_first: bool, report: Report) -> OnlineStates:
-    """The source, once the first process has rendered all answers and written what stands beside
-    the shards.
+    """The source, once the first process has rendered all answers and written the metadata.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
-            allows.
+        FidelityTooLow: the codec loses more of this target's states than
+            `resources.checks.fidelity` allows.
     """
     stage = open_unsealed(run)
-    return compute_online(
-        run, stage, shared_index(run, stage, is_first=is_first), is_first=is_first, report=report
-    )
+    index = shared_index(run, stage, is_first=is_first)
+    return compute_online(run, stage, index, is_first=is_first, report=report)
 
 
 def compute_online(
     run: Run, stage: ShardedStage, index: ExpectedIndex, *, is_first: bool, report: Report
 ) -> OnlineStates:
-    """The source over an index that is known, the target loaded; the first process writes what
-    stands beside the shards.
-    """
-    config = run.config
-    chat = load_chat(run)
-    target = load_target(
-        config.target,
-        folder=target_folder(run),
-        device=config.resources.devices.type,
-        attention="fastest",
-    )
+    """The source over a known index, the target loaded; the first process writes the metadata."""
+    settings, chat, target = run.config.hidden, load_chat(run), load_capture_target(run)
     if is_first:
-        write_metadata(config, stage, chat, target, report)
-    await_metadata(config, stage.artifact)
-    capture = Capture(config, stage, chat, target, read_layout(config, stage.artifact))
-    return OnlineStates(capture, index, ExpectedRows(config, stage, chat, index))
+        write_metadata(run.config, stage, chat, target, report)
+    await_metadata(stage.artifact, settings)
+    layout = read_layout(stage.artifact, settings)
+    capture = Capture(target, layout, settings, run.config.resources.memory.batch_tokens)
+    num_tables = 2 * run.config.train.window_shards
+    rows = ExpectedRows(stage.upstream, chat, settings, index, num_tables=num_tables)
+    return OnlineStates(stage.artifact, capture, rows)
 
 
 def open_unsealed(run: Run) -> ShardedStage:
@@ -127,30 +109,16 @@ def open_unsealed(run: Run) -> ShardedStage:
 
 
 def shared_index(run: Run, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
-    """The index of samples, which the first process makes where it is missing and all others
-    wait for.
-    """
-    config = run.config
+    """The index of samples, which the first process makes and all others wait for."""
     if is_first:
-        render_in_children(
-            run,
-            stage.artifact,
-            [record.shard for record in unrendered(stage.artifact, stage.upstream.records())],
-        )
-        write_expected_index(config, stage, load_chat(run))
+        missing = unrendered(stage.artifact, stage.upstream.records())
+        render_in_children(run, [record.shard for record in missing])
+        write_expected_index(stage, load_chat(run), run.config.hidden)
     await_expected_index(stage)
     return read_expected_index(stage)
 
 
-def await_metadata(config: RunConfig, artifact: Artifact) -> None:
-    """Return when another process has written what stands beside the shards."""
-    while lacks_metadata(config, artifact):
+def await_metadata(artifact: Artifact, settings: HiddenConfig) -> None:
+    """Return when another process has written the files of the cache that are not shards."""
+    while lacks_metadata(artifact, settings):
         time.sleep(POLL_S)
-
-
-def read_layout(config: RunConfig, artifact: Artifact) -> Layout:
-    """The layout that a capture has written beside its shards; there need be no manifest yet."""
-    scales = (
-        load(artifact.store.read(artifact.path(SCALES))) if SCALES in codec_files(config) else {}
-    )
-    return Layout.of(read_schema(artifact.store.read(artifact.path(SCHEMA))), scales)

@@ -1,9 +1,9 @@
-"""Hidden states from shards that are captured ahead of training and deleted behind it
-(`feeder.py`), as a rank reads them.
+"""Hidden states from shards that are captured before training needs them and deleted afterwards.
 
-A shard is read as soon as its record exists, and waited for before. Where one is deleted under a
-reader that runs ahead of what is on the disk, its file is gone, and the reader waits for it to be
-captured again.
+This is how a rank reads them; the first one also has them captured (`rolling_capture`). A shard is
+read as soon as its record exists, and waited for before. Where one is deleted under a reader that
+runs ahead of what is on the disk, its file is gone, and the reader waits for it to be captured
+again.
 """
 
 from __future__ import annotations
@@ -14,32 +14,23 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
 from deepspec.artifacts.missing import ShardedStage
-from deepspec.artifacts.records import Record, index_file
 from deepspec.artifacts.run import Run
-from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
-from deepspec.cache.index import ExpectedIndex, column_values, read_index_rows
+from deepspec.cache.format import EncodedTensor, HiddenSample
+from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import SampleRange, Source
-from deepspec.errors import ArtifactMismatch, DamagedData, TransientError
+from deepspec.errors import DamagedData, TransientError
 from deepspec.formatting import human_bytes
-from deepspec.hidden.expected_index import FOLDER
-from deepspec.hidden.metadata import lacks_metadata
-from deepspec.hidden.online import (
-    await_metadata,
-    compute_online,
-    open_unsealed,
-    read_layout,
-    shared_index,
-)
+from deepspec.hidden.metadata import lacks_metadata, read_layout
+from deepspec.hidden.online import await_metadata, compute_online, open_unsealed, shared_index
 from deepspec.hidden.rolling_capture import RollingCapture
+from deepspec.hidden.rolling_rows import CommittedShards, ShardRows
 from deepspec.process.events import Report
 from deepspec.storage.local import read_into
 
@@ -48,72 +39,78 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2  # between two looks for the record of a shard that is waited for
 
 
-class _Shard(NamedTuple):
-    """Where the rows of a committed shard lie."""
-
-    file: str
-    offset: np.ndarray
-    num_bytes: np.ndarray
-    checksum: np.ndarray
-
-
 class RollingStates(Source):
-    """Shards that come and go; `kept` are samples that are needed again and again, in memory."""
+    """Shards that come and go, and in memory the samples that are needed again and again."""
 
     def __init__(
         self,
         run: Run,
         stage: ShardedStage,
         index: ExpectedIndex,
-        layout: Layout,
+        *,
         kept: Mapping[int, HiddenSample],
+        is_first: bool,
     ) -> None:
-        self.run, self.stage, self.artifact = run, stage, stage.artifact
-        self.index, self.layout, self.schema = index, layout, layout.schema()
-        self._kept, self._answers = kept, stage.upstream.records()
-        self._shards: dict[int, _Shard] = {}
-        self._looking, self._closed = threading.Lock(), threading.Event()
-        self._feeder: RollingCapture | None = None
+        self.run = run
+        self.stage = stage
+        self.artifact = stage.artifact
+        self.index = index
+        self.layout = read_layout(stage.artifact, run.config.hidden)
+        self.is_first = is_first
+        self._schema = self.layout.schema()
+        self._kept = kept
+        self._shards = CommittedShards(stage, index)
+        self._closed = threading.Event()
+        self._capture: RollingCapture | None = None
         self._progress: Callable[[], object] = bool
 
+    def begin(self, samples: SampleRange) -> None:
+        """Begin to capture, on the first rank.
+
+        Raises:
+            StoreError: `resources.training.rolling_gb` cannot hold what one step needs, or another
+                training uses these shards.
+        """
+        if self.is_first:
+            self._capture = RollingCapture(self.run, self.stage, self.index, self.layout, samples)
+            self._capture.start()
+
     def on_progress(self, progress: Callable[[], object]) -> None:
+        """Call `progress` with every shard that is captured, or while one is waited for."""
         self._progress = progress
-        if self._feeder:
-            self._feeder.progress = progress
+        if self._capture:
+            self._capture.progress = progress
+
+    def release(self, place: int) -> None:
+        """Note that no rank needs a sample before this place of the line any more."""
+        if self._capture:
+            self._capture.release(place)
+
+    def close(self) -> None:
+        """End capture; threads that wait for a shard get an error."""
+        self._closed.set()
+        if self._capture:
+            self._capture.close()
 
     def __getitem__(self, number: int) -> HiddenSample:
         kept = self._kept.get(number)
-        return (
-            self._read(number, np.empty(self._room(number), dtype=np.uint8))
-            if kept is None
-            else kept
-        )
+        if kept is not None:
+            return kept
+        return self._read(number, np.empty(self._room(number), dtype=np.uint8))
 
     def stream(
         self, numbers: Iterable[int], *, max_bytes: int, threads: int
     ) -> Iterator[HiddenSample]:
+        """Samples in the order of the numbers, read ahead."""
         reads = (
             (self._most_bytes(number), self._room(number), partial(self._read, number))
             for number in numbers
         )
         return read_buffered(reads, max_bytes=max_bytes, threads=threads)
 
-    def file(self, name: str) -> Path:
-        return self.artifact.store.fetch(self.artifact.path(name))
-
-    def release(self, place: int) -> None:
-        if self._feeder:
-            self._feeder.release(place)
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._feeder:
-            self._feeder.close()
-
     def _most_bytes(self, number: int) -> int:
-        return self.layout.most_bytes(
-            int(self.index.num_tokens[number]), int(self.index.num_last[number])
-        )
+        num_tokens, num_last = self.index.num_tokens[number], self.index.num_last[number]
+        return self.layout.most_bytes(int(num_tokens), int(num_last))
 
     def _room(self, number: int) -> int:
         return self._most_bytes(number) if self.artifact.store.is_local else 0
@@ -130,37 +127,30 @@ class RollingStates(Source):
             try:
                 message = self._message(found, row, buffer)
             except FileNotFoundError:  # used up, and not captured again yet
-                self._shards.pop(shard, None)
+                self._shards.forget(shard)
                 continue
             if xxhash.xxh3_64_intdigest(message) != int(found.checksum[row]):
-                what = f"row {row} of shard {shard} is damaged"
                 raise DamagedData(
-                    what,
+                    f"row {row} of shard {shard} is damaged",
                     where=f"{self.artifact.url}/{found.file}",
                     fix=f"remove records/{shard:05d}.json there",
                 )
-            return self.layout.decode(message, self.schema)
+            return self.layout.decode(message, self._schema)
 
-    def _message(self, shard: _Shard, row: int, buffer: np.ndarray) -> memoryview:
-        offset, num_bytes, store = (
-            int(shard.offset[row]),
-            int(shard.num_bytes[row]),
-            self.artifact.store,
-        )
+    def _message(self, shard: ShardRows, row: int, buffer: np.ndarray) -> memoryview:
+        start, num_bytes = int(shard.offset[row]), int(shard.num_bytes[row])
+        store, path = self.artifact.store, self.artifact.path(shard.file)
         if not store.is_local:
-            return memoryview(
-                store.read_range(self.artifact.path(shard.file), offset, offset + num_bytes)
-            )
-        # Opened for each read: a file that is held open keeps its bytes on the disk after it was
-        # deleted.
-        opened = os.open(store.path(self.artifact.path(shard.file)), os.O_RDONLY)
+            return memoryview(store.read_range(path, start, start + num_bytes))
+        # Opened for each read: an open file keeps its bytes on the disk after it was deleted.
+        opened = os.open(store.path(path), os.O_RDONLY)
         try:
             room = buffer.data[:num_bytes]
-            return room[: read_into(opened, room, offset)]
+            return room[: read_into(opened, room, start)]
         finally:
             os.close(opened)
 
-    def _awaited(self, shard: int) -> _Shard:
+    def _awaited(self, shard: int) -> ShardRows:
         """The shard, once it is committed.
 
         Raises:
@@ -168,104 +158,58 @@ class RollingStates(Source):
             TransientError: the source was closed meanwhile.
         """
         while True:
-            with self._looking:  # one look serves all threads that wait for the same shard
-                found = self._shards.get(shard) or self._look(shard)
+            found = self._shards.find(shard)
             if found:
                 return found
-            if self._feeder:
-                self._feeder.check()
-            else:  # the first rank, which has them captured, notices when no more of them come
+            if self._capture:
+                self._capture.check()
+            else:  # the first rank notices when no more shards come
                 self._progress()
             if self._closed.wait(POLL_S):
-                raise TransientError(
-                    f"training ended while shard {shard} was waited for", where=self.artifact.url
-                )
-
-    def _look(self, shard: int) -> _Shard | None:
-        record = self.artifact.record(shard)
-        if record is None or record.upstream != self._answers[shard].checksum:
-            return None
-        (data,) = self.artifact.store.read_many([self.artifact.path(index_file(record))])
-        # being deleted
-        if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
-            return None
-        self._shards[shard] = found = self._compared(record, data)
-        return found
-
-    def _compared(self, record: Record, data: bytes) -> _Shard:
-        """The shard's rows, which must be those that were planned: training takes a sample by
-        its number.
-        """
-        batch = read_index_rows(data).combine_chunks().to_batches()[0]
-        start, end = np.searchsorted(self.index.shard, [record.shard, record.shard + 1])
-        for name in ("sample_id", "num_tokens", "num_supervised", "held_out"):
-            if not np.array_equal(column_values(batch, name), getattr(self.index, name)[start:end]):
-                what = f"shard {record.shard} holds other samples than were planned ({name})"
-                raise ArtifactMismatch(
-                    what,
-                    where=self.artifact.url,
-                    fix=f"remove the folder {FOLDER!r} there: it is made again",
-                )
-        return _Shard(
-            record.file,
-            *(column_values(batch, name) for name in ("offset", "num_bytes", "checksum")),
-        )
-
-
-class FedStates(RollingStates):
-    """The first rank's: what all ranks read is captured and deleted from here."""
-
-    def begin(self, course: SampleRange) -> None:
-        """Begin to capture.
-
-        Raises:
-            StoreError: `resources.training.rolling_gb` cannot hold what one step needs, or another training
-                uses these shards.
-        """
-        self._feeder = RollingCapture(self.run, self.stage, self.index, self.layout, course)
-        self._feeder.start()
+                what = f"training ended while shard {shard} was waited for"
+                raise TransientError(what, where=self.artifact.url)
 
 
 def open_rolling(
     run: Run, *, share: Callable[[ExpectedIndex], Sequence[int]], is_first: bool, report: Report
 ) -> RollingStates:
-    """The source; the target is loaded only until this rank's `share` of held-out samples is in
-    memory.
+    """The source; the target is loaded only until this rank's held-out samples are in memory.
+
+    Args:
+        run: The run.
+        share: Gives the numbers of the held-out samples that this rank measures drafts on.
+        is_first: Whether this is the process that writes and captures for all.
+        report: Receives the events.
 
     Raises:
-        FidelityTooLow: the codec loses more of this target's states than `resources.checks.fidelity`
-            allows.
+        FidelityTooLow: the codec loses more of this target's states than
+            `resources.checks.fidelity` allows.
     """
-    config = run.config
-    stage = open_unsealed(run)
+    resources, stage = run.config.resources, open_unsealed(run)
     index = shared_index(run, stage, is_first=is_first)
     numbers, kept = share(index), dict[int, HiddenSample]()
-    if numbers or (is_first and lacks_metadata(config, stage.artifact)):
+    if numbers or (is_first and lacks_metadata(stage.artifact, run.config.hidden)):
         online = compute_online(run, stage, index, is_first=is_first, report=report)
         samples = online.stream(
             iter(numbers),
-            max_bytes=config.resources.memory.prefetch_mb * 1_000_000,
-            threads=config.resources.devices.read_threads,
+            max_bytes=resources.memory.prefetch_mb * 1_000_000,
+            threads=resources.devices.read_threads,
         )
         kept = {number: _on_host(sample) for number, sample in zip(numbers, samples, strict=True)}
         del online, samples
         gc.collect()  # the hooks that tap a target refer to it, and it to its model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.info(
-            "stage=train kept %d held-out samples in memory (%s)",
-            len(kept),
-            human_bytes(sum(each.num_bytes for each in kept.values())),
-        )
-    await_metadata(config, stage.artifact)
-    kind = FedStates if is_first else RollingStates
-    return kind(run, stage, index, read_layout(config, stage.artifact), kept)
+        size = human_bytes(sum(each.num_bytes for each in kept.values()))
+        log.info("stage=train kept %d held-out samples in memory (%s)", len(kept), size)
+    await_metadata(stage.artifact, run.config.hidden)
+    return RollingStates(run, stage, index, kept=kept, is_first=is_first)
 
 
 def _on_host(sample: HiddenSample) -> HiddenSample:
     """The sample in memory of its own: its tensors are parts of a whole batch's."""
-    context, last = (
-        EncodedTensor(stored.codec, tuple(part.to("cpu", copy=True) for part in stored.parts))
-        for stored in (sample.context, sample.last_hidden)
+    context, last_hidden = (
+        EncodedTensor(each.codec, tuple(part.to("cpu", copy=True) for part in each.parts))
+        for each in (sample.context, sample.last_hidden)
     )
-    return sample._replace(context=context, last_hidden=last)
+    return sample._replace(context=context, last_hidden=last_hidden)

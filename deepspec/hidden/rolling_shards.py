@@ -1,6 +1,4 @@
-"""The shards of a cache of which only some are on the disk at a time: what is there, how large
-it is, and taking it away.
-"""
+"""The shards of a cache of which only some are on the disk: what is there, and deleting it."""
 
 from __future__ import annotations
 
@@ -20,84 +18,74 @@ log = logging.getLogger(__name__)
 
 
 class RollingShards:
-    """`sizes` are the bytes of each shard that has a record, its index rows included. One
-    process at a time has it.
+    """The shards that are there, held by one process at a time.
+
+    Deleting removes the record first, so that what a crash leaves is no shard, but files that no
+    record names; `open` removes them.
     """
 
     def __init__(self, stage: ShardedStage) -> None:
-        self.artifact, self._answers = stage.artifact, stage.upstream.records()
-        self.sizes: dict[int, int] = {}
+        self.artifact = stage.artifact
+        self.sizes: dict[int, int] = {}  # bytes of each committed shard, its index rows included
+        self._answers = stage.upstream.records()
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Take stock; what no record names, or was made from other answers, is removed.
+        """Take stock; files that no record names, or made from other answers, are removed.
 
         Raises:
             StoreError: another training uses these shards up.
         """
-        self._lock = self._alone()
+        self._lock = self._exclusive()
         store, path = self.artifact.store, self.artifact.path
         gc.remove_abandoned(store)
-        fits = {
-            shard: record
-            for shard, record in self.artifact.records().items()
-            if self._is_whole(record)
-        }
-        for shard in set(self.artifact.record_shards()) - set(fits):
+        records = self.artifact.records()
+        whole = {shard: record for shard, record in records.items() if self._is_whole(record)}
+        for shard in set(self.artifact.record_shards()) - set(whole):
             store.remove(path(f"records/{shard:05d}.json"))
-        named = {name for record in fits.values() for name in (record.file, index_file(record))}
+        named = {name for record in whole.values() for name in _files(record)}
         for folder in gc.DATA_FOLDERS:
             for name in store.names(path(folder)):
                 if f"{folder}/{name}" not in named:
                     store.remove(path(f"{folder}/{name}"))
-        self.sizes = {shard: self._size(record) for shard, record in fits.items()}
-        log.info(
-            "stage=train rolling: %d shards are there, %s of them",
-            len(fits),
-            human_bytes(sum(self.sizes.values())),
-        )
+        self.sizes = {shard: self._size(record) for shard, record in whole.items()}
+        total = human_bytes(sum(self.sizes.values()))
+        log.info("stage=train rolling: %d shards are there, %s of them", len(whole), total)
 
     def close(self) -> None:
+        """Let another process have the shards."""
         if self._lock:
             self._lock.close()
 
     def add(self, shards: Sequence[int]) -> list[int]:
-        """Take note of those of the shards that have records; returns the others."""
+        """Note those of the shards that have records; returns the others."""
         found = self.artifact.read_records(shards)
         self.sizes |= {shard: self._size(record) for shard, record in found.items()}
         return [shard for shard in shards if shard not in found]
 
     def delete(self, shard: int) -> None:
-        """The record first: what a crash leaves is then no shard, but files that no record
-        names, which `open` removes.
-        """
+        """Remove the shard, its record first."""
         record = self.artifact.record(shard)
-        self.artifact.store.remove(self.artifact.path(f"records/{shard:05d}.json"))
-        for name in (record.file, index_file(record)) if record else ():
+        names = _files(record) if record else ()
+        for name in (f"records/{shard:05d}.json", *names):
             self.artifact.store.remove(self.artifact.path(name))
         del self.sizes[shard]
         log.info("stage=train shard=%d was used up", shard)
 
     def is_sealed(self) -> bool:
-        """Whether somebody has captured all of it by hand: then nothing of it is deleted any
-        more.
-        """
+        """Whether all of it was captured by hand meanwhile; then nothing of it is deleted."""
         return self.artifact.manifest() is not None
 
     def _size(self, record: Record) -> int:
         return record.num_bytes + self.artifact.store.size(self.artifact.path(index_file(record)))
 
     def _is_whole(self, record: Record) -> bool:
-        answers, exists = self._answers.get(record.shard), self.artifact.store.exists
+        answers, store = self._answers.get(record.shard), self.artifact.store
         is_current = answers is not None and record.upstream == answers.checksum
-        return is_current and all(
-            exists(self.artifact.path(name)) for name in (record.file, index_file(record))
-        )
+        return is_current and all(store.exists(self.artifact.path(name)) for name in _files(record))
 
-    def _alone(self) -> IO[str]:
-        """Hold the lock of these shards, which ends with the process, however that ends; it
-        knows of this machine only.
-        """
+    def _exclusive(self) -> IO[str]:
+        """The lock of these shards on this machine; it ends with the process, however that ends."""
         folder = folder_beside(self.artifact, "logs")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "rolling.lock").open("w")
@@ -105,10 +93,14 @@ class RollingShards:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            fix = "wait for it; or train this one with resources.training.source=online, or in a store of its own"
             raise StoreError(
                 "another training uses up the shards of this cache",
                 where=self.artifact.url,
-                fix=fix,
+                fix="wait for it; or train this one with resources.training.source=online, or in "
+                "a store of its own",
             ) from None
         return lock
+
+
+def _files(record: Record) -> tuple[str, str]:
+    return record.file, index_file(record)

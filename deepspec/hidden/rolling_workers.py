@@ -1,10 +1,10 @@
-"""What a training without a cache has children do: `python -m deepspec hidden` for shards to
-use up, or for the index alone.
+"""Children of a training without a cache: `python -m deepspec hidden`, which captures or renders.
+
+They capture shards to be used up, or write the expected index alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from deepspec.artifacts import gc
@@ -19,7 +20,8 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.recipes import to_yaml
-from deepspec.config.run import RunConfig
+from deepspec.config.resources import ResourcesConfig
+from deepspec.config.retries import RetriesConfig
 from deepspec.errors import DeepSpecError, ShardsFailed
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest, run_child, scope
@@ -28,34 +30,39 @@ from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
 
-# a process takes seconds to start, and renders a shard of 128 rows in less than one
+# A process takes seconds to start, and renders a shard of 128 rows in less than one.
 SHARDS_A_PROCESS = 64
 
 
-def worker_gpus(config: RunConfig) -> list[str | None]:
-    """The GPU of each capture lane: the last of the visible ones; None where a lane takes what
-    training computes on.
+def worker_gpus(resources: ResourcesConfig) -> list[str | None]:
+    """The GPU of each capture worker: the last of the visible ones.
+
+    None stands for the device that training computes on.
     """
-    resources = config.resources
+    num_gpus = resources.training.rolling_gpus
     gpus = visible_gpus() if resources.devices.type != "cpu" else []
-    return (
-        list(gpus[-resources.training.rolling_gpus :])
-        if gpus and resources.training.rolling_gpus
-        else [None]
-    )
+    return list(gpus[-num_gpus:]) if gpus and num_gpus else [None]
 
 
 class CaptureWorker:
     """Captures groups of shards, one after the other, on one GPU."""
 
-    def __init__(self, run: Run, artifact: Artifact, gpu: str | None, *, number: int) -> None:
-        config = run.config
-        self.config, self.artifact = config, artifact
-        self.env = {"DEEPSPEC_EVENTS": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        self.request, self.log_path = (
-            save_run_file(run, artifact),
-            folder_beside(artifact, "logs") / f"rolling-{number}.log",
-        )
+    def __init__(
+        self,
+        request: RunRequest,
+        artifact: Artifact,
+        gpu: str | None,
+        *,
+        retries: RetriesConfig,
+        log_path: Path,
+    ) -> None:
+        self.request = request
+        self.artifact = artifact
+        self.retries = retries
+        self.log_path = log_path
+        self.env = {"DEEPSPEC_EVENTS": "1"}
+        if gpu is not None:
+            self.env["CUDA_VISIBLE_DEVICES"] = gpu
 
     def capture(
         self,
@@ -66,85 +73,81 @@ class CaptureWorker:
         """Capture what is `missing`, until nothing is.
 
         Raises:
-            DeepSpecError: the child's own error, when it was tried `resources.retries.times` times more
-                or trying is no use.
+            DeepSpecError: the child's own error, when it was tried `resources.retries.times` times
+                more, or when trying is of no use.
         """
-        resources = self.config.resources
         for attempt in count(1):
             shards = missing()
             try:
                 return run_child(
-                    [*self.request.command("hidden", shards), "--purpose", "rolling"],
+                    [*self.request.command("hidden", shards), "--for", "rolling"],
                     on_event=on_event,
-                    on_line=_warnings,
+                    on_line=_pass_on_warnings,
                     env=self.env,
                     log_path=self.log_path,
                 )
             except DeepSpecError as error:
                 gc.remove_abandoned(self.artifact.store)
-                if (
-                    stop.is_set()
-                    or attempt > resources.retries.times
-                    or not _worth_another_try(error)
-                ):
+                if stop.is_set() or attempt > self.retries.times or not _is_retryable(error):
                     raise
-                log.warning(
-                    "stage=hidden shards=%s failed, and are tried again (%d): %s",
-                    shard_list(shards),
-                    attempt,
-                    error.what,
-                )
-            stop.wait(resources.retries.delay_s * 2 ** (attempt - 1))
+                message = "stage=hidden shards=%s failed, and are tried again (%d): %s"
+                log.warning(message, shard_list(shards), attempt, error.what)
+            stop.wait(self.retries.delay_s * 2 ** (attempt - 1))
 
 
-def save_run_file(run: Run, artifact: Artifact) -> RunRequest:
-    """The run as a file of its own, for children: how its options were given is not known here."""
-    config = run.config
-    path = folder_beside(artifact, "logs") / f"run-{run.artifact('train').key.fingerprint}.yaml"
+def make_workers(run: Run) -> list[CaptureWorker]:
+    """A worker for each GPU that captures."""
+    artifact, request = run.artifact("hidden"), save_run_file(run)
+    logs = folder_beside(artifact, "logs")
+    return [
+        CaptureWorker(
+            request,
+            artifact,
+            gpu,
+            retries=run.config.resources.retries,
+            log_path=logs / f"rolling-{number}.log",
+        )
+        for number, gpu in enumerate(worker_gpus(run.config.resources))
+    ]
+
+
+def save_run_file(run: Run) -> RunRequest:
+    """The run as a file for children, whatever options it was given with."""
+    name = f"run-{run.artifact('train').key.fingerprint}.yaml"
+    path = folder_beside(run.artifact("hidden"), "logs") / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config), encoding="utf-8")
+    path.write_text(to_yaml(run.config), encoding="utf-8")
     return RunRequest(str(path))
 
 
-def render_in_children(run: Run, artifact: Artifact, shards: Sequence[int]) -> None:
-    """Have as many processes as are worth their start write the planned index of these shards;
-    few shards are left to the caller.
+def render_in_children(run: Run, shards: Sequence[int]) -> None:
+    """Write the expected index of these shards in as many processes as are worth their start.
+
+    Few shards are left to the caller.
     """
-    config = run.config
-    resources = config.resources
-    processes = min(
-        resources.training.render_processes or os.cpu_count() or 1, len(shards) // SHARDS_A_PROCESS
-    )
+    processes = run.config.resources.training.render_processes or os.cpu_count() or 1
+    processes = min(processes, len(shards) // SHARDS_A_PROCESS)
     if processes < 2:
         return
-    request, env = (
-        save_run_file(run, artifact),
-        {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
+    request = save_run_file(run)
+    env = {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)
 
     def render(group: Sequence[int]) -> None:
-        run_child(
-            [*request.command("hidden", group), "--purpose", "index"],
-            on_event=silent,
-            on_line=_warnings,
-            env=env,
-        )
+        command = [*request.command("hidden", group), "--for", "index"]
+        run_child(command, on_event=silent, on_line=_pass_on_warnings, env=env)
 
     with ThreadPoolExecutor(processes) as pool, scope():
         # Each thread in a context of its own, in which it finds the scope that ends its child.
-        for done in [
-            pool.submit(copy_context().run, render, group)
-            for group in deal(shards, -(-len(shards) // processes))
-        ]:
+        groups = deal(shards, -(-len(shards) // processes))
+        for done in [pool.submit(copy_context().run, render, group) for group in groups]:
             done.result()
 
 
-def _worth_another_try(error: DeepSpecError) -> bool:
+def _is_retryable(error: DeepSpecError) -> bool:
     return bool(error.retryable) if isinstance(error, ShardsFailed) else error.transient
 
 
-def _warnings(line: str) -> None:
-    with contextlib.suppress(IndexError):
-        if " WARNING " in line or " ERROR " in line:
-            log.warning("capture: %s", line)
+def _pass_on_warnings(line: str) -> None:
+    if " WARNING " in line or " ERROR " in line:
+        log.warning("capture: %s", line)

@@ -1,20 +1,20 @@
-"""What capture runs the target over: training sequences of a shard of answers, in batches of
-like length.
-"""
+"""Training sequences of a shard of answers, in batches of similar length: what capture runs on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from deepspec.config.data import HiddenConfig
 from deepspec.messages import parse_messages, parse_tools
-from deepspec.target.chat import Chat, build_samples
+from deepspec.target.chat import Chat, Sample, build_samples
 from deepspec.target.conversation import conversation_so_far, stream_seed
 
 
 class CaptureRow(NamedTuple):
+    """One training sequence."""
+
     sample_id: int
     held_out: bool
     input_ids: list[int]
@@ -22,61 +22,58 @@ class CaptureRow(NamedTuple):
 
 
 class CaptureRows(NamedTuple):
-    # shortest first: consecutive ones make batches that waste little on padding
-    rows: list[CaptureRow]
+    """The training sequences of some answers."""
+
+    rows: list[CaptureRow]  # shortest first: consecutive ones waste little on padding
     rejects: list[dict[str, Any]]  # sequences left out, with the reason
 
 
 def capture_rows(
-    answers: Sequence[dict[str, Any]], chat: Chat, settings: HiddenConfig
+    answers: Iterable[dict[str, Any]], chat: Chat, settings: HiddenConfig
 ) -> CaptureRows:
-    """The training sequences of a shard of answers, cut behind the last supervised token and at
-    `max_length`.
+    """The training sequences of a shard of answers, in the order in which they are captured.
 
-    A sequence without two supervised tokens in a row teaches nothing and is left out.
+    A sequence ends after its last supervised token or at `hidden.max_length`. One without two
+    supervised tokens in a row teaches nothing and is left out.
     """
     rows: list[CaptureRow] = []
     rejects: list[dict[str, Any]] = []
     for answer in answers:
-        messages, texts = (
-            parse_messages(answer["messages"]),
-            [turn["text"] for turn in answer["turns"]],
-        )
-        turns, tools = [], parse_tools(answer.get("tools"))
-        for number, turn in enumerate(answer["turns"]):
-            conversation = conversation_so_far(messages, texts[:number])
-            ids = turn["token_ids"] or chat.answer_ids(
-                turn["text"], finished=turn["finish_reason"] == "stop"
-            )
-            turns.append((chat.render(conversation or [], tools), list(ids)))
-        for number, sample in enumerate(build_samples(turns)):
-            input_ids, mask = (
-                sample.input_ids[: settings.max_length],
-                sample.loss_mask[: settings.max_length],
-            )
+        for number, sample in enumerate(_sequences(answer, chat)):
+            input_ids = sample.input_ids[: settings.max_length]
+            mask = sample.loss_mask[: settings.max_length]
             if any(first and second for first, second in pairwise(mask)):
-                rows.append(
-                    CaptureRow(
-                        sequence_id(answer["id"], number), answer["held_out"], input_ids, mask
-                    )
-                )
-            else:
-                detail = (
-                    f"{len(sample.input_ids)} tokens, hidden.max_length is {settings.max_length}"
-                )
-                rejects.append(
-                    {
-                        "id": answer["id"],
-                        "sequence": number,
-                        "reason": "too_little_supervised",
-                        "detail": detail,
-                    }
-                )
-    return CaptureRows(sorted(rows, key=in_order), rejects)
+                sample_id = sequence_id(answer["id"], number)
+                rows.append(CaptureRow(sample_id, answer["held_out"], input_ids, mask))
+                continue
+            rejects.append(
+                {
+                    "id": answer["id"],
+                    "sequence": number,
+                    "reason": "too_little_supervised",
+                    "detail": f"{len(sample.input_ids)} tokens, "
+                    f"hidden.max_length is {settings.max_length}",
+                }
+            )
+    return CaptureRows(sorted(rows, key=capture_order), rejects)
 
 
-def in_order(row: CaptureRow) -> tuple[int, int]:
-    """What the rows of a shard are sorted by."""
+def _sequences(answer: dict[str, Any], chat: Chat) -> list[Sample]:
+    """The whole training sequences of one row of answers."""
+    messages, tools = parse_messages(answer["messages"]), parse_tools(answer.get("tools"))
+    texts = [turn["text"] for turn in answer["turns"]]
+    turns = []
+    for number, turn in enumerate(answer["turns"]):
+        prompt = chat.render(conversation_so_far(messages, texts[:number]) or [], tools)
+        ids = turn["token_ids"]
+        if not ids:
+            ids = chat.answer_ids(turn["text"], finished=turn["finish_reason"] == "stop")
+        turns.append((prompt, list(ids)))
+    return build_samples(turns)
+
+
+def capture_order(row: CaptureRow) -> tuple[int, int]:
+    """The key by which a shard's rows are sorted."""
     return len(row.input_ids), row.sample_id
 
 
@@ -87,12 +84,14 @@ def sequence_id(row: int, number: int) -> int:
 
 def token_batches(rows: Iterable[CaptureRow], batch_tokens: int) -> Iterator[list[CaptureRow]]:
     """Consecutive rows, as many as fit into `batch_tokens` once padded to the longest of them."""
-    batch, longest = list[CaptureRow](), 0
+    batch = list[CaptureRow]()
+    longest = 0
     for row in rows:
         longest = max(longest, len(row.input_ids))
         if batch and (len(batch) + 1) * longest > batch_tokens:
             yield batch
-            batch, longest = [], len(row.input_ids)
+            batch = []
+            longest = len(row.input_ids)
         batch.append(row)
     if batch:
         yield batch

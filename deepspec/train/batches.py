@@ -1,7 +1,6 @@
-"""What a rank trains on at a step: a pure function of (seed, step), so a run can resume anywhere on
-any number of ranks.
+"""What a rank trains on at a step: a pure function of (seed, step), whatever the number of ranks.
 
-The epochs' orders, one behind the other, are one long line of samples; step s takes the next
+The epochs' orders, one after the other, are one long line of samples; step s takes the next
 `global_batch` of it. Two things run ahead of training: threads that read samples, up to a budget in
 bytes, and one that makes batches of them.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -18,10 +17,11 @@ import numpy as np
 import torch
 
 from deepspec.cache.format import HiddenSample
-from deepspec.cache.prefetch import read_ahead
+from deepspec.cache.prefetch import MAX_JOBS_AHEAD, read_ahead
 from deepspec.cache.sample_order import WindowedOrder
 from deepspec.cache.source import SampleRange, Source
-from deepspec.config.run import RunConfig
+from deepspec.config.draft import TrainConfig
+from deepspec.config.resources import ResourcesConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
@@ -31,73 +31,68 @@ BATCHES_AHEAD = 2  # the one in use and the next
 
 
 class Drawn(NamedTuple):
-    """One sample of a step: its place in the cache, its length in tokens, and the seed of its
-    random choices.
-    """
+    """One sample of a step."""
 
-    number: int
+    number: int  # its place in the source's index
     num_tokens: int
-    seed: int
+    seed: int  # of its random choices
 
 
 class StepData:
     """Deals each step's samples to ranks and micro-batches."""
 
-    def __init__(self, cache: Source, config: RunConfig, world: World) -> None:
-        self.cache, self.settings, self.resources, self.world = (
-            cache,
-            config.train,
-            config.resources,
-            world,
-        )
-        index = cache.index
+    def __init__(
+        self, source: Source, settings: TrainConfig, resources: ResourcesConfig, world: World
+    ) -> None:
+        self.source = source
+        self.resources = resources
+        self.world = world
+        self.seed = settings.seed
+        self.global_batch = settings.global_batch
+        index = source.index
         self.numbers = np.flatnonzero((index.held_out == 0) & (index.num_supervised > 1))
         if len(self.numbers) == 0:
+            what = "the cache holds no training sample"
             fix = "lower prompts.held_out, or give more prompts"
-            raise TrainingFailed(
-                "the cache holds no training sample", where=cache.artifact.url, fix=fix
-            )
-        shards, settings = index.shard[self.numbers], self.settings
+            raise TrainingFailed(what, where=source.artifact.url, fix=fix)
         self._order = WindowedOrder(
             self.numbers,
-            shards,
+            index.shard[self.numbers],
             window_shards=settings.window_shards,
             seed=settings.seed,
             passes=settings.window_epochs,
         )
+        steps = -(-settings.epochs * len(self.numbers) // settings.global_batch)
+        self.total_steps = min(steps, settings.max_steps or steps)
+        # Threads that read ahead, batches and training look at the same steps: as many are kept as
+        # reading can be ahead, so that each sample is hashed once.
+        ahead = MAX_JOBS_AHEAD * world.size // settings.global_batch
+        self.drawn = lru_cache(BATCHES_AHEAD + 2 + ahead)(self._draw)
         self._ahead: Iterator[TrainBatch] = iter(())
         self._next_step: int | None = None  # the step whose batches come next out of `_ahead`
 
-    @property
-    def total_steps(self) -> int:
-        steps = -(-self.settings.epochs * len(self.numbers) // self.settings.global_batch)
-        return min(steps, self.settings.max_steps or steps)
-
     def begin(self, first: int) -> None:
-        """Tell the source which samples come, from step `first` on."""
-        samples = self.settings.global_batch
-        self.cache.begin(
-            SampleRange(self._order, first * samples, self.total_steps * samples, samples)
-        )
+        """Announce to the source the samples from step `first` on."""
+        start, end = first * self.global_batch, self.total_steps * self.global_batch
+        self.source.begin(SampleRange(self._order, start, end, self.global_batch))
 
     def finish(self) -> None:
-        """Tell the source that no more samples are asked for."""
-        self.cache.release(self.total_steps * self.settings.global_batch)
+        """Release all samples of the source."""
+        self.source.release(self.total_steps * self.global_batch)
 
-    def drawn(self, step: int) -> list[Drawn]:
+    def _draw(self, step: int) -> list[Drawn]:
         """All samples of a step, over all ranks, shortest first."""
-        samples = []
-        for place in range(
-            step * self.settings.global_batch, (step + 1) * self.settings.global_batch
-        ):
+        index, samples = self.source.index, []
+        for place in range(step * self.global_batch, (step + 1) * self.global_batch):
             epoch, number = self._order.at(place)
-            seed = sample_seed(self.settings.seed, epoch, int(self.cache.index.sample_id[number]))
-            samples.append(Drawn(number, int(self.cache.index.num_tokens[number]), seed))
+            seed = sample_seed(self.seed, epoch, int(index.sample_id[number]))
+            samples.append(Drawn(number, int(index.num_tokens[number]), seed))
         return sorted(samples, key=lambda sample: (sample.num_tokens, sample.number))
 
     def micro_batches(self, step: int) -> list[list[Drawn]]:
-        """What this rank trains on at the step, packed into rows of at most
-        `resources.memory.batch_tokens` (or one long sample).
+        """The rank's samples of a step, packed up to `resources.memory.batch_tokens` each.
+
+        A longer sample is a micro-batch of its own.
         """
         groups: list[list[Drawn]] = []
         room = 0
@@ -110,11 +105,9 @@ class StepData:
         return groups
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
-        """The step's micro-batches; while one is trained on, the next ones are read, whatever
-        step they belong to.
-        """
-        # What ended step - 1 was a sum over all ranks, so each of them has had all its samples.
-        self.cache.release(step * self.settings.global_batch)
+        """The step's micro-batches; meanwhile the next ones are read, of whatever step."""
+        # Step - 1 ended with a sum over all ranks, so each of them has had all its samples.
+        self.source.release(step * self.global_batch)
         if step != self._next_step:
             self._ahead = self._batches_from(step)
         yield from islice(self._ahead, len(self.micro_batches(step)))
@@ -122,60 +115,54 @@ class StepData:
 
     def _batches_from(self, first: int) -> Iterator[TrainBatch]:
         steps = range(first, self.total_steps)
-        order = (
-            drawn.number for step in steps for group in self.micro_batches(step) for drawn in group
+        # Once for the threads that read, once for the one that makes batches.
+        to_read, to_batch = (
+            (group for step in steps for group in self.micro_batches(step)) for _ in range(2)
         )
-        max_bytes, threads = (
-            self.resources.memory.prefetch_mb * 1_000_000,
-            self.resources.devices.read_threads,
+        samples = self.source.stream(
+            (drawn.number for group in to_read for drawn in group),
+            max_bytes=self.resources.memory.prefetch_mb * 1_000_000,
+            threads=self.resources.devices.read_threads,
         )
-        samples = self.cache.stream(order, max_bytes=max_bytes, threads=threads)
-        jobs = (
-            (1, partial(self._batch, group, samples))
-            for step in steps
-            for group in self.micro_batches(step)
-        )
+        jobs = ((1, partial(self._batch, group, samples)) for group in to_batch)
         return read_ahead(jobs, max_bytes=BATCHES_AHEAD)
 
     def load(self, group: Sequence[Drawn]) -> TrainBatch:
         """A micro-batch by itself."""
-        return self._batch(group, (self.cache[drawn.number] for drawn in group))
+        return self._batch(group, (self.source[drawn.number] for drawn in group))
 
     def _batch(self, group: Sequence[Drawn], samples: Iterator[HiddenSample]) -> TrainBatch:
-        """The next samples packed one behind the other on the training device, to which they go
-        as they are stored.
-        """
-        layout, device = self.cache.layout, self.world.device
+        """The next samples, packed into one row on the training device and decoded there."""
+        layout, device = self.source.layout, self.world.device
         lengths = [drawn.num_tokens for drawn in group]
-        total = sum(lengths)
-        room = total + (-total % FILL_TOKENS if self.resources.training.compile else 0)
-        input_ids = torch.zeros(room, dtype=torch.long)
-        loss_mask = torch.zeros(room, dtype=torch.bool)
-        context = torch.zeros(room, layout.context.width, dtype=torch.bfloat16, device=device)
-        last_hidden = torch.zeros(
-            room, layout.last_hidden.width, dtype=torch.bfloat16, device=device
-        )
+        length = sum(lengths)
+        if self.resources.training.compile:
+            length += -length % FILL_TOKENS
+        input_ids = torch.zeros(length, dtype=torch.long)
+        loss_mask = torch.zeros(length, dtype=torch.bool)
+        states = [
+            torch.zeros(length, width, dtype=torch.bfloat16, device=device)
+            for width in (layout.context.width, layout.last_hidden.width)
+        ]
+        context, last_hidden = states
         end = 0
-        for length, sample in zip(lengths, islice(samples, len(group)), strict=True):
-            start, end = end, end + length
+        for num_tokens, sample in zip(lengths, islice(samples, len(group)), strict=True):
+            start, end = end, end + num_tokens
             input_ids[start:end] = sample.input_ids
             loss_mask[start:end] = sample.loss_mask.bool()
             sample.context.decode(device=device, out=context[start:end])
             sample.place_last_hidden(last_hidden[start:end])
-        seeds = tuple(drawn.seed for drawn in group)
         return TrainBatch(
             input_ids.to(device),
             loss_mask.to(device),
             torch.tensor(lengths, device=device),
             context,
             last_hidden,
-            seeds,
+            tuple(drawn.seed for drawn in group),
         )
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
     """The seed (63 bits) of one sample's random choices in one epoch."""
-    return (
-        int.from_bytes(hashlib.sha256(f"{seed}:{epoch}:{sample_id}".encode()).digest()[:8], "big")
-        >> 1
-    )
+    digest = hashlib.sha256(f"{seed}:{epoch}:{sample_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,15 +1,15 @@
-"""Before a weight is loaded: whether a cache is the one that the run is to train on, field by
-field.
+"""Whether a cache is that of the run, field by field, before a weight is loaded.
 
 Its path follows from the run's fingerprint, so a cache that differs was copied there, edited, or
-written by another version.
+written by another version. Each check returns what differs, by field, in words.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -17,8 +17,9 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactInput
 from deepspec.artifacts.run import Run
 from deepspec.cache.reader import SCHEMA, HiddenCache
+from deepspec.config.data import HiddenConfig
 from deepspec.config.families import text_config
-from deepspec.config.run import RunConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.hidden.metadata import CONFIG, TENSORS
 from deepspec.target.chat import load_chat, target_folder
@@ -27,64 +28,48 @@ RECIPE = "artifact.json"
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")  # of a target's config.json
 
 
-class Difference(NamedTuple):
-    """A field that is one thing in a file of the cache, and another where it should be the same."""
-
-    field: str
-    found: object
-    file: str
-    wanted: object
-    other: str = "this run"
-
-    def __str__(self) -> str:
-        return f"{self.field} is {self.found} in its {self.file}, {self.wanted} in {self.other}"
-
-
 def check_cache(run: Run, cache: HiddenCache) -> None:
-    """Refuse a cache of another target, other layers, codec, number format or tokenizer than the
-    run's.
+    """Refuse a cache whose target, layers, codec, number format or tokenizer are not the run's.
 
     Raises:
         ArtifactMismatch: names every field that differs, and both of its values.
     """
-    config = run.config
-    found = [
-        *_recipe(cache.artifact),
-        *_schema(config, cache),
-        *_sizes(run, cache),
-        *_tokenizer(run, cache),
-    ]
-    # of each field, the difference that was found first
-    first = {difference.field: difference for difference in reversed(found)}
-    if first:
-        what = "the cache is not that of this run: " + "; ".join(
-            str(difference) for difference in reversed(first.values())
+    folder = target_folder(run)
+    found = _sizes(cache, folder)
+    if folder:  # what a hub's model has is decided by its revision
+        digests = load_chat(run).digests()
+        found |= _different(_picked(cache.layout.metadata, digests), digests, file=SCHEMA)
+    found |= _schema(run.config.target, run.config.hidden, cache)
+    found |= _recipe(cache.artifact)  # counts where a field differs in the schema, too
+    if found:
+        raise ArtifactMismatch(
+            f"the cache is not that of this run: {'; '.join(found.values())}",
+            where=cache.artifact.url,
+            fix=f"remove that folder and run `{run.command('hidden')}` again, or give the run the "
+            "cache's values",
         )
-        fix = "remove that folder and run `python -m deepspec hidden` again, or give the run the cache's values"
-        raise ArtifactMismatch(what, where=cache.artifact.url, fix=fix)
 
 
-def _recipe(artifact: Artifact) -> Iterator[Difference]:
-    """What the cache was made with and from, as it was written down before its first shard."""
+def _recipe(artifact: Artifact) -> dict[str, str]:
+    """What the cache was made with and from, as written down before its first shard."""
     info, key = artifact.info(), artifact.key
     if info is None:
-        yield Difference("the recipe", "missing", RECIPE, "needed")
-        return
-    yield from _different(_fields(info.recipe), _fields(key.recipe), file=RECIPE)
-    found = {"format": info.format, "the input": _folders(info.inputs)}
-    yield from _different(
-        found, {"format": key.format, "the input": _folders(key.inputs)}, file=RECIPE
+        return {"recipe": f"the recipe is missing in its {RECIPE}"}
+    return _different(
+        _fields(info.recipe, info.format, info.inputs),
+        _fields(key.recipe, key.format, key.inputs),
+        file=RECIPE,
     )
 
 
-def _schema(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
+def _schema(target: TargetConfig, hidden: HiddenConfig, cache: HiddenCache) -> dict[str, str]:
     """Whose states they are and how they are stored, which is how they are read."""
-    context, last, said = cache.layout.context, cache.layout.last_hidden, cache.layout.metadata
-    target, hidden = config.target, config.hidden
+    context, last = cache.layout.context, cache.layout.last_hidden
+    metadata = cache.layout.metadata
     found = {
-        "target.model": said.get("target"),
-        "target.revision": said.get("revision"),
-        "target.layer_ids": json.loads(said.get("layers", "null")),
+        "target.model": metadata.get("target"),
+        "target.revision": metadata.get("revision"),
+        "target.layer_ids": json.loads(metadata.get("layers", "null")),
         "number of target.layer_ids": context.num_layers,
         "hidden.codec": context.name,
         "hidden.last_codec": last.name,
@@ -99,68 +84,58 @@ def _schema(config: RunConfig, cache: HiddenCache) -> Iterator[Difference]:
         "hidden.last_codec": hidden.codec_of_last_hidden,
         "hidden.compression": hidden.compression,
     }
-    yield from _different(found, wanted, file=SCHEMA)
+    return _different(found, wanted, file=SCHEMA)
 
 
-def _sizes(run: Run, cache: HiddenCache) -> Iterator[Difference]:
-    """The target's config against the states, the embedding and lm_head (only their shapes),
-    and the target itself where it is here.
+def _sizes(cache: HiddenCache, folder: Path | None) -> dict[str, str]:
+    """The target's config in the cache against the states and the shapes of the frozen tensors.
+
+    And against the target itself where it is a local folder.
     """
     artifact, layout = cache.artifact, cache.layout
     kept = text_config(json.loads(artifact.store.read(artifact.path(CONFIG))))
-    vocab_size, hidden_size = kept.get("vocab_size"), kept.get("hidden_size")
+    size = kept.get("hidden_size")
     states = {
         "hidden_size of context": layout.context.hidden_size,
         "hidden_size of last_hidden": layout.last_hidden.hidden_size,
     }
-    yield from _different(
-        states, dict.fromkeys(states, hidden_size), file=SCHEMA, other=f"its {CONFIG}"
-    )
-    tensors = artifact.store.fetch(artifact.path(TENSORS), cache.manifest.files[TENSORS].checksum)
-    with safe_open(tensors, framework="pt") as file:
-        shapes = {f"shape of {name}": file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    yield from _different(
-        shapes,
-        {name: [vocab_size, hidden_size] for name in shapes},
-        file=TENSORS,
-        other=f"its {CONFIG}",
-    )
-    if folder := target_folder(run):
+    with safe_open(cache.file(TENSORS), framework="pt") as file:
+        names = list(file.keys())
+        shapes = {f"shape of {name}": file.get_slice(name).get_shape() for name in names}
+    shape = [kept.get("vocab_size"), size]
+    other = f"its {CONFIG}"
+    found = _different(states, dict.fromkeys(states, size), file=SCHEMA, other=other)
+    found |= _different(shapes, {name: shape for name in shapes}, file=TENSORS, other=other)
+    if folder:
         own = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        yield from _different(
-            {name: kept.get(name) for name in SIZES},
-            {name: own.get(name) for name in SIZES},
-            file=CONFIG,
-        )
-
-
-def _tokenizer(run: Run, cache: HiddenCache) -> Iterator[Difference]:
-    """Vocabulary and chat template, where the target is a local folder; what a hub's model has
-    is decided by its revision.
-    """
-    if target_folder(run):
-        wanted = load_chat(run).digests()
-        yield from _different(
-            {name: cache.layout.metadata.get(name) for name in wanted}, wanted, file=SCHEMA
-        )
+        found |= _different(_picked(kept, SIZES), _picked(own, SIZES), file=CONFIG)
+    return found
 
 
 def _different(
     found: Mapping[str, object], wanted: Mapping[str, object], *, file: str, other: str = "this run"
-) -> Iterator[Difference]:
-    for field in dict.fromkeys([*found, *wanted]):
-        if found.get(field) != wanted.get(field):
-            yield Difference(field, found.get(field), file, wanted.get(field), other)
-
-
-def _fields(recipe: Mapping[str, Any]) -> dict[str, object]:
-    """A recipe's sections as one mapping of `section.field`."""
+) -> dict[str, str]:
     return {
-        f"{section}.{field}": value
-        for section, fields in recipe.items()
-        for field, value in fields.items()
+        name: f"{name} is {found.get(name)} in its {file}, {wanted.get(name)} in {other}"
+        for name in dict.fromkeys([*found, *wanted])
+        if found.get(name) != wanted.get(name)
     }
 
 
-def _folders(inputs: Sequence[ArtifactInput]) -> list[str]:
-    return [f"{entry.stage}/{entry.name}-{entry.fingerprint}" for entry in inputs]
+def _picked(values: Mapping[str, object], names: Iterable[str]) -> dict[str, object]:
+    return {name: values.get(name) for name in names}
+
+
+def _fields(
+    recipe: Mapping[str, Any], version: int, inputs: Sequence[ArtifactInput]
+) -> dict[str, object]:
+    """What an artifact is made with and from, a recipe's sections as `section.field`."""
+    return {
+        **{
+            f"{section}.{field}": value
+            for section, fields in recipe.items()
+            for field, value in fields.items()
+        },
+        "format": version,
+        "the input": [f"{entry.stage}/{entry.name}-{entry.fingerprint}" for entry in inputs],
+    }

@@ -1,14 +1,13 @@
-"""Checkpoints: everything a run needs to go on exactly, safetensors and JSON only, its record
-written last.
+"""Checkpoints on disk: all that a run needs to go on exactly, as safetensors and JSON alone.
+
+A checkpoint's record is written last. `checkpointing` decides when one is saved and which is best.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
@@ -23,23 +22,23 @@ from deepspec.storage.store import file_checksum, pretty_json
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Piece, Strategy
 
-# the newest one, and one to fall back on should it turn out damaged; the best one is kept as well
+# The newest one, and one to fall back on should it turn out damaged; the best one is kept as well.
 KEEP = 2
 
 
 class CheckpointRecord(BaseModel):
+    """`record.json` of a checkpoint."""
+
     model_config = ConfigDict(frozen=True)
 
     step: int
     files: dict[str, str] = {}
-    """Checksum of each file beside the record."""
+    """Checksum of each file of the checkpoint."""
     loss: float = 0.0
     acceptance_length: float | None = None
     """Over held-out samples; None where it was not measured."""
     since_best: int = 0
-    """Measured checkpoints in a row, this one included, that were no better than one before
-    them.
-    """
+    """Measured checkpoints in a row, this one included, no better than one before them."""
     inputs: dict[str, str] = {}
     """Manifest digests of what it was trained on, by `stage/fingerprint`."""
 
@@ -52,21 +51,18 @@ def save_checkpoint(
     draft: Drafter,
     record: CheckpointRecord,
 ) -> None:
-    """Write the state after `record.step` optimizer steps, on all ranks; it counts once its record
-    is there, with all files' checksums.
+    """Write the state after `record.step` optimizer steps, on all ranks, and then its record.
 
     The first rank writes the draft, as whole as any reader wants it; each rank writes its share of
     the optimizer's state, dealt out by whole parameters. Of 2 billion trained parameters in float32
     the draft takes 8 GB (embedding and lm_head come on top) in the first rank's host memory and
     scratch folder, the state 16 GB: 250 MB of it on each of 64 ranks, which write at the same time.
-    A parameter is put together on all ranks, one after the other, so that beside their own shares
-    they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until it is
-    saved.
+    A parameter is put together on all ranks, one after the other, so that on top of their own
+    shares they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until
+    it is saved.
     """
-    folder, share = (
-        f"checkpoints/{record.step:08d}",
-        f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors",
-    )
+    folder = f"checkpoints/{record.step:08d}"
+    share = _share_name(world.rank, world.size)
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
         save_file(optimizer_share(strategy, world), local / share)
@@ -75,14 +71,15 @@ def save_checkpoint(
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
             artifact.put_file(local / name, f"{folder}/{name}")
-    shares = world.gather_text(files[share])  # once a rank has all of them, all are there
+    checksums = world.gather_text(files[share])  # once a rank has all of them, all are there
     if world.is_first:
-        files |= {
-            f"optimizer-{number:05d}-of-{world.size:05d}.safetensors": checksum
-            for number, checksum in enumerate(shares, 1)
-        }
+        files |= {_share_name(rank, world.size): each for rank, each in enumerate(checksums)}
         put_record(artifact, record.model_copy(update={"files": files}))
         _remove_old(artifact)
+
+
+def _share_name(rank: int, size: int) -> str:
+    return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 def optimizer_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
@@ -107,10 +104,8 @@ def _remove_old(artifact: Artifact) -> None:
 
 
 def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
-    artifact.store.write(
-        artifact.path(f"checkpoints/{record.step:08d}/record.json"),
-        pretty_json(record.model_dump()),
-    )
+    """Write a checkpoint's record."""
+    artifact.store.write(_record_path(artifact, record.step), pretty_json(record.model_dump()))
 
 
 def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
@@ -119,36 +114,38 @@ def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
 
 
 def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord | None:
-    """The one with the longest acceptance, of equal ones the latest; None where none was
-    measured (trap D9).
+    """The one with the longest acceptance, of equal ones the latest; None if none was measured.
+
+    Not the one with the lowest loss (trap D9).
     """
-    measured = [record for record in records.values() if record.acceptance_length is not None]
-    return max(
-        measured, key=lambda record: (record.acceptance_length or 0.0, record.step), default=None
-    )
-
-
-def _record(artifact: Artifact, step: int) -> CheckpointRecord:
-    return CheckpointRecord.model_validate_json(
-        artifact.store.read(artifact.path(f"checkpoints/{step:08d}/record.json"))
-    )
+    measured = {
+        (record.acceptance_length, record.step): record
+        for record in records.values()
+        if record.acceptance_length is not None
+    }
+    return measured[max(measured)] if measured else None
 
 
 def checkpoint_steps(artifact: Artifact) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
-    names = [name for name in artifact.store.names(artifact.path("checkpoints")) if name.isdigit()]
-    return [
-        int(name)
-        for name in names
-        if artifact.store.exists(artifact.path(f"checkpoints/{name}/record.json"))
-    ]
+    names = artifact.store.names(artifact.path("checkpoints"))
+    steps = [int(name) for name in names if name.isdigit()]
+    return [step for step in steps if artifact.store.exists(_record_path(artifact, step))]
+
+
+def _record(artifact: Artifact, step: int) -> CheckpointRecord:
+    data = artifact.store.read(_record_path(artifact, step))
+    return CheckpointRecord.model_validate_json(data)
+
+
+def _record_path(artifact: Artifact, step: int) -> str:
+    return artifact.path(f"checkpoints/{step:08d}/record.json")
 
 
 def resume_draft(
-    artifact: Artifact, draft: Drafter, inputs: Mapping[str, str] | None = None
+    artifact: Artifact, draft: Drafter, inputs: Mapping[str, str]
 ) -> CheckpointRecord | None:
-    """Load the newest complete checkpoint's weights into the draft, on the device that it is on;
-    None if there is no checkpoint.
+    """Load the newest complete checkpoint's weights into the draft; None if there is none.
 
     Raises:
         ArtifactMismatch: it was trained on another version of one of the `inputs`, of which a shard
@@ -159,30 +156,27 @@ def resume_draft(
     if not steps:
         return None
     record = _record(artifact, steps[-1])
-    # A training may go on from another source, which names other inputs: those that both name must
+    # Training may resume from another source, which names other inputs: those that both name must
     # be the same.
-    changed = [
-        name for name, digest in record.inputs.items() if (inputs or {}).get(name, digest) != digest
-    ]
+    changed = [name for name, digest in record.inputs.items() if inputs.get(name, digest) != digest]
     if changed:
-        what = f"the checkpoint of step {record.step} was trained on another version of {', '.join(changed)}, which was made again since"
         raise ArtifactMismatch(
-            what, where=artifact.url, fix="remove the folder 'checkpoints' there to train anew"
+            f"the checkpoint of step {record.step} was trained on another version of "
+            f"{', '.join(changed)}, which was made again since",
+            where=artifact.url,
+            fix="remove the folder 'checkpoints' there to train anew",
         )
-    weights = load_file(
-        whole_file(artifact, record, "model.safetensors"),
-        device=str(next(draft.parameters()).device),
-    )
+    file = whole_file(artifact, record, "model.safetensors")
+    weights = load_file(file, device=str(next(draft.parameters()).device))
     draft.load_state_dict(weights, strict=True)
     return record
 
 
 def resume_optimizer(artifact: Artifact, record: CheckpointRecord, strategy: Strategy) -> None:
-    """Load its optimizer state, tensor by tensor, whatever the number of ranks and the strategy
-    that saved it.
+    """Load a checkpoint's optimizer state, whatever number of ranks and strategy saved it.
 
-    Every rank reads all of the files (from a bucket: each fetches them, unless they are in its
-    scratch folder already).
+    Every rank reads all of the files, tensor by tensor (from a bucket: each fetches them, unless
+    they are in its scratch folder already).
 
     Raises:
         DamagedData: the bytes are not those that were saved.
@@ -204,27 +198,7 @@ def whole_file(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
     folder = f"checkpoints/{record.step:08d}"
     local = artifact.store.fetch(artifact.path(f"{folder}/{name}"))
     if file_checksum(local) != record.files[name]:
+        what = f"the checkpoint's {name} is damaged"
         fix = "remove that folder to go on from the checkpoint before it"
-        raise DamagedData(
-            f"the checkpoint's {name} is damaged", where=f"{artifact.url}/{folder}", fix=fix
-        )
+        raise DamagedData(what, where=f"{artifact.url}/{folder}", fix=fix)
     return local
-
-
-def append_metrics(artifact: Artifact, history: list[dict[str, Any]]) -> None:
-    """Rewrite metrics.jsonl, one line per logged step; the steps behind a resumed checkpoint
-    are written once.
-    """
-    artifact.store.write(
-        artifact.path("metrics.jsonl"),
-        "".join(json.dumps(line) + "\n" for line in history).encode(),
-    )
-
-
-def read_metrics(artifact: Artifact, before: int) -> list[dict[str, Any]]:
-    """Logged steps up to `before`, so that a resumed run continues the file."""
-    try:
-        lines = artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
-    except FileNotFoundError:
-        return []
-    return [entry for entry in map(json.loads, lines) if entry["step"] <= before]

@@ -1,6 +1,4 @@
-"""`train.strategy: ddp`: parameters, gradients and optimizer whole on every rank, and one sum
-of gradients a step.
-"""
+"""`train.strategy: ddp`: each rank holds the whole draft and optimizer; gradients are summed."""
 
 from __future__ import annotations
 
@@ -13,40 +11,41 @@ from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.train.distributed import World
 from deepspec.train.optimizer import apply_step, make_optimizer, trainable
-from deepspec.train.strategy import COMPUTE_DTYPES, Piece
+from deepspec.train.strategy import COMPUTE_DTYPES, Piece, autocast_loss
 
 
 class Replicated:
-    """`ddp`: parameters, gradients and optimizer whole on every rank, and one sum of gradients
-    a step.
-    """
+    """A draft that every rank holds whole; satisfies `strategy.Strategy`."""
 
     def __init__(self, draft: Drafter, settings: TrainConfig, world: World) -> None:
-        self.draft, self.settings, self.world = draft.train(), settings, world
+        self.draft = draft.train()
+        self.settings = settings
+        self.world = world
         self.parameters = trainable(draft)
         self.optimizer = make_optimizer(self.parameters, settings)
 
     @property
     def sizes(self) -> Mapping[str, int]:
+        """Elements of each trainable parameter."""
         return {name: parameter.numel() for name, parameter in self.parameters.items()}
 
     def rounds(self, own: int) -> int:
+        """Its own: ranks meet only in `apply`."""
         return own
 
     def backward(self, batch: TrainBatch | None) -> LossOutput:
-        if batch is None:
-            raise ValueError("ranks that have nothing to train on need not keep up")
+        """Add the gradient of a micro-batch's loss numerator."""
+        assert batch is not None  # noqa: S101 - `rounds` asks for no more than there are
         dtype = COMPUTE_DTYPES[self.settings.compute_dtype]
         plan = self.draft.plan(batch)
-        with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = self.draft.loss(batch, plan)
+        output = autocast_loss(self.draft, batch, plan, device=self.world.device, dtype=dtype)
         output.numerator.backward()
         return output
 
     def apply(self, *, lr: float, denominator: float) -> float:
+        """Sum the gradients over the ranks and step."""
         for parameter in self.parameters.values():
-            # in no loss, as a head whose term has no weight: it decays as it does on any number of
-            # ranks
+            # In no loss, like a head whose term has no weight: it decays as under `deepspeed`.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.world.sum_gradients(self.parameters.values())
@@ -55,13 +54,16 @@ class Replicated:
         return apply_step(self.optimizer, lr=lr, denominator=denominator, clip=self.settings.clip)
 
     def whole(self) -> Drafter:
+        """The draft itself."""
         return self.draft
 
     def optimizer_state(self, name: str) -> Iterator[Piece]:
+        """The optimizer's state of a parameter."""
         for key, value in self.optimizer.state.get(self.parameters[name], {}).items():
             yield Piece(key, torch.as_tensor(value).detach())
 
     def restore(self, name: str, piece: Piece) -> None:
+        """Set one piece of the optimizer's state of a parameter."""
         parameter = self.parameters[name]
         tensor = piece.tensor if piece.key == "step" else piece.tensor.to(parameter.device)
         self.optimizer.state[parameter][piece.key] = tensor

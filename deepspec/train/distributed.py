@@ -15,12 +15,15 @@ from deepspec.target.loading import choose_device
 
 
 class World(NamedTuple):
+    """The ranks, as one of them sees them; every method is called by all of them together."""
+
     rank: int
     size: int
     device: torch.device
 
     @property
     def is_first(self) -> bool:
+        """Whether this rank reports, and writes what is written once."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -54,21 +57,22 @@ class World(NamedTuple):
             parameter.grad = part.view_as(parameter)
 
     def wait(self) -> None:
+        """Return when all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def join_world(device: str, *, timeout: timedelta) -> World:
-    """Join the ranks that torchrun started, each other rank waited for until `timeout`; without
-    torchrun, a world of one.
+    """Join the ranks that torchrun started; without torchrun, a world of one.
+
+    Args:
+        device: `resources.devices.type`; on GPUs each rank takes that of its number on the machine.
+        timeout: How long a collective waits for the other ranks.
     """
-    size, local_rank = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", local_rank)
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)

@@ -1,6 +1,4 @@
-"""The draft at both ends of training: fresh, for the cache's target, and sealed, as the best
-checkpoint has it.
-"""
+"""The draft at both ends of training: fresh for the source's target, and sealed when it is done."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.source import Source
 from deepspec.config.run import RunConfig
+from deepspec.hidden.metadata import CONFIG, TENSORS
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution
@@ -24,18 +23,17 @@ DRAFT_FILES = ("config.json", "model.safetensors")
 
 
 def make_draft(config: RunConfig, source: Source) -> Drafter:
-    """A fresh draft for the target whose states are read, its embedding and lm_head from beside
-    them (`checks`: it is the run's).
+    """A fresh draft of the run for the target whose states the source gives.
+
+    The frozen embedding and lm_head come from the source; `cache_check` compares them with the run.
     """
-    artifact = source.artifact
-    target_config = json.loads(artifact.store.read(artifact.path("target/config.json")))
     spec = DraftSpec.from_target(
-        target_config,
+        json.loads(source.file(CONFIG).read_bytes()),
         config.draft,
         layer_ids=config.target.layer_ids,
         mask_token_id=config.target.mask_token_id,
     )
-    frozen = load_file(source.file("frozen.safetensors"))
+    frozen = load_file(source.file(TENSORS))
     draft = build_draft(
         spec,
         embed=frozen["embed_tokens.weight"],
@@ -50,22 +48,16 @@ def make_draft(config: RunConfig, source: Source) -> Drafter:
 
 
 def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:
-    """Make the best checkpoint's draft (the last one's, where none was measured) the artifact's,
-    and write the manifest.
+    """Make the best checkpoint's draft (without any measured, the last one's) the artifact's.
 
     Raises:
         DamagedData: its bytes are not those that were saved.
     """
     records = checkpoint_records(artifact)
     chosen = best_checkpoint(records) or records[max(records)]
+    files = [f"draft/{name}" for name in DRAFT_FILES]
     for name in DRAFT_FILES:
         artifact.put_file(whole_file(artifact, chosen, name), f"draft/{name}")
-    artifact.seal(
-        files=[*(f"draft/{name}" for name in DRAFT_FILES), "metrics.jsonl"], inputs=inputs
-    )
-    log.info(
-        "stage=train sealed with the draft of step %d of %d: %s/draft",
-        chosen.step,
-        max(records),
-        artifact.url,
-    )
+    artifact.seal(files=[*files, "metrics.jsonl"], inputs=inputs)
+    message = "stage=train sealed with the draft of step %d of %d: %s/draft"
+    log.info(message, chosen.step, max(records), artifact.url)

@@ -1,9 +1,8 @@
-"""Training on every GPU: `python -m deepspec train RUN` becomes the parent of torchrun's ranks, and
-speaks for them.
+"""Training on every GPU: `python -m deepspec train RUN` is the parent of torchrun's ranks.
 
-Several nodes: `torchrun --nnodes=... --nproc-per-node=... --rdzv-... -m deepspec train RUN` on
-each. A process that torchrun started starts nothing itself, it joins the others (`world`). PyTorch
-is not loaded here.
+It reports for them. On several nodes, `torchrun --nnodes=... --nproc-per-node=... --rdzv-... -m
+deepspec train RUN` is started on each; a process that torchrun started starts none itself, it joins
+the others (`distributed`). PyTorch is not loaded here.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 
 from deepspec.artifacts.missing import trains_without_cache
 from deepspec.artifacts.run import Run
-from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
 from deepspec.process.launch import OnLine, RunRequest, Stopped, run_child, scope
@@ -27,6 +25,7 @@ from deepspec.process.machine import visible_gpus
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")
 KILLED_RANK = re.compile(r"rank +: (\d+).*Signal \d+ \((\w+)\) received", re.DOTALL)
+RESUME = "run it again: it goes on from its newest checkpoint"
 
 
 def is_rank() -> bool:
@@ -35,7 +34,7 @@ def is_rank() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all: the others report nothing and log warnings only."""
+    """Whether this process reports for all: the others report nothing and log warnings only."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -46,57 +45,54 @@ def num_ranks(run: Run) -> int:
         ConfigError: more than there are GPUs for, or that a step's samples cannot be dealt to
             evenly.
     """
-    config = run.config
-    resources = config.resources
-    gpus = visible_gpus() if resources.devices.type != "cpu" else []
-    if gpus and trains_without_cache(run) and resources.training.source == "rolling":
-        gpus = _left_by_capture(gpus, resources.training.rolling_gpus)
-    wanted = resources.training.ranks or max(1, len(gpus))
+    training = run.config.resources.training
+    gpus = visible_gpus() if run.config.resources.devices.type != "cpu" else []
+    if gpus and trains_without_cache(run) and training.source == "rolling":
+        gpus = _left_by_capture(gpus, training.rolling_gpus)
+    wanted = training.ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
-        what = f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own"
         raise ConfigError(
-            what,
+            f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own",
             where="resources.training.ranks",
             fix="lower it, or leave it null; resources.devices.type=cpu trains without GPUs",
         )
-    check_batch(config, wanted)
+    check_batch(run.config.train.global_batch, wanted)
     return wanted
 
 
-def check_batch(config: RunConfig, num_ranks: int) -> None:
-    """Refuse a batch of which some ranks would get more samples than others, or none, and be waited
-    for at every step.
+def check_batch(global_batch: int, num_ranks: int) -> None:
+    """Refuse a batch that gives some ranks more samples than others, which then wait each step.
 
     Raises:
         ConfigError: names the nearest batches that can be dealt evenly.
     """
-    batch = config.train.global_batch
-    below = batch - batch % num_ranks
-    if below == batch:
+    below = global_batch - global_batch % num_ranks
+    if below == global_batch:
         return
     nearest = " or ".join(str(value) for value in (below, below + num_ranks) if value)
-    fewer = next(ranks for ranks in range(num_ranks, 0, -1) if batch % ranks == 0)
-    fix = f"set it to {nearest}; or train on {fewer} (resources.training.ranks), which changes no result"
+    fewer = next(ranks for ranks in range(num_ranks, 0, -1) if global_batch % ranks == 0)
     raise ConfigError(
-        f"{batch} samples a step cannot be dealt evenly to {num_ranks} ranks",
+        f"{global_batch} samples a step cannot be dealt evenly to {num_ranks} ranks",
         where="train.global_batch",
-        fix=fix,
+        fix=f"set it to {nearest}; or train on {fewer} (resources.training.ranks), which changes "
+        "no result",
     )
 
 
 def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
     if captures >= len(gpus):
-        what = f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train on"
-        fix = (
-            "lower it (0 captures on the GPU that trains), or use resources.training.source=online"
+        raise ConfigError(
+            f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train "
+            "on",
+            where="resources.training.rolling_gpus",
+            fix="lower it (0 captures on the GPU that trains), or use "
+            "resources.training.source=online",
         )
-        raise ConfigError(what, where="resources.training.rolling_gpus", fix=fix)
     return gpus[: len(gpus) - captures]
 
 
 def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: float) -> None:
-    """Train in `ranks` processes to the end; what the first one reports and all of them log is
-    handed on.
+    """Train in `ranks` processes to the end; the first one's events and all logs are passed on.
 
     SIGTERM is passed on: the ranks save a checkpoint and end, for which they have `stop_s` beyond
     what any child has.
@@ -107,36 +103,24 @@ def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: flo
         TransientError: a rank was killed, or this process was asked to stop.
     """
     python, *verb = request.command("train")
-    command = [
-        python,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        *verb,
-    ]
-    # What torchrun would set with a warning: ranks that take all cores each are slower than one
-    # alone.
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    # What torchrun would set with a warning: ranks that take all cores each are slower than one.
     env = {"DEEPSPEC_EVENTS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with (
         scope(stop_s) as children,
         on_sigterm(lambda: threading.Thread(target=children.close).start()),
     ):
         try:
-            run_child(command, on_event=report, on_line=lines_before_failure(), env=env)
+            run_child([*torchrun, *verb], on_event=report, on_line=lines_before_failure(), env=env)
         except Stopped:
-            raise TransientError(
-                "training was asked to stop",
-                fix="run it again: it goes on from its newest checkpoint",
-            ) from None
+            raise TransientError("training was asked to stop", fix=RESUME) from None
         except ChildFailed as error:
             killed = KILLED_RANK.search(error.what)
             if killed is None:
                 raise
-            fix = (
-                "run it again: it goes on from its newest checkpoint (SIGKILL: often out of memory)"
-            )
-            raise TransientError(f"rank {killed[1]} was killed by {killed[2]}", fix=fix) from None
+            what = f"rank {killed[1]} was killed by {killed[2]}"
+            fix = f"{RESUME} (SIGKILL: often out of memory)"
+            raise TransientError(what, fix=fix) from None
 
 
 @contextlib.contextmanager
@@ -150,8 +134,9 @@ def on_sigterm(act: Callable[[], object]) -> Iterator[None]:
 
 
 def lines_before_failure() -> OnLine:
-    """The ranks' log on standard error, up to torchrun's own account of a failure: a stack
-    trace that names no cause.
+    """Copies the ranks' log to standard error, up to torchrun's own account of a failure.
+
+    That is a stack trace that names no cause.
     """
     failed = False
 

@@ -1,14 +1,12 @@
-"""The train stage: a draft learns from hidden states, read from a cache or made while it trains
-(`source`).
-"""
+"""The train stage: a draft learns from hidden states, wherever these come from (`source`)."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
-import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 
@@ -17,30 +15,23 @@ from deepspec.artifacts.missing import require_sealed
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.cache.reader import HiddenCache
-from deepspec.config.run import RunConfig
-from deepspec.errors import TrainingFailed, TransientError
-from deepspec.model.drafter import Drafter
+from deepspec.errors import TransientError
 from deepspec.process.events import Report, silent
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
-from deepspec.train.checkpoint_files import (
-    append_metrics,
-    read_metrics,
-    resume_draft,
-    resume_optimizer,
-)
-from deepspec.train.checkpointing import Checkpoints, held_out
-from deepspec.train.distributed import join_world
+from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
+from deepspec.train.checkpointing import Checkpoints
+from deepspec.train.distributed import World, join_world
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
 from deepspec.train.metrics import StepMetrics
+from deepspec.train.metrics_log import MetricsLog
 from deepspec.train.out_of_memory import explain_oom
 from deepspec.train.parallel import check_strategy, make_strategy
 from deepspec.train.preflight import check_before_training
 from deepspec.train.source import open_source
-from deepspec.train.step import Trainer, train_step
-from deepspec.train.tensorboard_log import can_write_scalars, write_scalars
-from deepspec.train.throughput import Pace, Vitals
+from deepspec.train.step import StepResult, Trainer, train_step
+from deepspec.train.throughput import Throughput
 from deepspec.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -49,170 +40,158 @@ LOG_STEPS = 10  # optimizer steps between two lines of metrics
 
 
 def run_train(run: Run, report: Report = silent) -> Artifact:
-    """Train from the newest checkpoint (or the start) to the last step, then write `draft/` and
-    seal.
+    """Train from the newest checkpoint (or the start) to the last step, then seal the draft.
 
     Raises:
         ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not
             this run's; no weight was loaded.
-        TransientError: SIGTERM asked to stop; the step was finished and a checkpoint written.
+        TransientError: stopped by SIGTERM; the step was finished and a checkpoint written.
     """
-    with ExitStack() as at_end:
-        return _run(run, report, at_end)
-
-
-def _run(run: Run, report: Report, at_end: ExitStack) -> Artifact:
-    config = run.config
     artifact = run.artifact("train")
     inputs = require_sealed(run, "train")
     if stage_status(run, "train").sealed:
         log.info("stage=train nothing is left to do: %s/draft", artifact.url)
         return artifact
-    resources = config.resources
-    # The watchdog is to speak first: a collective that times out says less, and one that saves may
-    # be slow.
-    world = join_world(
-        resources.devices.type, timeout=timedelta(minutes=2 * resources.retries.stall_minutes)
-    )
-    check_batch(config, world.size)
-    check_strategy(config, world)
-    report = report if world.is_first else silent
+    resources = run.config.resources
+    # The watchdog must be first to end a stall: it reports more than a collective that times out.
+    timeout = timedelta(minutes=2 * resources.retries.stall_minutes)
+    world = join_world(resources.devices.type, timeout=timeout)
+    check_batch(run.config.train.global_batch, world.size)
+    check_strategy(run.config.train, world)
     if world.is_first:
         run.create("train")
-    cache = open_source(run, world, report)
-    at_end.callback(cache.close)
-    if world.is_first and isinstance(cache, HiddenCache):
-        check_cache(run, cache)
-    world.wait()  # no rank goes on before
-    data = StepData(cache, config, world)
-    draft = make_draft(config, cache).to(world.device)
-    record = resume_draft(artifact, draft, inputs)
-    first = record.step if record else 0
-    data.begin(first)
-    log.info(
-        "stage=train steps=%d of %d samples=%d ranks=%d device=%s",
-        first,
-        data.total_steps,
-        len(data.numbers),
-        world.size,
-        world.device,
-    )
-    if first == data.total_steps:  # killed before it was sealed: no sample will be needed, nor made
-        return _sealed(artifact, inputs, data)
-    if first == 0:
-        _preflight(config, data, draft)
-    strategy = make_strategy(
-        config, artifact, world, draft=draft, filler=partial(data.load, data.drawn(first)[:1])
-    )
-    del draft  # its parts are the strategy's now
-    if record:
-        resume_optimizer(artifact, record, strategy)
-    stop = threading.Event()
-    try:
-        with (
-            on_sigterm(stop.set),
-            Watchdog(60 * resources.retries.stall_minutes, report) as watchdog,
-        ):
-            # until all shards of a window are captured no step may be possible
-            cache.on_progress(watchdog.beat)
-            train_steps(
-                Trainer(
-                    config, artifact, world, strategy, stop, watchdog, Vitals(world.device), inputs
-                ),
-                data,
-                first,
-                report,
-            )
-    except RuntimeError:
-        if world.size > 1 and stop.is_set():
-            # torchrun asks the ranks that are left to end, once: what fails after that is the echo
-            # of the one that died.
-            log.exception("stage=train ends as it was asked to")
-            signal.raise_signal(signal.SIGTERM)
-        raise
-    return _sealed(artifact, inputs, data)
-
-
-def _preflight(config: RunConfig, data: StepData, draft: Drafter) -> None:
-    try:
-        with explain_oom(config):
-            check_before_training(config, data, draft)
-    except TrainingFailed as error:
-        if config.resources.checks.preflight == "refuse":
-            raise
-        log.warning("stage=train preflight: %s", error.what)
-
-
-def _sealed(artifact: Artifact, inputs: dict[str, str], data: StepData) -> Artifact:
-    """The artifact, once the first rank has sealed it."""
-    data.finish()
-    if data.world.is_first:
-        seal_draft(artifact, inputs)
-    data.world.wait()
+    else:
+        report = silent
+    with contextlib.closing(open_source(run, world, report)) as source:
+        if world.is_first and isinstance(source, HiddenCache):
+            check_cache(run, source)
+        world.wait()  # no rank goes on before
+        data = StepData(source, run.config.train, resources, world)
+        _train(run, data, inputs, report)
+        data.finish()
+        if world.is_first:
+            seal_draft(artifact, inputs)
+        world.wait()
     return artifact
 
 
-def train_steps(trainer: Trainer, data: StepData, first: int, report: Report) -> None:
-    """Optimizer steps `first` to the last, logging and saving on the way, and before it stops
-    because it was asked to.
+def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> None:
+    """Resume, and train what is left."""
+    config, artifact, world = run.config, run.artifact("train"), data.world
+    draft = make_draft(config, data.source).to(world.device)
+    record = resume_draft(artifact, draft, inputs)
+    first, total = record.step if record else 0, data.total_steps
+    message = "stage=train steps=%d of %d samples=%d ranks=%d device=%s"
+    log.info(message, first, total, len(data.numbers), world.size, world.device)
+    data.begin(first)
+    if first == total:  # killed before it was sealed: no sample is needed, nor made
+        return
+    if first == 0:
+        check_before_training(run, data, draft)
+    strategy = make_strategy(
+        draft,
+        config.train,
+        config.resources.memory,
+        world,
+        artifact=artifact,
+        make_filler=partial(data.load, data.drawn(first)[:1]),
+    )
+    if record:
+        resume_optimizer(artifact, record, strategy)
+    trainer = Trainer(
+        settings=config.train,
+        artifact=artifact,
+        inputs=inputs,
+        world=world,
+        data=data,
+        strategy=strategy,
+        metrics=StepMetrics(),
+        throughput=Throughput(world.device, first=first, total=total),
+        stop=threading.Event(),
+    )
+    watchdog = Watchdog(60 * config.resources.retries.stall_minutes, report)
+    with (
+        _ending_with_others(world, trainer.stop),
+        explain_oom(config.draft, config.resources.memory),
+        on_sigterm(trainer.stop.set),
+        watchdog,
+    ):
+        # Until all shards of a window are captured, no step may be possible.
+        data.source.on_progress(watchdog.beat)
+        train_steps(trainer, first, report=report, on_step=watchdog.beat)
+
+
+def train_steps(
+    trainer: Trainer, first: int, *, report: Report, on_step: Callable[[], object]
+) -> None:
+    """Optimizer steps `first` to the last, logged and saved on the way.
+
+    Raises:
+        TransientError: some rank was to stop; the step was finished and a checkpoint written.
     """
-    metrics, total = StepMetrics(), data.total_steps
-    history, pace = read_metrics(trainer.artifact, first), Pace(first, total)
-    scalars = trainer.world.is_first and can_write_scalars()
-    checkpoints = Checkpoints(trainer, data)
-    history += checkpoints.resumed(first)
+    total = trainer.data.total_steps
+    metrics_log = MetricsLog(trainer.artifact, first=first, is_writer=trainer.world.is_first)
+    checkpoints = Checkpoints(trainer)
+    metrics_log.add(first, checkpoints.measure_resumed(first))
     for step in range(first, total):
         if checkpoints.no_better():
             break
-        pace.add(sum(drawn.num_tokens for drawn in data.drawn(step)))
-        with explain_oom(trainer.config):
-            result = train_step(trainer, data, step, metrics)
+        result = train_step(trainer, step)
         done = step + 1
-        if logged := done % LOG_STEPS == 0 or done == total:
-            numbers = {
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-                **metrics.read(trainer.world),
-                **trainer.vitals.read(),
-            }
-            speed = pace.read(done)
-            history.append(
-                {
-                    "step": done,
-                    "time": time.time(),
-                    **numbers,
-                    "tokens_per_s": speed["tokens_per_s"],
-                }
-            )
-        if done % trainer.config.train.checkpoint_steps == 0 or done == total or result.stop:
-            history += held_out(checkpoints.save(done, result))
-            if trainer.world.is_first:
-                append_metrics(trainer.artifact, history)
-            if scalars:
-                write_scalars(trainer.artifact, history)
-        if logged:
-            shown = {
-                "loss": round(result.loss, 4),
-                "acceptance_length": round(numbers.get("acceptance_length", 0.0), 3),
-                **speed,
-            }
-            report(
-                {
-                    "event": "progress",
-                    "stage": "train",
-                    "done": done,
-                    "total": total,
-                    "unit": "steps",
-                    "tokens": pace.tokens,
-                    **shown,
-                }
-            )
+        if done % LOG_STEPS == 0 or done == total:
+            _log_step(trainer, done, result, metrics_log, report)
+        if done % trainer.settings.checkpoint_steps == 0 or done == total or result.stop:
+            metrics_log.add(done, checkpoints.save(done, result))
+            metrics_log.write()
         if result.stop and done < total:
             trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
+            what = f"training was asked to stop, and did after step {done}"
             fix = "run it again: it goes on from there"
-            raise TransientError(
-                f"training was asked to stop, and did after step {done}",
-                where=trainer.artifact.url,
-                fix=fix,
-            )
-        trainer.watchdog.beat()
+            raise TransientError(what, where=trainer.artifact.url, fix=fix)
+        on_step()
+
+
+def _log_step(
+    trainer: Trainer, done: int, result: StepResult, metrics_log: MetricsLog, report: Report
+) -> None:
+    """Add a line of what the steps since the last one came to, and report the progress."""
+    means = trainer.metrics.read(trainer.world)
+    pace = trainer.throughput.read(done)
+    numbers = {
+        "loss": result.loss,
+        "gradient_norm": result.gradient_norm,
+        **means,
+        "data_wait_share": pace.data_wait_share,
+        "peak_memory_bytes": pace.peak_memory_bytes,
+        "tokens_per_s": pace.tokens_per_s,
+    }
+    metrics_log.add(done, numbers)
+    report(
+        {
+            "event": "progress",
+            "stage": "train",
+            "done": done,
+            "total": trainer.data.total_steps,
+            "unit": "steps",
+            "tokens": trainer.throughput.tokens,
+            "loss": round(result.loss, 4),
+            "acceptance_length": round(means.get("acceptance_length", 0.0), 3),
+            "tokens_per_s": pace.tokens_per_s,
+            "left_s": pace.left_s,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _ending_with_others(world: World, stop: threading.Event) -> Iterator[None]:
+    """End by SIGTERM where one rank failed and torchrun, once, told those that are left to stop.
+
+    What fails after that is a consequence of the rank that died, and would hide its error.
+    """
+    try:
+        yield
+    except RuntimeError:
+        if world.size > 1 and stop.is_set():
+            log.exception("stage=train stops as it was asked to")
+            signal.raise_signal(signal.SIGTERM)
+        raise

@@ -1,4 +1,7 @@
-"""AdamW on float32 master weights, with a cosine schedule and warm-up."""
+"""AdamW on float32 master weights, with a cosine schedule and warm-up.
+
+Another optimizer goes into `make_optimizer`, and into `deepspeed_setup.derived_config` for ZeRO.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ EPS = 1e-8
 
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: TrainConfig
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
+    """A fresh optimizer of these parameters."""
     return torch.optim.AdamW(
         list(parameters.values()),
         lr=settings.lr,
@@ -28,9 +32,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:
-    """The rate of optimizer step `step` (0-based): linear warm-up, then a cosine to zero at
-    `total`.
-    """
+    """The rate of step `step` (0-based): linear warm-up, then a cosine to zero at `total`."""
     warmup = math.ceil(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -40,15 +42,14 @@ def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:
 def apply_step(
     optimizer: torch.optim.Optimizer, *, lr: float, denominator: float, clip: float
 ) -> float:
-    """Turn summed gradients into means, clip, step, clear; returns the norm before clipping."""
-    parameters = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
+    """Turn summed gradients into means, clip, step, clear; returns the norm before clipping.
+
+    Where the norm is not finite, no parameter changes.
+    """
+    parameters = []
     for group in optimizer.param_groups:
         group["lr"] = lr
+        parameters += [each for each in group["params"] if each.grad is not None]
     if denominator > 0:
         torch._foreach_div_([parameter.grad for parameter in parameters], denominator)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip))
@@ -58,7 +59,7 @@ def apply_step(
     return norm
 
 
-def trainable(draft: nn.Module) -> Mapping[str, nn.Parameter]:
-    return {
-        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
-    }
+def trainable(draft: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    named = draft.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""What to turn when a training step does not fit into memory."""
+"""What to change when a training step does not fit into memory."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspec.config.run import RunConfig
+from deepspec.config.draft import DraftConfig
+from deepspec.config.resources import MemoryConfig
 from deepspec.errors import TrainingFailed
 
-# by CUDA's libraries and by PyTorch's CPU allocator, in plain RuntimeErrors
-SAID = ("out of memory", "can't allocate memory")
-# of the draft: each is a factor of a step's activations
-KNOBS = ("num_anchors", "block_size", "ttt_length")
+# in plain RuntimeErrors, by CUDA's libraries and by PyTorch's allocator on the CPU
+PHRASES = ("out of memory", "can't allocate memory")
+# fields of a draft, each a factor of a step's activations
+DRAFT_FACTORS = ("num_anchors", "block_size", "ttt_length")
 
 
 @contextlib.contextmanager
-def explain_oom(config: RunConfig) -> Iterator[None]:
-    """Turns an allocation that failed within the block into one error that names what decides a
-    step's size.
+def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
+    """Turn an allocation that failed within the block into an error that names what to lower.
 
     Raises:
         TrainingFailed: out of memory, on the GPU or the CPU.
@@ -27,14 +27,15 @@ def explain_oom(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(
-            words in str(error).lower() for words in SAID
-        ):
+        is_oom = isinstance(error, torch.OutOfMemoryError)
+        if not is_oom and not any(phrase in str(error).lower() for phrase in PHRASES):
             raise
-        draft = config.draft.model_dump()
-        knobs = [f"draft.{name} (now {draft[name]})" for name in KNOBS if name in draft]
+        fields = draft.model_dump()
+        factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]
+        fix = (
+            f"lower resources.memory.batch_tokens (now {memory.batch_tokens}) or set "
+            f"resources.memory.recompute (now {memory.recompute}), which change no result; "
+            f"then {' or '.join(factors)}"
+        )
         what = f"a training step does not fit into memory: {str(error).splitlines()[0]}"
-        resources = config.resources
-        free = f"resources.memory.batch_tokens (now {resources.memory.batch_tokens}) or set resources.memory.recompute (now {resources.memory.recompute})"
-        fix = f"lower {free}, which change no result; then {' or '.join(knobs)}"
-        raise TrainingFailed(what, where=f"run {config.name}", fix=fix) from error
+        raise TrainingFailed(what, fix=fix) from error

@@ -1,44 +1,49 @@
-"""Which strategy a run trains with: `ddp`, or DeepSpeed's ZeRO where `train.strategy` asks for
-it.
-"""
+"""Which strategy a run trains with: `ddp`, or DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
+from deepspec.config.draft import TrainConfig
+from deepspec.config.resources import MemoryConfig
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.ddp import Replicated
+from deepspec.train.deepspeed_setup import load_deepspeed
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Strategy
-from deepspec.train.zero import Zero, load_deepspeed
+from deepspec.train.zero import Zero
 
 
-def check_strategy(config: RunConfig, world: World) -> None:
-    """See to it, before anything is read, that `train.strategy` can be had.
+def check_strategy(settings: TrainConfig, world: World) -> None:
+    """Refuse, before anything is read, a strategy that is not installed.
 
     Raises:
-        ConfigError: DeepSpeed is asked for, and is not installed.
+        ConfigError: DeepSpeed is wanted and cannot be loaded.
     """
-    if config.train.strategy == "deepspeed":
+    if settings.strategy == "deepspeed":
         load_deepspeed(world.device)
 
 
 def make_strategy(
-    config: RunConfig,
-    artifact: Artifact,
+    draft: Drafter,
+    settings: TrainConfig,
+    memory: MemoryConfig,
     world: World,
     *,
-    draft: Drafter,
-    filler: Callable[[], TrainBatch],
+    artifact: Artifact,
+    make_filler: Callable[[], TrainBatch],
 ) -> Strategy:
-    """The one that `train.strategy` names, with the draft as it is now and an optimizer that has
-    not begun.
+    """The strategy that `train.strategy` names, over this draft, with a fresh optimizer.
 
-    `filler` gives any small batch with something to learn from: what a rank without one of its own
-    goes through.
+    Args:
+        draft: The draft as it is now; its parts belong to the strategy afterwards.
+        settings: The section `train`.
+        memory: The section `resources.memory`.
+        world: The ranks.
+        artifact: Where DeepSpeed's configuration is written.
+        make_filler: Gives a small batch with something to learn from, for ranks without one.
     """
-    if config.train.strategy == "ddp":
-        return Replicated(draft, config.train, world)
-    return Zero(config, artifact, world, draft=draft, filler=filler())
+    if settings.strategy == "ddp":
+        return Replicated(draft, settings, world)
+    return Zero(draft, settings, memory, world, filler=make_filler(), artifact=artifact)

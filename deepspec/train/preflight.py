@@ -1,6 +1,4 @@
-"""What is looked at before the first step: a run that cannot learn anything fails in a minute
-instead of a day.
-"""
+"""Checks before the first step: a run that cannot learn anything fails in a minute, not a day."""
 
 from __future__ import annotations
 
@@ -9,70 +7,76 @@ import logging
 
 import torch
 
-from deepspec.config.run import RunConfig
+from deepspec.artifacts.run import Run
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.optimizer import trainable
+from deepspec.train.out_of_memory import explain_oom
 
 log = logging.getLogger(__name__)
 
-# share of a cache's tokens outside of which its masks are wrong, not its conversations (trap B1)
-SUPERVISED = (0.01, 0.99)
+# Share of a cache's tokens outside of which its masks are wrong, not its conversations (trap B1).
+MIN_SUPERVISED, MAX_SUPERVISED = 0.01, 0.99
 OVERFIT_STEPS = 8
 OVERFIT_LR = 1e-3
 
 
-def check_before_training(config: RunConfig, data: StepData, draft: Drafter) -> None:
-    """Masks, features and gradients of the first step's first sample.
+def check_before_training(run: Run, data: StepData, draft: Drafter) -> None:
+    """Check masks, features and gradients of the first step's first sample.
+
+    With `resources.checks.preflight: warn`, what is wrong is only logged.
 
     Raises:
         TrainingFailed: with what is wrong with the cache, or with the draft.
     """
-    index, numbers = data.cache.index, data.numbers
-    where = data.cache.artifact.url
+    resources = run.config.resources
+    try:
+        with explain_oom(run.config.draft, resources.memory):
+            _check(run, data, draft)
+    except TrainingFailed as error:
+        if resources.checks.preflight == "refuse":
+            raise
+        log.warning("stage=train preflight: %s", error.what)
+
+
+def _check(run: Run, data: StepData, draft: Drafter) -> None:
+    index, numbers = data.source.index, data.numbers
+    where = data.source.artifact.url
     share = float(index.num_supervised[numbers].sum() / index.num_tokens[numbers].sum())
-    if not SUPERVISED[0] <= share <= SUPERVISED[1]:
-        what = f"{share:.1%} of the training tokens are supervised, where {SUPERVISED[0]:.0%} to {SUPERVISED[1]:.0%} can be"
+    if not MIN_SUPERVISED <= share <= MAX_SUPERVISED:
         raise TrainingFailed(
-            what, where=where, fix=f"look at a sample: `python -m deepspec show {config.typed}`"
+            f"{share:.1%} of the training tokens are supervised, where {MIN_SUPERVISED:.0%} to "
+            f"{MAX_SUPERVISED:.0%} can be",
+            where=where,
+            fix=f"look at a sample: `{run.command('show')}`",
         )
     batch = data.load(data.drawn(0)[:1])
-    _check_states(batch, config, where)
-    before, after = _overfit(draft, batch)
-    log.info(
-        "stage=train preflight supervised_share=%.3f loss_of_one_sample=%.4f after_%d_steps=%.4f",
-        share,
-        before,
-        OVERFIT_STEPS,
-        after,
-    )
-    if not after < before:
-        what = f"trained on one sample alone, its loss does not fall: {before:.4f}, after {OVERFIT_STEPS} steps {after:.4f}"
-        fix = (
-            "compare loss.* with the draft's heads; resources.checks.preflight=warn goes on anyway"
-        )
-        raise TrainingFailed(what, where=f"run {config.name}", fix=fix)
-
-
-def _check_states(batch: TrainBatch, config: RunConfig, where: str) -> None:
     needed = {"context features": batch.context}
-    if config.hidden.last_hidden != "none":
+    if run.config.hidden.last_hidden != "none":
         needed["final hidden states"] = batch.last_hidden[batch.loss_mask]
     for name, states in needed.items():
-        if not torch.isfinite(states).all() or not states.any():
-            what = f"the {name} of the first sample are {'all zero' if torch.isfinite(states).all() else 'not finite'}"
-            raise TrainingFailed(
-                what,
-                where=where,
-                fix=f"run `python -m deepspec verify {config.typed}`, and capture again what it names",
-            )
+        is_finite = bool(torch.isfinite(states).all())
+        if not (is_finite and states.any()):
+            what = f"the {name} of the first sample are {'all zero' if is_finite else 'not finite'}"
+            fix = f"run `{run.command('verify')}`, and capture again what it names"
+            raise TrainingFailed(what, where=where, fix=fix)
+    before, after = _overfit(draft, batch)
+    message = "stage=train preflight supervised=%.3f loss of one sample=%.4f, after %d steps=%.4f"
+    log.info(message, share, before, OVERFIT_STEPS, after)
+    if not after < before:
+        raise TrainingFailed(
+            f"trained on one sample alone, its loss does not fall: {before:.4f}, after "
+            f"{OVERFIT_STEPS} steps {after:.4f}",
+            where=f"run {run.config.name}",
+            fix="compare loss.* with the draft's heads; resources.checks.preflight=warn goes on",
+        )
 
 
 def _overfit(draft: Drafter, batch: TrainBatch) -> tuple[float, float]:
     """The loss of a copy of the draft on one batch, before and after a few steps on it alone."""
     mirror = copy.deepcopy(draft).train()
-    optimizer = torch.optim.AdamW(list(trainable(mirror).values()), lr=OVERFIT_LR)
+    optimizer = torch.optim.AdamW(trainable(mirror).values(), lr=OVERFIT_LR)
     plan = mirror.plan(batch)
     losses = []
     for _ in range(OVERFIT_STEPS + 1):

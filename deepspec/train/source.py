@@ -1,5 +1,6 @@
-"""Which of the three sources a training reads: as `resources.training.source` says, but a sealed cache
-is used where there is one.
+"""Which source of hidden states a training reads; another one is added here.
+
+A sealed cache is read where there is one, whatever `resources.training.source` is.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import logging
 
 from deepspec.artifacts.missing import trains_without_cache
 from deepspec.artifacts.run import Run
+from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
 from deepspec.cache.source import Source
 from deepspec.hidden.online import open_online
@@ -20,32 +22,27 @@ log = logging.getLogger(__name__)
 
 
 def open_source(run: Run, world: World, report: Report) -> Source:
-    """The source, ready to be asked for its index, its layout and held-out samples.
+    """The source, its index, its layout and its held-out samples ready to be read.
 
     Raises:
         ArtifactMismatch: the cache is to be read and not finished.
-        FidelityTooLow: the codec loses more of the target's states than `resources.checks.fidelity`
-            allows.
+        FidelityTooLow: the codec loses more of the target's states than
+            `resources.checks.fidelity` allows.
     """
-    config = run.config
-    resources = config.resources
+    resources, kind = run.config.resources, run.config.resources.training.source
     if not trains_without_cache(run):
-        if resources.training.source != "cache":
-            log.info(
-                "stage=train the cache is sealed: it is read as it is, whatever resources.training.source says (%s)",
-                resources.training.source,
-            )
+        if kind != "cache":
+            log.info("stage=train the cache is sealed and is read, though source is %s", kind)
         return HiddenCache(
             run.artifact("hidden"),
             cache_gb=resources.storage.copies_gb,
             check_reads=resources.checks.reads,
         )
-    if resources.training.source == "rolling":
-        count = config.train.acceptance_samples
-        return open_rolling(
-            run,
-            share=lambda index: own_share(acceptance_numbers(index, count), world),
-            is_first=world.is_first,
-            report=report,
-        )
-    return open_online(run, is_first=world.is_first, report=report)
+    if kind == "online":
+        return open_online(run, is_first=world.is_first, report=report)
+
+    def share(index: ExpectedIndex) -> list[int]:
+        count = run.config.train.acceptance_samples
+        return own_share(acceptance_numbers(index, count), world)
+
+    return open_rolling(run, share=share, is_first=world.is_first, report=report)

@@ -1,6 +1,4 @@
-"""One optimizer step over the global batch, whatever the ranks and micro-batches it was split
-into.
-"""
+"""One optimizer step over the global batch, the same however ranks and micro-batches split it."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.run import RunConfig
+from deepspec.config.draft import TrainConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
@@ -20,30 +18,32 @@ from deepspec.train.distributed import World
 from deepspec.train.metrics import StepMetrics
 from deepspec.train.optimizer import learning_rate
 from deepspec.train.strategy import Strategy
-from deepspec.train.throughput import Vitals
-from deepspec.train.watchdog import Watchdog
+from deepspec.train.throughput import Throughput
 
 
 class Trainer(NamedTuple):
     """What every step works with."""
 
-    config: RunConfig
+    settings: TrainConfig
     artifact: Artifact
+    inputs: dict[str, str]  # manifest digests of what is trained on, by `stage/fingerprint`
     world: World
+    data: StepData
     strategy: Strategy
-    stop: threading.Event  # set when this process is asked to stop
-    watchdog: Watchdog
-    vitals: Vitals
-    inputs: dict[str, str]  # manifest digests of what is trained on
+    metrics: StepMetrics
+    throughput: Throughput
+    stop: threading.Event  # set when this process is to stop
 
 
 class StepResult(NamedTuple):
+    """What all ranks know after a step."""
+
     loss: float
     gradient_norm: float
-    stop: bool  # some rank was asked to stop; all ranks know it after the same step
+    stop: bool  # some rank is to stop; all ranks know it after the same step
 
 
-def train_step(trainer: Trainer, data: StepData, step: int, metrics: StepMetrics) -> StepResult:
+def train_step(trainer: Trainer, step: int) -> StepResult:
     """One optimizer step over the global batch.
 
     Numerators are summed over micro-batches and ranks with their gradients, and divided once by the
@@ -51,45 +51,44 @@ def train_step(trainer: Trainer, data: StepData, step: int, metrics: StepMetrics
     Loss).
 
     Raises:
-        TrainingFailed: the loss or its gradient is not finite; the parameters are those of the step
-            before.
+        TrainingFailed: the loss or its gradient is not finite; no parameter has changed.
     """
-    totals = torch.zeros(2, dtype=torch.float64)
-    own = len(data.micro_batches(step))
-    rounds = trainer.strategy.rounds(own)
-    for batch in trainer.vitals.waiting(data.batches(step)):
-        totals += accumulate(trainer, batch, metrics)
-    for _ in range(rounds - own):
-        trainer.strategy.backward(None)
-    asked = torch.tensor([trainer.stop.is_set()], dtype=torch.float64)
-    numerator, denominator, stops = trainer.world.sum(
-        torch.cat([totals, asked]).to(trainer.world.device)
-    ).tolist()
+    data, world, strategy = trainer.data, trainer.world, trainer.strategy
+    totals = torch.zeros(3, dtype=torch.float64)  # numerator, denominator, ranks that are to stop
+    num_batches = len(data.micro_batches(step))
+    num_rounds = strategy.rounds(num_batches)  # before any of them: all ranks meet here
+    for batch in trainer.throughput.waiting(data.batches(step)):
+        totals[:2] += accumulate(trainer, batch)
+    for _ in range(num_rounds - num_batches):
+        strategy.backward(None)
+    trainer.throughput.tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
+    totals[2] = trainer.stop.is_set()
+    numerator, denominator, stops = world.sum(totals.to(world.device)).tolist()
     loss = numerator / denominator if denominator else 0.0
-    lr = learning_rate(step, total=data.total_steps, settings=trainer.config.train)
-    norm = trainer.strategy.apply(lr=lr, denominator=denominator)
+    lr = learning_rate(step, total=data.total_steps, settings=trainer.settings)
+    norm = strategy.apply(lr=lr, denominator=denominator)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        samples = [
-            f"{int(data.cache.index.sample_id[drawn.number]):016x}" for drawn in data.drawn(step)
-        ]
-        trainer.artifact.store.write(
-            trainer.artifact.path(f"bad_step_{step:08d}.json"), json.dumps(samples).encode()
-        )
-        what = f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids are in bad_step_{step:08d}.json"
-        raise TrainingFailed(
-            what,
-            where=trainer.artifact.url,
-            fix="lower train.lr, or look at those samples; the last checkpoint is whole",
-        )
+        raise _not_finite(trainer, step, loss, norm)
     return StepResult(loss, norm, stops > 0)
 
 
-def accumulate(trainer: Trainer, batch: TrainBatch, metrics: StepMetrics) -> torch.Tensor:
-    """Add one micro-batch's summed gradients; returns its (loss numerator, denominator) as
-    float64 [2].
-    """
+def accumulate(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
+    """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2]."""
     output = trainer.strategy.backward(batch)
-    metrics.add(output.metrics)
-    return torch.tensor(
-        [float(output.numerator.detach()), float(output.denominator)], dtype=torch.float64
+    trainer.metrics.add(output.metrics)
+    pair = float(output.numerator.detach()), float(output.denominator)
+    return torch.tensor(pair, dtype=torch.float64)
+
+
+def _not_finite(trainer: Trainer, step: int, loss: float, norm: float) -> TrainingFailed:
+    """The error, once the ids of the batch's samples are written down."""
+    sample_ids = trainer.data.source.index.sample_id
+    ids = [f"{int(sample_ids[drawn.number]):016x}" for drawn in trainer.data.drawn(step)]
+    name = f"bad_step_{step:08d}.json"
+    trainer.artifact.store.write(trainer.artifact.path(name), json.dumps(ids).encode())
+    return TrainingFailed(
+        f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids "
+        f"are in {name}",
+        where=trainer.artifact.url,
+        fix="lower train.lr, or look at those samples; the last checkpoint is whole",
     )

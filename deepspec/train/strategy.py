@@ -1,16 +1,15 @@
-"""How the ranks of a training share its work: what the loop needs of `ddp` and of DeepSpeed's ZeRO
-alike.
+"""How the ranks of a training share its work: what the loop needs of `ddp` and `zero` alike.
 
 Under either, losses and gradients are sums over micro-batches and ranks, divided once by the
-denominator of the whole global batch; and the optimizer's state goes to disk and comes back as
-whole tensors under the parameters' names, so that one goes on from the other's checkpoints, on any
+denominator of the whole global batch. The optimizer's state is written and read as whole tensors
+under the parameters' names, so that one strategy resumes from the other's checkpoints, on any
 number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class Strategy(Protocol):
-    """All ranks call each of these together, but for `backward` with a batch under `ddp`."""
+    """All ranks call each of these together, except `backward` with a batch under `ddp`."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -37,33 +36,39 @@ class Strategy(Protocol):
         ...
 
     def rounds(self, own: int) -> int:
-        """Calls of `backward` that a step takes on this rank, of which `own` have a micro-batch
-        (trap D3).
-        """
+        """Calls of `backward` that this rank makes in a step with `own` micro-batches (trap D3)."""
         ...
 
     def backward(self, batch: TrainBatch | None) -> LossOutput:
-        """Add the gradient of a micro-batch's loss numerator; None adds nothing, and only keeps
-        up with the other ranks.
+        """Add the gradient of a micro-batch's loss numerator.
+
+        None adds nothing: it keeps this rank in step with those that have more micro-batches.
         """
         ...
 
     def apply(self, *, lr: float, denominator: float) -> float:
-        """Sum the gradients over the ranks, divide, clip, step, clear; returns the norm before
-        clipping.
+        """Sum the gradients over the ranks, divide, clip, step, clear; returns the norm unclipped.
 
-        Where that is not finite, no parameter has changed.
+        Where the norm is not finite, no parameter has changed.
         """
         ...
 
     def whole(self) -> Drafter:
-        """The draft in float32 and one piece, as it is now; to be read, and let go of before
-        the next step.
-        """
+        """The whole draft in float32, as it is now; to be dropped before the next step."""
         ...
 
     def optimizer_state(self, name: str) -> Iterator[Piece]:
-        """What the optimizer keeps for a parameter; good until the next one is asked for."""
+        """The optimizer's state of a parameter; each piece is valid until the next is taken."""
         ...
 
-    def restore(self, name: str, piece: Piece) -> None: ...
+    def restore(self, name: str, piece: Piece) -> None:
+        """Set one piece of the optimizer's state of a parameter, before the first step."""
+        ...
+
+
+def autocast_loss(
+    draft: Drafter, batch: TrainBatch, plan: Any, *, device: torch.device, dtype: torch.dtype
+) -> LossOutput:
+    """The draft's loss on a micro-batch, its matrix products computed in `dtype`."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return draft.loss(batch, plan)

@@ -1,64 +1,60 @@
-"""How fast a training goes, how long it will take, how well it is fed and how much memory it
-took.
-"""
+"""How fast a training goes, how long it will take, how much it waits for data, and its memory."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from deepspec.model.drafter import TrainBatch
 
 
-class Vitals:
-    """Time spent waiting for data since the last reading, and the peak of memory since the
-    start.
+class Pace(NamedTuple):
+    """What a training has achieved since it began in this process."""
+
+    tokens_per_s: float
+    left_s: int  # to the last step at that speed, checkpoints included
+    data_wait_share: float  # of the time since the last reading
+    peak_memory_bytes: int  # of the device, or of the process on a CPU
+
+
+class Throughput:
+    """Counts steps, tokens and waiting since training began in this process.
+
+    What a resumed training did before it was stopped took an unknown time and does not count.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, first: int, total: int) -> None:
         self.device = device
-        self._waited, self._since = 0.0, time.perf_counter()
+        self.first = first
+        self.total = total
+        self.tokens = 0
+        self._waited_s = 0.0
+        self._began = self._last_read = time.perf_counter()
 
     def waiting(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
-        """The batches, with the time noted that each keeps its consumer waiting."""
+        """The batches; the time that each keeps its consumer waiting is counted."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - began
+            self._waited_s += time.perf_counter() - began
             if batch is None:
                 return
             yield batch
 
-    def read(self) -> dict[str, float]:
+    def read(self, done: int) -> Pace:
+        """The pace once `done` steps are done, those before this process included."""
         now = time.perf_counter()
-        share = self._waited / max(now - self._since, 1e-9)
-        self._waited, self._since = 0.0, now
+        seconds = max(now - self._began, 1e-9)
+        left_s = (self.total - done) * seconds / max(done - self.first, 1)
+        wait_share = self._waited_s / max(now - self._last_read, 1e-9)
+        self._waited_s = 0.0
+        self._last_read = now
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"data_wait_share": round(share, 4), "peak_memory_bytes": peak}
-
-
-class Pace:
-    """Steps and tokens since training began in this process: what a resumed one did before took
-    time that nobody knows.
-    """
-
-    def __init__(self, first: int, total: int) -> None:
-        self.first, self.total, self.tokens = first, total, 0
-        self._began = time.monotonic()
-
-    def add(self, num_tokens: int) -> None:
-        self.tokens += num_tokens
-
-    def read(self, done: int) -> dict[str, float]:
-        """Tokens per second, and the seconds left to the last step at that speed, checkpoints
-        included; `done` steps are.
-        """
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        left_s = (self.total - done) * seconds / max(done - self.first, 1)
-        return {"tokens_per_s": round(self.tokens / seconds, 1), "left_s": round(left_s)}
+        return Pace(round(self.tokens / seconds, 1), round(left_s), round(wait_share, 4), peak)

@@ -1,9 +1,10 @@
-"""Acceptance while training: the draft really drafts along held-out answers, the cached tokens in
-the target's place.
+"""Acceptance while training: the draft drafts along held-out answers, without a target.
 
-What the target generated is known, so no target is needed: a drafted token counts as accepted where
-it is the target's own. At temperature 0 of the answers that is exactly greedy decoding; where they
-were sampled it is a lower bound that rises and falls with what decoding will accept.
+What the target generated is known: a drafted token counts as accepted where it is the target's own.
+At temperature 0 of the answers that is exactly greedy decoding; where they were sampled it is a
+lower bound that rises and falls with what decoding will accept.
+
+B samples, T tokens, m captured layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -26,16 +27,10 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 
 class RoundCounts(NamedTuple):
+    """What drafting along some answers came to."""
+
     committed: int  # tokens, the target's own one of each round included
     rounds: int
-
-
-def acceptance_numbers(index: Index | ExpectedIndex, count: int) -> list[int]:
-    """The first `count` held-out samples by their id, so that it does not matter in which order
-    the shards were captured.
-    """
-    held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
-    return held_out[np.argsort(index.sample_id[held_out])][:count].tolist()
 
 
 class Answers(NamedTuple):
@@ -46,43 +41,46 @@ class Answers(NamedTuple):
     context: Tensor  # [B, T, m * D]
 
 
+def acceptance_numbers(index: Index | ExpectedIndex, count: int) -> list[int]:
+    """The first `count` held-out samples by their id, in whatever order shards were captured."""
+    held_out = np.flatnonzero((index.held_out == 1) & (index.num_supervised > 1))
+    return held_out[np.argsort(index.sample_id[held_out])][:count].tolist()
+
+
+def own_share(numbers: Sequence[int], world: World) -> list[int]:
+    """The samples that this rank drafts along."""
+    return list(numbers)[world.rank :: world.size]
+
+
 def held_out_acceptance(
-    draft: Drafter, cache: Source, numbers: Sequence[int], world: World
+    draft: Drafter, source: Source, numbers: Sequence[int], world: World
 ) -> float:
-    """Tokens committed per round over these samples of the cache, shared out to all ranks; 0
-    where there is no round.
-    """
+    """Tokens committed per round over these samples, shared out to all ranks; 0 without a round."""
     own = own_share(numbers, world)
     total = torch.zeros(2, dtype=torch.float64)
     was_training = draft.training
     draft.eval()
     for first in range(0, len(own), ROWS):
-        total += torch.tensor(
-            draft_along(draft, load_answers(cache, own[first : first + ROWS], world.device)),
-            dtype=torch.float64,
-        )
+        answers = load_answers(source, own[first : first + ROWS], world.device)
+        total += torch.tensor(draft_along(draft, answers), dtype=torch.float64)
     draft.train(was_training)  # trap D8
     committed, rounds = world.sum(total.to(world.device)).tolist()
     return committed / rounds if rounds else 0.0
 
 
-def own_share(numbers: Sequence[int], world: World) -> list[int]:
-    """Those that this rank drafts along."""
-    return list(numbers)[world.rank :: world.size]
-
-
-def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) -> Answers:
-    length = max(int(cache.index.num_tokens[number]) for number in numbers)
+def load_answers(source: Source, numbers: Sequence[int], device: torch.device) -> Answers:
+    """These samples of the source, side by side."""
+    length = max(int(source.index.num_tokens[number]) for number in numbers)
+    width = source.layout.context.width
     input_ids = torch.zeros(len(numbers), length, dtype=torch.long)
-    context = torch.zeros(
-        len(numbers), length, cache.layout.context.width, dtype=torch.bfloat16, device=device
-    )
+    context = torch.zeros(len(numbers), length, width, dtype=torch.bfloat16, device=device)
     masks = []
     for row, number in enumerate(numbers):
-        sample = cache[number]
-        input_ids[row, : len(sample.input_ids)] = sample.input_ids
-        sample.context.decode(device=device, out=context[row, : len(sample.input_ids)])
-        masks.append([bool(kept) for kept in sample.loss_mask.tolist()])
+        sample = source[number]
+        end = len(sample.input_ids)
+        input_ids[row, :end] = sample.input_ids
+        sample.context.decode(device=device, out=context[row, :end])
+        masks.append(sample.loss_mask.bool().tolist())
     return Answers(input_ids.to(device), masks, context)
 
 
@@ -90,63 +88,57 @@ def load_answers(cache: Source, numbers: Sequence[int], device: torch.device) ->
 def draft_along(draft: Drafter, answers: Answers) -> RoundCounts:
     """Rounds of drafting from the first to the last token of every answer."""
     rows, length = answers.input_ids.shape
-    ids, block = answers.input_ids.tolist(), draft.block_size
+    ids, masks = answers.input_ids.tolist(), answers.loss_mask
     cache = draft.new_cache(rows, length)
     following = answers.input_ids.roll(-1, dims=1)
-    known, anchors = [0] * rows, [next_anchor(mask, 0) for mask in answers.loss_mask]
+    known = [0] * rows  # tokens of each row that the draft's cache holds
+    anchors = [next_anchor(mask, 0) for mask in masks]
     committed = rounds = 0
     while any(anchor is not None for anchor in anchors):
         counts = [
             0 if anchor is None else anchor - start
             for anchor, start in zip(anchors, known, strict=True)
         ]
-        draft.extend(
-            cache, _cut(answers.context, known, counts), _cut(following, known, counts), counts
-        )
+        context = _cut(answers.context, known, counts)
+        draft.extend(cache, context, _cut(following, known, counts), counts)
         known = [start + count for start, count in zip(known, counts, strict=True)]
-        here = torch.tensor(
-            [ids[row][place] for row, place in enumerate(known)], device=answers.input_ids.device
-        )
-        drafted = draft.propose(cache, here, GREEDY, None).tokens.tolist()
+        newest = [row[place] for row, place in zip(ids, known, strict=True)]
+        newest_ids = torch.tensor(newest, device=answers.input_ids.device)
+        drafted = draft.propose(cache, newest_ids, GREEDY, None).tokens.tolist()
         for row, anchor in enumerate(anchors):
             if anchor is None:
                 continue
-            left = answer_end(answers.loss_mask[row], anchor) - anchor - 1
-            matched = leading_matches(
-                drafted[row], ids[row][anchor + 1 : anchor + 1 + min(left, block)]
-            )
+            left = answer_end(masks[row], anchor) - anchor - 1
+            answer = ids[row][anchor + 1 : anchor + 1 + min(left, draft.block_size)]
+            matched = leading_matches(drafted[row], answer)
             committed += matched + (matched < left)
             rounds += 1
-            anchors[row] = next_anchor(answers.loss_mask[row], anchor + matched + 1)
+            anchors[row] = next_anchor(masks[row], anchor + matched + 1)
     return RoundCounts(committed, rounds)
 
 
 def next_anchor(mask: Sequence[bool], place: int) -> int | None:
-    """The first position from `place` on that belongs to an answer, as the one after it does:
-    from there can be drafted.
+    """The first position from `place` on that can be drafted from.
+
+    It belongs to an answer, and so does the position after it.
     """
     return next((at for at in range(place, len(mask) - 1) if mask[at] and mask[at + 1]), None)
 
 
 def answer_end(mask: Sequence[bool], place: int) -> int:
-    """The position behind the answer that `place` is in."""
+    """The first position after the answer that `place` is in."""
     return next((at for at in range(place, len(mask)) if not mask[at]), len(mask))
 
 
 def leading_matches(drafted: Sequence[int], answer: Sequence[int]) -> int:
-    together = zip(drafted, answer, strict=False)
-    return next(
-        (at for at, (ours, theirs) in enumerate(together) if ours != theirs),
-        min(len(drafted), len(answer)),
-    )
+    """Drafted tokens up to the first that differs from the answer's."""
+    pairs = list(zip(drafted, answer, strict=False))
+    return next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
 
 
 def _cut(values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """`values` [B, T, ...] from each row's start on, as many positions as the longest count
-    needs.
-    """
-    places = torch.tensor(starts, device=values.device)[:, None] + torch.arange(
-        max(1, *counts), device=values.device
-    )
+    """`values` [B, T, ...] from each row's start on, as many positions as the largest count."""
+    offsets = torch.arange(max(1, *counts), device=values.device)
+    places = torch.tensor(starts, device=values.device)[:, None] + offsets
     rows = torch.arange(len(starts), device=values.device)[:, None]
     return values[rows, places.clamp(max=values.shape[1] - 1)]

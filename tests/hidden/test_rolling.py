@@ -49,7 +49,7 @@ def config(captured: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Ru
 @pytest.fixture
 def source(config: RunConfig) -> Iterator[RollingStates]:
     """As a rank sees it that feeds nothing; all shards are there."""
-    write_expected_index(config, open_unsealed(Run(config)), load_chat(Run(config)))
+    write_expected_index(open_unsealed(Run(config)), load_chat(Run(config)), config.hidden)
     run_capture(Run(config), purpose="rolling")
     source = open_rolling(Run(config), share=lambda index: [], is_first=False, report=silent)
     yield source

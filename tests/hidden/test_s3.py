@@ -63,7 +63,7 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
 ):
     """The server is killed while the third shard is made and comes back; nobody is told."""
     made = iter(range(100))
-    original = capture.Capture.shard
+    original = capture.ShardCapture.shard
 
     def interrupted(self, work, local):
         if next(made) == 2:
@@ -71,7 +71,7 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
             threading.Timer(3.0, radosgw.restart).start()
         return original(self, work, local)
 
-    monkeypatch.setattr(capture.Capture, "shard", interrupted)
+    monkeypatch.setattr(capture.ShardCapture, "shard", interrupted)
     sealed, on_disk = (
         run_capture(Run(remote)).manifest(),
         Run(tiny_run(captured)).artifact("hidden").manifest(),

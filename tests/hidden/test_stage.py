@@ -18,10 +18,12 @@ from deepspec.cache.format import EncodedTensor
 from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
+from deepspec.hidden.capture import Capture
 from deepspec.hidden.checks import StateChecks, relative_difference
+from deepspec.hidden.host_copy import HostCopy
 from deepspec.hidden.metadata import metadata_files
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
-from deepspec.hidden.stage import Capture, HostCopy, run_capture
+from deepspec.hidden.stage import run_capture
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.loading import load_target
 from deepspec.target.model import TargetOutput
@@ -80,7 +82,7 @@ def test_the_frozen_tensors_lie_beside_the_shards_and_name_no_place(captured: Pa
     artifact = Run(tiny_run(captured)).artifact("hidden")
     manifest = artifact.manifest()
     assert manifest is not None
-    assert set(manifest.files) == {*metadata_files(tiny_run(captured)), INDEX}
+    assert set(manifest.files) == {*metadata_files(tiny_run(captured).hidden), INDEX}
     assert str(captured) not in artifact.store.read(artifact.path("target/config.json")).decode()
 
 
@@ -312,9 +314,9 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
         last_spans=torch.tensor([[0, len(ids)]]),
     )
     checks.begin(1)
-    checks.look(row, TargetOutput(states.context[0], states.last_hidden[0]), sample)
+    checks.add(row, TargetOutput(states.context[0], states.last_hidden[0]), sample)
     with pytest.raises(DamagedData, match="of the target's predictions come back"):
-        checks.settle()
+        checks.finish()
 
 
 @pytest.mark.gpu
@@ -365,5 +367,5 @@ def test_the_longest_sample_of_every_shard_is_looked_at(
     states = TargetOutput(torch.ones(1, 4), torch.ones(1, 4))
     checks.begin(130)
     for number in range(130):
-        checks.look(CaptureRow(number, False, [1], [True]), states, None)  # type: ignore[arg-type]
+        checks.add(CaptureRow(number, False, [1], [True]), states, None)  # type: ignore[arg-type]
     assert compared == [1, 65, 129]

@@ -17,12 +17,10 @@ from safetensors.torch import save_file
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
-from deepspec.errors import ArtifactMismatch, ConfigError
+from deepspec.errors import ArtifactMismatch
 from deepspec.storage.store import file_checksum
 from deepspec.train import draft_artifact as drafts
-from deepspec.train import loop
 from deepspec.train.cache_check import check_cache
-from deepspec.train.launcher import check_batch
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run
 
@@ -177,33 +175,3 @@ def test_all_that_differs_is_said_at_once_and_nothing_twice(ready: Path):
     assert [
         refused.value.what.count(f"{field} is") for field in ("target.layer_ids", "hidden.codec")
     ] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("batch", "ranks", "fix"),
-    [
-        (512, 3, "set it to 510 or 513; or train on 2 (resources.training.ranks)"),
-        (2, 4, "set it to 4; or train on 2 (resources.training.ranks)"),
-        (7, 2, "set it to 6 or 8; or train on 1 (resources.training.ranks)"),
-    ],
-)
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_those_that_can(
-    captured: Path, batch: int, ranks: int, fix: str
-):
-    with pytest.raises(
-        ConfigError, match=f"{batch} samples a step cannot be dealt evenly to {ranks} ranks"
-    ) as refused:
-        check_batch(tiny_run(captured, f"train.global_batch={batch}"), ranks)
-    assert refused.value.where == "train.global_batch"
-    assert refused.value.fix.startswith(fix)
-
-
-def test_the_batch_is_looked_at_before_the_cache_is_opened(
-    captured: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Also where torchrun started the ranks itself, on several nodes."""
-    world = loop.join_world("cpu", timeout=loop.timedelta(seconds=1))._replace(size=3)
-    monkeypatch.setattr(loop, "join_world", lambda *_, **__: world)
-    monkeypatch.setattr(loop, "HiddenCache", lambda *_, **__: pytest.fail("the cache was opened"))
-    with pytest.raises(ConfigError, match="8 samples a step cannot be dealt evenly to 3 ranks"):
-        run_train(Run(tiny_run(captured)))

@@ -29,8 +29,9 @@ from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
 from deepspec.process.machine import free_port
 from deepspec.train import launcher as ranks
+from deepspec.train import loop
 from deepspec.train.checkpoint_files import checkpoint_steps
-from deepspec.train.launcher import is_rank, launch_ranks, num_ranks
+from deepspec.train.launcher import check_batch, is_rank, launch_ranks, num_ranks
 from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, assert_close, weights
@@ -118,14 +119,16 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
     with pytest.raises(ConfigError, match="4 ranks, but 3 visible GPUs"):
         num_ranks(Run(tiny_run(tmp_path, "resources.training.ranks=4")))
     rolling = tiny_run(tmp_path, "resources.training.source=rolling", "train.global_batch=6")
-    assert (num_ranks(Run(rolling)), worker_gpus(rolling)) == (2, ["2"]), "the last GPU captures"
+    assert (num_ranks(Run(rolling)), worker_gpus(rolling.resources)) == (2, ["2"]), (
+        "the last GPU captures"
+    )
     shared = tiny_run(
         tmp_path,
         "resources.training.source=rolling",
         "resources.training.rolling_gpus=0",
         "train.global_batch=6",
     )
-    assert (num_ranks(Run(shared)), worker_gpus(shared)) == (3, [None])
+    assert (num_ranks(Run(shared)), worker_gpus(shared.resources)) == (3, [None])
     with pytest.raises(ConfigError, match="takes 3 of 3 visible GPUs"):
         num_ranks(
             Run(
@@ -138,7 +141,7 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
         )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert num_ranks(Run(tiny_run(tmp_path))) == 1
-    assert (num_ranks(Run(rolling)), worker_gpus(rolling)) == (1, [None])
+    assert (num_ranks(Run(rolling)), worker_gpus(rolling.resources)) == (1, [None])
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_RUN_ID"])
@@ -388,3 +391,33 @@ def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(
     assert_close(undisturbed, resumed)
     if before == after:
         assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "fix"),
+    [
+        (512, 3, "set it to 510 or 513; or train on 2 (resources.training.ranks)"),
+        (2, 4, "set it to 4; or train on 2 (resources.training.ranks)"),
+        (7, 2, "set it to 6 or 8; or train on 1 (resources.training.ranks)"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_those_that_can(
+    batch: int, ranks: int, fix: str
+):
+    with pytest.raises(
+        ConfigError, match=f"{batch} samples a step cannot be dealt evenly to {ranks} ranks"
+    ) as refused:
+        check_batch(batch, ranks)
+    assert refused.value.where == "train.global_batch"
+    assert refused.value.fix.startswith(fix)
+
+
+def test_the_batch_is_looked_at_before_the_cache_is_opened(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where torchrun started the ranks itself, on several nodes."""
+    world = loop.join_world("cpu", timeout=loop.timedelta(seconds=1))._replace(size=3)
+    monkeypatch.setattr(loop, "join_world", lambda *_, **__: world)
+    monkeypatch.setattr(loop, "open_source", lambda *_, **__: pytest.fail("the cache was opened"))
+    with pytest.raises(ConfigError, match="8 samples a step cannot be dealt evenly to 3 ranks"):
+        run_train(Run(tiny_run(captured)))

@@ -48,9 +48,10 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
 
 
 def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
+    config = tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")
     with (
         pytest.raises(TrainingFailed) as caught,
-        explain_oom(tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")),
+        explain_oom(config.draft, config.resources.memory),
     ):
         raise RuntimeError("out of memory")
     assert "draft.ttt_length (now 7)" in caught.value.fix
@@ -58,5 +59,9 @@ def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
 
 
 def test_any_other_error_passes(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="shapes do not match"), explain_oom(tiny_run(tmp_path)):
+    config = tiny_run(tmp_path)
+    with (
+        pytest.raises(RuntimeError, match="shapes do not match"),
+        explain_oom(config.draft, config.resources.memory),
+    ):
         raise RuntimeError("shapes do not match")

@@ -14,27 +14,24 @@ from deepspec.cache.reader import HiddenCache
 from deepspec.errors import TrainingFailed
 from deepspec.train import preflight
 from deepspec.train.batches import StepData
-from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
 from deepspec.train.loop import run_train
 from deepspec.train.preflight import check_before_training
-from deepspec.train.throughput import Vitals
 from tests.conftest import tiny_run
-
-ALONE = World(0, 1, torch.device("cpu"))
+from tests.train.test_batches import step_data
 
 
 @pytest.fixture
 def parts(captured: Path):
     config = tiny_run(captured)
     cache = HiddenCache(Run(config).artifact("hidden"))
-    return config, StepData(cache, config, ALONE), make_draft(config, cache)
+    return Run(config), step_data(cache, config), make_draft(config, cache)
 
 
 def test_a_sound_cache_passes_and_the_draft_is_left_as_it_was(parts):
-    config, data, draft = parts
+    run, data, draft = parts
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    check_before_training(config, data, draft)
+    check_before_training(run, data, draft)
     assert all(torch.equal(before[name], tensor) for name, tensor in draft.state_dict().items())
     assert all(parameter.grad is None for parameter in draft.parameters())
 
@@ -42,13 +39,13 @@ def test_a_sound_cache_passes_and_the_draft_is_left_as_it_was(parts):
 @pytest.mark.parametrize("supervised", [0.001, 1.0])
 def test_masks_that_cover_nothing_or_everything_are_refused(parts, supervised: float):
     """Trap B1."""
-    config, data, draft = parts
-    index = data.cache.index
-    data.cache.index = index._replace(
+    run, data, draft = parts
+    index = data.source.index
+    data.source.index = index._replace(
         num_supervised=np.ceil(index.num_tokens * supervised * (supervised == 1.0))
     )
     with pytest.raises(TrainingFailed, match="of the training tokens are supervised"):
-        check_before_training(config, data, draft)
+        check_before_training(run, data, draft)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +55,7 @@ def test_masks_that_cover_nothing_or_everything_are_refused(parts, supervised: f
 def test_features_that_are_nothing_are_refused(
     parts, monkeypatch: pytest.MonkeyPatch, field: str, value: float, said: str
 ):
-    config, data, draft = parts
+    run, data, draft = parts
     real = StepData.load
 
     def load(self, group):
@@ -67,7 +64,7 @@ def test_features_that_are_nothing_are_refused(
 
     monkeypatch.setattr(StepData, "load", load)
     with pytest.raises(TrainingFailed, match=said):
-        check_before_training(config, data, draft)
+        check_before_training(run, data, draft)
 
 
 def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(
@@ -79,14 +76,3 @@ def test_a_draft_that_cannot_learn_is_refused_before_the_first_step(
     with pytest.raises(TrainingFailed, match="trained on one sample alone, its loss does not fall"):
         run_train(Run(tiny_run(store)))
     assert run_train(Run(tiny_run(store, "resources.checks.preflight=warn"))).manifest() is not None
-
-
-def test_waiting_for_data_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch):
-    # made; 3 s of waiting, 2 of work; 1, 1; the end; read
-    clock = iter([0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 7.0, 10.0])
-    monkeypatch.setattr("deepspec.train.throughput.time.perf_counter", lambda: next(clock))
-    vitals = Vitals(torch.device("cpu"))
-    assert list(vitals.waiting(iter(["a", "b"]))) == ["a", "b"]
-    read = vitals.read()
-    assert read["data_wait_share"] == 0.4
-    assert read["peak_memory_bytes"] > 1e7

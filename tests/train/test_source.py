@@ -25,10 +25,11 @@ from deepspec.artifacts.status import stage_status
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, StoreError, TransientError
-from deepspec.hidden import rolling_workers as lanes
+from deepspec.hidden import rolling_workers
 from deepspec.hidden.expected_index import read_expected_index, unrendered, write_expected_index
-from deepspec.hidden.online import OnlineStates, open_online, open_unsealed, read_layout
-from deepspec.hidden.rolling_capture import shard_bytes
+from deepspec.hidden.metadata import read_layout
+from deepspec.hidden.online import OnlineStates, open_online, open_unsealed
+from deepspec.hidden.rolling_plan import shard_bytes
 from deepspec.hidden.rolling_shards import RollingShards
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
@@ -99,13 +100,13 @@ def test_the_planned_index_is_that_of_the_sealed_cache(
 
     config = tiny_run(fresh, *setting)
     stage = open_unsealed(Run(config))
-    write_expected_index(config, stage, load_chat(Run(config)), shards=[3, 1])
+    write_expected_index(stage, load_chat(Run(config)), config.hidden, shards=[3, 1])
     made = {
         name: (fresh / stage.artifact.folder / "planned" / name).stat().st_mtime_ns
         for name in stage.artifact.store.names(stage.artifact.path("planned"))
     }
     assert len(made) == 2
-    write_expected_index(config, stage, load_chat(Run(config)))
+    write_expected_index(stage, load_chat(Run(config)), config.hidden)
     planned = read_expected_index(stage)
     index = HiddenCache(run_capture(Run(config))).index
     for name in set(ExpectedIndex._fields) - {"answer"}:
@@ -124,13 +125,13 @@ def test_many_shards_are_rendered_in_several_processes(
 ):
     config = tiny_run(fresh, "resources.training.render_processes=2")
     stage = open_unsealed(Run(config))
-    monkeypatch.setattr(lanes, "SHARDS_A_PROCESS", 2)
-    lanes.render_in_children(config, stage.artifact, range(6))
+    monkeypatch.setattr(rolling_workers, "SHARDS_A_PROCESS", 2)
+    rolling_workers.render_in_children(Run(config), range(6))
     assert unrendered(stage.artifact, stage.upstream.records()) == []
     planned = Path(stage.artifact.url) / "planned"
     together = {path.name: path.read_bytes() for path in planned.iterdir()}
     shutil.rmtree(planned)
-    write_expected_index(config, stage, load_chat(Run(config)))
+    write_expected_index(stage, load_chat(Run(config)), config.hidden)
     assert {path.name: path.read_bytes() for path in planned.iterdir()} == together
 
 
@@ -150,7 +151,7 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
 
     config = tiny_run(fresh, f"hidden.codec={codec[0]}", *codec[1:])
     artifact = run_capture(Run(config), purpose="rolling")
-    reserved = shard_bytes(expected_index_of(config), read_layout(config, artifact))
+    reserved = shard_bytes(expected_index_of(config), read_layout(artifact, config.hidden))
     for shard, record in artifact.records().items():
         on_disk = record.num_bytes + artifact.store.size(artifact.path(index_file(record)))
         assert (
@@ -163,7 +164,7 @@ def test_shards_are_no_larger_than_is_reserved_for_them_and_never_sealed(
 
 def expected_index_of(config) -> ExpectedIndex:
     stage = open_unsealed(Run(config))
-    write_expected_index(config, stage, load_chat(Run(config)))
+    write_expected_index(stage, load_chat(Run(config)), config.hidden)
     return read_expected_index(stage)
 
 
@@ -483,7 +484,7 @@ def test_a_sealed_cache_is_read_whatever_the_source(
     run_train(
         Run(tiny_run(tmp_path / "sealed", "resources.training.source=rolling", "train.max_steps=1"))
     )
-    assert "the cache is sealed: it is read as it is" in caplog.text
+    assert "the cache is sealed and is read, though source is rolling" in caplog.text
     assert Run(tiny_run(tmp_path / "sealed")).artifact("hidden").manifest() is not None
 
 

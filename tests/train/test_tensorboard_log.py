@@ -19,7 +19,6 @@ from deepspec.train import loop
 from deepspec.train import tensorboard_log as scalars
 from deepspec.train.loop import run_train
 from deepspec.train.tensorboard_log import AXES, write_scalars
-from deepspec.train.throughput import Pace
 from tests.conftest import tiny_run
 
 needs_tensorboard = pytest.mark.skipif(
@@ -75,13 +74,13 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
     """
     config, original, seen = tiny_run(ready), loop.train_step, []
 
-    def dying(trainer, data, step, metrics):
+    def dying(trainer, step):
         seen.append(step)
         if len(seen) == 6:
             # the worst it can leave behind
             write_scalars(trainer.artifact, [{"step": 5, "time": 1.0, "loss": 99.0}])
             raise KeyboardInterrupt
-        return original(trainer, data, step, metrics)
+        return original(trainer, step)
 
     monkeypatch.setattr(loop, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -117,14 +116,3 @@ def test_without_tensorboard_training_works_and_says_once_how_to_get_it(
     assert artifact.manifest() is not None
     assert caplog.text.count("pip install 'deepspec[tensorboard]'") == 1
     assert not folder(artifact).exists()
-
-
-def test_the_speed_of_a_resumed_training_counts_only_what_this_process_did(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    clock = iter([100.0, 120.0])
-    monkeypatch.setattr("deepspec.train.throughput.time.monotonic", lambda: next(clock))
-    pace = Pace(first=90, total=100)
-    for _ in range(4):
-        pace.add(50)
-    assert pace.read(94) == {"tokens_per_s": 10.0, "left_s": 30}

@@ -1,0 +1,87 @@
+"""What is trained on at a step: a function of seed and step, every sample once an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec.artifacts.run import Run
+from deepspec.cache.index import Index
+from deepspec.cache.reader import HiddenCache
+from deepspec.config.run import RunConfig
+from deepspec.errors import TrainingFailed
+from deepspec.train import batches
+from deepspec.train.batches import StepData, sample_seed
+from deepspec.train.distributed import World
+from tests.conftest import tiny_run
+
+
+def step_data(cache: HiddenCache, config: RunConfig) -> StepData:
+    """The steps of a training on one rank."""
+    alone = World(0, 1, torch.device("cpu"))
+    return StepData(cache, config.train, config.resources, alone)
+
+
+def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):
+    config = tiny_run(captured)
+    cache = HiddenCache(Run(config).artifact("hidden"))
+    orders = [
+        [
+            step_data(cache, tiny_run(captured, f"train.seed={seed}")).drawn(step)
+            for step in range(3)
+        ]
+        for seed in (1, 1, 2)
+    ]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_every_training_sample_comes_once_an_epoch_and_held_out_ones_never(captured: Path):
+    config = tiny_run(captured, "train.global_batch=1", "train.max_steps=null")
+    cache = HiddenCache(Run(config).artifact("hidden"))
+    data = step_data(cache, config)
+    epoch = [data.drawn(step)[0].number for step in range(len(data.numbers))]
+    held_out = set((cache.index.held_out == 1).nonzero()[0].tolist())
+    assert sorted(epoch) == sorted(data.numbers.tolist())
+    assert held_out
+    assert not held_out & set(epoch)
+
+
+def test_a_samples_chance_changes_with_epoch_seed_and_sample():
+    assert (
+        len(
+            {
+                sample_seed(seed, epoch, sample)
+                for seed in (1, 2)
+                for epoch in (0, 1)
+                for sample in (5, 6)
+            }
+        )
+        == 8
+    )
+
+
+def test_a_cache_without_a_training_sample_is_refused(captured: Path):
+    config = tiny_run(captured)
+    cache = HiddenCache(Run(config).artifact("hidden"))
+    cache.index = Index(*(column[:0] for column in cache.index))
+    with pytest.raises(TrainingFailed, match="no training sample"):
+        step_data(cache, config)
+
+
+def test_a_sample_is_drawn_once_however_many_look_at_its_step(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was drawn five times: to read it, to batch it, to count batches twice, to count tokens."""
+    config = tiny_run(captured)
+    data = step_data(HiddenCache(Run(config).artifact("hidden")), config)
+    seeds: list[int] = []
+    original = batches.sample_seed
+    monkeypatch.setattr(batches, "sample_seed", lambda *parts: seeds.append(1) or original(*parts))
+    for step in range(data.total_steps):
+        assert len(list(data.batches(step))) == len(data.micro_batches(step))
+        assert data.drawn(step)
+    num_samples = data.total_steps * config.train.global_batch
+    assert num_samples <= len(seeds) <= num_samples + 2 * config.train.global_batch
