@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from deepspec.artifacts.shard_loop import TOO_MANY
+from deepspec.artifacts.failure_limits import TOO_MANY
 from deepspec.artifacts.status import StageStatus
 from deepspec.errors import ChildFailed, DeepSpecError, ShardsFailed
 from deepspec.process.launch import RunRequest

@@ -14,9 +14,9 @@ from typing import Any
 from prefect import get_run_logger
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.failure_limits import failures_allowed
 from deepspec.artifacts.missing import missing
 from deepspec.artifacts.run import Run
-from deepspec.artifacts.shard_loop import failures_allowed
 from deepspec.artifacts.stages import STAGES
 from deepspec.artifacts.status import StageStatus, training_lines
 from deepspec.config.retries import StageLimits

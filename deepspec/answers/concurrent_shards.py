@@ -20,7 +20,8 @@ from deepspec.answers.answered_shard import AnsweredShard
 from deepspec.answers.journal import Journal, journal_path, request_key
 from deepspec.answers.server_engine import ServerEngine
 from deepspec.artifacts.missing import ShardedStage
-from deepspec.artifacts.shard_loop import FULL, Work
+from deepspec.artifacts.shard_loop import Work
+from deepspec.artifacts.system_errors import DISK_FULL
 from deepspec.artifacts.tables import read_table
 from deepspec.config.data import AnswersConfig
 from deepspec.config.servers import ServersConfig
@@ -170,7 +171,7 @@ class ConcurrentShards:
             try:
                 return journal.append(key, outcome)
             except OSError as error:
-                if error.errno not in FULL:
+                if error.errno not in DISK_FULL:
                     raise
                 log.warning("the journal's disk is full; an answer waits for %s", journal.path)
                 await asyncio.sleep(self._space_poll_s)

@@ -179,10 +179,10 @@ def _named(store: Store, folder: str, records: Iterable[Entry]) -> set[str] | No
             str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None
         }
     except (ValueError, KeyError, TypeError):
-        log.warning(
-            "artifact=%s has a record that cannot be read: nothing of it is taken away before `verify` went over it",
-            folder,
+        what = (
+            "artifact=%s has a record that cannot be read: nothing of it is removed before `verify`"
         )
+        log.warning(what, folder)
         return None
     return files | {f"rows/{PurePosixPath(file).name}" for file in files}
 

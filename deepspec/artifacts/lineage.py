@@ -1,4 +1,4 @@
-"""The chain behind an artifact, read from the store alone: what it was made from, back to its data set."""
+"""The chain behind an artifact, back to its data set, read from the store alone."""
 
 from __future__ import annotations
 

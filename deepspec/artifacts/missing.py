@@ -93,7 +93,7 @@ def choose(asked: Iterable[int] | None, available: Iterable[int], stage: str) ->
 
 
 def trains_without_cache(run: Run) -> bool:
-    """Whether training makes the hidden states that it needs; a sealed cache is read in any case."""
+    """Whether training makes its hidden states; a sealed cache is read in any case."""
     source = run.config.resources.training.source
     return source != "cache" and run.artifact("hidden").manifest() is None
 

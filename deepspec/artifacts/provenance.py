@@ -30,24 +30,24 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     if artifact is None:
         return load_run(source, overrides, store=store)
     info = require_info(artifact)
+    where = f"{artifact.url}/artifact.json"
     if not info.run:
         what = "the artifact does not say which run made it"
-        raise ArtifactMismatch(
-            what, where=f"{artifact.url}/artifact.json", fix="give the run's recipe or file"
-        )
-    place = (
-        str(Path(artifact.store.root).resolve()) if artifact.store.is_local else artifact.store.url
-    )
-    fix = f"it was made by deepspec {info.code_version}: print it with that version, or correct a copy of `run` in artifact.json"
-    run = {**info.run, "resources": translated(info.run.get("resources", {}))}
+        raise ArtifactMismatch(what, where=where, fix="give the run's recipe or file")
+    if store is None:
+        is_local = artifact.store.is_local
+        store = str(Path(artifact.store.root).resolve()) if is_local else artifact.store.url
+    resources = translated(info.run.get("resources", {}))
+    fix = f"print it with deepspec {info.code_version}, or correct a copy of `run` in that file"
     return validated(
-        {**run, "store": store or place}, overrides, where=f"{artifact.url}/artifact.json", fix=fix
+        {**info.run, "resources": resources, "store": store}, overrides, where=where, fix=fix
     )
 
 
 def drift(source: str, config: RunConfig) -> str:
-    """Why the run that made this artifact would not find it again, in words; empty where it
-    would, or `source` names a run.
+    """Why the run that made this artifact would not find it again.
+
+    Empty where it would, and where `source` names a run.
     """
     artifact = artifact_at(source)
     if artifact is None:
@@ -55,18 +55,18 @@ def drift(source: str, config: RunConfig) -> str:
     try:
         found = Run(config).artifact(artifact.key.stage).key.fingerprint
     except (DataError, ConfigError) as error:
-        return f"a file that the run reads is not here (relative paths are those of the run's folder): {error}"
+        note = "relative paths are those of the run's folder"
+        return f"a file that the run reads is not here ({note}): {error}"
     made = artifact.key.fingerprint
-    return (
-        ""
-        if found == made
-        else f"this run makes {found}, not {made}: a file that it reads, or the format, has changed since"
-    )
+    if found == made:
+        return ""
+    return f"this run makes {found}, not {made}: a file that it reads, or the format, has changed"
 
 
 def sealed_inputs(artifact: Artifact) -> Iterator[Artifact]:
-    """The sealed artifacts that this one was made from; in place of one that is not (hidden
-    states made in training), its own.
+    """The sealed artifacts that this one was made from.
+
+    In place of one that is not sealed (hidden states made in training), those it was made from.
     """
     info = artifact.info()
     for entry in info.inputs if info else ():

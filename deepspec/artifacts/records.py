@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -17,6 +16,8 @@ from deepspec.storage.store import canonical_json, file_checksum
 
 
 class Stored(BaseModel):
+    """A document of the store; a field that this version does not know is ignored."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
@@ -40,9 +41,11 @@ class ArtifactKey(NamedTuple):
 
     @property
     def folder(self) -> str:
+        """The artifact's folder in the store."""
         return f"{self.stage}/{self.name}-{self.fingerprint}"
 
     def as_input(self) -> ArtifactInput:
+        """The artifact as another one names it."""
         return ArtifactInput(stage=self.stage, name=self.name, fingerprint=self.fingerprint)
 
 
@@ -61,9 +64,8 @@ class ArtifactInfo(ArtifactInput):
         for field in ("format", "stage", "fingerprint", "recipe", "inputs"):
             found, wanted = getattr(self, field), getattr(key, field)
             if found != wanted:
-                return (
-                    f"the artifact's {field} is not that of this run ({_difference(found, wanted)})"
-                )
+                difference = _difference(found, wanted)
+                return f"the artifact's {field} is not that of this run ({difference})"
         return ""
 
 
@@ -78,8 +80,8 @@ InsideName = Annotated[str, AfterValidator(inside)]
 
 
 class Record(Stored):
-    """One committed shard of the artifact with this fingerprint. `upstream` is the checksum of
-    the shard it was made from.
+    """One committed shard; `artifact` is the artifact's fingerprint, `upstream` the checksum of
+    the shard that it was made from.
     """
 
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
@@ -103,9 +105,7 @@ class Record(Stored):
     host: str = ""
     seconds: float = 0.0
     digest: str = ""
-    """Over the content. A record in which a bit was flipped no longer fits it, and counts as
-    absent.
-    """
+    """Over the content: a record with a flipped bit does not fit it, and counts as absent."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -118,6 +118,7 @@ class Record(Stored):
         return self.model_dump(exclude={"host", "seconds", "digest"})
 
     def content_digest(self) -> str:
+        """xxh3_64 over the content."""
         return xxhash.xxh3_64_hexdigest(canonical_json(self.content()))
 
     def with_digest(self) -> Record:
@@ -151,73 +152,77 @@ def describe(
     ).with_digest()
 
 
-def records_table(records: Iterable[Record]) -> bytes:
-    """The records of a sealed artifact as one Arrow IPC file, a row a shard, so that nobody
-    need ask for 10,000 files.
-    """
-    import pyarrow as pa
-
-    rows = [
-        {**record.model_dump(), "counts": json.dumps(record.counts, sort_keys=True)}
-        for record in records
-    ]
-    integers = dict.fromkeys(("shard", "num_bytes", "rows", "tokens", "rejected"), pa.uint64())
-    columns = [field.alias or name for name, field in Record.model_fields.items()]
-    kinds = {
-        name: integers.get(name, pa.float64() if name == "seconds" else pa.string())
-        for name in columns
-    }
-    table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def read_records_table(data: bytes) -> dict[int, Record]:
-    import pyarrow as pa
-
-    rows = pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()
-    return {
-        row["shard"]: Record.model_validate({**row, "counts": json.loads(row["counts"])})
-        for row in rows
-    }
-
-
 class FileEntry(Stored):
+    """A sealed file of an artifact."""
+
     num_bytes: int
     checksum: str
 
 
 class Manifest(Stored):
-    """A sealed artifact: its files, the inputs' digests, and one digest over all of it, every
-    record included.
+    """A sealed artifact: its files, the inputs' digests, and one digest over all of it.
 
-    The records themselves stand in a table of their own, so that opening an artifact of 10,000
-    shards parses none of them.
+    The records are in a table of their own, so that opening an artifact of 10,000 shards parses
+    none of them.
     """
 
     stage: str
     fingerprint: str
     records: FileEntry
-    """`records.arrow`; its checksum covers who made a shard and when as well, so it is not part
-    of the digest.
-    """
+    """`records.arrow`. It also holds who made a shard and when, so it is not in the digest."""
     files: dict[InsideName, FileEntry]
     inputs: dict[str, str]
     totals: dict[str, int]
     digest: str = ""
 
+    def digest_with(self, records: Iterable[Record]) -> str:
+        """xxh3_128 over everything that an equal artifact made elsewhere has in common with it."""
+        shared = self.model_dump(include={"stage", "fingerprint", "files", "inputs", "totals"})
+        content = {**shared, "records": [record.content() for record in records]}
+        return xxhash.xxh3_128_hexdigest(canonical_json(content))
+
+
+def file_entry(local: Path) -> FileEntry:
+    """The entry of a local file."""
+    return FileEntry(num_bytes=local.stat().st_size, checksum=file_checksum(local))
+
+
+def sealed_manifest(
+    key: ArtifactKey,
+    records: Sequence[Record],
+    table: bytes,
+    *,
+    files: Mapping[str, FileEntry],
+    inputs: Mapping[str, str],
+) -> Manifest:
+    """The manifest of these records, the bytes of their table, and these files."""
+    totals = {
+        "shards": len(records),
+        "rows": sum(record.rows for record in records),
+        "tokens": sum(record.tokens for record in records),
+        "rejected": sum(record.rejected for record in records),
+        "num_bytes": sum(entry.num_bytes for part in (records, files.values()) for entry in part),
+    }
+    manifest = Manifest(
+        stage=key.stage,
+        fingerprint=key.fingerprint,
+        records=FileEntry(num_bytes=len(table), checksum=xxhash.xxh3_128_hexdigest(table)),
+        files=dict(files),
+        inputs=dict(inputs),
+        totals=totals,
+    )
+    return manifest.model_copy(update={"digest": manifest.digest_with(records)})
+
 
 class Counts(NamedTuple):
+    """What is known of a shard once it is made."""
+
     rows: int
     tokens: int = 0
     rejected: int = 0
     extra: Mapping[str, float] = {}
     checksum: str = ""
-    """xxh3_128 of the file, where it was computed while writing; empty has it computed by
-    reading.
-    """
+    """xxh3_128 of the file, if it was computed while writing."""
     index_rows: bytes = b""
     """Where the shard's rows lie, for stages whose rows are read one by one."""
     scales_checksum: str = ""
@@ -225,14 +230,13 @@ class Counts(NamedTuple):
 
 
 def index_file(record: Record) -> str:
+    """The file with the shard's index rows."""
     return f"rows/{PurePosixPath(record.file).name}"
 
 
 def _difference(found: object, wanted: object) -> str:
-    """What is not the same about two values of an artifact's identity, in words."""
+    """How two values of an artifact's identity differ."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-        return ", ".join(
-            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys
-        )
+        return ", ".join(f"{key}: {_difference(found.get(key), wanted.get(key))}" for key in keys)
     return f"{found!r} there, {wanted!r} here"

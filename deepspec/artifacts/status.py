@@ -43,7 +43,8 @@ class StageStatus(NamedTuple):
     """Of the answers, those that ran into their limit; None where none are counted."""
     in_training: bool = False
     """Whether training makes what it needs of this stage by itself: nothing is missing, and
-    nothing will be sealed."""
+    nothing will be sealed.
+    """
 
 
 def stage_status(run: Run, stage: str) -> StageStatus:

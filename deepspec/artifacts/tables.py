@@ -1,4 +1,4 @@
-"""Small Arrow tables on disk, as the prompts, answers and results keep them."""
+"""Small Arrow tables on disk, for prompts, answers and results."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ def write_table(table: pa.Table, local: Path) -> None:
 
 
 def read_table(local: Path) -> pa.Table:
+    """The table of an Arrow IPC file, mapped."""
     with pa.memory_map(str(local)) as source:
         return pa.ipc.open_file(source).read_all()

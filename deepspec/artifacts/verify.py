@@ -41,7 +41,7 @@ def verify_benchmarks(run: Run) -> Iterator[str]:
 def verify_artifact(
     artifact: Artifact, locate: Locate | None = None, *, num_threads: int
 ) -> Iterator[str]:
-    """One line per damaged or missing file; what is damaged is removed, so that it is made again."""
+    """One line per damaged or missing file; what is damaged is removed, to be made again."""
     yield from _damaged_manifest(artifact)
     yield from _damaged_records(artifact)
     with ThreadPoolExecutor(num_threads) as pool:
@@ -62,13 +62,14 @@ def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
         whole = (
             manifest is None
             or len(records) < manifest.totals["shards"]
-            or manifest.digest == artifact.digest(records.values(), manifest)
+            or manifest.digest == manifest.digest_with(records.values())
         )
     except DamagedData:
         whole = False
     if not whole:
         artifact.store.remove(artifact.path("manifest.json"))
-        yield f"{artifact.url}/manifest.json is damaged; it is removed, run the stage {artifact.key.stage!r} again"
+        again = f"it is removed, run the stage {artifact.key.stage!r} again"
+        yield f"{artifact.url}/manifest.json is damaged; {again}"
 
 
 def _damaged_records(artifact: Artifact) -> Iterator[str]:
@@ -112,13 +113,12 @@ def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) ->
 
 
 def _made_missing(artifact: Artifact, shard: int, why: str, *, judged: Record | None) -> str | None:
-    """Remove the record that was found wanting, unless another run has made the shard anew
-    since it was read.
-    """
+    """Remove the record, unless another run has made the shard again since it was read."""
     if artifact.record(shard) != judged:
         return None
     artifact.store.remove(artifact.path(f"records/{shard:05d}.json"))
-    return f"{artifact.url}: shard {shard}: {why}; its record is removed, run the stage {artifact.key.stage!r} again"
+    again = f"its record is removed, run the stage {artifact.key.stage!r} again"
+    return f"{artifact.url}: shard {shard}: {why}; {again}"
 
 
 def _damaged_files(artifact: Artifact) -> Iterator[str]:

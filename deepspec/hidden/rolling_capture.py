@@ -18,7 +18,7 @@ from typing import Any
 
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.run import Run
-from deepspec.artifacts.shard_loop import transient_system_errors
+from deepspec.artifacts.system_errors import transient_system_errors
 from deepspec.cache.format import Layout
 from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.source import SampleRange

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from deepspec.artifacts.records import Record, read_records_table, records_table
+from deepspec.artifacts.records import Record
+from deepspec.artifacts.records_table import read_records_table, records_table
 
 # as an earlier version wrote it
 WRITTEN = (

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.failure_limits import failures_allowed, stage_size
 from deepspec.artifacts.records import ArtifactKey, Counts, Record
 from deepspec.artifacts.run import Run
-from deepspec.artifacts.shard_loop import Work, failures_allowed, stage_size, work_through
+from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import failures
 from deepspec.errors import DamagedData, ShardsFailed, TransientError
 from deepspec.storage.store import Store
