@@ -53,17 +53,27 @@ class ProgressDisplay:
 
     def __init__(self, stages: Sequence[str] = ()) -> None:
         console = Console(stderr=True)
-        self._bars = _new_bars(console) if console.is_terminal else None
-        self._stages = stages
+        self._bars = Bars(
+            TextColumn("{task.description:9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]:6}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            _TimeLeftColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
         self._tasks: dict[str, TaskID] = {}
         self._first: dict[str, tuple[float, int]] = {}  # time and count of each stage's first show
         self._last: dict[str, tuple[str, float]] = {}  # state and time of each stage's last line
+        for stage in stages:
+            self._add_bar(stage)
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
-            for stage in self._stages:
-                self._add_bar(self._bars, stage)
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,16 +81,47 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """The bars stay as they are."""
-        if self._bars:
-            self._bars.stop()
+        self._bars.stop()
 
     def show(self, progress: Progress) -> None:
         """Bring the stage's bar up to date, or write a line if it is time for one."""
+        if self._bars.disable:
+            self._write_line(progress)
+            return
+        self._bars.start()  # no effect where they were started before
+        if progress.stage not in self._tasks:
+            self._add_bar(progress.stage)
+        task = self._tasks[progress.stage]
+        if progress.state == "running":
+            self._bars.start_task(task)
+        is_counted = progress.state in ("running", "done")
+        self._bars.update(
+            task,
+            completed=progress.done,
+            total=progress.total or None,
+            unit=progress.unit,
+            note=", ".join(self._texts(progress)) if is_counted else progress.state,
+            left_s=progress.numbers.get("left_s"),
+        )
+        if progress.state != "running":
+            self._bars.stop_task(task)
+
+    def _add_bar(self, stage: str) -> None:
+        self._tasks[stage] = self._bars.add_task(stage, start=False, total=None, unit="", note="")
+
+    def _write_line(self, progress: Progress) -> None:
         texts = self._texts(progress)
-        if self._bars:
-            self._update_bar(self._bars, progress, texts)
-        else:
-            self._write_line(progress, texts)
+        state, at = self._last.get(progress.stage, ("", 0.0))
+        if progress.state == state and time.monotonic() - at < LINE_PAUSE_S:
+            return
+        self._last[progress.stage] = (progress.state, time.monotonic())
+        line = f"{progress.stage}: {progress.state}"
+        if progress.total and progress.unit:
+            line += f" {progress.done} of {progress.total} {progress.unit}"
+        if left_s := progress.numbers.get("left_s"):
+            texts.append(f"{timedelta(seconds=left_s)} left")
+        sys.stderr.write(", ".join([line, *texts]) + "\n")
+        sys.stderr.flush()
 
     def _texts(self, progress: Progress) -> list[str]:
         """Numbers and rates of a stage; rates are measured from its first show on where the stage
@@ -90,52 +131,17 @@ class ProgressDisplay:
         trouble = [f"{numbers[name]:,} {name}" for name in TROUBLE if numbers.get(name)]
         if progress.note:
             return [progress.note, *trouble]
-        begun = (time.monotonic(), progress.done)
-        began, first_done = self._first.setdefault(progress.stage, begun)
-        seconds = max(time.monotonic() - began, 1e-3)
+        now = time.monotonic()
+        began, first_done = self._first.setdefault(progress.stage, (now, progress.done))
+        seconds = max(now - began, 1e-3)
         shown = {name: value for name, value in numbers.items() if name not in UNSHOWN}
-        speed = []
+        texts = trouble
         if numbers.get("tokens"):
             shown.setdefault("tokens_per_s", numbers["tokens"] / seconds)
         elif progress.done > first_done:
-            speed = [f"{(progress.done - first_done) / seconds:.2f} {progress.unit}/s"]
-        return [*progress_texts(shown), *speed, *trouble]
-
-    def _add_bar(self, bars: Bars, stage: str) -> TaskID:
-        self._tasks[stage] = bars.add_task(stage, start=False, total=None, unit="", note="")
-        return self._tasks[stage]
-
-    def _update_bar(self, bars: Bars, progress: Progress, texts: Sequence[str]) -> None:
-        bars.start()  # no effect where they were started before
-        task = self._tasks.get(progress.stage)
-        if task is None:
-            task = self._add_bar(bars, progress.stage)
-        if progress.state == "running":
-            bars.start_task(task)
-        is_counted = progress.state in ("running", "done")
-        bars.update(
-            task,
-            completed=progress.done,
-            total=progress.total or None,
-            unit=progress.unit,
-            note=", ".join(texts) if is_counted else progress.state,
-            left_s=progress.numbers.get("left_s"),
-        )
-        if progress.state != "running":
-            bars.stop_task(task)
-
-    def _write_line(self, progress: Progress, texts: Sequence[str]) -> None:
-        state, at = self._last.get(progress.stage, ("", 0.0))
-        if progress.state == state and time.monotonic() - at < LINE_PAUSE_S:
-            return
-        self._last[progress.stage] = (progress.state, time.monotonic())
-        line = f"{progress.stage}: {progress.state}"
-        if progress.total and progress.unit:
-            line += f" {progress.done} of {progress.total} {progress.unit}"
-        left_s = progress.numbers.get("left_s")
-        left = [f"{timedelta(seconds=left_s)} left"] if left_s else []
-        sys.stderr.write(", ".join([line, *texts, *left]) + "\n")
-        sys.stderr.flush()
+            speed = (progress.done - first_done) / seconds
+            texts = [f"{speed:.2f} {progress.unit}/s", *trouble]
+        return [*progress_texts(shown), *texts]
 
 
 class _TimeLeftColumn(TimeRemainingColumn):
@@ -148,18 +154,3 @@ class _TimeLeftColumn(TimeRemainingColumn):
         if left_s is None:
             return super().render(task)
         return Text(str(timedelta(seconds=left_s)), style="progress.remaining")
-
-
-def _new_bars(console: Console) -> Bars:
-    return Bars(
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]:6}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        _TimeLeftColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        refresh_per_second=4,
-    )
