@@ -60,19 +60,19 @@ class Browser:
                 return dict(message["result"])
 
     def _note(self, message: dict[str, Any]) -> None:
-        said = message.get("params", {})
+        shown = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(
-                str(said["exceptionDetails"].get("exception", said["exceptionDetails"]))
+                str(shown["exceptionDetails"].get("exception", shown["exceptionDetails"]))
             )
-        elif message.get("method") == "Log.entryAdded" and said["entry"]["level"] == "error":
-            self.complaints.append(f"{said['entry']['text']} {said['entry'].get('url', '')}")
-        elif message.get("method") == "Runtime.consoleAPICalled" and said["type"] in (
+        elif message.get("method") == "Log.entryAdded" and shown["entry"]["level"] == "error":
+            self.complaints.append(f"{shown['entry']['text']} {shown['entry'].get('url', '')}")
+        elif message.get("method") == "Runtime.consoleAPICalled" and shown["type"] in (
             "error",
             "assert",
         ):
             self.complaints.append(
-                str([part.get("value", part.get("description")) for part in said["args"]])
+                str([part.get("value", part.get("description")) for part in shown["args"]])
             )
 
     def ask(self, expression: str) -> Any:
@@ -86,7 +86,7 @@ class Browser:
         limit = time.monotonic() + seconds
         while not self.ask(f"Boolean({expression})"):
             assert time.monotonic() < limit, (
-                f"{expression} did not come true; the page says: {self.text()[:2000]}"
+                f"{expression} did not come true; the page shows: {self.text()[:2000]}"
             )
             time.sleep(0.2)
 
@@ -103,15 +103,15 @@ class Browser:
             self.wait(f"document.body && document.body.innerText.includes({json.dumps(word)})")
 
     def click(self, text: str) -> None:
-        """Click on the innermost element that says just this."""
+        """Click on the innermost element with exactly this text."""
         found = f"[...document.body.querySelectorAll('*')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
         self.wait(f"{found}.length")
         self.ask(f"{found}.pop().click()")
 
     def settle(self) -> None:
-        """Return when the page has said the same for two seconds."""
-        said = ""
-        while said != (said := self.text()):
+        """Return when the page has shown the same for two seconds."""
+        shown = ""
+        while shown != (shown := self.text()):
             time.sleep(2)
 
     def picture(self, path: Path) -> None:

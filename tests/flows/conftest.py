@@ -129,7 +129,7 @@ def questions(run_file: Path, *, answered: Sequence[int]) -> None:
     """Prompts for six shards, of which a server of `SERVED` answers these and none of the
     others, for which it is waited.
     """
-    said = [
+    shown = [
         f"question {row}" if row // 2 in answered else f"wait for ever {row}" for row in range(12)
     ]
-    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": prompt} for prompt in said])
+    write_jsonl(run_file.parent / "prompts.jsonl", [{"prompt": prompt} for prompt in shown])

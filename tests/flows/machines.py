@@ -86,7 +86,7 @@ class Machines:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=hear_interrupts,
+                preexec_fn=accept_interrupts,
             )
 
     def start_server(self) -> None:
@@ -112,7 +112,7 @@ class Machines:
         self.post("work_pools/", name=POOL, type="process", base_job_template=template)
 
     def deploy(self, flow: str) -> str:
-        """A deployment of the flow, without a limit: nobody waits for the slot of a run that
+        """A deployment of the flow, without a limit: no run waits for the slot of one that
         was killed.
         """
         made = self.post("flows/", name=flow)["id"]
@@ -186,8 +186,8 @@ class Machines:
         psutil.wait_procs(found, timeout=10)
         return len(found)
 
-    def tell(self) -> None:
-        """What everything here said last, for whoever reads why a test failed."""
+    def print_logs(self) -> None:
+        """Print the last lines of every log, for the reader of a test that failed."""
         for log in sorted(self.folder.glob("*.log")):
             print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-40:], sep="\n")
         with contextlib.suppress(httpx.HTTPError):
@@ -208,7 +208,7 @@ class Machines:
                 print(line["timestamp"], line["name"], line["message"])
 
 
-def hear_interrupts() -> None:
+def accept_interrupts() -> None:
     """A worker turns SIGTERM into SIGINT, which what a shell runs in the background ignores,
     and so would its children.
     """
@@ -221,7 +221,7 @@ def machines(folder: Path, database: Path) -> Iterator[Machines]:
     try:
         yield made
     except BaseException:
-        made.tell()
+        made.print_logs()
         raise
     finally:
         made.client.close()

@@ -1,4 +1,4 @@
-"""The server's events tell the same chain as the store, and nothing that is secret."""
+"""The server's events hold the same chain as the store, and nothing that is secret."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def inputs_in(event: dict[str, Any]) -> set[str]:
 
 
 def chain_on_server(key: str) -> dict[str, set[str]]:
-    """Each asset behind this one, this one included, with those that it was made from."""
+    """Each asset upstream of this one, this one included, with those that it was made from."""
     found, todo = dict[str, set[str]](), [key]
     while todo:
         if (one := todo.pop()) not in found:

@@ -1,4 +1,4 @@
-"""What cannot be done as asked is one paragraph in the run's log (what, where, fix), and
+"""What cannot be done as requested is one paragraph in the run's log (what, where, fix), and
 nothing is made or written before it.
 """
 
@@ -70,16 +70,16 @@ def refusal(state: State) -> str:
     assert state.is_failed()
     lines = logs_of(state)
     assert not any("Traceback" in line.message for line in lines)
-    (said,) = [
+    (shown,) = [
         line.message
         for line in lines
         if line.level >= ERROR and not line.message.startswith("Finished in state")
     ]
-    return said
+    return shown
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("parameters", "shown"),
     [
         ({"overrides": ("answers.seeed=3",)}, "answers.seeed: there is no such field"),
         ({"overrides": ("answers.temperature=hot",)}, "answers.temperature"),
@@ -91,10 +91,10 @@ def refusal(state: State) -> str:
     ],
 )
 def test_a_run_that_cannot_be_says_so_in_its_log_in_one_paragraph(
-    run_file: Path, asked: dict[str, object], said: str
+    run_file: Path, parameters: dict[str, object], shown: str
 ):
-    told = refusal(regenerate(**{"recipe": str(run_file), **asked}, return_state=True))
-    assert said in told and "\n  fix: " in told and "hidden-word" not in told
+    refused = refusal(regenerate(**{"recipe": str(run_file), **parameters}, return_state=True))
+    assert shown in refused and "\n  fix: " in refused and "hidden-word" not in refused
     assert stage_status(Run(load_run(str(run_file))), "answers").committed == 0
 
 
@@ -108,9 +108,9 @@ def test_the_parts_of_a_pipeline_are_not_begun_where_the_whole_cannot_be(run_fil
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "bucket", "said"),
+    ("variable", "value", "bucket", "shown"),
     [
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", None, "the server did not answer"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", None, "cannot reach the store"),
         ("AWS_SECRET_ACCESS_KEY", "not-the-secret", None, "the server refuses these credentials"),
         (None, None, "no-such-bucket", "there is no such bucket"),
     ],
@@ -122,14 +122,14 @@ def test_a_bucket_that_the_worker_cannot_use_is_named(
     variable: str | None,
     value: str | None,
     bucket: str | None,
-    said: str,
+    shown: str,
 ):
     if variable:
         monkeypatch.setenv(variable, value)
     store = f"s3://{bucket}/store" if bucket else s3_url
-    told = refusal(regenerate(recipe=str(run_file), store=store, return_state=True))
-    assert said in told and store in told and "\n  fix: " in told
-    assert "deepspec-test-secret" not in told
+    refused = refusal(regenerate(recipe=str(run_file), store=store, return_state=True))
+    assert shown in refused and store in refused and "\n  fix: " in refused
+    assert "deepspec-test-secret" not in refused
 
 
 @contextlib.contextmanager
@@ -229,8 +229,8 @@ def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
 def test_shards_by_hand_may_be_written_as_people_do(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """`1,  2` was refused by the flow's own pattern, and called a lost server that is to be
-    asked again.
+    """`1,  2` was refused by the flow's own pattern, and reported as a lost server that may
+    answer later.
     """
     monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     run_prompts(Run(load_run(str(run_file))))

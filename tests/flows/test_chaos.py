@@ -1,7 +1,7 @@
 """200 scripted shards over two workers while a random thing is killed every second or so; then run
 again to the end.
 
-Whatever died, the sealed digest is that of a run that nobody disturbed, no committed shard was made
+Whatever died, the sealed digest is that of an undisturbed run, no committed shard was made
 again, and no process is left. DEEPSPEC_CHAOS_KILLS=30 python -m pytest tests/flows/test_chaos.py
 kills more often than the suite has time for.
 """

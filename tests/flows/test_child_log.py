@@ -1,4 +1,4 @@
-"""A child may say as much as it likes: the run's log has a bounded part of it, and says where
+"""A child may log as much as it likes: the run's log has a bounded part of it, and names where
 the rest is.
 """
 
@@ -26,13 +26,13 @@ def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ):
     chatty(tmp_path / "answers-0000.log")
-    said = [
+    shown = [
         record
         for record in caplog.records
         if record.name == "prefect.flow_runs"
         and " deepspec.artifacts.shard_loop: " in record.getMessage()
     ]
-    levels = [record.levelname for record in said]
+    levels = [record.levelname for record in shown]
     # A slow machine may take seconds for the thousand lines, in which one or the other comes back.
     assert (
         WARNINGS_AT_ONCE <= levels.count("ERROR") <= WARNINGS_AT_ONCE + 20
@@ -45,7 +45,7 @@ def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(
     ]
     assert (
         rest
-        == f"{1001 - len(said)} lines were left out here; {tmp_path / 'answers-0000.log'} has them all"
+        == f"{1001 - len(shown)} lines were left out here; {tmp_path / 'answers-0000.log'} has them all"
     )
 
 
@@ -53,16 +53,16 @@ def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(
 def quiet(path: Path) -> None:
     with closing(ChildLog(path)) as forward:
         forward("y" * 100_000)
-        forward("a line of somebody else's program")
+        forward("a line of another program")
 
 
 def test_a_quiet_childs_lines_are_all_there_and_long_ones_cut(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ):
     quiet(tmp_path / "x.log")
-    said = [record.getMessage() for record in caplog.records]
-    assert "y" * 2000 in said and "a line of somebody else's program" in said
-    assert not any("left out" in line for line in said)
+    shown = [record.getMessage() for record in caplog.records]
+    assert "y" * 2000 in shown and "a line of another program" in shown
+    assert not any("left out" in line for line in shown)
 
 
 def test_what_was_used_comes_back_with_time(monkeypatch: pytest.MonkeyPatch):

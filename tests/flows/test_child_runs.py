@@ -66,7 +66,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def site(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """A pool of its own, on which nobody works."""
+    """A pool of its own, without a worker."""
     monkeypatch.setattr(pool_executor, "POLL_S", 0.05)
     monkeypatch.setattr(child_runs, "PAUSE_S", 0.1)
     name = f"empty-{uuid4().hex[:6]}"

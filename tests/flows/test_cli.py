@@ -57,7 +57,7 @@ def prefect_home(database: Path, tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "shown"),
     [
         (["dem"], "did you mean 'demo'"),
         (["demo", "--set", "train.lrr=1"], "did you mean 'lr'"),
@@ -78,12 +78,12 @@ def prefect_home(database: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     ],
 )
 def test_a_users_mistake_is_one_paragraph_and_exit_code_2(
-    arguments: list[str], said: str, tmp_path: Path
+    arguments: list[str], shown: str, tmp_path: Path
 ):
     arguments = [argument.replace("STORE", str(tmp_path)) for argument in arguments]
     found = run(flow_command("pipeline", *arguments), environment(HOME=str(tmp_path)))
     assert found.returncode == 2, found.stderr
-    assert said in found.stderr and "fix: " in found.stderr and "Traceback" not in found.stderr
+    assert shown in found.stderr and "fix: " in found.stderr and "Traceback" not in found.stderr
     assert found.stdout == ""
 
 

@@ -1,7 +1,7 @@
 """The README's deployment commands, with a real server and a real worker on loopback.
 
 Wrong parameters are refused before a run is made, a run of some shards makes only these, and a
-webhook hears how runs ended.
+webhook is called when runs ended.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def readme_section() -> tuple[dict[str, str], list[list[str]]]:
     ]
 
 
-# a line more or less there, and this says so
+# fails where a line more or less is there
 EXPORTS, (SERVER, SETUP, WORKER, RUN) = readme_section()
 
 
 def run(command: list[str], *, env: dict[str, str], code: int = 0, timeout: float = 240) -> str:
-    """What the command says; fails the test where it ends with another code."""
+    """The command's output; fails the test where it ends with another code."""
     done = subprocess.run(
         command,
         env=env,
@@ -117,13 +117,13 @@ HOOK_TOKEN = "secret-path"
 
 class Site(NamedTuple):
     """A server that was set up by the README's command, a worker, and what the webhook has
-    heard.
+    received.
     """
 
     url: str
     env: dict[str, str]
     run_file: Path
-    heard: list[str]
+    received: list[str]
 
     def deployment_run(
         self, name: str, *, code: int = 0, timeout: float = 240, **parameters: object
@@ -132,8 +132,8 @@ class Site(NamedTuple):
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in parameters.items()
         ]
-        asked = [word for parameter in words for word in ("-p", parameter)]
-        command = [*RUN, *asked]
+        options = [word for parameter in words for word in ("-p", parameter)]
+        command = [*RUN, *options]
         return run(
             [name if word == "pipeline/demo" else word for word in command],
             env=self.env,
@@ -163,11 +163,13 @@ class Site(NamedTuple):
 
 @contextlib.contextmanager
 def webhook() -> Iterator[tuple[str, list[str]]]:
-    heard: list[str] = []
+    received: list[str] = []
 
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            received.append(
+                json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+            )
             self.send_response(200)
             self.end_headers()
 
@@ -176,7 +178,7 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
 
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/{HOOK_TOKEN}", heard
+    yield f"http://127.0.0.1:{server.server_port}/{HOOK_TOKEN}", received
     server.shutdown()
 
 
@@ -202,7 +204,7 @@ def site(
 def opened_site(folder: Path, s3: Mapping[str, str]) -> Iterator[Site]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    with pytest.MonkeyPatch.context() as monkeypatch, webhook() as (hook, heard):
+    with pytest.MonkeyPatch.context() as monkeypatch, webhook() as (hook, received):
         run_file = flaky_run(folder, monkeypatch)
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
@@ -227,7 +229,7 @@ def opened_site(folder: Path, s3: Mapping[str, str]) -> Iterator[Site]:
             wait_for_server(url, folder / "server.log")
             run([*SETUP, "--notify", hook], env=env)
             with running(WORKER, env=env, log=folder / "worker.log"):
-                yield Site(url, env, run_file, heard)
+                yield Site(url, env, run_file, received)
 
 
 def test_setup_can_be_run_again(site: Site):
@@ -238,11 +240,11 @@ def test_setup_can_be_run_again(site: Site):
         for name in ("demo", "gpu")
     }
     assert {found["version"] for found in before} == {__version__}
-    said = run([*SETUP, "--gpu-runs", "3"], env=site.env)
-    assert said.count("up to date") == 6 and HOOK_TOKEN not in said
+    shown = run([*SETUP, "--gpu-runs", "3"], env=site.env)
+    assert shown.count("up to date") == 6 and HOOK_TOKEN not in shown
     assert (
-        "no worker on the work pool 'deepspec-gpu' yet: start one with" in said
-        and "'deepspec-cpu' yet" not in said
+        "no worker on the work pool 'deepspec-gpu' yet: start one with" in shown
+        and "'deepspec-cpu' yet" not in shown
     )
     assert {found["id"] for found in site.post("deployments/filter").json()} == {
         found["id"] for found in before
@@ -267,7 +269,7 @@ def test_setup_can_be_run_again(site: Site):
 
 def test_a_wrong_parameter_is_refused_before_a_run_is_made(site: Site):
     found = site.deployment("regenerate/demo")
-    for parameters, said in [
+    for parameters, shown in [
         ({"shards": "17-"}, "shards"),
         ({"shards": "a"}, "shards"),
         ({"shards": -1}, "shards"),
@@ -283,13 +285,13 @@ def test_a_wrong_parameter_is_refused_before_a_run_is_made(site: Site):
         ({"overrides": ["resources.servers.api_key_env=sk-word"]}, "overrides"),
     ]:
         refused = site.post(f"deployments/{found['id']}/create_flow_run", parameters=parameters)
-        assert refused.is_client_error and said in refused.text, parameters
-    said = " ".join(site.deployment_run("regenerate/demo", code=1, shards="17-").split())
-    assert "Validation failed for field 'shards'. Failure reason: '17-' does not match" in said
-    said = " ".join(
+        assert refused.is_client_error and shown in refused.text, parameters
+    shown = " ".join(site.deployment_run("regenerate/demo", code=1, shards="17-").split())
+    assert "Validation failed for field 'shards'. Failure reason: '17-' does not match" in shown
+    shown = " ".join(
         site.deployment_run("regenerate/demo", code=1, store="s3://AKIAKEY:word@bucket").split()
     )
-    assert "Validation failed for field 'store'" in said and "should not be valid under" in said
+    assert "Validation failed for field 'store'" in shown and "should not be valid under" in shown
     assert site.post("flow_runs/filter", deployments={"id": {"any_": [found["id"]]}}).json() == []
 
 
@@ -327,9 +329,10 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     recipe, config = str(site.run_file), load_run(str(site.run_file))
     assert "Completed" in site.deployment_run("regenerate/demo", recipe=recipe, shards="1,4-5")
     assert stage_status(Run(config), "answers").missing == [0, 2, 3]
-    said = site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
+    shown = site.deployment_run("regenerate/demo", code=1, recipe=recipe, shards=17)
     assert (
-        "the stage 'answers' has no shard 17; there are 0 to 5" in said and "Traceback" not in said
+        "the stage 'answers' has no shard 17; there are 0 to 5" in shown
+        and "Traceback" not in shown
     ), "on the terminal, too"
     (failed_run,) = site.post(
         "flow_runs/filter", flow_runs={"name": {"any_": ["regenerate run.yaml 0017"]}}
@@ -340,9 +343,9 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     )
     assert stage_status(Run(config), "answers").missing == [0, 2, 3]
     limit = time.monotonic() + 30
-    while len(set(site.heard)) < 2 and time.monotonic() < limit:
+    while len(set(site.received)) < 2 and time.monotonic() < limit:
         time.sleep(0.2)
-    done, failed = sorted(set(site.heard))  # Prefect may send a message twice
+    done, failed = sorted(set(site.received))  # Prefect may send a message twice
     assert done.startswith(
         "regenerate run.yaml 0001,0004-0005: Completed http"
     ) and failed.startswith("regenerate run.yaml 0017: Failed http")
@@ -393,7 +396,7 @@ def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them
         )
         # Prefect's own, which its server does not have
         icons = re.compile(r"status of 404 .*\.(ico|svg)$")
-        assert [said for said in page.complaints if not icons.search(said.strip())] == []
+        assert [shown for shown in page.complaints if not icons.search(shown.strip())] == []
     config = load_run(recipe, changed)
     assert stage_status(Run(config), "answers").missing == [0, 1, 2, 5]
     by_worker, here, again = map(shlex.split, commands)
@@ -404,8 +407,8 @@ def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them
 
 @pytest.mark.slow
 def test_server_setup_worker_and_run(site: Site, store: Path):
-    said = site.deployment_run("pipeline/demo", overrides=QUICK, store=str(store))
-    assert "Completed" in said
+    shown = site.deployment_run("pipeline/demo", overrides=QUICK, store=str(store))
+    assert "Completed" in shown
     found = site.post("artifacts/latest/filter").json()
     keys = {artifact["key"] for artifact in found}
     assert "report.html" in site.artifact("dspark-demo-report")["data"]
@@ -552,8 +555,8 @@ def names_in(radosgw: Radosgw, bucket: str) -> list[str]:
 
 
 def told_by_the_api(site: Site) -> dict[str, str]:
-    """Everything that anybody may ask the server for, as it says it."""
-    asked = (
+    """Everything that any client may read from the server, as it is sent."""
+    options = (
         "flow_runs",
         "task_runs",
         "deployments",
@@ -564,7 +567,7 @@ def told_by_the_api(site: Site) -> dict[str, str]:
         "variables",
         "logs",
     )
-    found = {name: paged(site, name) for name in asked}
+    found = {name: paged(site, name) for name in options}
     return {**found, "events": site.post("events/filter", filter={}, limit=50).text}
 
 

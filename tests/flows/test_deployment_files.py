@@ -88,7 +88,7 @@ def test_a_server_takes_the_kubernetes_pool_and_the_deployments_on_it(tmp_path: 
                 name="deepspec-kubernetes", type="kubernetes", base_job_template=template
             )
         )
-        asked = [
+        command = [
             sys.executable,
             "-m",
             "prefect",
@@ -104,7 +104,13 @@ def test_a_server_takes_the_kubernetes_pool_and_the_deployments_on_it(tmp_path: 
             "PREFECT_HOME": str(tmp_path),
         }
         done = subprocess.run(
-            asked, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+            command,
+            env=env,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         found = client.read_deployments()

@@ -55,7 +55,7 @@ def test_a_stage_that_was_done_before_is_said_to_be(capsys: pytest.CaptureFixtur
 
 def test_the_summary_names_speed_losslessness_and_every_folder(capsys: pytest.CaptureFixture[str]):
     show_summary([StageOutcome(STATUS, "done", 12.3)], RESULTS)
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for words in (
         "math",
         "4.90",
@@ -69,8 +69,8 @@ def test_the_summary_names_speed_losslessness_and_every_folder(capsys: pytest.Ca
         "12.3",
         "2.5",
     ):
-        assert words in said
-    assert STATUS.artifact_url in said
+        assert words in shown
+    assert STATUS.artifact_url in shown
 
 
 def test_sampled_answers_are_not_compared_token_for_token():

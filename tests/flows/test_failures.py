@@ -52,9 +52,9 @@ def test_a_deployments_command_says_the_parameters_again():
     )
     words = shlex.split(command)
     assert words[:4] == ["prefect", "deployment", "run", "regenerate/demo"]
-    said = dict(word.split("=", 1) for word in words[5::2])
-    assert set(words[4::2]) == {"-p"} and set(said) == {"recipe", "overrides", "shards"}
-    assert (said["recipe"], json.loads(said["overrides"]), said["shards"]) == (
+    shown = dict(word.split("=", 1) for word in words[5::2])
+    assert set(words[4::2]) == {"-p"} and set(shown) == {"recipe", "overrides", "shards"}
+    assert (shown["recipe"], json.loads(shown["overrides"]), shown["shards"]) == (
         "my run.yaml",
         overrides,
         "5,7",
@@ -72,7 +72,7 @@ def train(recipe: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("asked", "name"),
+    ("parameters", "name"),
     [
         ({"recipe": "qwen3-4b", "shards": "17-42"}, "capture qwen3-4b 0017-0042"),
         (
@@ -84,8 +84,8 @@ def train(recipe: str) -> str:
         ({"recipe": "demo", "shards": "5-3"}, "capture demo 5-3"),
     ],
 )
-def test_a_runs_name_says_what_it_does(asked: dict[str, str | int], name: str):
-    assert capture(**asked) == name
+def test_a_runs_name_shows_what_it_does(parameters: dict[str, str | int], name: str):
+    assert capture(**parameters) == name
 
 
 def test_what_depends_on_the_draft_is_named_by_it():

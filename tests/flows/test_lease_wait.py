@@ -1,5 +1,5 @@
 """Two runs on the same artifact at the same time make each shard once, both end well, and the
-one that waits says for whom.
+one that waits shows for which.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
         shown = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["flaky-answers"]))
         )
-    told = [
+    messages = [
         str(artifact.description)
         for artifact in shown
         if str(artifact.description).startswith(f"answers: {url}")
     ]
-    assert sum("waited: " in one for one in told) == 1 and not any(
-        "waiting for" in one for one in told
+    assert sum("waited: " in one for one in messages) == 1 and not any(
+        "waiting for" in one for one in messages
     ), "not for ever"
 
 

@@ -1,4 +1,4 @@
-"""Lanes of one machine: one for each GPU, or as many as are asked for."""
+"""Lanes of one machine: one for each GPU, or as many as are set."""
 
 from __future__ import annotations
 

@@ -204,10 +204,10 @@ def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
     ]
     assert working
     parent.terminate()
-    said = parent.communicate(timeout=120)[1]
+    shown = parent.communicate(timeout=120)[1]
     wait_until(lambda: states_of("regenerate run.yaml 0000-0002 (part)") == ["Cancelled"])
     assert not any(process.is_running() for process in working)
-    assert "Traceback" not in said and site.lines("calls") == [0]
+    assert "Traceback" not in shown and site.lines("calls") == [0]
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from flows.tasks import run_stages
 from tests.answer_server import answer_server
 from tests.conftest import REPOSITORY
 from tests.flows.conftest import flaky_run
-from tests.flows.machines import hear_interrupts
+from tests.flows.machines import accept_interrupts
 from tests.processes import is_alive
 
 if find_spec("prefect_ray") is None:
@@ -241,20 +241,22 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
     if where == "own":
         env = {name: value for name, value in env.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "flows", "regenerate", str(cluster), *sets]
-    with subprocess.Popen(command, cwd=REPOSITORY, env=env, preexec_fn=hear_interrupts) as running:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=env, preexec_fn=accept_interrupts
+    ) as running:
         wait_for(lambda: committed(config) == [0] and len(children_for(cluster)) == 4)
         children, below = (
             children_for(cluster),
             psutil.Process(running.pid).children(recursive=True),
         )
         if where == "own":
-            heard = [
+            received = [
                 connection.laddr.ip
                 for process in below
                 for connection in process.net_connections()
                 if connection.status == "LISTEN"
             ]
-            assert heard and {ip.removeprefix("::ffff:") for ip in heard} == {"127.0.0.1"}
+            assert received and {ip.removeprefix("::ffff:") for ip in received} == {"127.0.0.1"}
         worker = ray_worker_of(cluster, "0-2")
         running.send_signal(number)
         assert alive_after(15, children) == []

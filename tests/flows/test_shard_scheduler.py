@@ -35,7 +35,7 @@ def worked_off(
     while clock:
         now, number = heapq.heappop(clock)
         lane = scheduler.lanes[number]
-        with scheduler._changed:  # nobody else is there who could give something back: not to wait
+        with scheduler._changed:  # no other lane could give something back: it is not waited for
             scheduler._assigned.clear()
         if group := scheduler.next_group(lane):
             took = len(group) * seconds_per_shard[number]

@@ -46,6 +46,6 @@ def test_each_shard_that_appears_is_added_once_and_no_other(run_file: Path):
             assert two_seen.wait(60)
             assert {progress.done for progress in seen} == {1, 2, 3}
             run_answers(Run(config), shards=[3, 4])
-    assert seen[-1].done == 4, "shard 4 was not asked for"
+    assert seen[-1].done == 4, "shard 4 was not to be watched"
     assert seen[-1].numbers["rows"] == 6
     assert artifact.records([0])[0] == stale

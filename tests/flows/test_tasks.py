@@ -67,12 +67,12 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     (run_file.parent / "broken").touch()
     with pytest.raises(ShardsFailed) as caught:
         prompts_and_answers(str(run_file))
-    said = str(caught.value)
+    shown = str(caught.value)
     assert (
         "1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered"
-        in said
+        in shown
     )
-    assert f"`python -m deepspec answers {run_file} --shards 5`" in said
+    assert f"`python -m deepspec answers {run_file} --shards 5`" in shown
     assert sorted(calls(run_file)) == [0, 1, 2, 3, 3, 4, 5], "shard 3 twice, shard 5 once"
     status = stage_status(Run(load_run(str(run_file))), "answers")
     assert (status.committed, status.missing) == (5, [5])
@@ -110,15 +110,15 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
     )
     with pytest.raises(ShardsFailed) as caught:
         prompts_and_answers(str(run_file), hopeless)
-    said = str(caught.value)
+    shown = str(caught.value)
     assert (
         "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than"
-        in said
+        in shown
     )
     assert (
-        "shard 11: the prompt cannot be rendered" in said
-        and "shard 12" not in said
-        and "--shards 1-23" in said
+        "shard 11: the prompt cannot be rendered" in shown
+        and "shard 12" not in shown
+        and "--shards 1-23" in shown
     )
     assert calls(run_file) == list(range(12))
     status = stage_status(Run(load_run(str(run_file), hopeless)), "answers")
@@ -172,14 +172,14 @@ def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_
 
 
 @pytest.mark.parametrize(
-    ("shards", "said"),
+    ("shards", "shown"),
     [("17", "has no shard 17; there are 0 to 5"), ("5-3", "'5-3' is not a shard")],
 )
 def test_shards_that_cannot_be_are_refused_before_any_work(
-    finished: Path, shards: str, said: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, shards: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=shown):
         some_shards(str(finished), shards)
 
 

@@ -65,11 +65,11 @@ def test_a_pool_without_a_worker_is_reported_once_with_the_command_that_starts_o
     name = deployment[0]
     assert look_at(f"answering/{name}", run_file, looks=3) == (1, ""), "not before a minute is over"
     monkeypatch.setattr(work_pool, "DESERTED_S", 0.0)
-    told = (
+    warning = (
         f"no worker on the work pool '{name}': start one with `prefect worker start --pool {name}`"
     )
-    assert look_at(f"answering/{name}", run_file, looks=3) == (1, told)
-    assert caplog.text.count(told) == 1
+    assert look_at(f"answering/{name}", run_file, looks=3) == (1, warning)
+    assert caplog.text.count(warning) == 1
 
 
 def test_a_run_that_holds_the_only_place_of_the_pool_is_refused(
