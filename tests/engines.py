@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepspec.artifacts.run import Run
+from deepspec.config.run import RunConfig
 from deepspec.errors import DataError, TransientError
 from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 
@@ -14,8 +14,8 @@ from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 class Echo:
     """Answers with the user's message turned round; refuses the word `refuse`."""
 
-    def __init__(self, run: Run) -> None:
-        self.config = run.config
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
 
     def answer(
         self, requests: Sequence[AnswerRequest], *, shard: int

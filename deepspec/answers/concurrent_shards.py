@@ -76,11 +76,11 @@ class ConcurrentShards:
         return len(self._stage.todo)
 
     def __iter__(self) -> Iterator[AnsweredShard]:
-        self._answering = self._engine.loop.start(self._answer_shards())
+        self._answering = self._engine.portal.start_task_soon(self._answer_shards)
         for _ in self._stage.todo:
             yield self._next_complete()
             # only now: while its user writes a shard, its conversations are still in memory
-            self._engine.loop.call(self._close_shard)
+            self._engine.portal.start_task_soon(self._close_shard)
         self._progress.publish()
 
     def _next_complete(self) -> AnsweredShard:

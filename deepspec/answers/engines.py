@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 
 from deepspec.answers.answered_shard import AnsweredShards
 from deepspec.answers.progress import AnswerProgress
@@ -40,7 +40,7 @@ def answered_shards(
     from deepspec.answers.concurrent_shards import ConcurrentShards
     from deepspec.answers.journal import remove_committed
     from deepspec.answers.managed_server import serving
-    from deepspec.answers.server_engine import ServerEngine
+    from deepspec.answers.server_engine import connected
 
     servers = config.resources.servers
     with ExitStack() as stack:
@@ -55,8 +55,7 @@ def answered_shards(
                 logs=folder_beside(stage.artifact, "logs"),
             )
             servers, check = stack.enter_context(started)
-        engine = ServerEngine(config.answers, config.target, servers, progress)
-        stack.enter_context(closing(engine))
+        engine = stack.enter_context(connected(config.answers, config.target, servers, progress))
         space_poll_s = config.resources.storage.space_poll_s
         shards = ConcurrentShards(
             engine, stage, config.answers, servers, space_poll_s=space_poll_s, check=check
@@ -71,9 +70,10 @@ def load_engine(run: Run) -> Engine:
         ConfigError: it cannot be imported.
     """
     name = run.config.answers.engine
+    argument = run if name in IN_PROCESS else run.config
     module, _, attribute = IN_PROCESS.get(name, name).partition(":")
     try:
-        engine: Engine = getattr(importlib.import_module(module), attribute)(run)
+        engine: Engine = getattr(importlib.import_module(module), attribute)(argument)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the engine cannot be imported: {error}",

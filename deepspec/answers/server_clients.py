@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 
 from deepspec.answers.request import SEEDS, Dialect, common_fields, sent_messages
 from deepspec.answers.server_errors import KEY_REFUSED
-from deepspec.config.data import AnswersConfig
+from deepspec.config.data import AnswerSamplingConfig
 from deepspec.config.servers import ServersConfig
 from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
@@ -55,19 +55,19 @@ class ServerClient:
     """A connection to one server of the target, which knows what its requests must hold."""
 
     def __init__(
-        self, url: str, answers: AnswersConfig, target: TargetConfig, servers: ServersConfig
+        self, url: str, sampling: AnswerSamplingConfig, target: TargetConfig, servers: ServersConfig
     ) -> None:
         self.url = url
         self.key = ApiKey(servers.api_key_env)
         self.model = servers.model_name or target.model
-        self._answers = answers
+        self._sampling = sampling
         self._thinking = target.thinking
         self._servers = servers
         self._fields = self._fields_for(owner="")
         for name in REQUEST_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         # aiohttp: with hundreds of requests in flight it takes half of httpx's time
-        self._http = AsyncOpenAI(
+        self.http = AsyncOpenAI(
             base_url=url,
             api_key=self.key.value,
             max_retries=0,
@@ -81,7 +81,7 @@ class ServerClient:
         dialect = self._servers.dialect
         if dialect == "auto":
             dialect = KNOWN_OWNERS.get(owner, "openai")
-        fields = common_fields(self._answers.sampling, dialect, thinking=self._thinking)
+        fields = common_fields(self._sampling, dialect, thinking=self._thinking)
         if self._servers.token_ids == "ask":
             fields["return_token_ids"] = True
         return {"model": self.model, **fields}
@@ -103,7 +103,7 @@ class ServerClient:
             body["tools"] = request.tools
         # Not `chat.completions.create`, which looks every field of the body up in its schema: a
         # quarter of a request's time.
-        completion = await self._http.post("/chat/completions", body=body, cast_to=ChatCompletion)
+        completion = await self.http.post("/chat/completions", body=body, cast_to=ChatCompletion)
         if not isinstance(completion, ChatCompletion):  # the client passes other bodies on as text
             raise ValueError("the body is not JSON")
         return completion
@@ -131,7 +131,7 @@ class ServerClient:
 
     async def _models(self) -> list[Model]:
         try:
-            listed = await self._http.with_options(timeout=CHECK_S).models.list()
+            listed = await self.http.with_options(timeout=CHECK_S).models.list()
             return list(listed.data or ())
         except openai.APIStatusError as error:
             if error.status_code in KEY_REFUSED:
@@ -140,10 +140,6 @@ class ServerClient:
             reason = self.key.scrub(str(error))
             log.warning("endpoint=%s does not list its models: %s", self.url, reason)
         return []
-
-    async def close(self) -> None:
-        """Close its connections."""
-        await self._http.close()
 
 
 def _is_loopback(url: str) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import openai
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from deepspec.answers.background_loop import BackgroundLoop
 from deepspec.answers.progress import AnswerProgress
 from deepspec.answers.response import read_reply
 from deepspec.answers.server_clients import ServerClient
@@ -25,55 +27,61 @@ from deepspec.answers.server_pool import PooledServer, ServerPool
 from deepspec.config.data import AnswersConfig
 from deepspec.config.servers import ServersConfig
 from deepspec.config.target import TargetConfig
-from deepspec.target.chat_families import CHAT_FAMILIES
+from deepspec.target.chat_families import CHAT_FAMILIES, ChatFamily
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 
 
+@contextmanager
+def connected(
+    answers: AnswersConfig, target: TargetConfig, servers: ServersConfig, progress: AnswerProgress
+) -> Iterator[ServerEngine]:
+    """An engine with a connection to each server, of which those that are up are checked.
+
+    Raises:
+        ConfigError: a server has another model, or refuses the key.
+    """
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(_clients(answers, target, servers)) as clients,
+    ):
+        family = CHAT_FAMILIES[target.chat_family]
+        yield ServerEngine(portal, clients, family, servers, progress)
+
+
+@asynccontextmanager
+async def _clients(
+    answers: AnswersConfig, target: TargetConfig, servers: ServersConfig
+) -> AsyncIterator[dict[str, ServerClient]]:
+    async with AsyncExitStack() as stack:
+        clients = {}
+        for url in servers.endpoints:
+            clients[url] = ServerClient(url, answers.sampling, target, servers)
+            await stack.enter_async_context(clients[url].http)
+        await asyncio.gather(*(client.check_model() for client in clients.values()))
+        yield clients
+
+
 class ServerEngine:
-    """A pool of servers, asked from an event loop on a thread of its own; to be closed."""
+    """A pool of servers, asked from an event loop on a thread of its own: that of `portal`."""
 
     def __init__(
         self,
-        answers: AnswersConfig,
-        target: TargetConfig,
+        portal: BlockingPortal,
+        clients: dict[str, ServerClient],
+        family: ChatFamily,
         servers: ServersConfig,
         progress: AnswerProgress,
     ) -> None:
-        """Connect to the servers and check each one that is up.
-
-        Raises:
-            ConfigError: a server has another model, or refuses the key.
-        """
+        self.portal = portal
+        self.clients = clients
+        self.family = family
         self.progress = progress
         self.max_attempts = servers.request_tries
         self.timeout_s = servers.request_timeout_s
-        self.family = CHAT_FAMILIES[target.chat_family]
         self.pool = ServerPool(servers.endpoints, most=servers.requests, lost_s=servers.lost_s)
-        self.clients: dict[str, ServerClient] = {}
-        self.loop = BackgroundLoop()
-        try:
-            self.loop.start(self._connect(answers, target, servers)).result()
-        except BaseException:
-            self.close()
-            raise
-
-    async def _connect(
-        self, answers: AnswersConfig, target: TargetConfig, servers: ServersConfig
-    ) -> None:
-        for url in servers.endpoints:
-            self.clients[url] = ServerClient(url, answers, target, servers)
-        await asyncio.gather(*(client.check_model() for client in self.clients.values()))
-
-    def close(self) -> None:
-        """Cancel whatever is under way, and close the connections."""
-        self.loop.close(self._close_clients())
-
-    async def _close_clients(self) -> None:
-        for client in self.clients.values():
-            await client.close()
 
     async def ask(self, request: AnswerRequest) -> Outcome:
         """The outcome of a request after as many attempts as it takes or may have.

@@ -12,9 +12,8 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from deepspec.errors import TransientError
 
@@ -90,8 +89,8 @@ class ServerPool:
         self.lost_s = lost_s
         self._last_answer = time.monotonic()
         self._lost = False
-        self._waiting = deque[asyncio.Future[None]]()
-        self._recheck: asyncio.TimerHandle | None = None
+        self._queue = asyncio.Lock()
+        self._freed = asyncio.Event()
 
     def note_idle(self) -> None:
         """There was no work until now, so the time without an answer is counted from here.
@@ -115,43 +114,19 @@ class ServerPool:
         Raises:
             TransientError: all servers are lost.
         """
-        while not (ready := [server for server in self.servers if server.room > 0]):
-            self.refuse_if_lost()
-            await self._next_room()
-        server = min(ready, key=lambda found: (found.in_flight, random.random()))
-        server.in_flight += 1
+        async with self._queue:  # one request at a time waits for room, the others for their turn
+            while not (ready := [server for server in self.servers if server.room > 0]):
+                self.refuse_if_lost()
+                self._freed.clear()
+                with suppress(TimeoutError):  # pauses end without an event
+                    await asyncio.wait_for(self._freed.wait(), RECHECK_S)
+            server = min(ready, key=lambda found: (found.in_flight, random.random()))
+            server.in_flight += 1
         try:
             yield server
         finally:
             server.in_flight -= 1
-            self._wake(1)
-
-    async def _next_room(self) -> None:
-        """Return when there may be room: a request has ended, or more of them are allowed."""
-        waiting = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiting)
-        self._schedule_recheck()
-        await waiting
-
-    def _wake(self, number: int) -> None:
-        while number and self._waiting:
-            waiting = self._waiting.popleft()
-            if not waiting.done():  # cancelled
-                waiting.set_result(None)
-                number -= 1
-
-    def _schedule_recheck(self) -> None:
-        """Pauses end without an event: one timer for all that wait, not one each."""
-        if self._recheck is None:
-            loop = asyncio.get_running_loop()
-            self._recheck = loop.call_later(RECHECK_S, self._recheck_now)
-
-    def _recheck_now(self) -> None:
-        self._recheck = None
-        room = sum(max(0, server.room) for server in self.servers)
-        self._wake(len(self._waiting) if self._is_lost() else room)
-        if self._waiting:
-            self._schedule_recheck()
+            self._freed.set()
 
     def _is_lost(self) -> bool:
         """No request is in flight that may still be answered, and for `lost_s` none was."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspec.config.run import RunConfig
 from deepspec.messages import parse_messages
-from deepspec.prompts.rows import SPEAKERS
+from deepspec.prompts.rows import ROLES
 from deepspec.target.chat import Chat
 
 ASSUMED_ANSWER_TOKENS = 640  # two thirds of the mean length of the published training samples
@@ -31,7 +31,7 @@ def assistant_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
         text
         for speaker, text in said
-        if SPEAKERS.get(speaker) == "assistant" and isinstance(text, str)
+        if ROLES.get(speaker) == "assistant" and isinstance(text, str)
     )
 
 

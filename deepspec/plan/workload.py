@@ -25,8 +25,9 @@ from deepspec.hidden.sequences import capture_rows
 from deepspec.plan.arithmetic import Number, TokenCounts, relative_error
 from deepspec.plan.assumed_answers import StandIns, assistant_texts
 from deepspec.plan.forecast import PER_PROMPTS, SampleSize, Workload
+from deepspec.prompts.data_sets import is_on_hub, read_dataset
 from deepspec.prompts.rows import Prompt, make_prompt
-from deepspec.prompts.sources import is_on_hub, read_dataset, read_source
+from deepspec.prompts.sources import read_source
 from deepspec.target.chat import Chat
 
 SAMPLE_SHARDS = 8  # that a sample is spread over

@@ -5,6 +5,7 @@ the parent process.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -17,10 +18,13 @@ def silent(event: dict[str, Any]) -> None:
     """The report of somebody who does not look."""
 
 
+def reports_to_parent() -> bool:
+    """Whether this process writes its events for a parent (`DEEPSPEC_EVENTS=1`)."""
+    return os.environ.get("DEEPSPEC_EVENTS") == "1"
+
+
 def json_lines(event: dict[str, Any]) -> None:
-    """One JSON object a line on stdout: how a child process reports to its parent
-    (`DEEPSPEC_EVENTS=1`).
-    """
+    """Write an event to stdout, one JSON object a line: how a child reports to its parent."""
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 

@@ -1,6 +1,4 @@
-"""Training prompts that are benchmark prompts: found by their normalised text, so that they can
-be dropped (trap A7).
-"""
+"""Training prompts that are benchmark prompts, found by their normalised text (trap A7)."""
 
 from __future__ import annotations
 
@@ -14,39 +12,39 @@ from deepspec.prompts.benchmarks import read_benchmark
 NOT_WORDS = re.compile(r"[\W_]+")
 
 
-class BenchmarkPrompts:
+class BenchmarkTexts:
     """The turns of the benchmarks in `prompts.decontaminate`, normalised.
 
-    Of a known benchmark the bare problems are looked for as well: a training set has them without
-    the benchmark's wording.
-
-    Raises:
-        DataError: a benchmark that cannot be read, or a line without turns.
+    Of a known benchmark also the bare problems, as a training set may have them without the
+    benchmark's wording.
     """
 
     def __init__(self, run: Run) -> None:
-        config = run.config
-        self._name_of: dict[str, str] = {}
-        for name in config.prompts.decontaminate:
+        """Read the benchmarks.
+
+        Raises:
+            DataError: a benchmark cannot be read, or has a line without turns.
+        """
+        self._benchmark_of: dict[str, str] = {}
+        for name in run.config.prompts.decontaminate:
             for turns, problem in read_benchmark(run, name):
-                self._name_of.update({normalised(text): name for text in (*turns, problem or "")})
+                for text in (*turns, problem or ""):
+                    self._benchmark_of[normalised(text)] = name
         # a turn without a word in it would match every other such message
-        self._name_of.pop("", None)
+        self._benchmark_of.pop("", None)
 
     def match(self, messages: str) -> str | None:
-        """The benchmark that holds one of the users' messages of a prompt, if any does."""
-        if not self._name_of:
+        """The benchmark, if any, that contains one of the user's messages (JSON) of a prompt."""
+        if not self._benchmark_of:
             return None
-        said = (
-            normalised(message.content)
-            for message in parse_messages(messages)
-            if message.role == "user"
-        )
-        return next((self._name_of[text] for text in said if text in self._name_of), None)
+        for message in parse_messages(messages):
+            if message.role == "user":
+                benchmark = self._benchmark_of.get(normalised(message.content))
+                if benchmark is not None:
+                    return benchmark
+        return None
 
 
 def normalised(text: str) -> str:
-    """The text as bare words: case, accents' encoding, punctuation and spacing make no
-    difference.
-    """
+    """The text as bare words, without case, punctuation, spacing and encoding of accents."""
     return NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()

@@ -1,20 +1,18 @@
-"""A row of any source as a prompt: roles checked, what the assistant said left out, an id from
-what is left.
-"""
+"""A row of any source as a prompt: roles checked, answers left out, an id from what is left."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from deepspec.config.data import PromptsConfig
 from deepspec.storage.store import canonical_json
 
-SPEAKERS = {
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -24,71 +22,81 @@ SPEAKERS = {
     "function": "tool",
     "observation": "tool",
 }
-DUPLICATE = "duplicate"  # a reason that is no fault of a row
+FOLLOWS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+DUPLICATE = "duplicate"  # a reason that is not the row's fault
 
 
 class Rejected(NamedTuple):
+    """Why a row cannot be used."""
+
     reason: str
     detail: str
 
 
 class Prompt(NamedTuple):
+    """A conversation to answer, as it is stored."""
+
     id: int
     held_out: bool
     domain: str | None
-    messages: str
-    tools: str | None = None
+    messages: str  # JSON
+    tools: str | None = None  # JSON
 
 
-class Seen:
-    """Which conversations came before, by id: 1.3 million take about 100 MB, whatever they hold."""
+class SeenPrompts:
+    """The ids of all prompts so far: 1.3 million take about 100 MB, whatever their length."""
 
     def __init__(self, settings: PromptsConfig) -> None:
         self._keep = settings.duplicates == "keep"
-        self._ids, self._again = set[int](), Counter[int]()
+        self._ids = set[int]()
+        self._repeats = Counter[int]()
 
-    def named(self, prompt: Prompt) -> Prompt | Rejected:
-        """The prompt, with an id of its own where an equal one came before and both are kept."""
+    def add(self, prompt: Prompt) -> Prompt | Rejected:
+        """The prompt, with an id of its own if it repeats an earlier one and both are kept."""
         if prompt.id not in self._ids:
             self._ids.add(prompt.id)
             return prompt
         if not self._keep:
             return Rejected(DUPLICATE, "an equal conversation came before")
-        self._again[prompt.id] += 1
-        return prompt._replace(id=_hash(f"{prompt.id}:{self._again[prompt.id]}".encode()))
+        self._repeats[prompt.id] += 1
+        return prompt._replace(id=_hash(f"{prompt.id}:{self._repeats[prompt.id]}".encode()))
 
 
 def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rejected:
-    """A row as a prompt: roles checked, assistant turns dropped, id = hash of what is left."""
+    """A row as a prompt, whose id is a hash of what it keeps of the row."""
     messages = _messages(row)
     if isinstance(messages, Rejected):
         return messages
-    if (wrong := _order(messages)) is not None:
-        return wrong
+    if (disorder := _disorder([message["role"] for message in messages])) is not None:
+        return disorder
     tools = _tools(row.get("tools"))
     if isinstance(tools, Rejected):
         return tools
-    kept = [
-        message
-        for message, following in zip(messages, [*messages[1:], None], strict=True)
-        # What the assistant said is said anew, but for its calls of tools: their results are theirs
-        # alone.
-        if message["role"] != "assistant" or (following is not None and following["role"] == "tool")
-    ]
     try:
-        content = canonical_json(kept)
-    except UnicodeEncodeError as error:  # legal in JSON, and no text: half of a surrogate pair
+        kept = canonical_json(list(_without_answers(messages)))
+    except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, and not text
         return Rejected("bad_text", str(error))
-    number = _hash(content + (tools or "").encode())
+    number = _hash(kept + (tools or "").encode())
     draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
     return Prompt(
-        number,
-        draw < settings.held_out,
-        str(domain) if domain is not None else None,
-        content.decode(),
-        tools,
+        id=number,
+        held_out=draw < settings.held_out,
+        domain=None if domain is None else str(domain),
+        messages=kept.decode(),
+        tools=tools,
     )
+
+
+def _without_answers(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All messages but the assistant's, which the target replaces.
+
+    The assistant's calls of tools stay, since the results that follow belong to them alone.
+    """
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
+        called = following is not None and following["role"] == "tool"
+        if message["role"] != "assistant" or called:
+            yield message
 
 
 def _hash(data: bytes) -> int:
@@ -96,20 +104,17 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def _order(messages: Sequence[Mapping[str, Any]]) -> Rejected | None:
-    """Why these messages are no conversation: system only first, then user and assistant in
-    turn, tools after their call.
+def _disorder(roles: Sequence[str]) -> Rejected | None:
+    """Why messages of these roles are not a conversation.
+
+    The system comes first or not at all, then user and assistant take turns, with tools after the
+    assistant that called them.
     """
-    roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
         return Rejected("system_not_first", f"roles are {roles}")
-    follows = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-    if (
-        not turns
-        or turns[0] != "user"
-        or any(second not in follows[first] for first, second in pairwise(turns))
-    ):
+    in_turn = all(second in FOLLOWS[first] for first, second in pairwise(turns))
+    if not turns or turns[0] != "user" or not in_turn:
         return Rejected("roles_out_of_order", f"roles are {roles}")
     return None
 
@@ -118,45 +123,54 @@ def _tools(value: Any) -> str | Rejected | None:
     """The row's tools as JSON, given as a list or (as Parquet needs) as JSON text of one."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+        if tools is None:
+            return None
+        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+            return Rejected("bad_tools", "tools are not a list of objects")
+        return canonical_json(tools).decode() if tools else None
     except json.JSONDecodeError as error:
         return Rejected("bad_tools", f"tools are not JSON: {error.msg}")
-    if tools is not None and not (
-        isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
-    ):
-        return Rejected("bad_tools", "tools are not a list of objects")
-    try:
-        return canonical_json(tools).decode() if tools else None
     except UnicodeEncodeError as error:
         return Rejected("bad_tools", str(error))
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | Rejected:
     """The conversation of a row in any of the four shapes that sources use."""
-    entries: Any = row.get("messages") or row.get("conversations")
-    if not entries and isinstance(row.get("turns"), list | tuple):
-        entries = [
-            part
-            for turn in row["turns"]
-            for part in ({"role": "user", "content": turn}, {"role": "assistant", "content": "-"})
-        ]
-    if not entries and isinstance(row.get("prompt"), str):
-        entries = [{"role": "user", "content": row["prompt"]}]
+    entries = _entries(row)
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         return Rejected("no_messages", f"columns are {sorted(row)}")
     messages = []
     for entry in entries:
-        if not isinstance(entry, Mapping):
-            return Rejected("unknown_role", f"a message is a {type(entry).__name__}")
-        speaker, content = (
-            entry.get("role", entry.get("from")),
-            entry.get("content", entry.get("value")),
-        )
-        if not isinstance(speaker, str) or speaker not in SPEAKERS:
-            return Rejected("unknown_role", f"role {speaker!r}")
-        more = {key: entry[key] for key in ("tool_calls", "tool_call_id", "name") if entry.get(key)}
-        if "tool_calls" in more:
-            content = content or ""
-        elif not isinstance(content, str) or not content.strip():
-            return Rejected("empty_message", f"the {speaker} message has no text")
-        messages.append({"role": SPEAKERS[speaker], "content": content, **more})
+        message = _message(entry)
+        if isinstance(message, Rejected):
+            return message
+        messages.append(message)
     return messages
+
+
+def _entries(row: Mapping[str, Any]) -> Any:
+    """The row's messages as they are, unchecked."""
+    if entries := row.get("messages") or row.get("conversations"):
+        return entries
+    turns = row.get("turns")
+    if turns and isinstance(turns, list | tuple):
+        answer = {"role": "assistant", "content": "-"}
+        return [entry for turn in turns for entry in ({"role": "user", "content": turn}, answer)]
+    if isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    return None
+
+
+def _message(entry: Any) -> dict[str, Any] | Rejected:
+    if not isinstance(entry, Mapping):
+        return Rejected("unknown_role", f"a message is a {type(entry).__name__}")
+    role = entry.get("role", entry.get("from"))
+    content = entry.get("content", entry.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        return Rejected("unknown_role", f"role {role!r}")
+    more = {key: entry[key] for key in ("tool_calls", "tool_call_id", "name") if entry.get(key)}
+    if "tool_calls" in more:
+        content = content or ""
+    elif not isinstance(content, str) or not content.strip():
+        return Rejected("empty_message", f"the {role} message has no text")
+    return {"role": ROLES[role], "content": content, **more}

@@ -1,16 +1,16 @@
 """The prompts stage: rows of any source become shards of conversations with stable ids.
 
-A prompt row keeps the user and system messages; what the assistant said in the source is dropped,
-since the target answers anew. Rows that cannot be used go to the rejects with a reason; nothing
-vanishes.
+A prompt keeps the user's and system's messages of its row; the source's answers are dropped, since
+the target answers itself. Rows that cannot be used go to the rejects with a reason: none is lost
+without a trace.
 """
 
 from __future__ import annotations
 
-import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -20,15 +20,14 @@ from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import write_table
-from deepspec.config.data import DatasetSource, PromptsConfig, PromptSource
+from deepspec.config.data import DatasetSource, PromptsConfig
 from deepspec.errors import DataError
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
-from deepspec.prompts.contamination import BenchmarkPrompts
-from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, Seen, make_prompt
-from deepspec.prompts.sources import pinned, read_source
-
-log = logging.getLogger(__name__)
+from deepspec.prompts.contamination import BenchmarkTexts
+from deepspec.prompts.data_sets import pin_revision
+from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, SeenPrompts, make_prompt
+from deepspec.prompts.sources import read_source
 
 SCHEMA = pa.schema(
     [
@@ -41,66 +40,90 @@ SCHEMA = pa.schema(
         pa.field("tools", pa.large_string()),
     ]
 )
-BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is no fault of a row
+BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is not the row's fault
+
+
+class PromptShard(NamedTuple):
+    """Prompts of consecutive rows, and what was rejected among them."""
+
+    prompts: list[Prompt]
+    rejects: list[dict[str, Any]]
+
+    def dropped(self) -> dict[str, int]:
+        """How many rows were rejected on purpose, by reason."""
+        reasons = Counter(reject["reason"] for reject in self.rejects)
+        return {reason: reasons[reason] for reason in (DUPLICATE, BENCHMARK)}
 
 
 def run_prompts(run: Run, report: Report = silent) -> Artifact:
-    """Read the source once, committing each shard that is not there yet, and seal.
+    """Read the source once, committing each shard that is missing, and seal.
 
     The source is read in order and shards are cut by row, so a run that was killed makes the same
     shards again.
 
     Raises:
-        DataError: a source that cannot be read, is empty, or has too many unusable rows.
+        DataError: the source cannot be read, is empty, or has too many unusable rows.
     """
     settings = run.config.prompts
     inputs = require_sealed(run, "prompts")
-    benchmarks = BenchmarkPrompts(run)
+    benchmarks = BenchmarkTexts(run)
     inputs |= benchmark_digests(run, "prompts")
     artifact = run.create("prompts")
-    rows = read_source(run, _source(run, artifact))
+    source = settings.source
+    if isinstance(source, DatasetSource):
+        source = pin_revision(source, artifact, setting="prompts.source.revision=")
     committed = artifact.records()
-    totals = {"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0}
-    shard = -1
-    for shard, (prompts, rejects) in enumerate(_shards(settings, rows, benchmarks)):
-        started = time.monotonic()
-        dropped = {
-            reason: sum(reject["reason"] == reason for reject in rejects)
-            for reason in (DUPLICATE, BENCHMARK)
-        }
-        for name, number in {"rows": len(prompts), "rejected": len(rejects), **dropped}.items():
-            totals[name] += number
-        if shard not in committed:
-            put_rejects(artifact, shard, rejects)
-            with artifact.store.staged() as local:
-                write_table(
-                    pa.Table.from_pylist([prompt._asdict() for prompt in prompts], SCHEMA), local
-                )
-                counts = Counts(rows=len(prompts), rejected=len(rejects), extra=dropped)
-                artifact.commit(
-                    shard, local, counts, upstream=None, seconds=time.monotonic() - started
-                )
-        report(
-            {
-                "event": "progress",
-                "stage": "prompts",
-                "done": shard + 1,
-                "total": None,
-                "unit": "shards",
-                **totals,
-            }
-        )
+    totals = Counter({"rows": 0, "rejected": 0, DUPLICATE: 0, BENCHMARK: 0})
+    progress = {"event": "progress", "stage": "prompts", "total": None, "unit": "shards"}
+    number = -1
+    for number, shard in enumerate(cut_shards(settings, read_source(run, source), benchmarks)):
+        totals["rows"] += len(shard.prompts)
+        totals["rejected"] += len(shard.rejects)
+        totals.update(shard.dropped())
+        if number not in committed:
+            _commit(artifact, number, shard)
+        report({**progress, "done": number + 1, **totals})
     _check_share(settings, totals)
-    artifact.seal(inputs=inputs, shards=range(shard + 1))
+    artifact.seal(inputs=inputs, shards=range(number + 1))
     return artifact
 
 
-def _source(run: Run, artifact: Artifact) -> PromptSource:
-    """The run's source; of a data set, the commit to read."""
-    source = run.config.prompts.source
-    if not isinstance(source, DatasetSource):
-        return source
-    return pinned(source, artifact, setting="prompts.source.revision=")
+def cut_shards(
+    settings: PromptsConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkTexts
+) -> Iterator[PromptShard]:
+    """Shards of `shard_rows` prompts, up to the limit; the last one may be shorter."""
+    num_prompts = 0
+    seen = SeenPrompts(settings)
+    shard = PromptShard([], [])
+    for number, row in enumerate(rows):
+        prompt = make_prompt(row, settings)
+        if isinstance(prompt, Prompt):
+            prompt = seen.add(prompt)
+        if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
+            prompt = Rejected(BENCHMARK, f"it is a prompt of {benchmark}")
+        if isinstance(prompt, Rejected):
+            shard.rejects.append({"row": number, **prompt._asdict()})
+            continue
+        shard.prompts.append(prompt)
+        num_prompts += 1
+        if len(shard.prompts) == settings.shard_rows:
+            yield shard
+            shard = PromptShard([], [])
+        if num_prompts == settings.limit:
+            break
+    if shard.prompts or shard.rejects:
+        yield shard
+
+
+def _commit(artifact: Artifact, number: int, shard: PromptShard) -> None:
+    started = time.monotonic()
+    put_rejects(artifact, number, shard.rejects)
+    rows = [prompt._asdict() for prompt in shard.prompts]
+    counts = Counts(rows=len(rows), rejected=len(shard.rejects), extra=shard.dropped())
+    with artifact.store.staged() as local:
+        write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+        seconds = time.monotonic() - started
+        artifact.commit(number, local, counts, upstream=None, seconds=seconds)
 
 
 def _check_share(settings: PromptsConfig, totals: Mapping[str, int]) -> None:
@@ -109,42 +132,15 @@ def _check_share(settings: PromptsConfig, totals: Mapping[str, int]) -> None:
         raise DataError(
             "the source holds no usable prompt",
             where=where,
-            fix="see the rejects beside the artifact for the reasons",
+            fix="see the reasons in the artifact's rejects",
         )
-    # what was dropped on purpose is no fault of the source
+    # rows that were dropped on purpose are not the source's fault
     unusable = totals["rejected"] - totals[DUPLICATE] - totals[BENCHMARK]
     share = unusable / (totals["rows"] + totals["rejected"])
     if share > settings.max_rejected:
-        what = f"{unusable} rows ({share:.1%}) were rejected, prompts.max_rejected is {settings.max_rejected:.1%}"
         raise DataError(
-            what,
+            f"{unusable} rows ({share:.1%}) were rejected,"
+            f" prompts.max_rejected is {settings.max_rejected:.1%}",
             where=where,
-            fix="see the rejects beside the artifact; correct the rows or raise the limit",
+            fix="see the artifact's rejects; correct the rows or raise the limit",
         )
-
-
-def _shards(
-    settings: PromptsConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkPrompts
-) -> Iterator[tuple[list[Prompt], list[dict[str, Any]]]]:
-    """Cut the source into shards of `shard_rows` prompts."""
-    limit, kept, seen = settings.limit, 0, Seen(settings)
-    prompts: list[Prompt] = []
-    rejects: list[dict[str, Any]] = []
-    for number, row in enumerate(rows):
-        prompt = make_prompt(row, settings)
-        if isinstance(prompt, Prompt):
-            prompt = seen.named(prompt)
-        if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
-            prompt = Rejected(BENCHMARK, f"it is a prompt of {benchmark}")
-        if isinstance(prompt, Rejected):
-            rejects.append({"row": number, "reason": prompt.reason, "detail": prompt.detail})
-            continue
-        prompts.append(prompt)
-        kept += 1
-        if len(prompts) == settings.shard_rows:
-            yield prompts, rejects
-            prompts, rejects = [], []
-        if kept == limit:
-            break
-    if prompts or rejects:
-        yield prompts, rejects

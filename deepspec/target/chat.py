@@ -30,21 +30,26 @@ class Chat:
     """A tokenizer with its template: messages in, the token ids that a server would see out."""
 
     def __init__(self, tokenizer: Any, target: TargetConfig) -> None:
-        self.tokenizer, self.thinking = tokenizer, target.thinking
+        """Refuses a tokenizer that cannot render the target's conversations.
+
+        Raises:
+            DataError: it has no template, or not the family's end of a turn.
+        """
+        where = f"target.model {target.model}"
         marker = CHAT_FAMILIES[target.chat_family].end_of_turn
+        self.tokenizer = tokenizer
+        self.thinking = target.thinking
         self.end_of_turn: int = tokenizer.convert_tokens_to_ids(marker)
         if self.end_of_turn in (None, tokenizer.unk_token_id):
-            what = f"the tokenizer does not know {marker!r}, the end of a turn in the family {target.chat_family!r}"
             raise DataError(
-                what,
-                where=f"target.model {target.model}",
+                f"the tokenizer does not know {marker!r}, the end of a turn in the family"
+                f" {target.chat_family!r}",
+                where=where,
                 fix="set target.chat_family to the model's family",
             )
         if not tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template",
-                where=f"target.model {target.model}",
-                fix="use an instruct model",
+                "the tokenizer has no chat template", where=where, fix="use an instruct model"
             )
 
     def stop_ids(self, generation_eos: int | Sequence[int] | None = None) -> frozenset[int]:
@@ -53,27 +58,21 @@ class Chat:
         return frozenset({self.end_of_turn, *(token for token in ids if token is not None)})
 
     def digests(self) -> dict[str, str]:
-        """What tokenizer and template a cache was made with: two that tokenize alike have the
-        same digests.
-        """
+        """Digests of tokenizer and template, equal for two that tokenize alike."""
         texts = {
-            "tokenizer": json.dumps(self.tokenizer.get_vocab(), sort_keys=True),
-            "chat_template": str(self.tokenizer.chat_template),
+            "tokenizer_digest": json.dumps(self.tokenizer.get_vocab(), sort_keys=True),
+            "chat_template_digest": str(self.tokenizer.chat_template),
         }
         return {
-            f"{name}_digest": hashlib.sha256(text.encode()).hexdigest()[:16]
-            for name, text in texts.items()
+            name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()
         }
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of the conversation so far, the generation prompt of the next answer
-        included.
-        """
-        entries = [message.entry() for message in messages]
+        """Token ids of the conversation so far, with the generation prompt of the next answer."""
         ids = self.tokenizer.apply_chat_template(
-            entries,
+            [message.entry() for message in messages],
             tools=list(tools) if tools else None,
             add_generation_prompt=True,
             enable_thinking=self.thinking,
@@ -83,45 +82,51 @@ class Chat:
         return list(ids)
 
     def decode(self, token_ids: Sequence[int], stop_ids: Collection[int]) -> str:
-        """The text of an answer, without the token that ended it; other special tokens (the
-        marks of thinking) are part of it.
+        """The text of an answer, without the token that ended it.
+
+        Other special tokens, such as the marks around thinking, are part of the text.
         """
-        kept = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
-        return str(self.tokenizer.decode(list(kept), skip_special_tokens=False))
+        ended = token_ids and token_ids[-1] in stop_ids
+        kept = list(token_ids[:-1] if ended else token_ids)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def answer_ids(self, text: str, *, finished: bool) -> list[int]:
-        """Token ids of an answer that came as text; `finished` answers get their end-of-turn
-        token back.
-        """
+        """Token ids of an answer's text, with the end-of-turn token if it is `finished`."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         return [*ids, self.end_of_turn] if finished else ids
 
 
 def load_chat(run: Run) -> Chat:
-    config = run.config
+    """The tokenizer and template of the run's target.
+
+    Raises:
+        DataError: there is no such tokenizer, or it cannot render conversations.
+    """
     from transformers import AutoTokenizer
 
-    folder = target_folder(run)
+    target = run.config.target
+    name = str(target_folder(run) or target.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder or config.target.model), revision=config.target.revision
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=target.revision)
     except (OSError, ValueError) as error:
-        what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        raise DataError(
-            what,
-            where=f"target.model {config.target.model}",
-            fix="check the name, or give a local folder",
-        ) from None
-    return Chat(tokenizer, config.target)
+        raise not_loaded("tokenizer", target, error) from None
+    return Chat(tokenizer, target)
+
+
+def not_loaded(part: str, settings: TargetConfig, error: Exception) -> DataError:
+    """The error for a target, or its tokenizer, that transformers cannot load."""
+    return DataError(
+        f"the {part} cannot be loaded: {str(error).splitlines()[0]}",
+        where=f"target.model {settings.model}",
+        fix="check the name, or give a local folder",
+    )
 
 
 def target_folder(run: Run) -> Path | None:
-    """The local folder of the target, or None where it is a name on the hub."""
-    config = run.config
-    if config.demo:
+    """The local folder of the run's target, or None where it is a name on the hub."""
+    if run.config.demo:
         return run.artifact("demo").fetch_folder("target")
-    folder = Path(config.target.model)
+    folder = Path(run.config.target.model)
     return folder if folder.is_dir() else None
 
 
@@ -134,11 +139,9 @@ def build_samples(turns: Sequence[tuple[list[int], list[int]]]) -> list[Sample]:
     """
     samples: list[Sample] = []
     for prompt_ids, answer_ids in turns:
-        if samples and prompt_ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
-            current = samples[-1]
-        else:
-            current = Sample([], [])
-            samples.append(current)
+        if not samples or prompt_ids[: len(samples[-1].input_ids)] != samples[-1].input_ids:
+            samples.append(Sample([], []))
+        current = samples[-1]
         added = prompt_ids[len(current.input_ids) :]
         current.input_ids.extend([*added, *answer_ids])
         current.loss_mask.extend([False] * len(added) + [True] * len(answer_ids))

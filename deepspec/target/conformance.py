@@ -1,4 +1,4 @@
-"""Everything that drafts take for granted about it, checked on the target itself.
+"""Checks that a target is as drafts expect it: taps, final norm, padding, cache, loss mask.
 
 T tokens, m captured layers, D hidden size, V vocabulary.
 """
@@ -25,7 +25,8 @@ from deepspec.target.model import Target
 
 NUM_ROWS, SHORTEST = 3, 24
 NEW_TOKENS = 12  # that a check of decoding adds to a row
-ROUNDING = 1e-4  # share of the largest value, float32
+ROUNDING = 1e-4  # in float32, relative to the largest value
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 CONVERSATION = (
     ("What is two plus two?", "It is four."),
     ("And doubled?", "Eight, then.\nAnything else?"),
@@ -42,16 +43,17 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
         return self.error <= self.tolerance  # False for NaN
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference; infinite where the shapes differ, 0 where there is nothing
-    to compare.
-    """
+    """Largest absolute difference; infinite where shapes differ, 0 for tensors without elements."""
     if found.shape != wanted.shape:
         return math.inf
-    return (found.detach().double() - wanted.double()).abs().max().item() if found.numel() else 0.0
+    if not found.numel():
+        return 0.0
+    return (found.detach().double() - wanted.double()).abs().max().item()
 
 
 def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
@@ -60,8 +62,14 @@ def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
     for name, found in checks.items():
         for number, check in enumerate(found):
             state = "ok" if check.passed else "[bold red]OUTSIDE[/]"
-            errors = f"{check.error:.1e}", f"{check.tolerance:.1e}"
-            table.add_row(name if number == 0 else "", check.quantity, *errors, state, check.note)
+            table.add_row(
+                name if number == 0 else "",
+                check.quantity,
+                f"{check.error:.1e}",
+                f"{check.tolerance:.1e}",
+                state,
+                check.note,
+            )
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log keeps its rows whole
     return all(check.passed for found in checks.values() for check in found)
@@ -69,13 +77,8 @@ def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
 
 def spread(num_layers: int) -> tuple[int, ...]:
     """The embedding output, the first, a middle and the last layer but one."""
-    return tuple(
-        sorted(
-            layer
-            for layer in {-1, 0, num_layers // 2, num_layers - 2}
-            if -1 <= layer < num_layers - 1
-        )
-    )
+    layers = sorted({-1, 0, num_layers // 2, num_layers - 2})
+    return tuple(layer for layer in layers if -1 <= layer < num_layers - 1)
 
 
 def make_rows(target: Target) -> list[list[int]]:
@@ -84,9 +87,9 @@ def make_rows(target: Target) -> list[list[int]]:
     window = target.text_config.sliding_window if "sliding_attention" in kinds else 0
     length = min(max(SHORTEST, window + 2 * NEW_TOKENS), target.max_positions - NEW_TOKENS)
     generator = torch.Generator().manual_seed(0)
-    rows: list[list[int]] = torch.randint(
-        0, target.text_config.vocab_size - 1, (NUM_ROWS, length), generator=generator
-    ).tolist()
+    largest_id = target.text_config.vocab_size - 1
+    shape = (NUM_ROWS, length)
+    rows: list[list[int]] = torch.randint(0, largest_id, shape, generator=generator).tolist()
     return rows
 
 
@@ -96,63 +99,48 @@ def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
     with torch.inference_mode():
         wanted = target.model(input_ids=ids, output_hidden_states=True, use_cache=False)
     output = target.forward(ids)
-    tapped = torch.cat([wanted.hidden_states[layer + 1] for layer in target.layer_ids], -1)
-    logits = target.logits(output.last_hidden)
+    layers = list(target.layer_ids)
+    states = torch.cat([wanted.hidden_states[layer + 1] for layer in layers], -1)
+    taps = relative_distance(output.context, states)
+    head = relative_distance(target.logits(output.last_hidden), wanted.logits)
     padding, cached = _rows_alone(target, rows)
+    lengths = f"rows of different lengths, up to {len(rows[0])} tokens"
     return [
-        Check(
-            "layer taps",
-            share(output.context, tapped),
-            ROUNDING,
-            f"layers {list(target.layer_ids)} of hidden_states",
-        ),
-        Check(
-            "final norm and lm_head",
-            share(logits, wanted.logits),
-            ROUNDING,
-            "the model's own logits",
-        ),
+        Check("layer taps", taps, ROUNDING, f"layers {layers} of hidden_states"),
+        Check("final norm and lm_head", head, ROUNDING, "the model's own logits"),
         Check("padded rows", padding, ROUNDING, "a row in a batch is the row alone"),
-        Check(
-            "cached and uncached",
-            cached,
-            ROUNDING,
-            f"rows of different lengths, up to {len(rows[0])} tokens",
-        ),
+        Check("cached and uncached", cached, ROUNDING, lengths),
     ]
 
 
 def _rows_alone(target: Target, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Largest errors of right-padded rows, and of rows continued from a cache, each row having
-    its own length.
+    """Largest errors of right-padded rows, and of rows continued from a cache.
+
+    Each row has its own length.
     """
     ragged = [row[: len(row) - 5 * number] for number, row in enumerate(rows)]
-    together, cache = (
-        target.forward(pad_right(ragged, target.device)),
-        target.new_cache(len(rows), len(rows[0])),
-    )
+    together = target.forward(pad_right(ragged, target.device)).last_hidden
+    cache = target.new_cache(len(rows), len(rows[0]))
     prefill(target, cache, [row[:-4] for row in ragged])
     steps = []
     for size in (1, 3):  # one token as in plain decoding, then several as in verification
-        new = [
-            row[length : length + size] for row, length in zip(ragged, cache.lengths, strict=True)
-        ]
+        starts = zip(ragged, cache.lengths, strict=True)
+        new = [row[length : length + size] for row, length in starts]
         steps.append(target.forward(torch.tensor(new, device=target.device), cache))
         cache.lengths = [length + size for length in cache.lengths]
     padding = cached = 0.0
     for number, row in enumerate(ragged):
         alone = target.forward(pad_right([row], target.device))
-        padding = max(
-            padding, share(together.last_hidden[number, : len(row)], alone.last_hidden[0])
-        )
-        for kind in (0, 1):
-            continued = torch.cat([step[kind][number] for step in steps])
-            cached = max(cached, share(continued, alone[kind][0, -4:]))
+        padded = together[number, : len(row)]
+        padding = max(padding, relative_distance(padded, alone.last_hidden[0]))
+        for part in (0, 1):  # the context, then the final hidden states
+            continued = torch.cat([step[part][number] for step in steps])
+            cached = max(cached, relative_distance(continued, alone[part][0, -4:]))
     return padding, cached
 
 
-def share(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference as a share of the largest value."""
+def relative_distance(found: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference, relative to the largest value."""
     return distance(found, wanted) / max(wanted.abs().max().item(), 1e-9)
 
 
@@ -160,10 +148,7 @@ def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
     """The loss mask decodes to exactly the answers and their ends of turn (traps B1 to B5)."""
     from transformers import AutoTokenizer
 
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return [Check("loss mask", 0.0, note="not checked: there is no tokenizer in the folder")]
     chat = Chat(AutoTokenizer.from_pretrained(str(folder)), settings)
     turns, history = [], []

@@ -13,27 +13,25 @@ from typing import Any, NamedTuple
 from deepspec.config.data import AnswersConfig
 from deepspec.messages import Message, parse_messages, parse_tools
 
-# times max_new_tokens that a second try of a truncated answer gets where nothing else is set
+# Where nothing else is set, a second try of a truncated answer gets so many times the tokens.
 MORE_ROOM = 4
-
-
-FAILED = "failed"  # the reason of a row that no run got an answer to
+FAILED = "failed"  # the reason of a row that got no answer in any run
 
 
 class AnswerRequest(NamedTuple):
-    """One answer to make: the conversation up to the user's message, and the seed of this
-    answer's random stream.
-    """
+    """One answer to make, of one row."""
 
-    id: int
+    id: int  # of the row
     turn: int
-    messages: list[Message]
-    seed: int
+    messages: list[Message]  # up to the one that is answered
+    seed: int  # of this answer's random stream
     max_new_tokens: int
     tools: list[dict[str, Any]] | None = None
 
 
 class Turn(NamedTuple):
+    """One answer, as it is stored."""
+
     text: str
     token_ids: list[int] | None
     finish_reason: str
@@ -45,16 +43,14 @@ class Turn(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A request that will never be answered: the row goes to the rejects with this reason."""
+    """A request will never be answered: its row goes to the rejects with this reason."""
 
     reason: str
     detail: str
 
 
 class Failed(NamedTuple):
-    """A request that got no answer this time, after every attempt; the row is tried again in a
-    later run.
-    """
+    """All attempts at a request failed; its row is tried again in a later run."""
 
     detail: str
 
@@ -109,17 +105,20 @@ class Conversation:
 def conversation_so_far(
     messages: Sequence[Message], answers: Sequence[str]
 ) -> list[Message] | None:
-    """The messages up to the first place that waits for an answer, answers in the places before;
-    None when all are answered.
+    """The messages up to the first one without an answer, with the answers before it inserted.
 
-    An answer belongs behind a user's message or a tool's result, unless the source's own call of a
-    tool follows there.
+    An answer follows a user's message or a tool's result, unless the source's own call of a tool
+    comes next.
+
+    Returns:
+        None when all are answered.
     """
-    conversation, given = [], iter(answers)
+    conversation = []
+    remaining = iter(answers)
     for message, following in zip(messages, [*messages[1:], None], strict=True):
         conversation.append(message)
         if message.role in ("user", "tool") and (following is None or following.role == "user"):
-            answer = next(given, None)
+            answer = next(remaining, None)
             if answer is None:
                 return conversation
             conversation.append(Message("assistant", answer))
@@ -127,7 +126,5 @@ def conversation_so_far(
 
 
 def stream_seed(seed: int, row: int, turn: int) -> int:
-    """The seed of one answer's random stream (63 bits): chance belongs to the sample, not to
-    the batch it lands in.
-    """
+    """The seed (63 bits) of one answer's random stream, which belongs to the row, not its batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}:{turn}".encode()).digest()[:8], "big") >> 1

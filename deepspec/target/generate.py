@@ -1,5 +1,6 @@
-"""Plain autoregressive decoding of the target, batched: how answers are made and what speed-ups
-are measured against.
+"""Plain autoregressive decoding of the target, batched, as answers are made with it.
+
+B rows of a batch, T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,20 +28,19 @@ class Decode(NamedTuple):
 
 
 class BatchSlots:
-    """Which prompt each row of a batch works on; rows that are done take the prompts that wait
-    (continuous batching).
+    """Which prompt each row of a batch works on; finished rows take waiting prompts.
 
-    Rows are filled once a quarter of them is free: prompts then share a forward pass, as answers
-    do.
+    This is continuous batching. Rows are filled once a quarter of them is free: prompts then share
+    a forward pass, as answers do.
     """
 
     def __init__(self, num_prompts: int, batch_size: int | None) -> None:
         self.num_rows = min(batch_size or num_prompts, num_prompts)
-        self.running: dict[int, int] = {}  # the prompt of each row that is at work
+        self.running: dict[int, int] = {}  # row: its prompt
         self.waiting = deque(range(num_prompts))
 
     def admit(self) -> dict[int, int]:
-        """Seat prompts that wait, by row; nobody while only few rows are free."""
+        """Give free rows to waiting prompts; returns the new prompts by row."""
         free = [row for row in range(self.num_rows) if row not in self.running]
         if len(free) < max(1, self.num_rows // 4):
             return {}
@@ -49,21 +49,21 @@ class BatchSlots:
         return admitted
 
     def compact(self) -> list[int]:
-        """The rows to go on with alone, under new numbers, once nobody waits and half of them
-        are done; none: go on with all.
+        """Drop finished rows once no prompt waits and at least half of the rows are finished.
+
+        Returns:
+            the rows to keep, which are renumbered in this order; none where nothing changes.
         """
         rows = sorted(self.running)
         if self.waiting or not rows or 2 * len(rows) > self.num_rows:
             return []
-        self.num_rows, self.running = (
-            len(rows),
-            {number: self.running[row] for number, row in enumerate(rows)},
-        )
+        self.num_rows = len(rows)
+        self.running = {number: self.running[row] for number, row in enumerate(rows)}
         return rows
 
 
 class Prefilled(NamedTuple):
-    """What running prompts through the target gives."""
+    """New prompts of a batch, after their pass through the target."""
 
     rows: list[int]
     prompts: list[Sequence[int]]
@@ -72,9 +72,7 @@ class Prefilled(NamedTuple):
 
 
 class TargetBatch:
-    """The target's side of a batch: who is seated, its cache, and each row's last token and
-    stream of chance.
-    """
+    """The target's side of a batch: its slots, each row's last token and random stream."""
 
     def __init__(
         self,
@@ -84,28 +82,24 @@ class TargetBatch:
         seeds: Sequence[int],
         settings: Decode,
     ) -> None:
-        self.target, self.slots, self.prompts, self.seeds, self.sampling = (
-            target,
-            slots,
-            prompts,
-            seeds,
-            settings.sampling,
-        )
+        self.target = target
+        self.slots = slots
+        self.prompts = prompts
+        self.seeds = seeds
+        self.sampling = settings.sampling
         self.capacity = max(map(len, prompts)) + settings.max_new_tokens
-        self.uniforms = (
-            None if settings.sampling.temperature == 0 else UniformStream([0] * slots.num_rows)
-        )
+        greedy = settings.sampling.temperature == 0
+        self.uniforms = None if greedy else UniformStream([0] * slots.num_rows)
         self.tokens = torch.zeros(slots.num_rows, dtype=torch.long, device=target.device)
 
     def new_cache(self, *, room: int = 0) -> TargetCache:
-        """For prompts, answers and `room` more tokens."""
+        """A cache for the prompts, their answers and `room` more tokens."""
         return self.target.new_cache(self.slots.num_rows, self.capacity + room)
 
     def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Prefilled:
-        """Run newly seated prompts through the target, into their rows of the cache; draw their
-        first tokens.
-        """
-        rows, prompts = list(admitted), [self.prompts[prompt] for prompt in admitted.values()]
+        """Run new prompts through the target into their rows; draw their first tokens."""
+        rows = list(admitted)
+        prompts = [self.prompts[prompt] for prompt in admitted.values()]
         if len(rows) == self.slots.num_rows:
             cache.reset()
             context, last_hidden = prefill(self.target, cache, prompts)
@@ -113,17 +107,16 @@ class TargetBatch:
             fresh = self.target.new_cache(len(rows), max(map(len, prompts)))
             context, last_hidden = prefill(self.target, fresh, prompts)
             cache.put(rows, fresh)
-        numbers = (
-            self.uniforms.start(rows, [self.seeds[prompt] for prompt in admitted.values()])
-            if self.uniforms
-            else None
-        )
-        first = choose_tokens(self.target.logits(last_hidden), self.sampling, numbers)
+        uniforms = None
+        if self.uniforms:
+            seeds = [self.seeds[prompt] for prompt in admitted.values()]
+            uniforms = self.uniforms.start(rows, seeds)
+        first = choose_tokens(self.target.logits(last_hidden), self.sampling, uniforms)
         self.tokens = self.tokens.index_copy(0, torch.tensor(rows, device=first.device), first)
         return Prefilled(rows, prompts, context, first)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep these rows alone, in this order."""
         self.tokens = self.tokens[list(rows)]
         if self.uniforms:
             self.uniforms.keep(rows)
@@ -135,37 +128,36 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each prompt, the stop token included where one came before the limit.
 
-    Prompt b draws from its own stream `seeds[b]`, so what it says does not depend on who shares its
-    batch (up to the rounding of batched arithmetic).
+    Prompt b draws from its own stream `seeds[b]`, so that its answer does not depend on the other
+    prompts of its batch (up to the rounding of batched arithmetic).
     """
     slots = BatchSlots(len(prompts), settings.batch_size)
-    rows = TargetBatch(target, slots, prompts, seeds, settings)
-    cache = rows.new_cache()
+    batch = TargetBatch(target, slots, prompts, seeds, settings)
+    cache = batch.new_cache()
     answers: list[list[int]] = [[] for _ in prompts]
 
-    def add(tokens: Sequence[int], working: Mapping[int, int]) -> None:
-        for token, (row, prompt) in zip(tokens, working.items(), strict=True):
+    def add(tokens: Sequence[int], running: Mapping[int, int]) -> None:
+        for token, (row, prompt) in zip(tokens, running.items(), strict=True):
             answers[prompt].append(token)
             if token in settings.stop_ids or len(answers[prompt]) == settings.max_new_tokens:
                 del slots.running[row]
 
     while True:
         while admitted := slots.admit():
-            add(rows.start(admitted, cache).first.tolist(), admitted)
+            add(batch.start(admitted, cache).first.tolist(), admitted)
         if not slots.running:
             return answers
         if kept := slots.compact():
             cache.keep(kept)
-            rows.keep(kept)
-        last_hidden = target.forward(rows.tokens[:, None], cache).last_hidden[:, -1]
-        cache.lengths = [
-            length + (row in slots.running) for row, length in enumerate(cache.lengths)
-        ]
-        numbers = rows.uniforms.take(1)[:, 0] if rows.uniforms else None
-        rows.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, numbers)
-        working = dict(slots.running)
-        tokens = rows.tokens.tolist()
-        add([tokens[row] for row in working], working)
+            batch.keep(kept)
+        last_hidden = target.forward(batch.tokens[:, None], cache).last_hidden[:, -1]
+        for row in slots.running:
+            cache.lengths[row] += 1
+        uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
+        batch.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, uniforms)
+        tokens = batch.tokens.tolist()
+        running = dict(slots.running)
+        add([tokens[row] for row in running], running)
 
 
 def prefill(
@@ -174,20 +166,20 @@ def prefill(
     """Run the prompts through the target into the cache.
 
     Returns:
-        their context features [B, T, m * D] (right-padded) and the final hidden state of each one's
+        their context features [B, T, m * D], right-padded, and the final hidden state of each one's
             last token [B, D].
     """
     output = target.forward(pad_right(prompts, target.device), cache)
     cache.lengths = [len(prompt) for prompt in prompts]
-    last = torch.tensor([length - 1 for length in cache.lengths], device=target.device)
-    return output.context, output.last_hidden[
-        torch.arange(len(prompts), device=target.device), last
-    ]
+    rows = torch.arange(len(prompts), device=target.device)
+    last = torch.tensor(cache.lengths, device=target.device) - 1
+    return output.context, output.last_hidden[rows, last]
 
 
 def choose_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Tensor:
-    """One token id per row of `logits` [B, V]: the likeliest where `uniforms` is None, else
-    drawn with its number [B].
+    """One token id per row of `logits` [B, V], drawn with its number of `uniforms` [B].
+
+    Without them it is the likeliest token.
     """
     if uniforms is None:
         return logits.argmax(dim=-1)
@@ -197,9 +189,7 @@ def choose_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | N
 def pad_right(
     rows: Sequence[Sequence[int]], device: torch.device, *, length: int | None = None
 ) -> Tensor:
-    """Token ids [B, T] long, zero behind the end of each row; as long as the longest where
-    `length` is None.
-    """
+    """Token ids [B, T] long, padded with zeros to `length`, or to the longest row."""
     padded = torch.zeros(len(rows), length or max(map(len, rows)), dtype=torch.long)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)

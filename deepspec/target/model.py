@@ -1,4 +1,4 @@
-"""The target model: loading it, and the one function that taps its hidden states.
+"""The target as a black box with hidden states: its forward pass, and the taps on its layers.
 
 Capture and evaluation both go through `Target.forward`, so a draft sees in decoding what it saw in
 training. Layer l means the output of decoder layer l (0-based) before the final norm; -1 is the
@@ -7,8 +7,7 @@ embedding output. B batch, T tokens, m captured layers, D hidden size, V vocabul
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,13 @@ from deepspec.errors import ConfigError
 from deepspec.model.kv_cache import LayerCache
 from deepspec.target.kv_cache import TargetCache
 
-log = logging.getLogger(__name__)
-
 FLASH = "flash_attention_2"
 
 
 class TargetOutput(NamedTuple):
-    context: Tensor  # [B, T, m * D] the captured layers, side by side in ascending order
+    """Hidden states of one forward pass."""
+
+    context: Tensor  # [B, T, m * D] the captured layers, concatenated in ascending order
     # [B, T, D] after the final norm: lm_head(last_hidden[t]) predicts token t + 1
     last_hidden: Tensor
 
@@ -39,45 +38,46 @@ class Target:
         self.lm_head = self.model.get_output_embeddings()
         self.layer_ids = tuple(layer_ids)
         self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
-        self.device, self.dtype = self.lm_head.weight.device, self.lm_head.weight.dtype
-        self.packs = self.text_config._attn_implementation == FLASH
+        self.device: torch.device = self.lm_head.weight.device
+        self.dtype: torch.dtype = self.lm_head.weight.dtype
+        self.packs = self.text_config._attn_implementation == FLASH  # see `forward_packed`
         check_layer_ids(self.layer_ids, self.text_config.num_hidden_layers)
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
             module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]
             module.register_forward_hook(self._tap(layer))
 
-    def _tap(self, layer: int) -> Any:
-        def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
+    def _tap(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._tapped[layer] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     @property
     def max_positions(self) -> int:
+        """Tokens of the longest sequence that the target is made for."""
         return int(self.text_config.max_position_embeddings)
 
     @property
     def generation_eos(self) -> int | list[int] | None:
+        """Token ids that end an answer, according to the model's generation_config.json."""
         return getattr(self.model.generation_config, "eos_token_id", None)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, cache: TargetCache | None = None) -> TargetOutput:
-        """Hidden states of `input_ids` [B, T] long; with a cache they continue its rows, whose
-        lengths the caller moves.
+        """Hidden states of `input_ids` [B, T] long, which continue the rows of a cache if given.
 
-        Without a cache, rows of unequal length are padded on the right: attention is causal, so
-        what stands behind a row's last token does not reach it.
+        The caller then moves the cache's lengths. Rows of unequal length are padded on the right:
+        attention is causal, so the padding never reaches a row's own tokens.
         """
         if cache is None:
             output = self.decoder(input_ids=input_ids, use_cache=False)
         else:
             positions, mask = cache.step(input_ids.shape[1])
-            masks = self._masks(mask, positions)
             output = self.decoder(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask=masks,
+                attention_mask=self._masks(mask, positions),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -85,28 +85,24 @@ class Target:
 
     @torch.inference_mode()
     def forward_packed(self, sequences: Sequence[Sequence[int]]) -> list[TargetOutput]:
-        """Hidden states of each sequence, [T, m * D] and [T, D], computed as one row without
-        padding.
+        """Hidden states of each sequence, [T, m * D] and [T, D], from one row without padding.
 
-        Positions that start again at 0 tell transformers where a document begins. flash-attention
+        Positions that start again at 0 show transformers where a document begins. flash-attention
         then skips everything between documents; SDPA would compute and mask it, which is why only
         the former `packs`.
         """
-        ids = torch.tensor(
-            [[token for sequence in sequences for token in sequence]], device=self.device
-        )
-        positions = torch.cat(
-            [torch.arange(len(sequence), device=self.device) for sequence in sequences]
-        )[None]
-        output = self.decoder(input_ids=ids, position_ids=positions, use_cache=False)
         lengths = [len(sequence) for sequence in sequences]
-        whole = self._output(output.last_hidden_state)
-        return [
-            TargetOutput(*parts)
-            for parts in zip(
-                whole.context[0].split(lengths), whole.last_hidden[0].split(lengths), strict=True
-            )
-        ]
+        ids = [token for sequence in sequences for token in sequence]
+        positions = [position for length in lengths for position in range(length)]
+        output = self.decoder(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+        )
+        packed = self._output(output.last_hidden_state)
+        contexts = packed.context[0].split(lengths)
+        last_hidden = packed.last_hidden[0].split(lengths)
+        return [TargetOutput(*parts) for parts in zip(contexts, last_hidden, strict=True)]
 
     def _output(self, last_hidden: Tensor) -> TargetOutput:
         context = torch.cat([self._tapped[layer] for layer in self.layer_ids], dim=-1)
@@ -114,9 +110,7 @@ class Target:
         return TargetOutput(context, last_hidden)
 
     def _masks(self, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """The mask of each kind of attention layer; a sliding window also hides what is too far
-        back.
-        """
+        """The mask of each kind of attention layer, of which some see a sliding window only."""
         masks = {"full_attention": causal}
         if "sliding_attention" in (getattr(self.text_config, "layer_types", None) or ()):
             keys = torch.arange(causal.shape[-1], device=causal.device)
@@ -131,15 +125,16 @@ class Target:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def new_cache(self, rows: int, capacity: int) -> TargetCache:
-        """Room for `rows` sequences of at most `capacity` tokens; memory is taken when a layer
-        is first written.
-        """
+        """Room for `rows` sequences of at most `capacity` tokens, allocated at the first write."""
         layers = [LayerCache(rows, capacity) for _ in range(self.text_config.num_hidden_layers)]
         return TargetCache(layers, capacity, self.device)
 
 
 def check_layer_ids(layer_ids: Iterable[int], num_layers: int) -> None:
     """Refuse layers that do not exist, and the last one.
+
+    The last layer's output is normed on some paths and raw on others, so that training and decoding
+    would disagree.
 
     Raises:
         ConfigError: naming the layers.
@@ -148,5 +143,5 @@ def check_layer_ids(layer_ids: Iterable[int], num_layers: int) -> None:
     if wrong:
         what = f"layers {wrong} cannot be captured from a target of {num_layers} layers"
         if num_layers - 1 in wrong:
-            what += "; the last layer's output is normed on some paths and raw on others, so training and decoding would disagree"
+            what += "; the last layer's output is normed on some paths and raw on others"
         raise ConfigError(what, where="target.layer_ids", fix=f"choose from -1 to {num_layers - 2}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from deepspec.answers.answered_shard import write_answers
 from deepspec.answers.concurrent_shards import ConcurrentShards
 from deepspec.answers.journal import journal_path
 from deepspec.answers.progress import AnswerProgress
-from deepspec.answers.server_engine import ServerEngine
+from deepspec.answers.server_engine import ServerEngine, connected
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
@@ -78,17 +78,16 @@ def ask(
 @contextmanager
 def concurrent(config: RunConfig, stage: ShardedStage) -> Iterator[ConcurrentShards]:
     """The stage's shards, as the run's servers answer them."""
+    servers = config.resources.servers
     with (
-        closing(connect(config)) as engine,
-        ConcurrentShards(
-            engine, stage, config.answers, config.resources.servers, space_poll_s=0.05
-        ) as shards,
+        connect(config) as engine,
+        ConcurrentShards(engine, stage, config.answers, servers, space_poll_s=0.05) as shards,
     ):
         yield shards
 
 
-def connect(config: RunConfig) -> ServerEngine:
-    return ServerEngine(config.answers, config.target, config.resources.servers, no_progress())
+def connect(config: RunConfig) -> AbstractContextManager[ServerEngine]:
+    return connected(config.answers, config.target, config.resources.servers, no_progress())
 
 
 def no_progress() -> AnswerProgress:

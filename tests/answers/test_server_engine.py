@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import time
 from pathlib import Path
 
 import pytest
-from openai.types.chat import ChatCompletion
 
-from deepspec.answers.response import read_reply
-from deepspec.messages import Message
-from deepspec.target.chat_families import CHAT_FAMILIES
-from deepspec.target.conversation import AnswerRequest, Refused, Turn
-from tests.answer_server import answer_server
+from deepspec.errors import TransientError
+from tests.answer_server import always, answer_server
 from tests.answers.asking import ask, row, server_run
 
 
@@ -33,98 +29,65 @@ def test_each_turn_is_asked_on_the_conversation_as_regenerated(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "sent"),
+    "trouble",
     [
-        ("answers.sampling.temperature=0.3", {"temperature": 0.3}),
-        ("answers.sampling.top_p=0.8", {"top_p": 0.8}),
-        ("answers.sampling.top_k=20", {"top_k": 20}),
-        ("answers.sampling.min_p=0.1", {"min_p": 0.1}),
-        ("answers.sampling.repetition_penalty=1.2", {"repetition_penalty": 1.2}),
-        ("answers.sampling.presence_penalty=0.5", {"presence_penalty": 0.5}),
-        ("answers.max_new_tokens=7", {"max_tokens": 7}),
-        ("target.thinking=true", {"chat_template_kwargs": {"enable_thinking": True}}),
-        ("resources.servers.token_ids=ask", {"return_token_ids": True}),
-        ("resources.servers.model_name=other", {"model": "other"}),
+        "500",
+        "502",
+        "503",
+        "429 0.2",
+        "408",
+        "409",
+        "425",
+        "hang up",
+        "bad json",
+        "not json",
+        "no choices",
+        "hang",
+        "parts",
+        "no message",
+        "half a character",
     ],
 )
-def test_every_parameter_is_sent_under_its_own_name_and_alone(
-    tmp_path: Path, setting: str, sent: dict
-):
-    """Trap A4: against the body without the setting, this one field differs and no other."""
-    with answer_server(models=()) as server:
-        for settings in ((), (setting,)):
-            ask(server_run(tmp_path, server.url, settings=settings), row(1, "hello"))
-    plain, changed = server.bodies
-    assert {key: value for key, value in changed.items() if plain.get(key) != value} == sent
+def test_what_may_pass_is_tried_again(tmp_path: Path, trouble: str):
+    with answer_server(lambda body, before: "answer" if before else trouble) as server:
+        answered, rejects = ask(server_run(tmp_path, server.url), row(1, "abc"))
+    assert (answered[0]["turns"][0]["text"], rejects, len(server.bodies)) == ("cba", [], 2)
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "sglang", "transformers", "openai"])
-def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: str):
-    """What is left out vLLM, SGLang and transformers take from the model's
-    generation_config.json: top_k 20 where 0 was asked for.
-    """
-    with answer_server() as server:
-        server.owner = dialect if dialect in ("vllm", "sglang") else "somebody"
-        settings = ("resources.servers.dialect=transformers",) if dialect == "transformers" else ()
-        ask(server_run(tmp_path, server.url, settings=settings), row(1, "a"))
-    body = server.bodies[0]
-    if dialect == "transformers":
-        body = json.loads(body["generation_config"]) | {
-            key: value for key, value in body.items() if key != "generation_config"
-        }
-        assert body["do_sample"] is True
-    expected = {"openai": {}, "transformers": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}}
-    known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
-    fields = ("top_k", "min_p", "repetition_penalty", "skip_special_tokens")
-    assert {key: body[key] for key in fields if key in body} == expected.get(dialect, known)
+def test_retry_after_is_honoured(tmp_path: Path):
+    with answer_server(lambda body, before: "answer" if before else "429 1") as server:
+        started = time.monotonic()
+        ask(server_run(tmp_path, server.url), row(1, "abc"))
+        assert time.monotonic() - started >= 1.0
 
 
-def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all():
-    gemma4 = CHAT_FAMILIES["gemma4"]
-    message = {"role": "assistant", "content": "cba", "reasoning": "hm"}
-    reply = {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-    }
-    request = AnswerRequest(1, 0, [Message("user", "abc")], 7, 12)
-    turn = read_reply(ChatCompletion.model_validate(reply), request, gemma4, endpoint="http://x/v1")
-    assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
-    # special tokens left out: nobody knows where it ended
-    message |= {"content": "thought\nhmcba", "reasoning": None}
-    assert isinstance(
-        read_reply(ChatCompletion.model_validate(reply), request, gemma4, endpoint="http://x/v1"),
-        Refused,
-    )
+def test_what_cannot_succeed_goes_to_the_rejects_at_once_with_the_servers_words(tmp_path: Path):
+    with answer_server(always("400")) as server:
+        answered, rejects = ask(server_run(tmp_path, server.url), row(1, "abc"))
+    assert (answered, len(server.bodies)) == ([], 1)
+    assert rejects[0]["reason"] == "http_400"
+    assert "status 400" in rejects[0]["detail"]
 
 
-def test_the_seed_is_the_rows_own(tmp_path: Path):
-    with answer_server() as server:
-        ask(server_run(tmp_path, server.url), row(1, "a"), row(2, "b"))
-    assert len({body["seed"] for body in server.bodies}) == 2
-
-
-def test_tools_and_their_results_reach_the_server(tmp_path: Path):
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    messages = [
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2", "tool_call_id": "1"},
-        {"role": "user", "content": "thanks"},
-    ]
-    with answer_server() as server:
-        answered, _ = ask(
-            server_run(tmp_path, server.url),
-            {**row(1), "messages": json.dumps(messages), "tools": json.dumps(tools)},
+def test_a_row_that_makes_its_server_hang_up_is_given_up_like_any_other(tmp_path: Path):
+    plan = lambda body, before: "gone" if body["messages"][-1]["content"] == "poison" else "answer"  # noqa: E731
+    with answer_server(plan) as server:
+        config = server_run(
+            tmp_path,
+            server.url,
+            settings=("resources.servers.request_tries=2", "resources.servers.row_runs=1"),
         )
-    assert [turn["text"] for turn in answered[0]["turns"]] == ["2", "sknaht"]
-    assert server.bodies[0]["tools"] == tools
-    assert [message["role"] for message in server.bodies[0]["messages"]] == [
-        "user",
-        "assistant",
-        "tool",
-    ]
-    assert server.bodies[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+        with pytest.raises(TransientError, match="1 of 2 rows got no answer"):
+            ask(config, row(1, "a"), row(2, "poison"))
+        answered, rejects = ask(config, row(1, "a"), row(2, "poison"), keep_journal=True)
+    assert (len(answered), [reject["reason"] for reject in rejects]) == (1, ["failed"])
+
+
+def test_a_server_that_is_away_or_overloaded_is_no_fault_of_the_row(tmp_path: Path):
+    """Only what a server said about the row itself is counted: an outage must not send rows to
+    the rejects.
+    """
+    with answer_server(lambda body, before: "answer" if before > 3 else "429 0.01") as server:
+        settings = ("resources.servers.request_tries=2", "resources.servers.requests=1")
+        answered, rejects = ask(server_run(tmp_path, server.url, settings=settings), row(1, "abc"))
+    assert (len(answered), rejects) == (1, [])

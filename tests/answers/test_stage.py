@@ -8,27 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.answers.sequential_shards import Engine, answer_all
-from deepspec.answers.stage import run_answers
+from deepspec.answers.stage import answer_shards, run_answers
 from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.missing import open_sharded
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
-from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError, ShardsFailed
-from deepspec.messages import Message
+from deepspec.process.events import silent
 from deepspec.prompts.stage import run_prompts
-from deepspec.target.conversation import (
-    AnswerRequest,
-    Conversation,
-    Refused,
-    conversation_so_far,
-    stream_seed,
-)
-from tests.answers.asking import no_progress
+from tests.answer_server import answer_server
+from tests.answers.asking import server_run
 from tests.conftest import tiny_run
-from tests.engines import Echo
 
 ECHO = "answers.engine=tests.engines:Echo"
+
+
 FLAKY = "answers.engine=tests.engines:Flaky"
 
 
@@ -40,18 +34,6 @@ def all_rows(artifact: Artifact) -> list[dict]:
     ]
 
 
-def row(number: int, *messages: str) -> dict:
-    import json
-
-    text = json.dumps([{"role": "user", "content": message} for message in messages])
-    return {"id": number, "held_out": False, "domain": None, "messages": text}
-
-
-def answer_rows(config: RunConfig, engine: Engine, rows: list[dict]) -> list[Conversation]:
-    conversations = {row["id"]: Conversation(row, config.answers) for row in rows}
-    return answer_all(conversations, engine, no_progress(), shard=0)
-
-
 def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
     config = tiny_run(store, ECHO)
     prompts = all_rows(run_prompts(Run(config)))
@@ -60,57 +42,6 @@ def test_every_prompt_is_answered_once_and_keeps_its_id_and_split(store: Path):
         (p["id"], p["held_out"], p["domain"]) for p in prompts
     ]
     assert all(len(answer["turns"]) == 1 for answer in answers)
-
-
-def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
-    seen: list[AnswerRequest] = []
-
-    class Spy(Echo):
-        def answer(self, requests, *, shard):
-            seen.extend(requests)
-            return super().answer(requests, shard=shard)
-
-    config = tiny_run(store)
-    (conversation,) = answer_rows(config, Spy(Run(config)), [row(1, "abc", "def")])
-    assert [turn.text for turn in conversation.turns] == ["cba", "fed"]
-    assert [message.content for message in seen[1].messages] == ["abc", "cba", "def"]
-
-
-def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
-    config = tiny_run(store)
-    fine, refused = answer_rows(config, Echo(Run(config)), [row(1, "fine"), row(2, "refuse this")])
-    assert (fine.ended, len(fine.turns)) == (None, 1)
-    assert refused.ended == Refused("refused", "the test asked for it")
-
-
-@pytest.mark.parametrize(
-    ("setting", "texts"),
-    [("keep", ["enif", "siht eta"]), ("drop", ["enif"]), ("retry", ["enif", "siht etacnurt"])],
-)
-def test_truncated_answers_are_kept_dropped_or_made_anew_as_set(
-    store: Path, setting: str, texts: list[str]
-):
-    """Trap A3; a second try gets more room, the first one's limit decides nothing after it."""
-    config = tiny_run(store, f"answers.truncated={setting}", "answers.max_new_tokens=8")
-    found = answer_rows(config, Echo(Run(config)), [row(1, "fine"), row(2, "truncate this")])
-    assert [turn.text for conversation in found for turn in conversation.turns] == texts
-    assert all(
-        conversation.turns or isinstance(conversation.ended, Refused) for conversation in found
-    )
-
-
-def test_an_answer_that_runs_into_the_larger_limit_too_is_kept_as_truncated(store: Path):
-    config = tiny_run(
-        store,
-        "answers.truncated=retry",
-        "answers.max_new_tokens=4",
-        "answers.retry_max_new_tokens=9",
-    )
-    (found,) = answer_rows(config, Echo(Run(config)), [row(1, "truncate this", "x")])
-    assert [(turn.text, turn.finish_reason) for turn in found.turns] == [
-        ("siht etac", "length"),
-        ("x", "stop"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -183,26 +114,17 @@ def test_a_shard_that_does_not_exist_is_refused(store: Path):
         run_answers(Run(config), shards=[99])
 
 
-def test_an_engine_that_cannot_be_imported_is_refused(store: Path):
-    config = tiny_run(store, "answers.engine=no_such_module:Engine")
-    run_prompts(Run(config))
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        run_answers(Run(config))
-
-
-def test_streams_differ_by_row_turn_and_seed():
-    assert (
-        len({stream_seed(seed, row, turn) for seed in (1, 2) for row in (1, 2) for turn in (0, 1)})
-        == 8
-    )
-
-
-def test_the_conversation_ends_at_the_first_unanswered_user_message():
-    messages = [Message("user", "a"), Message("user", "b")]
-    assert [message.content for message in conversation_so_far(messages, []) or []] == ["a"]
-    assert [message.content for message in conversation_so_far(messages, ["x"]) or []] == [
-        "a",
-        "x",
-        "b",
-    ]
-    assert conversation_so_far(messages, ["x", "y"]) is None
+def test_of_two_workers_that_sampled_the_same_shard_the_first_ones_stands(store: Path):
+    with answer_server(lambda body, before: "truncate" if before else "answer") as server:
+        config = server_run(store, server.url)
+        run_prompts(Run(config))
+        stages = [open_sharded(Run(config), "answers", [0]) for _ in range(2)]
+        for stage in stages:
+            answer_shards(Run(config), stage, silent)
+        (record,) = stages[1].artifact.records().values()
+    assert len(server.bodies) == 8
+    assert record.counts["truncated"] == 0
+    assert {
+        path.name
+        for path in Path(stage.artifact.store.root, stage.artifact.folder, "shards").iterdir()
+    } == {Path(record.file).name}
