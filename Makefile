@@ -5,14 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check docs format bench clean
+.PHONY: demo test test-all check docs format bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
 
+# Three processes for two cores: many tests wait. A file's tests share what they made, so they stay together.
+PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	# Three processes for two cores: many tests wait. A file's tests share what they made, so they stay together.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# With the slow ones: endurance, many kills, clusters and servers that take minutes.
+test-all: $(STAMP)
+	$(BIN)/python $(PYTEST) --durations 40
 
 check: $(STAMP)
 	$(BIN)/ruff check .
