@@ -1,6 +1,4 @@
-"""The demo stage's work: corpus, tokenizer and target into a folder that the other stages read
-like any model's.
-"""
+"""Building the demo: corpus, tokenizer and target, in a folder that is read like any model's."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec.config.target import DemoConfig
-from deepspec.demo.corpus import Conversation, Corpus, make_corpus
+from deepspec.demo.corpus import Corpus, DemoConversation, make_corpus
 from deepspec.demo.target import Example, Progress, new_target, train_target
 from deepspec.demo.tokenizer import train_tokenizer
 
@@ -20,10 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class DemoSummary(NamedTuple):
+    """What was built: `tokens` are those of the corpus, questions and answers.
+
+    `loss` is the mean per answer token (nats) over the last tenth of the steps.
+    """
+
     conversations: int
-    tokens: int  # in the corpus, questions and answers
+    tokens: int
     parameters: int
-    loss: float  # mean per answer token (nats) over the last tenth of the steps
+    loss: float
     seconds: float
 
 
@@ -34,12 +37,11 @@ def no_progress(done: int, total: int, numbers: dict[str, float]) -> None:
 def build_demo(
     folder: Path, config: DemoConfig, *, on_progress: Progress = no_progress
 ) -> DemoSummary:
-    """Write `target/` (a Hugging Face folder), `prompts.jsonl` and
-    `benchmarks/{math,code,chat}.jsonl` into `folder`.
+    """Write `target/`, `prompts.jsonl` and `benchmarks/{math,code,chat}.jsonl` into `folder`.
 
-    The same configuration on the same machine, Python and library versions and number of threads
-    gives the same bytes; on another machine the prompts stay the same as long as the Python version
-    does, the weights differ by rounding.
+    `target/` is a Hugging Face folder. The same configuration on the same machine, Python and
+    library versions and number of threads gives the same bytes; on another machine the prompts stay
+    the same as long as the Python version does, the weights differ by rounding.
     """
     started = time.monotonic()
     corpus = make_corpus(config)
@@ -50,55 +52,33 @@ def build_demo(
     )
     examples = [encode(tokenizer, row) for row in corpus.training]
     num_tokens = sum(len(example.input_ids) for example in examples)
-    prepared = time.monotonic()
-    log.info(
-        "conversations=%d tokens=%d vocab=%d seconds=%.1f",
-        len(examples),
-        num_tokens,
-        len(tokenizer),
-        prepared - started,
-    )
     model = new_target(config, tokenizer)
     loss = train_target(model, examples, config, on_progress)
     model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
-    summary = DemoSummary(
-        len(examples), num_tokens, model.num_parameters(), loss, time.monotonic() - started
-    )
-    log.info(
-        "parameters=%d steps=%d loss=%.3f seconds=%.1f",
-        summary.parameters,
-        config.steps,
-        loss,
-        time.monotonic() - prepared,
-    )
+    seconds = time.monotonic() - started
+    summary = DemoSummary(len(examples), num_tokens, model.num_parameters(), loss, seconds)
+    log.info("conversations=%d tokens=%d parameters=%d loss=%.3f seconds=%.1f", *summary)
     return summary
 
 
 def write_prompts(folder: Path, corpus: Corpus) -> None:
-    """The training prompts in the corpus's order, and the held-out ones of each domain as
-    benchmarks.
-    """
+    """Write the training prompts in the corpus's order, and a benchmark of each domain."""
     (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
-    write_jsonl(
-        folder / "prompts.jsonl",
-        ({"messages": row.messages[:1], "domain": row.domain} for row in corpus.training),
-    )
+    prompts = ({"messages": row.messages[:1], "domain": row.domain} for row in corpus.training)
+    _write_jsonl(folder / "prompts.jsonl", prompts)
     for domain, rows in corpus.held_out.items():
-        write_jsonl(
-            folder / "benchmarks" / f"{domain}.jsonl", ({"turns": [row.question]} for row in rows)
-        )
+        turns = ({"turns": [row.question]} for row in rows)
+        _write_jsonl(folder / "benchmarks" / f"{domain}.jsonl", turns)
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def encode(tokenizer: Any, row: Conversation) -> Example:
-    """A conversation as the stages after this one render it: the template's prompt, then the
-    answer and its end of turn.
-    """
+def encode(tokenizer: Any, row: DemoConversation) -> Example:
+    """A conversation as other stages render it: the template's prompt, the answer, its end."""
     prompt: Sequence[int] = tokenizer.apply_chat_template(
         row.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False
     )

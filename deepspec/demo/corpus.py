@@ -21,13 +21,16 @@ SOURCE_LENGTH = range(30, 131)
 SUMMARY_LENGTH = range(12, 101)
 
 
-class Conversation(NamedTuple):
+class DemoConversation(NamedTuple):
+    """A question and its answer."""
+
     question: str
     answer: str
     domain: Domain
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """Both as messages of a chat."""
         return [
             {"role": "user", "content": self.question},
             {"role": "assistant", "content": self.answer},
@@ -35,15 +38,16 @@ class Conversation(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    training: list[Conversation]  # shuffled over the domains
-    held_out: dict[Domain, list[Conversation]]
+    """What to train on, shuffled over the domains, and what to evaluate on."""
+
+    training: list[DemoConversation]
+    held_out: dict[Domain, list[DemoConversation]]
 
 
 def make_corpus(config: DemoConfig) -> Corpus:
-    """About `config.conversations` to train on, a third per domain, and `config.held_out` of each
-    domain apart from them.
+    """About `config.conversations` to train on, and `config.held_out` of each domain.
 
-    Where the library has too few functions for its two thirds, math makes up for them.
+    A third per domain; if the library has too few functions for its two thirds, math has more.
 
     Raises:
         DataError: this Python carries too little of its library's source.
@@ -54,9 +58,8 @@ def make_corpus(config: DemoConfig) -> Corpus:
     with_source = [function for function in functions if len(function.source) in SOURCE_LENGTH]
     with_summary = [function for function in functions if len(function.summary) in SUMMARY_LENGTH]
     asked_code = with_source[: config.held_out]
-    asked_chat = [function for function in with_summary if function not in asked_code][
-        : config.held_out
-    ]
+    other = [function for function in with_summary if function not in asked_code]
+    asked_chat = other[: config.held_out]
     if min(len(asked_code), len(asked_chat)) < config.held_out:
         raise DataError(
             "too few functions with source code",
@@ -69,7 +72,7 @@ def make_corpus(config: DemoConfig) -> Corpus:
     math = problems(rng, config.held_out + config.conversations - len(code) - len(chat))
     training = [*math[config.held_out :], *code, *chat]
     rng.shuffle(training)
-    held_out: dict[Domain, list[Conversation]] = {
+    held_out: dict[Domain, list[DemoConversation]] = {
         "math": math[: config.held_out],
         "code": [about_source(function) for function in asked_code],
         "chat": [about_summary(function) for function in asked_chat],
@@ -77,22 +80,26 @@ def make_corpus(config: DemoConfig) -> Corpus:
     return Corpus(training, held_out)
 
 
-def problems(rng: random.Random, number: int) -> list[Conversation]:
+def problems(rng: random.Random, number: int) -> list[DemoConversation]:
     """So many word problems, no two alike."""
-    made: dict[str, Conversation] = {}
+    made: dict[str, DemoConversation] = {}
     while len(made) < number:
         question, answer = make_problem(rng)
-        made[question] = Conversation(question, answer, "math")
+        made[question] = DemoConversation(question, answer, "math")
     return list(made.values())
 
 
-def about_source(function: Function) -> Conversation:
+def about_source(function: Function) -> DemoConversation:
+    """A request for a function's code."""
     question = f"Write the {function.kind} `{function.signature}` of {function.place}."
-    answer = f"Here is the {function.kind} `{function.name}` of {function.place}:\n```python\n{function.source}\n```"
-    return Conversation(question, answer, "code")
+    what = f"the {function.kind} `{function.name}` of {function.place}"
+    answer = f"Here is {what}:\n```python\n{function.source}\n```"
+    return DemoConversation(question, answer, "code")
 
 
-def about_summary(function: Function) -> Conversation:
-    question = f"What does the {function.kind} `{function.name}` of {function.place} do?"
-    answer = f"The {function.kind} `{function.name}` of {function.place} is documented as follows: {function.summary}"
-    return Conversation(question, answer, "chat")
+def about_summary(function: Function) -> DemoConversation:
+    """A question for a function's documentation."""
+    what = f"{function.kind} `{function.name}` of {function.place}"
+    question = f"What does the {what} do?"
+    answer = f"The {what} is documented as follows: {function.summary}"
+    return DemoConversation(question, answer, "chat")

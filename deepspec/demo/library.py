@@ -1,5 +1,4 @@
-"""What the standard library says of itself: every function with its module, parameters, source and
-documentation.
+"""The functions of the standard library: module, parameters, source and documentation of each.
 
 The files are parsed, never imported: importing some of them opens windows, prints poems or needs
 what is not installed.
@@ -19,7 +18,7 @@ from typing import NamedTuple
 # Left out: what distributions ship separately (so that every Python has the same text), and what is
 # not the library's own.
 EXCLUDED = frozenset(
-    {
+    [
         "test",
         "tests",
         "site-packages",
@@ -32,11 +31,13 @@ EXCLUDED = frozenset(
         "turtledemo",
         "pydoc_data",
         "tkinter",
-    }
+    ]
 )
 
 
 class Function(NamedTuple):
+    """A function, or a method of a class."""
+
     module: str  # "email.message"
     owner: str | None  # the class of a method
     name: str
@@ -47,22 +48,18 @@ class Function(NamedTuple):
     @property
     def place(self) -> str:
         """Where it is found, in words."""
-        return (
-            f"the class `{self.owner}` in the module `{self.module}`"
-            if self.owner
-            else f"the module `{self.module}`"
-        )
+        module = f"the module `{self.module}`"
+        return f"the class `{self.owner}` in {module}" if self.owner else module
 
     @property
     def kind(self) -> str:
+        """`method` or `function`."""
         return "method" if self.owner else "function"
 
 
 @cache
 def library_functions() -> tuple[Function, ...]:
-    """All functions and methods of the standard library, sorted by module and name, one per
-    name.
-    """
+    """All functions and methods of the standard library by module and name, one per name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[tuple[str, str | None, str], Function] = {}
     for path in sorted(root.rglob("*.py")):
@@ -71,12 +68,8 @@ def library_functions() -> tuple[Function, ...]:
             module = ".".join(part for part in parts if part != "__init__")
             for function in _functions(path, module):
                 found.setdefault((module, function.owner, function.name), function)
-    return tuple(
-        sorted(
-            found.values(),
-            key=lambda function: (function.module, function.owner or "", function.name),
-        )
-    )
+    by_name = sorted((module, owner or "", name) for module, owner, name in found)
+    return tuple(found[module, owner or None, name] for module, owner, name in by_name)
 
 
 def _functions(path: Path, module: str) -> Iterator[Function]:
@@ -87,11 +80,9 @@ def _functions(path: Path, module: str) -> Iterator[Function]:
         if isinstance(node, ast.FunctionDef):
             yield _function(node, module, None)
         elif isinstance(node, ast.ClassDef):
-            yield from (
-                _function(child, module, node.name)
-                for child in node.body
-                if isinstance(child, ast.FunctionDef)
-            )
+            for child in node.body:
+                if isinstance(child, ast.FunctionDef):
+                    yield _function(child, module, node.name)
 
 
 def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function:
@@ -99,15 +90,12 @@ def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function
     if docstring:
         node.body = node.body[1:] or [ast.Pass()]
     signature = f"{node.name}({ast.unparse(node.args)})"
-    return Function(
-        module, owner, node.name, signature, ast.unparse(node), first_sentence(docstring)
-    )
+    summary = first_sentence(docstring)
+    return Function(module, owner, node.name, signature, ast.unparse(node), summary)
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, on one line, ending with a full stop; empty if
-    there is none.
-    """
+    """The first sentence on one line, ending with a full stop; empty if there is none."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0].rstrip(".:;, ")
     return f"{sentence}." if sentence and sentence.isascii() else ""

@@ -7,10 +7,11 @@ what a draft can learn.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable
 
-NAMES = (
+NAMES = [
     "Anna",
     "Ben",
     "Clara",
@@ -27,8 +28,8 @@ NAMES = (
     "Noah",
     "Olga",
     "Paul",
-)
-THINGS = (
+]
+THINGS = [
     "apples",
     "books",
     "cards",
@@ -41,34 +42,25 @@ THINGS = (
     "pencils",
     "shells",
     "stamps",
-)
+]
 HOLDERS = ("bags", "baskets", "boxes", "crates", "jars")
 SMALL = (2, 6)  # numbers that a tiny target can learn to work with
+OPERATORS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
 
-Step = tuple[str, int, str, int, int]  # what is done, then left operator right = result
+Step = tuple[str, int, str, int]  # what is done, then left operator right
 Problem = tuple[str, list[Step]]
 
 
 def _boxes(rng: random.Random) -> Problem:
     name, things, holders = rng.choice(NAMES), rng.choice(THINGS), rng.choice(HOLDERS)
     count, each, more = (rng.randint(*SMALL) for _ in range(3))
-    question = f"{name} has {count} {holders} with {each} {things} in each. {name} gets {more} {things} more. How many {things} are there?"
-    return question, [
-        (
-            "First we multiply how many there are in each by how many of them there are",
-            count,
-            "*",
-            each,
-            count * each,
-        ),
-        (
-            "Then we add those that come later to this number",
-            count * each,
-            "+",
-            more,
-            count * each + more,
-        ),
-    ]
+    question = (
+        f"{name} has {count} {holders} with {each} {things} in each. "
+        f"{name} gets {more} {things} more. How many {things} are there?"
+    )
+    multiply = "First we multiply how many there are in each by how many of them there are"
+    add = "Then we add those that come later to this number"
+    return question, [(multiply, count, "*", each), (add, count * each, "+", more)]
 
 
 def _change(rng: random.Random) -> Problem:
@@ -76,70 +68,40 @@ def _change(rng: random.Random) -> Problem:
     count, price, change = (rng.randint(*SMALL) for _ in range(3))
     cost = count * price
     paid = cost + change
-    question = f"{name} buys {count} {things} for {price} dollars each and pays with {paid} dollars. How many dollars does {name} get back?"
-    return question, [
-        (
-            "First we multiply the price of one by the number that is bought to find the cost",
-            count,
-            "*",
-            price,
-            cost,
-        ),
-        (
-            "Then we subtract the cost from the money that is paid to find the change",
-            paid,
-            "-",
-            cost,
-            change,
-        ),
-    ]
+    question = (
+        f"{name} buys {count} {things} for {price} dollars each and pays with {paid} dollars. "
+        f"How many dollars does {name} get back?"
+    )
+    multiply = "First we multiply the price of one by the number that is bought to find the cost"
+    subtract = "Then we subtract the cost from the money that is paid to find the change"
+    return question, [(multiply, count, "*", price), (subtract, paid, "-", cost)]
 
 
 def _together(rng: random.Random) -> Problem:
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     first, more = rng.randint(2, 9), rng.randint(*SMALL)
-    second = first + more
-    question = f"{name} has {first} {things}. {other} has {more} more {things} than {name}. How many {things} do they have together?"
-    return question, [
-        (
-            "First we add the difference to the smaller number to find the larger number",
-            first,
-            "+",
-            more,
-            second,
-        ),
-        (
-            "Then we add the smaller number and the larger number to find the sum",
-            first,
-            "+",
-            second,
-            first + second,
-        ),
-    ]
+    question = (
+        f"{name} has {first} {things}. {other} has {more} more {things} than {name}. "
+        f"How many {things} do they have together?"
+    )
+    larger = "First we add the difference to the smaller number to find the larger number"
+    total = "Then we add the smaller number and the larger number to find the sum"
+    return question, [(larger, first, "+", more), (total, first, "+", first + more)]
 
 
 def _journey(rng: random.Random) -> Problem:
     name = rng.choice(NAMES)
     speed, hours, more = (rng.randint(*SMALL) for _ in range(3))
-    far = speed * hours
-    question = f"{name} walks {speed} km an hour for {hours} hours and then {more} km more. How many km does {name} walk?"
-    return question, [
-        (
-            "First we multiply the speed by the time to find the length of the first part of the way",
-            speed,
-            "*",
-            hours,
-            far,
-        ),
-        (
-            "Then we add the second part of the way to find the length of the whole way",
-            far,
-            "+",
-            more,
-            far + more,
-        ),
-    ]
+    question = (
+        f"{name} walks {speed} km an hour for {hours} hours and then {more} km more. "
+        f"How many km does {name} walk?"
+    )
+    multiply = (
+        "First we multiply the speed by the time to find the length of the first part of the way"
+    )
+    add = "Then we add the second part of the way to find the length of the whole way"
+    return question, [(multiply, speed, "*", hours), (add, speed * hours, "+", more)]
 
 
 KINDS: tuple[Callable[[random.Random], Problem], ...] = (_boxes, _change, _together, _journey)
@@ -148,14 +110,8 @@ KINDS: tuple[Callable[[random.Random], Problem], ...] = (_boxes, _change, _toget
 def make_problem(rng: random.Random) -> tuple[str, str]:
     """A question and its worked answer."""
     question, steps = rng.choice(KINDS)(rng)
-    lines = [
-        f"Step {number}: {done}. This is {left} {sign} {right} = {result}."
-        for number, (done, left, sign, right, result) in enumerate(steps, start=1)
-    ]
-    return question, "\n".join(
-        [
-            "We solve this problem step by step.",
-            *lines,
-            f"So the answer to the question is {steps[-1][-1]}.",
-        ]
-    )
+    lines = ["We solve this problem step by step."]
+    for number, (done, left, sign, right) in enumerate(steps, start=1):
+        result = OPERATORS[sign](left, right)
+        lines.append(f"Step {number}: {done}. This is {left} {sign} {right} = {result}.")
+    return question, "\n".join([*lines, f"So the answer to the question is {result}."])

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before each step (Jordan 2024, "Muon: an
-optimizer for hidden layers").
+"""Muon: momentum whose matrices are made orthogonal before each step (Jordan 2024).
 
-At the demo's size 200 steps of it reach what AdamW needs 400 for. Matrices of one shape are worked
-on together, because for many small ones the time goes into calls.
+At the demo's size 200 steps of it reach what AdamW needs 400 for. `torch.optim.Muon` reaches the
+same loss, but works on one matrix at a time in bfloat16: on a CPU without bfloat16 instructions a
+step of it takes ten times as long. Here matrices of one shape are worked on together, in float32.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, matrices: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95
     ) -> None:
-        shapes = sorted({tuple(matrix.shape) for matrix in matrices})
-        groups = [
-            {"params": [matrix for matrix in matrices if tuple(matrix.shape) == shape]}
-            for shape in shapes
-        ]
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
+        groups: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            groups.setdefault(matrix.shape, []).append(matrix)
+        params = [{"params": group} for group in groups.values()]
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every matrix against its gradient."""
         for group in self.param_groups:
             matrices, momentum = group["params"], group["momentum"]
             gradient = torch.stack([matrix.grad for matrix in matrices])

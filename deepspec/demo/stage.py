@@ -1,6 +1,4 @@
-"""The demo stage: the tiny target, its prompts and its benchmarks, kept in the store like any
-artifact.
-"""
+"""The demo stage: a tiny target with its prompts and benchmarks, an artifact like any other."""
 
 from __future__ import annotations
 
@@ -16,35 +14,23 @@ from deepspec.process.events import Report, silent
 
 def run_demo(run: Run, report: Report = silent) -> Artifact:
     """Make and seal the demo's folder, unless it is there already."""
-    config = run.config
-    if config.demo is None:
-        raise ConfigError(
-            "this run has no demo section", where="demo", fix="use one of the demo recipes"
-        )
+    if (config := run.config.demo) is None:
+        fix = "use one of the demo recipes"
+        raise ConfigError("this run has no demo section", where="demo", fix=fix)
     artifact = run.create("demo")
     if artifact.manifest() is not None:
         return artifact
 
     def progress(done: int, total: int, numbers: dict[str, float]) -> None:
-        report(
-            {
-                "event": "progress",
-                "stage": "demo",
-                "done": done,
-                "total": total,
-                "unit": "steps",
-                **numbers,
-            }
-        )
+        event = {"event": "progress", "stage": "demo", "unit": "steps"}
+        report({**event, "done": done, "total": total, **numbers})
 
     with tempfile.TemporaryDirectory() as scratch:
-        build_demo(Path(scratch), config.demo, on_progress=progress)
-        names = sorted(
-            path.relative_to(scratch).as_posix()
-            for path in Path(scratch).rglob("*")
-            if path.is_file()
-        )
-        for name in names:
-            artifact.put_file(Path(scratch) / name, name)
+        folder = Path(scratch)
+        build_demo(folder, config, on_progress=progress)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in files]
+        for path, name in zip(files, names, strict=True):
+            artifact.put_file(path, name)
     artifact.seal(files=names, inputs={})
     return artifact

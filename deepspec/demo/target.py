@@ -26,9 +26,7 @@ WARMUP_STEPS = 20
 
 
 class Example(NamedTuple):
-    """A conversation as token ids; the first `prompt` of them are the question and the
-    generation prompt.
-    """
+    """A conversation as token ids; the first `prompt` are question and generation prompt."""
 
     input_ids: list[int]
     prompt: int
@@ -61,8 +59,9 @@ def new_target(config: DemoConfig, tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def initialise(model: Any, generator: torch.Generator) -> None:
-    """Normal weights of deviation 1 / sqrt(inputs); what is added to the residual stream is
-    smaller by sqrt(2 layers).
+    """Draw normal weights of deviation 1 / sqrt(inputs).
+
+    What is added to the residual stream is smaller by sqrt(2 layers).
     """
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, weight in model.named_parameters():
@@ -75,31 +74,24 @@ def initialise(model: Any, generator: torch.Generator) -> None:
 def train_target(
     model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress
 ) -> float:
-    """Train in place for `config.steps` steps of about `config.batch_tokens` tokens; the mean
-    loss of the last tenth.
-    """
+    """Train in place for `config.steps` steps; returns the mean loss of the last tenth."""
     batches = make_batches(examples, config.batch_tokens, random.Random(config.seed))
-    matrices = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.dim() == 2 and "embed_tokens" not in name
-    ]
-    others = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.dim() != 2 or "embed_tokens" in name
-    ]
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        of_layer = weight.dim() == 2 and "embed_tokens" not in name
+        (matrices if of_layer else others).append(weight)
     optimizers = (
         Muon(matrices, lr=config.lr),
         torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0),
     )
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     losses: list[float] = []
     model.train()
     for step in range(config.steps):
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, config.steps)
+            group["lr"] = peak * lr_share(step, config.steps)
         loss = batch_loss(model, batches[step % len(batches)])
         model.zero_grad()
         loss.backward()
@@ -113,7 +105,7 @@ def train_target(
     return sum(recent) / len(recent)
 
 
-def schedule(step: int, steps: int) -> float:
+def lr_share(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine down to zero."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
@@ -123,8 +115,7 @@ def schedule(step: int, steps: int) -> float:
 def make_batches(
     examples: Sequence[Example], batch_tokens: int, rng: random.Random
 ) -> list[list[Example]]:
-    """Batches of about `batch_tokens` padded tokens, in random order, each with its share of every
-    domain.
+    """Batches of about `batch_tokens` padded tokens in random order, each of all domains.
 
     Domains are laid into one another by length, the shortest of each first: that leaves little
     padding, and a step that sees one domain alone would pull the weights to and fro.

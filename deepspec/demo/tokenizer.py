@@ -1,6 +1,4 @@
-"""The demo's tokenizer: byte-level BPE trained on its corpus, with Qwen's turn markers and chat
-template.
-"""
+"""The demo's tokenizer: byte-level BPE of its corpus, with Qwen's turn markers and template."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
-    """A `PreTrainedTokenizerFast` of at most `vocab_size` tokens; equal texts make an equal
-    tokenizer.
+    """A `PreTrainedTokenizerFast` of at most `vocab_size` tokens, equal for equal texts.
 
     Digits stay single tokens, as in Qwen's tokenizer: arithmetic is learnt digit by digit.
     """
@@ -33,10 +30,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

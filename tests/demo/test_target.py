@@ -15,9 +15,9 @@ from deepspec.demo.target import (
     WARMUP_STEPS,
     Example,
     batch_loss,
+    lr_share,
     make_batches,
     new_target,
-    schedule,
 )
 from deepspec.demo.tokenizer import train_tokenizer
 
@@ -52,7 +52,7 @@ def test_a_batch_holds_its_share_of_every_domain():
 
 
 def test_the_learning_rate_rises_linearly_and_falls_to_zero():
-    rates = [schedule(step, 100) for step in range(100)]
+    rates = [lr_share(step, 100) for step in range(100)]
     assert rates[0] == 1 / WARMUP_STEPS
     assert max(rates) == 1.0
     assert rates.index(1.0) == WARMUP_STEPS - 1
