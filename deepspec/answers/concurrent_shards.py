@@ -50,7 +50,7 @@ class ConcurrentShards:
         space_poll_s: float,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """`check` is called now and then while no shard is complete, to end the wait by an error."""
+        """`check` is called now and then during a wait, and may end it by an error."""
         self._engine = engine
         self._progress = engine.progress
         self._stage = stage

@@ -40,7 +40,7 @@ def answered_shards(
     from deepspec.answers.concurrent_shards import ConcurrentShards
     from deepspec.answers.journal import remove_committed
     from deepspec.answers.managed_server import serving
-    from deepspec.answers.server_engine import connected
+    from deepspec.answers.server_engine import open_servers
 
     servers = config.resources.servers
     with ExitStack() as stack:
@@ -55,7 +55,7 @@ def answered_shards(
                 logs=folder_beside(stage.artifact, "logs"),
             )
             servers, check = stack.enter_context(started)
-        engine = stack.enter_context(connected(config.answers, config.target, servers, progress))
+        engine = stack.enter_context(open_servers(config.answers, config.target, servers, progress))
         space_poll_s = config.resources.storage.space_poll_s
         shards = ConcurrentShards(
             engine, stage, config.answers, servers, space_poll_s=space_poll_s, check=check

@@ -70,7 +70,7 @@ class Journal:
 
 
 def request_key(request: AnswerRequest) -> str:
-    """A digest of all that decides the answer, so that no other request's answer is taken for it."""
+    """A digest of all that decides the answer: equal for no two different requests."""
     content = [
         [message.entry() for message in request.messages],
         request.seed,

@@ -35,7 +35,7 @@ LONGEST_PAUSE_S = 30.0
 
 
 @contextmanager
-def connected(
+def open_servers(
     answers: AnswersConfig, target: TargetConfig, servers: ServersConfig, progress: AnswerProgress
 ) -> Iterator[ServerEngine]:
     """An engine with a connection to each server, of which those that are up are checked.

@@ -1,4 +1,4 @@
-"""What a failed attempt at a server means: whether to try again, and whether the row is at fault."""
+"""What a failed attempt at a server means: whether to try again, and whose fault it was."""
 
 from __future__ import annotations
 

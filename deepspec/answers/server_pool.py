@@ -1,4 +1,4 @@
-"""A pool of servers: each request goes to the least busy one; what each can take is found by trying.
+"""A pool of servers: requests go to the least busy one; what each can take is found by trying.
 
 Additive increase, multiplicative decrease, as in TCP (Chiu and Jain 1989): a round of good answers
 allows one request more, a 429, 503 or time-out halves what is allowed. A server that fails again
@@ -137,8 +137,9 @@ class ServerPool:
         """Raise TransientError where all servers are lost."""
         if self._is_lost():
             self._lost = True
+            urls = ", ".join(server.url for server in self.servers)
             raise TransientError(
                 f"no server has answered for {self.lost_s:g} s",
-                where=f"resources.servers.endpoints {', '.join(server.url for server in self.servers)}",
+                where=f"resources.servers.endpoints {urls}",
                 fix="start them again; rows that were answered are kept",
             )

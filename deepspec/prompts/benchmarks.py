@@ -80,7 +80,7 @@ def stored_benchmark(run: Run, benchmark: BenchmarkSet) -> Artifact:
     if artifact.record(SHARD) is None:
         artifact.create(run.config.model_dump(mode="json"))
         _commit(benchmark, artifact)
-    # Its prompts are there: sealing after a kill between the two, or for `verify`, takes no network.
+    # The prompts are there: after a kill between the two, or in `verify`, no network is needed.
     if artifact.manifest() is None:
         artifact.seal(inputs={}, shards=[SHARD])
     return artifact

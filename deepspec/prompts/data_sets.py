@@ -1,4 +1,4 @@
-"""Rows of data sets, on the Hugging Face hub or in a local folder, at a commit that stays the same."""
+"""Rows of data sets, on the Hugging Face hub at one commit, or in a local folder."""
 
 from __future__ import annotations
 

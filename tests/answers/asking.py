@@ -13,7 +13,7 @@ from deepspec.answers.answered_shard import write_answers
 from deepspec.answers.concurrent_shards import ConcurrentShards
 from deepspec.answers.journal import journal_path
 from deepspec.answers.progress import AnswerProgress
-from deepspec.answers.server_engine import ServerEngine, connected
+from deepspec.answers.server_engine import ServerEngine, open_servers
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
@@ -87,7 +87,7 @@ def concurrent(config: RunConfig, stage: ShardedStage) -> Iterator[ConcurrentSha
 
 
 def connect(config: RunConfig) -> AbstractContextManager[ServerEngine]:
-    return connected(config.answers, config.target, config.resources.servers, no_progress())
+    return open_servers(config.answers, config.target, config.resources.servers, no_progress())
 
 
 def no_progress() -> AnswerProgress:

@@ -27,7 +27,10 @@ from tests.conftest import REPOSITORY, tiny_run, write_jsonl
 from tests.prompts.hub import COMMIT, hub_of
 
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
+CARD = (
+    "---\nconfigs:\n- config_name: main\n  data_files:\n"
+    "  - split: test\n    path: main/test-*\n---\n"
+)
 
 
 @pytest.fixture
