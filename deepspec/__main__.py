@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from deepspec.cli import inspection, results, stages
-from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, ShardsFailed
+from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError
 from deepspec.process.events import json_lines, reports_to_parent
 from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank
 
@@ -50,12 +50,11 @@ def main(run_app: Callable[[], Any] = app) -> None:
     try:
         run_app()
     except DeepSpecError as error:
-        transient = error.transient or (isinstance(error, ShardsFailed) and bool(error.retryable))
         if reports_to_parent():
-            _report_error(error, transient=transient)
+            _report_error(error)
         else:
             typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_TRANSIENT if transient else error.exit_code)
+        sys.exit(EXIT_TRANSIENT if error.transient else error.exit_code)
     except Exception as error:
         if not (is_rank() and reports_to_parent()):
             raise
@@ -63,12 +62,12 @@ def main(run_app: Callable[[], Any] = app) -> None:
         # reports.
         time.sleep(ECHO_S)
         logging.exception("this rank failed")
-        _report_error(ChildFailed(f"{type(error).__name__}: {error}"), transient=False)
+        _report_error(ChildFailed(f"{type(error).__name__}: {error}"))
         sys.exit(EXIT_FAILED)
 
 
-def _report_error(error: DeepSpecError, *, transient: bool) -> None:
-    json_lines({"event": "error", **error.to_json(), "transient": transient})
+def _report_error(error: DeepSpecError) -> None:
+    json_lines({"event": "error", **error.to_json()})
 
 
 if __name__ == "__main__":

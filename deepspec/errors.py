@@ -1,8 +1,8 @@
 """Every error a user can meet: what happened, where, and how to go on.
 
-One base class; ``transient`` is True only where the same call may succeed later without any change.
-The process border (`launch`, `__main__`) carries an error as one JSON line and an exit code, and
-raises it again on the other side.
+One base class; `transient` is True only where the same call may succeed later without any change.
+An error crosses the border between processes as one JSON event and an exit code (`__main__`), and is
+raised again on the other side (`process.launch`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ EXIT_TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 
 
 class DeepSpecError(Exception):
-    """What went wrong (`what`), in which file, field or shard (`where`), and what to do about
-    it (`fix`).
-    """
+    """What went wrong (`what`), in which file, field or shard (`where`), and how to `fix` it."""
 
-    transient: ClassVar[bool] = False
     exit_code: ClassVar[int] = EXIT_FAILED
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
@@ -28,24 +25,29 @@ class DeepSpecError(Exception):
         # the shards that are missing because of it, each with its own error
         self.failures: dict[int, dict[str, Any]] = {}
 
+    @property
+    def transient(self) -> bool:
+        """Whether the same call may succeed later."""
+        return False
+
     def __str__(self) -> str:
-        parts = [
-            self.what,
-            f"where: {self.where}" if self.where else "",
-            f"fix: {self.fix}" if self.fix else "",
-        ]
-        return "\n  ".join(part for part in parts if part)
+        more = {"where": self.where, "fix": self.fix}
+        lines = [self.what, *(f"{name}: {text}" for name, text in more.items() if text)]
+        return "\n  ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        """The error as data, from which `error_from_json` makes it again."""
         return {
             "error": type(self).__name__,
             "what": self.what,
             "where": self.where,
             "fix": self.fix,
+            "transient": self.transient,
         }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> DeepSpecError:
+        """The error of this class that `to_json` made data of."""
         return cls(fields["what"], where=fields.get("where", ""), fix=fields.get("fix", ""))
 
 
@@ -68,7 +70,7 @@ class StoreError(UserError):
 
 
 class ArtifactMismatch(UserError):
-    """An artifact, record or draft was made by something other than what is asked for now."""
+    """An artifact, record or draft was made by something other than the current run describes."""
 
 
 class FidelityTooLow(UserError):
@@ -82,24 +84,24 @@ class DamagedData(DeepSpecError):
 class TransientError(DeepSpecError):
     """The same call may succeed later: a busy server, a lost connection, a worker that died."""
 
-    transient = True
     exit_code = EXIT_TRANSIENT
+
+    @property
+    def transient(self) -> bool:
+        """Always."""
+        return True
 
 
 class ChildFailed(DeepSpecError):
-    """A child process ended without saying why."""
+    """A child process ended without reporting an error."""
 
 
 class TrainingFailed(DeepSpecError):
-    """Training stopped because going on would waste the run (a loss that is not finite, nothing
-    to learn from).
-    """
+    """Training stopped because the rest would be wasted: a loss that is not finite, no samples."""
 
 
 class ShardsFailed(DeepSpecError):
-    """Some shards of a stage were not committed; all others were. Worth trying again if any
-    failure is transient.
-    """
+    """Some shards of a stage were not committed; all others were."""
 
     def __init__(
         self,
@@ -113,32 +115,38 @@ class ShardsFailed(DeepSpecError):
         self.failures = failures or {}
 
     @property
+    def transient(self) -> bool:
+        """Whether any shard may be committed by another try."""
+        return bool(self.retryable)
+
+    @property
     def retryable(self) -> list[int]:
+        """The shards whose own failure is transient."""
         return sorted(shard for shard, failure in self.failures.items() if failure.get("transient"))
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **super().to_json(),
-            "failures": {str(shard): failure for shard, failure in self.failures.items()},
-        }
+        """The error as data, with that of each shard."""
+        failures = {str(shard): failure for shard, failure in self.failures.items()}
+        return {**super().to_json(), "failures": failures}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ShardsFailed:
+        """The error with that of each shard."""
         failures = {int(shard): failure for shard, failure in fields.get("failures", {}).items()}
-        return cls(
-            fields["what"],
-            where=fields.get("where", ""),
-            fix=fields.get("fix", ""),
-            failures=failures,
-        )
+        where, fix = fields.get("where", ""), fields.get("fix", "")
+        return cls(fields["what"], where=where, fix=fix, failures=failures)
 
 
 def error_from_json(fields: dict[str, Any]) -> DeepSpecError:
-    """The error that a child process reported, as the same class again (a ChildFailed for a
-    class unknown here).
+    """The error that a child process reported, as the same class again.
+
+    One of a class unknown here is a TransientError or a ChildFailed.
     """
     known = {cls.__name__: cls for cls in _subclasses(DeepSpecError)}
-    return known.get(fields.get("error", ""), ChildFailed).from_json(fields)
+    kind = known.get(fields.get("error", ""), ChildFailed)
+    if kind is ChildFailed and fields.get("transient"):
+        kind = TransientError
+    return kind.from_json(fields)
 
 
 def _subclasses(cls: type[DeepSpecError]) -> list[type[DeepSpecError]]:

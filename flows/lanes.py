@@ -12,7 +12,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from deepspec.errors import DeepSpecError, TransientError
-from deepspec.process.launch import scope
+from deepspec.process.scopes import scope
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 

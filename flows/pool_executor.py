@@ -24,7 +24,7 @@ from prefect.states import Cancelling, Crashed
 from deepspec.artifacts.leases import Leases
 from deepspec.artifacts.stages import STAGES
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, ShardsFailed, TransientError
-from deepspec.process.launch import Stopped
+from deepspec.process.scopes import Stopped
 from deepspec.process.shard_ranges import shard_list
 from flows.automations import PART
 from flows.child_runs import (

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from deepspec.config.resources import DevicesConfig, ResourcesConfig
 from deepspec.errors import ConfigError, UserError
-from deepspec.process.launch import GRACE_S
+from deepspec.process.scopes import GRACE_S
 
 if TYPE_CHECKING:
     from prefect_ray import RayTaskRunner

@@ -22,7 +22,8 @@ from prefect.exceptions import PrefectException
 from deepspec.artifacts.run import open_run
 from deepspec.errors import ConfigError, TransientError
 from deepspec.process.events import silent
-from deepspec.process.launch import RunRequest, Stopped, current_scope, run_child
+from deepspec.process.launch import RunRequest, run_child
+from deepspec.process.scopes import Stopped, current_scope
 from flows.child_log import ChildLog
 from flows.local_executor import log_path, server_key
 from flows.ray_cluster import connected, end_work, imported_ray, num_gpus

@@ -169,11 +169,7 @@ class StageRun:
         others = [other for other in self.scheduler.lanes if other is not lane and not other.dead]
         if isinstance(error, UserError):
             return any(other.shards for other in others)
-        if error.transient:
-            return True
-        if self.sharded:
-            return bool(others)
-        return isinstance(error, ShardsFailed) and bool(error.retryable)
+        return error.transient or (self.sharded and bool(others))
 
     def _failures_changed(self) -> None:
         retries, given_up = self.scheduler.retried, len(self.failures.given_up)

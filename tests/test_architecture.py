@@ -49,7 +49,6 @@ LONGER_FOR_NOW = {
     "deepspec/model/spec.py",
     "deepspec/plan/forecast.py",
     "deepspec/plan/workload.py",
-    "deepspec/process/launch.py",
 }
 
 

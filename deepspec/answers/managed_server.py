@@ -23,8 +23,9 @@ import httpx
 from deepspec.config.servers import ServersConfig
 from deepspec.config.target import TargetConfig
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
-from deepspec.process.launch import Scope, run_child, scope
+from deepspec.process.launch import run_child
 from deepspec.process.machine import LOOPBACK, free_port
+from deepspec.process.scopes import Scope, scope
 
 log = logging.getLogger(__name__)
 

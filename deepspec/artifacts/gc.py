@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+import psutil
+
 from deepspec.storage.store import Entry, Store, Upload
 
 log = logging.getLogger(__name__)
@@ -214,7 +216,7 @@ def _is_being_written(name: str) -> bool:
     host, _, rest = name.rpartition("-")[0].rpartition("-")
     if host != os.uname().nodename or not rest.isdigit():
         return False
-    return Path(f"/proc/{rest}").exists()
+    return psutil.pid_exists(int(rest))
 
 
 def _uploads(store: Store, now: float) -> Iterator[Orphan]:

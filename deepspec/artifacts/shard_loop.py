@@ -188,7 +188,7 @@ class ShardRun:
             # A full disk must not turn a note about one shard into the end of all.
             with suppress(OSError):
                 put_failure(self.artifact, shard, error)
-            self.failures[shard] = {**error.to_json(), "transient": error.transient}
+            self.failures[shard] = error.to_json()
             fields = {"shard": shard, "what": error.what, "transient": error.transient}
             self.report({"event": "failed", "stage": self.stage, **fields})
             self._progress()

@@ -51,7 +51,7 @@ def folder_beside(artifact: Artifact, name: str) -> Path:
 
 def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
     """Leave word of why a shard is missing; a later commit of the shard takes it away."""
-    fields = {**error.to_json(), "transient": error.transient, "host": socket.gethostname()}
+    fields = {**error.to_json(), "host": socket.gethostname()}
     artifact.store.write(artifact.path(f"failures/{shard:05d}.json"), pretty_json(fields))
 
 

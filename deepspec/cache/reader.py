@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import xxhash
 from safetensors.torch import load as load_tensors
@@ -85,7 +86,7 @@ class HiddenCache(Source):
         self._checked = np.zeros(len(self.index.shard), dtype=bool)
         self.mapped = (
             artifact.store.is_local
-            and manifest.totals["num_bytes"] < MAPPED_SHARE * physical_memory()
+            and manifest.totals["num_bytes"] < MAPPED_SHARE * psutil.virtual_memory().total
         )
         self._open = lru_cache(MAX_OPEN_FILES)(
             lambda shard: _OpenFile(artifact.store.path(artifact.path(self.files[shard])))
@@ -213,8 +214,3 @@ class _OpenFile:
 
 def read_schema(data: bytes) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(data))
-
-
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

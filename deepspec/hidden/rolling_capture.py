@@ -27,7 +27,7 @@ from deepspec.formatting import human_bytes
 from deepspec.hidden.rolling_plan import RollingPlan, shard_bytes
 from deepspec.hidden.rolling_shards import RollingShards
 from deepspec.hidden.rolling_workers import CaptureWorker, make_workers
-from deepspec.process.launch import Scope, scope
+from deepspec.process.scopes import Scope, scope
 from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)

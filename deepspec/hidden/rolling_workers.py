@@ -22,10 +22,11 @@ from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.recipes import to_yaml
 from deepspec.config.resources import ResourcesConfig
 from deepspec.config.retries import RetriesConfig
-from deepspec.errors import DeepSpecError, ShardsFailed
+from deepspec.errors import DeepSpecError
 from deepspec.process.events import silent
-from deepspec.process.launch import RunRequest, run_child, scope
+from deepspec.process.launch import RunRequest, run_child
 from deepspec.process.machine import visible_gpus
+from deepspec.process.scopes import scope
 from deepspec.process.shard_ranges import deal, shard_list
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class CaptureWorker:
                 )
             except DeepSpecError as error:
                 gc.remove_abandoned(self.artifact.store)
-                if stop.is_set() or attempt > self.retries.times or not _is_retryable(error):
+                if stop.is_set() or attempt > self.retries.times or not error.transient:
                     raise
                 message = "stage=hidden shards=%s failed, and are tried again (%d): %s"
                 log.warning(message, shard_list(shards), attempt, error.what)
@@ -142,10 +143,6 @@ def render_in_children(run: Run, shards: Sequence[int]) -> None:
         groups = deal(shards, -(-len(shards) // processes))
         for done in [pool.submit(copy_context().run, render, group) for group in groups]:
             done.result()
-
-
-def _is_retryable(error: DeepSpecError) -> bool:
-    return bool(error.retryable) if isinstance(error, ShardsFailed) else error.transient
 
 
 def _pass_on_warnings(line: str) -> None:

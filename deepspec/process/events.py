@@ -1,9 +1,10 @@
-"""What a stage says while it works: small mappings handed to a `Report`, for a bar, a log or
-the parent process.
+"""What a stage reports while it works: small mappings given to a `Report`, for a bar, a log or the
+parent process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def silent(event: dict[str, Any]) -> None:
-    """The report of somebody who does not look."""
+    """A report that shows nothing."""
 
 
 def reports_to_parent() -> bool:
@@ -29,36 +30,45 @@ def json_lines(event: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def parse_event(line: str) -> dict[str, Any] | None:
+    """The event that `json_lines` wrote; None for a line of anything else."""
+    with contextlib.suppress(json.JSONDecodeError):
+        found = json.loads(line) if line.startswith("{") else None
+        if isinstance(found, dict) and isinstance(found.get("event"), str):
+            return found
+    return None
+
+
 def answering_note(events: Sequence[Mapping[str, Any]]) -> str:
-    """What the newest `answering` events of all lanes say together, in a few words for a bar."""
-    sums = {
-        key: sum(event[key] for event in events)
-        for key in ("rows", "rows_todo", "tokens_per_s", "in_flight", "errors", "refused")
-    }
-    truncated = sum(event["truncated_share"] * event["tokens_per_s"] for event in events) / max(
-        sums["tokens_per_s"], 1e-9
-    )
+    """The newest `answering` events of all lanes added up, in one line for a bar."""
+
+    def total(name: str) -> float:
+        return sum(event[name] for event in events)
+
+    tokens_per_s = total("tokens_per_s")
+    truncated = sum(event["truncated_share"] * event["tokens_per_s"] for event in events)
     left = [event["left_s"] for event in events if event["left_s"] is not None]
-    words = [
-        f"{sums['rows']:,} of {sums['rows_todo']:,} rows",
-        f"{sums['tokens_per_s']:,.0f} tokens/s",
-        f"{sums['in_flight']} in flight",
+    parts = [
+        f"{total('rows'):,} of {total('rows_todo'):,} rows",
+        f"{tokens_per_s:,.0f} tokens/s",
+        f"{total('in_flight')} in flight",
     ]
-    words += [f"{sums[name]:,} {name}" for name in ("errors", "refused") if sums[name]]
-    words += [f"{truncated:.1%} truncated"] if truncated else []
-    words += [f"{timedelta(seconds=max(left))} left"] if left else []
-    return ", ".join(words)
+    parts += [f"{total(name):,} {name}" for name in ("errors", "refused") if total(name)]
+    if truncated:
+        parts.append(f"{truncated / max(tokens_per_s, 1e-9):.1%} truncated")
+    if left:
+        parts.append(f"{timedelta(seconds=max(left))} left")
+    return ", ".join(parts)
 
 
 def progress_texts(numbers: Mapping[str, Any]) -> list[str]:
-    """What a stage's `progress` event counts, in a few words each."""
-    forms = {"tokens_per_s": "{:,.0f} tokens/s", "left_s": "{} left"}
-    values = {
-        name: timedelta(seconds=value) if name == "left_s" else value
-        for name, value in numbers.items()
-    }
-    plain = {
-        name: f"{name} {{:.5g}}" if isinstance(value, float) else f"{name} {{}}"
-        for name, value in values.items()
-    }
-    return [forms.get(name, plain[name]).format(value) for name, value in values.items()]
+    """The numbers of a stage's `progress` event, each with its name or unit."""
+    return [_with_unit(name, value) for name, value in numbers.items()]
+
+
+def _with_unit(name: str, value: Any) -> str:
+    if name == "tokens_per_s":
+        return f"{value:,.0f} tokens/s"
+    if name == "left_s":
+        return f"{timedelta(seconds=value)} left"
+    return f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"

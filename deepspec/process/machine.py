@@ -1,6 +1,4 @@
-"""What this machine has for a process: GPUs as CUDA numbers them, found without loading CUDA,
-and free ports on loopback.
-"""
+"""What this machine has for a process: GPUs, found without loading CUDA, and ports on loopback."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def visible_gpus() -> list[str]:
-    """Their names as `CUDA_VISIBLE_DEVICES` knows them; none where it hides them all."""
+    """The GPUs by their names in `CUDA_VISIBLE_DEVICES`; none where it hides them all."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [device for device in chosen.split(",") if device.strip()]

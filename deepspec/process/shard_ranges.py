@@ -1,4 +1,4 @@
-"""Numbers of shards: as people write them, and dealt out in groups."""
+"""Shard numbers: as ranges that people write, and in groups."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ def shard_list(shards: Sequence[int], digits: int = 1) -> str:
             runs[-1][1] = shard
         else:
             runs.append([shard, shard])
-    return ",".join(
-        "-".join(f"{end:0{digits}d}" for end in (first, last)[: 1 + (first < last)])
-        for first, last in runs
-    )
+    texts = [[f"{shard:0{digits}d}" for shard in dict.fromkeys(run)] for run in runs]
+    return ",".join("-".join(text) for text in texts)
 
 
 def parse_shards(text: str) -> list[int]:
-    """`"17,18,40-52"` as shard numbers."""
+    """`"17,18,40-52"` as shard numbers, ascending.
+
+    Raises:
+        ConfigError: a part is no number or range, or above `LAST_SHARD`.
+    """
     shards: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         match = SHARD_RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last > LAST_SHARD:
-            raise ConfigError(
-                f"{part!r} is not a shard or a range of shards",
-                where="--shards",
-                fix="for example 17,18,40-52",
-            )
+            what, fix = f"{part!r} is not a shard or a range of shards", "for example 17,18,40-52"
+            raise ConfigError(what, where="--shards", fix=fix)
         shards.update(range(first, last + 1))
     return sorted(shards)

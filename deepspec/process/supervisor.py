@@ -1,5 +1,6 @@
-"""Runs a command that must never outlive its parent: `python -m deepspec.process.supervisor GRACE_S
-COMMAND ...`.
+"""Runs a command that must never outlive its parent.
+
+`python -m deepspec.process.supervisor GRACE_S COMMAND ...`
 
 Standard input is a lifeline: the parent holds its other end and writes nothing, so end of file
 means that the parent closed it or died, in whatever way. Then, and also when the command has ended,
@@ -17,9 +18,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
+
+import psutil
 
 KILLED = 128  # exit status of a command that died of signal n: KILLED + n, as in a shell
 # what a helper process may take to notice that its parent has ended (multiprocessing's resource
@@ -30,7 +32,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class LifelineCut(Exception):
-    """The parent is gone, or wants the command to end."""
+    """The parent is gone, or has the command end."""
 
 
 def main(grace_s: float, command: list[str]) -> int:
@@ -38,18 +40,18 @@ def main(grace_s: float, command: list[str]) -> int:
     prctl = find_prctl()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, cut)
-    guard = os.getpid()
+    supervisor = os.getpid()
 
-    def die_with_guard() -> None:
+    def die_with_supervisor() -> None:
         # SIGTERM and not SIGKILL: torchrun ends its ranks on SIGTERM, and leaves them behind when
         # it is killed.
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != guard:
+        if os.getppid() != supervisor:
             os._exit(KILLED + signal.SIGTERM)
 
     # Only this thread exists here, so running Python between fork and exec is safe.
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_guard
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_supervisor
     )
     leave_s = LEAVE_S
     try:
@@ -71,6 +73,7 @@ def find_prctl() -> Callable[[int, int], object]:
 
 
 def cut(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM: as if the lifeline were cut."""
     raise LifelineCut
 
 
@@ -79,7 +82,7 @@ def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
     try:
         ended, pause_s = [os.pidfd_open(child.pid)], None
     except (AttributeError, OSError):
-        # no such call here: look at the child from time to time instead
+        # no such call on this system: look at the child from time to time instead
         ended, pause_s = [], 0.2
     while child.poll() is None:
         readable, _, _ = select.select([0, *ended], [], [], pause_s)
@@ -89,7 +92,7 @@ def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
 
 
 def end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ask the child's group to end, and insist after `grace_s`."""
+    """Send the child's group SIGTERM, and SIGKILL after `grace_s`."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, SWEEP_S)):
         with contextlib.suppress(ProcessLookupError):
@@ -100,56 +103,49 @@ def end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def sweep(child: subprocess.Popen[bytes], leave_s: float) -> None:
-    """Kill whatever descends from this process, once `leave_s` is over; as a subreaper it is
-    given every orphan.
+    """Kill whatever descends from this process, once `leave_s` is over.
+
+    As a subreaper it becomes the parent of every orphan.
     """
     now = time.monotonic()
     patience, limit = now + leave_s, now + leave_s + SWEEP_S
-    while (alive := list(descendants(os.getpid()))) and time.monotonic() < limit:
-        for pid in alive if time.monotonic() >= patience else []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while (alive := living_descendants()) and time.monotonic() < limit:
+        for process in alive if time.monotonic() >= patience else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         reap(child)
         time.sleep(0.02)
 
 
 def reap(child: subprocess.Popen[bytes]) -> None:
-    child.poll()  # its status is asked for here, where it is kept, before waitpid can take it away
+    """No process that has ended is left as a zombie of this one."""
+    child.poll()  # its status is kept here, before waitpid can take it away
     with contextlib.suppress(ChildProcessError):
         while child.returncode is not None and os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
-def descendants(root: int) -> Iterator[int]:
-    """Living processes below `root`; none where there is no /proc."""
-    below: dict[int, list[int]] = {}
-    for pid, parent in living_processes():
-        below.setdefault(parent, []).append(pid)
-    todo = [root]
-    while todo:
-        children = below.get(todo.pop(), [])
-        todo += children
-        yield from children
+def living_descendants() -> list[psutil.Process]:
+    """The processes below this one that still run: zombies do not."""
+    return [process for process in psutil.Process().children(recursive=True) if is_alive(process)]
 
 
-def living_processes() -> Iterator[tuple[int, int]]:
-    """(process, its parent) of everything that runs here, zombies left out."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # the name before ")" may hold anything
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state not in "ZX":
-                yield int(stat.parent.name), int(parent)
+def is_alive(process: psutil.Process) -> bool:
+    """Whether the process runs, and is no zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
-def kill_marked(variable: str) -> None:
-    """Kill every process that has `NAME=value` in its environment: what is left of a child
-    whose guard was killed itself.
+def kill_marked(name: str, value: str) -> None:
+    """Kill every process with this environment variable.
+
+    That is what is left of a child whose supervisor was killed itself.
     """
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if variable.encode() in environment.read_bytes().split(b"\0"):
-                os.kill(int(environment.parent.name), signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(name) == value:
+                process.kill()
 
 
 if __name__ == "__main__":

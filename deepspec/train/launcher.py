@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from deepspec.artifacts.missing import trains_without_cache
 from deepspec.artifacts.run import Run
 from deepspec.errors import ChildFailed, ConfigError, TransientError
+from deepspec.process.child_output import OnLine
 from deepspec.process.events import Report
-from deepspec.process.launch import OnLine, RunRequest, Stopped, run_child, scope
+from deepspec.process.launch import RunRequest, run_child
 from deepspec.process.machine import visible_gpus
+from deepspec.process.scopes import Stopped, scope
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")

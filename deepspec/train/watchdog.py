@@ -62,6 +62,6 @@ class Watchdog:
             "in the log",
         )
         log.error("stage=train %s", error.what)
-        self.report({"event": "error", **error.to_json(), "transient": error.transient})
+        self.report({"event": "error", **error.to_json()})
         sys.stdout.flush()
         os._exit(EXIT_TRANSIENT)

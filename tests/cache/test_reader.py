@@ -185,7 +185,7 @@ def test_an_emptied_shard_is_damage_in_a_mapped_cache_too(artifact: Artifact):
 def test_a_cache_larger_than_memory_is_read_and_not_mapped(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("deepspec.cache.reader.physical_memory", lambda: 1)
+    monkeypatch.setattr("deepspec.cache.reader.MAPPED_SHARE", 0.0)
     cache = HiddenCache(artifact)
     assert not cache.mapped
     for number, sample in enumerate(cache.stream(range(12), max_bytes=3000, threads=3)):

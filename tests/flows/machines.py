@@ -225,4 +225,4 @@ def machines(folder: Path, database: Path) -> Iterator[Machines]:
         raise
     finally:
         made.client.close()
-        kill_marked(f"{MARK}={made.mark}")
+        kill_marked(MARK, made.mark)

@@ -19,7 +19,8 @@ import pytest
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
-from deepspec.process.launch import MARK, RunRequest
+from deepspec.process.launch import RunRequest
+from deepspec.process.scopes import MARK
 from flows.server import start_private_server
 from tests.conftest import REPOSITORY, tiny_run
 from tests.flows.conftest import QUICK, SERVED, home_with, questions

@@ -21,9 +21,10 @@ from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, ShardsFailed
-from deepspec.process import launch
-from deepspec.process.launch import MARK, RunRequest
+from deepspec.process import scopes
+from deepspec.process.launch import RunRequest
 from deepspec.process.progress_display import Progress
+from deepspec.process.scopes import MARK
 from flows.reporting import StageOutcome, watched_by
 from flows.tasks import run_stages
 from tests.answer_server import answer_server
@@ -131,7 +132,7 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
 def test_where_nothing_is_missing_no_child_is_started(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(scopes.Scope, "start", lambda *_: pytest.fail("a child was started"))
     seen: list[Progress] = []
     with watched_by(seen.append):
         outcomes = prompts_and_answers(str(finished))
@@ -145,7 +146,7 @@ def test_where_nothing_is_missing_no_child_is_started(
 def test_hidden_states_that_training_makes_are_no_stage_to_run(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(scopes.Scope, "start", lambda *_: pytest.fail("a child was started"))
     outcomes = run_in_flow(str(finished), "resources.training.source=online")
     assert [outcome.state for outcome in outcomes] == [
         "already done",
@@ -178,7 +179,7 @@ def test_of_some_shards_only_the_missing_ones_are_made_and_the_stages_after_are_
 def test_shards_that_cannot_be_are_refused_before_any_work(
     finished: Path, shards: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(launch.Scope, "start", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(scopes.Scope, "start", lambda *_: pytest.fail("a child was started"))
     with pytest.raises(ConfigError, match=shown):
         some_shards(str(finished), shards)
 
@@ -274,15 +275,15 @@ def test_a_wrong_request_is_refused_before_any_work(run_file: Path):
 def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    start, refused = launch.Scope.start, list[object]()
+    start, refused = scopes.Scope.start, list[object]()
 
-    def refusing(scope: launch.Scope, command: Sequence[str], env: Mapping[str, str]) -> object:
+    def refusing(scope: scopes.Scope, command: Sequence[str], env: Mapping[str, str]) -> object:
         if "answers" in command and not refused:
             refused.append(command)
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return start(scope, command, env)
 
-    monkeypatch.setattr(launch.Scope, "start", refusing)
+    monkeypatch.setattr(scopes.Scope, "start", refusing)
     assert prompts_and_answers(str(run_file))[1].status.sealed and refused
 
 

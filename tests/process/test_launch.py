@@ -21,10 +21,11 @@ import psutil
 import pytest
 
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
-from deepspec.process import launch
-from deepspec.process.launch import RunRequest, Stopped, run_child, scope
+from deepspec.process import scopes
+from deepspec.process.launch import RunRequest, run_child
+from deepspec.process.scopes import Stopped, scope
 from deepspec.process.shard_ranges import deal, parse_shards, shard_list
-from deepspec.process.supervisor import living_processes
+from deepspec.process.supervisor import is_alive
 
 # A launcher like torchrun: two ranks in sessions of their own, which ignore SIGTERM. Their ids are
 # written to argv[1].
@@ -59,16 +60,22 @@ def wait_for(path: Path, seconds: float = 20) -> list[int]:
     return [int(word) for word in path.read_text().split()]
 
 
+def lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return is_alive(psutil.Process(pid))
+    return False
+
+
 def assert_gone(pids: list[int], seconds: float = 15) -> None:
     limit = time.monotonic() + seconds
-    while left := set(pids) & {pid for pid, _ in living_processes()}:
+    while left := [pid for pid in pids if lives(pid)]:
         assert time.monotonic() < limit, f"still there: {left}"
         time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    monkeypatch.setattr(scopes, "GRACE_S", 0.5)
 
 
 # What a child says
@@ -240,8 +247,8 @@ def test_a_closed_scope_leaves_later_children_alone():
 def test_sigkill_of_any_of_them_leaves_no_rank_behind(tmp_path: Path, victim: str):
     code = f"""
         import sys
-        from deepspec.process import launch
-        launch.GRACE_S = 0.5
+        from deepspec.process import launch, scopes
+        scopes.GRACE_S = 0.5
         launch.run_child([sys.executable, "-c", {LAUNCHER!r}, sys.argv[1]], on_event=print, on_line=print)
     """
     parent = subprocess.Popen(
@@ -269,9 +276,9 @@ def test_without_prctl_a_child_still_ends_with_its_parent(
     """As on a system that is not Linux: no subreaper and no PDEATHSIG, the lifeline alone."""
     code = """
         import sys
-        from deepspec.process import supervisor as guard
-        guard.find_prctl = lambda: (lambda option, value: None)
-        sys.exit(guard.main(0.5, sys.argv[1:]))
+        from deepspec.process import supervisor
+        supervisor.find_prctl = lambda: (lambda option, value: None)
+        sys.exit(supervisor.main(0.5, sys.argv[1:]))
     """
     child = subprocess.Popen(python(code, "sleep", "600"), stdin=subprocess.PIPE)
     time.sleep(0.5)
