@@ -47,8 +47,6 @@ LONGER_FOR_NOW = {
     "deepspec/model/chunked_loss.py",
     "deepspec/model/eagle3.py",
     "deepspec/model/spec.py",
-    "deepspec/plan/forecast.py",
-    "deepspec/plan/workload.py",
 }
 
 

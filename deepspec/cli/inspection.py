@@ -93,14 +93,14 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
     Tokens, bytes, requests, hours and bandwidth are known before anything is started.
     """
     from deepspec.plan.plan import plan_run, require_plan_fits
-    from deepspec.plan.view import show as show_plan
+    from deepspec.plan.view import print_plan
 
     opened = open_run(run, sets or (), store=store)
     found = plan_run(opened, num_rows=sample, train_hours=train_hours)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:
-        show_plan(found, is_terminal=sys.stdout.isatty())
+        print_plan(found, is_terminal=sys.stdout.isatty())
     if not force:
         require_plan_fits(found)
 

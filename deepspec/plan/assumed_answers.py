@@ -1,14 +1,14 @@
-"""Answers for prompts that have none yet, so that their lengths can be planned with: never
-trained on, never stored.
+"""Answers for prompts that have none yet, so that their lengths can be planned with.
+
+They are never trained on and never stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
-from deepspec.config.run import RunConfig
 from deepspec.messages import parse_messages
 from deepspec.prompts.rows import ROLES
 from deepspec.target.chat import Chat
@@ -20,49 +20,38 @@ WORDS_TRIED = 256
 
 
 def assistant_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the assistant says in a source row: not used as answers, but the best guess of how
-    long they will be.
-    """
+    """The assistant's texts in a source row: the best guess of how long answers will be."""
     entries = row.get("messages", row.get("conversations")) or ()
-    said = [
+    turns = [
         (entry.get("role", entry.get("from")), entry.get("content", entry.get("value")))
         for entry in entries
     ]
     return tuple(
         text
-        for speaker, text in said
+        for speaker, text in turns
         if ROLES.get(speaker) == "assistant" and isinstance(text, str)
     )
 
 
-class StandIns:
+class AssumedAnswers:
     """Answers for prompts that have none: the source's own, or filler of an assumed length."""
 
-    def __init__(self, config: RunConfig, chat: Chat, source_answers: Sequence[str]) -> None:
-        self.chat, self.limit = chat, config.answers.max_new_tokens
-        assumed = min(ASSUMED_ANSWER_TOKENS, self.limit)
-        words = max(
-            1,
-            round(
-                (assumed - 1)
-                * WORDS_TRIED
-                / len(chat.answer_ids(FILLER * WORDS_TRIED, finished=False))
-            ),
-        )
-        self.spare = cycle(source_answers or [FILLER * words])
-        self.origin = (
-            "as long as in the source" if source_answers else f"assumed {assumed} tokens each"
-        )
+    def __init__(self, chat: Chat, source_answers: Sequence[str], *, limit: int) -> None:
+        self.chat, self.limit = chat, limit
+        self.origin = "as long as in the source"
+        if not source_answers:
+            assumed = min(ASSUMED_ANSWER_TOKENS, limit)
+            tried = len(chat.answer_ids(FILLER * WORDS_TRIED, finished=False))
+            words = max(1, round((assumed - 1) * WORDS_TRIED / tried))
+            self.origin = f"assumed {assumed} tokens each"
+            source_answers = [FILLER * words]
+        self.texts = cycle(source_answers)
 
-    def answered(self, row_id: int, messages: str, texts: Sequence[str]) -> dict[str, Any]:
+    def answered(self, row_id: int, messages: str) -> dict[str, Any]:
+        """A prompt's row as the answers stage would write it, one answer a user turn."""
         users = [message for message in parse_messages(messages) if message.role == "user"]
-        answers = [*texts[: len(users)], *islice(self.spare, max(0, len(users) - len(texts)))]
-        return {
-            "id": row_id,
-            "held_out": False,
-            "messages": messages,
-            "turns": [self._turn(text) for text in answers],
-        }
+        turns = [self._turn(next(self.texts)) for _ in users]
+        return {"id": row_id, "held_out": False, "messages": messages, "turns": turns}
 
     def _turn(self, text: str) -> dict[str, Any]:
         ids = self.chat.answer_ids(text, finished=False)

@@ -1,5 +1,4 @@
-"""What this machine can do: how fast it runs the target's layers, how fast the store takes bytes,
-how large the draft is.
+"""What this machine can do: the speed of the target's layers, of the store, and the draft's size.
 
 No weight of the target is read: time does not depend on their values. B batch, T tokens.
 """
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.config.run import RunConfig
+from deepspec.config.draft import DraftConfig
+from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError, StoreError
 from deepspec.model.checkpoint import empty_draft
 from deepspec.model.spec import DraftSpec
-from deepspec.plan.forecast import Speed
+from deepspec.plan.parts import Speed
 from deepspec.storage.store import Store
-from deepspec.target.loading import DTYPES, choose_device
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +36,22 @@ NOISE = 1 << 20  # values that weights are filled with, again and again
 STORE_PROBE_BYTES = 128_000_000
 
 
-def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) -> Speed:
-    """Time a few decoder layers of the target's shape with random weights, and scale to all of
-    them.
+def measure_speed(
+    text_config: Any, *, dtype: torch.dtype, device: torch.device, batch_tokens: int, length: int
+) -> Speed:
+    """The target's speed: a few of its layers with random weights are timed, and scaled to all.
+
+    A pass is at most `batch_tokens`, of samples of about `length`.
 
     Raises:
         DataError: not an architecture that can be built.
-        ConfigError: the device asked for is not there.
     """
-    device = choose_device(config.resources.devices.type)
     depths = [min(depth, text_config.num_hidden_layers) for depth in DEPTHS]
-    model = _shallow(text_config, max(depths), DTYPES[config.target.dtype], device)
+    model = _shallow(text_config, max(depths), dtype, device)
     layers = model.get_submodule("layers")
     per_layer = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
-    budget = min(
-        config.resources.memory.batch_tokens,
-        MAX_CPU_TOKENS if device.type == "cpu" else config.resources.memory.batch_tokens,
-    )
-    length = max(1, min(median_tokens, budget, text_config.max_position_embeddings))
+    budget = min(batch_tokens, MAX_CPU_TOKENS) if device.type == "cpu" else batch_tokens
+    length = max(1, min(length, budget, text_config.max_position_embeddings))
     affordable = _affordable_tokens(model, device)
     rows = max(1, min(budget, affordable) // length)
     ids = torch.randint(SMALL_VOCABULARY, (rows, min(length, affordable)), device=device)
@@ -62,7 +59,7 @@ def measure_speed(config: RunConfig, text_config: Any, *, median_tokens: int) ->
     model.layers = layers[: depths[1]]
     shallow = _seconds(model, ids)
     slope = (deep - shallow) / max(depths[0] - depths[1], 1)
-    if slope <= 0:  # a layer so small that it drowns in the noise
+    if slope <= 0:  # a layer too small to be seen in the noise
         slope = deep / depths[0]
     seconds = shallow + slope * (text_config.num_hidden_layers - depths[1])
     speed = Speed(
@@ -87,19 +84,16 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
         # Weights are filled below: drawing a billion normal values would take longer than timing
         # them.
         with no_init_weights():
-            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").to(
-                device
-            )
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except ValueError as error:
-        what = (
-            f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}"
-        )
         raise DataError(
-            what, where="target.model", fix="use a target that Transformers knows"
+            f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}",
+            where="target.model",
+            fix="use a target that Transformers knows",
         ) from None
-    noise = (torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) * 0.02).to(
-        device, dtype
-    )
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = noise.to(device, dtype)
+    model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             for piece in parameter.view(-1).split(NOISE):
@@ -108,14 +102,11 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
 
 
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a pass that leave time for a second one; a large target on a CPU gets through
-    only a few.
-    """
+    """Tokens of a pass that leave time for a second one: few for a large target on a CPU."""
     probe = torch.randint(SMALL_VOCABULARY, (1, PROBE_TOKENS), device=device)
     _pass_seconds(model, probe)  # the first one also loads kernels
-    return max(
-        PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / _pass_seconds(model, probe))
-    )
+    seconds = _pass_seconds(model, probe)
+    return max(PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / seconds))
 
 
 def _seconds(model: nn.Module, ids: Tensor) -> float:
@@ -135,13 +126,13 @@ def _pass_seconds(model: nn.Module, ids: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def num_lanes(config: RunConfig, device: str) -> int:
-    """Lanes that add up: one per GPU as the flows deal them out; on a CPU they would share what
-    one was timed with.
+def num_lanes(lanes: int | None, device: str) -> int:
+    """Lanes that add up: one per GPU, or as set; on a CPU they would share what one was timed
+    with.
     """
     if device == "cpu":
         return 1
-    return config.resources.devices.lanes or max(1, torch.cuda.device_count())
+    return lanes or max(1, torch.cuda.device_count())
 
 
 def measure_store(store: Store) -> float | None:
@@ -152,8 +143,7 @@ def measure_store(store: Store) -> float | None:
     """
     if store.free_bytes() < 4 * STORE_PROBE_BYTES:
         return None
-    name, block = f".probe-{uuid.uuid4().hex}", os.urandom(STORE_PROBE_BYTES // 16)
-    data = block * 16
+    name, data = f".probe-{uuid.uuid4().hex}", os.urandom(STORE_PROBE_BYTES // 16) * 16
     started = time.perf_counter()
     try:
         store.write(name, data)
@@ -166,16 +156,14 @@ def measure_store(store: Store) -> float | None:
     return len(data) / seconds
 
 
-def draft_parameters(config: RunConfig, text_config: Any) -> int:
-    """Trainable parameters of the run's draft.
+def draft_parameters(target: TargetConfig, draft: DraftConfig, text_config: Any) -> int:
+    """Trainable parameters of a draft.
 
     Raises:
         ConfigError: a target for which no draft is known.
     """
-    layers, mask = config.target.layer_ids, config.target.mask_token_id
-    draft = empty_draft(
-        DraftSpec.from_target(
-            text_config.to_dict(), config.draft, layer_ids=layers, mask_token_id=mask
-        )
+    spec = DraftSpec.from_target(
+        text_config.to_dict(), draft, layer_ids=target.layer_ids, mask_token_id=target.mask_token_id
     )
-    return sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
+    parameters = empty_draft(spec).parameters()
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

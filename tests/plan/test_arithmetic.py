@@ -11,16 +11,10 @@ import pytest
 from deepspec.errors import StoreError
 from deepspec.formatting import human_bytes, human_count, human_hours
 from deepspec.plan.arithmetic import (
-    CODECS,
-    Codecs,
     Fit,
     Shape,
     TokenCounts,
-    bytes_by_codec,
-    choose_codecs,
-    hidden_bytes,
     histogram,
-    layer_bytes,
     put_requests,
     puts_per_file,
     relative_error,
@@ -32,60 +26,6 @@ from deepspec.plan.arithmetic import (
 from deepspec.storage.s3_client import PART_BYTES
 from deepspec.storage.store import Store
 from deepspec.storage.urls import open_store
-
-QWEN3_4B = Shape(num_captured=5, width=2560, vocab_size=151_936)
-TOKENS, SAMPLES = 1.24e9, 1.3e6
-PUBLISHED = TokenCounts(SAMPLES, TOKENS, TOKENS * 2 / 3, TOKENS * 2 / 3 + 2 * SAMPLES)
-
-
-@pytest.mark.parametrize(
-    ("codecs", "terabytes"),
-    [
-        (Codecs("raw", "raw", "none"), 36.0),
-        (Codecs("lossless", "lossless", "none"), 24.8),
-        (Codecs("int8", "raw", "none"), 20.4),
-        (Codecs("fp8", "raw", "none"), 20.1),
-        (Codecs("int8", "int8", "none"), 18.3),
-        (Codecs("fp8", "int8", "none"), 18.1),
-    ],
-    ids=str,
-)
-def test_the_published_training_set_takes_what_was_worked_out_for_it(
-    codecs: Codecs, terabytes: float
-):
-    assert hidden_bytes(PUBLISHED, codecs, QWEN3_4B) / 1e12 == pytest.approx(terabytes, abs=0.06)
-
-
-def test_bytes_of_one_token_by_hand():
-    """Two layers of width 8 and one kept last state: raw 2 * 16 + 16, int8 a scale of 2 bytes a
-    group, fp8 one a layer.
-    """
-    one, shape = TokenCounts(samples=0, tokens=1, supervised=1, kept_last=1), Shape(2, 8, 100)
-    assert hidden_bytes(one, Codecs("raw", "raw", "none"), shape) == 32 + 16 + 5
-    assert hidden_bytes(one, Codecs("int8", "int8", "none"), shape) == 2 * (8 + 2) + (8 + 2) + 5
-    assert hidden_bytes(one, Codecs("fp8", None, "none"), shape) == 2 * (8 + 2) + 5
-    assert hidden_bytes(one._replace(samples=1), Codecs("raw", "raw", "none"), shape) == 53 + 780
-
-
-def test_scales_of_int8_stand_for_the_largest_group_that_divides_the_width():
-    assert layer_bytes("int8", 2560) == 2560 + 2 * 20  # groups of 128
-    assert layer_bytes("int8", 96) == 96 + 2  # one group
-    assert layer_bytes("int8", 200) == 200 + 2 * 2  # two of 100
-
-
-def test_the_last_state_follows_the_codec_but_not_into_fp8():
-    assert choose_codecs("fp8", None, "none", last_hidden="supervised").last == "int8"
-    assert choose_codecs("int8", None, "none", last_hidden="supervised").last == "int8"
-    assert choose_codecs("int8", "raw", "none", last_hidden="supervised").last == "raw"
-    assert choose_codecs("raw", "raw", "none", last_hidden="none").last is None
-
-
-def test_every_codec_is_compared_with_the_one_chosen():
-    chosen = Codecs("int8", "raw", "none")
-    sizes = bytes_by_codec(PUBLISHED, chosen, QWEN3_4B)
-    assert sizes[str(chosen)] == hidden_bytes(PUBLISHED, chosen, QWEN3_4B)
-    assert {name.split(",")[0].split(" ")[0] for name in sizes} == set(CODECS)
-    assert sizes["int8 + zstd"] < sizes["int8"] < sizes["lossless"] < sizes["raw"]
 
 
 def test_quantiles_and_bins_of_lengths():

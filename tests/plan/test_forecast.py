@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from deepspec.plan.arithmetic import Fit, Number, Shape, TokenCounts
-from deepspec.plan.forecast import Facts, Plan, SampleSize, Speed, Workload, compute_plan
-from deepspec.plan.view import render, show
+from deepspec.plan.forecast import compute_plan
+from deepspec.plan.parts import Facts, Plan, SampleSize, Speed, Workload
+from deepspec.plan.view import print_plan, render
 from tests.conftest import tiny_run
 
 # 100 prompts of 100 tokens, half of them supervised; a lane does 10 tokens/s, so capture takes 1000
@@ -134,7 +135,7 @@ def test_the_json_holds_every_number_with_its_origin():
 
 
 def test_the_table_fits_a_terminal_and_says_the_verdict(capsys):
-    show(plan_of(FACTS, free=1.0), is_terminal=False)
+    print_plan(plan_of(FACTS, free=1.0), is_terminal=False)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100
     assert "it does NOT fit" in said

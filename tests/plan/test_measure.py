@@ -5,6 +5,7 @@ nothing left behind.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from deepspec.artifacts.run import Run
 from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
+from deepspec.plan.parts import Speed
 from deepspec.storage.local import LocalStore
 from deepspec.storage.urls import open_store
 from deepspec.target.loading import read_text_config
@@ -32,15 +34,19 @@ QWEN3 = Qwen3Config(
 )
 
 
+def speed_of(text: Any, length: int) -> Speed:
+    return measure_speed(
+        text, dtype=torch.float32, device=torch.device("cpu"), batch_tokens=8192, length=length
+    )
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "SECONDS_PER_DEPTH", 0.2)
     monkeypatch.setattr(measure, "STORE_PROBE_BYTES", 1 << 20)
 
 
-def test_what_a_layer_costs_is_counted_once_for_each_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_a_layer_costs_is_counted_once_for_each_layer(monkeypatch: pytest.MonkeyPatch):
     """A clock that depends on nothing but the layers and tokens of a pass: what a shared
     machine does decides no test.
     """
@@ -49,22 +55,22 @@ def test_what_a_layer_costs_is_counted_once_for_each_layer(
     )
     deep = Qwen3Config(**{**QWEN3.to_dict(), "num_hidden_layers": 64, "layer_types": None})
     for text, layers in ((QWEN3, 8), (deep, 64)):
-        speed = measure_speed(tiny_run(tmp_path), text, median_tokens=50)
+        speed = speed_of(text, 50)
         assert 1 <= speed.num_tokens <= measure.MAX_CPU_TOKENS
         assert speed.tokens_per_s == pytest.approx(
             speed.num_tokens / (0.25 + 0.001 * layers * speed.num_tokens)
         )
 
 
-def test_a_pass_is_timed_by_running_it(tmp_path: Path):
-    speed = measure_speed(tiny_run(tmp_path), QWEN3, median_tokens=50)
+def test_a_pass_is_timed_by_running_it():
+    speed = speed_of(QWEN3, 50)
     assert speed.tokens_per_s > 0 and speed.flops_per_s > 0
 
 
-def test_gemma4_is_timed_with_both_kinds_of_its_layers(tmp_path: Path):
+def test_gemma4_is_timed_with_both_kinds_of_its_layers():
     settings = {key: value for key, value in GEMMA4.items() if key != "model_type"}
     text = AutoConfig.for_model(GEMMA4["model_type"], **settings)
-    assert measure_speed(tiny_run(tmp_path), text, median_tokens=20).tokens_per_s > 0
+    assert speed_of(text, 20).tokens_per_s > 0
 
 
 def test_weights_are_noise_of_the_runs_dtype_and_finite():
@@ -102,9 +108,8 @@ def test_a_store_that_fails_to_write_is_an_error_of_the_store(
         measure_store(open_store(str(tmp_path)))
 
 
-def test_lanes_of_a_cpu_do_not_add_up(tmp_path: Path):
-    config = tiny_run(tmp_path, "resources.devices.lanes=4")
-    assert (num_lanes(config, "cpu"), num_lanes(config, "cuda")) == (1, 4)
+def test_lanes_of_a_cpu_do_not_add_up():
+    assert (num_lanes(4, "cpu"), num_lanes(4, "cuda")) == (1, 4)
 
 
 def test_the_draft_is_counted_without_its_frozen_parts(store: Path):
@@ -112,7 +117,7 @@ def test_the_draft_is_counted_without_its_frozen_parts(store: Path):
 
     config = tiny_run(store)
     text = read_text_config(config.target, folder=target_folder(Run(config)))
-    whole = draft_parameters(config, text)
+    whole = draft_parameters(config.target, config.draft, text)
     assert 10_000 < whole < 1_000_000
     smaller = tiny_run(store, "draft.num_layers=1")
-    assert draft_parameters(smaller, text) < whole
+    assert draft_parameters(smaller.target, smaller.draft, text) < whole

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.config.draft import TrainConfig
+from deepspec.config.resources import TrainingConfig
 from deepspec.plan.arithmetic import Fit
 from deepspec.plan.source_choice import Effort, compare_sources
 from tests.conftest import tiny_run
@@ -14,7 +16,7 @@ from tests.conftest import tiny_run
 EFFORT = Effort(
     cache_bytes=100e9,
     missing_bytes=101e9,
-    beside_bytes=1e9,
+    once_bytes=1e9,
     shard_bytes=1e9,
     num_shards=100,
     capture_hours=2.0,
@@ -34,7 +36,13 @@ def compared(effort: Effort = EFFORT, *overrides: str, free_gb: float = 1000.0):
         "prompts.held_out=0",
         *overrides,
     )
-    return compare_sources(config, effort, room=lambda needed: Fit(needed, free_gb * 1e9, 0.0))
+    return compare_sources(
+        effort,
+        config.train,
+        config.resources.training,
+        held_out=config.prompts.held_out,
+        room=lambda needed: Fit(needed, free_gb * 1e9, 0.0),
+    )
 
 
 def test_the_cache_is_captured_once_and_chosen_where_it_fits():
@@ -78,8 +86,13 @@ def test_online_captures_training_samples_in_every_pass_and_keeps_nothing():
 @pytest.mark.parametrize(
     ("overrides", "free_gb", "best", "said"),
     [
-        (["train.window_epochs=5"], 50, "rolling", "captured once in as many passes"),
-        ([], 50, "online", "the target must fit into memory beside the draft"),
+        (
+            ["train.window_epochs=5"],
+            50,
+            "rolling",
+            "a shard is captured once in train.window_epochs 5",
+        ),
+        ([], 50, "online", "the target must fit into memory with the draft"),
         (["train.window_epochs=5"], 5, "online", "the cache needs 101 GB, which do not fit"),
     ],
 )
@@ -93,10 +106,9 @@ def test_what_does_not_fit_is_marked_and_the_cheapest_of_the_others_recommended(
 
 
 def test_where_the_size_is_unknown_nothing_is_said_to_fit():
-    config = tiny_run(Path("/nowhere"))
-    assert [option.fits for option in compare_sources(config, EFFORT, room=None).options] == [
-        None
-    ] * 3
+    train, settings = TrainConfig(), TrainingConfig()
+    found = compare_sources(EFFORT, train, settings, held_out=0.0, room=None)
+    assert [option.fits for option in found.options] == [None] * 3
 
 
 def test_a_cache_that_is_there_is_what_a_run_reads():

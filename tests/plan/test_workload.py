@@ -15,8 +15,9 @@ from deepspec.errors import DataError
 from deepspec.hidden.stage import run_capture
 from deepspec.plan.arithmetic import Number
 from deepspec.plan.assumed_answers import ASSUMED_ANSWER_TOKENS, assistant_texts
-from deepspec.plan.forecast import Workload
-from deepspec.plan.workload import count_source_rows, sample_workload
+from deepspec.plan.parts import Workload
+from deepspec.plan.source_rows import count_source_rows
+from deepspec.plan.workload import sample_workload
 from deepspec.prompts.stage import run_prompts
 from deepspec.target.chat import load_chat
 from tests.conftest import tiny_run, write_jsonl
@@ -141,7 +142,7 @@ def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(
     config = tiny_run(store, source, "prompts.limit=null")
     told = workload(config, num_rows=10)
     assert (told.prompts, told.counts.samples) == (Number(30, "rows of the source"), 30)
-    monkeypatch.setattr("deepspec.plan.workload._dataset_rows", lambda source: None)
+    monkeypatch.setattr("deepspec.plan.source_rows._dataset_rows", lambda source: None)
     unknown = workload(config, num_rows=10)
     assert (unknown.prompts, unknown.counts.samples) == (None, 1000)
     assert workload(config).prompts == Number(30, "source, all usable")
