@@ -125,7 +125,7 @@ def test_a_run_that_this_version_does_not_know_and_no_artifact_at_all_are_said(
     assert (
         code == 2
         and "gone: there is no such field" in err
-        and "made by deepspec" in err
+        and "print it with deepspec" in err
         and out == ""
     )
 
