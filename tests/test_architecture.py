@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,34 @@ def test_files_and_functions_fit_the_head(path: Path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             num_lines = (node.end_lineno or 0) - node.lineno + 1
             assert num_lines <= 60, f"{node.name} is longer than 60 lines"
+
+
+def test_few_functions_take_the_whole_configuration():
+    """Others take the section, the artifact or the number that they work with."""
+    taking = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if argument.annotation is not None and "RunConfig" in ast.unparse(argument.annotation)
+    ]
+    assert len(taking) <= 40, taking
+
+
+def test_the_library_stays_small():
+    """Code tokens, a docstring counting one; who adds raises the number and gives the reason."""
+    layout = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    num_tokens = sum(
+        token.type not in layout
+        for name in LIBRARY
+        for token in tokenize.generate_tokens(io.StringIO(MODULES[name].read_text()).readline)
+    )
+    assert num_tokens <= 161_000
