@@ -10,7 +10,7 @@ import xxhash
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Record, index_file
-from deepspec.cache.format import column_checksums
+from deepspec.cache.arrow_columns import column_checksums
 from deepspec.cache.index import read_index_rows
 from deepspec.cache.reader import SCHEMA
 
@@ -18,10 +18,9 @@ MAX_NAMED = 8
 
 
 def locate_damage(artifact: Artifact, record: Record) -> list[str]:
-    """`row 3, column context`, ... for the messages of a shard that do not fit their checksums.
+    """`row 3, column context`, ... for the messages of a shard that differ from their checksums.
 
-    Nothing where the shard's own rows are lost; the file's header and footer are what is left when
-    every row is whole.
+    When every row is whole it is the header or footer.
     """
     (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
     if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:

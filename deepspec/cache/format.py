@@ -1,6 +1,6 @@
 """What a sample of the hidden-state cache is, in memory and as one row of an Arrow record batch.
 
-A captured tensor is stored as the columns of its codec (`codec.py`), everything else as it is.
+A captured tensor is stored as the columns of its codec (`codecs.py`), everything else as it is.
 Lists have 64-bit offsets, so no sample is too long (trap C7). T tokens, m captured layers, D hidden
 size, T' tokens whose final hidden state is kept.
 """
@@ -15,22 +15,27 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from torch import Tensor
 
-from deepspec.cache.codec_base import Codec, Column
+from deepspec.cache.arrow_columns import (
+    codec_field,
+    column_buffers,
+    list_field,
+    one_row,
+    tensor_bytes,
+)
+from deepspec.cache.codec_base import Codec
 from deepspec.cache.codecs import make_codec
 from deepspec.errors import ArtifactMismatch
 
 FORMAT, VERSION = "deepspec.hidden", 1
-EMPTY = pa.py_buffer(b"")
 TOKEN_BYTES = 4 + 1  # its id, and whether it is supervised
 INCOMPRESSIBLE = 128  # zstd makes what it cannot compress larger by a fraction of this
 # of an Arrow message, its padding, its spans and its index row: some 900 where a sample has few
 # spans
 FRAME_BYTES = 2048
 Count = TypeVar("Count", int, np.ndarray)
-# columns beside the two captured tensors
+# columns other than the two captured tensors
 PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")
 
 
@@ -41,17 +46,18 @@ class EncodedTensor(NamedTuple):
     parts: tuple[Tensor, ...]  # one per column of the codec, each [T, bytes] uint8
 
     def decode(self, *, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
-        """The tensor, [T, layers * D] bfloat16 on the device, where the codes are sent as they
-        are and decoded.
-        """
+        """The tensor, [T, layers * D] bfloat16, decoded on the device."""
         return self.codec.dequantize([part.to(device) for part in self.parts], out=out)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the codes in memory."""
         return sum(part.numel() * part.element_size() for part in self.parts)
 
 
 class HiddenSample(NamedTuple):
+    """The token ids of one sample and what the target computed over them."""
+
     sample_id: int
     input_ids: Tensor  # [T] int32
     loss_mask: Tensor  # [T] uint8, 1 where the target generated the token
@@ -60,9 +66,7 @@ class HiddenSample(NamedTuple):
     last_spans: Tensor  # [n, 2] int32: start and length of the runs that `last_hidden` covers
 
     def place_last_hidden(self, out: Tensor) -> None:
-        """Write the final hidden states to their places in `out` [>= T, D]; what they do not
-        cover is left as it is.
-        """
+        """Write the final hidden states to their places in `out` [>= T, D]; others stay."""
         kept, taken = self.last_hidden.decode(device=out.device), 0
         for start, length in self.last_spans.tolist():
             out[start : start + length] = kept[taken : taken + length]
@@ -70,6 +74,7 @@ class HiddenSample(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors in memory."""
         return self.context.num_bytes + self.last_hidden.num_bytes + 5 * len(self.input_ids)
 
 
@@ -88,23 +93,24 @@ def last_hidden_spans(loss_mask: Sequence[bool]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Layout:
-    """The two codecs of a cache, and what its schema says of where the states come from."""
+    """The two codecs of a cache, and what its schema records of the states' origin."""
 
     context: Codec
     last_hidden: Codec
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def schema(self) -> pa.Schema:
-        """The same bytes for every shard of a cache, so that a sample is decoded without
-        opening its shard.
+        """The schema, the same bytes for every shard of a cache.
+
+        So a sample is decoded without opening its shard.
         """
         fields = [
             pa.field("sample_id", pa.uint64(), nullable=False),
-            _listed("input_ids", pa.int32()),
-            _listed("loss_mask", pa.uint8()),
-            *(_field("context", column) for column in self.context.columns()),
-            *(_field("last_hidden", column) for column in self.last_hidden.columns()),
-            _listed("last_spans", pa.int32()),
+            list_field("input_ids", pa.int32()),
+            list_field("loss_mask", pa.uint8()),
+            *(codec_field("context", column) for column in self.context.columns()),
+            *(codec_field("last_hidden", column) for column in self.last_hidden.columns()),
+            list_field("last_spans", pa.int32()),
         ]
         own = {"format": FORMAT, "version": str(VERSION), "byteorder": "little"}
         codecs = {"context": _described(self.context), "last_hidden": _described(self.last_hidden)}
@@ -122,12 +128,10 @@ class Layout:
         """
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            what = f"the cache has format {metadata.get('format')} version {metadata.get('version')}, this reads {FORMAT} version {VERSION}"
-            raise ArtifactMismatch(
-                what,
-                where="schema.arrow",
-                fix="capture again, or use the DeepSpec version that wrote it",
-            )
+            found = f"{metadata.get('format')} version {metadata.get('version')}"
+            what = f"the cache has format {found}, this reads {FORMAT} version {VERSION}"
+            fix = "capture again, or use the DeepSpec version that wrote it"
+            raise ArtifactMismatch(what, where="schema.arrow", fix=fix)
         codecs = json.loads(metadata["codecs"])
         context = make_codec(
             **codecs["context"], tensor="context", channel_scale=scales.get("context")
@@ -138,9 +142,7 @@ class Layout:
         return cls(context, last_hidden, metadata)
 
     def most_bytes(self, num_tokens: Count, num_last: Count) -> Count:
-        """Bytes that a sample (or each of several) takes in a shard and its index rows at most,
-        whatever its values compress to.
-        """
+        """Bytes of a sample (or each of several) in a shard and its index rows, at most."""
         context, last = (
             sum(column.token_bytes for column in codec.stored)
             for codec in (self.context, self.last_hidden)
@@ -149,9 +151,7 @@ class Layout:
         return plain + plain // INCOMPRESSIBLE + FRAME_BYTES
 
     def encode(self, sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
-        """One row that wraps the sample's tensors without copying them; the codecs' entropy
-        coding is done here.
-        """
+        """One row around the sample's tensors, without a copy; entropy coding is done here."""
         captured = {
             name: iter(stored.codec.compress(stored.parts))
             for name, stored in self._captured(sample).items()
@@ -161,9 +161,9 @@ class Layout:
             if entry.name == "sample_id":
                 columns.append(pa.array([sample.sample_id], pa.uint64()))
             elif entry.name in PLAIN:
-                columns.append(_row(entry.type, _bytes_of(getattr(sample, entry.name))))
+                columns.append(one_row(entry.type, tensor_bytes(getattr(sample, entry.name))))
             else:
-                columns.append(_row(entry.type, next(captured[_tensor_of(entry.name)])))
+                columns.append(one_row(entry.type, next(captured[_tensor_of(entry.name)])))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
     def decode(self, message: pa.Buffer | memoryview | bytes, schema: pa.Schema) -> HiddenSample:
@@ -185,21 +185,6 @@ class Layout:
         return {"context": sample.context, "last_hidden": sample.last_hidden}
 
 
-def column_buffers(batch: pa.RecordBatch) -> dict[str, pa.Buffer]:
-    """The value bytes of every column of a one-row batch: the last of its buffers, whatever
-    lists are around them.
-    """
-    return {
-        name: column.buffers()[-1] or EMPTY
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    }
-
-
-def column_checksums(batch: pa.RecordBatch) -> list[int]:
-    """xxh3_64 of each column's value bytes: which column of a damaged message it was."""
-    return [xxhash.xxh3_64_intdigest(buffer) for buffer in column_buffers(batch).values()]
-
-
 def _described(codec: Codec) -> dict[str, Any]:
     """What `make_codec` needs to make it again, the static scales apart."""
     sizes = {"num_layers": codec.num_layers, "hidden_size": codec.hidden_size}
@@ -217,44 +202,6 @@ def _expanded(
 
 def _tensor_of(column: str) -> str:
     return "last_hidden" if column.startswith("last_hidden") else "context"
-
-
-def _listed(name: str, kind: pa.DataType, metadata: dict[str, str] | None = None) -> pa.Field:
-    return pa.field(
-        name,
-        pa.large_list(pa.field("item", kind, nullable=False)),
-        nullable=False,
-        metadata=metadata,
-    )
-
-
-def _field(tensor: str, column: Column) -> pa.Field:
-    metadata = {"dtype": column.dtype, "shape": json.dumps(column.shape)}
-    if column.storage == "frame":
-        return pa.field(
-            tensor + column.suffix,
-            pa.large_binary(),
-            nullable=False,
-            metadata={**metadata, "frame": "zstd"},
-        )
-    return _listed(tensor + column.suffix, pa.binary(column.token_bytes), metadata)
-
-
-def _bytes_of(tensor: Tensor) -> pa.Buffer:
-    return pa.py_buffer(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _row(kind: pa.DataType, raw: pa.Buffer) -> pa.Array:
-    """One row of a list or binary column, its values being the buffer itself."""
-    if pa.types.is_large_binary(kind):
-        return pa.Array.from_buffers(kind, 1, [None, _offsets(raw.size), raw])
-    count = raw.size // (kind.value_type.bit_width // 8)
-    items = pa.Array.from_buffers(kind.value_type, count, [None, raw])
-    return pa.Array.from_buffers(kind, 1, [None, _offsets(count)], children=[items])
-
-
-def _offsets(count: int) -> pa.Buffer:
-    return pa.py_buffer(np.array([0, count], dtype=np.int64))
 
 
 def _tensor(buffer: pa.Buffer, dtype: Any) -> Tensor:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import xxhash
 from typing_extensions import Buffer, override
 
-from deepspec.cache.format import HiddenSample, Layout, column_checksums
+from deepspec.cache.arrow_columns import column_checksums
+from deepspec.cache.format import HiddenSample, Layout
 from deepspec.cache.index import encode_rows
 
 MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding stand before the schema message

@@ -1,8 +1,7 @@
-"""Where the hidden states that training learns from come from: what the loop needs of it, whatever
-it is.
+"""Where the hidden states that training learns from come from: what the loop needs of any source.
 
 `HiddenCache` reads a sealed cache, `RollingStates` shards that are captured ahead of training and
-deleted behind it, `OnlineStates` has the target compute what comes next. A number means the same
+deleted after it, `OnlineStates` has the target compute what comes next. A number means the same
 sample in all of them.
 """
 
@@ -20,9 +19,7 @@ from deepspec.cache.sample_order import WindowedOrder
 
 
 class SampleRange(NamedTuple):
-    """What training will ask for: the places of the order's line from `start` to `end`,
-    `step_samples` at a step.
-    """
+    """What training will read: the order's places from `start` to `end`, so many at a step."""
 
     order: WindowedOrder
     start: int
@@ -38,14 +35,16 @@ class Source(Protocol):
     layout: Layout
 
     @abstractmethod
-    def __getitem__(self, number: int) -> HiddenSample: ...
+    def __getitem__(self, number: int) -> HiddenSample:
+        """One sample."""
 
     @abstractmethod
     def stream(
         self, numbers: Iterable[int], *, max_bytes: int, threads: int
     ) -> Iterator[HiddenSample]:
-        """Samples in the order asked, `max_bytes` of them ahead; a sample's tensors are good
-        until the next one is asked for.
+        """The samples in this order, `max_bytes` of them read ahead.
+
+        A sample's tensors are valid until the next one is taken.
         """
 
     def file(self, name: str) -> Path:
@@ -59,17 +58,13 @@ class Source(Protocol):
         return
 
     def on_progress(self, progress: Callable[[], object]) -> None:
-        """Call `progress` when something is made that training may wait for: it does not stand
-        still then.
-        """
+        """Call `progress` whenever something is made that training may be waiting for."""
         return
 
     def release(self, place: int) -> None:
-        """No rank will ask for a sample before this place of the line any more."""
+        """No rank will read a sample before this place of the line any more."""
         return
 
     def close(self) -> None:
-        """End what goes on behind the scenes; threads that wait for a sample get an error
-        instead.
-        """
+        """End the threads and children of the source; a thread that waits gets an error."""
         return

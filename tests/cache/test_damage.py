@@ -52,7 +52,7 @@ def test_nothing_is_said_of_a_whole_cache(artifact: Artifact, tmp_path: Path):
 def test_a_flipped_bit_names_shard_row_and_column(artifact: Artifact, tmp_path: Path, column: str):
     import pyarrow as pa
 
-    from deepspec.cache.format import column_buffers
+    from deepspec.cache.arrow_columns import column_buffers
 
     record = artifact.records()[1]
     row = rows_of(artifact, record)[2]
