@@ -114,9 +114,7 @@ def evaluate_draft(
 def pipeline(
     recipe: Recipe = "demo", overrides: Overrides = (), store: StoreUrl = ""
 ) -> list[StageOutcome]:
-    """Prompts, answers, hidden states, draft, results: one after the other, each only where it is
-    missing.
-    """
+    """Prompts, answers, hidden states, draft, results, in order; only what is missing is made."""
     checked_run(request_of(recipe, overrides, store))
     outcomes: list[StageOutcome] = []
     for part in (prepare, train_draft, evaluate_draft):
