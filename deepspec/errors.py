@@ -1,8 +1,8 @@
 """Every error a user can meet: what happened, where, and how to go on.
 
 One base class; `transient` is True only where the same call may succeed later without any change.
-An error crosses the border between processes as one JSON event and an exit code (`__main__`), and is
-raised again on the other side (`process.launch`).
+An error crosses the border between processes as one JSON event and an exit code (`__main__`),
+and is raised again on the other side (`process.launch`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 
 def human_bytes(num_bytes: float) -> str:
+    """Three significant digits and a unit: `36.0 TB`."""
     return human_count(num_bytes, units=("B", "kB", "MB", "GB", "TB", "PB"))
 
 
@@ -20,6 +21,7 @@ def human_count(count: float, *, units: Sequence[str] = ("", "k", "M", "G", "T")
 
 
 def human_hours(hours: float) -> str:
+    """A duration in the unit that suits it, from seconds to days."""
     if hours < 1 / 60:
         return f"{3600 * hours:.2g} s"
     if hours < 1:

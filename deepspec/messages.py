@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 
 class Message(NamedTuple):
+    """One message of a conversation, with the tool calls it makes or answers."""
+
     role: str
     content: str
     tool_calls: list[dict[str, Any]] | None = None
@@ -21,6 +23,7 @@ class Message(NamedTuple):
 
 
 def parse_messages(text: str) -> list[Message]:
+    """The messages of a row's JSON text."""
     return [
         Message(**{field: entry.get(field) for field in Message._fields})
         for entry in json.loads(text)

@@ -2,7 +2,7 @@
 
 `quantize` and `dequantize` run where the states are (the GPU, if there is one); `compress` and
 `expand` run on the host, in threads, because zstd lets go of the interpreter. What the columns hold
-is the business of `codec.py`. T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
+is the business of `codecs.py`. T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ CHUNK_VALUES, DEVICE_CHUNK_VALUES = 1 << 19, 1 << 25
 
 
 class Column(NamedTuple):
-    suffix: str  # behind the tensor's name
+    """One column of a codec."""
+
+    suffix: str  # after the tensor's name
     dtype: str  # of one value; little-endian
     shape: tuple[int, ...]  # of one token's entry
     # fixed-size entries, or one zstd frame of all of them
@@ -63,6 +65,7 @@ class Codec(ABC):
 
     @property
     def width(self) -> int:
+        """Values of a token: layers times hidden size."""
         return self.num_layers * self.hidden_size
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from deepspec.cache.codec_base import Codec, CodecName, Column, Compression
 from deepspec.errors import ConfigError
@@ -30,12 +31,15 @@ class RawCodec(Codec):
 
     name = "raw"
 
+    @override
     def columns(self) -> tuple[Column, ...]:
         return (Column("", "bfloat16", (self.num_layers, self.hidden_size)),)
 
+    @override
     def quantize(self, states: Tensor) -> tuple[Tensor, ...]:
         return (self._rows(states).view(torch.uint8),)
 
+    @override
     def dequantize(self, parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         states = parts[0].view(torch.bfloat16)
         return states if out is None else out.copy_(states)
@@ -53,6 +57,7 @@ class LosslessCodec(Codec):
     name = "lossless"
     scratch_dtypes = (torch.uint8, torch.int16)
 
+    @override
     def columns(self) -> tuple[Column, ...]:
         shape = (self.num_layers, self.hidden_size)
         return (Column("", "uint8", shape), Column("_exponent", "uint8", shape, "frame"))
@@ -92,8 +97,10 @@ class Int8Codec(Codec):
 
     @cached_property
     def group_size(self) -> int:
+        """Channels that share a scale."""
         return max(size for size in range(1, GROUP_SIZE + 1) if self.hidden_size % size == 0)
 
+    @override
     def columns(self) -> tuple[Column, ...]:
         codes = Column("", "int8", (self.num_layers, self.hidden_size), _storage(self.compression))
         return (
@@ -132,6 +139,7 @@ class Fp8Codec(Codec):
     name = "fp8"
     scratch_dtypes = (torch.int16, torch.float32)
 
+    @override
     def columns(self) -> tuple[Column, ...]:
         codes = Column(
             "", "float8_e4m3fn", (self.num_layers, self.hidden_size), _storage(self.compression)
@@ -176,7 +184,10 @@ def make_codec(
         ConfigError: a choice that would spoil the training data or mean nothing.
     """
     if name == "fp8" and tensor == "last_hidden":
-        what = "fp8 moves the target's distribution by 2 %, and the last hidden state is what the draft is trained to reproduce"
+        what = (
+            "fp8 moves the target's distribution by 2 %, and the last hidden state is what the draft "
+            "is trained to reproduce"
+        )
         raise ConfigError(
             what, where="hidden.codec", fix="store the last hidden state as raw, lossless or int8"
         )

@@ -122,7 +122,10 @@ def refuse(fidelity: Fidelity, limits: FidelityConfig, *, where: str = "") -> No
             broken.append(f"{measured} is {value:.4g}, {name} is {limit:g}")
             names.append(name)
     if broken:
-        fix = f"choose a codec that keeps more (lossless keeps everything), or change {', '.join(names)} if the loss is acceptable"
+        fix = (
+            "choose a codec that keeps more (lossless keeps everything), "
+            f"or change {', '.join(names)} if the loss is acceptable"
+        )
         raise FidelityTooLow(
             f"the codec changes the hidden states too much: {'; '.join(broken)}",
             where=where,

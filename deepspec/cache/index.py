@@ -83,6 +83,7 @@ def encode_rows(rows: Sequence[Mapping[str, object]]) -> bytes:
 
 
 def read_index_rows(data: bytes) -> pa.Table:
+    """The index rows of a shard, as `encode_rows` wrote them."""
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
 

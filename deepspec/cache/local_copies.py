@@ -26,6 +26,8 @@ LOOKS_PER_LIMIT = 100  # the folder is measured each time that a hundredth of th
 
 
 class LocalCopies:
+    """Copies in a folder, at most `max_bytes` of them."""
+
     def __init__(self, folder: Path, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.max_bytes = folder, max_bytes

@@ -85,6 +85,7 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> np.ndarray:
+        """A buffer of at least so many bytes, an old one where there is one."""
         size = max(SMALLEST_BUFFER, 1 << max(0, num_bytes - 1).bit_length()) if num_bytes else 0
         with self._lock:
             if free := self._free[size]:

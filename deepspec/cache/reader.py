@@ -109,6 +109,7 @@ class HiddenCache(Source):
         return self.read(number, np.empty(self.room(number), dtype=np.uint8))
 
     def file(self, name: str) -> Path:
+        """A local copy of the artifact's file of this name."""
         return self.artifact.fetch_file(name)
 
     def room(self, number: int) -> int:
@@ -149,7 +150,10 @@ class HiddenCache(Source):
         except OSError as error:  # the file is gone, or a sector is bad
             whole, reason = False, f" ({type(error).__name__}: {error})"
         if not whole:
-            fix = f"run `python -m deepspec verify` and then the stage 'hidden' again: it captures shard {shard} once more"
+            fix = (
+                "run `python -m deepspec verify` and then the stage 'hidden' again: "
+                f"it captures shard {shard} once more"
+            )
             what = f"row {int(self.index.row[number])} of shard {shard} is damaged{reason}"
             raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
         return self.layout.decode(message, self.schema)
@@ -213,4 +217,5 @@ class _OpenFile:
 
 
 def read_schema(data: bytes) -> pa.Schema:
+    """The schema of every shard, from the bytes of `schema.arrow`."""
     return pa.ipc.read_schema(pa.py_buffer(data))

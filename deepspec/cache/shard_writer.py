@@ -1,4 +1,4 @@
-"""Writing a shard of the hidden-state cache, one message a sample, hashed on its way to the file."""
+"""Writing a shard of the hidden-state cache, one message a sample, hashed on the way."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MARK = "DEEPSPEC_CHILD"
 
 
 class Stopped(DeepSpecError):
-    """The child was ended on purpose: its scope was left, by Ctrl-C, a cancelled run or an error."""
+    """The child was ended on purpose: by Ctrl-C, a cancelled run or an error."""
 
 
 class Scope:
