@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.shard_loop import Todo
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import write_table
 from deepspec.errors import DataError, TransientError
@@ -51,15 +52,11 @@ class AnsweredShard(NamedTuple):
     """All of its conversations, ended; raises what the shard failed with, at every call."""
 
 
-class AnsweredShards(Protocol):
+class AnsweredShards(Todo[AnsweredShard], Protocol):
     """The shards to do, each yielded once its answers can be had."""
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether a shard answered twice has the same answers."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[AnsweredShard]: ...
+    repeatable: bool
+    """Whether a shard answered twice has the same answers."""
 
 
 def write_answers(

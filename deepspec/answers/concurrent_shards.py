@@ -80,7 +80,7 @@ class ConcurrentShards:
         for _ in self._stage.todo:
             yield self._next_complete()
             # only now: while its user writes a shard, its conversations are still in memory
-            self._engine.portal.start_task_soon(self._close_shard)
+            self._engine.portal.start_task_soon(partial(self._close, shards=1))
         self._progress.publish()
 
     def _next_complete(self) -> AnsweredShard:
@@ -95,12 +95,9 @@ class ConcurrentShards:
             finally:
                 self._progress.publish_if_due()
 
-    def _close_shard(self) -> None:
-        self._open_shards -= 1
-        self._room.set()
-
-    def _close_rows(self, number: int) -> None:
-        self._open_rows -= number
+    def _close(self, *, rows: int = 0, shards: int = 0) -> None:
+        self._open_rows -= rows
+        self._open_shards -= shards
         self._room.set()
 
     async def _answer_shards(self) -> None:
@@ -133,10 +130,10 @@ class ConcurrentShards:
                     group.create_task(self._converse(conversation, journal))
                 rows_to_close = 0  # each conversation closes its own
         except ExceptionGroup as errors:
-            result = _first(errors)
+            result = errors.exceptions[0]
         except Exception as error:  # noqa: BLE001  (raised where the shard's answers are used)
             result = error
-        self._close_rows(rows_to_close)
+        self._close(rows=rows_to_close)
         conversations = partial(_conversations, work.shard, result)
         self._complete.put(AnsweredShard(work.shard, work.upstream, conversations))
 
@@ -149,7 +146,7 @@ class ConcurrentShards:
                 conversation.receive(await self._answer(request, journal))
             self._progress.rows += 1
         finally:
-            self._close_rows(1)
+            self._close(rows=1)
 
     async def _answer(self, request: AnswerRequest, journal: Journal) -> Outcome:
         """The outcome that the journal has, or else a server's, which is added to the journal."""
@@ -195,8 +192,3 @@ def _conversations(shard: int, result: list[Conversation] | Exception) -> list[C
                 f"{type(result).__name__}: {result}", where=f"shard {shard}", fix="see the log"
             ) from result
     return result
-
-
-def _first(errors: ExceptionGroup[Exception]) -> Exception:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, ExceptionGroup) else error

@@ -79,8 +79,7 @@ class ServerEngine:
         self.clients = clients
         self.family = family
         self.progress = progress
-        self.max_attempts = servers.request_tries
-        self.timeout_s = servers.request_timeout_s
+        self.servers = servers
         self.pool = ServerPool(servers.endpoints, most=servers.requests, lost_s=servers.lost_s)
 
     async def ask(self, request: AnswerRequest) -> Outcome:
@@ -106,14 +105,14 @@ class ServerEngine:
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(AttemptFailed),
-            stop=lambda state: counted >= self.max_attempts,
+            stop=lambda state: counted >= self.servers.request_tries,
             reraise=True,
             wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         )
         try:
             return await retrying(attempt)
         except AttemptFailed as error:
-            return Failed(f"{self.max_attempts} attempts failed, the last one with: {error}")
+            return Failed(f"{counted} attempts failed, the last one with: {error}")
 
     async def _attempt(self, request: AnswerRequest) -> Turn | Refused:
         """One attempt at one server; how it went decides what the pool sends there next."""
@@ -139,7 +138,9 @@ class ServerEngine:
             return ServerUnavailable(f"{server.url}: it cannot be reached ({cause})")
         if kind == "timeout":
             server.note_overload(began)
-            return AttemptFailed(f"{server.url}: no answer within {self.timeout_s:g} s")
+            return AttemptFailed(
+                f"{server.url}: no answer within {self.servers.request_timeout_s:g} s"
+            )
         detail = self.clients[server.url].key.scrub(str(error))
         return AttemptFailed(f"{server.url}: {detail} ({type(cause).__name__})")
 

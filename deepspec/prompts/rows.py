@@ -62,30 +62,36 @@ class SeenPrompts:
         return prompt._replace(id=_hash(f"{prompt.id}:{self._repeats[prompt.id]}".encode()))
 
 
+class _UnusableRow(Exception):
+    """Raised with the reason and the detail of a rejection."""
+
+
 def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rejected:
     """A row as a prompt, whose id is a hash of what it keeps of the row."""
-    messages = _messages(row)
-    if isinstance(messages, Rejected):
-        return messages
-    if (disorder := _disorder([message["role"] for message in messages])) is not None:
-        return disorder
-    tools = _tools(row.get("tools"))
-    if isinstance(tools, Rejected):
-        return tools
     try:
-        kept = canonical_json(list(_without_answers(messages)))
-    except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, and not text
-        return Rejected("bad_text", str(error))
-    number = _hash(kept + (tools or "").encode())
+        messages = _messages(row)
+        _check_order([message["role"] for message in messages])
+        tools = _tools(row.get("tools"))
+        kept = _json("bad_text", list(_without_answers(messages)))
+    except _UnusableRow as unusable:
+        return Rejected(*unusable.args)
+    number = _hash((kept + tools).encode())
     draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
     return Prompt(
         id=number,
         held_out=draw < settings.held_out,
         domain=None if domain is None else str(domain),
-        messages=kept.decode(),
-        tools=tools,
+        messages=kept,
+        tools=tools or None,
     )
+
+
+def _json(reason: str, value: Any) -> str:
+    try:
+        return canonical_json(value).decode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, and not text
+        raise _UnusableRow(reason, str(error)) from None
 
 
 def _without_answers(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -104,48 +110,39 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def _disorder(roles: Sequence[str]) -> Rejected | None:
-    """Why messages of these roles are not a conversation.
+def _check_order(roles: Sequence[str]) -> None:
+    """Refuse messages of these roles that are not a conversation.
 
     The system comes first or not at all, then user and assistant take turns, with tools after the
     assistant that called them.
     """
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
-        return Rejected("system_not_first", f"roles are {roles}")
+        raise _UnusableRow("system_not_first", f"roles are {roles}")
     in_turn = all(second in FOLLOWS[first] for first, second in pairwise(turns))
     if not turns or turns[0] != "user" or not in_turn:
-        return Rejected("roles_out_of_order", f"roles are {roles}")
-    return None
+        raise _UnusableRow("roles_out_of_order", f"roles are {roles}")
 
 
-def _tools(value: Any) -> str | Rejected | None:
+def _tools(value: Any) -> str:
     """The row's tools as JSON, given as a list or (as Parquet needs) as JSON text of one."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
-        if tools is None:
-            return None
-        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-            return Rejected("bad_tools", "tools are not a list of objects")
-        return canonical_json(tools).decode() if tools else None
     except json.JSONDecodeError as error:
-        return Rejected("bad_tools", f"tools are not JSON: {error.msg}")
-    except UnicodeEncodeError as error:
-        return Rejected("bad_tools", str(error))
+        raise _UnusableRow("bad_tools", f"tools are not JSON: {error.msg}") from None
+    if tools is None:
+        return ""
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise _UnusableRow("bad_tools", "tools are not a list of objects")
+    return _json("bad_tools", tools) if tools else ""
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | Rejected:
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a row in any of the four shapes that sources use."""
     entries = _entries(row)
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        return Rejected("no_messages", f"columns are {sorted(row)}")
-    messages = []
-    for entry in entries:
-        message = _message(entry)
-        if isinstance(message, Rejected):
-            return message
-        messages.append(message)
-    return messages
+        raise _UnusableRow("no_messages", f"columns are {sorted(row)}")
+    return [_message(entry) for entry in entries]
 
 
 def _entries(row: Mapping[str, Any]) -> Any:
@@ -161,16 +158,16 @@ def _entries(row: Mapping[str, Any]) -> Any:
     return None
 
 
-def _message(entry: Any) -> dict[str, Any] | Rejected:
+def _message(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        return Rejected("unknown_role", f"a message is a {type(entry).__name__}")
+        raise _UnusableRow("unknown_role", f"a message is a {type(entry).__name__}")
     role = entry.get("role", entry.get("from"))
     content = entry.get("content", entry.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        return Rejected("unknown_role", f"role {role!r}")
+        raise _UnusableRow("unknown_role", f"role {role!r}")
     more = {key: entry[key] for key in ("tool_calls", "tool_call_id", "name") if entry.get(key)}
     if "tool_calls" in more:
         content = content or ""
     elif not isinstance(content, str) or not content.strip():
-        return Rejected("empty_message", f"the {role} message has no text")
+        raise _UnusableRow("empty_message", f"the {role} message has no text")
     return {"role": ROLES[role], "content": content, **more}
