@@ -185,8 +185,8 @@ def make_codec(
     """
     if name == "fp8" and tensor == "last_hidden":
         what = (
-            "fp8 moves the target's distribution by 2 %, and the last hidden state is what the draft "
-            "is trained to reproduce"
+            "fp8 moves the target's distribution by 2 %, and the last hidden state is what the "
+            "draft is trained to reproduce"
         )
         raise ConfigError(
             what, where="hidden.codec", fix="store the last hidden state as raw, lossless or int8"

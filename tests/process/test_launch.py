@@ -281,8 +281,11 @@ def test_without_prctl_a_child_still_ends_with_its_parent(
         sys.exit(supervisor.main(0.5, sys.argv[1:]))
     """
     child = subprocess.Popen(python(code, "sleep", "600"), stdin=subprocess.PIPE)
-    time.sleep(0.5)
-    sleeper = psutil.Process(child.pid).children()[0].pid
+    limit = time.monotonic() + 20
+    while not (children := psutil.Process(child.pid).children()):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    sleeper = children[0].pid
     child.stdin.close()
     assert child.wait(10) == 128 + signal.SIGTERM
     assert_gone([sleeper], seconds=0.5)
