@@ -24,19 +24,19 @@ class Echo:
             yield request, self._one(request)
 
     def _one(self, request: AnswerRequest) -> Outcome:
-        said = request.messages[-1].content
-        if "refuse" in said:
-            return Refused("refused", "the test asked for it")
-        if "truncate" in said and len(said) > request.max_new_tokens:
+        text = request.messages[-1].content
+        if "refuse" in text:
+            return Refused("refused", "the test refuses it")
+        if "truncate" in text and len(text) > request.max_new_tokens:
             return Turn(
-                said[::-1][: request.max_new_tokens],
+                text[::-1][: request.max_new_tokens],
                 None,
                 "length",
                 request.max_new_tokens,
                 3,
                 request.seed,
             )
-        return Turn(said[::-1][:40], None, "stop", 5, 3, request.seed)
+        return Turn(text[::-1][:40], None, "stop", 5, 3, request.seed)
 
 
 class Flaky(Echo):

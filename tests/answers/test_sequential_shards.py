@@ -44,7 +44,7 @@ def test_a_refused_row_goes_to_the_rejects_with_its_reason(store: Path):
     config = tiny_run(store)
     fine, refused = answer_rows(config, Echo(config), [row(1, "fine"), row(2, "refuse this")])
     assert (fine.ended, len(fine.turns)) == (None, 1)
-    assert refused.ended == Refused("refused", "the test asked for it")
+    assert refused.ended == Refused("refused", "the test refuses it")
 
 
 @pytest.mark.parametrize(
