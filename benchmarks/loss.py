@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Targets, score
+from deepspec.model.vocabulary import Vocabulary
 
 SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
 ROUNDS = 3
@@ -47,8 +48,8 @@ def made() -> dict[str, Tensor]:
 def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
     vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
     features = parts["features"] if algorithm == "dspark" else None
-    log_p = vocabulary.draft_logits(parts["states"], features).log_softmax(-1)
-    q = vocabulary.target_logits(parts["hidden"][parts["places"]]).softmax(-1)
+    log_p = vocabulary.logits(parts["states"], features).log_softmax(-1)
+    q = vocabulary.logits(parts["hidden"][parts["places"]]).softmax(-1)
     if algorithm == "eagle3":
         return -(parts["weights"] * (q * log_p).sum(-1)).sum()
     cross_entropy = -log_p.gather(-1, parts["labels"][:, None])[:, 0]
@@ -58,9 +59,9 @@ def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
 def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
     dspark, weights = algorithm == "dspark", parts["weights"]
     coefficients = (
-        Coefficients(hard=0.1 * weights, distance=0.9 * weights)
+        Coefficients(ce=0.1 * weights, tv=0.9 * weights)
         if dspark
-        else Coefficients(soft=weights)
+        else Coefficients(soft_ce=weights)
     )
     features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
     targets = Targets.gathered(parts["hidden"], parts["places"])

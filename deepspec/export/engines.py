@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepspec.config.families import GEMMA4
 from deepspec.errors import ConfigError
+from deepspec.model.config_json import config_from_spec
 from deepspec.model.spec import DraftSpec
 
 Engine = Literal["vllm", "sglang", "speculators", "hf"]
@@ -65,7 +66,9 @@ def refuse_unservable(spec: DraftSpec, engine: Engine) -> None:
 
 def engine_config(spec: DraftSpec, engine: Engine, *, dtype: str) -> dict[str, Any]:
     """The config.json that `engine` reads; `dtype` is that of the tensors."""
-    config = spec.to_config() | _rope(spec) | {"dtype": dtype, "draft_vocab_size": spec.vocab_size}
+    config = (
+        config_from_spec(spec) | _rope(spec) | {"dtype": dtype, "draft_vocab_size": spec.vocab_size}
+    )
     engine_ids = [layer + 1 for layer in spec.target_layer_ids]
     if spec.algorithm == "eagle3":
         config |= {"eagle_aux_hidden_state_layer_ids": engine_ids, "norm_before_residual": False}

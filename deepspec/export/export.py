@@ -30,6 +30,7 @@ from deepspec.export.engines import (
 )
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
+from deepspec.model.config_json import spec_from_config
 from deepspec.model.drafter import Drafter, Proposal
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
@@ -148,7 +149,7 @@ def compare(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> None:
     config = published_config(_read_json(folder / "config.json"))
     exported = load_file(folder / "model.safetensors")
     exported.pop(TEMPERATURES, None)
-    reloaded = DraftSpec.from_config(config)
+    reloaded = spec_from_config(config)
     # the target's, as in the engine
     complete = {name: tensors[name] for name in SHARED if name not in exported} | exported
     pair = [_loaded(each, held, folder) for each, held in ((spec, tensors), (reloaded, complete))]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from deepspec.model.execution import compiled
+from deepspec.model.execution import compiled, compute_dtype
 
 KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
 TILE = 128  # queries and keys that flex attention works on at a time
@@ -170,12 +170,11 @@ def flex(
     scale: float,
 ) -> Tensor:
     """The same by flex attention."""
-    device = queries.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+    # Autocast does not know flex attention, and rotated queries come in the tables' float32.
+    dtype = compute_dtype(queries)
     keys, values = (
         torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
     )
-    # Autocast does not know flex attention, and rotated queries come in the tables' float32.
     mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
     # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
     kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention

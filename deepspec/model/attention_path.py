@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepspec.config.families import HeadGeometry
 from deepspec.model.attention import BlockVisibility, flex
+from deepspec.model.execution import compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,7 @@ def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense
     device = weight.device
     if device.type != "cuda":
         return _dense(device.type)
-    dtype = (
-        torch.get_autocast_dtype(device.type)
-        if torch.is_autocast_enabled(device.type)
-        else weight.dtype
-    )
-    return _choose(device.type, dtype, heads)
+    return _choose(device.type, compute_dtype(weight), heads)
 
 
 @lru_cache

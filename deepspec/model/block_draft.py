@@ -18,7 +18,7 @@ from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
 from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Targets, Vocabulary
+from deepspec.model.chunked_loss import Targets
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
@@ -26,6 +26,7 @@ from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
+from deepspec.model.vocabulary import Vocabulary
 
 
 class BlockDraft(Drafter):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.model.block_draft import BlockDraft
+from deepspec.model.config_json import config_from_spec, spec_from_config
 from deepspec.model.drafter import Drafter
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.layers import RMSNorm
@@ -72,7 +73,7 @@ def save_draft(draft: Drafter, folder: Path) -> None:
     dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     partial = folder / "config.json.partial"
     partial.write_text(
-        json.dumps(draft.spec.to_config() | {"dtype": dtype}, indent=2, sort_keys=True) + "\n"
+        json.dumps(config_from_spec(draft.spec) | {"dtype": dtype}, indent=2, sort_keys=True) + "\n"
     )
     partial.replace(folder / "config.json")
 
@@ -103,7 +104,7 @@ def read_spec(folder: Path) -> DraftSpec:
     if not (config.is_file() and (folder / "model.safetensors").is_file()):
         fix = "give a folder with config.json and model.safetensors"
         raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
-    return DraftSpec.from_config(json.loads(config.read_text(encoding="utf-8")))
+    return spec_from_config(json.loads(config.read_text(encoding="utf-8")))
 
 
 def load_tensors(

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
-from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.execution import Execution
 from deepspec.model.kv_cache import LayerCache
-from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale, softcap
+from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
+from deepspec.model.vocabulary import Vocabulary, softcap
 
 
 class TrainBatch(NamedTuple):

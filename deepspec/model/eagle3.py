@@ -21,7 +21,7 @@ from deepspec.model.attention_path import training_path
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
-from deepspec.model.loss import LossOutput, Scored, step_losses, zero_loss
+from deepspec.model.loss import LossOutput, StepStates, step_losses, zero_loss
 from deepspec.model.sampling import distribution, draw
 from deepspec.model.spec import DraftSpec
 
@@ -111,7 +111,7 @@ class Eagle3Draft(Drafter):
             # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token,
             # so it is there.
             scored.append(
-                Scored(
+                StepStates(
                     self.norm(states[counted]),
                     plan.places[counted] + 1 + step,
                     plan.weights[counted],

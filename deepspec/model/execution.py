@@ -37,3 +37,9 @@ class Execution(NamedTuple):
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function: one for all layers, which are an input like any other, and lengths."""
     return torch.compile(function, dynamic=True)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with `x` compute in: its own dtype, or autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

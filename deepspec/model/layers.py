@@ -234,11 +234,6 @@ class Layers(nn.ModuleList):
         return cast("Iterator[DecoderLayer]", super().__iter__())
 
 
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
 @lru_cache
 def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
     """sqrt(hidden_size), rounded to the weights' dtype as Gemma does."""

@@ -1,7 +1,6 @@
-"""The losses: three terms for block drafters (DSpark eq. 9-12), soft cross-entropy for Eagle3;
-counted positions only.
+"""The losses: three terms for block drafters (DSpark eq. 9-12), soft cross-entropy for Eagle3.
 
-All probabilities are float32. N counted slots, M blocks, g block size, D hidden size, V vocabulary,
+Only counted positions enter them. N counted slots, M blocks, g block size, P places, D hidden size,
 r Markov rank.
 """
 
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config.draft import LossConfig
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Targets, score
+from deepspec.model.vocabulary import Vocabulary
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -41,27 +41,11 @@ class LossOutput(NamedTuple):
     metrics: Metrics  # (sum, count) float32 each, detached
 
 
-class Deviation(NamedTuple):
-    cross_entropy: Tensor  # [N] -log p_draft(label)
-    total_variation: Tensor  # [N] |p_draft - p_target|_1, in [0, 2]
-
-
-def deviation(draft_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Deviation:
-    """How far the draft is from the label and from the target at each slot; logits [N, V]
-    float32, the target's detached.
-    """
-    log_probs = draft_logits.log_softmax(-1)
-    distance = (log_probs.exp() - target_logits.detach().softmax(-1)).abs().sum(-1)
-    return Deviation(-log_probs.gather(-1, labels[:, None])[:, 0], distance)
-
-
 def block_loss(slots: Slots, vocabulary: Vocabulary, settings: LossConfig) -> LossOutput:
-    """CE, TV and CONF numerators and metrics of the counted slots; a term of weight 0 is left
-    out.
-    """
+    """CE, TV and CONF of the counted slots; a term of weight 0 is left out."""
     coefficients = Coefficients(
-        hard=settings.ce * slots.weights if settings.ce > 0 else None,
-        distance=settings.tv * slots.weights if settings.tv > 0 else None,
+        ce=settings.ce * slots.weights if settings.ce > 0 else None,
+        tv=settings.tv * slots.weights if settings.tv > 0 else None,
     )
     scores = score(
         slots.states,
@@ -71,37 +55,29 @@ def block_loss(slots: Slots, vocabulary: Vocabulary, settings: LossConfig) -> Lo
         labels=slots.labels,
         coefficients=coefficients,
     )
-    return _put_together(
-        slots, scores.total, Deviation(scores.cross_entropy, scores.total_variation), settings
-    )
+    return with_confidence(slots, scores.total, {"ce": scores.ce, "tv": scores.tv}, settings)
 
 
-def terms(
-    slots: Slots, draft_logits: Tensor, target_logits: Tensor, settings: LossConfig
+def with_confidence(
+    slots: Slots, total: Tensor, measured: dict[str, Tensor], settings: LossConfig
 ) -> LossOutput:
-    """The same loss of given logits [N, V], by the plain formula."""
-    slot = deviation(draft_logits, target_logits, slots.labels)
-    total = settings.ce * slot.cross_entropy + settings.tv * slot.total_variation
-    return _put_together(slots, (slots.weights * total).sum(), slot, settings)
+    """The loss and its metrics, given CE and TV of each slot and their weighted sum `total`.
 
-
-def _put_together(slots: Slots, total: Tensor, slot: Deviation, settings: LossConfig) -> LossOutput:
-    """`total` is the sum of CE and TV by their weights, with graph; what was measured at the
-    slots is used without one.
+    The graph is that of `total` and of the confidence head, which learns the acceptance rate.
     """
-    acceptance = 1.0 - 0.5 * slot.total_variation.detach()  # eq. 8
-    by_slot = {"ce": (settings.ce, slot.cross_entropy), "tv": (settings.tv, slot.total_variation)}
+    acceptance = 1.0 - 0.5 * measured["tv"].detach()  # eq. 8
+    factors = {"ce": settings.ce, "tv": settings.tv}
     if slots.confidence is not None and settings.confidence > 0:
-        logits = slots.confidence.float()
-        by_slot["confidence"] = (
-            settings.confidence,
-            F.binary_cross_entropy_with_logits(logits, acceptance, reduction="none"),
+        factors["confidence"] = settings.confidence
+        bce = F.binary_cross_entropy_with_logits(
+            slots.confidence.float(), acceptance, reduction="none"
         )
-        total = total + settings.confidence * (slots.weights * by_slot["confidence"][1]).sum()
+        total = total + settings.confidence * (slots.weights * bce).sum()
+        measured = measured | {"confidence": bce}
     numerators = {
-        name: (slots.weights * loss.detach()).sum()
-        for name, (weight, loss) in by_slot.items()
-        if weight > 0
+        name: (slots.weights * measured[name].detach()).sum()
+        for name, factor in factors.items()
+        if factor > 0
     }
     denominator = slots.weights.sum()
     metrics: Metrics = {name: (numerator, denominator) for name, numerator in numerators.items()}
@@ -110,8 +86,8 @@ def _put_together(slots: Slots, total: Tensor, slot: Deviation, settings: LossCo
 
 
 def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
-    """`accept@j`, the mean acceptance rate of slot j; `tau`, the tokens a round is expected to
-    commit; the head's errors.
+    """`accept@j`, the mean acceptance rate of slot j; `tau`, the expected acceptance length; and
+    the errors of the confidence head.
 
     Slots whose target state is not stored are left out.
     """
@@ -120,10 +96,8 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
     rates[slots.counted] = acceptance * known
     counts = torch.zeros_like(rates)
     counts[slots.counted] = known.float()
-    metrics: Metrics = {
-        f"accept@{j}": pair
-        for j, pair in enumerate(zip(rates.sum(0).unbind(), counts.sum(0).unbind(), strict=True))
-    }
+    by_slot = zip(rates.sum(0).unbind(), counts.sum(0).unbind(), strict=True)
+    metrics: Metrics = {f"accept@{slot}": pair for slot, pair in enumerate(by_slot)}
     blocks = counts[:, 0].sum()  # every block with a counted slot counts its first
     metrics["tau"] = (blocks + rates.cumprod(-1).sum(), blocks)
     if slots.confidence is not None:
@@ -134,7 +108,7 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
     return metrics
 
 
-class Scored(NamedTuple):
+class StepStates(NamedTuple):
     """The positions that one training-time-test step of Eagle3 is scored at."""
 
     states: Tensor  # [N, D] the draft's normed states
@@ -144,52 +118,39 @@ class Scored(NamedTuple):
 
 
 def step_losses(
-    steps: Sequence[Scored],
+    steps: Sequence[StepStates],
     vocabulary: Vocabulary,
     hidden: Tensor,
     weights: Mapping[str, float],
     denominator: Tensor,
 ) -> LossOutput:
-    """Soft cross-entropy to the target's distribution, step by step, and how often the target would
-    accept.
+    """Soft cross-entropy to the target's distribution, step by step, and the acceptance rates.
 
-    Steps look at the same positions of `hidden` [P, D], one shifted against the other, so that they
-    are scored together.
+    Steps look at the same positions of `hidden` [P, D], one shifted against the other, so they are
+    scored together.
     """
-    targets = Targets.gathered(hidden, torch.cat([scored.places for scored in steps]))
-    soft = torch.cat(
-        [weight * scored.weights for weight, scored in zip(weights.values(), steps, strict=True)]
-    )
-    states = torch.cat([scored.states for scored in steps])
+    soft_ce = [factor * step.weights for factor, step in zip(weights.values(), steps, strict=True)]
     scores = score(
-        states, None, vocabulary, targets, labels=None, coefficients=Coefficients(soft=soft)
+        torch.cat([step.states for step in steps]),
+        None,
+        vocabulary,
+        Targets.gathered(hidden, torch.cat([step.places for step in steps])),
+        labels=None,
+        coefficients=Coefficients(soft_ce=torch.cat(soft_ce)),
     )
-    sizes = [len(scored.places) for scored in steps]
+    sizes = [len(step.places) for step in steps]
+    measured = torch.stack([scores.soft_ce, 1.0 - 0.5 * scores.tv, scores.hits]).split(sizes, 1)
     numerators: dict[str, Tensor] = {}
     metrics: Metrics = {}
     rates = []
-    by_step = zip(
-        *(
-            part.split(sizes)
-            for part in (scores.soft_cross_entropy, scores.total_variation, scores.hits)
-        ),
-        strict=True,
-    )
-    for number, (name, scored, (entropy, distance, hits)) in enumerate(
-        zip(weights, steps, by_step, strict=True)
-    ):
-        numerators[name] = (scored.weights * entropy).sum()
+    for number, (name, step, of_step) in enumerate(zip(weights, steps, measured, strict=True)):
+        entropy, accepted, hits = of_step
+        numerators[name] = (step.weights * entropy).sum()
         metrics[name] = (numerators[name], denominator)
-        accepted, count = 1.0 - 0.5 * distance, scored.counted.float().sum()
-        metrics |= {
-            f"accept@{number}": (accepted.sum(), count),
-            f"accuracy@{number}": (hits.sum(), count),
-        }
-        rates.append(
-            torch.zeros(scored.counted.shape, device=accepted.device).masked_scatter(
-                scored.counted, accepted
-            )
-        )
+        count = step.counted.float().sum()
+        metrics[f"accept@{number}"] = (accepted.sum(), count)
+        metrics[f"accuracy@{number}"] = (hits.sum(), count)
+        rates.append(accepted.new_zeros(step.counted.shape).masked_scatter(step.counted, accepted))
     starts = steps[0].counted
     tau = starts + torch.stack(rates).cumprod(0).sum(0)
     metrics["tau"] = ((tau * starts).sum(), starts.float().sum())
@@ -197,10 +158,10 @@ def step_losses(
 
 
 def zero_loss(draft: nn.Module, names: Iterable[str]) -> LossOutput:
-    """Zero, with a gradient of zero for every trainable parameter, so that all ranks step
-    together on an empty batch.
+    """Zero, with a gradient of zero for every trainable parameter.
+
+    On an empty batch all ranks then step together.
     """
-    zero = torch.stack(
-        [(parameter * 0.0).sum() for parameter in draft.parameters() if parameter.requires_grad]
-    ).sum()
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    zero = torch.stack([(parameter * 0.0).sum() for parameter in trained]).sum()
     return LossOutput(zero, zero.detach(), dict.fromkeys(names, zero), {})

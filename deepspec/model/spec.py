@@ -1,10 +1,8 @@
-"""Everything that decides the shape of a draft: made from a target's config.json, written to
-and read from its own.
-"""
+"""Everything that decides the shape of a draft; `config_json` reads and writes it as a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,14 +25,15 @@ from deepspec.config.families import (
 from deepspec.errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-# Describe the target's own layers; in a draft's config they would contradict its layers or mislead
-# a reader.
-TARGET_ONLY = ("per_layer_config", "quantization_config", "architectures", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec:
-    """Dimensions and settings of a draft; `DraftSpec.from_config(spec.to_config()) == spec`."""
+    """Dimensions and settings of a draft.
+
+    Raises:
+        ConfigError: they contradict each other, or name what drafts do not have.
+    """
 
     algorithm: Literal["dspark", "dflash", "eagle3"]
     family: Family
@@ -50,7 +49,7 @@ class DraftSpec:
     initializer_range: float  # standard deviation of fresh weights
     num_target_layers: int
     target_layer_ids: tuple[int, ...]
-    mask_token_id: int | None  # block drafters only
+    mask_token_id: int | None = None  # block drafters only
     block_size: int  # tokens proposed per round
     num_anchors: int = 0  # drawn per sample and training step; block drafters only
     markov: MarkovConfig | None = None
@@ -61,30 +60,47 @@ class DraftSpec:
     text_config: HFConfig = field(repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
-        _check_layers(
-            self.target_layer_ids,
-            self.num_target_layers,
-            lowest=0 if self.algorithm == "eagle3" else -1,
-        )
+        self._check_layers()
         if self.block_size < 1 or self.num_layers < 1:
-            what = f"a draft of {self.num_layers} layers that proposes {self.block_size} tokens per round cannot be"
             raise ConfigError(
-                what, where="draft.block_size, draft.num_layers", fix="choose at least 1 of each"
+                f"a draft cannot have {self.num_layers} layers and propose {self.block_size} tokens"
+                " per round",
+                where="draft.block_size, draft.num_layers",
+                fix="choose at least 1 of each",
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            what = f"mask token {self.mask_token_id} is outside the target's vocabulary of {self.vocab_size} tokens"
             raise ConfigError(
-                what,
+                f"mask token {self.mask_token_id} is outside the target's vocabulary of"
+                f" {self.vocab_size} tokens",
                 where="target.mask_token_id",
                 fix=f"choose an unused token id from 0 to {self.vocab_size - 1}",
             )
         if self.activation not in ACTIVATIONS:
-            where = f"config.json: {self.family.activation_key}"
             raise ConfigError(
                 f"activation {self.activation!r} is not supported",
-                where=where,
+                where=f"config.json: {self.family.activation_key}",
                 fix=f"known are: {', '.join(ACTIVATIONS)}",
             )
+
+    def _check_layers(self) -> None:
+        layer_ids, last = self.target_layer_ids, self.num_target_layers - 1
+        lowest = 0 if self.algorithm == "eagle3" else -1
+        wrong = [layer for layer in layer_ids if not lowest <= layer < last]
+        if list(layer_ids) != sorted(set(layer_ids)) or not layer_ids:
+            what = f"layers {list(layer_ids)} are not ascending"
+        elif last in layer_ids:
+            what = (
+                f"layer {last} is the target's last one: its output is normed on some paths and raw"
+                " on others, so training and decoding would disagree"
+            )
+        elif wrong:
+            what = f"a target of {last + 1} layers has no layers {wrong} to capture"
+            if wrong == [-1]:
+                what += "; eagle3 cannot read the embedding output"
+        else:
+            return
+        fix = f"choose ascending layers from {lowest} to {last - 1}"
+        raise ConfigError(what, where="target.layer_ids", fix=fix)
 
     @property
     def num_context_features(self) -> int:
@@ -106,19 +122,8 @@ class DraftSpec:
             ConfigError: an unsupported target, a layer or token that it does not have.
         """
         text = text_config(target_config)
-        settings: dict[str, Any] = {
-            "algorithm": draft.algorithm,
-            "num_layers": draft.num_layers,
-            "block_size": draft.block_size,
-            "num_target_layers": text["num_hidden_layers"],
-            "target_layer_ids": tuple(layer_ids),
-        }
         if isinstance(draft, Eagle3DraftConfig):
-            settings |= {
-                "mask_token_id": None,
-                "ttt_length": draft.ttt_length,
-                "step_loss_decay": draft.step_loss_decay,
-            }
+            fields = draft.model_dump(include={"ttt_length", "step_loss_decay"})
         elif mask_token_id is None:
             raise ConfigError(
                 "a block draft needs a mask token",
@@ -126,107 +131,39 @@ class DraftSpec:
                 fix="choose an unused token id",
             )
         else:
-            settings |= {"mask_token_id": mask_token_id, "num_anchors": draft.num_anchors}
-            settings |= {"markov": draft.markov, "confidence": draft.confidence}
-        base = dict(text)
-        base["_name_or_path"] = (
-            target_config.get("_name_or_path") or text.get("_name_or_path") or ""
+            fields = {
+                "mask_token_id": mask_token_id,
+                "num_anchors": draft.num_anchors,
+                "markov": draft.markov,
+                "confidence": draft.confidence,
+            }
+        name = target_config.get("_name_or_path") or text.get("_name_or_path") or ""
+        return cls(
+            algorithm=draft.algorithm,
+            num_layers=draft.num_layers,
+            block_size=draft.block_size,
+            num_target_layers=text["num_hidden_layers"],
+            target_layer_ids=tuple(layer_ids),
+            text_config={
+                **text,
+                "_name_or_path": name,
+                "target_model_type": target_config.get("model_type", ""),
+                "target_text_model_type": text.get("model_type", ""),
+            },
+            **fields,
+            **dimensions(target_config),
         )
-        base["target_model_type"] = target_config.get("model_type", "")
-        base["target_text_model_type"] = text.get("model_type", "")
-        return cls(**_dimensions(target_config), **settings, text_config=base)
-
-    @classmethod
-    def from_config(cls, config: HFConfig) -> DraftSpec:
-        """The draft that a config.json in the published form describes.
-
-        Raises:
-            ConfigError: not a draft's config, or one that names what is not supported.
-        """
-        architecture = (config.get("architectures") or [""])[0]
-        is_eagle3 = "ttt_length" in config or "Eagle3" in architecture
-        needed = ["target_layer_ids", "num_target_layers", "num_hidden_layers"] + (
-            [] if is_eagle3 else ["block_size", "mask_token_id"]
-        )
-        missing = [key for key in needed if config.get(key) is None]
-        if missing:
-            what = f"this is no draft's config: {', '.join(missing)} missing"
-            raise ConfigError(
-                what, where="config.json", fix="give the folder of a draft, not of a target"
-            )
-        read = _eagle3_settings if is_eagle3 else _block_settings
-        common = {
-            "num_layers": config["num_hidden_layers"],
-            "num_target_layers": config["num_target_layers"],
-            "target_layer_ids": tuple(config["target_layer_ids"]),
-        }
-        return cls(**_dimensions(config), **common, **read(config), text_config=dict(config))
-
-    def to_config(self) -> dict[str, Any]:
-        """The draft's config.json: the target's text config plus the published keys of the
-        algorithm.
-        """
-        base = {key: value for key, value in self.text_config.items() if key not in TARGET_ONLY}
-        base |= {
-            "architectures": [
-                self.family.eagle3_architecture
-                if self.algorithm == "eagle3"
-                else self.family.block_architecture
-            ],
-            "num_target_layers": self.num_target_layers,
-            "num_hidden_layers": self.num_layers,
-            "target_layer_ids": list(self.target_layer_ids),
-            "layer_types": ["full_attention"] * self.num_layers,
-            "block_size": self.block_size,
-            "tie_word_embeddings": False,
-        }
-        if self.family.global_head_dim is not None:
-            base |= {"global_head_dim": self.heads.head_dim}
-            base |= (
-                {"num_global_key_value_heads": self.heads.num_kv_heads}
-                if self.heads.values_are_keys
-                else {}
-            )
-        else:  # Gemma4's wrapper needs naming, Qwen3 has none
-            base.pop("target_model_type", None)
-            base.pop("target_text_model_type", None)
-        return base | (self._eagle3_keys() if self.algorithm == "eagle3" else self._block_keys())
-
-    def _block_keys(self) -> dict[str, Any]:
-        keys: dict[str, Any] = {
-            "mask_token_id": self.mask_token_id,
-            "num_anchors": self.num_anchors,
-            "markov_rank": self.markov.rank if self.markov else 0,
-            "enable_confidence_head": self.confidence is not None,
-            # Slot k predicts anchor + 1 + k. Engines default to other layouts and then serve at 1 %
-            # acceptance, silently.
-            "sample_from_anchor": True,
-            "dspark_bonus_anchor": False,
-        }
-        if self.markov:
-            keys["markov_head_type"] = self.markov.kind
-        if self.confidence:
-            keys["confidence_head_with_markov"] = self.confidence.markov_features
-        return keys
-
-    def _eagle3_keys(self) -> dict[str, Any]:
-        return {
-            "ttt_length": self.ttt_length,
-            "step_loss_decay": self.step_loss_decay,
-            "draft_num_hidden_layers": self.num_layers,
-            "target_model_name_or_path": self.text_config.get("target_model_name_or_path")
-            or self.text_config.get("_name_or_path", ""),
-        }
 
 
-def _dimensions(config: HFConfig) -> dict[str, Any]:
-    """What target and draft have in common, from the config.json of either."""
+def dimensions(config: HFConfig) -> dict[str, Any]:
+    """The fields of a spec that target and draft have in common, from the config.json of either.
+
+    Raises:
+        ConfigError: a family that is not supported, or a size that is missing.
+    """
     family, text = family_of(config), text_config(config)
-    missing = [
-        key
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-        if not text.get(key)
-    ]
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    missing = [key for key in sizes if not text.get(key)]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} missing or 0",
@@ -246,58 +183,3 @@ def _dimensions(config: HFConfig) -> dict[str, Any]:
         "logit_softcap": text.get("final_logit_softcapping"),
         "initializer_range": text.get("initializer_range", 0.02),
     }
-
-
-def _block_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    rank = config.get("markov_rank") or 0
-    markov = (
-        MarkovConfig(rank=rank, kind=config.get("markov_head_type", "vanilla")) if rank else None
-    )
-    confidence = None
-    if config.get("enable_confidence_head"):
-        confidence = ConfidenceConfig(
-            markov_features=bool(config.get("confidence_head_with_markov", False))
-        )
-        if confidence.markov_features and markov is None:
-            raise ConfigError(
-                "confidence_head_with_markov needs markov_rank above 0",
-                where="config.json",
-                fix="set one of the two",
-            )
-    return {
-        "algorithm": "dspark" if markov or confidence else "dflash",
-        "block_size": config["block_size"],
-        "mask_token_id": config["mask_token_id"],
-        "num_anchors": config.get("num_anchors") or 512,
-        "markov": markov,
-        "confidence": confidence,
-    }
-
-
-def _eagle3_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    steps = config.get("ttt_length") or 7
-    return {
-        "algorithm": "eagle3",
-        "block_size": config.get("block_size", steps),
-        "mask_token_id": None,
-        "ttt_length": steps,
-        "step_loss_decay": config.get("step_loss_decay", 0.8),
-    }
-
-
-def _check_layers(layer_ids: Sequence[int], num_layers: int, *, lowest: int) -> None:
-    where, fix = "target.layer_ids", f"choose ascending layers from {lowest} to {num_layers - 2}"
-    if list(layer_ids) != sorted(set(layer_ids)) or not layer_ids:
-        raise ConfigError(f"layers {list(layer_ids)} are not ascending", where=where, fix=fix)
-    if num_layers - 1 in layer_ids:
-        what = f"layer {num_layers - 1} is the target's last one: its output is normed on some paths and raw on others, "
-        what += "so training and decoding would disagree"
-        raise ConfigError(what, where=where, fix=fix)
-    wrong = [layer for layer in layer_ids if not lowest <= layer < num_layers - 1]
-    if wrong:
-        why = "; eagle3 cannot read the embedding output" if wrong == [-1] else ""
-        raise ConfigError(
-            f"a target of {num_layers} layers has no layers {wrong} to capture{why}",
-            where=where,
-            fix=fix,
-        )

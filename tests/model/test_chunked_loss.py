@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepspec.model import chunked_loss as linear_loss
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model import chunked_loss
+from deepspec.model.chunked_loss import Coefficients, Targets, score
+from deepspec.model.vocabulary import Vocabulary
 
 N, U, D, V, R = 23, 7, 12, 50, 5
 CASES = {
-    "dspark": {"hard", "distance"},
-    "dflash": {"hard"},
-    "distance alone": {"distance"},
-    "eagle3": {"soft"},
-    "all": {"hard", "soft", "distance"},
+    "dspark": {"ce", "tv"},
+    "dflash": {"ce"},
+    "tv alone": {"tv"},
+    "eagle3": {"soft_ce"},
+    "all": {"ce", "soft_ce", "tv"},
     "none": set(),
 }
 
@@ -50,24 +51,24 @@ def plain(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     logits, target = (
-        vocabulary.draft_logits(parts["states"], parts.get("features")),
-        vocabulary.target_logits(parts["hidden"][parts["places"]]),
+        vocabulary.logits(parts["states"], parts.get("features")),
+        vocabulary.logits(parts["hidden"][parts["places"]]),
     )
     log_p, q = logits.log_softmax(-1), target.softmax(-1)
     by_slot = {
-        "hard": -log_p.gather(-1, parts["labels"][:, None])[:, 0],
-        "soft": -(q * log_p).sum(-1),
-        "distance": (log_p.exp() - q).abs().sum(-1),
+        "ce": -log_p.gather(-1, parts["labels"][:, None])[:, 0],
+        "soft_ce": -(q * log_p).sum(-1),
+        "tv": (log_p.exp() - q).abs().sum(-1),
     }
-    weights = dict(zip(("hard", "soft", "distance"), parts["weights"], strict=True))
+    weights = dict(zip(("ce", "soft_ce", "tv"), parts["weights"], strict=True))
     total = sum(((weights[name] * by_slot[name]).sum() for name in terms), logits.sum() * 0.0)
     return total, by_slot
 
 
 def chunked(
     parts: dict[str, Tensor], terms: set[str], cap: float | None
-) -> tuple[Tensor, linear_loss.Scores]:
-    weights = dict(zip(("hard", "soft", "distance"), parts["weights"], strict=True))
+) -> tuple[Tensor, chunked_loss.Scores]:
+    weights = dict(zip(("ce", "soft_ce", "tv"), parts["weights"], strict=True))
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     coefficients = Coefficients(**{name: weights[name] for name in terms})
     targets = Targets.gathered(parts["hidden"], parts["places"])
@@ -107,16 +108,16 @@ def learning(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_sum_terms_and_gradients_are_those_of_the_plain_formula(
     case: str, markov: bool, cap: float | None, rows: int, monkeypatch
 ):
-    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", {"cpu": rows * V, "cuda": 0})
-    monkeypatch.setattr(linear_loss, "MIN_CHUNK", 1)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": rows * V, "cuda": 0})
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
     parts, terms = made(0, markov=markov), CASES[case]
     ours, theirs = learning(parts), learning(parts)
     (found, scores), (wanted, by_slot) = chunked(ours, terms, cap), plain(theirs, terms, cap)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.cross_entropy, by_slot["hard"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.total_variation, by_slot["distance"], rtol=1e-5, atol=1e-5)
-    if "soft" in terms:
-        torch.testing.assert_close(scores.soft_cross_entropy, by_slot["soft"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.ce, by_slot["ce"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.tv, by_slot["tv"], rtol=1e-5, atol=1e-5)
+    if "soft_ce" in terms:
+        torch.testing.assert_close(scores.soft_ce, by_slot["soft_ce"], rtol=1e-5, atol=1e-5)
     mine, other = gradients(found, ours), gradients(wanted, theirs)
     for name in other:
         torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
@@ -150,8 +151,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_slots_times_vocabulary_is_ever_made(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", {"cpu": 4 * V, "cuda": 0})
-    monkeypatch.setattr(linear_loss, "MIN_CHUNK", 1)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": 4 * V, "cuda": 0})
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
     parts = learning(made(2, markov=True))
     with Largest() as ours:
         gradients(chunked(parts, CASES["dspark"], 3.0)[0], parts)
@@ -176,7 +177,7 @@ def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunk
     labels, weights = torch.randint(0, 20, (2048,), generator=generator), torch.ones(2048)
 
     def gradient(chunks: int) -> Tensor:
-        monkeypatch.setitem(linear_loss.CHUNK_ELEMENTS, "cpu", 2048 // chunks * 300)
+        monkeypatch.setitem(chunked_loss.CHUNK_ELEMENTS, "cpu", 2048 // chunks * 300)
         weight = w2.clone().requires_grad_()
         found = score(
             states,
@@ -184,7 +185,7 @@ def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunk
             Vocabulary(lm_head, weight, None),
             Targets(targets, torch.arange(2048)),
             labels=labels,
-            coefficients=Coefficients(hard=weights),
+            coefficients=Coefficients(ce=weights),
         )
         return torch.autograd.grad(found.total, weight)[0].float()
 
@@ -210,7 +211,7 @@ def test_without_gradients_only_the_terms_are_made():
     parts = learning(made(4, markov=True))
     with torch.no_grad():
         total, scores = chunked(parts, CASES["all"], None)
-    assert not total.requires_grad and not scores.total_variation.requires_grad
+    assert not total.requires_grad and not scores.tv.requires_grad
     torch.testing.assert_close(
         total, plain(parts, CASES["all"], None)[0].detach(), rtol=1e-5, atol=1e-5
     )

@@ -53,7 +53,7 @@ def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None
     if draft.markov_head is not None:
         previous = draft.markov_head.markov_w1(plan.previous)
         features = draft.markov_head.features(states, previous)
-    logits = draft.vocabulary().draft_logits(states, features)
+    logits = draft.vocabulary().logits(states, features)
     torch.testing.assert_close(proposal.probs, logits.softmax(-1), rtol=1e-4, atol=1e-6)
     if draft.confidence_head is not None:
         torch.testing.assert_close(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deepspec.errors import DataError
 from deepspec.model.checkpoint import empty_draft, load_tensors
+from deepspec.model.config_json import spec_from_config
 from deepspec.model.drafter import Drafter
-from deepspec.model.spec import DraftSpec
 from deepspec.target.conformance import Check
 
 
@@ -64,7 +64,7 @@ class Case(NamedTuple):
         tensors = self.load(*weights)
         if state_dict is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if name in state_dict}
-        draft = empty_draft(DraftSpec.from_config(config))
+        draft = empty_draft(spec_from_config(config))
         load_tensors(
             draft, tensors, dtype=torch.float32, where=f"{self.path.parent}: {', '.join(weights)}"
         )

@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec.config.draft import LossConfig
 from deepspec.evaluate.conformance import block_outputs
 from deepspec.model.block_draft import BlockDraft
+from deepspec.model.config_json import config_from_spec
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
-from deepspec.model.layers import softcap
-from deepspec.model.loss import deviation
+from deepspec.model.vocabulary import softcap
+from tests.vectors.loss_vectors import plain_terms
 from tests.vectors.training_vectors import Rows, batch_of
 
 
@@ -37,9 +38,9 @@ def write_block_case(
     plan = draft.plan(batch)
     states, logits, confidence = block_outputs(draft, plan, batch.context)
     counted = plan.counted
-    target = draft.vocabulary().target_logits(batch.last_hidden[plan.places])
+    target = draft.vocabulary().logits(batch.last_hidden[plan.places])
     output = draft.loss(batch, plan)
-    rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
+    rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     width, size, positions = (
         len(batch.input_ids) // len(batch.lengths),
         draft.block_size,
@@ -143,7 +144,7 @@ def _write(
     }
     fields["scalars"]["loss"] = loss.item()
     fields |= {
-        "config": draft.spec.to_config(),
+        "config": config_from_spec(draft.spec),
         "weights": ["odd.weights"],
         "state_dict": {name: list(tensor.shape) for name, tensor in draft.state_dict().items()},
         "metrics": {},

@@ -20,8 +20,7 @@ from deepspec.model.anchors import BlockPlan, Samples
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
-from deepspec.model.layers import softcap
-from deepspec.model.loss import deviation
+from deepspec.model.vocabulary import softcap
 from deepspec.target.conformance import Check, distance
 from tests.vectors.cases import Case, logit_gap, relative, worst
 from tests.vectors.loss_vectors import (
@@ -31,6 +30,7 @@ from tests.vectors.loss_vectors import (
     loss_check,
     loss_settings,
     metrics_check,
+    plain_terms,
 )
 
 OUTPUT = 1e-5  # absolute
@@ -188,8 +188,8 @@ def _forward_checks(
     wanted_states = tensors["output_hidden"].unflatten(1, (-1, draft.block_size))[keep]
     states = _output("output states", found.states, wanted_states, exact.states)
     rounding = distance(logits, exact.logits)
-    target, counted = draft.vocabulary().target_logits(batch.last_hidden[plan.places]), plan.counted
-    rates = 1 - 0.5 * deviation(logits[counted], target, plan.labels[counted]).total_variation
+    target, counted = draft.vocabulary().logits(batch.last_hidden[plan.places]), plan.counted
+    rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     in_row0 = int(keep[0].sum())
     compared: dict[str, Callable[[Tensor], float]] = {
         "draft_logits": lambda wanted: distance(logits, wanted[keep]),
