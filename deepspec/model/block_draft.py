@@ -1,5 +1,4 @@
-"""Block drafters: DFlash is the backbone alone, DSpark the same with a Markov and a confidence
-head.
+"""Block drafters: DFlash is the backbone alone, DSpark adds a Markov and a confidence head.
 
 B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov
 rank, E head dimension.
@@ -24,7 +23,7 @@ from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
-from deepspec.model.sampling import distribution, draw
+from deepspec.model.sampling import choose
 from deepspec.model.spec import DraftSpec
 from deepspec.model.vocabulary import Vocabulary
 
@@ -38,30 +37,30 @@ class BlockDraft(Drafter):
         self.hidden_norm = RMSNorm(size, spec.rms_norm_eps)
         self.layers = Layers(DecoderLayer(spec, input_size=size) for _ in range(spec.num_layers))
         self.norm = RMSNorm(size, spec.rms_norm_eps)
-        self.markov_head = (
-            MarkovHead(spec.markov, vocab_size=spec.vocab_size, hidden_size=size)
-            if spec.markov
-            else None
-        )
-        self.confidence_head = ConfidenceHead(spec) if spec.confidence else None
-        self.detach_confidence = spec.confidence is not None and spec.confidence.detach
-        self.configure_loss(
-            LossConfig()
-            if spec.algorithm == "dspark"
-            else LossConfig(ce=1.0, tv=0.0, confidence=0.0)
-        )
+        self.markov_head: MarkovHead | None = None
+        self.confidence_head: ConfidenceHead | None = None
+        if spec.markov:
+            self.markov_head = MarkovHead(spec.markov, vocab_size=spec.vocab_size, hidden_size=size)
+        if spec.confidence:
+            rank = spec.markov.rank if spec.markov else 0
+            self.confidence_head = ConfidenceHead(
+                spec.confidence, hidden_size=size, markov_rank=rank
+            )
+        self.loss_settings = LossConfig()
+        if spec.algorithm == "dflash":
+            self.loss_settings = LossConfig(ce=1.0, tv=0.0, confidence=0.0)
 
     @property
     def loss_weights(self) -> dict[str, float]:
+        """Weight of each term that the loss has."""
         settings = self.loss_settings
-        weights = {
-            "ce": settings.ce,
-            "tv": settings.tv,
-            "confidence": settings.confidence if self.confidence_head else 0.0,
-        }
+        weights = {"ce": settings.ce, "tv": settings.tv}
+        if self.confidence_head is not None:
+            weights["confidence"] = settings.confidence
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def configure_loss(self, settings: LossConfig) -> None:
+        """Set the weights of the terms, and how fast slots count less along a block."""
         self.loss_settings = settings
 
     # Training
@@ -74,14 +73,11 @@ class BlockDraft(Drafter):
         return self.plan_for(batch, drawn)
 
     def plan_for(self, batch: TrainBatch, anchors: Tensor) -> BlockPlan:
-        """The plan for anchors that are already chosen: their places [K] in the packed row,
-        ascending.
-        """
-        ids, mask, lengths = batch.input_ids, batch.loss_mask, batch.lengths
+        """The plan for chosen anchors: their places [K] in the packed row, ascending."""
         plan = plan_blocks(
-            ids,
-            mask,
-            lengths,
+            batch.input_ids,
+            batch.loss_mask,
+            batch.lengths,
             anchors=anchors,
             block_size=self.block_size,
             decay=self.loss_settings.decay,
@@ -89,24 +85,26 @@ class BlockDraft(Drafter):
         return filled(plan, FILL_BLOCKS) if self.execution.compile else plan
 
     def denominators(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """The weight of all counted slots, for each term."""
         return dict.fromkeys(self.loss_weights, plan.weights.sum())
 
     def loss(self, batch: TrainBatch, plan: BlockPlan) -> LossOutput:
         """Loss sums over the counted slots (eq. 9-12)."""
         if len(plan.anchors) == 0:
             return zero_loss(self, self.loss_weights)
-        states, counted = self.block_states(batch.context, plan), plan.counted
-        features = previous = None
+        counted = plan.counted
+        states = self.block_states(batch.context, plan)
+        features = previous = confidence = None
         if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(plan.previous)
-            features, previous = (
-                self.markov_head.features(states, embedded)[counted],
-                embedded[counted],
-            )
+            features = self.markov_head.features(states, embedded)[counted]
+            previous = embedded[counted]
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(states[counted], previous)
         slots = Slots(
             states=states[counted],
             features=features,
-            confidence=self._confidence_logits(states[counted], previous),
+            confidence=confidence,
             targets=Targets.gathered(batch.last_hidden, plan.places),
             labels=plan.labels[counted],
             weights=plan.weights[counted],
@@ -114,31 +112,25 @@ class BlockDraft(Drafter):
         )
         return block_loss(slots, self.vocabulary(), self.loss_settings)
 
-    def _confidence_logits(self, states: Tensor, previous: Tensor | None) -> Tensor | None:
-        if self.confidence_head is None:
-            return None
-        if self.detach_confidence:
-            states, previous = states.detach(), previous.detach() if previous is not None else None
-        return self.confidence_head(states, previous)
+    def vocabulary(self) -> Vocabulary:
+        """What turns states and Markov features into logits."""
+        w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
+        return super().vocabulary()._replace(markov_w2=w2)
 
     def block_states(self, context: Tensor, plan: BlockPlan) -> Tensor:
-        """Final-normed states [K, g, D] of the block behind each anchor; `context` [T, m * D]."""
-        size, first, weight = self.block_size, plan.samples.starts, self.fc.weight
+        """Final-normed states [K, g, D] of each anchor's block; `context` [T, m * D]."""
+        size, first = self.block_size, plan.samples.starts
         table = self.rotations(len(context) + size)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
+        path = training_path(self.fc.weight, self.spec.heads)
         # the anchor's own state is not known yet
-        visibility = BlockVisibility(
-            first, plan.anchors, size, training_path(weight, self.spec.heads)
-        )
-        fused, x = (
-            self._fuse(context[None]),
-            self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None],
-        )
+        visibility = BlockVisibility(first, plan.anchors, size, path)
+        fused = self._fuse(context[None])
+        x = self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None]
+        run = self.execution
         for layer in self.layers:
-            x = self.execution.layer(
-                layer.over_blocks, x, fused, rotations, visibility, self.execution
-            )
+            x = run.layer(layer.over_blocks, x, fused, rotations, visibility, run)
         return self.norm(x)[0].unflatten(0, (-1, size))
 
     def _fuse(self, context: Tensor) -> Tensor:
@@ -147,17 +139,8 @@ class BlockDraft(Drafter):
 
     def _embed_blocks(self, anchor_tokens: Tensor) -> Tensor:
         """Inputs [..., g, D] of blocks: the anchor's embedding, then the mask token's."""
-        ids = F.pad(
-            anchor_tokens[..., None], (0, self.block_size - 1), value=self.spec.mask_token_id
-        )
-        return self.embed(ids)
-
-    def vocabulary(self) -> Vocabulary:
-        """The same, with the Markov head's W2."""
-        shared = super().vocabulary()
-        if self.markov_head is None:
-            return shared
-        return shared._replace(markov_w2=self.markov_head.markov_w2.weight)
+        masks = (0, self.block_size - 1)
+        return self.embed(F.pad(anchor_tokens[..., None], masks, value=self.spec.mask_token_id))
 
     # Decoding
 
@@ -165,48 +148,40 @@ class BlockDraft(Drafter):
     def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
     ) -> None:
-        """Append the fused features of the first counts[b] positions of `context` [B, n, m * D]
-        to row b.
-        """
+        """Append the fused features of the first counts[b] positions to row b."""
         longest = max(counts)
         if longest == 0:
             return
         fused, rotation = self._fuse(context[:, :longest]), cache.rotation(longest)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
-            keys, values = layer.self_attn.keys_values(fused, rotation)
-            stored.write(keys, values, cache.lengths)
-        cache.lengths = [
-            length + count for length, count in zip(cache.lengths, counts, strict=True)
-        ]
+            stored.write(*layer.self_attn.keys_values(fused, rotation), cache.lengths)
+        lengths = zip(cache.lengths, counts, strict=True)
+        cache.lengths = [length + count for length, count in lengths]
 
     @torch.no_grad()
     def propose(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
-        """One backbone pass, then tokens left to right; `anchor` [B] long, `uniforms` [B, g]
-        unless greedy.
-        """
-        rotation, mask, x = (
-            cache.rotation(self.block_size),
-            cache.mask(self.block_size),
-            self._embed_blocks(anchor),
-        )
+        """One backbone pass, then tokens left to right."""
+        rotation, mask = cache.rotation(self.block_size), cache.mask(self.block_size)
+        x = self._embed_blocks(anchor)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             # what it writes is overwritten by the next extend
             x = layer(x, rotation, stored, cache.lengths, mask)
         states = self.norm(x)
         logits = self.logits(states)
-        drawn = None if uniforms is None or sampling.temperature == 0 else uniforms
-        if self.markov_head is not None:
+        previous = confidence = None
+        if self.markov_head is None:  # no slot waits for another
+            tokens, probs = choose(logits, sampling, uniforms)
+        else:
             tokens, probs, previous = sample_block(
-                self.markov_head, states, logits, anchor=anchor, sampling=sampling, uniforms=drawn
+                self.markov_head,
+                states,
+                logits,
+                anchor=anchor,
+                sampling=sampling,
+                uniforms=uniforms,
             )
-        else:  # no slot waits for another
-            probs, previous = None if drawn is None else distribution(logits, sampling), None
-            tokens = logits.argmax(-1) if probs is None or drawn is None else draw(probs, drawn)
-        confidence = (
-            self.confidence_head(states, previous).float().sigmoid()
-            if self.confidence_head is not None
-            else None
-        )
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(states, previous).float().sigmoid()
         return Proposal(tokens, probs, confidence)

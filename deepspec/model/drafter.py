@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
 from deepspec.model.execution import Execution
-from deepspec.model.kv_cache import LayerCache
+from deepspec.model.kv_cache import LayerCache, RowCache
 from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
@@ -43,63 +43,52 @@ class Proposal(NamedTuple):
     confidence: Tensor | None
 
 
-class DraftCache:
-    """A draft's keys and values of the verified tokens, with a length per row.
+class DraftCache(RowCache):
+    """A draft's keys and values of the verified tokens."""
 
-    Positions behind a row's length hold leftovers, which the next write replaces.
-    """
-
-    def __init__(self, layers: Sequence[LayerCache], lengths: list[int], table: Rotation) -> None:
-        self.layers, self.lengths, self.table = layers, lengths, table
+    def __init__(self, layers: Sequence[LayerCache], rows: int, table: Rotation) -> None:
+        super().__init__(layers, rows)
+        self.table = table
         self.last_output: Tensor | None = None  # [B, D] Eagle3 goes on from its own last output
 
-    def put(self, rows: Sequence[int], fresh: DraftCache) -> None:
-        """Give these rows to other prompts, prefilled in a cache of their own."""
-        for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
-            layer.put(rows, of_fresh, max(fresh.lengths))
-        for row, length in zip(rows, fresh.lengths, strict=True):
-            self.lengths[row] = length
+    def put(self, rows: Sequence[int], fresh: Self) -> None:
+        """Give these rows to other sequences, prefilled in a cache of their own."""
+        super().put(rows, fresh)
         if self.last_output is not None and fresh.last_output is not None:
-            # it may have been made in inference mode, or be somebody's view
+            # it may have been made in inference mode, or be a view
             self.last_output = self.last_output.clone()
             self.last_output[rows] = fresh.last_output
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        for layer in self.layers:
-            layer.keep(rows)
-        self.lengths = [self.lengths[row] for row in rows]
-        self.last_output = self.last_output[rows] if self.last_output is not None else None
-
-    def reset(self) -> None:
-        """Forget all rows: what is written next overwrites them."""
-        self.lengths = [0] * len(self.lengths)
+        """Drop all rows but these."""
+        super().keep(rows)
+        if self.last_output is not None:
+            self.last_output = self.last_output[rows]
 
     def rotation(self, num_new: int) -> Rotation:
-        """Of the next `num_new` positions of every row: [n, 1, E], or [B, n, 1, E] where rows
-        differ in length.
+        """Of the next `num_new` positions of every row.
+
+        [n, 1, E], or [B, n, 1, E] where rows differ in length.
         """
         start = self.lengths[0]
-        cos, sin = self.table
-        if all(length == start for length in self.lengths):
-            return Rotation(cos[start : start + num_new], sin[start : start + num_new])
-        places = self._starts(cos.device) + torch.arange(num_new, device=cos.device)
-        return Rotation(cos[places], sin[places])
+        if min(self.lengths) == max(self.lengths):
+            return Rotation(*(table[start : start + num_new] for table in self.table))
+        device = self.table.cos.device
+        return self.table.at(self._starts() + torch.arange(num_new, device=device))
 
     def mask(self, num_new: int) -> Tensor | None:
-        """Which keys a row's new positions see, all of them alike [B, 1, 1, longest + n]; None
-        where rows are of one length.
+        """Which keys a row's new positions see, all of them alike [B, 1, 1, longest + n].
+
+        None where rows are of one length, and see all of them.
         """
         longest = max(self.lengths)
         if min(self.lengths) == longest:
             return None
-        device = self.table.cos.device
-        return (torch.arange(longest + num_new, device=device) < self._starts(device) + num_new)[
-            :, None, None
-        ]
+        keys = torch.arange(longest + num_new, device=self.table.cos.device)
+        return (keys < self._starts() + num_new)[:, None, None]
 
-    def _starts(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.lengths, device=device)[:, None]
+    def _starts(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.table.cos.device)[:, None]
 
 
 class Drafter(nn.Module, ABC):
@@ -181,7 +170,7 @@ class Drafter(nn.Module, ABC):
         """
         room = capacity + self.block_size
         layers = [LayerCache(rows, room) for _ in self.layers]
-        return DraftCache(layers, [0] * rows, self.rotations(room))
+        return DraftCache(layers, rows, self.rotations(room))
 
     @abstractmethod
     def extend(

@@ -1,5 +1,7 @@
-"""DSpark's two heads: the Markov head biases a slot's logits by the token before it, the confidence
-head foresees acceptance.
+"""DSpark's two heads.
+
+The Markov head biases a slot's logits by the token before it; the confidence head predicts
+acceptance.
 
 Every Markov head is a low-rank bias W2 f, where f [.., r] depends on its kind (eq. 5-6).
 N any leading shape, g block size, D hidden size, r Markov rank, V vocabulary.
@@ -13,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
-from deepspec.config.draft import MarkovConfig
-from deepspec.model.sampling import distribution, draw
-from deepspec.model.spec import DraftSpec
+from deepspec.config.draft import ConfidenceConfig, MarkovConfig
+from deepspec.model.sampling import choose, stacked
 
 
 class MarkovHead(nn.Module):
@@ -24,7 +25,7 @@ class MarkovHead(nn.Module):
     def __init__(self, config: MarkovConfig, *, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         rank = config.rank
-        self.kind, self.rank = config.kind, rank
+        self.kind = config.kind
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
         if config.kind == "gated":
@@ -33,8 +34,8 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def features(self, states: Tensor, previous: Tensor) -> Tensor:
-        """The f [N, g, r] of whole blocks: normed states [N, g, D] and the tokens before each
-        slot embedded [N, g, r].
+        """The f [N, g, r] of whole blocks, of normed states [N, g, D] and the embedded tokens
+        before each slot [N, g, r].
         """
         if self.kind != "rnn":
             return self.step(states, previous, None)[0]
@@ -47,15 +48,15 @@ class MarkovHead(nn.Module):
     def step(
         self, state: Tensor, previous: Tensor, carried: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The f [N, r] of one slot and what the next slot's step is to be given; None carries
-        nothing into a block's first.
+        """The f [N, r] of one slot, and the state that the next slot's step receives.
+
+        A block's first slot receives None.
         """
         if self.kind == "vanilla":
             return previous, None
         if self.kind == "gated":
-            return torch.sigmoid(
-                self.gate_proj(torch.cat([state, previous.to(state.dtype)], -1))
-            ) * previous, None
+            gate = self.gate_proj(torch.cat([state, previous.to(state.dtype)], -1))
+            return torch.sigmoid(gate) * previous, None
         if carried is None:
             carried = torch.zeros_like(previous)
         joint = self.joint_proj(torch.cat([carried, previous, state], -1))
@@ -87,45 +88,35 @@ def sample_block(
         logits: base logits [B, g, V].
         anchor: the token before the first slot [B] long.
         sampling: how tokens are drawn.
-        uniforms: [B, g] in [0, 1); None takes the likeliest token.
+        uniforms: [B, g] in [0, 1); None takes the likeliest tokens.
     """
-    w1, w2 = head.markov_w1.weight, head.markov_w2.weight.t()
     token, carried = anchor, None
-    tokens, probs, previous = [], [], []
+    drawn, previous = [], []
     for slot, (state, base) in enumerate(zip(states.unbind(1), logits.unbind(1), strict=True)):
-        embedded = w1[token]
+        embedded = head.markov_w1.weight[token]
         feature, carried = head.step(state, embedded, carried)
-        biased = torch.addmm(base, feature, w2)
-        if uniforms is None:
-            token = biased.argmax(-1)
-        else:
-            probs.append(distribution(biased, sampling))
-            token = draw(probs[-1], uniforms[:, slot])
-        tokens.append(token)
+        biased = torch.addmm(base, feature, head.markov_w2.weight.t())
+        drawn.append(choose(biased, sampling, None if uniforms is None else uniforms[:, slot]))
+        token = drawn[-1].tokens
         previous.append(embedded)
-    return Sampled(
-        torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None, torch.stack(previous, 1)
-    )
+    return Sampled(*stacked(drawn), torch.stack(previous, 1))
 
 
 class ConfidenceHead(nn.Module):
-    """Logit of the chance that the target accepts a slot's token, given all slots before it
-    accepted (eq. 7).
-    """
+    """Logit of the chance that a slot's token is accepted, given all before it are (eq. 7)."""
 
-    def __init__(self, spec: DraftSpec) -> None:
+    def __init__(self, config: ConfidenceConfig, *, hidden_size: int, markov_rank: int) -> None:
         super().__init__()
-        self.with_markov = spec.confidence is not None and spec.confidence.markov_features
-        rank = spec.markov.rank if spec.markov and self.with_markov else 0
-        self.proj = nn.Linear(spec.hidden_size + rank, 1)
+        self.with_markov, self.detach = config.markov_features, config.detach
+        self.proj = nn.Linear(hidden_size + (markov_rank if self.with_markov else 0), 1)
 
     def forward(self, states: Tensor, previous: Tensor | None) -> Tensor:
-        """Normed states [N, D] and, if configured so, embedded tokens before them [N, r] ->
-        logits [N].
+        """Logits [N] of normed states [N, D] and the embedded tokens before them [N, r].
+
+        The tokens are not read by a head without Markov features.
         """
-        inputs = (
-            torch.cat([states, previous.to(states.dtype)], -1)
-            if self.with_markov and previous is not None
-            else states
-        )
-        return self.proj(inputs).squeeze(-1)
+        if self.with_markov and previous is not None:
+            states = torch.cat([states, previous.to(states.dtype)], -1)
+        if self.detach:  # its loss then stops here and does not reach the backbone
+            states = states.detach()
+        return self.proj(states).squeeze(-1)

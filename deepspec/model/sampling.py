@@ -76,6 +76,30 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
 
 
+class Drawn(NamedTuple):
+    tokens: Tensor  # [...] long
+    # [..., V] float32, the distributions they were drawn from; None where they are the likeliest
+    probs: Tensor | None
+
+
+def choose(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Drawn:
+    """One token per row of logits [..., V], drawn with its number of `uniforms` [...] in [0, 1).
+
+    The likeliest where there are no numbers, and at temperature 0.
+    """
+    if uniforms is None or sampling.temperature == 0:
+        return Drawn(logits.argmax(-1), None)
+    probs = distribution(logits, sampling)
+    return Drawn(draw(probs, uniforms), probs)
+
+
+def stacked(slots: Sequence[Drawn]) -> Drawn:
+    """The draws of one slot after the other [B] as those of a block [B, g]."""
+    probs = [slot.probs for slot in slots if slot.probs is not None]
+    tokens = torch.stack([slot.tokens for slot in slots], 1)
+    return Drawn(tokens, torch.stack(probs, 1) if probs else None)
+
+
 def verify(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,

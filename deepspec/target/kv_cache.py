@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.model.kv_cache import LayerCache
+from deepspec.model.kv_cache import LayerCache, RowCache
 
 
-class TargetCache:
-    """Keys and values of every layer; tokens are taken back by lowering `lengths`.
-
-    It takes the place of transformers' Cache, of which attention layers call only `update`.
-    """
+class TargetCache(RowCache):
+    """Takes the place of transformers' Cache, of which attention layers call only `update`."""
 
     def __init__(self, layers: Sequence[LayerCache], capacity: int, device: torch.device) -> None:
-        self.layers = layers
+        super().__init__(layers, layers[0].rows if layers else 0)
         self.capacity = capacity
-        self.lengths = [0] * (layers[0].rows if layers else 0)
         # row t sees keys 0 to t
         self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
         self.positions = torch.arange(capacity, device=device)
@@ -33,23 +29,6 @@ class TargetCache:
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, q, E] of a layer; returns all of that layer's."""
         return self.layers[layer_idx].write(keys, values, self.lengths)
-
-    def put(self, rows: Sequence[int], fresh: TargetCache) -> None:
-        """Replace these rows by the sequences of a cache that was filled separately."""
-        for layer, fresh_layer in zip(self.layers, fresh.layers, strict=True):
-            layer.put(rows, fresh_layer, max(fresh.lengths))
-        for row, length in zip(rows, fresh.lengths, strict=True):
-            self.lengths[row] = length
-
-    def reset(self) -> None:
-        """Empty all rows; what is written next overwrites them."""
-        self.lengths = [0] * len(self.lengths)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows alone, in this order."""
-        for layer in self.layers:
-            layer.keep(rows)
-        self.lengths = [self.lengths[row] for row in rows]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The length of the longest row (part of transformers' interface)."""

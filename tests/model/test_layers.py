@@ -59,8 +59,8 @@ def test_rows_of_a_cache_grow_and_shrink_apart() -> None:
 def test_a_single_row_is_a_view_of_its_memory() -> None:
     cache = LayerCache(1, 8)
     keys, _ = cache.write(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), [0])
-    assert cache.keys is not None
-    assert keys.data_ptr() == cache.keys.data_ptr()
+    assert cache.pair is not None
+    assert keys.data_ptr() == cache.pair[0].data_ptr()
 
 
 def test_a_full_cache_says_so() -> None:
