@@ -43,9 +43,6 @@ LONGER_FOR_NOW = {
     "deepspec/evaluate/calibration.py",
     "deepspec/evaluate/conformance.py",
     "deepspec/figures/drawing.py",
-    "deepspec/model/chunked_loss.py",
-    "deepspec/model/eagle3.py",
-    "deepspec/model/spec.py",
 }
 
 

@@ -1,5 +1,4 @@
-"""Export a draft for a serving engine: written beside its place, read back, compared, and only then
-renamed into it.
+"""Export a draft for a serving engine: written next to its place, read back, compared, then moved.
 
 B batch, T tokens, g block size, m captured layers, D hidden size, V vocabulary.
 """
@@ -19,45 +18,32 @@ from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.export.engines import (
-    ENGINES,
-    SHARED,
-    Engine,
-    engine_config,
-    engine_tensors,
-    published_config,
-    refuse_unservable,
-)
+from deepspec.export.engines import Engine, check_loadable, chosen_engine
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
-from deepspec.model.config_json import spec_from_config
+from deepspec.model.config_json import BLOCK_LAYOUT, spec_from_config
 from deepspec.model.drafter import Drafter, Proposal
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
 
 log = logging.getLogger(__name__)
 
-# SGLang's buffer [g], which calibration alone can fill
+# the target's own tensors, which a draft keeps frozen
+SHARED = ("embed_tokens.weight", "lm_head.weight")
+# SGLang's buffer [g], which only a calibration can fill
 TEMPERATURES = "confidence_head.sts_temperatures"
 NUM_TOKENS = 9  # of the fixed input
 
 
 def export_draft(draft: Path, *, engine: str, out: Path) -> None:
-    """Write `draft` (its folder, or the train artifact that holds it) to `out` as `engine` expects
-    it.
+    """Write `draft` (its folder, or the train artifact that holds it) to `out` for `engine`.
 
     Raises:
         ConfigError: an unknown engine, a folder in use, or a draft that this engine cannot load.
         ArtifactMismatch: no draft there, weights that do not fit, or an export that does not draft
             as the original.
     """
-    chosen = next((name for name in ENGINES if name == engine), None)
-    if chosen is None:
-        raise ConfigError(
-            f"there is no engine {engine!r}",
-            where="--to",
-            fix=f"choose one of: {', '.join(ENGINES)}",
-        )
+    chosen = chosen_engine(engine)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "the folder to export to exists and is not empty",
@@ -66,13 +52,13 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
         )
     source = find_draft(draft)
     spec = read_spec(source)
-    refuse_unservable(spec, chosen)
+    check_loadable(spec, chosen)
     tensors = load_file(source / "model.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as scratch:
         folder = Path(scratch) / out.name
         write_export(folder, spec, tensors, engine=chosen, source=source)
-        compare(spec, tensors, folder)
+        check_export(folder, spec, tensors, engine=chosen)
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -97,19 +83,16 @@ def write_export(
 ) -> None:
     """Weights, config.json, model card, and the calibration where there is one."""
     folder.mkdir()
-    written = engine_tensors(spec, engine, tensors)
+    left_out = SHARED if spec.algorithm in engine.takes_targets else ()
+    written = {name: tensors[name].contiguous() for name in tensors if name not in left_out}
     calibration = source / "calibration.json"
     if calibration.is_file():
         shutil.copyfile(calibration, folder / "calibration.json")
-        if engine == "sglang" and spec.confidence is not None:
+        if engine.reads_temperatures and spec.confidence is not None:
             written[TEMPERATURES] = read_temperatures(calibration, spec.block_size)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in written.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
-    (folder / "config.json").write_bytes(pretty_json(engine_config(spec, engine, dtype=dtype)))
+    (folder / "config.json").write_bytes(pretty_json(engine.write(spec, dtype)))
     (folder / "README.md").write_text(model_card(spec, engine, source=source), encoding="utf-8")
 
 
@@ -119,53 +102,49 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     Raises:
         ArtifactMismatch: not JSON, or not a positive number for each slot.
     """
-    content, fix = _read_json(calibration), "calibrate this draft again, or remove the file"
+    content = _read_json(calibration)
     found = content.get("temperatures") if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise ArtifactMismatch(
-            "the file holds no list of temperatures", where=str(calibration), fix=fix
-        )
-    if len(found) != block_size:
-        what = f"the calibration holds {len(found)} temperatures, the draft proposes {block_size} tokens"
-        raise ArtifactMismatch(what, where=str(calibration), fix=fix)
-    wrong = [
-        value
-        for value in found
-        if not isinstance(value, int | float) or not 0 < value < float("inf")
-    ]
-    if wrong:
-        raise ArtifactMismatch(
-            f"a temperature is a number above 0, not {wrong[0]}", where=str(calibration), fix=fix
-        )
-    return torch.tensor(found, dtype=torch.float32)
+        what = "the file holds no list of temperatures"
+    elif len(found) != block_size:
+        what = f"the calibration holds {len(found)} temperatures, a block has {block_size} tokens"
+    elif wrong := [value for value in found if not _is_temperature(value)]:
+        what = f"a temperature is a number above 0, not {wrong[0]}"
+    else:
+        return torch.tensor(found, dtype=torch.float32)
+    fix = "calibrate this draft again, or remove the file"
+    raise ArtifactMismatch(what, where=str(calibration), fix=fix)
 
 
-def compare(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> None:
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def check_export(
+    folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: Engine
+) -> None:
     """Read an export as its engine would, and refuse it unless it drafts exactly as the original.
 
     Raises:
-        ArtifactMismatch: naming what differs.
+        ArtifactMismatch: it does not.
     """
-    config = published_config(_read_json(folder / "config.json"))
+    config = engine.read(_read_json(folder / "config.json"))
     exported = load_file(folder / "model.safetensors")
     exported.pop(TEMPERATURES, None)
+    shared = {name: tensors[name] for name in SHARED if name in tensors}  # the target's, as there
     reloaded = spec_from_config(config)
-    # the target's, as in the engine
-    complete = {name: tensors[name] for name in SHARED if name not in exported} | exported
-    pair = [_loaded(each, held, folder) for each, held in ((spec, tensors), (reloaded, complete))]
-    original, again = (fixed_proposal(draft) for draft in pair)
-    same = [
+    original = fixed_proposal(_loaded(spec, tensors, folder))
+    again = fixed_proposal(_loaded(reloaded, shared | exported, folder))
+    same = all(
         one is two or (one is not None and two is not None and torch.equal(one, two))
         for one, two in zip(original, again, strict=True)
-    ]
-    layout = (
-        config.get("sample_from_anchor", True) is True
-        and config.get("dspark_bonus_anchor", False) is False
     )
-    if not all(same) or not layout or reloaded != spec:
-        fix = "report this; the export was not written"
+    laid_out = all(config.get(key, value) is value for key, value in BLOCK_LAYOUT.items())
+    if not same or not laid_out or reloaded != spec:
         raise ArtifactMismatch(
-            "the export, read back, does not draft as the original does", where=str(folder), fix=fix
+            "the export, read back, does not draft as the original does",
+            where=str(folder),
+            fix="report this; the export was not written",
         )
 
 
@@ -173,20 +152,14 @@ def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Drafte
     draft = empty_draft(spec)
     # Copied out of the mapped files: where a tensor lies in its file decides its alignment, and
     # that the last bits of a product.
-    load_tensors(
-        draft,
-        {name: tensor.clone() for name, tensor in tensors.items()},
-        dtype=torch.float32,
-        where=str(folder),
-    )
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    load_tensors(draft, copies, dtype=torch.float32, where=str(folder))
     return draft.eval()
 
 
 @torch.inference_mode()
 def fixed_proposal(draft: Drafter) -> Proposal:
-    """What a draft proposes for a fixed input, its distributions [1, g, V] and confidence [1,
-    g] included.
-    """
+    """What a draft proposes for a fixed input, distributions [1, g, V] and confidence included."""
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(1, NUM_TOKENS, draft.spec.num_context_features, generator=generator)
     tokens = torch.randint(0, draft.spec.vocab_size, (1, NUM_TOKENS), generator=generator)
@@ -196,13 +169,12 @@ def fixed_proposal(draft: Drafter) -> Proposal:
     return draft.propose(cache, tokens[:, -1], SamplingConfig(temperature=1.0), uniforms)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtifactMismatch(
             f"the file is not JSON: {error}",
             where=str(path),
             fix="export the draft again from where it was trained",
         ) from None
-    return fields

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from deepspec.__main__ import app
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.export import export as exporting
-from deepspec.export.engines import ENGINES, why_not
+from deepspec.export.engines import ENGINES
 from deepspec.export.export import TEMPERATURES, export_draft, read_temperatures
 from deepspec.model.checkpoint import load_draft, save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft, make_spec
@@ -61,7 +60,7 @@ def test_every_pair_is_exported_or_refused_with_its_reason(
             "model.safetensors",
         ]
         return
-    reason = why_not(make_spec(CONFIGS[name], target=family), engine)
+    reason = ENGINES[engine].why_not(make_spec(CONFIGS[name], target=family))
     assert reason
     with pytest.raises(ConfigError, match=f"{engine} cannot load") as caught:
         exported(tmp_path, engine, name, target=family)
@@ -149,12 +148,12 @@ def test_an_export_that_would_draft_otherwise_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control of the comparison: ids written without the engine's + 1."""
-    honest = exporting.engine_config
+    vllm = ENGINES["vllm"]
 
-    def shifted(spec: Any, engine: Any, *, dtype: str) -> dict[str, Any]:
-        return honest(spec, engine, dtype=dtype) | {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
+    def shifted(spec: Any, dtype: str) -> dict[str, Any]:
+        return vllm.write(spec, dtype) | {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
 
-    monkeypatch.setattr(exporting, "engine_config", shifted)
+    monkeypatch.setitem(ENGINES, "vllm", vllm._replace(write=shifted))
     with pytest.raises(ArtifactMismatch, match="does not draft as the original"):
         exported(tmp_path, "vllm", "eagle3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]

@@ -1,0 +1,142 @@
+"""The config.json of a draft in the form that an engine reads, and back to the published form.
+
+Engines count captured layers from the embedding (their id is ours + 1) and lay blocks out in their
+own default way. A wrong id or layout serves at about one percent acceptance without any error, so
+both are always written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec.config.families import GEMMA4
+from deepspec.model.config_json import BLOCK_LAYOUT, config_from_spec
+from deepspec.model.spec import DraftSpec
+
+Config = dict[str, Any]
+SPECULATORS = {
+    "dspark": "DSparkSpeculator",
+    "dflash": "DFlashSpeculator",
+    "eagle3": "Eagle3Speculator",
+}
+# keys of a block draft that the speculators format has outside its layer config
+SPECULATORS_BLOCK_KEYS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "num_anchors",
+    "mask_token_id",
+)
+DFLASH_KEYS = ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor")
+
+
+def published(spec: DraftSpec, dtype: str) -> Config:
+    """The published config.json with all defaults written out; `dtype` is that of the tensors."""
+    rope = {"rope_type": "default", "rope_theta": spec.rope.theta}
+    config = config_from_spec(spec) | {"dtype": dtype, "draft_vocab_size": spec.vocab_size}
+    if spec.family is GEMMA4:
+        default = {"full_attention": spec.family.default_rope}
+        config["rope_parameters"] = spec.text_config.get("rope_parameters") or default
+    else:
+        config |= {"rope_theta": spec.rope.theta, "rope_parameters": rope}
+    if spec.algorithm == "eagle3":
+        config |= _eagle3_keys(spec)
+    return config
+
+
+def read_published(config: Config) -> Config:
+    """The published config itself."""
+    return config
+
+
+def serving(spec: DraftSpec, dtype: str) -> Config:
+    """What vLLM and SGLang read: the published config under their names of the architectures."""
+    config = published(spec, dtype)
+    if spec.algorithm == "eagle3":
+        config["architectures"] = ["Eagle3Qwen3ForCausalLM"]
+    if spec.algorithm == "dflash":
+        config["architectures"] = ["DFlashDraftModel"]
+        config["dflash_config"] = {
+            "target_layer_ids": list(spec.target_layer_ids),
+            "num_target_layers": spec.num_target_layers,
+            "mask_token_id": spec.mask_token_id,
+            "block_size": spec.block_size,
+            # Two names of one layout. An engine that knows neither takes slot 0 for the anchor
+            # itself. vLLM of mid-2026 refuses the first name, which is better than nonsense.
+            "sample_from_anchor": True,
+            "query_zero_predicts_next": True,
+        }
+    return config
+
+
+def read_serving(config: Config) -> Config:
+    """The published config, from the keys that vLLM and SGLang read.
+
+    Raises:
+        KeyError: one of them is missing.
+    """
+    if "dflash_config" in config:
+        return config | {key: config["dflash_config"][key] for key in DFLASH_KEYS}
+    if "eagle_aux_hidden_state_layer_ids" in config:
+        ids = [layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]]
+        return config | {"target_layer_ids": ids}
+    return config
+
+
+def speculators(spec: DraftSpec, dtype: str) -> Config:
+    """The config of the speculators package: the published one, wrapped."""
+    inner = published(spec, dtype)
+    name = target_name(spec) or None
+    config = {
+        "architectures": [SPECULATORS[spec.algorithm]],
+        "speculators_model_type": spec.algorithm,
+        "transformer_layer_config": inner,
+        "speculators_config": {
+            "algorithm": spec.algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": spec.block_size}
+            ],
+            "verifier": {"name_or_path": name, "architectures": ["Qwen3ForCausalLM"]},
+        },
+        "aux_hidden_state_layer_ids": _engine_ids(spec),
+        "draft_vocab_size": spec.vocab_size,
+        "dtype": dtype,
+        "tie_word_embeddings": False,
+        "block_size": spec.block_size,
+    }
+    if spec.algorithm == "eagle3":
+        return config | _eagle3_keys(spec)
+    keys = {key: inner[key] for key in SPECULATORS_BLOCK_KEYS if key in inner}
+    return config | keys | BLOCK_LAYOUT
+
+
+def read_speculators(config: Config) -> Config:
+    """The published config, from the keys that the speculators package reads.
+
+    Raises:
+        KeyError: one of them is missing.
+    """
+    methods = config["speculators_config"]["proposal_methods"]
+    inner = config["transformer_layer_config"] | {
+        "target_layer_ids": [layer - 1 for layer in config["aux_hidden_state_layer_ids"]],
+        "block_size": methods[0]["speculative_tokens"],
+    }
+    if config["speculators_model_type"] != "eagle3":
+        inner |= {key: config[key] for key in ("mask_token_id", *BLOCK_LAYOUT)}
+    return inner
+
+
+def target_name(spec: DraftSpec) -> str:
+    """The name or path of the target, empty where the draft's config does not record it."""
+    names = ("target_model_name_or_path", "_name_or_path")
+    return str(next((name for key in names if (name := spec.text_config.get(key))), ""))
+
+
+def _engine_ids(spec: DraftSpec) -> list[int]:
+    return [layer + 1 for layer in spec.target_layer_ids]
+
+
+def _eagle3_keys(spec: DraftSpec) -> Config:
+    return {"eagle_aux_hidden_state_layer_ids": _engine_ids(spec), "norm_before_residual": False}
