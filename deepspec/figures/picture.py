@@ -1,44 +1,33 @@
-"""A figure as a picture that needs nothing but itself: one SVG, or a `data:` URL that any page
-or Markdown shows.
+"""A chart as a picture that needs nothing but itself: one SVG, or a `data:` URL that any page or
+Markdown shows.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from typing import NamedTuple
+from html import escape
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from deepspec.figures.drawing import WIDTH, Chart, theme
 
-from deepspec.figures.drawing import Figure
-
-# room above the axes for the title, and for the names of the lines under it
-HEAD, HEAD_WITH_KEYS = 24, 42
+HEAD = 38  # room for the title and the legend
+STEP = 150  # from one name of the legend to the next
 
 
-class Key(NamedTuple):
-    """What a colour (and a dash) stands for."""
-
-    name: str
-    colour: int
-    dashed: bool = False
-
-
-def svg(figure: Figure, keys: Sequence[Key] = ()) -> str:
-    """The figure with its title and the names of its lines, light or dark as the reader's
-    system is.
-    """
-    environment = Environment(
-        loader=PackageLoader("deepspec.figures", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def svg(chart: Chart) -> str:
+    """The chart under its title and legend, light or dark as the reader's system is."""
+    box = f"0 {-HEAD} {WIDTH} {chart.height + HEAD}"
+    title = escape(chart.title)
+    legend = "".join(
+        f'<path d="M{12 + STEP * place},-8h18" style="stroke: var(--c{key.colour})"/>'
+        f'<text x="{35 + STEP * place}" y="-4">{escape(key.name)}</text>'
+        for place, key in enumerate(chart.keys)
     )
-    template = environment.get_template("picture.svg.j2")
-    step = (figure.width - 24) / max(len(keys), 1)
-    return template.render(
-        figure=figure, keys=keys, head=HEAD_WITH_KEYS if keys else HEAD, step=step
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{2 * WIDTH}" role="img">'
+        f"<title>{title}</title><style>{theme()}</style>"
+        f'<rect y="{-HEAD}" width="100%" height="100%" style="fill: var(--paper)"/>'
+        f'<text x="8" y="{16 - HEAD}" style="fill: var(--ink); font-weight: 600">{title}</text>'
+        f"{legend}{chart.elements}</svg>"
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deepspec.artifacts.results import Metrics
-from deepspec.figures.drawing import Point, interval_figure
-from deepspec.report.lines import Line, Result, first_columns, lines_of, ranged, rows_of, run_keys
+from deepspec.figures.charts import Estimate, interval_chart, ranged
+from deepspec.report.lines import Line, Part, Result, first_columns, lines_of, macro_line, rows_of
 from deepspec.report.page import Gallery, ReportSection, Table
 from deepspec.report.positions import position_blocks
 from deepspec.report.speed import speed_blocks
@@ -21,13 +21,13 @@ NOTE = (
 
 def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """A section for each temperature, with the results that have it."""
-    temperatures = dict.fromkeys(at for result in results for at in result.summary.temperatures)
-    for temperature in temperatures:
+    for temperature in dict.fromkeys(at for one in results for at in one.summary.temperatures):
         having = [result for result in results if temperature in result.summary.temperatures]
         lines = lines_of(having, temperature)
+        with_macro: list[Line[Part]] = [*lines, macro_line(having, temperature)]
         blocks: list[Table | Gallery] = [
-            _summary_table(lines, having),
-            _intervals(lines, having),
+            _summary_table(with_macro, having),
+            _intervals(with_macro, having),
             _lossless_table(having, temperature),
             *position_blocks(lines, having),
             *speed_blocks(lines, having),
@@ -35,47 +35,44 @@ def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
         yield ReportSection(f"Temperature {temperature:g}", blocks)
 
 
-def _summary_table(lines: Sequence[Line], results: Sequence[Result]) -> Table:
+def _estimate(part: Part, name: str) -> Estimate:
+    return Estimate(getattr(part, name), getattr(part.intervals, name))
+
+
+def _summary_table(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Table:
     rows: list[list[str]] = []
     strong = set()
-    for words, part, line in rows_of(lines, results):
+    for first, part, line in rows_of(lines, results):
         if line.is_overall:
             strong.add(len(rows))
         counts, per_s = ["", ""], ["", ""]
         if isinstance(part, Metrics):
             counts = [f"{part.prompts:,}", f"{part.rounds:,}"]
             per_s = [f"{speed:,.0f}" for _, speed in part.tokens_per_s]
-        length, rate, speedup = (
-            ranged(getattr(part, name), getattr(part.intervals, name)) for name in MEASURES
-        )
-        rows.append([*words, line.domain, *counts, length, rate, *per_s, speedup])
-    first = [*first_columns(results), "domain"]
+        length, rate, speedup = (ranged(*_estimate(part, name)) for name in MEASURES)
+        rows.append([*first, line.domain, *counts, length, rate, *per_s, speedup])
+    words = [*first_columns(results), "domain"]
     acceptance = ["prompts", "rounds", "acceptance length", "verify rate"]
-    header = [*first, *acceptance, "plain tokens/s", "tokens/s", "speed-up"]
-    return Table(
-        "Acceptance and speed", header, rows, words=len(first), strong=frozenset(strong), note=NOTE
-    )
+    header = [*words, *acceptance, "plain tokens/s", "tokens/s", "speed-up"]
+    return Table("Acceptance and speed", header, rows, len(words), frozenset(strong), NOTE)
 
 
-def _intervals(lines: Sequence[Line], results: Sequence[Result]) -> Gallery:
-    figures = []
-    for title, name, unit in (
+def _intervals(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Gallery:
+    names = [result.label for result in results]
+    charts = []
+    for title, measure, unit in (
         ("Acceptance length", "acceptance_length", "tokens per round"),
         ("Speed-up over plain decoding", "speedup", "times as fast"),
     ):
-        rows: list[tuple[str, list[Point | None]]] = []
-        for line in lines:
-            points: list[Point | None] = []
-            for result, part in zip(results, line.parts, strict=True):
-                if part is None:
-                    points.append(None)
-                    continue
-                value, interval = getattr(part, name), getattr(part.intervals, name)
-                note = f"{line.name}, {result.label}: {ranged(value, interval)}"
-                points.append(Point(value, 0.0, interval, note))
-            rows.append((line.name.partition(" (")[0], points))
-        figures.append(interval_figure(title, rows, label=unit, reference=1.0))
-    return Gallery("By benchmark", run_keys(results), figures)
+        rows = [
+            (
+                line.name.partition(" (")[0],
+                [_estimate(part, measure) if part else None for part in line.parts],
+            )
+            for line in lines
+        ]
+        charts.append(interval_chart(title, rows, names=names, label=unit, reference=1.0))
+    return Gallery("By benchmark", charts)
 
 
 def _lossless_table(results: Sequence[Result], temperature: float) -> Table:

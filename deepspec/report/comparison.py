@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from deepspec.artifacts.records import Stored
 from deepspec.evaluate.compare import ComparedLine, Comparison, compare
 from deepspec.evaluate.results import read_rows
-from deepspec.report.origin import flattened
+from deepspec.report.origin import settings_by_path
 from deepspec.report.page import Table, for_terminal
-from deepspec.report.report import labels_of, open_results
+from deepspec.report.report import labels_of, open_results, settings_of
 
 UNIMPORTANT = ("name", "store", "resources")  # of a run: no result depends on them
 COLUMNS = ["A", "B", "B - A", "95 % interval", "B better in"]
@@ -51,7 +51,11 @@ def compare_results(
         ArtifactMismatch: one of them is no result, or they have no prompt in common.
     """
     artifacts = open_results([a, b], overrides, store=store)
-    infos = [artifact.info() for artifact in artifacts]
+    runs = [
+        {name: value for name, value in settings_of(one).items() if name not in UNIMPORTANT}
+        for one in artifacts
+    ]
+    settings = settings_by_path(runs)
     names = [
         ComparedResult(name=label, url=artifact.url)
         for label, artifact in zip(labels_of(artifacts), artifacts, strict=True)
@@ -60,7 +64,7 @@ def compare_results(
         **dict(compare(*map(read_rows, artifacts))),
         a=names[0],
         b=names[1],
-        settings=_differences(*(info.run if info else {} for info in infos)),
+        settings={path: pair for path, pair in settings.items() if pair[0] != pair[1]},
     )
 
 
@@ -98,14 +102,3 @@ def _table(title: str, lines: Sequence[ComparedLine], note: str) -> RenderableTy
     strong = frozenset(number for number, line in enumerate(lines) if line.overall)
     header = ["benchmark", "T", *counted, *COLUMNS]
     return for_terminal(Table(title, header, rows, strong=strong, note=note))
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Both values of every setting that differs, by its path; None: the run has no such setting."""
-    flat = [
-        dict(flattened({name: value for name, value in run.items() if name not in UNIMPORTANT}))
-        for run in (a, b)
-    ]
-    names = dict.fromkeys(name for found in flat for name in found)
-    both = {name: [found.get(name) for found in flat] for name in names}
-    return {name: values for name, values in both.items() if values[0] != values[1]}

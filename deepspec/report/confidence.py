@@ -7,25 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from deepspec.artifacts.results import (
-    CalibrationSummary,
-    PositionCalibration,
-    RoundCounts,
-    ThresholdPoint,
-)
-from deepspec.figures.drawing import Figure, Point, Series, line_figure
-from deepspec.figures.picture import Key
+from deepspec.artifacts.results import PositionCalibration, RoundCounts, ThresholdPoint
+from deepspec.figures.charts import Point, Series, line_chart
+from deepspec.figures.drawing import Chart
 from deepspec.report.lines import Result
 from deepspec.report.page import Gallery, ReportSection, Table
 
 SIDES = {"before": 7, "after": 0}  # of temperature scaling, with their colours
-SCORES = {"ECE": "ece", "AUROC": "auroc", "Brier": "brier"}
-FIFTHS = [number / 5 for number in range(6)]
-MEASURES = {
-    "acceptance_length": "acceptance length",
-    "verify_rate": "verify rate",
-    "proposed_per_round": "proposed per round",
-}
+SCORES = ("ece", "auroc", "brier")
+MEASURES = ("acceptance_length", "verify_rate", "proposed_per_round")
 CALIBRATION_TEXT = (
     "How often the target accepted a draft token, against the draft's confidence in it. "
     "On the dotted line both are the same."
@@ -38,53 +28,46 @@ THRESHOLDS_TEXT = (
 
 def calibration_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """A section for each result with a calibration, then one with all threshold sweeps."""
-    sweeps: dict[str, Sequence[ThresholdPoint]] = {}
-    for result in results:
+    sweeps = {}
+    for colour, result in enumerate(results):
         if (found := result.summary.calibration) is None:
             continue
-        sweeps[result.label] = found.thresholds
+        sweeps[result.label, colour] = found.thresholds
         of_run = f" of {result.label}" if len(results) > 1 else ""
         text = (
             f"{CALIBRATION_TEXT} Temperatures were fitted on {_split(found.fitted_on, 'prompts')} "
             f"and are scored on {_split(found.reported_on, 'others')}."
         )
-        yield ReportSection(f"Confidence{of_run}", list(_calibration_blocks(found)), text)
+        blocks: list[Gallery | Table] = []
+        for title, parts in (
+            ("each position", found.positions),
+            ("the cumulative product", found.cumulative),
+        ):
+            blocks.append(Gallery(f"Reliability of {title}", [*map(_reliability, parts)]))
+            blocks.append(_calibration_table(title, parts, found.temperatures))
+        yield ReportSection(f"Confidence{of_run}", blocks, text)
     if sweeps:
-        colours = {result.label: colour for colour, result in enumerate(results)}
-        yield _threshold_section(sweeps, colours)
+        yield _threshold_section(sweeps)
 
 
 def _split(size: RoundCounts, kind: str) -> str:
     return f"{size.prompts:,} {kind} ({size.rounds:,} rounds)"
 
 
-def _calibration_blocks(found: CalibrationSummary) -> Iterator[Gallery | Table]:
-    keys = [Key("before", SIDES["before"]), Key("after temperature scaling", SIDES["after"])]
-    for parts, title, suffix in (
-        (found.positions, "each position", ""),
-        (found.cumulative, "the cumulative product", " (product)"),
-    ):
-        figures = [_reliability(f"Position {part.position}{suffix}", part) for part in parts]
-        yield Gallery(f"Reliability of {title}", keys, figures)
-        yield _calibration_table(f"Calibration of {title}", parts, found.temperatures)
-
-
-def _reliability(title: str, part: PositionCalibration) -> Figure:
+def _reliability(part: PositionCalibration) -> Chart:
     series = []
-    for side, measures in (("before", part.before), ("after", part.after)):
-        colour = SIDES[side]
-        most = max((one.count for one in measures.bins), default=1)
+    for side, colour in SIDES.items():
+        bins = [one for one in getattr(part, side).bins if one.count]
+        most = max((one.count for one in bins), default=1)
         points = []
-        for one in measures.bins:
-            if one.confidence is None or one.accepted is None:
-                continue
-            shown = f"confidence {one.confidence:.2f}, accepted {one.accepted:.2f}"
-            note = f"{side}: {shown} of {one.count:,}"
+        for one in bins:
             radius = 1.5 + 3 * (one.count / most) ** 0.5
-            points.append(Point(one.confidence, one.accepted, note=note, radius=radius))
-        series.append(Series(points, colour))
+            of_all = f" of {one.count:,}"
+            points.append(Point(one.confidence, one.accepted, note=of_all, radius=radius))
+        series.append(Series(f"{side} temperature scaling", points, colour))
     labels = ("confidence", "accepted")
-    return line_figure(title, series, labels=labels, x=FIFTHS, y=(0.0, 1.0), reference="diagonal")
+    title = f"Position {part.position}"
+    return line_chart(title, series, labels=labels, y=(0.0, 1.0), reference="diagonal")
 
 
 def _calibration_table(
@@ -92,39 +75,27 @@ def _calibration_table(
 ) -> Table:
     rows = []
     for part, temperature in zip(parts, temperatures, strict=True):
-        sides = (part.before, part.after)
-        scores = [_score(getattr(side, score)) for score in SCORES.values() for side in sides]
-        rows.append([f"{part.position}", f"{part.after.count:,}", f"{temperature:.2f}", *scores])
-    scores = [f"{score} {side}" for score in SCORES for side in SIDES]
-    return Table(title, ["position", "labels", "temperature", *scores], rows)
+        scores = [getattr(getattr(part, side), score) for score in SCORES for side in SIDES]
+        cells = ["–" if score is None else f"{score:.3f}" for score in scores]
+        rows.append([f"{part.position}", f"{part.after.count:,}", f"{temperature:.2f}", *cells])
+    names = [f"{score} {side}" for score in ("ECE", "AUROC", "Brier") for side in SIDES]
+    return Table(f"Calibration of {title}", ["position", "labels", "temperature", *names], rows)
 
 
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _threshold_section(
-    sweeps: Mapping[str, Sequence[ThresholdPoint]], colours: Mapping[str, int]
-) -> ReportSection:
-    figures = []
-    for name, words in MEASURES.items():
-        series = []
-        for label, sweep in sweeps.items():
-            points = []
-            for at in sweep:
-                value = getattr(at, name)
-                note = f"{label}, {at.threshold:.2f}: {value:.2f}"
-                points.append(Point(at.threshold, value, note=note))
-            series.append(Series(points, colours[label]))
-        figures.append(
-            line_figure(words.capitalize(), series, labels=("threshold", words), x=FIFTHS)
-        )
+def _threshold_section(sweeps: Mapping[tuple[str, int], Sequence[ThresholdPoint]]) -> ReportSection:
+    charts = []
+    for measure in MEASURES:
+        name = measure.replace("_", " ")
+        series = [
+            Series(label, [Point(at.threshold, getattr(at, measure)) for at in sweep], colour)
+            for (label, colour), sweep in sweeps.items()
+        ]
+        charts.append(line_chart(name.capitalize(), series, labels=("threshold", name)))
     rows = [
-        [label, f"{at.threshold:.2f}", *(f"{getattr(at, name):.2f}" for name in MEASURES)]
-        for label, sweep in sweeps.items()
+        [label, *(f"{getattr(at, name):.2f}" for name in ("threshold", *MEASURES))]
+        for (label, _), sweep in sweeps.items()
         for at in sweep
     ]
-    keys = [Key(label, colours[label]) for label in sweeps]
-    table = Table("Threshold sweep, in numbers", ["run", "threshold", *MEASURES.values()], rows)
-    gallery = Gallery("Threshold sweep", keys, figures)
-    return ReportSection("Thresholds", [gallery, table], THRESHOLDS_TEXT)
+    header = ["run", "threshold", *(measure.replace("_", " ") for measure in MEASURES)]
+    table = Table("Threshold sweep, in numbers", header, rows)
+    return ReportSection("Thresholds", [Gallery("Threshold sweep", charts), table], THRESHOLDS_TEXT)

@@ -1,4 +1,4 @@
-"""What the tables and figures of a report have in common.
+"""What the tables and charts of a report have in common.
 
 The results, and a line for each benchmark, domain and total with its numbers in every run.
 """
@@ -6,18 +6,19 @@ The results, and a line for each benchmark, domain and total with its numbers in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from deepspec.artifacts.results import EvaluationSummary, MeanMetrics, Metrics
-from deepspec.figures.picture import Key
 
 Part = Metrics | MeanMetrics
+P_co = TypeVar("P_co", bound=Part, covariant=True)
 
 
 class Result(NamedTuple):
     """A result as the report shows it.
 
-    `summary` is computed from its rows, and has what the evaluation added to it.
+    `summary` is computed from its rows, and has what the evaluation added to it. `left_out` counts
+    prompts (or turns) that were not decoded, once for each time that they would have been.
     """
 
     label: str
@@ -26,69 +27,54 @@ class Result(NamedTuple):
     lineage: Sequence[str]
     sealed: bool
     left_out: int
-    """Prompts (or turns) that were not decoded, once for each time that they would have been."""
 
 
-class Line(NamedTuple):
+class Line(NamedTuple, Generic[P_co]):
     """A benchmark, a domain or a total: its part of each result, None where there is none."""
 
     name: str
     domain: str
-    parts: list[Part | None]
+    parts: Sequence[P_co | None]
     is_overall: bool = False
 
-    @property
-    def pooled(self) -> list[Metrics | None]:
-        """The parts with rounds and seconds of their own: macro means have none."""
-        return [part if isinstance(part, Metrics) else None for part in self.parts]
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether acceptance by position is known."""
-        return any(part and part.tried for part in self.pooled)
-
-    @property
-    def has_speeds(self) -> bool:
-        """Whether speed by batch size is known."""
-        return any(self.pooled)
-
-
-def lines_of(results: Sequence[Result], temperature: float) -> list[Line]:
-    """The benchmarks of one temperature, then domains if they are fewer, then micro and macro."""
-    overall = [result.summary.temperatures[temperature] for result in results]
-    of_benchmarks = [
-        {
-            part.benchmark: part
-            for part in result.summary.benchmarks
-            if part.temperature == temperature
-        }
-        for result in results
+def lines_of(results: Sequence[Result], temperature: float) -> list[Line[Metrics]]:
+    """The benchmarks of one temperature, then domains if they are fewer, then all rounds."""
+    summaries = [result.summary for result in results]
+    overall = [summary.temperatures[temperature] for summary in summaries]
+    benchmarks = [
+        {part.benchmark: part for part in summary.benchmarks if part.temperature == temperature}
+        for summary in summaries
     ]
-    of_domains = [{part.domain: part for part in found.domains} for found in overall]
-    names = list(dict.fromkeys(name for found in of_benchmarks for name in found))
-    domains = list(dict.fromkeys(name for found in of_domains for name in found))
-    lines = []
-    for name in names:
-        parts = [found.get(name) for found in of_benchmarks]
-        lines.append(Line(name, next(part.domain for part in parts if part), [*parts]))
-    if len(domains) < len(names):
-        for name in domains:
-            pooled: list[Part | None] = [found.get(name) for found in of_domains]
-            lines.append(Line(f"all {name}", name, pooled, is_overall=True))
-    micro, macro = [found.micro for found in overall], [found.macro for found in overall]
-    lines.append(Line("micro (all rounds)", "", [*micro], is_overall=True))
-    lines.append(Line("macro (mean of benchmarks)", "", [*macro], is_overall=True))
-    return lines
+    domains = [{part.domain: part for part in found.domains} for found in overall]
+    domain_of = {name: part.domain for found in benchmarks for name, part in found.items()}
+    lines: list[Line[Metrics]] = [
+        Line(name, domain, [found.get(name) for found in benchmarks])
+        for name, domain in domain_of.items()
+    ]
+    names = list(dict.fromkeys(domain_of.values()))
+    if len(names) < len(lines):
+        for name in names:
+            parts = [found.get(name) for found in domains]
+            lines.append(Line(f"all {name}", name, parts, is_overall=True))
+    micro = [found.micro for found in overall]
+    return [*lines, Line("micro (all rounds)", "", micro, is_overall=True)]
 
 
-def totals_first(lines: Sequence[Line]) -> list[Line]:
-    """The lines in the order of figures: micro, then the domains, then the benchmarks."""
+def macro_line(results: Sequence[Result], temperature: float) -> Line[MeanMetrics]:
+    """The means over the benchmarks of one temperature."""
+    macro = [result.summary.temperatures[temperature].macro for result in results]
+    return Line("macro (mean of benchmarks)", "", macro, is_overall=True)
+
+
+def totals_first(lines: Sequence[Line[Metrics]]) -> list[Line[Metrics]]:
+    """The lines in the order of charts: micro, then the domains, then the benchmarks."""
     return sorted(lines, key=lambda line: (not line.is_overall, not line.name.startswith("micro")))
 
 
 def rows_of(
-    lines: Sequence[Line], results: Sequence[Result]
-) -> Iterator[tuple[list[str], Part, Line]]:
+    lines: Sequence[Line[P_co]], results: Sequence[Result]
+) -> Iterator[tuple[list[str], P_co, Line[P_co]]]:
     """A row's first cells, its numbers and its line; of several runs, the cells name it."""
     for line in lines:
         for result, part in zip(results, line.parts, strict=True):
@@ -99,13 +85,3 @@ def rows_of(
 def first_columns(results: Sequence[Result]) -> list[str]:
     """The headers of the cells that `rows_of` begins a row with."""
     return ["benchmark", *(["run"] if len(results) > 1 else [])]
-
-
-def run_keys(results: Sequence[Result]) -> list[Key]:
-    """A legend with a colour for each run."""
-    return [Key(result.label, colour) for colour, result in enumerate(results)]
-
-
-def ranged(value: float, interval: Sequence[float] | None) -> str:
-    """`2.31 (2.20–2.42)`."""
-    return f"{value:.2f} ({interval[0]:.2f}–{interval[1]:.2f})" if interval else f"{value:.2f}"

@@ -13,29 +13,31 @@ def origin_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """The lineage of each result, and a table of all settings in which differing rows are bold."""
     lineages = [Preformatted(result.label, result.lineage) for result in results]
     yield ReportSection("Lineage", lineages, "What each result was made from, itself first.")
-    flat = [dict(flattened(result.settings)) for result in results]
-    rows: list[list[str]] = []
-    strong = set()
-    for name in dict.fromkeys(name for found in flat for name in found):
-        values = [found.get(name, "–") for found in flat]
-        if len(set(values)) > 1:
-            strong.add(len(rows))
-        rows.append([name, *values])
+    settings = settings_by_path([result.settings for result in results])
+    rows = [
+        [path, *("–" if value is None else value for value in values)]
+        for path, values in settings.items()
+    ]
+    differing = [number for number, row in enumerate(rows) if len({*row[1:]}) > 1]
     header = ["setting", *(result.label for result in results)]
     note = "Settings in which the runs differ are bold." if len(results) > 1 else ""
-    table = Table(
-        "Every setting", header, rows, words=len(header), strong=frozenset(strong), note=note
-    )
+    table = Table("Every setting", header, rows, len(header), frozenset(differing), note)
     yield ReportSection("Settings", [table])
 
 
-def flattened(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def settings_by_path(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """Every run's value of every setting; None: the run has no such setting."""
+    flat = [dict(_flattened(run)) for run in runs]
+    paths = dict.fromkeys(path for found in flat for path in found)
+    return {path: [found.get(path) for found in flat] for path in paths}
+
+
+def _flattened(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every value of nested settings by its path: `train.lr`, `0.001`."""
+    if isinstance(settings, list) and any(isinstance(item, Mapping) for item in settings):
+        settings = dict(enumerate(settings))
     if isinstance(settings, Mapping) and settings:
         for name, value in settings.items():
-            yield from flattened(value, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(settings, list) and any(isinstance(item, Mapping) for item in settings):
-        for number, item in enumerate(settings):
-            yield from flattened(item, f"{prefix}.{number}")
+            yield from _flattened(value, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, "null" if settings is None else str(settings)

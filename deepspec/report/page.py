@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from deepspec.figures.drawing import Figure
-from deepspec.figures.picture import Key
+from deepspec.figures.drawing import WIDTH, Chart, Key, theme
 
 Format = Literal["html", "markdown"]
 
@@ -37,12 +35,16 @@ class Table(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Figures that share a legend."""
+    """Charts with one legend."""
 
     title: str
-    keys: Sequence[Key]
-    figures: Sequence[Figure]
+    charts: Sequence[Chart]
     note: str = ""
+
+    @property
+    def keys(self) -> list[Key]:
+        """The legend: what the colours of all charts stand for, each once."""
+        return list(dict.fromkeys(key for chart in self.charts for key in chart.keys))
 
 
 class Preformatted(NamedTuple):
@@ -80,12 +82,7 @@ class Page(NamedTuple):
 def render_page(page: Page, form: Format) -> str:
     """The page as text; equal pages give equal texts."""
     environment = Environment(
-        loader=ChoiceLoader(
-            [
-                PackageLoader("deepspec.report", "templates"),
-                PackageLoader("deepspec.figures", "templates"),
-            ]
-        ),
+        loader=PackageLoader("deepspec.report", "templates"),
         autoescape=form == "html",
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -93,12 +90,8 @@ def render_page(page: Page, form: Format) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, anchor=_anchor)
-    tests: dict[str, Any] = {
-        kind.__name__.lower(): partial(_is_a, kind=kind) for kind in (Table, Gallery, Preformatted)
-    }
-    environment.tests.update(tests)
     template = environment.get_template("report.html.j2" if form == "html" else "report.md.j2")
-    return template.render(page=page)
+    return template.render(page=page, width=WIDTH, theme=theme())
 
 
 def for_terminal(table: Table) -> RichTable:
@@ -117,13 +110,9 @@ def for_terminal(table: Table) -> RichTable:
     return shown
 
 
-def _is_a(block: object, *, kind: type) -> bool:
-    return isinstance(block, kind)
-
-
-def _cell(text: Any) -> str:
+def _cell(text: str) -> str:
     """Text that breaks no Markdown table and starts no HTML."""
-    escaped = re.sub(r"([\\`*_|\[\]])", r"\\\1", str(text).replace("\n", " "))
+    escaped = re.sub(r"([\\`*_|\[\]])", r"\\\1", text.replace("\n", " "))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -6,8 +6,9 @@ Its numbers are computed from the rows, so that every committed row counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import describe, find_artifact
@@ -52,15 +53,18 @@ def open_results(
 
 def labels_of(artifacts: Sequence[Artifact]) -> list[str]:
     """The name of each result's run, with its fingerprint if several runs have the same name."""
-    names = []
-    for artifact in artifacts:
-        info = artifact.info()
-        names.append(str((info.run if info else {}).get("name", artifact.key.name)))
+    names = [str(settings_of(one).get("name", one.key.name)) for one in artifacts]
     times = Counter(names)
     return [
         f"{name} {artifact.key.fingerprint[:6]}" if times[name] > 1 else name
         for name, artifact in zip(names, artifacts, strict=True)
     ]
+
+
+def settings_of(artifact: Artifact) -> Mapping[str, Any]:
+    """The run that an artifact was made by, empty if the artifact has no record of it."""
+    info = artifact.info()
+    return info.run if info else {}
 
 
 def report_text(artifacts: Sequence[Artifact], form: Format) -> str:
@@ -116,7 +120,6 @@ def _page(artifacts: Sequence[Artifact]) -> Page:
 
 
 def _result(artifact: Artifact, label: str) -> Result:
-    info = artifact.info()
     found = compute_summary(artifact, read_rows(artifact))
     if stored := read_summary(artifact):
         parts = {"calibration": stored.calibration, "scheduler": stored.scheduler}
@@ -124,7 +127,7 @@ def _result(artifact: Artifact, label: str) -> Result:
     return Result(
         label,
         found,
-        info.run if info else {},
+        settings_of(artifact),
         list(describe(artifact.url)),
         artifact.manifest() is not None,
         sum(record.rejected for record in artifact.records().values()),

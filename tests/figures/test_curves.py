@@ -21,11 +21,11 @@ def words(picture: str) -> list[str]:
 def heights(picture: str) -> list[float]:
     """Where the first line's points lie, from the top."""
     lines = [
-        path
+        path.get("d", "")
         for path in ElementTree.fromstring(picture).iter(f"{SVG}path")
-        if path.get("class") == "line line0"
+        if "var(--c0); stroke-width" in path.get("style", "")
     ]
-    return [float(y) for _, y in re.findall(r"([\d.]+),([\d.]+)", lines[-1].get("d", ""))]
+    return [float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", lines[0])]
 
 
 def test_throughput_counts_tokens_where_there_are_any_and_shards_otherwise():

@@ -1,76 +1,55 @@
-"""Shapes of figures: where values land, and that nothing leaves its axes."""
+"""What matplotlib draws becomes SVG that a page can have many of, in the page's own colours."""
 
 from __future__ import annotations
 
-from deepspec.figures.drawing import (
-    Axis,
-    Point,
-    Series,
-    bar_figure,
-    from_zero,
-    interval_figure,
-    line_figure,
-    nice_ticks,
-    powers,
-)
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
+
+import pytest
+
+from deepspec.figures.charts import Point, Series, bar_chart, line_chart
+from deepspec.figures.drawing import Chart, theme
+from deepspec.figures.picture import svg
+
+NASTY = "$x^ <b>&\"'</b> \\frac 中文"
 
 
-def test_ticks_are_round_and_inside():
-    assert nice_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert nice_ticks(0, 5.46) == [0, 2, 4]
-    assert nice_ticks(0, 1.1e-9)[0] == 0
+def nasty_chart() -> Chart:
+    series = [Series(NASTY, [Point(1, 2.0, (1, 3), NASTY), Point(2, 3.0)], 9)]
+    return line_chart(NASTY, series, labels=(NASTY, NASTY))
 
 
-def test_an_axis_puts_its_ends_where_they_belong():
-    assert [Axis(0, 10, 100, 0).at(value) for value in (0, 5, 10)] == [100, 50, 0]
-    assert [powers([1, 16]).at(value) for value in (1, 4, 16)] == [54, 196, 338]
+def test_a_chart_has_nothing_that_is_once_in_a_page_and_only_the_themes_colours():
+    for chart in (nasty_chart(), bar_chart("a", [("b", [("c", 1.0, 2)])], label="d")):
+        assert not {"id=", "url(", "#", "font", "<style"} & {
+            word for word in ("id=", "url(", "#", "font", "<style") if word in chart.elements
+        }
+        for name in ("--quiet", "--rule"):
+            assert f"var({name})" in chart.elements and f"{name}:" in theme()
+    assert "var(--c1)" in nasty_chart().elements, "colours begin again after the eighth"
 
 
-def test_shapes_stay_inside_their_figures():
-    points = [Point(k, k / 7, (k / 8, min(1, k / 6)), "note") for k in range(1, 8)]
-    for figure in (
-        line_figure(
-            "a", [Series(points, 0)], labels=("x", "y"), x=range(1, 8), y=(0.0, 1.0), reference=0.5
-        ),
-        line_figure("log", [Series(points, 0)], labels=("x", "y"), x=powers([1, 7])),
-        line_figure(
-            "free", [Series(points, 0)], labels=("x", "y"), x=from_zero(7.0), reference="diagonal"
-        ),
-        interval_figure(
-            "b",
-            [("one", [Point(2.0, 0, (1.5, 2.5)), None]), ("two", [None, Point(1.0, 0)])],
-            label="x",
-            reference=1.0,
-        ),
-        bar_figure("c", [("one", [("draft", 1.0, 0), ("verify", 2.0, 1)])], label="s"),
-    ):
-        left, top, right, bottom = figure.plot
-        for mark in figure.marks:
-            assert left <= mark.x <= right and top <= mark.y <= bottom
-        for bar in figure.bars:
-            assert left <= bar.x and bar.x + bar.width <= right
-        assert figure.alt.startswith(figure.title)
+@pytest.mark.filterwarnings("error")
+def test_names_of_users_are_text_and_nothing_else():
+    """A $ is no formula, a < no element, and a letter that matplotlib has no glyph of no warning."""
+    chart = nasty_chart()
+    root = ElementTree.fromstring(svg(chart))
+    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count(NASTY) == 4, "title, both axes and the legend"
+    assert chart.alt.count(NASTY) == 1 + 2 * 3 + 1
 
 
-def test_an_interval_becomes_a_band_and_a_missing_one_a_gap_in_it():
-    known = [Point(1, 0.5, (0.4, 0.6)), Point(2, 0.5, (0.3, 0.7)), Point(3, 0.5)]
-    stroke = line_figure(
-        "a", [Series(known, 0)], labels=("x", "y"), x=[1, 2, 3], y=(0.0, 1.0)
-    ).strokes[0]
-    assert (stroke.path.count("L"), stroke.band.count("L")) == (2, 3)
-    assert (
-        line_figure("a", [Series(known[1:], 0)], labels=("x", "y"), x=[1, 2, 3], y=(0.0, 1.0))
-        .strokes[0]
-        .band
-        == ""
+def test_equal_charts_are_equal_texts_in_any_thread():
+    with ThreadPoolExecutor(4) as threads:
+        drawn = list(threads.map(lambda _: nasty_chart(), range(8)))
+    assert set(drawn) == {nasty_chart()}
+
+
+def test_only_a_chart_imports_matplotlib():
+    modules = (
+        "deepspec.__main__, deepspec.cli.inspection, deepspec.report.report, flows.stage_artifacts"
     )
-
-
-def test_a_figure_says_in_words_what_it_shows():
-    figure = line_figure(
-        "Speed",
-        [Series([Point(1, 2.0, note="batch 1: 2.00")], 0), Series([Point(1, 1.0)], 0, faint=True)],
-        labels=("x", "y"),
-        x=[0, 1],
-    )
-    assert figure.alt == "Speed. batch 1: 2.00"
+    code = f"import sys, {modules}; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

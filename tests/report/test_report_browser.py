@@ -32,7 +32,7 @@ addEventListener("load", () => {
   const luminance = colour => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765;
   const sizes = selector => [...document.querySelectorAll(selector)].map(it => it.getBoundingClientRect()).map(it => [it.width, it.height]);
   document.documentElement.dataset.probe = JSON.stringify({
-    figures: sizes("figure svg"), strokes: sizes("figure .line"), tables: sizes("table"),
+    figures: sizes("figure svg"), strokes: sizes("figure path[style*='stroke-width: 1.8']"), tables: sizes("table"),
     paper: luminance(getComputedStyle(document.body).backgroundColor), ink: luminance(getComputedStyle(document.body).color),
     text: luminance(getComputedStyle(document.querySelector("figure text")).fill),
     requests: performance.getEntriesByType("resource").map(entry => entry.name),
@@ -95,6 +95,7 @@ def test_every_figure_is_there_and_nothing_is_requested(page: Path, tmp_path: Pa
     )
     assert len(seen["figures"]) == page.read_text().count("<figure>") > 30
     assert all(width > 250 and height > 100 for width, height in seen["figures"])
+    assert len(seen["strokes"]) > 100
     assert all(width > 1 or height > 1 for width, height in seen["strokes"])
     assert all(width > 100 and height > 30 for width, height in seen["tables"])
     assert seen["requests"] == []
