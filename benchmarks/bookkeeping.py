@@ -18,7 +18,8 @@ import torch
 
 from benchmarks._measure import result
 from deepspec.config.data import SamplingConfig
-from deepspec.evaluate.speculate import Policy, speculate
+from deepspec.evaluate.scheduler import Policy
+from deepspec.evaluate.speculate import speculate
 from deepspec.model.drafter import Proposal
 from deepspec.target.generate import Decode
 from deepspec.target.model import TargetOutput

@@ -5,7 +5,6 @@ b tokens of one forward pass, over all requests together.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from deepspec.artifacts.results import CurvePoints
 from deepspec.errors import DataError
+from deepspec.evaluate.device_time import device_time
 from deepspec.evaluate.rounds import Floats
 from deepspec.target.model import Target
 
@@ -152,14 +152,8 @@ def _step(target: Target, rows: int, width: int, context_tokens: int) -> Callabl
     cache.lengths = [context_tokens] * rows
 
     def step() -> float:
-        started = _now(target)
+        started = device_time(target.device)
         target.logits(target.forward(ids[:, context_tokens:], cache).last_hidden)
-        return _now(target) - started
+        return device_time(target.device) - started
 
     return step
-
-
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()

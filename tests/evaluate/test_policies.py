@@ -15,7 +15,7 @@ from deepspec.evaluate.calibration import Calibration
 from deepspec.evaluate.policies import live_policy, put_calibration
 from deepspec.evaluate.scheduler import Scheduled, Threshold
 from deepspec.evaluate.speed_curve import SpeedCurve
-from deepspec.storage.store import Store
+from deepspec.storage.urls import open_store
 
 CURVE = {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}
 CALIBRATION = Calibration(
@@ -38,12 +38,12 @@ def unneeded() -> SpeedCurve:
 
 @pytest.fixture
 def result(tmp_path: Path) -> Artifact:
-    return Artifact(Store(str(tmp_path)), ArtifactKey("evaluate", "made", "1a", {}, ()))
+    return Artifact(open_store(str(tmp_path)), ArtifactKey("evaluate", "made", "1a", {}, ()))
 
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Artifact:
-    return Artifact(Store(str(tmp_path)), ArtifactKey("train", "made", "2b", {}, ()))
+    return Artifact(open_store(str(tmp_path)), ArtifactKey("train", "made", "2b", {}, ()))
 
 
 def test_the_settings_name_the_policy(result: Artifact, draft: Artifact):

@@ -1,21 +1,14 @@
-"""The checks that a user runs on a target: a sound one passes, and each thing that can be wrong
-is noticed.
-"""
+"""The target's own checks: each thing that can be wrong is noticed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from deepspec.__main__ import app
 from deepspec.artifacts.run import Run
-from deepspec.errors import ConfigError, DataError
-from deepspec.evaluate.conformance import run_target_checks
 from deepspec.target.conformance import check_chat, check_target, make_rows, spread
 from deepspec.target.model import Target
 from tests.conftest import tiny_run
@@ -57,16 +50,6 @@ def tiny_gemma4() -> Any:
         num_kv_shared_layers=0,
     )
     return Gemma4ForCausalLM(config)
-
-
-@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma4])
-def test_a_sound_target_passes_every_check(make: Any, tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path)
-    checks = run_target_checks(tmp_path)
-    assert set(checks) == {"target", "chat", "dspark", "dflash", "eagle3"}
-    assert [
-        (part, check) for part, found in checks.items() for check in found if not check.passed
-    ] == []
 
 
 def failing(target: Target) -> list[str]:
@@ -114,19 +97,3 @@ def test_the_loss_mask_of_the_targets_own_template_is_decoded(demo_store: Path) 
 def test_layers_to_capture_never_include_the_last() -> None:
     assert spread(36) == (-1, 0, 18, 34)
     assert spread(2) == (-1, 0)
-
-
-def test_the_command_prints_its_checks_and_ends_with_0(tmp_path: Path) -> None:
-    tiny_qwen3().save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["conformance", "--model", str(tmp_path)])
-    assert result.exit_code == 0
-    for word in ("layer taps", "cached and uncached", "parameters without", "eagle3"):
-        assert word in result.output
-
-
-def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no model here"):
-        run_target_checks(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ConfigError, match="llama"):
-        run_target_checks(tmp_path)
