@@ -7,7 +7,6 @@ are drawn together, so that what makes a prompt hard for both drops out of the d
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple
@@ -79,7 +78,9 @@ def compare(a: Rows, b: Rows) -> Comparison:
     Raises:
         ArtifactMismatch: no prompt is in both.
     """
-    first_a, first_b = _of_first_size(a), _of_first_size(b)
+    by_size_a, by_size_b = (dict(grouped(side, lambda row: row["batch_size"])) for side in (a, b))
+    first_a: Rows = next(iter(by_size_a.values()), [])
+    first_b: Rows = next(iter(by_size_b.values()), [])
     pairs = match(first_a, first_b)
     if not pairs:
         same = "the same benchmarks, temperatures, chat template and thinking mode"
@@ -88,14 +89,10 @@ def compare(a: Rows, b: Rows) -> Comparison:
             where="benchmark, temperature, prompt_digest of their rows",
             fix=f"evaluate both with {same}",
         )
-    sizes_b = {row["batch_size"] for row in b}
     speed = []
-    for size, of_size in grouped(a, lambda row: row["batch_size"]):
-        if size in sizes_b:
-            at_size = match(of_size, _of_size(b, size))
-            speed += [
-                line.model_copy(update={"batch_size": size}) for line in _lines(at_size, SPEED)
-            ]
+    for size, of_size in by_size_a.items():
+        lines = _lines(match(of_size, by_size_b.get(size, [])), SPEED)
+        speed += [line.model_copy(update={"batch_size": size}) for line in lines]
     return Comparison(
         matched=len(pairs),
         unmatched=(len(first_a) - len(pairs), len(first_b) - len(pairs)),
@@ -106,26 +103,12 @@ def compare(a: Rows, b: Rows) -> Comparison:
 
 def match(a: Rows, b: Rows) -> list[Pair]:
     """Rows of A with those of B on the same prompt; a prompt that occurs twice is matched twice."""
-    by_key = dict(zip(_keys(b), b, strict=True))
-    return [(row, by_key[key]) for key, row in zip(_keys(a), a, strict=True) if key in by_key]
+    unmatched = dict(grouped(b, _prompt))
+    return [(row, of_b.pop(0)) for row in a if (of_b := unmatched.get(_prompt(row)))]
 
 
-def _keys(rows: Rows) -> list[Hashable]:
-    seen: Counter[Hashable] = Counter()
-    keys: list[Hashable] = []
-    for row in rows:
-        key = (row["benchmark"], row["temperature"], row["prompt_digest"])
-        keys.append((*key, seen[key]))
-        seen[key] += 1
-    return keys
-
-
-def _of_first_size(rows: Rows) -> Rows:
-    return _of_size(rows, rows[0]["batch_size"]) if rows else rows
-
-
-def _of_size(rows: Rows, size: int) -> Rows:
-    return [row for row in rows if row["batch_size"] == size]
+def _prompt(row: Mapping[str, Any]) -> Hashable:
+    return row["benchmark"], row["temperature"], row["prompt_digest"]
 
 
 def _lines(pairs: Sequence[Pair], measure: Measure[SumsT]) -> list[ComparedLine]:

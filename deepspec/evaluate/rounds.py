@@ -90,26 +90,25 @@ def read_rounds(rows: Rows, block_size: int) -> Rounds:
     `full`, only blocks of high confidence remain: fit on one that was.
     """
     prompts: dict[tuple[str, int], int] = {}
-    confidence, accepted, prompt = list[Sequence[float]](), list[int](), list[int]()
-    left_out = 0
+    none = np.zeros(0, dtype=np.int64)
+    parts = [Rounds(np.zeros((0, block_size)), none, none)]
+    num_rounds = 0
     for row in rows:
         number = prompts.setdefault((row["benchmark"], row["prompt"]), len(prompts))
-        if not row["confidence"]:
-            continue
-        columns = (row[name] for name in ("confidence", "proposed", "accepted", "committed"))
-        for chances, proposed, kept, committed in zip(*columns, strict=True):
-            stopped = committed == kept < block_size
-            if stopped or not proposed == len(chances) == block_size:
-                left_out += 1
-                continue
-            confidence.append(chances)
-            accepted.append(kept)
-            prompt.append(number)
-    if left_out:
+        if row["confidence"]:
+            proposed, accepted, committed = (
+                np.array(row[name], dtype=np.int64)
+                for name in ("proposed", "accepted", "committed")
+            )
+            stopped = (committed == accepted) & (accepted < block_size)
+            found = Rounds(np.array(row["confidence"]), accepted, np.full_like(accepted, number))
+            parts.append(found.where((proposed == block_size) & ~stopped))
+            num_rounds += len(accepted)
+    rounds = Rounds(*map(np.concatenate, zip(*parts, strict=True)))
+    if left_out := num_rounds - len(rounds.accepted):
         why = "cut short, or ended by a stop token inside the block"
-        log.info("rounds=%d left_out=%d %s", len(accepted), left_out, why)
-    values = np.array(confidence, dtype=np.float64).reshape(-1, block_size)
-    return Rounds(values, np.array(accepted, dtype=np.int64), np.array(prompt, dtype=np.int64))
+        log.info("rounds=%d left_out=%d %s", len(rounds.accepted), left_out, why)
+    return rounds
 
 
 def split_by_prompt(rounds: Rounds, *, seed: int = 0) -> tuple[Rounds, Rounds]:

@@ -168,8 +168,8 @@ def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> Me
         acceptance_length=_number(counts.acceptance_length(sums)),
         prefix_acceptance=_numbers(counts.prefix_acceptance(sums)),
         conditional_acceptance=_numbers(counts.conditional_acceptance(sums)),
-        reached=sums.reached.astype(int).tolist(),
-        tried=sums.tried.astype(int).tolist(),
+        reached=sums.reached.tolist(),
+        tried=sums.tried.tolist(),
         verify_rate=_number(counts.verify_rate(sums)),
         tokens_per_s=first.tokens_per_s,
         speedup=first.speedup,
@@ -190,6 +190,8 @@ def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> Me
 def _batch_speed(size: int, parts: Sequence[BatchTimes]) -> BatchSpeed:
     times = pool([part.times for part in parts])
     sums = times.total
+    seconds = {name: float(value) for name, value in sums._asdict().items()}
+    bookkeeping = float(sums.seconds - sums.draft_seconds - sums.verify_seconds)
     return BatchSpeed(
         batch_size=size,
         groups=times.num_units,
@@ -200,13 +202,7 @@ def _batch_speed(size: int, parts: Sequence[BatchTimes]) -> BatchSpeed:
         ),
         speedup=_number(counts.speedup(sums)),
         interval=times.interval(counts.speedup),
-        seconds=PhaseSeconds(
-            plain_seconds=float(sums.plain_seconds),
-            seconds=float(sums.seconds),
-            draft_seconds=float(sums.draft_seconds),
-            verify_seconds=float(sums.verify_seconds),
-            bookkeeping_seconds=float(sums.seconds - sums.draft_seconds - sums.verify_seconds),
-        ),
+        seconds=PhaseSeconds(**seconds, bookkeeping_seconds=bookkeeping),
     )
 
 
