@@ -51,6 +51,11 @@ class AnsweredShard(NamedTuple):
     conversations: Callable[[], list[Conversation]]
     """All of its conversations, ended; raises what the shard failed with, at every call."""
 
+    @property
+    def made_from(self) -> str:
+        """The checksum of the prompts."""
+        return self.upstream.checksum
+
 
 class AnsweredShards(Todo[AnsweredShard], Protocol):
     """The shards to do, each yielded once its answers can be had."""

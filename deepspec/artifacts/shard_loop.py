@@ -39,17 +39,22 @@ class Work(NamedTuple):
     shard: int
     upstream: Record
 
+    @property
+    def made_from(self) -> str:
+        """The checksum of that shard."""
+        return self.upstream.checksum
+
 
 class ShardInput(Protocol):
-    """What one shard is made from: `Work`, or a tuple that adds to it."""
+    """One shard to make, and what it is made from."""
 
     @property
     def shard(self) -> int:
         """The shard's number."""
 
     @property
-    def upstream(self) -> Record:
-        """The record of the shard that it is made from."""
+    def made_from(self) -> str:
+        """The checksum of what it is made from; the shard is stale once that changes."""
 
 
 Input = TypeVar("Input", bound=ShardInput)
@@ -146,7 +151,7 @@ class ShardRun:
         self, work: ShardInput, local: Path, counts: Counts, staged: ExitStack, started: float
     ) -> Record:
         """Publish a staged shard, waiting while the disk is full."""
-        key, upstream = self.artifact.key, work.upstream.checksum
+        key, upstream = self.artifact.key, work.made_from
         with staged, transient_system_errors(f"shard {work.shard}"):
             record = describe(key, work.shard, local, counts, upstream=upstream)
             record = record.taking(time.monotonic() - started)

@@ -1,24 +1,21 @@
-"""The evaluate stage: each benchmark decoded plainly and speculatively by the same target,
-counts kept per prompt.
-"""
+"""The evaluate stage: each benchmark decoded plainly and speculatively by the same target."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import choose, missing_units, require_sealed
-from deepspec.artifacts.records import Counts, Record
+from deepspec.artifacts.records import Counts
 from deepspec.artifacts.results import EvaluationSummary
 from deepspec.artifacts.run import Run
-from deepspec.artifacts.shard_loop import Work, work_through
+from deepspec.artifacts.shard_loop import Make, work_through
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import write_table
 from deepspec.errors import ArtifactMismatch
@@ -37,33 +34,41 @@ from deepspec.storage.store import pretty_json
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.loading import DTYPES, load_target, read_text_config
 
-log = logging.getLogger(__name__)
+
+class UnitWork(NamedTuple):
+    """A unit to decode, which is one shard of the result."""
+
+    unit: Unit
+    made_from: str
+    """The digest of the draft."""
+
+    @property
+    def shard(self) -> int:
+        """The unit's number."""
+        return self.unit.number
 
 
 def run_evaluate(
     run: Run, *, shards: Sequence[int] | None = None, report: Report = silent
 ) -> Artifact:
-    """Decode the missing units (all, or those of `shards`), and write the summary when none is
-    missing.
+    """Decode the missing units (all, or those of `shards`); write the summary if none is missing.
 
     Raises:
-        DataError: not one prompt fits into the target, or `resources.devices.speed_curve` is no curve.
+        DataError: not one prompt fits into the target, or `devices.speed_curve` is no curve.
     """
     inputs = require_sealed(run, "evaluate") | benchmark_digests(run, "evaluate")
     units = {unit.number: unit for unit in make_units(run.config, load_benchmarks(run))}
-    stage = _Evaluation(run, units)
+    evaluation = _Evaluation(run)
     artifact = run.create("evaluate")
     missing = missing_units(run, "evaluate", choose(shards, units, "evaluate"))
     if missing:
-        stage.begin()
-        made_from = Record(
-            artifact="", shard=0, file="", num_bytes=0, checksum=stage.digest, rows=0
-        )
-        todo = [Work(number, made_from) for number in missing]
+        made_from = inputs[f"train/{evaluation.draft.key.fingerprint}"]
+        todo = [UnitWork(units[number], made_from) for number in missing]
         # Seconds are part of a row, so that no two workers make the same unit twice.
-        work_through(run, artifact, todo, stage.unit, report, repeatable=False)
+        make = evaluation.unit_maker()
+        work_through(run, artifact, todo, make, report, repeatable=False)
     if artifact.manifest() is None and not missing_units(run, "evaluate", units):
-        content = pretty_json(stage.summary().to_json())
+        content = pretty_json(evaluation.summary().to_json())
         artifact.store.write(artifact.path("summary.json"), content)
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
     return artifact
@@ -72,14 +77,9 @@ def run_evaluate(
 class _Evaluation:
     """One run: target and draft are loaded when something is to be decoded or profiled."""
 
-    def __init__(self, run: Run, units: dict[int, Unit]) -> None:
-        self.run = run
-        self.config = run.config
-        self.units = units
-        self.artifact = run.artifact("evaluate")
-        self.draft = run.artifact("train")
-        manifest = self.draft.manifest()
-        self.digest = manifest.digest if manifest else ""
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings = run, run.config.evaluate
+        self.artifact, self.draft = run.artifact("evaluate"), run.artifact("train")
         path = run.config.resources.devices.speed_curve
         # Used at the end at the earliest, and checked before the first prompt.
         self.given_curve = read_curve(Path(path)) if path else None
@@ -89,37 +89,35 @@ class _Evaluation:
         return load_models(self.run, self.draft)
 
     def curve(self) -> SpeedCurve:
-        """`resources.devices.speed_curve`, or what this machine does with the target."""
-        return self.given_curve or profile(
-            self.models.target, block_size=self.models.draft.block_size
-        )
+        """`devices.speed_curve`, or what this machine does with the target."""
+        target, draft, *_ = self.models
+        return self.given_curve or profile(target, block_size=draft.block_size)
 
-    def begin(self) -> None:
-        """Get ready to decode."""
-        settings = self.config.evaluate
-        if self.config.resources.devices.evaluate_threads:
-            torch.set_num_threads(self.config.resources.devices.evaluate_threads)
-        models = self.models
-        policy = live_policy(settings, self.artifact, self.draft, self.curve)
-        self.evaluator = Evaluator(models, settings, policy)
+    def unit_maker(self) -> Make[UnitWork]:
+        """Load what decodes units; returns what decodes one into a staged file."""
+        if num_threads := self.run.config.resources.devices.evaluate_threads:
+            torch.set_num_threads(num_threads)
+        policy = live_policy(self.settings, self.artifact, self.draft, self.curve)
+        evaluator = Evaluator(self.models, self.settings, policy)
 
-    def unit(self, work: Work, local: Path) -> Counts:
-        """Decode one unit into a staged file."""
-        rows, skipped = self.evaluator.evaluate(self.units[work.shard])
-        put_rejects(self.artifact, work.shard, skipped)
-        write_table(pa.Table.from_pylist(rows, SCHEMA), local)
-        tokens = sum(row["num_tokens"] for row in rows)
-        return Counts(rows=len(rows), tokens=tokens, rejected=len(skipped))
+        def make(work: UnitWork, local: Path) -> Counts:
+            rows, skipped = evaluator.evaluate(work.unit)
+            put_rejects(self.artifact, work.shard, skipped)
+            write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+            tokens = sum(row["num_tokens"] for row in rows)
+            return Counts(rows=len(rows), tokens=tokens, rejected=len(skipped))
+
+        return make
 
     def summary(self) -> EvaluationSummary:
         """The summary of all rows, with a calibration where confidences were recorded.
 
-        Only of blocks that were verified whole: of those that were cut, the target's verdict on the
-        rest is not known.
+        Calibrated are only blocks that were verified whole: of those that were cut, the target's
+        verdict on the rest is not known.
         """
         rows = read_rows(self.artifact)
         found = compute_summary(self.artifact, rows)
-        if self.config.evaluate.verify != "full" or not any(row["confidence"] for row in rows):
+        if self.settings.verify != "full" or not any(row["confidence"] for row in rows):
             return found
         block_size = self.models.draft.block_size
         calibration = fit_calibration(rows, block_size)
@@ -134,13 +132,13 @@ def load_models(run: Run, draft_artifact: Artifact) -> Models:
     """Target and draft in the same dtype on the same device.
 
     Raises:
-        ArtifactMismatch: the draft was made for a target of another shape; found before any weight
-            is read.
+        ArtifactMismatch: the draft is for a target of another shape; checked before any weight is
+            read.
     """
     config = run.config
     chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
     folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(run)
-    check_pair(
+    _check_pair(
         read_spec(folder),
         read_text_config(config.target, folder=of_target),
         layer_ids=config.target.layer_ids,
@@ -152,10 +150,8 @@ def load_models(run: Run, draft_artifact: Artifact) -> Models:
     return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))
 
 
-def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
-    """Refuse a draft of another target than the one whose text config is given and whose
-    `layer_ids` are captured.
-    """
+def _check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
+    """Refuse a draft that does not fit the target's text config and captured layers."""
     facts = {
         "vocabulary size": (spec.vocab_size, target.vocab_size),
         "hidden size": (spec.hidden_size, target.hidden_size),
@@ -168,9 +164,6 @@ def check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> Non
         if of_draft != of_target
     ]
     if wrong:
+        what = f"the draft was trained for another target ({'; '.join(wrong)})"
         fix = "evaluate it with the target it was trained for"
-        raise ArtifactMismatch(
-            f"the draft was trained for another target ({'; '.join(wrong)})",
-            where="draft/config.json",
-            fix=fix,
-        )
+        raise ArtifactMismatch(what, where="draft/config.json", fix=fix)

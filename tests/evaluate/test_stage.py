@@ -222,8 +222,8 @@ def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draf
 
 @pytest.mark.parametrize("recipe", ["dflash-demo", "eagle3-demo"])
 def test_blocks_of_a_draft_without_confidence_cannot_be_cut(tmp_path: Path, recipe: str):
-    """Said before anything runs; it was said once the draft was trained."""
-    with pytest.raises(ConfigError, match="tells no confidence"):
+    """Refused before anything runs; it was refused only once the draft was trained."""
+    with pytest.raises(ConfigError, match="has no confidence head"):
         tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", "evaluate.verify=threshold", recipe=recipe)
 
 
