@@ -16,37 +16,6 @@ from deepspec.target.conformance import SHORTEST, Check, check_chat, check_targe
 from deepspec.target.loading import load_target
 from deepspec.target.model import Target
 
-<<<<<<< HEAD
-BLOCK = 4
-HEADS = {"markov": MarkovConfig(rank=16), "confidence": ConfidenceConfig()}
-ALGORITHMS: dict[str, BlockDraftConfig | Eagle3DraftConfig] = {
-    "dspark": BlockDraftConfig(
-        algorithm="dspark", block_size=BLOCK, num_layers=2, num_anchors=8, **HEADS
-    ),
-    "dflash": BlockDraftConfig(algorithm="dflash", block_size=BLOCK, num_layers=2, num_anchors=8),
-    "eagle3": Eagle3DraftConfig(algorithm="eagle3", block_size=BLOCK, ttt_length=BLOCK),
-}
-PROBABILITY = 1e-4  # absolute, float32
-
-
-class BlockOutputs(NamedTuple):
-    states: Tensor  # [K, g, D]
-    logits: Tensor  # [K, g, V]
-    confidence: Tensor | None  # [K, g]
-
-
-def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockOutputs:
-    """States, logits and confidence logits of blocks whose slots are given the labels as their
-    previous tokens.
-    """
-    states, head = draft.block_states(context, plan), draft.markov_head
-    previous = None if head is None else head.markov_w1(plan.previous)
-    features = None if head is None or previous is None else head.features(states, previous)
-    confidence = None if draft.confidence_head is None else draft.confidence_head(states, previous)
-    return BlockOutputs(states, draft.vocabulary().logits(states, features), confidence)
-
-=======
->>>>>>> 593ecb2 (Conformance: the checks of a draft are a file of their own; outputs of blocks belong to the vectors that need them)
 
 def run_target_checks(folder: Path) -> dict[str, list[Check]]:
     """Checks of the model in `folder`, its chat template if it has a tokenizer, and drafts of it.

@@ -27,4 +27,4 @@ def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockO
     previous = None if head is None else head.markov_w1(plan.previous)
     features = None if head is None or previous is None else head.features(states, previous)
     confidence = None if draft.confidence_head is None else draft.confidence_head(states, previous)
-    return BlockOutputs(states, draft.vocabulary().draft_logits(states, features), confidence)
+    return BlockOutputs(states, draft.vocabulary().logits(states, features), confidence)

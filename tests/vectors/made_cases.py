@@ -20,14 +20,9 @@ from deepspec.model.block_draft import BlockDraft
 from deepspec.model.config_json import config_from_spec
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
-<<<<<<< HEAD
 from deepspec.model.vocabulary import softcap
-from tests.vectors.loss_vectors import plain_terms
-=======
-from deepspec.model.layers import softcap
-from deepspec.model.loss import deviation
 from tests.vectors.block_outputs import block_outputs
->>>>>>> 593ecb2 (Conformance: the checks of a draft are a file of their own; outputs of blocks belong to the vectors that need them)
+from tests.vectors.loss_vectors import plain_terms
 from tests.vectors.training_vectors import Rows, batch_of
 
 
