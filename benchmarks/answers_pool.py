@@ -67,7 +67,10 @@ class Answering(asyncio.Protocol):
 
     def say(self, value: object) -> None:
         body = json.dumps(value).encode()
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         self.transport.write(head.encode() + body)  # type: ignore[attr-defined]
 
 

@@ -222,7 +222,9 @@ def main() -> dict[str, object]:
         "readings": figures,
         "upload_mb_per_s": uploads,
         "longest_stall_s_in_a_15_s_outage": stalls,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": (
+            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        ),
     }
 
 

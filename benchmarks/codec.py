@@ -303,7 +303,8 @@ def errors_table(stored: dict[str, Stored], *, hidden_size: int) -> Table:
     )
     table = Table(
         *columns,
-        title=f"a trained transformer of width {hidden_size}, {LAYERS} layers and the last: 12 D + 6 bytes/token raw",
+        title=f"a trained transformer of width {hidden_size}, {LAYERS} layers and the last: "
+        "12 D + 6 bytes/token raw",
     )
     for name, found in stored.items():
         error = found.fidelity

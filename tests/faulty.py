@@ -39,7 +39,8 @@ def pass_on(request: Request, forward: Forward) -> Answer:
 
 def answer(status: int, code: str) -> Fault:
     """The server's own word for what is wrong, the request never reaches it."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>scripted</Message></Error>".encode()
+    error = f"<Error><Code>{code}</Code><Message>scripted</Message></Error>"
+    body = f"<?xml version='1.0'?>{error}".encode()
     return lambda request, forward: Answer(status, [("Content-Type", "application/xml")], body)
 
 

@@ -1,10 +1,10 @@
-"""A real S3 server on loopback: one Ceph monitor, OSD on a file and gateway, from Debian's
-packages.
+"""A real S3 server on loopback: a Ceph monitor, OSD on a file and gateway, from Debian's packages.
 
-    with Radosgw(folder) as server:            # about 10 s with server.environment():             #
-        AWS_* variables: the standard credential chain is all the code knows store =
-        open_store(f"s3://{server.new_bucket()}/prefix") server.kill(); server.restart()        # the
-        gateway alone, as an outage; objects survive
+    with Radosgw(folder) as server:  # about 10 s
+        with server.environment():  # AWS_* variables, for the standard credential chain
+            store = open_store(f"s3://{server.new_bucket()}/prefix")
+            server.kill()  # the gateway alone, as an outage; objects survive
+            server.restart()
 
 The daemons are children in sessions of their own, out of the reach of Ctrl-C; a small shell kills
 them when this process is gone, however it ended, so none is left over. (PR_SET_PDEATHSIG would kill
@@ -247,7 +247,8 @@ class Radosgw:
                 process.kill()
         if process.returncode:
             raise RuntimeError(
-                f"{program} {' '.join(arguments)} failed: {log.read_text(errors='replace').strip()[-2000:]}"
+                f"{program} {' '.join(arguments)} failed: "
+                f"{log.read_text(errors='replace').strip()[-2000:]}"
             )
 
     def _daemon(self, program: str, *arguments: str) -> None:

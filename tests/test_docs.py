@@ -1,4 +1,4 @@
-"""The pages cannot rot: what they name exists, their links lead somewhere, and their example runs."""
+"""The pages cannot rot: what they name exists, their links lead somewhere, their example runs."""
 
 from __future__ import annotations
 

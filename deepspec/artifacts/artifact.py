@@ -82,7 +82,8 @@ class Artifact:
     def put(self, record: Record, local: Path, index_rows: bytes) -> Record:
         """Publish a shard: data, index rows if it has any, and the record last.
 
-        May be called again after a full disk. Of several workers at one shard one writes the record.
+        May be called again after a full disk. Only one of several workers at a shard writes its
+        record.
 
         Raises:
             ArtifactMismatch: the shard was committed before with other contents.

@@ -22,6 +22,7 @@ class Samples(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Tensor) -> Samples:
+        """Samples of these lengths [S], packed from the start of the row without gaps."""
         ends = lengths.cumsum(0)
         return cls(ends - lengths, ends)
 

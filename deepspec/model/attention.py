@@ -67,6 +67,7 @@ class SampleVisibility(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
+        """Length of the run of context tokens that the sample's blocks see together."""
         return self.end - self.start
 
     def unseen(self, block_size: int) -> Tensor:

@@ -46,7 +46,8 @@ def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["fl
     except _kernel_errors() as error:
         reason = str(error).strip().partition("\n")[0]
         log.warning(
-            "training attention=dense device=cuda FALLBACK: compiled flex attention fails here, memory grows: %s",
+            "training attention=dense device=cuda FALLBACK: "
+            "compiled flex attention fails here, memory grows: %s",
             reason,
         )
         return "dense"

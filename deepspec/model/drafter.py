@@ -36,6 +36,8 @@ class TrainBatch(NamedTuple):
 
 
 class Proposal(NamedTuple):
+    """The block of g tokens that a draft proposes in each of B rows."""
+
     tokens: Tensor  # [B, g] long
     # [B, g, V] float32, the very distributions the tokens were drawn from; None at temperature 0
     probs: Tensor | None
@@ -155,11 +157,11 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def denominators(self, plan: Any) -> dict[str, Tensor]:
-        """What each of `LossOutput.numerators` is divided by, once summed over the optimizer step."""
+        """The divisor of each of `LossOutput.numerators`, once summed over the optimizer step."""
 
     @abstractmethod
     def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
-        """Forward pass and loss sums; a batch without supervised tokens gives zeros with a graph."""
+        """Forward pass and loss sums; without supervised tokens they are zeros with a graph."""
 
     # Decoding
 

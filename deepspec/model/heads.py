@@ -66,6 +66,8 @@ class MarkovHead(nn.Module):
 
 
 class Sampled(NamedTuple):
+    """One block per row, drawn left to right, and the embeddings that biased its slots."""
+
     tokens: Tensor  # [B, g] long
     probs: Tensor | None  # [B, g, V] float32, None when greedy
     previous: Tensor  # [B, g, r] the embedded tokens before each slot

@@ -87,6 +87,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., size] with its last dimension normalized and scaled by the weight."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -142,6 +143,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward layer: SwiGLU, or GeGLU with the tanh approximation."""
+
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
@@ -150,6 +153,7 @@ class MLP(nn.Module):
         self.is_silu = spec.activation == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         gate = self.gate_proj(x)
         gate = F.silu(gate) if self.is_silu else F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * self.up_proj(x))

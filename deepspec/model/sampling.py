@@ -18,6 +18,8 @@ from deepspec.config.data import SamplingConfig
 
 
 class Verdict(NamedTuple):
+    """How far the target accepts each row's draft, and the token with which it goes on."""
+
     num_accepted: Tensor  # [B] long, draft tokens accepted
     next_token: Tensor  # [B] long, the target's own token that follows them
 
@@ -77,6 +79,8 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Drawn(NamedTuple):
+    """Chosen tokens and the distributions that they were drawn from."""
+
     tokens: Tensor  # [...] long
     # [..., V] float32, the distributions they were drawn from; None where they are the likeliest
     probs: Tensor | None

@@ -77,8 +77,11 @@ def test_a_run_that_renews_nothing_for_a_minute_has_nothing(tmp_path: Path):
             assert bool(second.acquire([1]).shards) == wins
 
 
-def test_a_run_whose_process_has_ended_on_this_machine_has_nothing_at_once(tmp_path: Path):
-    code = "import sys; from deepspec.artifacts.leases import this_process; print(this_process(), flush=True); sys.stdin.read()"
+def test_a_run_whose_process_ended_on_this_machine_loses_its_leases_at_once(tmp_path: Path):
+    code = (
+        "import sys; from deepspec.artifacts.leases import this_process; "
+        "print(this_process(), flush=True); sys.stdin.read()"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -150,7 +150,8 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.reader import HiddenCache
 from deepspec.artifacts.records import ArtifactKey
 from deepspec.storage.urls import open_store
-cache = HiddenCache(Artifact(open_store({artifact.store.url!r}), ArtifactKey("hidden", "tiny", "0123456789ab", {{}}, ())))
+key = ArtifactKey("hidden", "tiny", "0123456789ab", {{}}, ())
+cache = HiddenCache(Artifact(open_store({artifact.store.url!r}), key))
 cache[3].context.decode()
 assert "pandas" not in sys.modules
 """

@@ -92,8 +92,8 @@ def test_a_row_is_worded_as_far_as_its_columns_are_filled():
         0
     ]
     assert (
-        "### Question:\nQ\n\n### Format: Use the following code structure:\n```python\nclass S:\n```\n\n### Answer"
-        in code
+        "### Question:\nQ\n\n### Format: Use the following code structure:\n"
+        "```python\nclass S:\n```\n\n### Answer" in code
     )
     assert (
         "# YOUR CODE HERE"

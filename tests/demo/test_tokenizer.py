@@ -39,9 +39,10 @@ def test_the_template_marks_turns_as_qwen_does(tokenizer: Any):
     text = tokenizer.apply_chat_template(
         system, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    assert (
-        text
-        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHow?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 

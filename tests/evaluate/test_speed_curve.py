@@ -28,7 +28,7 @@ def test_a_point_slower_than_a_later_one_was_disturbed():
     assert curve([1, 2, 3, 4]) == pytest.approx([10.0, 8.0, 8.0, 4.0])
 
 
-def test_a_smooth_curve_lies_under_the_measured_seconds_and_every_further_token_costs_at_least_as_much():
+def test_a_smooth_curve_is_convex_and_below_the_measured_seconds():
     """The stair at 2 goes, as the straight line from 1 to 4 runs under it; the knee at 4 stays."""
     smooth = SpeedCurve([1, 2, 4, 5], [1 / 1.0, 1 / 1.5, 1 / 1.6, 1 / 3.0]).smooth()
     assert smooth.tokens.tolist() == [1, 4, 5]

@@ -189,7 +189,7 @@ def test_the_two_ways_take_turns_at_every_batch_size_after_a_warm_up_at_that_siz
         assert len(first) == {1: 2 * 3, 2: 2 * 2}[size]
 
 
-def test_what_rounds_say_of_confidence_goes_into_the_summary_and_beside_the_draft_and_cuts_blocks_of_another_run(
+def test_calibrated_confidence_is_stored_with_summary_and_draft_and_cuts_later_runs(
     ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(calibration, "MIN_TESTED", 3)

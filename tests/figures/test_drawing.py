@@ -33,7 +33,7 @@ def test_a_chart_has_nothing_that_is_once_in_a_page_and_only_the_themes_colours(
 
 @pytest.mark.filterwarnings("error")
 def test_names_of_users_are_text_and_nothing_else():
-    """A $ is no formula, a < no element, and a letter that matplotlib has no glyph of no warning."""
+    """A $ is no formula, a < no element, and a letter without a glyph in matplotlib no warning."""
     chart = nasty_chart()
     root = ElementTree.fromstring(svg(chart))
     texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]

@@ -104,7 +104,10 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Click on the innermost element with exactly this text."""
-        found = f"[...document.body.querySelectorAll('*')].filter(it => it.innerText?.trim() === {json.dumps(text)})"
+        found = (
+            "[...document.body.querySelectorAll('*')]"
+            f".filter(it => it.innerText?.trim() === {json.dumps(text)})"
+        )
         self.wait(f"{found}.length")
         self.ask(f"{found}.pop().click()")
 

@@ -187,7 +187,10 @@ def test_at_its_end_a_run_does_not_wait_for_ever_for_a_server_that_hangs():
     """Prefect's own threads wait: seven events that a stopped server did not take kept a run
     that was over for a quarter of an hour.
     """
-    script = "import threading; from flows.cli import end_in_time; end_in_time(7, 0.2); threading.Event().wait(600)"
+    script = (
+        "import threading; from flows.cli import end_in_time; "
+        "end_in_time(7, 0.2); threading.Event().wait(600)"
+    )
     assert run([sys.executable, "-c", script], environment()).returncode == 7
 
 

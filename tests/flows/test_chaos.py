@@ -183,7 +183,8 @@ def test_whatever_is_killed_the_digest_is_that_of_a_quiet_run_and_no_process_is_
             wait_until(lambda kind=kind: not made.processes(kind), f"the end of {kind}")
         assert [command_of(process) for process in made.processes()] == []
     print(
-        f"killed: {dict(chaos.killed)}, runs: {chaos.begun}, missing after the last kill: {len(left)}"
+        f"killed: {dict(chaos.killed)}, runs: {chaos.begun}, "
+        f"missing after the last kill: {len(left)}"
     )
 
 

@@ -43,9 +43,9 @@ def test_a_chatty_childs_lines_are_bounded_and_the_others_counted(
         for record in caplog.records
         if "lines were left out here" in record.getMessage()
     ]
-    assert (
-        rest
-        == f"{1001 - len(shown)} lines were left out here; {tmp_path / 'answers-0000.log'} has them all"
+    assert rest == (
+        f"{1001 - len(shown)} lines were left out here; "
+        f"{tmp_path / 'answers-0000.log'} has them all"
     )
 
 

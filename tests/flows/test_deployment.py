@@ -392,7 +392,8 @@ def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them
         page.open(site.page(lanes), "lane #0", "shards/min")
         page.open(site.page(picture), "answers: throughput")
         page.wait(
-            "[...document.images].some(it => it.src.startsWith('data:image/svg') && it.naturalWidth > 300 && it.height > 100)"
+            "[...document.images].some(it => it.src.startsWith('data:image/svg')"
+            " && it.naturalWidth > 300 && it.height > 100)"
         )
         # Prefect's own, which its server does not have
         icons = re.compile(r"status of 404 .*\.(ico|svg)$")

@@ -180,7 +180,7 @@ def test_what_an_earlier_try_of_a_run_left_at_work_is_not_made_again_by_the_next
 
 
 def test_runs_that_one_flow_starts_beside_each_other_are_no_family(run_file: Path):
-    """A sweep's runs share what comes before their drafts; only child runs are not to wait for their
+    """A sweep's runs share what comes before their drafts; only a child skips the wait for its
     parent.
     """
     artifact = Run(load_run(str(run_file))).artifact("answers")

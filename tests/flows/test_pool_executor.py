@@ -172,7 +172,8 @@ def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_stor
     (site.notes / "failed-once").touch()
     with pytest.raises(
         ShardsFailed,
-        match=r"1 of 6 shards of the stage 'answers' failed: shard 5: the prompt cannot be rendered",
+        match=r"1 of 6 shards of the stage 'answers' failed: "
+        r"shard 5: the prompt cannot be rendered",
     ):
         answers(str(site.run_file), overrides)
     assert site.lines("calls") == [0, 1, 2, 3, 4, 5], (

@@ -121,7 +121,7 @@ def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes
     assert site.calls() == [5]
 
 
-def test_a_killed_run_is_crashed_at_once_and_resumed_by_shards_by_the_retry_button_and_after_a_reboot(
+def test_a_killed_run_crashes_at_once_and_resumes_by_shards_by_retry_and_after_a_reboot(
     site: Site, tmp_path: Path
 ):
     config = site.prompts(tmp_path)

@@ -113,8 +113,8 @@ def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_
         prompts_and_answers(str(run_file), hopeless)
     shown = str(caught.value)
     assert (
-        "11 of 24 shards of the stage 'answers' failed; 12 were not begun, because more failed for good than"
-        in shown
+        "11 of 24 shards of the stage 'answers' failed; 12 were not begun, "
+        "because more failed for good than" in shown
     )
     assert (
         "shard 11: the prompt cannot be rendered" in shown

@@ -51,7 +51,8 @@ def look_at(title: str, run_file: Path, *, looks: int = 0) -> tuple[int, str]:
 def test_a_deployment_that_is_not_there_is_named(run_file: Path):
     with pytest.raises(
         ConfigError,
-        match=r"there is no deployment 'regenerate/nowhere' on the Prefect server\n.*where: resources\.runner\.workers",
+        match=r"there is no deployment 'regenerate/nowhere' on the Prefect server\n"
+        r".*where: resources\.runner\.workers",
     ):
         look_at("regenerate/nowhere", run_file)
 

@@ -59,7 +59,8 @@ while kills < 20:
     os.kill(victim, signal.SIGKILL)
     number = wait(victim)
     kills += 1
-    if not stage_status(run, "hidden").missing:  # captured between two kills: begin anew with half of it lost
+    # captured between two kills: begin anew with half of it lost
+    if not stage_status(run, "hidden").missing:
         for path in Path(sys.argv[1]).glob("hidden/*/records/0000[1-4].json"):
             path.unlink()
     lane(number)

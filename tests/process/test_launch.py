@@ -31,8 +31,14 @@ from deepspec.process.supervisor import is_alive
 # written to argv[1].
 LAUNCHER = """
 import subprocess, sys, time
-rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-ranks = [subprocess.Popen([sys.executable, "-c", rank], start_new_session=True, stdout=subprocess.PIPE) for _ in range(2)]
+rank = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('up', flush=True); time.sleep(600)"
+)
+command = [sys.executable, "-c", rank]
+ranks = [
+    subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) for _ in range(2)
+]
 for one in ranks:
     one.stdout.readline()
 open(sys.argv[1] + ".part", "w").write(" ".join(str(one.pid) for one in ranks))
@@ -109,9 +115,12 @@ def test_the_first_error_is_raised_and_its_echo_is_not_handed_on(tmp_path: Path)
     lines, log = [], tmp_path / "train.log"
     child = python("""
         import json, sys, time
-        print(json.dumps({"event": "error", "error": "ConfigError", "what": "the cause", "transient": False}), flush=True)
+        def fail(error, what):
+            event = {"event": "error", "error": error, "what": what, "transient": False}
+            print(json.dumps(event), flush=True)
+        fail("ConfigError", "the cause")
         time.sleep(0.5)
-        print(json.dumps({"event": "error", "error": "ChildFailed", "what": "an echo", "transient": False}), flush=True)
+        fail("ChildFailed", "an echo")
         print("Traceback", file=sys.stderr)
         sys.exit(1)
     """)
@@ -196,7 +205,10 @@ def test_a_child_that_is_too_slow_is_ended(tmp_path: Path):
 
 
 def test_helpers_left_behind_by_a_finished_child_are_swept_up(tmp_path: Path):
-    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)"
+    code = (
+        "import subprocess, sys; "
+        "print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)"
+    )
     started = time.monotonic()
     heard = run(python(code))
     assert time.monotonic() - started < 5
@@ -249,7 +261,8 @@ def test_sigkill_of_any_of_them_leaves_no_rank_behind(tmp_path: Path, victim: st
         import sys
         from deepspec.process import launch, scopes
         scopes.GRACE_S = 0.5
-        launch.run_child([sys.executable, "-c", {LAUNCHER!r}, sys.argv[1]], on_event=print, on_line=print)
+        command = [sys.executable, "-c", {LAUNCHER!r}, sys.argv[1]]
+        launch.run_child(command, on_event=print, on_line=print)
     """
     parent = subprocess.Popen(
         python(code, tmp_path / "ranks"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -323,9 +336,9 @@ def test_a_request_becomes_one_command_line():
         "--shards",
         "3-4",
     ]
-    assert (
-        request.shown("train")
-        == "python -m deepspec train demo --set train.lr=3e-4 --set 'target.layer_ids=[1, 2]' --store '/some where'"
+    assert request.shown("train") == (
+        "python -m deepspec train demo --set train.lr=3e-4 "
+        "--set 'target.layer_ids=[1, 2]' --store '/some where'"
     )
 
 

@@ -29,11 +29,18 @@ POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const luminance = colour => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765;
-  const sizes = selector => [...document.querySelectorAll(selector)].map(it => it.getBoundingClientRect()).map(it => [it.width, it.height]);
+  const luminance = colour =>
+    colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765;
+  const sizes = selector =>
+    [...document.querySelectorAll(selector)]
+      .map(it => it.getBoundingClientRect())
+      .map(it => [it.width, it.height]);
   document.documentElement.dataset.probe = JSON.stringify({
-    figures: sizes("figure svg"), strokes: sizes("figure path[style*='stroke-width: 1.8']"), tables: sizes("table"),
-    paper: luminance(getComputedStyle(document.body).backgroundColor), ink: luminance(getComputedStyle(document.body).color),
+    figures: sizes("figure svg"),
+    strokes: sizes("figure path[style*='stroke-width: 1.8']"),
+    tables: sizes("table"),
+    paper: luminance(getComputedStyle(document.body).backgroundColor),
+    ink: luminance(getComputedStyle(document.body).color),
     text: luminance(getComputedStyle(document.querySelector("figure text")).fill),
     requests: performance.getEntriesByType("resource").map(entry => entry.name),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,

@@ -59,7 +59,10 @@ def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_
     reads through s3fs.
     """
     store.write("data", bytes(range(20)))
-    code = f"from tests.storage.test_clients import children_read; children_read({store.url!r}, {method!r})"
+    code = (
+        "from tests.storage.test_clients import children_read; "
+        f"children_read({store.url!r}, {method!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
 
 

@@ -168,7 +168,10 @@ def test_what_keeps_one_from_writing_is_said_before_the_work(tmp_path: Path):
 
 
 def test_a_local_store_loads_no_s3_client(tmp_path: Path):
-    script = "import sys; from deepspec.storage.urls import open_store; open_store(sys.argv[1]).check_writable(); print(*sys.modules)"
+    script = (
+        "import sys; from deepspec.storage.urls import open_store; "
+        "open_store(sys.argv[1]).check_writable(); print(*sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )

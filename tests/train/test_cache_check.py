@@ -147,7 +147,8 @@ def smaller_lm_head(artifact: Artifact) -> None:
         ),
         (
             smaller_lm_head,
-            "shape of lm_head.weight is [500, 32] in its frozen.safetensors, [512, 32] in its target/config.json",
+            "shape of lm_head.weight is [500, 32] in its frozen.safetensors, "
+            "[512, 32] in its target/config.json",
         ),
         (
             lambda artifact: path(artifact, "artifact.json").unlink(),

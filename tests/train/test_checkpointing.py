@@ -1,4 +1,4 @@
-"""Which checkpoint counts: the one that was accepted furthest, measured once, also over restarts."""
+"""The checkpoint that counts is the one accepted furthest, measured once, also over restarts."""
 
 from __future__ import annotations
 

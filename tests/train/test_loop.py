@@ -71,7 +71,7 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
     assert checkpoint_steps(resumed) == [4, 6]
 
 
-def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bit_like_one_that_was_not(
+def test_a_stopped_run_finishes_its_step_saves_and_resumes_bit_for_bit(
     ready, tmp_path, monkeypatch
 ):
     """SIGTERM arrives amid the third step, far from any checkpoint."""
@@ -101,7 +101,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_ends_bit_for_bi
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
 
-def test_what_was_trained_on_hidden_states_made_again_since_is_not_sealed_as_if_it_knew_the_new_ones(
+def test_a_draft_trained_on_older_hidden_states_is_not_sealed_with_the_new_ones(
     ready: Path, monkeypatch
 ):
     config = tiny_run(ready, "resources.checks.recapture_every=1000")

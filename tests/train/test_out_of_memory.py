@@ -23,7 +23,8 @@ from tests.conftest import tiny_run
         torch.cuda.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
         RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 9 bytes."
         ),
     ],
 )

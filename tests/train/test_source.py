@@ -327,13 +327,18 @@ DYING = """
 import glob, os, signal, sys, threading, time
 
 def die():
-    while not (glob.glob("{store}/hidden/*/records/*") and glob.glob(f"{store}/.staged/*-{{os.getpid()}}-*")):
+    staged = f"{store}/.staged/*-{{os.getpid()}}-*"
+    while not (glob.glob("{store}/hidden/*/records/*") and glob.glob(staged)):
         time.sleep(0.001)
     open("{mark}", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 
-if "rolling" in sys.orig_argv and "deepspec.process.supervisor" not in sys.orig_argv and not os.path.exists("{mark}"):
-    threading.Thread(target=die, daemon=True).start() if {late} else os.kill(os.getpid(), signal.SIGKILL)
+is_lane = "rolling" in sys.orig_argv and "deepspec.process.supervisor" not in sys.orig_argv
+if is_lane and not os.path.exists("{mark}"):
+    if {late}:
+        threading.Thread(target=die, daemon=True).start()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

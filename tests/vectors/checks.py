@@ -165,7 +165,10 @@ def _target_of(case: Case) -> Target:
     tied = "lm_head.weight" if model.config.get_text_config().tie_word_embeddings else ""
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or set(missing) - {tied}:
-        what = f"the target's weights do not fit its config: missing {missing}, unexpected {unexpected}"
+        what = (
+            "the target's weights do not fit its config: "
+            f"missing {missing}, unexpected {unexpected}"
+        )
         raise ArtifactMismatch(what, where=str(case.path), fix="copy the folder of vectors whole")
     return Target(model.float(), case.fields["target_layer_ids"])
 
