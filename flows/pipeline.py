@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from prefect import Flow, flow, get_run_logger
 
-from deepspec.artifacts.status import report_text, results
+from deepspec.artifacts.status import results, stored_report
 from flows.flow_stages import STAGES_OF
 from flows.parameters import Overrides, Recipe, Shards, StoreUrl, request_of, run_name
 from flows.reporting import StageOutcome, publish_results
@@ -102,7 +102,7 @@ def evaluate_draft(
         words = ["python", "-m", "deepspec", "report", *request.arguments()]
         publish_results(
             run.config.name,
-            report_text(run),
+            stored_report(run),
             results(run).benchmarks,
             report_url=f"{outcomes[-1].status.artifact_url}/report.html",
             command=shlex.join([*words, "--output", "report.html"]),

@@ -23,9 +23,9 @@ from deepspec.artifacts.records import (
     Counts,
     Manifest,
     Record,
-    describe,
     file_entry,
     index_file,
+    new_record,
     sealed_manifest,
 )
 from deepspec.artifacts.records_table import read_records_table, records_table
@@ -76,7 +76,7 @@ class Artifact:
         self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0
     ) -> Record:
         """Publish a staged file as shard `shard`."""
-        record = describe(self.key, shard, local, counts, upstream=upstream).taking(seconds)
+        record = new_record(self.key, shard, local, counts, upstream=upstream).taking(seconds)
         return self.put(record, local, counts.index_rows)
 
     def put(self, record: Record, local: Path, index_rows: bytes) -> Record:

@@ -63,7 +63,7 @@ def chain(store: Store, info: ArtifactInfo) -> Iterator[tuple[int, ArtifactInfo]
             yield from ((depth + 1, found) for depth, found in chain(store, upstream))
 
 
-def describe(
+def lineage_lines(
     source: str, overrides: Sequence[str] = (), *, store: str | None = None
 ) -> Iterator[str]:
     """The chain behind an artifact (or behind the result of a run), read from the store.

@@ -73,7 +73,7 @@ def missing_units(run: Run, stage: str, units: Iterable[int]) -> list[int]:
     return missing_shards(run.artifact(stage), dict.fromkeys(units, digest))
 
 
-def choose(asked: Iterable[int] | None, available: Iterable[int], stage: str) -> list[int]:
+def chosen_shards(asked: Iterable[int] | None, available: Iterable[int], stage: str) -> list[int]:
     """The shards that were asked for (None: all), in order.
 
     Raises:
@@ -151,7 +151,7 @@ def open_sharded(run: Run, stage: str, shards: Sequence[int] | None) -> ShardedS
     require_sealed(run, stage)
     upstream = run.upstream(stage)
     records = upstream.records()
-    asked = choose(shards, records, stage)
+    asked = chosen_shards(shards, records, stage)
     artifact = run.create(stage)
     left = missing_shards(artifact, {shard: records[shard].checksum for shard in asked})
     return ShardedStage(artifact, upstream, [Work(shard, records[shard]) for shard in left])

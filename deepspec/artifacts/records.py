@@ -130,7 +130,7 @@ class Record(Stored):
         return self.model_copy(update={"seconds": round(seconds, 3)})
 
 
-def describe(
+def new_record(
     key: ArtifactKey, shard: int, local: Path, counts: Counts, *, upstream: str | None
 ) -> Record:
     """The record that a staged file will have as shard `shard` of the artifact."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.failure_limits import TOO_MANY, failures_allowed, few_failed, stage_size
-from deepspec.artifacts.records import Counts, Record, describe
+from deepspec.artifacts.records import Counts, Record, new_record
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_failure, quarantine
 from deepspec.artifacts.system_errors import DISK_FULL, transient_system_errors
@@ -153,7 +153,7 @@ class ShardRun:
         """Publish a staged shard, waiting while the disk is full."""
         key, upstream = self.artifact.key, work.made_from
         with staged, transient_system_errors(f"shard {work.shard}"):
-            record = describe(key, work.shard, local, counts, upstream=upstream)
+            record = new_record(key, work.shard, local, counts, upstream=upstream)
             record = record.taking(time.monotonic() - started)
             while True:
                 try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deepspec.artifacts.missing import (
-    choose,
+    chosen_shards,
     inputs,
     inputs_match,
     missing,
@@ -90,10 +90,10 @@ def selected(run: Run, status: StageStatus, asked: Sequence[int]) -> StageStatus
         return status
     require_sealed(run, stage)
     if STAGES[stage].is_sharded:
-        chosen = set(choose(asked, wanted_shards(run, stage), stage))
+        chosen = set(chosen_shards(asked, wanted_shards(run, stage), stage))
         return status._replace(missing=[shard for shard in status.missing if shard in chosen])
     if status.sealed:
-        choose(asked, run.artifact(stage).records(), stage)
+        chosen_shards(asked, run.artifact(stage).records(), stage)
         return status._replace(missing=[])
     return status._replace(missing=missing_units(run, stage, asked))
 
@@ -111,7 +111,7 @@ def results(run: Run) -> EvaluationSummary:
     return found
 
 
-def report_text(run: Run) -> str:
+def stored_report(run: Run) -> str:
     """The evaluation's report as Markdown, or how to get it where an older version evaluated."""
     artifact = run.artifact("evaluate")
     try:

@@ -125,8 +125,8 @@ def show(
         console.print(text, soft_wrap=True)
 
 
-@app.command()
-def verify(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+@app.command("verify")
+def verify_run(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
     """Compare everything committed with its checksum.
 
     What is damaged is named and made missing, so that the stage makes it again.
@@ -196,7 +196,7 @@ def lineage(
 
     The whole chain back to its prompts, read from the store alone.
     """
-    from deepspec.artifacts.lineage import describe
+    from deepspec.artifacts.lineage import lineage_lines
 
-    for line in describe(folder, sets or (), store=store):
+    for line in lineage_lines(folder, sets or (), store=store):
         typer.echo(line)

@@ -64,8 +64,8 @@ def conformance(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_two(
     a: RunOrResult,
     b: RunOrResult,
     sets: Sets = None,

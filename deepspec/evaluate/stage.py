@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.missing import choose, missing_units, require_sealed
+from deepspec.artifacts.missing import chosen_shards, missing_units, require_sealed
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.results import EvaluationSummary
 from deepspec.artifacts.run import Run
@@ -60,7 +60,7 @@ def run_evaluate(
     units = {unit.number: unit for unit in make_units(run.config, load_benchmarks(run))}
     evaluation = _Evaluation(run)
     artifact = run.create("evaluate")
-    missing = missing_units(run, "evaluate", choose(shards, units, "evaluate"))
+    missing = missing_units(run, "evaluate", chosen_shards(shards, units, "evaluate"))
     if missing:
         made_from = inputs[f"train/{evaluation.draft.key.fingerprint}"]
         todo = [UnitWork(units[number], made_from) for number in missing]

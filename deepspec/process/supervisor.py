@@ -35,7 +35,7 @@ class LifelineCut(Exception):
     """The parent is gone, or has the command end."""
 
 
-def main(grace_s: float, command: list[str]) -> int:
+def supervise(grace_s: float, command: list[str]) -> int:
     """Exit status of the command; all its descendants are gone."""
     prctl = find_prctl()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -149,4 +149,4 @@ def kill_marked(name: str, value: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
+    sys.exit(supervise(float(sys.argv[1]), sys.argv[2:]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import describe, find_artifact
+from deepspec.artifacts.lineage import find_artifact, lineage_lines
 from deepspec.artifacts.results import EvaluationSummary, Interval, read_summary
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.evaluate.results import compute_summary, read_rows
@@ -128,7 +128,7 @@ def _result(artifact: Artifact, label: str) -> Result:
         label,
         found,
         settings_of(artifact),
-        list(describe(artifact.url)),
+        list(lineage_lines(artifact.url)),
         artifact.manifest() is not None,
         sum(record.rejected for record in artifact.records().values()),
     )

@@ -30,7 +30,7 @@ from deepspec.train.distributed import World
 BATCHES_AHEAD = 2  # the one in use and the next
 
 
-class Drawn(NamedTuple):
+class DrawnSample(NamedTuple):
     """One sample of a step."""
 
     number: int  # its place in the source's index
@@ -80,21 +80,21 @@ class StepData:
         """Release all samples of the source."""
         self.source.release(self.total_steps * self.global_batch)
 
-    def _draw(self, step: int) -> list[Drawn]:
+    def _draw(self, step: int) -> list[DrawnSample]:
         """All samples of a step, over all ranks, shortest first."""
         index, samples = self.source.index, []
         for place in range(step * self.global_batch, (step + 1) * self.global_batch):
             epoch, number = self._order.at(place)
             seed = sample_seed(self.seed, epoch, int(index.sample_id[number]))
-            samples.append(Drawn(number, int(index.num_tokens[number]), seed))
+            samples.append(DrawnSample(number, int(index.num_tokens[number]), seed))
         return sorted(samples, key=lambda sample: (sample.num_tokens, sample.number))
 
-    def micro_batches(self, step: int) -> list[list[Drawn]]:
+    def micro_batches(self, step: int) -> list[list[DrawnSample]]:
         """The rank's samples of a step, packed up to `resources.memory.batch_tokens` each.
 
         A longer sample is a micro-batch of its own.
         """
-        groups: list[list[Drawn]] = []
+        groups: list[list[DrawnSample]] = []
         room = 0
         for sample in self.drawn(step)[self.world.rank :: self.world.size]:
             if not groups or sample.num_tokens > room:
@@ -127,11 +127,11 @@ class StepData:
         jobs = ((1, partial(self._batch, group, samples)) for group in to_batch)
         return read_ahead(jobs, max_bytes=BATCHES_AHEAD)
 
-    def load(self, group: Sequence[Drawn]) -> TrainBatch:
+    def load(self, group: Sequence[DrawnSample]) -> TrainBatch:
         """A micro-batch by itself."""
         return self._batch(group, (self.source[drawn.number] for drawn in group))
 
-    def _batch(self, group: Sequence[Drawn], samples: Iterator[HiddenSample]) -> TrainBatch:
+    def _batch(self, group: Sequence[DrawnSample], samples: Iterator[HiddenSample]) -> TrainBatch:
         """The next samples, packed into one row on the training device and decoded there."""
         layout, device = self.source.layout, self.world.device
         lengths = [drawn.num_tokens for drawn in group]

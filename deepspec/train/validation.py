@@ -26,7 +26,7 @@ ROWS = 8  # samples drafted along together
 GREEDY = SamplingConfig(temperature=0.0)
 
 
-class RoundCounts(NamedTuple):
+class DraftedCounts(NamedTuple):
     """What drafting along some answers came to."""
 
     committed: int  # tokens, the target's own one of each round included
@@ -85,7 +85,7 @@ def load_answers(source: Source, numbers: Sequence[int], device: torch.device) -
 
 
 @torch.no_grad()
-def draft_along(draft: Drafter, answers: Answers) -> RoundCounts:
+def draft_along(draft: Drafter, answers: Answers) -> DraftedCounts:
     """Rounds of drafting from the first to the last token of every answer."""
     rows, length = answers.input_ids.shape
     ids, masks = answers.input_ids.tolist(), answers.loss_mask
@@ -114,7 +114,7 @@ def draft_along(draft: Drafter, answers: Answers) -> RoundCounts:
             committed += matched + (matched < left)
             rounds += 1
             anchors[row] = next_anchor(masks[row], anchor + matched + 1)
-    return RoundCounts(committed, rounds)
+    return DraftedCounts(committed, rounds)
 
 
 def next_anchor(mask: Sequence[bool], place: int) -> int | None:

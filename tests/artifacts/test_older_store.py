@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import results, stage_status
 from deepspec.artifacts.verify import verify_stage
@@ -56,7 +56,7 @@ def test_what_it_holds_is_read(older: Path):
     cache.close()
     summary, rows = results(run), read_rows(run.artifact("evaluate"))
     assert sum(found.prompts for found in summary.benchmarks) == len(rows)
-    assert len(list(describe(str(run.artifact("evaluate").url)))) >= 6
+    assert len(list(lineage_lines(str(run.artifact("evaluate").url)))) >= 6
 
 
 def test_prompts_made_again_have_the_same_digest(older: Path):

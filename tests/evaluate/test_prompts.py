@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.run import Run
 from deepspec.config.benchmarks import KNOWN
 from deepspec.errors import ConfigError
@@ -144,7 +144,7 @@ def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
             == render_turns(chat, benchmark.prompts[first["prompt"]], [answer]).digest
         )
     evaluated = Run(config).artifact("evaluate")
-    lines = list(describe(evaluated.url.removeprefix("file://")))
+    lines = list(lineage_lines(evaluated.url.removeprefix("file://")))
     assert any(
         line.strip().startswith("benchmarks/mt-bench-") and f"data set {mt_bench}" in line
         for line in lines

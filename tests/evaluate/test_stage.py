@@ -13,7 +13,7 @@ import torch
 
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
-from deepspec.artifacts.status import report_text, results
+from deepspec.artifacts.status import results, stored_report
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.evaluate import calibration, units
 from deepspec.evaluate import prompts as benchmarks
@@ -69,7 +69,7 @@ def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compar
     page, text = (
         artifact.store.read(artifact.path(f"report.{ending}")).decode() for ending in ("html", "md")
     )
-    assert page.startswith("<!DOCTYPE html>") and report_text(Run(config)) == text
+    assert page.startswith("<!DOCTYPE html>") and stored_report(Run(config)) == text
     for found in (page, text):
         assert all(
             Run(config).artifact(stage).key.fingerprint in found

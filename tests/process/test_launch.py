@@ -291,7 +291,7 @@ def test_without_prctl_a_child_still_ends_with_its_parent(
         import sys
         from deepspec.process import supervisor
         supervisor.find_prctl = lambda: (lambda option, value: None)
-        sys.exit(supervisor.main(0.5, sys.argv[1:]))
+        sys.exit(supervisor.supervise(0.5, sys.argv[1:]))
     """
     child = subprocess.Popen(python(code, "sleep", "600"), stdin=subprocess.PIPE)
     limit = time.monotonic() + 20

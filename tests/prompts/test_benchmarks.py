@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.run import Run, benchmark_key
 from deepspec.artifacts.verify import verify_benchmarks
 from deepspec.config.benchmarks import KNOWN, find_benchmark
@@ -71,7 +71,7 @@ def test_it_is_an_artifact_like_any_other_and_tells_its_data_set(gsm8k: Path, tm
     manifest = artifact.manifest()
     assert manifest is not None
     assert (manifest.totals["shards"], manifest.totals["rows"]) == (1, 5)
-    (line,) = describe(artifact.url.removeprefix("file://"))
+    (line,) = lineage_lines(artifact.url.removeprefix("file://"))
     assert line.startswith(
         f"benchmarks/gsm8k-{artifact.key.fingerprint}  (digest {manifest.digest}, 5 rows"
     )
@@ -182,7 +182,7 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
     stored_benchmark(Run(config), KNOWN["gsm8k"])
     assert read == [("openai/gsm8k", "main", "test", "aaa")] * 2
     assert "gsm8k@aaa" in caplog.text
-    assert next(describe(artifact.url.removeprefix("file://"))).endswith(
+    assert next(lineage_lines(artifact.url.removeprefix("file://"))).endswith(
         "data set openai/gsm8k at aaa)"
     )
     read_benchmark(Run(config), "gsm8k@v1")
@@ -190,7 +190,7 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
     pinned = Artifact(
         Run(config).store, benchmark_key(KNOWN["gsm8k"].model_copy(update={"revision": "v1"}))
     )
-    assert next(describe(pinned.url.removeprefix("file://"))).endswith(
+    assert next(lineage_lines(pinned.url.removeprefix("file://"))).endswith(
         "data set openai/gsm8k at v1)"
     )
 
@@ -356,7 +356,7 @@ def test_training_prompts_that_are_a_known_benchmarks_are_dropped_with_and_witho
     assert [name.split("/")[0] for name in manifest.inputs] == ["benchmarks"]
     assert any(
         "benchmarks/gsm8k" in line and str(gsm8k) in line
-        for line in describe(artifact.url.removeprefix("file://"))
+        for line in lineage_lines(artifact.url.removeprefix("file://"))
     )
 
 

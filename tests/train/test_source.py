@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import describe
+from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.records import index_file
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
@@ -235,7 +235,7 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
     assert (
         draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
     )
-    said = "\n".join(describe(draft.url))
+    said = "\n".join(lineage_lines(draft.url))
     assert all(
         Run(config).artifact(stage).key.fingerprint in said
         for stage in ("train", "hidden", "answers", "prompts", "demo")

@@ -25,7 +25,7 @@ from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
 from deepspec.train.validation import (
     Answers,
-    RoundCounts,
+    DraftedCounts,
     draft_along,
     held_out_acceptance,
     load_answers,
@@ -87,7 +87,7 @@ def test_rounds_are_counted_as_decoding_counts_them():
     # Row 0: from 2, three accepted, the end; from 7, two accepted, the end. Row 1: from 1, one
     # accepted and the 9 corrected; from 3, three accepted and one added; from 7, the last one
     # accepted.
-    assert found == RoundCounts(committed=3 + 2 + 2 + 4 + 1, rounds=5)
+    assert found == DraftedCounts(committed=3 + 2 + 2 + 4 + 1, rounds=5)
     assert draft.asked == [(2, 1), (7, 3), (7, 7)]
 
 
