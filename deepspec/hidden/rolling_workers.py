@@ -81,7 +81,7 @@ class CaptureWorker:
             shards = missing()
             try:
                 return run_child(
-                    [*self.request.command("hidden", shards), "--for", "rolling"],
+                    [*self.request.command("hidden", shards), "--purpose", "rolling"],
                     on_event=on_event,
                     on_line=_pass_on_warnings,
                     env=self.env,
@@ -135,7 +135,7 @@ def render_in_children(run: Run, shards: Sequence[int]) -> None:
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)
 
     def render(group: Sequence[int]) -> None:
-        command = [*request.command("hidden", group), "--for", "index"]
+        command = [*request.command("hidden", group), "--purpose", "index"]
         run_child(command, on_event=silent, on_line=_pass_on_warnings, env=env)
 
     with ThreadPoolExecutor(processes) as pool, scope():
