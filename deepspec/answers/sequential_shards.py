@@ -20,7 +20,7 @@ from deepspec.target.conversation import AnswerRequest, Conversation, Outcome
 
 
 class Engine(Protocol):
-    """Answers the requests of one shard at a time; made as `Class(run)`, with a `Run`."""
+    """Answers the requests of one shard at a time; made as `Class(config)`, with a `RunConfig`."""
 
     def answer(
         self, requests: Sequence[AnswerRequest], *, shard: int

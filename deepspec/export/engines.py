@@ -15,7 +15,7 @@ from deepspec.export.formats import Config
 from deepspec.model.spec import DraftSpec
 
 
-class Engine(NamedTuple):
+class ServingEngine(NamedTuple):
     """How one engine reads a draft."""
 
     name: str
@@ -29,7 +29,7 @@ class Engine(NamedTuple):
     reads_temperatures: bool = False  # of the confidence head, as a tensor
 
 
-def chosen_engine(name: str) -> Engine:
+def chosen_engine(name: str) -> ServingEngine:
     """The engine of this name.
 
     Raises:
@@ -42,7 +42,7 @@ def chosen_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-def check_loadable(spec: DraftSpec, engine: Engine) -> None:
+def check_loadable(spec: DraftSpec, engine: ServingEngine) -> None:
     """Refuse a draft that the engine cannot load.
 
     Raises:
@@ -111,26 +111,26 @@ def _serve_sglang(spec: DraftSpec) -> str:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(
+        ServingEngine(
             name="vllm",
             library="vllm",
-            write=formats.serving,
+            write=formats.engine_config,
             read=formats.read_serving,
             why_not=_not_vllm,
             serve=_serve_vllm,
             takes_targets=("dflash",),
         ),
-        Engine(
+        ServingEngine(
             name="sglang",
             library="sglang",
-            write=formats.serving,
+            write=formats.engine_config,
             read=formats.read_serving,
             why_not=_not_sglang,
             serve=_serve_sglang,
             takes_targets=("dflash",),
             reads_temperatures=True,
         ),
-        Engine(
+        ServingEngine(
             name="speculators",
             library="speculators",
             write=formats.speculators,
@@ -138,7 +138,7 @@ ENGINES = {
             why_not=_not_speculators,
             serve=lambda _: "",
         ),
-        Engine(
+        ServingEngine(
             name="hf",
             library="transformers",
             write=formats.published,

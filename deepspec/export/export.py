@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.export.engines import Engine, check_loadable, chosen_engine
+from deepspec.export.engines import ServingEngine, check_loadable, chosen_engine
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
 from deepspec.model.config_json import BLOCK_LAYOUT, spec_from_config
@@ -79,7 +79,12 @@ def find_draft(folder: Path) -> Path:
 
 
 def write_export(
-    folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: Engine, source: Path
+    folder: Path,
+    spec: DraftSpec,
+    tensors: dict[str, Tensor],
+    *,
+    engine: ServingEngine,
+    source: Path,
 ) -> None:
     """Weights, config.json, model card, and the calibration where there is one."""
     folder.mkdir()
@@ -121,7 +126,7 @@ def _is_temperature(value: object) -> bool:
 
 
 def check_export(
-    folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: Engine
+    folder: Path, spec: DraftSpec, tensors: dict[str, Tensor], *, engine: ServingEngine
 ) -> None:
     """Read an export as its engine would, and refuse it unless it drafts exactly as the original.
 

@@ -50,7 +50,7 @@ def read_published(config: Config) -> Config:
     return config
 
 
-def serving(spec: DraftSpec, dtype: str) -> Config:
+def engine_config(spec: DraftSpec, dtype: str) -> Config:
     """What vLLM and SGLang read: the published config under their names of the architectures."""
     config = published(spec, dtype)
     if spec.algorithm == "eagle3":

@@ -12,7 +12,7 @@ import yaml
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import chain
 from deepspec.artifacts.records import ArtifactInfo, ArtifactKey
-from deepspec.export.engines import Engine
+from deepspec.export.engines import ServingEngine
 from deepspec.export.formats import target_name
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.urls import open_store
@@ -27,7 +27,7 @@ acceptance length after the first requests.
 """
 
 
-def model_card(spec: DraftSpec, engine: Engine, *, source: Path) -> str:
+def model_card(spec: DraftSpec, engine: ServingEngine, *, source: Path) -> str:
     """The card's text; recipe, training data and acceptance come from the store of `source`.
 
     They are unknown where the draft is not in its store any more.
@@ -64,7 +64,7 @@ def artifact_around(source: Path) -> Artifact | None:
     )
 
 
-def _facts(spec: DraftSpec, engine: Engine) -> str:
+def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
     layout = "slot k predicts anchor + 1 + k (`sample_from_anchor: true`)"
     facts: dict[str, Any] = {
         "written for": engine.name,
