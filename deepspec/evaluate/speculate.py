@@ -18,7 +18,7 @@ import torch
 from deepspec.evaluate.device_time import device_time
 from deepspec.evaluate.scheduler import Policy
 from deepspec.model.drafter import DraftCache, Drafter, Proposal
-from deepspec.model.sampling import Verdict, verify
+from deepspec.model.sampling import Verdict, verify_tokens
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
 from deepspec.target.model import Target, TargetOutput
 
@@ -202,7 +202,7 @@ def _verify(
         draws = torch.cat([drawn[:, :width], drawn[:, block:]], 1)
     probs = proposal.probs[:, :width] if proposal.probs is not None else None
     limits = None if min(lengths) == width else torch.tensor(lengths, device=logits.device)
-    return verify(proposal.tokens[:, :width], probs, logits, rows.sampling, draws, limits)
+    return verify_tokens(proposal.tokens[:, :width], probs, logits, rows.sampling, draws, limits)
 
 
 class _Timer:

@@ -31,7 +31,7 @@ SPECULATORS_BLOCK_KEYS = (
 DFLASH_KEYS = ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor")
 
 
-def published(spec: DraftSpec, dtype: str) -> Config:
+def published_config(spec: DraftSpec, dtype: str) -> Config:
     """The published config.json with all defaults written out; `dtype` is that of the tensors."""
     rope = {"rope_type": "default", "rope_theta": spec.rope.theta}
     config = config_from_spec(spec) | {"dtype": dtype, "draft_vocab_size": spec.vocab_size}
@@ -45,14 +45,14 @@ def published(spec: DraftSpec, dtype: str) -> Config:
     return config
 
 
-def read_published(config: Config) -> Config:
+def read_published_config(config: Config) -> Config:
     """The published config itself."""
     return config
 
 
 def engine_config(spec: DraftSpec, dtype: str) -> Config:
     """What vLLM and SGLang read: the published config under their names of the architectures."""
-    config = published(spec, dtype)
+    config = published_config(spec, dtype)
     if spec.algorithm == "eagle3":
         config["architectures"] = ["Eagle3Qwen3ForCausalLM"]
     if spec.algorithm == "dflash":
@@ -70,7 +70,7 @@ def engine_config(spec: DraftSpec, dtype: str) -> Config:
     return config
 
 
-def read_serving(config: Config) -> Config:
+def read_engine_config(config: Config) -> Config:
     """The published config, from the keys that vLLM and SGLang read.
 
     Raises:
@@ -84,9 +84,9 @@ def read_serving(config: Config) -> Config:
     return config
 
 
-def speculators(spec: DraftSpec, dtype: str) -> Config:
+def speculators_config(spec: DraftSpec, dtype: str) -> Config:
     """The config of the speculators package: the published one, wrapped."""
-    inner = published(spec, dtype)
+    inner = published_config(spec, dtype)
     name = target_name(spec) or None
     config = {
         "architectures": [SPECULATORS[spec.algorithm]],
@@ -112,7 +112,7 @@ def speculators(spec: DraftSpec, dtype: str) -> Config:
     return config | keys | BLOCK_LAYOUT
 
 
-def read_speculators(config: Config) -> Config:
+def read_speculators_config(config: Config) -> Config:
     """The published config, from the keys that the speculators package reads.
 
     Raises:

@@ -23,7 +23,7 @@ from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
 from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
-from deepspec.model.sampling import choose
+from deepspec.model.sampling import choose_tokens
 from deepspec.model.spec import DraftSpec
 from deepspec.model.vocabulary import Vocabulary
 
@@ -172,7 +172,7 @@ class BlockDraft(Drafter):
         logits = self.logits(states)
         previous = confidence = None
         if self.markov_head is None:  # no slot waits for another
-            tokens, probs = choose(logits, sampling, uniforms)
+            tokens, probs = choose_tokens(logits, sampling, uniforms)
         else:
             tokens, probs, previous = sample_block(
                 self.markov_head,

@@ -144,21 +144,28 @@ class _Chunks:
 
     def add(self, slots: Tensor) -> None:
         """Score the slots with these numbers [n]; they look at consecutive target positions."""
-        cap = self.task.vocabulary.softcap
-        base = softcap(F.linear(self.states[slots].to(self.dtype), self.lm_head), cap).float()
-        logits = base
-        if self.features is not None and self.w2 is not None:
-            bias = F.linear(self.features[slots].to(self.dtype), self.w2)
-            logits = (base + bias).float()  # float64 weights have float32 logits as well
+        logits, slope = self._logits(slots)
         p, difference = self._measure(slots, logits)
+        del logits  # two such tensors less while the gradient is formed
         if self.to_states is None:
             return
         gradient = self._gradient(slots, p, difference)
         self._backward_features(slots, gradient)
-        if cap is not None:
-            gradient = gradient * (1 - (base / cap).square())  # d softcap(x) = 1 - tanh(x / cap)^2
+        if slope is not None:
+            gradient = gradient * slope
         by_states = gradient.to(self.dtype) @ self.lm_head
         self.to_states[slots] = by_states.to(self.states.dtype)
+
+    def _logits(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The draft's logits [n, V], and the slope of the softcap where there is one."""
+        cap, slope = self.task.vocabulary.softcap, None
+        logits = softcap(F.linear(self.states[slots].to(self.dtype), self.lm_head), cap).float()
+        if cap is not None:
+            slope = 1 - (logits / cap).square()  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
+        if self.features is not None and self.w2 is not None:
+            bias = F.linear(self.features[slots].to(self.dtype), self.w2)
+            logits = (logits + bias).float()  # float64 weights have float32 logits as well
+        return logits, slope
 
     def _target(self, slots: Tensor) -> Tensor:
         """The target's distribution q at each slot [n, V], computed once for every position."""
@@ -173,7 +180,7 @@ class _Chunks:
         ce, soft_ce, tv, hits = self.measured
         q = self._target(slots)
         log_sum = logits.logsumexp(-1, keepdim=True)
-        p = (logits - log_sum).exp()
+        p = (logits - log_sum).exp_()  # in place of the difference alone
         difference = p - q
         if self.task.labels is not None:
             label = self.task.labels[slots, None]
@@ -193,17 +200,17 @@ class _Chunks:
         ce, soft_ce, tv = (
             None if weight is None else weight[slots, None] for weight in self.task.coefficients
         )
-        by_p: Tensor | float = 0.0  # what p is multiplied by
+        factor = ce  # of p
         if tv is not None:
             sign = difference.sign()
-            by_p = tv * (sign - _dot(p, sign)[:, None])  # tv: s - <p, s>
-        if ce is not None:
-            by_p = by_p + ce  # ce: p of p - y
-        gradient = by_p * p
+            by_tv = tv * (sign - _dot(p, sign)[:, None])  # tv: s - <p, s>
+            factor = by_tv if ce is None else by_tv + ce  # ce: the p of p - y
+        gradient = torch.zeros_like(p) if factor is None else factor * p
         if soft_ce is not None:
-            gradient = gradient + soft_ce * difference  # soft_ce: p - q
+            by_soft_ce = soft_ce * difference  # soft_ce: p - q
+            gradient = by_soft_ce if factor is None else gradient + by_soft_ce
         if ce is not None and self.task.labels is not None:
-            gradient.scatter_add_(-1, self.task.labels[slots, None], -ce)  # ce: -y of p - y
+            gradient.scatter_add_(-1, self.task.labels[slots, None], -ce)  # ce: the -y of p - y
         return gradient
 
     def _backward_features(self, slots: Tensor, gradient: Tensor) -> None:

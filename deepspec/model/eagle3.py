@@ -21,7 +21,7 @@ from deepspec.model.eagle3_plan import Eagle3Plan, plan_steps
 from deepspec.model.execution import FILL_TOKENS
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
 from deepspec.model.loss import LossOutput, StepStates, step_losses, zero_loss
-from deepspec.model.sampling import Drawn, choose, stacked
+from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
 from deepspec.model.spec import DraftSpec
 
 
@@ -164,14 +164,15 @@ class Eagle3Draft(Drafter):
         The anchor is in the cache already.
         """
         lengths, states = cache.lengths, cast("Tensor", cache.last_output)
-        drawn: list[Drawn] = []
+        drawn: list[DrawnTokens] = []
         for slot in range(self.block_size):
             if slot > 0:
                 x = self._write(cache, drawn[-1].tokens[:, None], states[:, None])
                 states = self._output(cache, x, states[:, None])
                 cache.lengths = [length + 1 for length in cache.lengths]
             logits = self.logits(self.norm(states))
-            drawn.append(choose(logits, sampling, None if uniforms is None else uniforms[:, slot]))
+            numbers = None if uniforms is None else uniforms[:, slot]
+            drawn.append(choose_tokens(logits, sampling, numbers))
         cache.lengths = lengths  # what was fed here is overwritten by what the target verifies
         tokens, probs = stacked(drawn)
         return Proposal(tokens, probs, None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import ConfidenceConfig, MarkovConfig
-from deepspec.model.sampling import choose, stacked
+from deepspec.model.sampling import choose_tokens, stacked
 
 
 class MarkovHead(nn.Module):
@@ -98,7 +98,8 @@ def sample_block(
         embedded = head.markov_w1.weight[token]
         feature, carried = head.step(state, embedded, carried)
         biased = torch.addmm(base, feature, head.markov_w2.weight.t())
-        drawn.append(choose(biased, sampling, None if uniforms is None else uniforms[:, slot]))
+        numbers = None if uniforms is None else uniforms[:, slot]
+        drawn.append(choose_tokens(biased, sampling, numbers))
         token = drawn[-1].tokens
         previous.append(embedded)
     return Sampled(*stacked(drawn), torch.stack(previous, 1))

@@ -78,7 +78,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
 
 
-class Drawn(NamedTuple):
+class DrawnTokens(NamedTuple):
     """Chosen tokens and the distributions that they were drawn from."""
 
     tokens: Tensor  # [...] long
@@ -86,25 +86,25 @@ class Drawn(NamedTuple):
     probs: Tensor | None
 
 
-def choose(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> Drawn:
+def choose_tokens(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor | None) -> DrawnTokens:
     """One token per row of logits [..., V], drawn with its number of `uniforms` [...] in [0, 1).
 
     The likeliest where there are no numbers, and at temperature 0.
     """
     if uniforms is None or sampling.temperature == 0:
-        return Drawn(logits.argmax(-1), None)
+        return DrawnTokens(logits.argmax(-1), None)
     probs = distribution(logits, sampling)
-    return Drawn(draw(probs, uniforms), probs)
+    return DrawnTokens(draw(probs, uniforms), probs)
 
 
-def stacked(slots: Sequence[Drawn]) -> Drawn:
+def stacked(slots: Sequence[DrawnTokens]) -> DrawnTokens:
     """The draws of one slot after the other [B] as those of a block [B, g]."""
     probs = [slot.probs for slot in slots if slot.probs is not None]
     tokens = torch.stack([slot.tokens for slot in slots], 1)
-    return Drawn(tokens, torch.stack(probs, 1) if probs else None)
+    return DrawnTokens(tokens, torch.stack(probs, 1) if probs else None)
 
 
-def verify(
+def verify_tokens(
     draft_tokens: Tensor,
     draft_probs: Tensor | None,
     target_logits: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
-from deepspec.model.sampling import UniformStream, choose
+from deepspec.model.sampling import UniformStream, choose_tokens
 from deepspec.target.kv_cache import TargetCache
 from deepspec.target.model import Target
 
@@ -111,7 +111,7 @@ class TargetBatch:
         if self.uniforms:
             seeds = [self.seeds[prompt] for prompt in admitted.values()]
             uniforms = self.uniforms.start(rows, seeds)
-        first = choose(self.target.logits(last_hidden), self.sampling, uniforms).tokens
+        first = choose_tokens(self.target.logits(last_hidden), self.sampling, uniforms).tokens
         self.tokens = self.tokens.index_copy(0, torch.tensor(rows, device=first.device), first)
         return Prefilled(rows, prompts, context, first)
 
@@ -154,7 +154,7 @@ def generate(
         for row in slots.running:
             cache.lengths[row] += 1
         uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
-        batch.tokens = choose(target.logits(last_hidden), settings.sampling, uniforms).tokens
+        batch.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, uniforms).tokens
         tokens = batch.tokens.tolist()
         running = dict(slots.running)
         add([tokens[row] for row in running], running)

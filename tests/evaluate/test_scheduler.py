@@ -18,7 +18,7 @@ from deepspec.evaluate.scheduler import Fixed, Policy, Scheduled, Threshold, sch
 from deepspec.evaluate.simulate import simulate
 from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.model.drafter import Proposal
-from deepspec.model.sampling import verify
+from deepspec.model.sampling import verify_tokens
 from tests.evaluate.made_rounds import made_rows
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
@@ -358,7 +358,7 @@ def test_appendix_a_through_real_verification(early_stop: bool):
     rule = everyone(Scheduled(curve)) if early_stop else without_the_early_stop(curve)
     lengths = torch.tensor([int(rule(row[None])[0]) for row in sure])
     assert lengths.tolist() == ([0, 0] if early_stop else [2, 0])
-    verdict = verify(
+    verdict = verify_tokens(
         tokens,
         draft.expand(rounds, 2, 2),
         target.log().expand(rounds, 3, 2),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
-from deepspec.model.sampling import UniformStream, distribution, draw, verify
+from deepspec.model.sampling import UniformStream, distribution, draw, verify_tokens
 
 GREEDY, PLAIN = SamplingConfig(temperature=0), SamplingConfig(temperature=1.0)
 
@@ -110,7 +110,7 @@ def verified_tokens(claimed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.2, 0.2, 0.1]]).expand(ROUNDS, 2, VOCAB)
     tokens = draw(q, torch.rand(ROUNDS, 2, generator=generator))
     told = q if claimed is None else claimed.expand(ROUNDS, 2, VOCAB)
-    verdict = verify(
+    verdict = verify_tokens(
         tokens,
         told,
         target.expand(ROUNDS, 3, VOCAB),
@@ -142,7 +142,7 @@ def test_the_chi_square_test_finds_a_verifier_told_another_distribution() -> Non
 def test_greedy_verification_compares_likeliest_tokens() -> None:
     likeliest = torch.tensor([[1, 2, 3], [1, 2, 3], [4, 2, 3]])
     logits = torch.nn.functional.one_hot(likeliest, 5).float()
-    verdict = verify(torch.tensor([[1, 2], [1, 0], [1, 2]]), None, logits, GREEDY, None)
+    verdict = verify_tokens(torch.tensor([[1, 2], [1, 0], [1, 2]]), None, logits, GREEDY, None)
     assert verdict.num_accepted.tolist() == [2, 1, 0]
     assert verdict.next_token.tolist() == [3, 2, 4]
 
@@ -154,7 +154,7 @@ def test_tokens_behind_the_proposed_ones_are_never_accepted(sampling: SamplingCo
         torch.full((2, 3, 3), -1e9).index_fill_(2, torch.tensor([1]), 0.0),
     )
     probs = distribution(logits[:, :2], PLAIN)
-    verdict = verify(
+    verdict = verify_tokens(
         tokens, probs, logits, sampling, torch.rand(2, 3), num_proposed=torch.tensor([0, 1])
     )
     assert verdict.num_accepted.tolist() == [0, 1]
@@ -165,7 +165,7 @@ def test_equal_distributions_accept_everything() -> None:
     logits = torch.randn(64, 4, 9, generator=torch.Generator().manual_seed(2))
     probs = distribution(logits[:, :3], PLAIN)
     tokens = draw(probs, torch.rand(64, 3))
-    assert (verify(tokens, probs, logits, PLAIN, torch.rand(64, 4)).num_accepted == 3).all()
+    assert (verify_tokens(tokens, probs, logits, PLAIN, torch.rand(64, 4)).num_accepted == 3).all()
 
 
 def test_two_seeds_differ_at_temperature_one() -> None:

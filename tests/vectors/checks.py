@@ -16,7 +16,7 @@ from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.drafter import Drafter
-from deepspec.model.sampling import verify
+from deepspec.model.sampling import verify_tokens
 from deepspec.target.conformance import Check, distance
 from deepspec.target.generate import Decode, generate, prefill
 from deepspec.target.model import Target
@@ -124,7 +124,7 @@ def replay(target: Target, draft: Drafter, wanted: dict[str, Any], *, threshold:
             error = max(error, distance(proposal.confidence[0, : len(logits)].logit(), logits))
         tokens = proposal.tokens[:, :cut]
         output = target.forward(torch.cat([anchor[:, None], tokens], 1), cache)
-        verdict = verify(tokens, None, target.logits(output.last_hidden), GREEDY, None)
+        verdict = verify_tokens(tokens, None, target.logits(output.last_hidden), GREEDY, None)
         accepted = int(verdict.num_accepted)
         found = (tokens[0].tolist(), accepted, int(verdict.next_token))
         # the first one is the anchor
