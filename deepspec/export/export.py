@@ -50,7 +50,7 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
             where=str(out),
             fix="name another one, or remove it",
         )
-    source = find_draft(draft)
+    source = draft if (draft / "config.json").is_file() else draft / "draft"
     spec = read_spec(source)
     check_loadable(spec, chosen)
     tensors = load_file(source / "model.safetensors")
@@ -63,19 +63,6 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
             out.rmdir()
         folder.rename(out)
     log.info("exported draft=%s engine=%s out=%s", source, engine, out)
-
-
-def find_draft(folder: Path) -> Path:
-    """The folder with config.json and model.safetensors: this one, or its draft/.
-
-    Raises:
-        ArtifactMismatch: neither is.
-    """
-    for candidate in (folder, folder / "draft"):
-        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
-            return candidate
-    fix = "give a folder with config.json and model.safetensors, or a sealed train artifact"
-    raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
 
 
 def write_export(

@@ -57,13 +57,6 @@ class Scores(NamedTuple):
     )
 
 
-class _Task(NamedTuple):
-    vocabulary: Vocabulary
-    targets: Targets
-    labels: Tensor | None
-    coefficients: Coefficients
-
-
 def score(
     states: Tensor,
     features: Tensor | None,
@@ -77,24 +70,20 @@ def score(
 
     Gradients flow into the states, the features and W2.
     """
+    chunks = _Chunks(states, features, vocabulary, targets, labels, coefficients)
     w2 = vocabulary.markov_w2 if features is not None else None
-    task = _Task(vocabulary, targets, labels, coefficients)
-    return Scores(*_Score.apply(states, features, w2, task))
+    return Scores(*_Score.apply(states, features, w2, chunks))
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, task: _Task
+        ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, chunks: _Chunks
     ) -> tuple[Tensor, ...]:
-        device = states.device.type
-        chunks = _Chunks(states, features, w2, task, needs_gradient=any(ctx.needs_input_grad))
-        elements = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"])
-        size = max(MIN_CHUNK, elements // len(task.vocabulary.lm_head))
-        order = task.targets.of_slot.argsort(stable=True)  # slots of one position side by side
-        with torch.autocast(device, enabled=False):  # the chunks choose their dtypes themselves
-            for first in range(0, len(order), size):
-                chunks.add(order[first : first + size])
+        if any(ctx.needs_input_grad):
+            chunks.prepare_gradients(w2)
+        with torch.autocast(states.device.type, enabled=False):  # the chunks choose their dtypes
+            chunks.add_all()
         ctx.save_for_backward(chunks.to_states, chunks.to_features, chunks.to_w2)
         ctx.mark_non_differentiable(*chunks.measured)
         return (chunks.total(), *chunks.measured)
@@ -114,30 +103,43 @@ class _Chunks:
         self,
         states: Tensor,
         features: Tensor | None,
-        w2: Tensor | None,
-        task: _Task,
-        *,
-        needs_gradient: bool,
+        vocabulary: Vocabulary,
+        targets: Targets,
+        labels: Tensor | None,
+        coefficients: Coefficients,
     ) -> None:
-        self.states, self.features, self.task = states, features, task
         self.dtype = compute_dtype(states)
-        self.lm_head = task.vocabulary.lm_head.to(self.dtype)
-        self.w2 = None if w2 is None else w2.to(self.dtype)
+        self.states, self.features = states, features
+        self.lm_head, self.softcap = vocabulary.lm_head.to(self.dtype), vocabulary.softcap
+        self.w2 = None if vocabulary.markov_w2 is None else vocabulary.markov_w2.to(self.dtype)
+        self.targets, self.labels, self.coefficients = targets, labels, coefficients
         self.measured = states.new_zeros(4, len(states), dtype=torch.float32).unbind(0)
-        self.to_states = self.to_features = self.to_w2 = None
-        if needs_gradient:
-            self.to_states = torch.zeros_like(states)
-            if features is not None and w2 is not None:
-                self.to_features = torch.zeros_like(features)
-                # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it
-                # anew. Autograd casts it at the end.
-                self.to_w2 = torch.zeros_like(w2, dtype=torch.float32)
+        self.to_states: Tensor | None = None
+        self.to_features: Tensor | None = None
+        self.to_w2: Tensor | None = None
+
+    def prepare_gradients(self, w2: Tensor | None) -> None:
+        """Gradients are formed as well."""
+        self.to_states = torch.zeros_like(self.states)
+        if self.features is not None and w2 is not None:
+            self.to_features = torch.zeros_like(self.features)
+            # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it anew.
+            # Autograd casts it at the end.
+            self.to_w2 = torch.zeros_like(w2, dtype=torch.float32)
+
+    def add_all(self) -> None:
+        """Score all slots, those of one target position side by side."""
+        elements = CHUNK_ELEMENTS.get(self.states.device.type, CHUNK_ELEMENTS["cuda"])
+        size = max(MIN_CHUNK, elements // len(self.lm_head))
+        order = self.targets.of_slot.argsort(stable=True)
+        for first in range(0, len(order), size):
+            self.add(order[first : first + size])
 
     def total(self) -> Tensor:
         """The sum of all terms, each by its coefficient."""
         weighted = [
             (weight * term).sum()
-            for weight, term in zip(self.task.coefficients, self.measured[:3], strict=True)
+            for weight, term in zip(self.coefficients, self.measured[:3], strict=True)
             if weight is not None
         ]
         return torch.stack(weighted).sum() if weighted else self.measured[0].new_zeros(())
@@ -158,7 +160,7 @@ class _Chunks:
 
     def _logits(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
         """The draft's logits [n, V], and the slope of the softcap where there is one."""
-        cap, slope = self.task.vocabulary.softcap, None
+        cap, slope = self.softcap, None
         logits = softcap(F.linear(self.states[slots].to(self.dtype), self.lm_head), cap).float()
         if cap is not None:
             slope = 1 - (logits / cap).square()  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
@@ -169,10 +171,10 @@ class _Chunks:
 
     def _target(self, slots: Tensor) -> Tensor:
         """The target's distribution q at each slot [n, V], computed once for every position."""
-        of_slot = self.task.targets.of_slot[slots]
+        of_slot = self.targets.of_slot[slots]
         first, last = int(of_slot[0]), int(of_slot[-1])
-        states = self.task.targets.states[first : last + 1].to(self.dtype)
-        logits = softcap(F.linear(states, self.lm_head), self.task.vocabulary.softcap)
+        states = self.targets.states[first : last + 1].to(self.dtype)
+        logits = softcap(F.linear(states, self.lm_head), self.softcap)
         return logits.float().softmax(-1)[of_slot - first]
 
     def _measure(self, slots: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +184,10 @@ class _Chunks:
         log_sum = logits.logsumexp(-1, keepdim=True)
         p = (logits - log_sum).exp_()  # in place of the difference alone
         difference = p - q
-        if self.task.labels is not None:
-            label = self.task.labels[slots, None]
+        if self.labels is not None:
+            label = self.labels[slots, None]
             ce[slots] = (log_sum - logits.gather(-1, label))[:, 0]  # -log p(y)
-        if self.task.coefficients.soft_ce is not None:
+        if self.coefficients.soft_ce is not None:
             soft_ce[slots] = log_sum[:, 0] - _dot(q, logits)  # -<q, log p>
             hits[slots] = (logits.argmax(-1) == q.argmax(-1)).float()
         tv[slots] = torch.linalg.vector_norm(difference, 1, dim=-1)  # |p - q|_1
@@ -198,7 +200,7 @@ class _Chunks:
         soft cross-entropy, and p (s - <p, s>) of the total variation.
         """
         ce, soft_ce, tv = (
-            None if weight is None else weight[slots, None] for weight in self.task.coefficients
+            None if weight is None else weight[slots, None] for weight in self.coefficients
         )
         factor = ce  # of p
         if tv is not None:
@@ -209,8 +211,8 @@ class _Chunks:
         if soft_ce is not None:
             by_soft_ce = soft_ce * difference  # soft_ce: p - q
             gradient = by_soft_ce if factor is None else gradient + by_soft_ce
-        if ce is not None and self.task.labels is not None:
-            gradient.scatter_add_(-1, self.task.labels[slots, None], -ce)  # ce: the -y of p - y
+        if ce is not None and self.labels is not None:
+            gradient.scatter_add_(-1, self.labels[slots, None], -ce)  # ce: the -y of p - y
         return gradient
 
     def _backward_features(self, slots: Tensor, gradient: Tensor) -> None:
