@@ -1,6 +1,6 @@
 """Where training blocks start and what they predict.
 
-The samples of a batch lie one behind the other in one packed row: T tokens in all, S samples, K
+The samples of a batch lie one after the other in one packed row: T tokens in all, S samples, K
 anchors, g block size.
 """
 
@@ -27,9 +27,7 @@ class Samples(NamedTuple):
         return cls(ends - lengths, ends)
 
     def holding(self, places: Tensor) -> Samples:
-        """The bounds of the sample that each of these places [N] is in; fill behind the last
-        sample counts to it.
-        """
+        """The bounds of the sample that each place [N] is in; fill belongs to the last sample."""
         numbers = torch.searchsorted(self.ends, places, right=True).clamp(max=len(self.ends) - 1)
         return Samples(self.starts[numbers], self.ends[numbers])
 
@@ -48,21 +46,20 @@ class BlockPlan(NamedTuple):
 
     @property
     def previous(self) -> Tensor:
-        """Token [K, g] before each slot's own, as the Markov head is taught with."""
+        """Token [K, g] before each slot's own, which the Markov head reads in training."""
         return torch.cat([self.anchor_tokens[:, None], self.labels[:, :-1]], dim=-1)
 
     @property
     def places(self) -> Tensor:
-        """Where in the row the position before each counted slot's label is [N]: the anchor's
-        for slot 0.
-        """
+        """Where the position before each counted slot's label is [N]: the anchor's for slot 0."""
         blocks, slots = self.counted.nonzero(as_tuple=True)
         return self.anchors[blocks] + slots
 
 
 def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Places [T] that may be anchors: they and the token after them belong to an answer of one
-    sample (mask [T] bool).
+    """Which places may be anchors [T]: they and the next token are in an answer (mask [T] bool).
+
+    Both belong to one sample.
     """
     pairs = F.pad(loss_mask[:-1] & loss_mask[1:], (0, 1))
     # a sample's last token: the one after it is another sample's
@@ -73,8 +70,9 @@ def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:
 def sample_anchors(
     loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]
 ) -> Tensor:
-    """Up to `num_anchors` anchors [K] per sample, uniformly without replacement, ascending;
-    sample s draws from seeds[s] alone.
+    """Up to `num_anchors` anchors per sample [K], uniformly without replacement, ascending.
+
+    Sample s draws from seeds[s] alone.
     """
     drawn, sizes = [], lengths.tolist()
     candidates = anchor_candidates(loss_mask, lengths).cpu()[: sum(sizes)].split(sizes)
@@ -89,9 +87,7 @@ def sample_anchors(
 
 
 def positions_within(lengths: Tensor, num_tokens: int) -> Tensor:
-    """The position [T] of every token within its own sample; fill goes on counting behind the
-    last one.
-    """
+    """The position [T] of every token within its own sample; fill continues the last one."""
     places = torch.arange(num_tokens, device=lengths.device)
     return places - Samples.of(lengths).holding(places).starts
 
@@ -105,8 +101,9 @@ def plan_blocks(
     block_size: int,
     decay: float | None,
 ) -> BlockPlan:
-    """What each slot predicts, and which count: inside the sample, in an answer, and all slots
-    before it count.
+    """What each slot predicts, and which slots count.
+
+    Those count that are inside the sample and in an answer, and whose earlier slots all count.
 
     Slot j weighs exp(-j / decay), or 1 where `decay` is None.
     """
@@ -123,9 +120,7 @@ def plan_blocks(
 
 
 def filled(plan: BlockPlan, multiple: int) -> BlockPlan:
-    """The plan with blocks that count nothing behind the others, up to a multiple of so many:
-    shapes then repeat.
-    """
+    """The plan filled up to a multiple of blocks that count nothing; shapes then repeat."""
     room = -len(plan.anchors) % multiple
     if room == 0:
         return plan

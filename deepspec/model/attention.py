@@ -1,5 +1,4 @@
-"""Attention of training: each query sees a run of its own sample's tokens, and the other slots of
-its own block.
+"""Attention of training: a query sees a run of its sample's tokens, and all slots of its block.
 
 All samples of a batch lie in one packed row; what separates them is where a query's run starts.
 Compiled flex attention where it works, with tiles that no query sees left out; elsewhere plain
@@ -23,9 +22,7 @@ TILE = 128  # queries and keys that flex attention works on at a time
 
 
 class BlockVisibility(NamedTuple):
-    """What the queries of each block see of the row's tokens, besides their own block: `first`
-    up to before `last`.
-    """
+    """The row's tokens that the queries of each block see: from `first` to before `last`."""
 
     first: Tensor  # [K] long, where the block's sample starts
     last: Tensor  # [K] long
@@ -44,7 +41,7 @@ def attend(
     """Attention output [1, n, H * E] of queries [1, n, H, E].
 
     Args:
-        queries: of all blocks, one behind the other.
+        queries: of all blocks, one after the other.
         context: keys and values of the row's tokens.
         own: keys and values of the slots themselves (n each): those of its own block are seen, of
             each entry.
@@ -65,11 +62,6 @@ class SampleVisibility(NamedTuple):
     end: int
     last: Tensor  # of each block
 
-    @property
-    def num_tokens(self) -> int:
-        """Length of the run of context tokens that the sample's blocks see together."""
-        return self.end - self.start
-
     def unseen(self, block_size: int) -> Tensor:
         """[n, t] bool, which tokens of the run each query does not see."""
         places = torch.arange(self.start, self.end, device=self.last.device)
@@ -83,7 +75,7 @@ def by_sample(visibility: BlockVisibility) -> list[SampleVisibility]:
     )
     samples: list[SampleVisibility] = []
     for first, last in zip(firsts, visibility.last.split(counts), strict=True):
-        # fill stands behind the samples and says 0
+        # fill comes after the samples, and its blocks have 0 for both
         start = max(first, samples[-1].end if samples else 0)
         samples.append(SampleVisibility(start, max(start, int(last.max())), last))
     return samples
@@ -99,43 +91,32 @@ def sample_by_sample(
     """
     samples, size = by_sample(visibility), visibility.block_size
     num_slots = [len(sample.last) * size for sample in samples]
-    ends = [0, *(sample.end for sample in samples)]
-    runs = [
-        length
-        for end, sample in zip(ends, samples, strict=False)
-        for length in (sample.start - end, sample.num_tokens)
-    ]
-    runs.append(context[0].shape[2] - ends[-1])
+    runs, end = list[int](), 0  # gaps and samples in turn
+    for sample in samples:
+        runs += [sample.start - end, sample.end - sample.start]
+        end = sample.end
+    runs.append(context[0].shape[2] - end)
 
-    def of_tokens(x: Tensor) -> tuple[Tensor, ...]:
-        return x[0].to(queries.dtype).split(runs, 1)[1::2]
+    def split(pair: KeysValues, sizes: list[int], which: slice) -> list[KeysValues]:
+        keys, values = (x[0].to(queries.dtype).split(sizes, 1)[which] for x in pair)
+        return list(zip(keys, values, strict=True))
 
-    def of_slots(x: Tensor) -> tuple[Tensor, ...]:
-        return x[0].to(queries.dtype).split(num_slots, 1)
-
-    keys, values = (of_tokens(x) for x in context)
-    of_own = [
-        tuple(zip(of_slots(own_keys), of_slots(own_values), strict=True))
-        for own_keys, own_values in own
-    ]
-    parts = [
-        _attend_sample(
-            slots,
-            (keys[number], values[number]),
-            [pairs[number] for pairs in of_own],
-            samples[number].unseen(size),
-            size,
-        )
-        for number, slots in enumerate(queries.split(num_slots, 1))
-    ]
+    contexts = split(context, runs, slice(1, None, 2))
+    own_slots = [split(pair, num_slots, slice(None)) for pair in own]
+    parts = []
+    for number, slots in enumerate(queries.split(num_slots, 1)):
+        of_sample = [pairs[number] for pairs in own_slots]
+        unseen = samples[number].unseen(size)
+        parts.append(_attend_sample(slots, contexts[number], of_sample, unseen, size))
     return torch.cat(parts, 1).transpose(0, 1).flatten(1)[None]
 
 
 def _attend_sample(
     queries: Tensor, context: KeysValues, own: Sequence[KeysValues], unseen: Tensor, size: int
 ) -> Tensor:
-    """[H, n, E] of one sample's queries [H, n, E] over its run of tokens [G, t, E] twice and
-    its slots [G, n, E] twice each.
+    """[H, n, E] of one sample's queries [H, n, E] over its run of tokens and its own slots.
+
+    Keys and values of the run are [G, t, E], those of the slots [G, n, E].
     """
     keys, values = context
     num_groups, num_tokens, _ = keys.shape
@@ -192,12 +173,10 @@ def flex(
 
 
 def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> BlockMask:
-    """The tiles of 128 queries x 128 keys in which something is seen, worked out without looking at
-    single keys.
+    """The tiles of 128 queries x 128 keys in which something is seen, found without single keys.
 
-    Keys are the row's tokens, then `copies` times the slots. Asking of every key whether it is
-    seen, as PyTorch's own helper does, would take a gigabyte for 8,192 tokens with 512 anchors a
-    sample.
+    Keys are the row's tokens, then `copies` times the slots. PyTorch's own helper evaluates the
+    mask of every key: a gigabyte for 8,192 tokens with 512 anchors a sample.
     """
     first, last, size = visibility.first, visibility.last, visibility.block_size
     num_queries, device = len(first) * size, first.device
@@ -243,8 +222,6 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of a row's tiles are chosen, and their numbers in front of the others'; [1, 1,
-    rows] and [1, 1, rows, tiles].
-    """
+    """Number of chosen tiles [1, 1, rows], and all tiles of a row with the chosen ones first."""
     order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None]

@@ -1,6 +1,4 @@
-"""Which attention training takes: compiled flex attention where it works, found out by a small
-pass, else plain PyTorch.
-"""
+"""Which attention training takes: compiled flex attention where a probe works, else dense."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ PROBE_TOKENS, PROBE_BLOCK = 128, 8
 
 
 def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
-    """Which attention training takes on this device, for the dtype it computes in; probed and
-    logged once.
-    """
+    """Which attention training takes on this device and dtype; probed and logged once."""
     device = weight.device
     if device.type != "cuda":
         return _dense(device.type)
@@ -58,9 +54,7 @@ def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["fl
 
 
 def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
-    """One small forward and backward pass of flex attention; raises what its compiler or its
-    kernel raises.
-    """
+    """Run a small forward and backward pass of flex attention; raises what its compiler does."""
     starts = torch.zeros(2, dtype=torch.long, device=device)
     visibility = BlockVisibility(
         starts, starts + torch.tensor([3, 60], device=device), PROBE_BLOCK, "flex"
@@ -78,9 +72,7 @@ def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What a kernel that does not fit the device raises: torch's compiler a RuntimeError,
-    Triton an error of its own.
-    """
+    """What torch's compiler and Triton raise for a kernel that does not fit the device."""
     try:
         triton = importlib.import_module("triton.runtime.errors")
     except ImportError:

@@ -1,6 +1,4 @@
-"""Drafts on disk: config.json and model.safetensors under the published names, and fresh drafts
-from a seed.
-"""
+"""Drafts on disk (config.json and model.safetensors in the published form), and fresh drafts."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ def empty_draft(spec: DraftSpec) -> Drafter:
 
 
 def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -> Drafter:
-    """A fresh float32 draft: own weights follow from `seed` alone, embedding and lm_head [V, D] are
-    frozen copies.
+    """A fresh float32 draft: weights that follow from `seed`, embedding and lm_head [V, D] copied.
 
     Raises:
         ConfigError: embedding or lm_head is not of the target's shape.

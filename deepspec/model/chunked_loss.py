@@ -145,7 +145,7 @@ class _Chunks:
         return torch.stack(weighted).sum() if weighted else self.measured[0].new_zeros(())
 
     def add(self, slots: Tensor) -> None:
-        """Score the slots with these numbers [n]; they look at consecutive target positions."""
+        """Score the slots with these numbers [n]; their target positions are consecutive."""
         logits, slope = self._logits(slots)
         p, difference = self._measure(slots, logits)
         del logits  # two such tensors less while the gradient is formed

@@ -23,9 +23,7 @@ from deepspec.model.vocabulary import Vocabulary, softcap
 
 
 class TrainBatch(NamedTuple):
-    """Samples of one micro-batch, packed one behind the other; behind the last there may be
-    fill, which no loss counts.
-    """
+    """Samples of one micro-batch, one after the other, then maybe fill, which no loss counts."""
 
     input_ids: Tensor  # [T] long
     loss_mask: Tensor  # [T] bool

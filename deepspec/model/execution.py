@@ -23,11 +23,11 @@ class Execution(NamedTuple):
     recompute: bool = False
 
     def positionwise(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What `function` returns; compiled where asked for."""
+        """What `function` returns; compiled where `compile` is set."""
         return (compiled(function) if self.compile else function)(*inputs)
 
     def layer(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """What `function` returns; computed once more in the backward pass where asked for."""
+        """What `function` returns; computed again in the backward pass where `recompute` is set."""
         if not (self.recompute and torch.is_grad_enabled()):
             return function(*inputs)
         return cast("Tensor", checkpoint(function, *inputs, use_reentrant=False))

@@ -34,9 +34,7 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def features(self, states: Tensor, previous: Tensor) -> Tensor:
-        """The f [N, g, r] of whole blocks, of normed states [N, g, D] and the embedded tokens
-        before each slot [N, g, r].
-        """
+        """The f [N, g, r] of whole blocks: states [N, g, D], embedded previous tokens [N, g, r]."""
         if self.kind != "rnn":
             return self.step(states, previous, None)[0]
         carried, steps = None, []

@@ -23,9 +23,7 @@ from deepspec.model.spec import DraftSpec
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a run of positions, [n, 1, E] or [B, n, 1, E]; the sine's first half
-    is negated.
-    """
+    """Cosines and sines of positions [(B,) n, 1, E]; the first half of the sines is negated."""
 
     cos: Tensor
     sin: Tensor
@@ -52,9 +50,7 @@ class RotaryTable:
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
     def __call__(self, num_positions: int, *, device: torch.device, dtype: torch.dtype) -> Rotation:
-        """Rotations of positions 0 .. at least `num_positions` - 1, each [>= num_positions, 1,
-        E].
-        """
+        """Rotations of at least the first `num_positions` positions, [L, 1, E] each."""
         table = self._tables.get((device, dtype))
         if table is None or len(table.cos) < num_positions:
             # the table outlives this call and may be used in training later
@@ -87,9 +83,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Queries over keys and values that the caller collects; `input_size` is D, or 2 D for
-    Eagle3.
-    """
+    """Queries over keys and values that the caller collects; `input_size` is D (Eagle3: 2 D)."""
 
     def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
         super().__init__()
@@ -120,8 +114,9 @@ class Attention(nn.Module):
         return rotate(self.k_norm(keys), rotation).transpose(1, 2), values.transpose(1, 2)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention output [B, n, D] of a row's new positions, which all see the same keys:
-        `mask` [B, 1, 1, L], None is all.
+        """Attention output [B, n, D] of new positions, all of which see the same keys of their row.
+
+        `mask` [B, 1, 1, L] says which; None is all of them.
         """
         num_rows, num_new, num_heads, head_dim = queries.shape
         # Heads that share keys become further queries: no copies of the keys, and one matmul for
@@ -191,8 +186,9 @@ class DecoderLayer(nn.Module):
         lengths: Sequence[int],
         mask: Tensor | None,
     ) -> Tensor:
-        """Decoding: the layer over the next positions `x` [B, n, D], whose keys and values are
-        written behind `lengths`.
+        """Decoding: the output of the next positions `x` [B, n, D].
+
+        Their keys and values are written to the cache, after the `lengths` that it has.
         """
         normed = self.input_layernorm(x)
         keys, values = stored.write(*self.self_attn.keys_values(normed, rotation), lengths)
@@ -208,8 +204,9 @@ class DecoderLayer(nn.Module):
         visibility: BlockVisibility,
         execution: Execution,
     ) -> Tensor:
-        """Training: the layer over the slots of all blocks `x` [1, n, D], which see the fused
-        context [1, T, D] as well.
+        """Training: the output of the slots of all blocks `x` [1, n, D].
+
+        They see the fused context [1, T, D] and their own block.
         """
         of_context, of_slots = rotations
         run, attention = execution.positionwise, self.self_attn

@@ -86,8 +86,8 @@ def with_confidence(
 
 
 def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
-    """`accept@j`, the mean acceptance rate of slot j; `tau`, the expected acceptance length; and
-    the errors of the confidence head.
+    """Mean acceptance rate of slot j as `accept@j`, expected acceptance length as `tau`, and errors
+    of the confidence head.
 
     Slots whose target state is not stored are left out.
     """
@@ -126,8 +126,8 @@ def step_losses(
 ) -> LossOutput:
     """Soft cross-entropy to the target's distribution, step by step, and the acceptance rates.
 
-    Steps look at the same positions of `hidden` [P, D], one shifted against the other, so they are
-    scored together.
+    Steps are compared with the same positions of `hidden` [P, D], each one shifted by one more, so
+    they are scored together.
     """
     soft_ce = [factor * step.weights for factor, step in zip(weights.values(), steps, strict=True)]
     scores = score(

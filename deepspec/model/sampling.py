@@ -1,5 +1,6 @@
-"""Distributions, draws from them, and lossless verification (speculative sampling: Leviathan 2023,
-Chen 2023).
+"""Distributions, draws from them, and lossless verification.
+
+Speculative sampling: Leviathan 2023, Chen 2023.
 
 All probabilities are float32, and the tensor a token was drawn from is the one its verification
 sees. B rows, g draft tokens, V vocabulary.
@@ -25,8 +26,7 @@ class Verdict(NamedTuple):
 
 
 def distribution(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Probabilities [..., V] float32 that tokens are drawn from, given raw logits [..., V] of any
-    float dtype.
+    """Probabilities [..., V] float32 that tokens are drawn from, of raw logits of any float dtype.
 
     Temperature first, then top-k, top-p on what is left, min-p; temperature 0 is one-hot at the
     (first) largest logit.
@@ -64,8 +64,9 @@ def _kept(probs: Tensor, sampling: SamplingConfig) -> Tensor | None:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token id per distribution [...] long, by inverse CDF: `probs` [..., V] (any positive
-    sum), `uniforms` [...] in [0, 1).
+    """One token id per distribution [...] long, by inverse CDF.
+
+    `probs` [..., V] have any positive sum, `uniforms` [...] are in [0, 1).
 
     A row's token depends on its own distribution and number only, and always has probability above
     zero.
@@ -112,14 +113,12 @@ def verify_tokens(
     uniforms: Tensor | None,
     num_proposed: Tensor | None = None,
 ) -> Verdict:
-    """Accept a prefix of each row's draft tokens such that the output is distributed as the
-    target's own.
+    """Accept a prefix of each row's draft tokens; the output is distributed as the target's own.
 
     Args:
         draft_tokens: [B, g] long.
-        draft_probs: [B, g, V], the very distributions they were drawn from; None says that each was
-            certain.
-        target_logits: [B, g + 1, V] raw logits of the target behind [anchor, draft tokens].
+        draft_probs: [B, g, V], the very distributions they were drawn from; None: each was certain.
+        target_logits: [B, g + 1, V] raw logits of the target after anchor and draft tokens.
         sampling: the target's; at temperature 0 only likeliest tokens are compared.
         uniforms: [B, g + 1] in [0, 1): one per acceptance test, the last for the token that
             follows.
@@ -159,8 +158,9 @@ def _limit(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
 def _following(
     target_probs: Tensor, draft_probs: Tensor, num_accepted: Tensor, num_proposed: Tensor | None
 ) -> Tensor:
-    """Unnormalised distribution [B, V] of the token behind the accepted ones: max(p - q, 0), or
-    p where nothing was rejected.
+    """Unnormalised distribution [B, V] of the token after the accepted ones.
+
+    It is max(p - q, 0), or p where nothing was rejected.
     """
     rows, num_slots = (
         torch.arange(len(num_accepted), device=num_accepted.device),
@@ -177,8 +177,9 @@ def _following(
 
 
 class UniformStream:
-    """Uniform numbers in [0, 1), one stream per row; what a row gets depends on its seed and
-    how many it took before.
+    """Uniform numbers in [0, 1), one stream per row.
+
+    What a row gets depends on its seed and on how many it took before.
     """
 
     CHUNK = 512
@@ -200,8 +201,9 @@ class UniformStream:
         return torch.from_numpy(self._numbers[:, self._next - num : self._next])
 
     def start(self, rows: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Start rows anew with other seeds; returns the first number of each [n] float64, which
-        the others do not wait for.
+        """Restart rows with other seeds; returns the first number of each [n] float64.
+
+        The other rows keep their place.
         """
         # numbers already handed out are views of the old array
         self._numbers = self._numbers.copy()
