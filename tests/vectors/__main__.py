@@ -11,7 +11,7 @@ import typer
 from deepspec.__main__ import main
 from deepspec.errors import EXIT_FAILED
 from deepspec.target.conformance import print_checks
-from tests.vectors.checks import run_vectors
+from tests.vectors.run import run_vectors
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

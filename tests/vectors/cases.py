@@ -1,6 +1,4 @@
-"""What conformance compares: cases read from a folder, and checks that put the largest error
-beside what is allowed.
-"""
+"""Cases read from a folder, and the comparison of numbers with theirs."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from deepspec.target.conformance import Check
 
 
 class Case(NamedTuple):
-    """One JSON file of a folder of reference vectors, and the tensors beside it."""
+    """One JSON file of a folder of reference vectors, and the tensors that belong to it."""
 
     path: Path
     fields: dict[str, Any]
@@ -35,7 +33,7 @@ class Case(NamedTuple):
         return self.load(self.path.with_suffix(".safetensors").name)
 
     def load(self, *names: str) -> dict[str, Tensor]:
-        """Tensors of files beside the case; later files override or add to earlier ones.
+        """Tensors of files in the case's folder; later files override or add to earlier ones.
 
         Raises:
             DataError: a file that is not there.

@@ -22,8 +22,8 @@ from tests.conftest import SHARED
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 from tests.vectors.__main__ import app
 from tests.vectors.cases import Case, read_cases
-from tests.vectors.checks import check_case, run_vectors
-from tests.vectors.made_cases import write_block_case, write_eagle3_case
+from tests.vectors.run import check_case, run_vectors
+from tests.vectors.written_cases import write_block_case, write_eagle3_case
 
 FOLDER = SHARED / "reference-vectors"
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))

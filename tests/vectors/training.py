@@ -1,7 +1,7 @@
 """Training cases of the reference vectors: masks, labels, forward states and logits; the losses are
-in `loss_vectors.py`.
+in `loss.py`.
 
-The reference pads its rows; here they are packed. `Rows` says which of its places are real. B
+The reference pads its rows; here they are packed. `Rows` holds which of its places are real. B
 batch, W padded width, A anchors a row, K anchors kept, g block size, S training-time-test steps, D
 hidden size, V vocabulary.
 """
@@ -19,11 +19,10 @@ from deepspec.model.anchors import BlockPlan, Samples
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
-from deepspec.model.vocabulary import softcap
 from deepspec.target.conformance import Check, distance
 from tests.vectors.block_outputs import block_outputs
 from tests.vectors.cases import Case, logit_gap, relative, worst
-from tests.vectors.loss_vectors import (
+from tests.vectors.loss import (
     LOSS,
     ROUNDING_FACTOR,
     gradient_checks,
@@ -111,7 +110,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Rows:
-        """A mask [B, W] says where rows end, any other shape is the blocks' own."""
+        """A mask [B, W] shows where rows end, any other shape is the blocks' own."""
         ids, mask = tensors["input_ids"], tensors.get("attention_mask")
         return cls(
             mask.bool()
@@ -224,14 +223,14 @@ def _step_checks(
         copy.deepcopy(draft).double(),
     )
     doubled = exact.step_states(batch._replace(context=batch.context.double()), every)
-    cap, rounding = draft.spec.logit_softcap, {"states": 0.0, "logits": 0.0}
+    rounding = {"states": 0.0, "logits": 0.0}
     errors: dict[str, dict[str, float]] = {"states": {}, "logits": {}}
     for step, (states, more_exact) in enumerate(
         zip(draft.step_states(batch, every), doubled, strict=True)
     ):
         counted, at = every.counted[step], every.places[every.counted[step]]
-        logits = softcap(draft.lm_head(draft.norm(states[counted])), cap)
-        precise = softcap(exact.lm_head(exact.norm(more_exact[counted])), cap)
+        logits = draft.logits(draft.norm(states[counted]))
+        precise = exact.logits(exact.norm(more_exact[counted]))
         rounding["states"] = max(rounding["states"], distance(states[counted], more_exact[counted]))
         rounding["logits"] = max(rounding["logits"], distance(logits, precise))
         wanted = {

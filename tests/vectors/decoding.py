@@ -1,12 +1,10 @@
-"""The reference vectors: every case of a folder recomputed, its largest errors beside what is
-allowed.
+"""Decoding cases of the reference vectors: greedy decoding, round by round and in a batch.
 
-What a case is follows from the keys of its JSON. m captured layers, D hidden size, V vocabulary.
+m captured layers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,41 +18,11 @@ from deepspec.model.sampling import verify_tokens
 from deepspec.target.conformance import Check, distance
 from deepspec.target.generate import Decode, generate, prefill
 from deepspec.target.model import Target
-from tests.vectors.cases import Case, read_cases, worst
-from tests.vectors.loss_vectors import check_loss_case
-from tests.vectors.training_vectors import OUTPUT, check_block_case, check_eagle3_case
+from tests.vectors.cases import Case, worst
+from tests.vectors.training import OUTPUT
 
 GREEDY = SamplingConfig(temperature=0)
 CONFIDENCE = 5e-5  # the traces hold five decimals, and ours come back through a float32 sigmoid
-
-
-def run_vectors(folder: Path) -> dict[str, list[Check]]:
-    """The checks of each case of a folder.
-
-    Raises:
-        DataError: no cases, or a case with a file missing.
-    """
-    return {case.name: check_case(case) for case in read_cases(folder)}
-
-
-def check_case(case: Case) -> list[Check]:
-    """Everything about one case, whatever its kind; a kind unknown here fails by name."""
-    fields = case.fields
-    if "variants" in fields:
-        return check_loss_case(case)
-    if "target_weights" in fields:
-        return check_decoding_case(case)
-    if "step_losses" in fields:
-        return check_eagle3_case(case)
-    if "state_dict" in fields and "loss_args" in fields:
-        return check_block_case(case)
-    return [
-        Check(
-            "kind of case",
-            1.0,
-            note="neither training, loss-only nor decoding: " + ", ".join(sorted(fields))[:60],
-        )
-    ]
 
 
 def check_decoding_case(case: Case) -> list[Check]:
@@ -144,7 +112,7 @@ def replay(target: Target, draft: Drafter, wanted: dict[str, Any], *, threshold:
 
 
 def _ends_alike(found: tuple[list[int], int, int], step: dict[str, Any], output: list[int]) -> bool:
-    """Whether the last round differs only behind the answer's end, where a stop token or the
+    """Whether the last round differs only after the answer's end, where a stop token or the
     length limit cuts it.
     """
     tokens, accepted, next_token = found

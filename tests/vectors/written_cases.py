@@ -20,16 +20,15 @@ from deepspec.model.block_draft import BlockDraft
 from deepspec.model.config_json import config_from_spec
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
-from deepspec.model.vocabulary import softcap
 from tests.vectors.block_outputs import block_outputs
-from tests.vectors.loss_vectors import plain_terms
-from tests.vectors.training_vectors import Rows, batch_of
+from tests.vectors.loss import plain_terms
+from tests.vectors.training import Rows, batch_of
 
 
 def write_block_case(
     draft: BlockDraft, batch: TrainBatch, settings: LossConfig, folder: Path
 ) -> None:
-    """The format does not say where rows of blocks end: they are read as tokens without loss up
+    """The format does not record where rows of blocks end: they are read as tokens without loss up
     to the padded width.
     """
     draft.configure_loss(settings)
@@ -95,7 +94,7 @@ def write_eagle3_case(draft: Eagle3Draft, batch: TrainBatch, folder: Path) -> No
             stored = torch.zeros(len(batch.input_ids), draft.spec.hidden_size)
             stored[every.places] = states
             steps.append(_padded(stored, batch.lengths))
-    logits = softcap(draft.lm_head(draft.norm(torch.stack(steps))), draft.spec.logit_softcap)
+    logits = draft.logits(draft.norm(torch.stack(steps)))
     plan = draft.plan(batch)
     output = draft.loss(batch, plan._replace(weights=torch.full_like(plan.weights, 1 / num_tokens)))
     tensors = _inputs(batch) | {
