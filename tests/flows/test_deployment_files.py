@@ -167,6 +167,6 @@ def test_the_pods_that_train_together_run_the_documented_line_and_meet_at_the_fi
         *("--rdzv-endpoint", f"{name}-0.{service['metadata']['name']}:29500"),
     ]
     assert spec["parallelism"] == spec["completions"]
-    documented = (REPOSITORY / "docs" / "deployments.md").read_text()
+    documented = (REPOSITORY / "docs" / "cluster.md").read_text()
     words = " ".join(command[1 : command.index("--rdzv-endpoint")])
     assert words in documented

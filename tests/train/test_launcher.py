@@ -191,7 +191,7 @@ def test_one_command_trains_on_two_ranks_of_which_one_reports(ready: Path, two_r
 
 @pytest.mark.slow
 def test_two_nodes_train_what_two_ranks_of_one_do(ready: Path, two_ranks, tmp_path: Path):
-    """The line of docs/deployments.md, started twice as on two machines: they find each other
+    """The line of docs/cluster.md, started twice as on two machines: they find each other
     at the rendezvous, and one reports.
     """
     told = {"--nproc-per-node": "1", "--rdzv-endpoint": f"127.0.0.1:{free_port()}"}
@@ -238,7 +238,7 @@ def guarded(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def documented_command(start: str) -> list[str]:
     """The command of the document on several machines that starts like this."""
-    text = (REPOSITORY / "docs" / "deployments.md").read_text().replace("\\\n", " ")
+    text = (REPOSITORY / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     (found,) = [line for line in text.splitlines() if line.startswith(start)]
     return shlex.split(found)
 
