@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
 
 import typer
 
 from deepspec.artifacts.status import results
+from deepspec.cli.options import RunName, Sets, Shards, StoreUrl
 from deepspec.errors import EXIT_TRANSIENT, DeepSpecError, ShardsFailed, TransientError, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.process.shard_ranges import parse_shards, shard_list
@@ -29,27 +29,6 @@ from flows.server import PrivateServer, start_private_server
 WHOLE = ("train", "pipeline")  # flows of which no single shards can be chosen
 END_S = 20.0  # for the last events and log lines
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-Run = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml"
-    ),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4"),
-]
-Shards = Annotated[
-    str,
-    typer.Option(
-        "--shards", metavar="LIST", help="only these of the missing shards, e.g. 17,18,40-52"
-    ),
-]
-StoreUrl = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="artifact store: a folder or s3://bucket/prefix"),
-]
 
 
 def run_command(only: str | None = None) -> None:
@@ -83,9 +62,9 @@ def run_command(only: str | None = None) -> None:
 
 def _command_of(flow_name: str) -> Callable[..., None]:
     def command(
-        run: Run = "demo", sets: Sets = None, shards: Shards = "", store: StoreUrl = None
+        run: RunName = "demo", sets: Sets = None, shards: Shards = None, store: StoreUrl = None
     ) -> None:
-        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards)
+        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards or "")
 
     return command
 

@@ -10,7 +10,9 @@ from deepspec.errors import ConfigError
 
 RunName = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="a recipe (see `recipes`) or a run file ending in .yaml"),
+    typer.Argument(
+        metavar="RUN", help="a recipe (`python -m deepspec recipes`) or a run file ending in .yaml"
+    ),
 ]
 RunOrArtifact = Annotated[
     str,
