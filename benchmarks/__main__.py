@@ -5,8 +5,6 @@ machine}. It warms up, alternates the sides it compares, and reports ratios with
 machines are shared and noisy.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

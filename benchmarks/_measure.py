@@ -2,8 +2,6 @@
 line that they print.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics

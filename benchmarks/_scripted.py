@@ -2,8 +2,6 @@
 torch, as every child loads it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from deepspec.config.run import RunConfig

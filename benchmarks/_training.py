@@ -1,7 +1,5 @@
 """A training over a cache of random states, for the benchmarks that measure whole steps."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from pathlib import Path

@@ -8,8 +8,6 @@ makes as many as its core allows. Goals: 90 % of the limit where an answer takes
 that does not grow with the number of conversations.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

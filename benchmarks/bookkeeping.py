@@ -6,8 +6,6 @@ The target and the draft are scripted: they hand out the same tensors in every r
 with and without a policy.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from types import SimpleNamespace
@@ -34,7 +32,7 @@ class FreeCache:
 
     def reset(self) -> None: ...
     def keep(self, rows: list[int]) -> None: ...
-    def put(self, rows: list[int], fresh: FreeCache) -> None: ...
+    def put(self, rows: list[int], fresh: "FreeCache") -> None: ...
 
 
 class FreeTarget:

@@ -5,8 +5,6 @@ Goals: opened in under 50 ms with under 15 MB more memory, no shard touched and 
 the first batch in under a second. The shards are hard links to one file.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -6,8 +6,6 @@ raw mapped copy; decoding without a copy under 150 us; into the batch at least 1
 reader that first copies every field into fresh memory.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

@@ -8,8 +8,6 @@ s/GB (s3fs), said as limit/measured >= 1; a 15 s outage surfaces nothing. Needs 
 (tests/radosgw.py says how to install it).
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -7,8 +7,6 @@ faster than the plain write; what the background is worth then is shown by the s
 computing in between.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

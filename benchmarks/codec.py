@@ -6,8 +6,6 @@ those of its corpus. Speed is of 1,000-token samples of Qwen3-4B's size, synthet
 memcpy. L layers, D hidden size, T tokens.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

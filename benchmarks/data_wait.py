@@ -5,8 +5,6 @@ Random states of 960 samples, whose median is 88 tokens. The cache is read as on
 (mapped) and as a larger one (preadv). Goal: at most 5 % of the time, so 0.95 of it without waiting.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

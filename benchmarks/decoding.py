@@ -8,8 +8,6 @@ round, by prompt lookup and by exiting its own target early (the only assistants
 has there); the better of the two counts.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

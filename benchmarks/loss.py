@@ -6,8 +6,6 @@ rank 64: DSpark's three terms, and Eagle3's soft cross-entropy. Goals: an eighth
 most, and no more time, in float32 and bfloat16.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

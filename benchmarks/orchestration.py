@@ -8,8 +8,6 @@ less than 20 MB more in the server's database. `python -m benchmarks.orchestrati
 smaller one, of 500 shards in 5 groups.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

@@ -9,8 +9,6 @@ Goal: 1.5 times the tokens/s of rows padded in the order in which they are drawn
 padded rows waste less, and that ratio is printed without a goal.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Sequence

@@ -7,8 +7,6 @@ Peak memory is that of 1.3 million rows in a process of its own. Goals: half the
 side, and under 1 GiB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

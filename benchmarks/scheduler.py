@@ -12,8 +12,6 @@ demo's size, as `profile` gives it: smoothed. Goals: at many requests 0.98 of th
 which only hindsight knows; at few 0.98 of verifying whole blocks.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -7,8 +7,6 @@ samples of 1,024 tokens), with the largest micro-batch that fits, found by doubl
 `resources.memory.batch_tokens`, and with tokens/s and MFU.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import tempfile

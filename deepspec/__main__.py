@@ -6,8 +6,6 @@ resume. With DEEPSPEC_EVENTS=1 a stage verb writes JSON events to stdout, one a 
 the flows follow it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

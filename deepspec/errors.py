@@ -5,8 +5,6 @@ An error crosses the border between processes as one JSON event and an exit code
 and is raised again on the other side (`process.launch`).
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 EXIT_FAILED = 1
@@ -46,7 +44,7 @@ class DeepSpecError(Exception):
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> DeepSpecError:
+    def from_json(cls, fields: dict[str, Any]) -> "DeepSpecError":
         """The error of this class that `to_json` made data of."""
         return cls(fields["what"], where=fields.get("where", ""), fix=fields.get("fix", ""))
 
@@ -130,7 +128,7 @@ class ShardsFailed(DeepSpecError):
         return {**super().to_json(), "failures": failures}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ShardsFailed:
+    def from_json(cls, fields: dict[str, Any]) -> "ShardsFailed":
         """The error with that of each shard."""
         failures = {int(shard): failure for shard, failure in fields.get("failures", {}).items()}
         where, fix = fields.get("where", ""), fields.get("fix", "")

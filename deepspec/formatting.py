@@ -1,7 +1,5 @@
 """Numbers as people read them: bytes, counts and hours, each with a unit. All units are decimal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

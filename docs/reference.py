@@ -3,8 +3,6 @@
 `python -m docs.reference` writes the page, `--check` only compares it with the models.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Mapping

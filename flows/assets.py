@@ -7,8 +7,6 @@ another server, or while this one was away) is published by the next run that fi
 seals something made from it.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

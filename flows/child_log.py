@@ -2,8 +2,6 @@
 server's database half a kB.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import time

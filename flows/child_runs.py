@@ -4,8 +4,6 @@ They share the store and the Prefect server. The error of a child run travels as
 artifact of the run on the server.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ Prefect is imported late: its settings come from the environment, and a wrong re
 for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

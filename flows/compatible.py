@@ -2,8 +2,6 @@
 worker's server may be any.
 """
 
-from __future__ import annotations
-
 import functools
 
 from deepspec.errors import UserError

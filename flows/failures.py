@@ -2,8 +2,6 @@
 there, ready to be copied.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

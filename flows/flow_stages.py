@@ -1,7 +1,5 @@
 """Which stages each flow makes; a run has some or all of them."""
 
-from __future__ import annotations
-
 from itertools import takewhile
 
 from deepspec.artifacts.stages import STAGES

@@ -1,7 +1,5 @@
 """The lanes of a stage at work: a thread for each, and a task run for each group of shards."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

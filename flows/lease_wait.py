@@ -2,8 +2,6 @@
 it ends, and reports that it waits.
 """
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 process.
 """
 
-from __future__ import annotations
-
 import functools
 from contextlib import closing
 from pathlib import Path

@@ -6,8 +6,6 @@ of its message. Keys in a URL are refused by the schema itself (`not`): a run ke
 so any later check would be too late.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

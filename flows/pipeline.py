@@ -4,8 +4,6 @@
 prefect.yaml makes each a deployment. Names, docstrings and types are what a server's form shows.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before Prefect is imported, because it reads its settings then
     from flows.cli import run_command
 

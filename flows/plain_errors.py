@@ -2,8 +2,6 @@
 Prefect would write.
 """
 
-from __future__ import annotations
-
 import logging
 from weakref import WeakKeyDictionary
 

@@ -5,8 +5,6 @@ The child is a run of the stage's own deployment with the shards of the group; t
 it shares with this run. Its state shows when to look there, not what was made.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ Artifacts are a help, not a condition: where the server does not accept one, the
 about it and the run goes on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

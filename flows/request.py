@@ -2,8 +2,6 @@
 started.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 from deepspec.artifacts.run import Run, open_run

@@ -6,8 +6,6 @@ environment before. The private server is `prefect server start` under a supervi
 ephemeral server would outlive a run that is killed.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import http.client

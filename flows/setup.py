@@ -6,8 +6,6 @@ crashed which died silently, one per pool for runs that no worker takes, and on 
 calls a webhook at the end of runs. What exists already is brought up to date.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

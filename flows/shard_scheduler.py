@@ -6,8 +6,6 @@ end groups get smaller, so that all lanes end together. What a lane gives back i
 after a pause, to the first lane that is free. 10,000 shards make some hundred groups.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

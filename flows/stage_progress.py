@@ -2,8 +2,6 @@
 the Prefect UI.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

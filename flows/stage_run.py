@@ -4,8 +4,6 @@ What is missing is read from the store before anything is begun, and again at th
 a task run decides nothing but whether its shards are tried again.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,6 @@
 added as they do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import threading

@@ -2,8 +2,6 @@
 sealed if it is whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator, Sequence

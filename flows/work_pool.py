@@ -2,8 +2,6 @@
 workers are online.
 """
 
-from __future__ import annotations
-
 import time
 
 from prefect import get_run_logger

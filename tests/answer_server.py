@@ -2,8 +2,6 @@
 giving one.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -62,7 +60,7 @@ ODD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: AnswerServer
+    server: "AnswerServer"
 
     def log_message(self, *args: object) -> None: ...
 

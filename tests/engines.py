@@ -1,7 +1,5 @@
 """Engines for tests: answers without a model."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

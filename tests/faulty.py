@@ -5,8 +5,6 @@ with FaultyProxy(server.port) as proxy:
     proxy.fault = once(answer(503, "SlowDown"), when=lambda request: request.method == "PUT")
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import threading

@@ -2,8 +2,6 @@
 their names.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import psutil

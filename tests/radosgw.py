@@ -11,8 +11,6 @@ them when this process is gone, however it ended, so none is left over. (PR_SET_
 them with the thread that started them.)
 """
 
-from __future__ import annotations
-
 import functools
 import http.client
 import os

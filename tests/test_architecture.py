@@ -1,7 +1,5 @@
 """The house rules that a machine can check: floors, circles, forbidden imports, sizes."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import io

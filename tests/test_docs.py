@@ -1,7 +1,5 @@
 """The pages cannot rot: what they name exists, their links lead somewhere, their example runs."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A shard of answers: how it is handed over by an engine, and how it is stored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol

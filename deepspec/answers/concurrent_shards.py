@@ -6,8 +6,6 @@ the shards that are open, whatever the size of the data set; after a kill the jo
 was answered of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ in a module of its own and with an entry in `IN_PROCESS`, or a user's own class,
 `answers.engine`. The other kind is servers, which are given the rows of several shards at once.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

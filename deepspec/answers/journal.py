@@ -5,8 +5,6 @@ one line an answer, each appended by one write: a kill can tear only the last li
 is an answer that is requested again.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

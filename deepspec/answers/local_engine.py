@@ -1,7 +1,5 @@
 """The in-process engine: the target itself answers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 

@@ -5,8 +5,6 @@ One that dies while there is work is started again; what it was working on is re
 with any server that is unreachable.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import logging

@@ -1,7 +1,5 @@
 """How far the answers are: one event now and then, for the terminal's bar and for the flow."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 

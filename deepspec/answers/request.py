@@ -1,7 +1,5 @@
 """What a request to an OpenAI-compatible server holds: each parameter by its own name (trap A4)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, Literal

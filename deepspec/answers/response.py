@@ -4,8 +4,6 @@ What a server separated from the answer as reasoning is put back the way the tar
 that the cache renders what the model generated.
 """
 
-from __future__ import annotations
-
 from openai.types.chat import ChatCompletion
 
 from deepspec.answers.request import SEEDS

@@ -4,8 +4,6 @@ There is no journal of single answers: with some rows left out, an engine would 
 the others differently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol

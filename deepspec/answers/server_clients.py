@@ -1,7 +1,5 @@
 """One client per server: its connection, what it understands, and the key that opens it."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The engine `openai`: answers from any number of OpenAI-compatible servers of the target."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -37,7 +35,7 @@ LONGEST_PAUSE_S = 30.0
 @contextmanager
 def open_servers(
     answers: AnswersConfig, target: TargetConfig, servers: ServersConfig, progress: AnswerProgress
-) -> Iterator[ServerEngine]:
+) -> Iterator["ServerEngine"]:
     """An engine with a connection to each server, of which those that are up are checked.
 
     Raises:

@@ -1,7 +1,5 @@
 """What a failed attempt at a server means: whether to try again, and whose fault it was."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import suppress

@@ -6,8 +6,6 @@ and again is paused, longer each time, and then probed with one request. With 8 
 dying every minute, work flows to the other seven.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

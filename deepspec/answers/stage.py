@@ -4,8 +4,6 @@ Every assistant turn is generated on the conversation as generated so far. The i
 the default and needs nothing but the target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

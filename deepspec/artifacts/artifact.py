@@ -4,8 +4,6 @@ A shard is finished when its record exists. The record names its data file, whos
 checksum: a second worker or try at the same shard never touches bytes that a record vouches for.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

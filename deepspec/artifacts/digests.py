@@ -1,7 +1,5 @@
 """Digests of what a user brings (prompt files, a local model), as part of fingerprints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path

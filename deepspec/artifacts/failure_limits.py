@@ -1,7 +1,5 @@
 """How many shards of a stage may fail for good before no more are begun."""
 
-from __future__ import annotations
-
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import input_artifact
 from deepspec.config.retries import RetriesConfig

@@ -10,8 +10,6 @@ record again before it takes the file. What stays open is the moment between tha
 removal (remotely, up to `RELIST_S` and the time of a listing more).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -7,8 +7,6 @@ after `LOST_S`. Ages are differences between times that the store gave, so no tw
 compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

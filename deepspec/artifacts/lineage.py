@@ -1,7 +1,5 @@
 """The chain behind an artifact, back to its data set, read from the store alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

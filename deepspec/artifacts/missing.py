@@ -5,8 +5,6 @@ replaced since. A stage without shards is missing while it is not sealed. Resume
 else: at 10,000 shards it costs two listings and, of sealed artifacts, one table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 

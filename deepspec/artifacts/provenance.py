@@ -2,8 +2,6 @@
 it was made from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 `artifact.py`.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -121,17 +119,17 @@ class Record(Stored):
         """xxh3_64 over the content."""
         return xxhash.xxh3_64_hexdigest(canonical_json(self.content()))
 
-    def with_digest(self) -> Record:
+    def with_digest(self) -> "Record":
         """The record with its digest, as it is written."""
         return self.model_copy(update={"digest": self.content_digest()})
 
-    def taking(self, seconds: float) -> Record:
+    def taking(self, seconds: float) -> "Record":
         """The same record of a shard that took so long."""
         return self.model_copy(update={"seconds": round(seconds, 3)})
 
 
 def new_record(
-    key: ArtifactKey, shard: int, local: Path, counts: Counts, *, upstream: str | None
+    key: ArtifactKey, shard: int, local: Path, counts: "Counts", *, upstream: str | None
 ) -> Record:
     """The record that a staged file will have as shard `shard` of the artifact."""
     checksum = counts.checksum or file_checksum(local)

@@ -3,8 +3,6 @@
 So that a reader need not ask for 10,000 files.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 

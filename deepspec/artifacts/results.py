@@ -4,8 +4,6 @@ A part that an evaluation does not have (calibration, scheduler) has no key in t
 in any other place is a number that the counts do not give.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import ConfigDict, Field

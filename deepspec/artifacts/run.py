@@ -5,8 +5,6 @@ The chain of fingerprints is the lineage: a result names its draft, the draft it
 they their answers, and those their prompts. `resources` is in no fingerprint.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property

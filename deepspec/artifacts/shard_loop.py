@@ -6,8 +6,6 @@ the shards in flight: at 10,000 shards with a worker dying every minute, each de
 shards of work and nothing else.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

@@ -2,8 +2,6 @@
 the reason.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Whatever depends on a stage is a field of its record here. How a stage is run fr
 `run.py`; what is missing of it, in `missing.py`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run has of each stage, and what a finished one has to show."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Errors of the operating system as errors of this project."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Small Arrow tables on disk, for prompts, answers and results."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

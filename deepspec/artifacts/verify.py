@@ -5,8 +5,6 @@ Shards are read by several threads (hashing and reading release the interpreter'
 and front to back: 10,000 shards of 2 GB take as long as the disk or the line needs for their bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

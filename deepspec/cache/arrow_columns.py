@@ -1,7 +1,5 @@
 """The columns of a shard in Arrow's terms: fields, rows around existing memory, and their bytes."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

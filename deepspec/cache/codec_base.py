@@ -5,8 +5,6 @@
 is the business of `codecs.py`. T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ it.
 T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D, G groups of channels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cached_property

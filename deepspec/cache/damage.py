@@ -1,7 +1,5 @@
 """Where in a damaged shard the damage is: which rows, and which column of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ target makes of them.
 T tokens, T' tokens whose final hidden state is kept, L layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ Lists have 64-bit offsets, so no sample is too long (trap C7). T tokens, m captu
 size, T' tokens whose final hidden state is kept.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +117,7 @@ class Layout:
         )
 
     @classmethod
-    def of(cls, schema: pa.Schema, scales: Mapping[str, Tensor]) -> Layout:
+    def of(cls, schema: pa.Schema, scales: Mapping[str, Tensor]) -> "Layout":
         """The layout that a schema describes; `scales` are the static channel scales of the codecs
         that have one.
 

@@ -6,8 +6,6 @@ million samples are 73 MB on disk. No value is converted on the way (pyarrow's `
 import pandas).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -10,8 +10,6 @@ so the worst that a race (or a power cut) leaves behind is a range that is liste
 is fetched again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -5,8 +5,6 @@ while a process would have to hand 30 MB a sample through shared memory, whose p
 than the reading (measured: 0.17 of memcpy).
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator

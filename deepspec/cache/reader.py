@@ -8,8 +8,6 @@ numbers without a word). A local cache that memory can hold is mapped instead: i
 copied once, from the page cache to the batch.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import warnings

@@ -8,8 +8,6 @@ time in another order, so that its shards are needed once in as many epochs. Onl
 are looked at are ever computed: an epoch of 1.3 million samples costs nothing to enter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count

@@ -1,7 +1,5 @@
 """Writing a shard of the hidden-state cache, one message a sample, hashed on the way."""
 
-from __future__ import annotations
-
 import io
 import threading
 import time

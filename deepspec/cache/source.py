@@ -5,8 +5,6 @@ deleted after it, `OnlineStates` has the target compute what comes next. A numbe
 sample in all of them.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

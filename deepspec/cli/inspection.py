@@ -2,8 +2,6 @@
 left over.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Annotated

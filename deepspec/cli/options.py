@@ -1,7 +1,5 @@
 """Arguments and options that several verbs share, and what answers those of earlier versions."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import typer

@@ -1,7 +1,5 @@
 """The stage verbs: each does what is missing of its stage, and reports while it works."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -4,8 +4,6 @@ wording around each of its rows, how many prompts.
 Nothing here reads a data set: that is `prompts/benchmarks.py`.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files

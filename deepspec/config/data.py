@@ -1,7 +1,5 @@
 """The sections of a run about its data: prompts, answers, hidden states."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator

@@ -1,7 +1,5 @@
 """The sections of a run about its draft model: architecture, loss, training."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator

@@ -1,7 +1,5 @@
 """The section of a run about its evaluation: which prompts are decoded, and how."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Annotated, Literal, Self
 

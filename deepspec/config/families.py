@@ -3,8 +3,6 @@
 A target is described by its Hugging Face `config.json` as a dictionary; nothing here loads a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 

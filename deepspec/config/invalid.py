@@ -1,7 +1,5 @@
 """What is wrong with a run, as text: the field's path, what is allowed, the nearest right name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import get_args

@@ -4,8 +4,6 @@ A run as a user writes it must use the new keys (`ResourcesConfig` answers an ol
 path); the run recorded in an artifact of an older version is translated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

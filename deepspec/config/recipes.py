@@ -5,8 +5,6 @@ A recipe is an algorithm row laid over a target row, and both over the protocol 
 `recipes/algorithms/dspark.yaml`. A run file may name the recipe it starts from under `recipe:`.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files

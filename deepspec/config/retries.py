@@ -1,7 +1,5 @@
 """The section `resources.retries`: what happens after a failure, and when work counts as stuck."""
 
-from __future__ import annotations
-
 import random
 from typing import Literal, NamedTuple, cast
 

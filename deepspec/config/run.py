@@ -5,8 +5,6 @@ other fields decide what the result is. How recipes are found, merged and overri
 `recipes.py`.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Self
 

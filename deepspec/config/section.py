@@ -1,7 +1,5 @@
 """What every section of a run is: frozen, without unknown keys, its fields documented in place."""
 
-from __future__ import annotations
-
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict

@@ -1,7 +1,5 @@
 """The section `resources.servers`: how servers of the target are started, reached and given up."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 

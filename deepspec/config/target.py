@@ -1,7 +1,5 @@
 """The sections of a run that describe its target model, and the tiny one of the demo."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator

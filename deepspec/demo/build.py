@@ -1,7 +1,5 @@
 """Building the demo: corpus, tokenizer and target, in a folder that is read like any model's."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -4,8 +4,6 @@ Same seed and same Python version, same corpus. A function that a held-out promp
 in no training conversation of either domain.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Literal, NamedTuple
 

@@ -4,8 +4,6 @@ The files are parsed, never imported: importing some of them opens windows, prin
 what is not installed.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sysconfig

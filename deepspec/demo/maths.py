@@ -5,8 +5,6 @@ and ends with the result in one fixed sentence, as the paper's math answers do: 
 what a draft can learn.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 from collections.abc import Callable

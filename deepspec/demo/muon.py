@@ -5,8 +5,6 @@ same loss, but works on one matrix at a time in bfloat16: on a CPU without bfloa
 step of it takes ten times as long. Here matrices of one shape are worked on together, in float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

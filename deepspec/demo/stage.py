@@ -1,7 +1,5 @@
 """The demo stage: a tiny target with its prompts and benchmarks, an artifact like any other."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

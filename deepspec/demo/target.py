@@ -4,8 +4,6 @@ decoding spends its time in.
 T tokens of a batch, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

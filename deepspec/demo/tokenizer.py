@@ -1,7 +1,5 @@
 """The demo's tokenizer: byte-level BPE of its corpus, with Qwen's turn markers and template."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -5,8 +5,6 @@ Each benchmark is resampled by itself, so that the mix of benchmarks stays what 
 averaged numbers follow from the same resamples. R resamples, U units, K positions of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -4,8 +4,6 @@ The confidence of slot k is the chance that its token is accepted given that all
 their product up to k is the chance that the first k are all accepted. N rounds, g block size.
 """
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

@@ -5,8 +5,6 @@ Rows belong together where benchmark, temperature and prompt digest are equal. B
 are drawn together, so that what makes a prompt hard for both drops out of the difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple

@@ -3,8 +3,6 @@
 N rounds, g block size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

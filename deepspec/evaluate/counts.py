@@ -4,8 +4,6 @@ Counts are kept as sums, so that any set of prompts (a benchmark, a domain, a bo
 a weighted sum of theirs, divided once. U prompts or groups of them, K positions of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The time at which a device has finished its work, as speeds are measured by it."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -4,8 +4,6 @@ and decoding.
 a verified tokens, g block size, T tokens, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast

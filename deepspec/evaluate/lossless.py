@@ -1,7 +1,5 @@
 """Whether the output is the target's own: what the counts can show, and what they cannot."""
 
-from __future__ import annotations
-
 from deepspec.artifacts.results import Losslessness
 from deepspec.evaluate.counts import Rows
 

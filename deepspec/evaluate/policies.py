@@ -2,8 +2,6 @@
 confidence afterwards.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import TypeVar

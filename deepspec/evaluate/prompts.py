@@ -2,8 +2,6 @@
 turn by turn.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from itertools import product

@@ -4,8 +4,6 @@ a reliability diagram.
 Every function takes probabilities [N] with labels [N].
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from deepspec.artifacts.results import ConfidenceMeasures, ReliabilityBin

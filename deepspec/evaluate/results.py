@@ -1,7 +1,5 @@
 """A result read back from its artifact: its rows, and the summary of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from deepspec.artifacts.artifact import Artifact

@@ -4,8 +4,6 @@ simulator of policies replays them.
 N rounds, g block size.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,11 +36,11 @@ class Rounds(NamedTuple):
         """How many prompts the rounds are of."""
         return len(np.unique(self.prompt))
 
-    def calibrated(self, temperatures: Sequence[float]) -> Rounds:
+    def calibrated(self, temperatures: Sequence[float]) -> "Rounds":
         """The same rounds with calibrated confidences."""
         return self._replace(confidence=calibrated(self.confidence, temperatures))
 
-    def where(self, kept: Bools) -> Rounds:
+    def where(self, kept: Bools) -> "Rounds":
         """Some of the rounds."""
         return Rounds(self.confidence[kept], self.accepted[kept], self.prompt[kept])
 

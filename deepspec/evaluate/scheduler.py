@@ -18,8 +18,6 @@ looks at its own token, as the draft's probability of it would.
 R requests, g block size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

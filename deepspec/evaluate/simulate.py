@@ -4,8 +4,6 @@ tokens per second.
 N rounds, R requests, S steps, g block size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

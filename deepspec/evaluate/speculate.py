@@ -6,8 +6,6 @@ past them. Rows whose answers are finished take the prompts that wait. B rows, g
 captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple

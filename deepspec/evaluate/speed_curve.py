@@ -3,8 +3,6 @@
 b tokens of one forward pass, over all requests together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,7 +65,7 @@ class SpeedCurve:
         found: Floats = 1.0 / self.seconds(num_tokens)
         return found
 
-    def smooth(self) -> SpeedCurve:
+    def smooth(self) -> "SpeedCurve":
         """The highest curve at or under this one in seconds whose every further token costs at
         least as much as the last.
 

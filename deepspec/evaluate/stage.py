@@ -1,7 +1,5 @@
 """The evaluate stage: each benchmark decoded plainly and speculatively by the same target."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

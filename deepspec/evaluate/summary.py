@@ -4,8 +4,6 @@ Acceptance is that of the first batch size alone, since it does not depend on it
 each batch size; losslessness is that of the answers at all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 

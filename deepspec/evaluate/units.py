@@ -5,8 +5,6 @@ With a batch size of 1 the two ways alternate prompt by prompt. With a larger on
 are decoded together, that many at a time, and rows that finish take the prompts that wait.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 What they can load is as of mid-2026, read from their sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

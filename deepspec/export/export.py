@@ -3,8 +3,6 @@
 B batch, T tokens, g block size, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -5,8 +5,6 @@ own default way. A wrong id or layout serves at about one percent acceptance wit
 both are always written out.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from deepspec.config.families import GEMMA4

@@ -1,7 +1,5 @@
 """The README.md of an exported draft: what it is, how to serve it, its origin and measurements."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

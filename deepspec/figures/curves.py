@@ -1,7 +1,5 @@
 """The curves of a run as pictures (SVG): how fast shards were made, and how a training goes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

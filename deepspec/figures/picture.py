@@ -2,8 +2,6 @@
 Markdown shows.
 """
 
-from __future__ import annotations
-
 import base64
 from html import escape
 

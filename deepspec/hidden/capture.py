@@ -3,8 +3,6 @@
 T tokens, m captured layers, D hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

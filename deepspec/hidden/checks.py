@@ -4,8 +4,6 @@ Every sample: finite, no empty rows. Every n-th: captured alone it is the same, 
 predicts is also predicted from the stored states. T tokens, m captured layers, D hidden size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

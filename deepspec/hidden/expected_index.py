@@ -4,8 +4,6 @@ A small Arrow file per shard in the hidden artifact (`planned/`), named by the a
 made from: made once, resumed where it was left, and used again by every later start.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Bringing captured tensors to the host while the target's next forward passes run."""
 
-from __future__ import annotations
-
 import torch
 
 from deepspec.cache.format import EncodedTensor

@@ -6,8 +6,6 @@ scales that it was encoded with. A lossy codec is measured on other samples, and
 too much: before any shard is written.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ What training needs next is rendered by threads, run through the target in batch
 ahead. Every rank has a target of its own on its own device, next to the draft.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterable, Iterator

@@ -6,8 +6,6 @@ runs ahead of what is on the disk, its file is gone, and the reader waits for it
 again.
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import os

@@ -8,8 +8,6 @@ reader that is further ahead finds the file gone (or unlinked while it reads, wh
 and waits until it is captured again.
 """
 
-from __future__ import annotations
-
 import contextvars
 import logging
 import threading

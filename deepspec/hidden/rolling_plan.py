@@ -4,8 +4,6 @@ Of the windows from that place on, they are as many shards as fit. So a start af
 shards left by another training, needs no rule of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import NamedTuple

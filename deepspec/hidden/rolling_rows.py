@@ -1,7 +1,5 @@
 """Where the rows of shards are that are captured and deleted while they are read."""
 
-from __future__ import annotations
-
 import threading
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The shards of a cache of which only some are on the disk: what is there, and deleting it."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 They capture shards to be used up, or write the expected index alone.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -1,7 +1,5 @@
 """Training sequences of a shard of answers, in batches of similar length: what capture runs on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple

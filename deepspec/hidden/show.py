@@ -1,7 +1,5 @@
 """A training sample as it will be captured, its supervised tokens marked, to debug a draft by."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 

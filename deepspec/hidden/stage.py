@@ -5,8 +5,6 @@ hashed and written, and the shard before is committed. Rows are written in the o
 are computed (by length, so that a batch wastes little); the index has each row's shard and place.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

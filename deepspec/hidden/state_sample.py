@@ -4,8 +4,6 @@ They come from the first shards whatever shards a lane was given, so every lane 
 N tokens, m captured layers, D hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

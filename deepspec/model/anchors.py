@@ -4,8 +4,6 @@ The samples of a batch lie one after the other in one packed row: T tokens in al
 anchors, g block size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,12 +19,12 @@ class Samples(NamedTuple):
     ends: Tensor  # [S] long, exclusive
 
     @classmethod
-    def of(cls, lengths: Tensor) -> Samples:
+    def of(cls, lengths: Tensor) -> "Samples":
         """Samples of these lengths [S], packed from the start of the row without gaps."""
         ends = lengths.cumsum(0)
         return cls(ends - lengths, ends)
 
-    def holding(self, places: Tensor) -> Samples:
+    def holding(self, places: Tensor) -> "Samples":
         """The bounds of the sample that each place [N] is in; fill belongs to the last sample."""
         numbers = torch.searchsorted(self.ends, places, right=True).clamp(max=len(self.ends) - 1)
         return Samples(self.starts[numbers], self.ends[numbers])

@@ -6,8 +6,6 @@ PyTorch, sample by sample. T tokens, K blocks, g block size, n = K * g queries, 
 per query of its own, H heads, G key-value heads, E head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 

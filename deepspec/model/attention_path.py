@@ -1,7 +1,5 @@
 """Which attention training takes: compiled flex attention where a probe works, else dense."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from functools import lru_cache

@@ -4,8 +4,6 @@ B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V 
 rank, E head dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Drafts on disk (config.json and model.safetensors in the published form), and fresh drafts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

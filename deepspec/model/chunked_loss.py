@@ -8,8 +8,6 @@ with it. All probabilities are float32.
 N slots, n of them in a chunk, U target positions, D hidden size, V vocabulary, r Markov rank.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +29,7 @@ class Targets(NamedTuple):
     of_slot: Tensor  # [N] long
 
     @classmethod
-    def gathered(cls, hidden: Tensor, places: Tensor) -> Targets:
+    def gathered(cls, hidden: Tensor, places: Tensor) -> "Targets":
         """Those at `places` [N] of `hidden` [P, D]."""
         distinct, of_slot = torch.unique(places, return_inverse=True)
         return cls(hidden[distinct], of_slot)
@@ -78,7 +76,7 @@ def score(
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, chunks: _Chunks
+        ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, chunks: "_Chunks"
     ) -> tuple[Tensor, ...]:
         if any(ctx.needs_input_grad):
             chunks.prepare_gradients(w2)

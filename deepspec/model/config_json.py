@@ -3,8 +3,6 @@
 `spec_from_config(config_from_spec(spec)) == spec`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from deepspec.config.draft import ConfidenceConfig, MarkovConfig

@@ -3,8 +3,6 @@
 B batch (rows), T tokens, S samples, g block size, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self

@@ -5,8 +5,6 @@ t + 2. B batch, n new positions, T tokens, S training-time-test steps, P scored 
 size, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import cast
 

@@ -3,8 +3,6 @@
 S training-time-test steps, T tokens, P scored places.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """How a training pass is run: compiled, or with layers computed once more in the backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast

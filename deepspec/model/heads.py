@@ -7,8 +7,6 @@ Every Markov head is a low-rank bias W2 f, where f [.., r] depends on its kind (
 N any leading shape, g block size, D hidden size, r Markov rank, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Taking tokens of a row back is lowering its length: what the row holds after its
 by the next write. B rows, n new positions, H key-value heads, E head dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Self
@@ -61,7 +59,7 @@ class LayerCache:
         keys, values = self.pair
         return keys[:, :, :num_positions], values[:, :, :num_positions]
 
-    def put(self, rows: Sequence[int], fresh: LayerCache, num_positions: int) -> None:
+    def put(self, rows: Sequence[int], fresh: "LayerCache", num_positions: int) -> None:
         """Copy the first `num_positions` of all rows of another cache into these rows."""
         if fresh.pair is None:
             return

@@ -4,8 +4,6 @@ B batch, n new positions, L all positions, T context tokens, D hidden size, H he
 heads, E head dimension.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -28,7 +26,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def at(self, positions: Tensor) -> Rotation:
+    def at(self, positions: Tensor) -> "Rotation":
         """Those of `positions` [n], out of a table [L, 1, E]."""
         return Rotation(self.cos[positions], self.sin[positions])
 

@@ -4,8 +4,6 @@ Only counted positions enter them. N counted slots, M blocks, g block size, P pl
 r Markov rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 

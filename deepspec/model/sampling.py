@@ -6,8 +6,6 @@ All probabilities are float32, and the tensor a token was drawn from is the one 
 sees. B rows, g draft tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

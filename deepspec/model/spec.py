@@ -1,7 +1,5 @@
 """Everything that decides the shape of a draft; `config_json` reads and writes it as a file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -115,7 +113,7 @@ class DraftSpec:
         *,
         layer_ids: Sequence[int],
         mask_token_id: int | None = None,
-    ) -> DraftSpec:
+    ) -> "DraftSpec":
         """A draft for the target whose config.json is given; `layer_ids` as in `target.layer_ids`.
 
         Raises:

@@ -1,7 +1,5 @@
 """What turns the states of a draft, and of its target, into logits over the vocabulary."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Pure arithmetic on numbers that were read or measured elsewhere (`workload.py`, 
 number carries where it comes from. All units are decimal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,7 +34,7 @@ class TokenCounts(NamedTuple):
     supervised: float
     kept_last: float
 
-    def scaled(self, factor: float) -> TokenCounts:
+    def scaled(self, factor: float) -> "TokenCounts":
         """The counts of so many times the samples."""
         return TokenCounts(*(factor * count for count in self))
 

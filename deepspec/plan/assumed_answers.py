@@ -3,8 +3,6 @@
 They are never trained on and never stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any

@@ -1,7 +1,5 @@
 """Bytes of a cache of hidden states, from what its codecs store of a token."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from deepspec.cache.codec_base import CodecName

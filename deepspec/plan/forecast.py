@@ -1,7 +1,5 @@
 """A run's plan, computed from what was sampled and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from deepspec.config.draft import DraftConfig

@@ -3,8 +3,6 @@
 No weight of the target is read: time does not depend on their values. B batch, T tokens.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a plan is made from, and what it consists of; bytes are decimal."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from deepspec.plan.arithmetic import Fit, Histogram, Number, Shape, TokenCounts

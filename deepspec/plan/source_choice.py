@@ -4,8 +4,6 @@ GPU hours are of all GPUs together, hours are wall-clock on those that the plan 
 units are decimal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

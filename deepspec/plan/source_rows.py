@@ -1,7 +1,5 @@
 """How many rows a run's source has, as far as that can be known without reading them all."""
 
-from __future__ import annotations
-
 import fsspec
 
 from deepspec.artifacts.run import Run

@@ -1,7 +1,5 @@
 """A plan as a terminal shows it: one line a number, with where it comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType

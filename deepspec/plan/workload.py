@@ -6,8 +6,6 @@ A sample of rows goes through the very function that cuts them for capture, so t
 own, or as long as assumed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """What a child process writes: JSON events on its standard output, log lines on either pipe."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import selectors

@@ -5,8 +5,6 @@ SIGKILL) nothing of it is left. Its JSON events and log lines are passed on as t
 error, an event too, is raised again as the same class.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

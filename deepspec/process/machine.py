@@ -1,7 +1,5 @@
 """What this machine has for a process: GPUs, found without loading CUDA, and ports on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -3,8 +3,6 @@
 `python -m deepspec` shows its one stage with it, a flow all stages of its run.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The children of a process, and the blocks of code that none of them outlives."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys

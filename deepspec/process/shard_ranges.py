@@ -1,7 +1,5 @@
 """Shard numbers: as ranges that people write, and in groups."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -8,8 +8,6 @@ no descendant is left behind; not even torchrun's ranks, each of which lives in 
 where killing a process group does not reach it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

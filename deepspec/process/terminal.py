@@ -1,7 +1,5 @@
 """The events of a single stage, shown on the terminal."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

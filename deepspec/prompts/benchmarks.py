@@ -5,8 +5,6 @@ set, revision and wording and by nothing of the run, so every run with this stor
 prompts, for evaluation or decontamination, without a network.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Training prompts that are benchmark prompts, found by their normalised text (trap A7)."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

@@ -1,7 +1,5 @@
 """Rows of data sets, on the Hugging Face hub at one commit, or in a local folder."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence

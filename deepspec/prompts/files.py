@@ -1,7 +1,5 @@
 """Rows of JSONL and Parquet files, streamed, each with its place for error messages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A row of any source as a prompt: roles checked, answers left out, an id from what is left."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

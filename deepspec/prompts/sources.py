@@ -1,7 +1,5 @@
 """Where prompts come from: rows of files and data sets, in an order that never changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

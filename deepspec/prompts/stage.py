@@ -5,8 +5,6 @@ the target answers itself. Rows that cannot be used go to the rejects with a rea
 without a trace.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """A section of the report for each temperature: acceptance, losslessness and speed by run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from deepspec.artifacts.results import Metrics

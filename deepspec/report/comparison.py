@@ -1,7 +1,5 @@
 """A comparison of two results as it is printed: matches, numbers, and the settings that differ."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

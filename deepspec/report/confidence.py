@@ -3,8 +3,6 @@
 How well it is calibrated, and what cutting blocks at a threshold would have done.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from deepspec.artifacts.results import PositionCalibration, RoundCounts, ThresholdPoint

@@ -3,8 +3,6 @@
 The results, and a line for each benchmark, domain and total with its numbers in every run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 

@@ -1,7 +1,5 @@
 """Where the results of a report come from: their lineage and every setting of their runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

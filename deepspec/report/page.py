@@ -4,8 +4,6 @@ The HTML needs nothing but itself: no scripts, no fonts, no requests. The templa
 name that a user chose.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

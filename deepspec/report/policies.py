@@ -1,7 +1,5 @@
 """A section of the report for the prefix scheduler of each result that has one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from deepspec.figures.charts import Point, Series, line_chart

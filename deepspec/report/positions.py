@@ -1,7 +1,5 @@
 """Acceptance by position in the block: curves for each line, and the same in numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Its numbers are computed from the rows, so that every committed row counts.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

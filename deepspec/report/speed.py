@@ -1,7 +1,5 @@
 """Speed by batch size and seconds by phase: charts, and the same in numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from deepspec.artifacts.results import BatchSpeed, Metrics

@@ -1,7 +1,5 @@
 """Whole remote objects, a block at a time and a few ahead: to be hashed, or copied to a file."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """The clients of this process: one for all stores of one URL."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Literal

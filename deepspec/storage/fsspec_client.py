@@ -1,7 +1,5 @@
 """Objects in a file system of fsspec other than S3, such as `memory://` in the tests."""
 
-from __future__ import annotations
-
 import threading
 from datetime import datetime
 from pathlib import Path, PurePosixPath

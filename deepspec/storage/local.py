@@ -1,7 +1,5 @@
 """A store in a local folder: what is visible under a name is whole and on the disk."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A store in a bucket: verified uploads, fetched copies, create-only writes, above any client."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

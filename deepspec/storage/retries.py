@@ -1,7 +1,5 @@
 """Requests to a remote store are tried again here, and nowhere else, while the reason may pass."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

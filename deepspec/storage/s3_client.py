@@ -5,8 +5,6 @@ other file system of fsspec (`fsspec_client.py`). None of them retries by itself
 may last is decided in `retries.py` alone.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """What the errors of S3 clients and servers mean, and the errors that users get for them."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """S3 through s3fs, which is always installed."""
 
-from __future__ import annotations
-
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor

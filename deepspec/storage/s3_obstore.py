@@ -1,7 +1,5 @@
 """S3 through obstore, the fast client, where it is installed; s3fs does the same with more CPU."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -5,8 +5,6 @@ right one. What the bytes mean, and the rule by which a shard becomes finished, 
 `artifacts.artifact`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """From a store's URL to the store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import fsspec

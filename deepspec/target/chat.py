@@ -4,8 +4,6 @@ The loss mask covers what the target generated, its end-of-turn token included, 
 template inserted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Sequence

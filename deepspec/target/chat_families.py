@@ -1,7 +1,5 @@
 """How each family of targets writes a turn's end and its thinking: one record a family."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

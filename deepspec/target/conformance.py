@@ -3,8 +3,6 @@
 T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence

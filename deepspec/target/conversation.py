@@ -4,8 +4,6 @@ An engine is given an `AnswerRequest` and gives back a `Turn`, `Refused` or `Fai
 affair.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 B rows of a batch, T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple

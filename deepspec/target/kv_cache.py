@@ -3,8 +3,6 @@
 B rows, q new tokens of each row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loading the target: its config, its weights, the device, number format and attention kernel."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path

@@ -5,8 +5,6 @@ training. Layer l means the output of decoder layer l (0-based) before the final
 embedding output. B batch, T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 

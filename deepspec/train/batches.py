@@ -5,8 +5,6 @@ The epochs' orders, one after the other, are one long line of samples; step s ta
 bytes, and one that makes batches of them.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial

@@ -4,8 +4,6 @@ Its path follows from the run's fingerprint, so a cache that differs was copied 
 written by another version. Each check returns what differs, by field, in words.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

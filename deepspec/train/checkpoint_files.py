@@ -3,8 +3,6 @@
 A checkpoint's record is written last. `checkpointing` decides when one is saved and which is best.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path

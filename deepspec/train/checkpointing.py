@@ -1,7 +1,5 @@
 """The checkpoints of a training: when they are measured, which is best, when to stop early."""
 
-from __future__ import annotations
-
 import logging
 
 from deepspec.model.drafter import Drafter

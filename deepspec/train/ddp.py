@@ -1,7 +1,5 @@
 """`train.strategy: ddp`: each rank holds the whole draft and optimizer; gradients are summed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

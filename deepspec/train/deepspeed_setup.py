@@ -1,7 +1,5 @@
 """DeepSpeed loaded as this project uses it, and its configuration, derived from a run's."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

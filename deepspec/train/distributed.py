@@ -1,7 +1,5 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """The draft at both ends of training: fresh for the source's target, and sealed when it is done."""
 
-from __future__ import annotations
-
 import json
 import logging
 

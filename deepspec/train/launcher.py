@@ -5,8 +5,6 @@ deepspec train RUN` is started on each; a process that torchrun started starts n
 the others (`distributed`). PyTorch is not loaded here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

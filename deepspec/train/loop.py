@@ -1,7 +1,5 @@
 """The train stage: a draft learns from hidden states, wherever these come from (`source`)."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import signal

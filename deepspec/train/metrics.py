@@ -1,7 +1,5 @@
 """Training metrics travel as (sum, count) and are divided once, added up over batches and ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ All lines are written again each time, so that those after a resumed checkpoint 
 Another tracker goes into `MetricsLog.write`.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

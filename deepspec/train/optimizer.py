@@ -3,8 +3,6 @@
 Another optimizer goes into `make_optimizer`, and into `deepspeed_setup.derived_config` for ZeRO.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """What to change when a training step does not fit into memory."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Which strategy a run trains with: `ddp`, or DeepSpeed's ZeRO."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from deepspec.artifacts.artifact import Artifact

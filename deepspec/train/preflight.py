@@ -1,7 +1,5 @@
 """Checks before the first step: a run that cannot learn anything fails in a minute, not a day."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

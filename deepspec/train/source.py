@@ -3,8 +3,6 @@
 A sealed cache is read where there is one, whatever `resources.training.source` is.
 """
 
-from __future__ import annotations
-
 import logging
 
 from deepspec.artifacts.missing import trains_without_cache

@@ -1,7 +1,5 @@
 """One optimizer step over the global batch, the same however ranks and micro-batches split it."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading

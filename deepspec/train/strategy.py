@@ -6,8 +6,6 @@ under the parameters' names, so that one strategy resumes from the other's check
 number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 

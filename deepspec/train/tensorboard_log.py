@@ -3,8 +3,6 @@
 Appending would double the steps between a checkpoint and a crash.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import tempfile

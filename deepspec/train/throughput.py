@@ -1,7 +1,5 @@
 """How fast a training goes, how long it will take, how much it waits for data, and its memory."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Iterator

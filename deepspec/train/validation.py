@@ -7,8 +7,6 @@ lower bound that rises and falls with what decoding will accept.
 B samples, T tokens, m captured layers, D hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A training that stalls ends by itself, instead of holding its GPUs, and logs where it stood."""
 
-from __future__ import annotations
-
 import faulthandler
 import logging
 import os

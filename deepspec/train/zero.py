@@ -13,8 +13,6 @@ Three things about a draft decide how it is wrapped:
 - Measuring and saving need the whole draft: they get a copy, filled parameter by parameter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

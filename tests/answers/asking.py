@@ -1,7 +1,5 @@
 """A shard of prompts answered by scripted servers, through the code that the stage runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """What is stored of a shard of answers, and when it is not stored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Several shards answered by servers at once: none waits for another, and no row is lost."""
 
-from __future__ import annotations
-
 import errno
 import json
 import random

@@ -1,7 +1,5 @@
 """The choice of the engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import ClassVar

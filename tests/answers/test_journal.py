@@ -1,7 +1,5 @@
 """The journal: what a killed run need not ask again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 whatever happens.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

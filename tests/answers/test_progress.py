@@ -1,7 +1,5 @@
 """The events that a stage of answers publishes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What servers are sent."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Replies of servers as answers of the target."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from openai.types.chat import ChatCompletion

@@ -1,7 +1,5 @@
 """Shards answered by an engine in this process: what is kept, refused or made anew."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Connections to servers: models, keys and proxies."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """What servers are asked, and what becomes of their answers."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The pool: what each server is given, and when all of them count as lost."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Answers from a server that nobody here wrote: `transformers serve` on the demo's target."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The commit rule: data first, record last, and resume by set subtraction."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What is an orphan, what is not yet one, and what never is."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """No two living runs have the same shard, whenever they request it; a dead one has none."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

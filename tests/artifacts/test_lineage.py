@@ -1,7 +1,5 @@
 """Fingerprints cover everything that decides the content, and nothing that does not (trap C4)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@
 checkpoints.
 """
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Records keep the names that they have on disk, whatever the code calls their fields."""
 
-from __future__ import annotations
-
 import json
 
 from deepspec.artifacts.records import Record

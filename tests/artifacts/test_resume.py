@@ -2,8 +2,6 @@
 are those of a quiet run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -2,8 +2,6 @@
 damage is set aside.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

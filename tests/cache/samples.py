@@ -1,7 +1,5 @@
 """Made-up samples and shards for the tests of the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Made hidden states like those of large models, and what the tests of codecs do with them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 a batch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

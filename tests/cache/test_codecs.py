@@ -1,7 +1,5 @@
 """What the four codecs promise: lossless is so for every bit, and lossy stays within its bounds."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """One flipped bit anywhere is found and named, its shard made missing; what is whole stays."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

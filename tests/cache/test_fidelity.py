@@ -2,8 +2,6 @@
 limit.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

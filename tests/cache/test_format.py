@@ -1,7 +1,5 @@
 """A sample as one row of a record batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Local copies of remote ranges: bounded, shared, and never trusted."""
 
-from __future__ import annotations
-
 import multiprocessing
 from pathlib import Path
 

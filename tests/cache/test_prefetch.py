@@ -1,7 +1,5 @@
 """Reading ahead: in order, within the budget, and errors where the result would have been."""
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref

@@ -1,7 +1,5 @@
 """The hidden-state cache as training reads it."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """The order of training samples: a function of seed and epoch, shuffled in windows of shards."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

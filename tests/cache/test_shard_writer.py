@@ -1,7 +1,5 @@
 """Shards: what is written is what any Arrow reader reads, and where the index says it is."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import signal

@@ -1,7 +1,5 @@
 """The one door: verbs, exit codes, one paragraph or one JSON line on failure."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of earlier versions are answered with what replaces them."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.cli.test_main import run

@@ -2,8 +2,6 @@
 is answered with the nearest right ones.
 """
 
-from __future__ import annotations
-
 import re
 from string import Formatter
 

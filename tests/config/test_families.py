@@ -1,7 +1,5 @@
 """Families are told by config.json alone; what a draft cannot have is refused by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

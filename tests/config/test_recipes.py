@@ -2,8 +2,6 @@
 word.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The corpus: the same again from the same seed, and nothing held out is ever trained on."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What is taken from the standard library's files."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

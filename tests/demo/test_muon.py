@@ -1,7 +1,5 @@
 """Muon's step: an orthogonal direction, whatever the gradient's scale."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Training the target: batches, what is supervised, the schedule, the start."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """The configuration reference is what the models are now, and has every field."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

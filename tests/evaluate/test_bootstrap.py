@@ -1,7 +1,5 @@
 """Intervals that hold what they say, and fall alike for everybody who asks."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from deepspec.evaluate.bootstrap import RESAMPLES, intervals, pool, resample, weights

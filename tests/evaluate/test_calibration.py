@@ -1,7 +1,5 @@
 """Calibration: rounds whose labels are known, and temperatures that were hidden in made rounds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

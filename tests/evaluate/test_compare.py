@@ -2,8 +2,6 @@
 are counted, not compared.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a result shows of confidence: slots measured where they were tested, prompts kept apart."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

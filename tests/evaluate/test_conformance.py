@@ -1,7 +1,5 @@
 """The checks that a user runs on a new target, with a draft of each algorithm."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics from hand-computed rounds (trap E4)."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

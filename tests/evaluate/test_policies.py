@@ -1,7 +1,5 @@
 """What cuts the blocks of a result: decided once, stored in the result, and taken up again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal

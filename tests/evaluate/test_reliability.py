@@ -1,7 +1,5 @@
 """Measures of probabilities against labels, by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -2,8 +2,6 @@
 what the target would say.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The simulator of policies: figures by hand, and what a result says of them."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

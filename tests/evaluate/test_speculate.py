@@ -2,8 +2,6 @@
 own.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -29,7 +27,7 @@ class ScriptedCache:
     def __init__(self, rows: int) -> None:
         self.rows: list[tuple[int, int] | None] = [None] * rows
 
-    def put(self, rows: list[int], fresh: ScriptedCache) -> None:
+    def put(self, rows: list[int], fresh: "ScriptedCache") -> None:
         for row, place in zip(rows, fresh.rows, strict=True):
             self.rows[row] = place
 

@@ -1,7 +1,5 @@
 """The speed of a target against the tokens of a step: looked up, read from a file, measured."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

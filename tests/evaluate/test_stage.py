@@ -1,7 +1,5 @@
 """The evaluate stage on the tiny demo: lossless for every algorithm, resumed unit by unit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 each batch size (trap E6).
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Charts: where values land, what is written at the axes, and that nothing leaves a chart."""
 
-from __future__ import annotations
-
 import re
 from xml.etree import ElementTree
 

@@ -2,8 +2,6 @@
 anything that reads SVG.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from xml.etree import ElementTree

@@ -1,7 +1,5 @@
 """What matplotlib draws becomes SVG that a page can have many of, in the page's own colours."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

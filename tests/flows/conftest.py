@@ -1,7 +1,5 @@
 """One Prefect server for all flow tests; library tests never pay for it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

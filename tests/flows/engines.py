@@ -1,7 +1,5 @@
 """Engines for tests of whole runs: one that takes its time, one that answers next to nothing."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,6 @@
 site loses its machines.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

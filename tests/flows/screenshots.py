@@ -5,8 +5,6 @@ A server with its UI and a worker of its own, a small pipeline, a run of which s
 browser that looks at them.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The server's events hold the same chain as the store, and nothing that is secret."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -2,8 +2,6 @@
 nothing is made or written before it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -6,8 +6,6 @@ again, and no process is left. DEEPSPEC_CHAOS_KILLS=30 python -m pytest tests/fl
 kills more often than the suite has time for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

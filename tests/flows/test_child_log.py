@@ -2,8 +2,6 @@
 the rest is.
 """
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 

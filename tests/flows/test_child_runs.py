@@ -2,8 +2,6 @@
 one, and the error of one reaches its parent as it was.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context

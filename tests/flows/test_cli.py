@@ -2,8 +2,6 @@
 nothing outlives the run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

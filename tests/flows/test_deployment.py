@@ -4,8 +4,6 @@ Wrong parameters are refused before a run is made, a run of some shards makes on
 webhook is called when runs ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The files for several machines, as far as they can be checked without Docker or a cluster."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

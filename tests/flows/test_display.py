@@ -1,7 +1,5 @@
 """What a run shows at its end: the numbers that the stages and the evaluation wrote."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Lanes: what happens to a lane's group when its thread ends."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 one that waits shows for which.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

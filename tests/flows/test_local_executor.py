@@ -1,7 +1,5 @@
 """Lanes of one machine: one for each GPU, or as many as are set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

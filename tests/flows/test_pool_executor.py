@@ -2,8 +2,6 @@
 share the store and the server.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

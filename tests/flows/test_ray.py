@@ -2,8 +2,6 @@
 server with the flow, and no more.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

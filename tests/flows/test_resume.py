@@ -5,8 +5,6 @@ A real server, a real worker and real children, killed one by one and all togeth
 calls are counted.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -2,8 +2,6 @@
 that only fails is left out.
 """
 
-from __future__ import annotations
-
 import heapq
 import threading
 

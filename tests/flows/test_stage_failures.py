@@ -1,7 +1,5 @@
 """The error that a stage ends with: every missing shard, its reason, and how to resume."""
 
-from __future__ import annotations
-
 from deepspec.errors import ChildFailed, ConfigError, ShardsFailed, TransientError
 from deepspec.process.launch import RunRequest
 from flows.stage_failures import MAX_NAMED, StageFailures

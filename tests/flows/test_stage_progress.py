@@ -2,8 +2,6 @@
 that are made once.
 """
 
-from __future__ import annotations
-
 import json
 import time
 

@@ -1,7 +1,5 @@
 """A stage at work: which failures are tried again, which count, and when no more is begun."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,8 +2,6 @@
 and the store decides what is left.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re

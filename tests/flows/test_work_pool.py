@@ -2,8 +2,6 @@
 others, no worker.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from uuid import UUID, uuid4
 

@@ -1,7 +1,5 @@
 """What is wrong with a request is said in one paragraph, before the target is loaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -6,8 +6,6 @@ not an interpreter that is starting up. At 10,000 shards with a worker dying eve
 holds: what is committed stays, and each death costs the shards in flight.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

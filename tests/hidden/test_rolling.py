@@ -2,8 +2,6 @@
 again.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Iterator

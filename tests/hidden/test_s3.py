@@ -2,8 +2,6 @@
 with local copies.
 """
 
-from __future__ import annotations
-
 import shutil
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`python -m deepspec show`: what is marked is what the target said, its end of turn included."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

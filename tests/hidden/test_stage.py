@@ -1,7 +1,5 @@
 """Capture: what lies in the cache is what the target computes, and every row is there."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

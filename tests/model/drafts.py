@@ -1,7 +1,5 @@
 """Tiny drafts of every kind with random weights, and batches for them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Anchors and labels of blocks, by hand: two samples of 8 and 7 tokens, packed."""
 
-from __future__ import annotations
-
 import torch
 
 from deepspec.model.anchors import (

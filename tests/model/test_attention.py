@@ -1,7 +1,5 @@
 """Flex and dense attention of training blocks are one computation."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Block drafters: who sees whom, where gradients go, what happens with nothing to learn from."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

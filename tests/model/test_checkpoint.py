@@ -1,7 +1,5 @@
 """Drafts on disk and from seeds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

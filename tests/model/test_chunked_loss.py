@@ -2,8 +2,6 @@
 and without the logits.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A draft's config.json is read and written in the published form; what is refused, and why."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -2,8 +2,6 @@
 lengths and history.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,7 +1,5 @@
 """Eagle3's training-time test: which tokens and states reach which step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Compiled, and computed once more in the backward pass: the same training, however it is run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any

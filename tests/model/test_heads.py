@@ -1,7 +1,5 @@
 """Markov heads by hand: what each kind computes, and that drafting steps as training teaches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Rotary tables and caches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A draft of a target that copies its input learns to foresee it, at every position."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -2,8 +2,6 @@
 verifier fails.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """From a target's config to the spec of a draft; what is refused, and why."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

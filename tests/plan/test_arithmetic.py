@@ -2,8 +2,6 @@
 out for Qwen3-4B.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -2,8 +2,6 @@
 Qwen3-4B.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.config.data import HiddenConfig

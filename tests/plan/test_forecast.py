@@ -1,7 +1,5 @@
 """A plan from facts small enough to work out by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

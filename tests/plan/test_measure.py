@@ -2,8 +2,6 @@
 nothing left behind.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Three sources of hidden states side by side, with numbers small enough to work out by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

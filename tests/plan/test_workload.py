@@ -2,8 +2,6 @@
 tell the same story.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Bars on a terminal, few lines elsewhere, and the numbers that a stage gave."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """What a stage that is run by hand shows of its events."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

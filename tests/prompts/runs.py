@@ -1,7 +1,5 @@
 """Small sources of prompts, and the stage run on them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 for whoever comes later.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Benchmark prompts among training prompts (trap A7)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Data sets of prompts, and the commit that is read."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

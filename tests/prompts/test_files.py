@@ -1,7 +1,5 @@
 """Files of prompts: their rows, and errors that name the line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

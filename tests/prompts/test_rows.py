@@ -1,7 +1,5 @@
 """One row of a source as a prompt, or the reason why it is none."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

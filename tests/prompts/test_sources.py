@@ -1,7 +1,5 @@
 """Columns of a source."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

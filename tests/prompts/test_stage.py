@@ -1,7 +1,5 @@
 """The prompts stage: stable ids, rejects with reasons, the same shards whenever it is run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 of users break nothing.
 """
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 from pathlib import Path

@@ -2,8 +2,6 @@
 and both themes are told apart.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """A store on Ceph's gateway for either client, and a proxy before it that injects faults."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The clients of a process and of its children: which one, and with whose keys."""
 
-from __future__ import annotations
-
 import multiprocessing
 import subprocess
 import sys

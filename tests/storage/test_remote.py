@@ -2,8 +2,6 @@
 gateway cannot be asked for by a proxy.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

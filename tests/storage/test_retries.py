@@ -1,7 +1,5 @@
 """How long a request is tried again, and what comes out of it."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.errors import StoreError

@@ -1,7 +1,5 @@
 """What answers of S3 servers mean, and what a user is shown of them."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.errors import DamagedData, StoreError

@@ -1,7 +1,5 @@
 """The store on the local disk (and in memory): whole or not there, one winner, nothing outside."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

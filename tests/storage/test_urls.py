@@ -1,7 +1,5 @@
 """URLs that name no store, or too much."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.errors import StoreError

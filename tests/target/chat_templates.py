@@ -3,8 +3,6 @@
 As theirs are: where a generation prompt ends, what is dropped of earlier turns, what is inserted.
 """
 
-from __future__ import annotations
-
 QWEN3 = """
 {%- set ns = namespace(query=0) %}
 {%- for message in messages %}

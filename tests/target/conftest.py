@@ -1,7 +1,5 @@
 """Fixtures of the tests of targets."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.target.model import Target

@@ -1,7 +1,5 @@
 """Rendering and loss masks: exactly what the target generated is supervised (traps B1 to B6)."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.artifacts.run import Run

@@ -2,8 +2,6 @@
 A5 and B1 to B6).
 """
 
-from __future__ import annotations
-
 import json
 from itertools import groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The target's own checks: each thing that can be wrong is noticed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The conversation of a row with an engine."""
 
-from __future__ import annotations
-
 from deepspec.messages import Message
 from deepspec.target.conversation import conversation_so_far, stream_seed
 

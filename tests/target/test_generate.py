@@ -1,7 +1,5 @@
 """Plain decoding: greedy as transformers, drawn by each prompt's own seed."""
 
-from __future__ import annotations
-
 import torch
 
 from deepspec.config.data import SamplingConfig

@@ -1,7 +1,5 @@
 """A cache changes nothing, also after tokens are taken back."""
 
-from __future__ import annotations
-
 import torch
 
 from deepspec.target.generate import pad_right

@@ -1,7 +1,5 @@
 """Loading a target: what does not fit is refused first."""
 
-from __future__ import annotations
-
 import pytest
 
 from deepspec.errors import ConfigError, DataError

@@ -1,7 +1,5 @@
 """The target: hidden states are tapped where they are said to be, and a cache changes nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A target of four small layers, with random weights."""
 
-from __future__ import annotations
-
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -1,7 +1,5 @@
 """What is trained on at a step: a function of seed and step, every sample once an epoch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -2,8 +2,6 @@
 differs is named with both values.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What is saved of a draft and its optimizer, and resumed from by either strategy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

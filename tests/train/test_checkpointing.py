@@ -1,7 +1,5 @@
 """The checkpoint that counts is the one accepted furthest, measured once, also over restarts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """DeepSpeed's configuration, and its absence."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 where going on is no use.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The schedule, and what one optimizer step does with summed gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """A step that does not fit names what to lower; any other error passes as it is."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Before the first step: what cannot be learnt from is refused at once, and named."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

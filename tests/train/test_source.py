@@ -2,8 +2,6 @@
 same draft.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

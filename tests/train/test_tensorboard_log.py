@@ -2,8 +2,6 @@
 also for who looks on meanwhile.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """How fast a training goes, counted from where it began in this process."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A step that never ends: the process says where it stood and leaves with "try again"."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

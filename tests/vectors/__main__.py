@@ -2,8 +2,6 @@
 quantity is outside.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer

@@ -3,8 +3,6 @@
 K blocks, g block size, T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

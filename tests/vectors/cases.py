@@ -1,7 +1,5 @@
 """Cases read from a folder, and the comparison of numbers with theirs."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

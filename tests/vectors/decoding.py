@@ -3,8 +3,6 @@
 m captured layers, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -2,8 +2,6 @@
 loss by itself on given logits.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 What a case is follows from the keys of its JSON.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from deepspec.target.conformance import Check

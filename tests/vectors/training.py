@@ -6,8 +6,6 @@ batch, W padded width, A anchors a row, K anchors kept, g block size, S training
 hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -109,7 +107,7 @@ class Rows(NamedTuple):
     real: Tensor  # [B, W] bool, which of the padded places hold a token
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> Rows:
+    def of(cls, tensors: dict[str, Tensor]) -> "Rows":
         """A mask [B, W] shows where rows end, any other shape is the blocks' own."""
         ids, mask = tensors["input_ids"], tensors.get("attention_mask")
         return cls(

@@ -4,8 +4,6 @@ families and paddings.
 B rows, W padded width, A anchors a row, K anchors in all.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
