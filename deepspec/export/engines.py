@@ -18,92 +18,60 @@ class ServingEngine(NamedTuple):
 
     name: str
     library: str  # `library_name` of the model card
-    write: Callable[[DraftSpec, str], Config]  # its config.json of a draft with tensors of a dtype
-    read: Callable[[Config], Config]  # back to the published one, from what the engine reads
-    why_not: Callable[[DraftSpec], str | None]  # why it cannot load a draft, or None where it can
-    serve: Callable[[DraftSpec], str]  # how to serve a draft with it, for the model card
+    # how to serve a draft with it, for the model card; the draft's spec and algorithm are filled in
+    serve: str = ""
+    # its config.json of a draft with tensors of a dtype
+    write: Callable[[DraftSpec, str], Config] = formats.engine_config
+    # back to the published one, from what the engine reads
+    read: Callable[[Config], Config] = formats.read_engine_config
     # algorithms whose embedding and lm_head it takes from the target
     takes_targets: tuple[str, ...] = ()
     reads_temperatures: bool = False  # of the confidence head, as a tensor
+    loads_all: bool = False
+    vanilla_only: bool = False  # of the Markov heads
+    # why it cannot load drafts of a kind, or None where it can
+    not_dspark_gemma4: str | None = None
+    not_eagle3: str | None = None
+
+    def why_not(self, spec: DraftSpec) -> str | None:
+        """Why it cannot load this draft, or None where it can."""
+        if self.loads_all:
+            return None
+        is_gemma4 = spec.family is GEMMA4
+        if spec.algorithm == "dspark":
+            head = f"a {spec.markov.kind}" if spec.markov else "no"
+            if self.vanilla_only and head != "a vanilla":
+                return (
+                    "it computes the vanilla Markov head only, and this draft has"
+                    f" {head} Markov head"
+                )
+            return self.not_dspark_gemma4 if is_gemma4 else None
+        if is_gemma4:
+            return (
+                f"its {spec.algorithm} model has Qwen3 layers: Gemma4's further norms, V = K and"
+                " soft-cap would be dropped"
+            )
+        return self.not_eagle3 if spec.algorithm == "eagle3" else None
 
 
-def chosen_engine(name: str) -> ServingEngine:
-    """The engine of this name.
+def chosen_engine(name: str, spec: DraftSpec) -> ServingEngine:
+    """The engine of this name, which can load the draft.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot: with the reason, and the engines that can.
     """
     if name not in ENGINES:
         raise ConfigError(
             f"there is no engine {name!r}", where="--to", fix=f"choose one of: {', '.join(ENGINES)}"
         )
-    return ENGINES[name]
-
-
-def check_loadable(spec: DraftSpec, engine: ServingEngine) -> None:
-    """Refuse a draft that the engine cannot load.
-
-    Raises:
-        ConfigError: with the reason, and the engines that can.
-    """
-    reason = engine.why_not(spec)
-    if reason is None:
-        return
-    possible = [other.name for other in ENGINES.values() if other.why_not(spec) is None]
-    raise ConfigError(
-        f"{engine.name} cannot load this {spec.algorithm} draft for {spec.family.name}: {reason}",
-        where=f"--to {engine.name}",
-        fix=f"export to {' or '.join(possible)}",
-    )
-
-
-def _not_vllm(spec: DraftSpec) -> str | None:
-    return _not_vanilla(spec) if spec.algorithm == "dspark" else _not_qwen3(spec)
-
-
-def _not_sglang(spec: DraftSpec) -> str | None:
-    if spec.algorithm == "dspark":
-        return "it has no DSpark model for Gemma4" if spec.family is GEMMA4 else None
-    if spec.algorithm == "eagle3" and spec.family is not GEMMA4:
-        return (
-            "its Eagle3 model is LlamaForCausalLMEagle3, which has no q and k norms and reads"
-            " exactly three layers"
+    if reason := ENGINES[name].why_not(spec):
+        possible = [other for other, engine in ENGINES.items() if engine.why_not(spec) is None]
+        raise ConfigError(
+            f"{name} cannot load this {spec.algorithm} draft for {spec.family.name}: {reason}",
+            where=f"--to {name}",
+            fix=f"export to {' or '.join(possible)}",
         )
-    return _not_qwen3(spec)
-
-
-def _not_speculators(spec: DraftSpec) -> str | None:
-    if spec.algorithm != "dspark":
-        return _not_qwen3(spec)
-    gemma = "the speculators format describes Qwen3 layers only" if spec.family is GEMMA4 else None
-    return _not_vanilla(spec) or gemma
-
-
-def _not_vanilla(spec: DraftSpec) -> str | None:
-    if spec.markov is not None and spec.markov.kind == "vanilla":
-        return None
-    kind = "no" if spec.markov is None else f"a {spec.markov.kind}"
-    return f"it computes the vanilla Markov head only, and this draft has {kind} Markov head"
-
-
-def _not_qwen3(spec: DraftSpec) -> str | None:
-    if spec.family is not GEMMA4:
-        return None
-    return (
-        f"its {spec.algorithm} model has Qwen3 layers: Gemma4's further norms, V = K and soft-cap"
-        " would be dropped"
-    )
-
-
-def _serve_vllm(spec: DraftSpec) -> str:
-    tokens = f'"num_speculative_tokens": {spec.block_size}'
-    method = f'"method": "{spec.algorithm}", "model": "THIS FOLDER", {tokens}'
-    return f"`--speculative-config '{{{method}}}'`"
-
-
-def _serve_sglang(spec: DraftSpec) -> str:
-    name = spec.algorithm.upper()
-    return f"`--speculative-algorithm {name} --speculative-draft-model-path THIS FOLDER`"
+    return ENGINES[name]
 
 
 ENGINES = {
@@ -112,37 +80,41 @@ ENGINES = {
         ServingEngine(
             name="vllm",
             library="vllm",
-            write=formats.engine_config,
-            read=formats.read_engine_config,
-            why_not=_not_vllm,
-            serve=_serve_vllm,
+            serve=(
+                '`--speculative-config \'{{"method": "{spec.algorithm}", "model": "THIS FOLDER",'
+                ' "num_speculative_tokens": {spec.block_size}}}\'`'
+            ),
             takes_targets=("dflash",),
+            vanilla_only=True,
         ),
         ServingEngine(
             name="sglang",
             library="sglang",
-            write=formats.engine_config,
-            read=formats.read_engine_config,
-            why_not=_not_sglang,
-            serve=_serve_sglang,
+            serve=(
+                "`--speculative-algorithm {algorithm} --speculative-draft-model-path THIS FOLDER`"
+            ),
             takes_targets=("dflash",),
             reads_temperatures=True,
+            not_dspark_gemma4="it has no DSpark model for Gemma4",
+            not_eagle3=(
+                "its Eagle3 model is LlamaForCausalLMEagle3, which has no q and k norms and reads"
+                " exactly three layers"
+            ),
         ),
         ServingEngine(
             name="speculators",
             library="speculators",
             write=formats.speculators_config,
             read=formats.read_speculators_config,
-            why_not=_not_speculators,
-            serve=lambda _: "",
+            vanilla_only=True,
+            not_dspark_gemma4="the speculators format describes Qwen3 layers only",
         ),
         ServingEngine(
             name="hf",
             library="transformers",
+            serve="Load it with `deepspec.model.checkpoint.load_draft`.",
             write=formats.published_config,
-            read=formats.read_published_config,
-            why_not=lambda _: None,
-            serve=lambda _: "Load it with `deepspec.model.checkpoint.load_draft`.",
+            loads_all=True,
         ),
     )
 }

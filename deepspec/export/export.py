@@ -5,10 +5,10 @@ B batch, T tokens, g block size, m captured layers, D hidden size, V vocabulary.
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
-from deepspec.export.engines import ServingEngine, check_loadable, chosen_engine
+from deepspec.export.engines import ServingEngine, chosen_engine
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
 from deepspec.model.config_json import BLOCK_LAYOUT, spec_from_config
-from deepspec.model.drafter import Drafter, Proposal
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
 
@@ -41,7 +40,6 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
         ArtifactMismatch: no draft there, weights that do not fit, or an export that does not draft
             as the original.
     """
-    chosen = chosen_engine(engine)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "the folder to export to exists and is not empty",
@@ -50,7 +48,7 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
         )
     source = draft if (draft / "config.json").is_file() else draft / "draft"
     spec = read_spec(source)
-    check_loadable(spec, chosen)
+    chosen = chosen_engine(engine, spec)
     tensors = load_file(source / "model.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as scratch:
@@ -92,22 +90,23 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     Raises:
         ArtifactMismatch: not JSON, or not a positive number for each slot.
     """
-    content = _read_json(calibration)
+    where, fix = str(calibration), "calibrate this draft again, or remove the file"
+    try:
+        content = json.loads(calibration.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactMismatch(f"the file is not JSON: {error}", where=where, fix=fix) from None
     found = content.get("temperatures") if isinstance(content, dict) else None
     if not isinstance(found, list):
         what = "the file holds no list of temperatures"
     elif len(found) != block_size:
         what = f"the calibration holds {len(found)} temperatures, a block has {block_size} tokens"
-    elif wrong := [value for value in found if not _is_temperature(value)]:
+    elif wrong := [
+        value for value in found if not (isinstance(value, int | float) and 0 < value < math.inf)
+    ]:
         what = f"a temperature is a number above 0, not {wrong[0]}"
     else:
         return torch.tensor(found, dtype=torch.float32)
-    fix = "calibrate this draft again, or remove the file"
-    raise ArtifactMismatch(what, where=str(calibration), fix=fix)
-
-
-def _is_temperature(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
+    raise ArtifactMismatch(what, where=where, fix=fix)
 
 
 def check_export(
@@ -118,19 +117,15 @@ def check_export(
     Raises:
         ArtifactMismatch: it does not.
     """
-    config = engine.read(_read_json(folder / "config.json"))
+    config = engine.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     exported = load_file(folder / "model.safetensors")
     exported.pop(TEMPERATURES, None)
     shared = {name: tensors[name] for name in SHARED if name in tensors}  # the target's, as there
     reloaded = spec_from_config(config)
-    original = fixed_proposal(_loaded(spec, tensors, folder))
-    again = fixed_proposal(_loaded(reloaded, shared | exported, folder))
-    same = all(
-        one is two or (one is not None and two is not None and torch.equal(one, two))
-        for one, two in zip(original, again, strict=True)
-    )
+    original = fixed_proposal(spec, tensors, where=str(folder))
+    again = fixed_proposal(reloaded, shared | exported, where=str(folder))
     laid_out = all(config.get(key, value) is value for key, value in BLOCK_LAYOUT.items())
-    if not same or not laid_out or reloaded != spec:
+    if not torch.equal(original, again) or not laid_out or reloaded != spec:
         raise ArtifactMismatch(
             "the export, read back, does not draft as the original does",
             where=str(folder),
@@ -138,33 +133,23 @@ def check_export(
         )
 
 
-def _loaded(spec: DraftSpec, tensors: dict[str, Tensor], folder: Path) -> Drafter:
+@torch.inference_mode()
+def fixed_proposal(spec: DraftSpec, tensors: dict[str, Tensor], *, where: str) -> Tensor:
+    """What a draft proposes for a fixed input: tokens, distributions and confidence, flat float64.
+
+    Raises:
+        ArtifactMismatch: the tensors are not those of the draft.
+    """
     draft = empty_draft(spec)
     # Copied out of the mapped files: where a tensor lies in its file decides its alignment, and
     # that the last bits of a product.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    load_tensors(draft, copies, dtype=torch.float32, where=str(folder))
-    return draft.eval()
-
-
-@torch.inference_mode()
-def fixed_proposal(draft: Drafter) -> Proposal:
-    """What a draft proposes for a fixed input, distributions [1, g, V] and confidence included."""
+    load_tensors(draft.eval(), copies, dtype=torch.float32, where=where)
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(1, NUM_TOKENS, draft.spec.num_context_features, generator=generator)
-    tokens = torch.randint(0, draft.spec.vocab_size, (1, NUM_TOKENS), generator=generator)
+    context = torch.randn(1, NUM_TOKENS, spec.num_context_features, generator=generator)
+    tokens = torch.randint(0, spec.vocab_size, (1, NUM_TOKENS), generator=generator)
     cache = draft.new_cache(1, NUM_TOKENS)
     draft.extend(cache, context, tokens, [NUM_TOKENS])
     uniforms = torch.rand(1, draft.block_size, generator=generator)
-    return draft.propose(cache, tokens[:, -1], SamplingConfig(temperature=1.0), uniforms)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactMismatch(
-            f"the file is not JSON: {error}",
-            where=str(path),
-            fix="export the draft again from where it was trained",
-        ) from None
+    proposal = draft.propose(cache, tokens[:, -1], SamplingConfig(temperature=1.0), uniforms)
+    return torch.cat([part.double().flatten() for part in proposal if part is not None])

@@ -17,16 +17,25 @@ SPECULATORS = {
     "dflash": "DFlashSpeculator",
     "eagle3": "Eagle3Speculator",
 }
-# keys of a block draft that the speculators format has outside its layer config
-SPECULATORS_BLOCK_KEYS = (
+# keys of a draft that the speculators format has outside its layer config
+SPECULATORS_KEYS = (
     "markov_rank",
     "markov_head_type",
     "enable_confidence_head",
     "confidence_head_with_markov",
     "num_anchors",
     "mask_token_id",
+    "eagle_aux_hidden_state_layer_ids",
+    "norm_before_residual",
+    *BLOCK_LAYOUT,
 )
-DFLASH_KEYS = ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor")
+DFLASH_KEYS = (
+    "target_layer_ids",
+    "num_target_layers",
+    "mask_token_id",
+    "block_size",
+    "sample_from_anchor",
+)
 
 
 def published_config(spec: DraftSpec, dtype: str) -> Config:
@@ -39,12 +48,8 @@ def published_config(spec: DraftSpec, dtype: str) -> Config:
     else:
         config |= {"rope_theta": spec.rope.theta, "rope_parameters": rope}
     if spec.algorithm == "eagle3":
-        config |= _eagle3_keys(spec)
-    return config
-
-
-def read_published_config(config: Config) -> Config:
-    """The published config itself."""
+        ids = _engine_ids(spec)
+        config |= {"eagle_aux_hidden_state_layer_ids": ids, "norm_before_residual": False}
     return config
 
 
@@ -55,21 +60,15 @@ def engine_config(spec: DraftSpec, dtype: str) -> Config:
         config["architectures"] = ["Eagle3Qwen3ForCausalLM"]
     if spec.algorithm == "dflash":
         config["architectures"] = ["DFlashDraftModel"]
-        config["dflash_config"] = {
-            "target_layer_ids": list(spec.target_layer_ids),
-            "num_target_layers": spec.num_target_layers,
-            "mask_token_id": spec.mask_token_id,
-            "block_size": spec.block_size,
-            # Two names of one layout. An engine that knows neither takes slot 0 for the anchor
-            # itself. vLLM of mid-2026 refuses the first name, which is better than nonsense.
-            "sample_from_anchor": True,
-            "query_zero_predicts_next": True,
-        }
+        # Two names of one layout. An engine that knows neither takes slot 0 for the anchor
+        # itself. vLLM of mid-2026 refuses the first name, which is better than nonsense.
+        layout = {"sample_from_anchor": True, "query_zero_predicts_next": True}
+        config["dflash_config"] = {key: config[key] for key in DFLASH_KEYS} | layout
     return config
 
 
 def read_engine_config(config: Config) -> Config:
-    """The published config, from the keys that vLLM and SGLang read.
+    """The published config, from the keys that vLLM and SGLang read; a published one is its own.
 
     Raises:
         KeyError: one of them is missing.
@@ -104,10 +103,7 @@ def speculators_config(spec: DraftSpec, dtype: str) -> Config:
         "tie_word_embeddings": False,
         "block_size": spec.block_size,
     }
-    if spec.algorithm == "eagle3":
-        return config | _eagle3_keys(spec)
-    keys = {key: inner[key] for key in SPECULATORS_BLOCK_KEYS if key in inner}
-    return config | keys | BLOCK_LAYOUT
+    return config | {key: inner[key] for key in SPECULATORS_KEYS if key in inner}
 
 
 def read_speculators_config(config: Config) -> Config:
@@ -134,7 +130,3 @@ def target_name(spec: DraftSpec) -> str:
 
 def _engine_ids(spec: DraftSpec) -> list[int]:
     return [layer + 1 for layer in spec.target_layer_ids]
-
-
-def _eagle3_keys(spec: DraftSpec) -> Config:
-    return {"eagle_aux_hidden_state_layer_ids": _engine_ids(spec), "norm_before_residual": False}

@@ -8,12 +8,11 @@ from typing import Any
 import yaml
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import chain
-from deepspec.artifacts.records import ArtifactInfo, ArtifactKey
+from deepspec.artifacts.lineage import artifact_at, chain, input_artifact, require_info
+from deepspec.artifacts.records import ArtifactInfo
 from deepspec.export.engines import ServingEngine
 from deepspec.export.formats import target_name
 from deepspec.model.spec import DraftSpec
-from deepspec.storage.urls import open_store
 
 UNKNOWN = "Unknown: the draft lies outside the artifact store that it was trained in."
 UNMEASURED = "Unknown: no sealed evaluation of this draft was found in its store."
@@ -34,15 +33,15 @@ def model_card(spec: DraftSpec, engine: ServingEngine, *, source: Path) -> str:
     front = {"library_name": engine.library, "tags": ["speculative-decoding", spec.algorithm]}
     if target and not target.startswith(("/", ".")):
         front["base_model"] = target
-    serving = engine.serve(spec)
+    serving = engine.serve.format(spec=spec, algorithm=spec.algorithm.upper())
     if spec.algorithm == "dflash" and engine.name != "hf":
         serving += "\n" + ANCHOR_FIRST.format(block=spec.block_size)
     title = f"{spec.algorithm} draft model for {Path(target).name or spec.family.name}"
     sections = {
         "Serving": serving,
-        "Recipe": _recipe(artifact),
-        "Training data": "\n".join(_lineage(artifact)) or UNKNOWN,
-        "Measured acceptance": "\n".join(_acceptance(artifact)) or UNMEASURED,
+        "Recipe": _recipe(artifact) if artifact else UNKNOWN,
+        "Training data": _lineage(artifact) if artifact else UNKNOWN,
+        "Measured acceptance": "\n".join(_acceptance(artifact) if artifact else ()) or UNMEASURED,
     }
     body = [f"# {title}\n\n{_facts(spec, engine)}\n"]
     body += [f"## {heading}\n\n{text.strip()}\n" for heading, text in sections.items()]
@@ -50,16 +49,12 @@ def model_card(spec: DraftSpec, engine: ServingEngine, *, source: Path) -> str:
 
 
 def artifact_around(source: Path) -> Artifact | None:
-    """The train artifact whose draft/ folder this is, if it is one."""
+    """The train artifact whose draft/ folder this is, if it lies in its store."""
     folder = source.resolve().parent
     if source.name != "draft" or not (folder / "artifact.json").is_file():
         return None
-    fields = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
-    info = ArtifactInfo.model_validate(fields)
-    return Artifact(
-        open_store(str(folder.parent.parent)),
-        ArtifactKey(info.stage, info.name, info.fingerprint, info.recipe, info.inputs),
-    )
+    artifact = artifact_at(str(folder))
+    return artifact if artifact and artifact.info() else None
 
 
 def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
@@ -79,33 +74,27 @@ def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
     return "\n".join(["| | |", "| --- | --- |", *rows])
 
 
-def _recipe(artifact: Artifact | None) -> str:
-    info = artifact.info() if artifact else None
-    if info is None:
-        return UNKNOWN
+def _recipe(artifact: Artifact) -> str:
+    info = require_info(artifact)
     recipe = yaml.safe_dump(info.recipe, sort_keys=False)
     return f"DeepSpec {info.code_version}:\n\n```yaml\n{recipe}```"
 
 
-def _lineage(artifact: Artifact | None) -> Iterator[str]:
+def _lineage(artifact: Artifact) -> str:
     """One line per artifact that this draft was made from, with its manifest's digest."""
-    info = artifact.info() if artifact else None
-    if artifact is None or info is None:
-        return
-    for depth, found in chain(artifact.store, info):
-        key = ArtifactKey(found.stage, found.name, found.fingerprint, {}, ())
-        manifest = Artifact(artifact.store, key).manifest()
+    lines = []
+    for depth, found in chain(artifact.store, require_info(artifact)):
+        manifest = input_artifact(artifact.store, found).manifest()
         seal = "not sealed"
         if manifest:
             totals = manifest.totals
             seal = f"digest `{manifest.digest}`, {totals['rows']} rows, {totals['tokens']} tokens"
-        yield f"{'  ' * depth}- {found.stage} `{found.name}-{found.fingerprint}`: {seal}"
+        lines.append(f"{'  ' * depth}- {found.stage} `{found.name}-{found.fingerprint}`: {seal}")
+    return "\n".join(lines)
 
 
-def _acceptance(artifact: Artifact | None) -> Iterator[str]:
+def _acceptance(artifact: Artifact) -> Iterator[str]:
     """The acceptance lengths of every sealed evaluation of this draft in its store."""
-    if artifact is None:
-        return
     store = artifact.store
     for folder in store.names("evaluate"):
         path = f"evaluate/{folder}"

@@ -266,6 +266,12 @@ def test_the_command_exports_a_train_artifact_and_its_card_says_where_it_comes_f
     assert str(tmp_path) not in card
 
 
-def test_a_card_says_what_is_not_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_card_says_what_is_not_known(copied: bool, tmp_path: Path) -> None:
+    """Also of a train artifact that was copied out of its store."""
+    if copied:
+        fields = {"stage": "train", "name": "dspark-demo", "fingerprint": "0123456789ab"}
+        info = fields | {"recipe": {}, "inputs": [], "code_version": "0.1.0"}
+        (tmp_path / "artifact.json").write_text(json.dumps(info))
     exported(tmp_path, "hf")
     assert (tmp_path / "out" / "README.md").read_text().count("Unknown") == 3
