@@ -52,10 +52,8 @@ def result(
 
 
 def raw_layout(*, layers: int = LAYERS, hidden_size: int = HIDDEN_SIZE) -> Layout:
-    context = make_codec("raw", tensor="context", num_layers=layers, hidden_size=hidden_size)
-    return Layout(
-        context, make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=hidden_size), {}
-    )
+    context = make_codec("raw", num_layers=layers, hidden_size=hidden_size)
+    return Layout(context, make_codec("raw", num_layers=1, hidden_size=hidden_size), {})
 
 
 def make_samples(count: int, num_tokens: int, layout: Layout) -> list[HiddenSample]:

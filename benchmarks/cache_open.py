@@ -53,7 +53,7 @@ def build(artifact: Artifact) -> float:
     """The cache; returns the seconds that sealing it took."""
     layout, store = raw_layout(layers=2, hidden_size=8), artifact.store
     artifact.create({})
-    store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
+    store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
     with store.staged() as local:
         with ShardWriter(local, layout, 0) as writer:
             for sample in make_samples(ROWS, 16, layout):

@@ -98,7 +98,7 @@ def measure(folder: Path, num_tokens: int) -> dict[str, float]:
         """Field by field out of the map into memory of its own, and from there into the batch,
         as a reader of flat files does.
         """
-        sample = layout.decode(arrow.slice(offset, num_bytes), cache.schema)
+        sample = layout.decode(arrow.slice(offset, num_bytes))
         fields = (
             sample.input_ids,
             sample.loss_mask,
@@ -127,7 +127,7 @@ def measure(folder: Path, num_tokens: int) -> dict[str, float]:
             ),
             "mapped + decode": each(copied),
             "copying": each(copying),
-            "decode": each(lambda *_: layout.decode(message, cache.schema).context.decode()),
+            "decode": each(lambda *_: layout.decode(message).context.decode()),
         }
     )
     os.close(descriptor)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,7 +24,8 @@ from torch import Tensor
 from deepspec.artifacts.run import Run
 from deepspec.cache.codec_base import Codec, CodecName, Compression
 from deepspec.cache.codecs import channel_scale, make_codec
-from deepspec.cache.fidelity import Fidelity, FidelityLimits, measure, refuse
+from deepspec.cache.fidelity import Fidelity, measure, refuse
+from deepspec.config.resources import FidelityConfig
 
 SCALE_TOKENS, TOKENS, SAMPLE_TOKENS, ROUNDS = 2000, 12_000, 1000, 5
 WIDTHS = {"Qwen3-4B": 2560, "Qwen3-8B": 4096, "Qwen3-14B": 5120, "gemma4-12b": 3840}
@@ -106,7 +107,7 @@ def main() -> dict[str, object]:
         "26 TB/Qwen3-4B as lossless": 26 / terabytes["lossless"]["Qwen3-4B"],
     }
     for name, found in stored.items():
-        refuse(found.fidelity, FidelityLimits(), where=name)
+        refuse(found.fidelity, FidelityConfig(), where=name)
     ok = all(ratios[name] >= goal for name, goal in GOALS.items())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     errors = {name: found.fidelity._asdict() for name, found in stored.items()}
@@ -159,28 +160,26 @@ def measure_choice(choice: Choice, states: States) -> Stored:
     tokens.
     """
     first, rest = slice(None, SCALE_TOKENS), slice(SCALE_TOKENS, SCALE_TOKENS + TOKENS)
-    layered = {"context": states.context, "last_hidden": states.last[:, None]}
-    codecs: tuple[tuple[Literal["context", "last_hidden"], CodecName], ...] = (
-        ("context", choice.context),
-        ("last_hidden", choice.last),
+    codecs: tuple[tuple[CodecName, Tensor], ...] = (
+        (choice.context, states.context),
+        (choice.last, states.last[:, None]),
     )
     decoded, token_bytes, shrinkage = [], [], []
-    for tensor, name in codecs:
-        values = layered[tensor]
-        codec = build(name, values[first], tensor=tensor, compression=choice.compression)
+    for name, values in codecs:
+        codec = build(name, values[first], compression=choice.compression)
         made, size, framed = [], 0, 0
         for sample in values[rest].split(SAMPLE_TOKENS):
             buffers = codec.compress(codec.quantize(sample))
             size += sum(buffer.size for buffer in buffers)
             framed += sum(
                 buffer.size
-                for buffer, column in zip(buffers, codec.columns(), strict=True)
+                for buffer, column in zip(buffers, codec.columns, strict=True)
                 if column.storage == "frame"
             )
             made.append(codec.dequantize(codec.expand(buffers, len(sample))))
         decoded.append(torch.cat(made))
         token_bytes.append(size / len(values[rest]))
-        frames = sum(column.token_bytes for column in codec.columns() if column.storage == "frame")
+        frames = sum(column.token_bytes for column in codec.columns if column.storage == "frame")
         shrinkage.append(framed / len(values[rest]) / frames if frames else 1.0)
     found = measure(
         states.context[rest],
@@ -192,18 +191,9 @@ def measure_choice(choice: Choice, states: States) -> Stored:
     return Stored((shrinkage[0], shrinkage[1]), sum(token_bytes) + IDS_BYTES + 1, found)
 
 
-def build(
-    name: CodecName,
-    first: Tensor,
-    *,
-    tensor: Literal["context", "last_hidden"],
-    compression: Compression,
-) -> Codec:
-    chosen: Compression = "none" if name == "raw" else compression
+def build(name: CodecName, first: Tensor, *, compression: Compression) -> Codec:
     sizes: dict[str, Any] = {"num_layers": first.shape[1], "hidden_size": first.shape[2]}
-    return make_codec(
-        name, tensor=tensor, compression=chosen, channel_scale=channel_scale(first), **sizes
-    )
+    return make_codec(name, compression=compression, channel_scale=channel_scale(first), **sizes)
 
 
 def llm_like(num_tokens: int, hidden_size: int) -> Tensor:
@@ -235,7 +225,7 @@ def measure_speeds() -> dict[str, dict[str, float]]:
         ("fp8", "none"),
         ("fp8", "zstd"),
     ):
-        codec = build(name, states, tensor="context", compression=compression)  # type: ignore[arg-type]
+        codec = build(name, states, compression=compression)  # type: ignore[arg-type]
         label = name if compression == "none" else f"{name} zstd"
         parts = codec.quantize(states)
         buffers = codec.compress(parts)
@@ -276,13 +266,12 @@ def project(choice: Choice, stored: Stored, width: int) -> float:
         (choice.context, LAYERS, 1.0, stored.shrinkage[0]),
         (choice.last, 1, KEPT_LAST, stored.shrinkage[1]),
     ):
-        compression: Compression = "none" if name == "raw" else choice.compression
         codec = make_codec(
-            name, num_layers=layers, hidden_size=width, tensor="context", compression=compression
+            name, num_layers=layers, hidden_size=width, compression=choice.compression
         )
         token_bytes += share * sum(
             column.token_bytes * (shrinkage if column.storage == "frame" else 1)
-            for column in codec.columns()
+            for column in codec.columns
         )
     return (token_bytes * NUM_TOKENS + SAMPLE_BYTES * NUM_SAMPLES) / 1e12
 

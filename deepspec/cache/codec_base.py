@@ -6,8 +6,7 @@ is the business of `codecs.py`. T tokens, n tokens of a chunk, L layers, D hidde
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
@@ -45,7 +44,7 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Codec(ABC):
+class Codec:
     """One tensor's way into a few columns of bytes [T, token_bytes] and back; T may be 0.
 
     `quantize` expects finite values (capture refuses all others before); `raw` and `lossless` keep
@@ -67,13 +66,14 @@ class Codec(ABC):
         return self.num_layers * self.hidden_size
 
     @cached_property
-    def stored(self) -> tuple[Column, ...]:
-        """`columns()`, made once: readers ask for every sample."""
-        return self.columns()
-
-    @abstractmethod
     def columns(self) -> tuple[Column, ...]:
-        """What is stored, the main column first."""
+        """What is stored, the main column first; made once: readers ask for every sample."""
+        raise NotImplementedError
+
+    def _codes(self, dtype: str) -> Column:
+        """The main column: one value per channel."""
+        shape = (self.num_layers, self.hidden_size)
+        return Column("", dtype, shape, "frame" if self.compression == "zstd" else "tokens")
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
         """Write a chunk of states, bfloat16 [n, W], into its rows of the columns."""
@@ -94,12 +94,9 @@ class Codec(ABC):
         states = self._rows(states)
         parts = tuple(
             states.new_empty(len(states), column.token_bytes, dtype=torch.uint8)
-            for column in self.columns()
+            for column in self.columns
         )
-        rows = self._chunk_rows(states.device)
-        for chunk, *stored in zip(
-            states.split(rows), *(part.split(rows) for part in parts), strict=True
-        ):
+        for chunk, *stored in self._chunks(states, *parts):
             self._encode(chunk, stored)
         return parts
 
@@ -111,7 +108,7 @@ class Codec(ABC):
             pa.py_buffer(part.numpy())
             if column.storage == "tokens"
             else _zstd().compress(part.numpy())
-            for column, part in zip(self.columns(), parts, strict=True)
+            for column, part in zip(self.columns, parts, strict=True)
         ]
 
     def expand(self, buffers: Sequence[pa.Buffer], num_tokens: int) -> tuple[Tensor, ...]:
@@ -119,18 +116,11 @@ class Codec(ABC):
         must not be written to.
         """
         parts = []
-        for column, stored in zip(self.stored, buffers, strict=True):
+        for column, buffer in zip(self.columns, buffers, strict=True):
             num_bytes = num_tokens * column.token_bytes
-            buffer = (
-                _zstd().decompress(stored, decompressed_size=num_bytes)
-                if column.storage == "frame"
-                else stored
-            )
-            values: np.ndarray = (
-                np.frombuffer(buffer, np.uint8, count=num_bytes)
-                if num_bytes
-                else np.zeros(0, np.uint8)
-            )
+            if column.storage == "frame":
+                buffer = _zstd().decompress(buffer, decompressed_size=num_bytes)
+            values = np.frombuffer(buffer, np.uint8, count=num_bytes)
             parts.append(torch.from_numpy(values.reshape(num_tokens, column.token_bytes)))
         return tuple(parts)
 
@@ -144,14 +134,17 @@ class Codec(ABC):
             )
         rows = self._chunk_rows(out.device)
         scratch = [torch.empty_like(out[:rows], dtype=dtype) for dtype in self.scratch_dtypes]
-        for chunk, *stored in zip(
-            out.split(rows), *(part.split(rows) for part in parts), strict=True
-        ):
+        for chunk, *stored in self._chunks(out, *parts):
             self._decode(stored, chunk, [room[: len(chunk)] for room in scratch])
         return out
 
     def _rows(self, states: Tensor) -> Tensor:
         return states.to(torch.bfloat16).reshape(len(states), self.width).contiguous()
+
+    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The same few rows of all tensors at a time."""
+        rows = self._chunk_rows(tensors[0].device)
+        return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
     def _chunk_rows(self, device: torch.device) -> int:
         return max(1, (CHUNK_VALUES if device.type == "cpu" else DEVICE_CHUNK_VALUES) // self.width)

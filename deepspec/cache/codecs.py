@@ -7,14 +7,12 @@ T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D, G groups of c
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from deepspec.cache.codec_base import Codec, CodecName, Column, Compression
-from deepspec.errors import ConfigError
 
 GROUP_SIZE = 128  # channels that share a scale, at most: its 2 bytes are then 1.6 % of the codes
 INT8_MAX, FP8_MAX = 127, 448
@@ -29,9 +27,10 @@ class RawCodec(Codec):
 
     name = "raw"
 
+    @cached_property
     @override
     def columns(self) -> tuple[Column, ...]:
-        return (Column("", "bfloat16", (self.num_layers, self.hidden_size)),)
+        return (self._codes("bfloat16"),)
 
     @override
     def quantize(self, states: Tensor) -> tuple[Tensor, ...]:
@@ -55,10 +54,11 @@ class LosslessCodec(Codec):
     name = "lossless"
     scratch_dtypes = (torch.uint8, torch.int16)
 
+    @cached_property
     @override
     def columns(self) -> tuple[Column, ...]:
-        shape = (self.num_layers, self.hidden_size)
-        return (Column("", "uint8", shape), Column("_exponent", "uint8", shape, "frame"))
+        codes = self._codes("uint8")
+        return (codes, codes._replace(suffix="_exponent", storage="frame"))
 
     def _from_scale(self) -> Tensor:
         if self.channel_scale is None:
@@ -98,13 +98,11 @@ class Int8Codec(Codec):
         """Channels that share a scale."""
         return max(size for size in range(1, GROUP_SIZE + 1) if self.hidden_size % size == 0)
 
+    @cached_property
     @override
     def columns(self) -> tuple[Column, ...]:
-        codes = Column("", "int8", (self.num_layers, self.hidden_size), _storage(self.compression))
-        return (
-            codes,
-            Column("_scale", "bfloat16", (self.num_layers, self.hidden_size // self.group_size)),
-        )
+        scales = (self.num_layers, self.hidden_size // self.group_size)
+        return (self._codes("int8"), Column("_scale", "bfloat16", scales))
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
         # [n, G, group]
@@ -137,12 +135,10 @@ class Fp8Codec(Codec):
     name = "fp8"
     scratch_dtypes = (torch.int16, torch.float32)
 
+    @cached_property
     @override
     def columns(self) -> tuple[Column, ...]:
-        codes = Column(
-            "", "float8_e4m3fn", (self.num_layers, self.hidden_size), _storage(self.compression)
-        )
-        return (codes, Column("_scale", "bfloat16", (self.num_layers,)))
+        return (self._codes("float8_e4m3fn"), Column("_scale", "bfloat16", (self.num_layers,)))
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
         layers = states.float().unflatten(-1, (self.num_layers, self.hidden_size))  # [n, L, D]
@@ -163,45 +159,27 @@ class Fp8Codec(Codec):
         out.copy_(values)
 
 
+CODECS: dict[CodecName, type[Codec]] = {
+    kind.name: kind for kind in (RawCodec, LosslessCodec, Int8Codec, Fp8Codec)
+}
+LOSSY = ("int8", "fp8")
+
+
 def make_codec(
     name: CodecName,
     *,
     num_layers: int,
     hidden_size: int,
-    tensor: Literal["context", "last_hidden"],
     compression: Compression = "none",
     channel_scale: Tensor | None = None,
 ) -> Codec:
-    """The codec of one tensor; `compression` is of the codes of int8 and fp8, and must be none for
-    raw.
+    """The codec of one tensor; `compression` is of the codes of int8 and fp8, others have none.
 
     Without `channel_scale` lossless compresses a little less; int8 gives its columns and nothing
     else.
-
-    Raises:
-        ConfigError: a choice that would spoil the training data or mean nothing.
     """
-    if name == "fp8" and tensor == "last_hidden":
-        what = (
-            "fp8 moves the target's distribution by 2 %, and the last hidden state is what the "
-            "draft is trained to reproduce"
-        )
-        raise ConfigError(
-            what, where="hidden.codec", fix="store the last hidden state as raw, lossless or int8"
-        )
-    if name == "raw" and compression != "none":
-        raise ConfigError(
-            "raw states are not compressed",
-            where="hidden.compression",
-            fix="use the codec lossless, or compression none",
-        )
-    classes: dict[CodecName, type[Codec]] = {
-        "raw": RawCodec,
-        "lossless": LosslessCodec,
-        "int8": Int8Codec,
-        "fp8": Fp8Codec,
-    }
-    return classes[name](num_layers, hidden_size, compression, channel_scale)
+    kind = CODECS[name]
+    return kind(num_layers, hidden_size, compression if name in LOSSY else "none", channel_scale)
 
 
 def channel_scale(states: Tensor) -> Tensor:
@@ -230,7 +208,3 @@ def _stored_scale(values: Tensor, *, largest: int, part: Tensor) -> Tensor:
     scale = (values.abs().amax(dim=-1) / largest).to(torch.bfloat16)
     part.view(torch.bfloat16).copy_(scale)
     return torch.where(scale > 0, scale, 1).float()
-
-
-def _storage(compression: Compression) -> Literal["tokens", "frame"]:
-    return "frame" if compression == "zstd" else "tokens"

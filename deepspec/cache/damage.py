@@ -8,7 +8,7 @@ import xxhash
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Record, index_file
-from deepspec.cache.arrow_columns import column_checksums
+from deepspec.cache.format import column_checksums
 from deepspec.cache.index import read_index_rows
 from deepspec.cache.reader import SCHEMA
 
@@ -43,7 +43,7 @@ def _damaged_rows(artifact: Artifact, record: Record, rows: list[dict[str, Any]]
 
 def _damaged_column(message: Any, schema: pa.Schema, checksums: list[int]) -> str:
     try:
-        found = column_checksums(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
+        found = column_checksums(pa.ipc.read_record_batch(message, schema))
     except (pa.ArrowException, OSError, ValueError):
         return "message header"
     wrong = [

@@ -8,21 +8,16 @@ size, T' tokens whose final hidden state is kept.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from torch import Tensor
 
-from deepspec.cache.arrow_columns import (
-    codec_field,
-    column_buffers,
-    list_field,
-    one_row,
-    tensor_bytes,
-)
-from deepspec.cache.codec_base import Codec
+from deepspec.cache.codec_base import Codec, Column
 from deepspec.cache.codecs import make_codec
 from deepspec.errors import ArtifactMismatch
 
@@ -33,8 +28,6 @@ INCOMPRESSIBLE = 128  # zstd makes what it cannot compress larger by a fraction 
 # spans
 FRAME_BYTES = 2048
 Count = TypeVar("Count", int, np.ndarray)
-# columns other than the two captured tensors
-PLAIN = ("sample_id", "input_ids", "loss_mask", "last_spans")
 
 
 class EncodedTensor(NamedTuple):
@@ -50,7 +43,7 @@ class EncodedTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of the codes in memory."""
-        return sum(part.numel() * part.element_size() for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
 
 class HiddenSample(NamedTuple):
@@ -73,7 +66,9 @@ class HiddenSample(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors in memory."""
-        return self.context.num_bytes + self.last_hidden.num_bytes + 5 * len(self.input_ids)
+        return (
+            self.context.num_bytes + self.last_hidden.num_bytes + TOKEN_BYTES * len(self.input_ids)
+        )
 
 
 def last_hidden_spans(loss_mask: Sequence[bool]) -> np.ndarray:
@@ -97,110 +92,135 @@ class Layout:
     last_hidden: Codec
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
     def schema(self) -> pa.Schema:
         """The schema, the same bytes for every shard of a cache.
 
         So a sample is decoded without opening its shard.
         """
+        captured = {"context": self.context, "last_hidden": self.last_hidden}
+        codecs = {
+            tensor: {
+                "name": codec.name,
+                "num_layers": codec.num_layers,
+                "hidden_size": codec.hidden_size,
+                "compression": codec.compression,
+            }
+            for tensor, codec in captured.items()
+        }
         fields = [
-            pa.field("sample_id", pa.uint64(), nullable=False),
-            list_field("input_ids", pa.int32()),
-            list_field("loss_mask", pa.uint8()),
-            *(codec_field("context", column) for column in self.context.columns()),
-            *(codec_field("last_hidden", column) for column in self.last_hidden.columns()),
-            list_field("last_spans", pa.int32()),
+            _field("sample_id", pa.uint64()),
+            _field("input_ids", _list_of(pa.int32())),
+            _field("loss_mask", _list_of(pa.uint8())),
+            *(
+                _codec_field(tensor, column)
+                for tensor, codec in captured.items()
+                for column in codec.columns
+            ),
+            _field("last_spans", _list_of(pa.int32())),
         ]
         own = {"format": FORMAT, "version": str(VERSION), "byteorder": "little"}
-        codecs = {"context": _described(self.context), "last_hidden": _described(self.last_hidden)}
         return pa.schema(
             fields, metadata={**self.metadata, **own, "codecs": json.dumps(codecs, sort_keys=True)}
         )
 
     @classmethod
-    def of(cls, schema: pa.Schema, scales: Mapping[str, Tensor]) -> "Layout":
-        """The layout that a schema describes; `scales` are the static channel scales of the codecs
-        that have one.
+    def of(cls, schema_file: bytes, scales: Mapping[str, Tensor]) -> "Layout":
+        """The layout that `schema.arrow` describes; `scales` are the static channel scales of the
+        codecs that have one.
 
         Raises:
             ArtifactMismatch: the schema is of another format version.
         """
+        schema = pa.ipc.read_schema(pa.py_buffer(schema_file))
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            found = f"{metadata.get('format')} version {metadata.get('version')}"
-            what = f"the cache has format {found}, this reads {FORMAT} version {VERSION}"
+        found = f"{metadata.get('format')} version {metadata.get('version')}"
+        wanted = f"{FORMAT} version {VERSION}"
+        if found != wanted:
+            what = f"the cache has format {found}, this reads {wanted}"
             fix = "capture again, or use the DeepSpec version that wrote it"
             raise ArtifactMismatch(what, where="schema.arrow", fix=fix)
-        codecs = json.loads(metadata["codecs"])
-        context = make_codec(
-            **codecs["context"], tensor="context", channel_scale=scales.get("context")
-        )
-        last_hidden = make_codec(
-            **codecs["last_hidden"], tensor="last_hidden", channel_scale=scales.get("last_hidden")
-        )
-        return cls(context, last_hidden, metadata)
+        codecs = {
+            tensor: make_codec(**choice, channel_scale=scales.get(tensor))
+            for tensor, choice in json.loads(metadata["codecs"]).items()
+        }
+        return cls(**codecs, metadata=metadata)
 
     def most_bytes(self, num_tokens: Count, num_last: Count) -> Count:
         """Bytes of a sample (or each of several) in a shard and its index rows, at most."""
         context, last = (
-            sum(column.token_bytes for column in codec.stored)
+            sum(column.token_bytes for column in codec.columns)
             for codec in (self.context, self.last_hidden)
         )
         plain = num_tokens * (context + TOKEN_BYTES) + num_last * last
         return plain + plain // INCOMPRESSIBLE + FRAME_BYTES
 
-    def encode(self, sample: HiddenSample, schema: pa.Schema) -> pa.RecordBatch:
+    def encode(self, sample: HiddenSample) -> pa.RecordBatch:
         """One row around the sample's tensors, without a copy; entropy coding is done here."""
-        captured = {
-            name: iter(stored.codec.compress(stored.parts))
-            for name, stored in self._captured(sample).items()
-        }
-        columns: list[pa.Array] = []
-        for entry in schema:
-            if entry.name == "sample_id":
-                columns.append(pa.array([sample.sample_id], pa.uint64()))
-            elif entry.name in PLAIN:
-                columns.append(one_row(entry.type, tensor_bytes(getattr(sample, entry.name))))
-            else:
-                columns.append(one_row(entry.type, next(captured[_tensor_of(entry.name)])))
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+        values = [
+            pa.py_buffer(sample.input_ids.numpy()),
+            pa.py_buffer(sample.loss_mask.numpy()),
+            *self.context.compress(sample.context.parts),
+            *self.last_hidden.compress(sample.last_hidden.parts),
+            pa.py_buffer(sample.last_spans.numpy()),
+        ]
+        columns = map(_one_row, self.schema.types[1:], values)
+        return pa.RecordBatch.from_arrays(
+            [pa.array([sample.sample_id], pa.uint64()), *columns], schema=self.schema
+        )
 
-    def decode(self, message: pa.Buffer | memoryview | bytes, schema: pa.Schema) -> HiddenSample:
+    def decode(self, message: pa.Buffer | memoryview | bytes) -> HiddenSample:
         """The sample of one message, sharing its memory wherever the codec stores plain bytes."""
-        buffers = column_buffers(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
-        plain = {name: buffers.pop(name) for name in PLAIN}
-        spans = np.frombuffer(plain["last_spans"], np.int32).reshape(-1, 2)
-        tokens, kept = plain["input_ids"].size // 4, int(spans[:, 1].sum())
+        sample_id, input_ids, loss_mask, *captured, last_spans = column_buffers(
+            pa.ipc.read_record_batch(message, self.schema)
+        )
+        spans = np.frombuffer(last_spans, np.int32).reshape(-1, 2)
+        num_tokens, num_last = len(input_ids) // 4, int(spans[:, 1].sum())
+        num_columns = len(self.context.columns)
+        context = self.context.expand(captured[:num_columns], num_tokens)
+        last_hidden = self.last_hidden.expand(captured[num_columns:], num_last)
         return HiddenSample(
-            sample_id=int(np.frombuffer(plain["sample_id"], np.uint64, 1)[0]),
-            input_ids=_tensor(plain["input_ids"], np.int32),
-            loss_mask=_tensor(plain["loss_mask"], np.uint8),
-            context=_expanded(self.context, "context", buffers, tokens),
-            last_hidden=_expanded(self.last_hidden, "last_hidden", buffers, kept),
+            sample_id=int(np.frombuffer(sample_id, np.uint64, 1)[0]),
+            input_ids=torch.from_numpy(np.frombuffer(input_ids, np.int32)),
+            loss_mask=torch.from_numpy(np.frombuffer(loss_mask, np.uint8)),
+            context=EncodedTensor(self.context, context),
+            last_hidden=EncodedTensor(self.last_hidden, last_hidden),
             last_spans=torch.from_numpy(spans),
         )
 
-    def _captured(self, sample: HiddenSample) -> dict[str, EncodedTensor]:
-        return {"context": sample.context, "last_hidden": sample.last_hidden}
+
+def column_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
+    """The value bytes of every column of a one-row batch, which its last buffer holds."""
+    return [column.buffers()[-1] or b"" for column in batch.columns]
 
 
-def _described(codec: Codec) -> dict[str, Any]:
-    """What `make_codec` needs to make it again, the static scales apart."""
-    sizes = {"num_layers": codec.num_layers, "hidden_size": codec.hidden_size}
-    return {"name": codec.name, **sizes, "compression": codec.compression}
+def column_checksums(batch: pa.RecordBatch) -> list[int]:
+    """xxh3_64 of each column's value bytes, to find the damaged one of a message."""
+    return [xxhash.xxh3_64_intdigest(buffer) for buffer in column_buffers(batch)]
 
 
-def _expanded(
-    codec: Codec, tensor: str, buffers: Mapping[str, pa.Buffer], num_tokens: int
-) -> EncodedTensor:
-    return EncodedTensor(
-        codec,
-        codec.expand([buffers[tensor + column.suffix] for column in codec.stored], num_tokens),
-    )
+def _field(name: str, kind: pa.DataType, metadata: dict[str, str] | None = None) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata=metadata)
 
 
-def _tensor_of(column: str) -> str:
-    return "last_hidden" if column.startswith("last_hidden") else "context"
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.large_list(_field("item", kind))
 
 
-def _tensor(buffer: pa.Buffer, dtype: Any) -> Tensor:
-    return torch.from_numpy(np.frombuffer(buffer, dtype=dtype))
+def _codec_field(tensor: str, column: Column) -> pa.Field:
+    """The field of one column of a tensor's codec."""
+    name = tensor + column.suffix
+    metadata = {"dtype": column.dtype, "shape": json.dumps(column.shape)}
+    if column.storage == "frame":
+        return _field(name, pa.large_binary(), {**metadata, "frame": "zstd"})
+    return _field(name, _list_of(pa.binary(column.token_bytes)), metadata)
+
+
+def _one_row(kind: pa.DataType, raw: pa.Buffer) -> pa.Array:
+    """One row of a list or binary column, its values being the buffer itself."""
+    if pa.types.is_large_binary(kind):
+        offsets = pa.py_buffer(np.array([0, raw.size], dtype=np.int64))
+        return pa.Array.from_buffers(kind, 1, [None, offsets, raw])
+    count = raw.size // (kind.value_type.bit_width // 8)
+    values = pa.Array.from_buffers(kind.value_type, count, [None, raw])
+    return pa.LargeListArray.from_arrays([0, count], values, type=kind)

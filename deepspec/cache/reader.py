@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import xxhash
 from safetensors.torch import load as load_tensors
 
@@ -67,13 +66,12 @@ class HiddenCache(Source):
             cache_gb,
             check_reads,
         )
-        self.schema = read_schema(artifact.fetch_file(SCHEMA).read_bytes())
         scales = (
             load_tensors(artifact.fetch_file(SCALES).read_bytes())
             if SCALES in manifest.files
             else {}
         )
-        self.layout = Layout.of(self.schema, scales)
+        self.layout = Layout.of(artifact.fetch_file(SCHEMA).read_bytes(), scales)
         self.index: Index = map_index(
             artifact.store.fetch(artifact.path(INDEX), manifest.files[INDEX].checksum)
         )
@@ -154,7 +152,7 @@ class HiddenCache(Source):
             )
             what = f"row {int(self.index.row[number])} of shard {shard} is damaged{reason}"
             raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
-        return self.layout.decode(message, self.schema)
+        return self.layout.decode(message)
 
     def _local(self, shard: int, offset: int, num_bytes: int, buffer: np.ndarray) -> memoryview:
         """The bytes of a message, as many as the file has of them."""
@@ -212,8 +210,3 @@ class _OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
-
-
-def read_schema(data: bytes) -> pa.Schema:
-    """The schema of every shard, from the bytes of `schema.arrow`."""
-    return pa.ipc.read_schema(pa.py_buffer(data))

@@ -13,8 +13,7 @@ import pyarrow as pa
 import xxhash
 from typing_extensions import Buffer, override
 
-from deepspec.cache.arrow_columns import column_checksums
-from deepspec.cache.format import HiddenSample, Layout
+from deepspec.cache.format import HiddenSample, Layout, column_checksums
 from deepspec.cache.index import encode_rows
 
 MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding stand before the schema message
@@ -80,12 +79,12 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, layout: Layout, shard: int) -> None:
-        self.layout, self.shard, self.schema = layout, shard, layout.schema()
+        self.layout, self.shard = layout, shard
         self.rows: list[dict[str, Any]] = []
         self.file = HashedFile(path)
-        self._writer = pa.ipc.new_file(pa.PythonFile(self.file, mode="w"), self.schema)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self.file, mode="w"), layout.schema)
         # pyarrow writes the schema with the first batch, so the file cannot tell the first offset.
-        self._offset = MAGIC_BYTES + len(self.schema.serialize())
+        self._offset = MAGIC_BYTES + len(layout.schema.serialize())
 
     def append(self, sample: HiddenSample, *, held_out: int) -> None:
         """Encode and write a sample."""
@@ -93,7 +92,7 @@ class ShardWriter:
 
     def encode(self, sample: HiddenSample, *, held_out: int) -> EncodedSample:
         """The sample as `write` takes it."""
-        batch = self.layout.encode(sample, self.schema)
+        batch = self.layout.encode(sample)
         row = {
             "sample_id": sample.sample_id,
             "shard": self.shard,

@@ -7,6 +7,7 @@ predicts is also predicted from the stored states. T tokens, m captured layers, 
 import torch
 from torch import Tensor
 
+from deepspec.cache.codecs import LOSSY
 from deepspec.cache.format import HiddenSample
 from deepspec.config.resources import ChecksConfig
 from deepspec.errors import DamagedData
@@ -20,7 +21,6 @@ MIN_AGREEMENT = {torch.bfloat16: 0.995, torch.float32: 0.98}
 # Relative; another batch shape's kernels give up to 0.01 in bfloat16, a mixed-up row about 1.
 MAX_ALONE_ERROR = 0.05
 MAX_EXACT_ERROR = 0.01  # relative; bfloat16 keeps 8 bits
-EXACT = ("raw", "lossless")
 NOT_FINITE = "the target's hidden states are not finite"
 EMPTY = "a token has no hidden state (all zeros)"
 
@@ -109,7 +109,7 @@ class StateChecks:
 
     def _compare_stored(self, row: CaptureRow, states: TargetOutput, sample: HiddenSample) -> None:
         device = self.target.device
-        exact = sample.context.codec.name in EXACT
+        exact = sample.context.codec.name not in LOSSY
         limit = MAX_EXACT_ERROR if exact else self.limits.max_relative_error
         error = relative_difference(sample.context.decode(device=device), states.context)
         if not error <= limit:
@@ -127,10 +127,10 @@ class StateChecks:
         same = self.target.logits(stored).argmax(dim=-1) == self.target.logits(own).argmax(dim=-1)
         self._positions += len(kept)
         self._agreeing += int(same.sum())
-        if sample.last_hidden.codec.name in EXACT:
-            self._min_agreement = MIN_AGREEMENT[self.target.dtype]
-        else:
+        if sample.last_hidden.codec.name in LOSSY:
             self._min_agreement = self.limits.min_argmax_agreement
+        else:
+            self._min_agreement = MIN_AGREEMENT[self.target.dtype]
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

@@ -18,10 +18,10 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
 from deepspec.cache.codec_base import Codec, CodecName
-from deepspec.cache.codecs import channel_scale, make_codec
+from deepspec.cache.codecs import LOSSY, channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
-from deepspec.cache.reader import SCALES, SCHEMA, read_schema
+from deepspec.cache.reader import SCALES, SCHEMA
 from deepspec.config.data import HiddenConfig
 from deepspec.config.run import RunConfig
 from deepspec.config.target import TargetConfig
@@ -35,7 +35,6 @@ from deepspec.target.model import Target
 log = logging.getLogger(__name__)
 
 TENSORS, CONFIG, FIDELITY = "frozen.safetensors", "target/config.json", "fidelity.json"
-LOSSY = ("int8", "fp8")
 # Of a target's config: where it was and which library read it would make equal caches different.
 NOT_KEPT = ("_name_or_path", "transformers_version")
 
@@ -173,10 +172,9 @@ def make_layout(
     def codec(name: CodecName, tensor: Literal["context", "last_hidden"], num_layers: int) -> Codec:
         return make_codec(
             name,
-            tensor=tensor,
             num_layers=num_layers,
             hidden_size=int(target.text_config.hidden_size),
-            compression=hidden.compression if name in LOSSY else "none",
+            compression=hidden.compression,
             channel_scale=scales.get(tensor),
         )
 
@@ -194,13 +192,13 @@ def make_layout(
 
 def write_schema(artifact: Artifact, layout: Layout) -> None:
     """Write `schema.arrow`, by which every shard is read."""
-    artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
+    artifact.store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
 
 
 def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:
     """The layout as written; there need be no manifest yet."""
-    schema = read_schema(artifact.store.read(artifact.path(SCHEMA)))
-    return Layout.of(schema, read_scales(artifact, settings))
+    schema_file = artifact.store.read(artifact.path(SCHEMA))
+    return Layout.of(schema_file, read_scales(artifact, settings))
 
 
 def write_target_config(artifact: Artifact, target: Target) -> None:

@@ -55,7 +55,6 @@ class RollingStates(Source):
         self.index = index
         self.layout = read_layout(stage.artifact, run.config.hidden)
         self.is_first = is_first
-        self._schema = self.layout.schema()
         self._kept = kept
         self._shards = CommittedShards(stage, index)
         self._closed = threading.Event()
@@ -133,7 +132,7 @@ class RollingStates(Source):
                     where=f"{self.artifact.url}/{found.file}",
                     fix=f"remove records/{shard:05d}.json there",
                 )
-            return self.layout.decode(message, self._schema)
+            return self.layout.decode(message)
 
     def _message(self, shard: ShardRows, row: int, buffer: np.ndarray) -> memoryview:
         start, num_bytes = int(shard.offset[row]), int(shard.num_bytes[row])

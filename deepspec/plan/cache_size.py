@@ -56,14 +56,8 @@ def layer_bytes(
 ) -> float:
     """Bytes of one token's hidden state of one layer."""
     name: CodecName = settings.codec if tensor == "context" else settings.codec_of_last_hidden
-    codec = make_codec(
-        name,
-        num_layers=1,
-        hidden_size=width,
-        tensor=tensor,
-        compression=settings.compression if name in ("int8", "fp8") else "none",
-    )
+    codec = make_codec(name, num_layers=1, hidden_size=width, compression=settings.compression)
     return sum(
         column.token_bytes * (FRAME_RATIOS[name] if column.storage == "frame" else 1.0)
-        for column in codec.columns()
+        for column in codec.columns
     )

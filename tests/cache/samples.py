@@ -12,8 +12,8 @@ from deepspec.cache.shard_writer import ShardWriter, WrittenShard
 
 LAYERS, SIZE = 2, 8
 LAYOUT = Layout(
-    make_codec("raw", tensor="context", num_layers=LAYERS, hidden_size=SIZE),
-    make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=SIZE),
+    make_codec("raw", num_layers=LAYERS, hidden_size=SIZE),
+    make_codec("raw", num_layers=1, hidden_size=SIZE),
     {"target": "tiny"},
 )
 
@@ -74,7 +74,7 @@ def make_cache(
     from deepspec.cache.reader import SCHEMA
 
     artifact.create({})
-    artifact.store.write(artifact.path(SCHEMA), layout.schema().serialize().to_pybytes())
+    artifact.store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
     for shard, samples in enumerate(shards):
         with artifact.store.staged() as local:
             written = write_shard(local, samples, shard=shard, layout=layout)

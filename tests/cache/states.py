@@ -40,15 +40,9 @@ def outliers(scale: Tensor) -> Tensor:
     return scale.sum(dim=0).argsort(descending=True)[:8]
 
 
-def make(
-    name: str,
-    scale: Tensor | None = None,
-    compression: str = "none",
-    tensor: str = "context",
-    **size: int,
-) -> Codec:
+def make(name: str, scale: Tensor | None = None, compression: str = "none", **size: int) -> Codec:
     sizes: dict[str, Any] = {"num_layers": LAYERS, "hidden_size": HIDDEN, **size}
-    return make_codec(name, tensor=tensor, compression=compression, channel_scale=scale, **sizes)  # type: ignore[arg-type]
+    return make_codec(name, compression=compression, channel_scale=scale, **sizes)  # type: ignore[arg-type]
 
 
 def round_trip(codec: Codec, states: Tensor) -> Tensor:

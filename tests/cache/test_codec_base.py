@@ -42,9 +42,9 @@ def test_columns_say_what_quantize_makes(
     codec = make(name, scale, compression)
     parts = codec.quantize(states)
     assert [tuple(part.shape) for part in parts] == [
-        (TOKENS, column.token_bytes) for column in codec.columns()
+        (TOKENS, column.token_bytes) for column in codec.columns
     ]
-    for column, buffer in zip(codec.columns(), codec.compress(parts), strict=True):
+    for column, buffer in zip(codec.columns, codec.compress(parts), strict=True):
         if column.storage == "tokens":
             assert buffer.size == TOKENS * column.token_bytes
         else:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from deepspec.cache.codecs import channel_scale
-from deepspec.errors import ArtifactMismatch, ConfigError
+from deepspec.config.data import HiddenConfig
+from deepspec.errors import ArtifactMismatch
 from tests.cache.states import (
     HIDDEN,
     LAYERS,
@@ -108,18 +109,19 @@ def test_an_unscaled_fp8_cast_would_lose_the_outliers(states: Tensor):
 
 
 def test_the_last_hidden_state_is_never_fp8():
-    with pytest.raises(ConfigError, match="distribution"):
-        make("fp8", tensor="last_hidden", num_layers=1)
+    assert HiddenConfig(codec="fp8").codec_of_last_hidden == "int8"
+    with pytest.raises(ValueError, match="last_codec"):
+        HiddenConfig.model_validate({"last_codec": "fp8"})
 
 
-def test_raw_states_take_no_compression():
-    with pytest.raises(ConfigError, match="not compressed"):
-        make("raw", compression="zstd")
+@pytest.mark.parametrize("name", ["raw", "lossless"])
+def test_compression_is_of_eight_bit_codes_alone(name: str):
+    assert make(name, compression="zstd").compression == "none"
 
 
 def test_int8_without_a_scale_names_its_columns_and_does_nothing_else(states: Tensor):
     codec = make("int8")
-    assert [column.suffix for column in codec.columns()] == ["", "_scale"]
+    assert [column.suffix for column in codec.columns] == ["", "_scale"]
     with pytest.raises(ArtifactMismatch, match="scale of each channel"):
         codec.quantize(states)
 
@@ -145,7 +147,7 @@ def test_fp8_scales_reach_from_the_largest_to_the_smallest_values():
 def test_bytes_per_token_follow_from_the_sizes():
     width = LAYERS * HIDDEN
     token_bytes = {
-        name: [column.token_bytes for column in make(name).columns()]
+        name: [column.token_bytes for column in make(name).columns]
         for name in ("raw", "lossless", "int8", "fp8")
     }
     assert token_bytes == {
@@ -161,7 +163,7 @@ def test_bytes_per_token_follow_from_the_sizes():
 )
 def test_a_group_divides_the_hidden_size(hidden_size: int, groups: int):
     codec = make("int8", torch.ones(1, hidden_size), num_layers=1, hidden_size=hidden_size)
-    assert codec.columns()[1].shape == (1, groups)
+    assert codec.columns[1].shape == (1, groups)
     states = torch.randn(9, 1, hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert error(states, round_trip(codec, states), 0, 1, 2) < 0.01
 

@@ -50,14 +50,15 @@ def test_nothing_is_said_of_a_whole_cache(artifact: Artifact, tmp_path: Path):
 def test_a_flipped_bit_names_shard_row_and_column(artifact: Artifact, tmp_path: Path, column: str):
     import pyarrow as pa
 
-    from deepspec.cache.arrow_columns import column_buffers
+    from deepspec.cache.format import column_buffers
 
     record = artifact.records()[1]
     row = rows_of(artifact, record)[2]
     data = Path(artifact.store.path(artifact.path(record.file))).read_bytes()
     message = pa.py_buffer(data).slice(row["offset"], row["num_bytes"])
     schema = pa.ipc.read_schema(pa.py_buffer(artifact.store.read(artifact.path("schema.arrow"))))
-    target = column_buffers(pa.ipc.read_record_batch(message, schema))[column]
+    buffers = column_buffers(pa.ipc.read_record_batch(message, schema))
+    target = buffers[schema.names.index(column)]
     flip(artifact, record.file, row["offset"] + target.address - message.address)
     (problem,) = problems(artifact, tmp_path)
     assert "shard 1" in problem

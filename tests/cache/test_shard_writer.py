@@ -37,7 +37,7 @@ def message(path: Path, row: dict[str, int]) -> bytes:
 def test_each_sample_comes_back_from_its_offset_alone(shard):
     samples, path, _, rows = shard
     for sample, row in zip(samples, rows, strict=True):
-        assert same(LAYOUT.decode(message(path, row), LAYOUT.schema()), sample)
+        assert same(LAYOUT.decode(message(path, row)), sample)
 
 
 def test_the_checksums_are_those_of_the_bytes_on_disk(shard):
@@ -49,7 +49,7 @@ def test_the_checksums_are_those_of_the_bytes_on_disk(shard):
 
 def test_messages_lie_one_behind_the_other_and_aligned(shard):
     _, _, _, rows = shard
-    assert rows[0]["offset"] == MAGIC_BYTES + len(LAYOUT.schema().serialize())
+    assert rows[0]["offset"] == MAGIC_BYTES + len(LAYOUT.schema.serialize())
     for before, row in pairwise(rows):
         assert row["offset"] == before["offset"] + before["num_bytes"]
     assert all(row["offset"] % 8 == 0 for row in rows)
@@ -66,7 +66,7 @@ def test_any_arrow_reader_opens_a_shard(shard):
 def test_raw_states_are_decoded_without_a_copy(shard):
     _, path, _, rows = shard
     buffer = pa.py_buffer(message(path, rows[2]))
-    decoded = LAYOUT.decode(buffer, LAYOUT.schema()).context.decode()
+    decoded = LAYOUT.decode(buffer).context.decode()
     assert buffer.address <= decoded.data_ptr() < buffer.address + buffer.size
 
 
@@ -160,8 +160,8 @@ def test_an_error_in_the_background_ends_the_block_and_later_jobs_do_not_run():
 def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
     """Trap C7: 32-bit offsets would end at 2 GiB."""
     layout = Layout(
-        make_codec("raw", tensor="context", num_layers=8, hidden_size=4096),
-        make_codec("raw", tensor="last_hidden", num_layers=1, hidden_size=8),
+        make_codec("raw", num_layers=8, hidden_size=4096),
+        make_codec("raw", num_layers=1, hidden_size=8),
     )
     tokens = 2**31 // (2 * layout.context.width) + 5
     context = torch.zeros(tokens, 2 * layout.context.width, dtype=torch.uint8)
@@ -179,9 +179,7 @@ def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
     path = tmp_path / "large.arrow"
     row = read_index_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
     with pa.memory_map(str(path)) as source:
-        found = layout.decode(
-            source.read_buffer().slice(row["offset"], row["num_bytes"]), layout.schema()
-        )
+        found = layout.decode(source.read_buffer().slice(row["offset"], row["num_bytes"]))
         assert found.context.parts[0].shape == context.shape
         assert torch.equal(found.context.parts[0][-1], context[-1])
         assert (
