@@ -17,16 +17,23 @@ class DeepSpecError(Exception):
 
     exit_code: ClassVar[int] = EXIT_FAILED
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        failures: dict[int, dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
         # the shards that are missing because of it, each with its own error
-        self.failures: dict[int, dict[str, Any]] = {}
+        self.failures = failures or {}
 
     @property
     def transient(self) -> bool:
         """Whether the same call may succeed later."""
-        return False
+        return self.exit_code == EXIT_TRANSIENT
 
     def __str__(self) -> str:
         more = {"where": self.where, "fix": self.fix}
@@ -35,18 +42,15 @@ class DeepSpecError(Exception):
 
     def to_json(self) -> dict[str, Any]:
         """The error as data, from which `error_from_json` makes it again."""
+        failures = {str(shard): failure for shard, failure in self.failures.items()}
         return {
             "error": type(self).__name__,
             "what": self.what,
             "where": self.where,
             "fix": self.fix,
             "transient": self.transient,
+            **({"failures": failures} if failures else {}),
         }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "DeepSpecError":
-        """The error of this class that `to_json` made data of."""
-        return cls(fields["what"], where=fields.get("where", ""), fix=fields.get("fix", ""))
 
 
 class UserError(DeepSpecError):
@@ -84,11 +88,6 @@ class TransientError(DeepSpecError):
 
     exit_code = EXIT_TRANSIENT
 
-    @property
-    def transient(self) -> bool:
-        """Always."""
-        return True
-
 
 class ChildFailed(DeepSpecError):
     """A child process ended without reporting an error."""
@@ -101,17 +100,6 @@ class TrainingFailed(DeepSpecError):
 class ShardsFailed(DeepSpecError):
     """Some shards of a stage were not committed; all others were."""
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        where: str = "",
-        fix: str = "",
-        failures: dict[int, dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.failures = failures or {}
-
     @property
     def transient(self) -> bool:
         """Whether any shard may be committed by another try."""
@@ -122,18 +110,6 @@ class ShardsFailed(DeepSpecError):
         """The shards whose own failure is transient."""
         return sorted(shard for shard, failure in self.failures.items() if failure.get("transient"))
 
-    def to_json(self) -> dict[str, Any]:
-        """The error as data, with that of each shard."""
-        failures = {str(shard): failure for shard, failure in self.failures.items()}
-        return {**super().to_json(), "failures": failures}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "ShardsFailed":
-        """The error with that of each shard."""
-        failures = {int(shard): failure for shard, failure in fields.get("failures", {}).items()}
-        where, fix = fields.get("where", ""), fields.get("fix", "")
-        return cls(fields["what"], where=where, fix=fix, failures=failures)
-
 
 def error_from_json(fields: dict[str, Any]) -> DeepSpecError:
     """The error that a child process reported, as the same class again.
@@ -141,10 +117,11 @@ def error_from_json(fields: dict[str, Any]) -> DeepSpecError:
     One of a class unknown here is a TransientError or a ChildFailed.
     """
     known = {cls.__name__: cls for cls in _subclasses(DeepSpecError)}
-    kind = known.get(fields.get("error", ""), ChildFailed)
-    if kind is ChildFailed and fields.get("transient"):
-        kind = TransientError
-    return kind.from_json(fields)
+    unknown = TransientError if fields.get("transient") else ChildFailed
+    kind = known.get(fields.get("error", ""), unknown)
+    failures = {int(shard): failure for shard, failure in fields.get("failures", {}).items()}
+    where, fix = fields.get("where", ""), fields.get("fix", "")
+    return kind(fields["what"], where=where, fix=fix, failures=failures)
 
 
 def _subclasses(cls: type[DeepSpecError]) -> list[type[DeepSpecError]]:

@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.provenance import sealed_inputs
+from deepspec.artifacts.lineage import sealed_inputs
 from flows.reporting import best_effort
 
 log = logging.getLogger(__name__)

@@ -74,7 +74,7 @@ class Artifact:
         self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0
     ) -> Record:
         """Publish a staged file as shard `shard`."""
-        record = new_record(self.key, shard, local, counts, upstream=upstream).taking(seconds)
+        record = new_record(self.key, shard, local, counts, upstream=upstream, seconds=seconds)
         return self.put(record, local, counts.index_rows)
 
     def put(self, record: Record, local: Path, index_rows: bytes) -> Record:
@@ -86,35 +86,34 @@ class Artifact:
         Raises:
             ArtifactMismatch: the shard was committed before with other contents.
         """
-        existing = self.record(record.shard)
-        if existing is not None and existing.upstream == record.upstream:
-            return self._same(existing, record)
+        if committed := self._committed(record):
+            return committed
         if local.exists():  # a local store moves it, and a call before this one may have done so
             self.store.publish(local, self.path(record.file), checksum=record.checksum)
         if index_rows:
             self.store.write(self.path(index_file(record)), index_rows)
-        written = self._put_record(record, replaced=existing)
+        written = self._put_record(record)
         self.store.remove(self.path(f"failures/{record.shard:05d}.json"))
         return written
 
-    def _put_record(self, record: Record, *, replaced: Record | None) -> Record:
+    def _put_record(self, record: Record) -> Record:
         """Write the record unless another worker did meanwhile, which may even have sealed."""
-        winner = self.record(record.shard)
-        if winner is not None and winner.upstream == record.upstream:
-            return self._same(winner, record)
+        if committed := self._committed(record):
+            return committed
         self.store.remove(self.path("manifest.json"))  # it knew other shards
         relative = self.path(f"records/{record.shard:05d}.json")
         data = pretty_json(record.model_dump())
-        if replaced is None:
-            if self.store.write_new(relative, data):
-                return record
-            winner = self.record(record.shard)
-            if winner is not None and winner.upstream == record.upstream:
-                return self._same(winner, record)
-        self.store.write(relative, data)  # in place of one that is stale, or torn
+        if not self.store.write_new(relative, data):
+            if committed := self._committed(record):
+                return committed
+            self.store.write(relative, data)  # in place of one that is stale, or torn
         return record
 
-    def _same(self, existing: Record, record: Record) -> Record:
+    def _committed(self, record: Record) -> Record | None:
+        """The record that the shard has already, made from the same; None for a stale one."""
+        existing = self.record(record.shard)
+        if existing is None or existing.upstream != record.upstream:
+            return None
         if existing.content() == record.content():
             return existing
         files = f"{existing.file}, now {record.file}"

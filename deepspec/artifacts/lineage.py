@@ -1,4 +1,4 @@
-"""The chain behind an artifact, back to its data set, read from the store alone."""
+"""The chain behind an artifact, back to its data set, and the run that made it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,12 @@ from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactInfo, ArtifactInput, ArtifactKey, Manifest
-from deepspec.artifacts.run import open_run
+from deepspec.artifacts.run import Run, open_run
 from deepspec.artifacts.stages import BENCHMARKS
-from deepspec.errors import ArtifactMismatch
+from deepspec.config.old_keys import translated
+from deepspec.config.recipes import load_run, validated
+from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.storage.store import Store
 from deepspec.storage.urls import open_store
 
@@ -74,15 +77,14 @@ def lineage_lines(
     artifact = find_artifact(source, overrides, store=store)
     unsealed = "not finished"
     for depth, info in chain(artifact.store, require_info(artifact)):
-        manifest = input_artifact(artifact.store, info).manifest()
-        seal = unsealed
+        made = input_artifact(artifact.store, info)
+        manifest, seal = made.manifest(), unsealed
         if manifest is not None:
             rows, tokens = manifest.totals["rows"], manifest.totals["tokens"]
             seal = f"digest {manifest.digest}, {rows} rows, {tokens} tokens"
             if info.stage == "train" and not was_trained_on_cache(manifest):
                 unsealed = "made in training"
-        folder = f"{info.stage}/{info.name}-{info.fingerprint}"
-        yield f"{'  ' * depth}{folder}  ({seal}{_origin(artifact.store, info)})"
+        yield f"{'  ' * depth}{made.folder}  ({seal}{_origin(made, info)})"
 
 
 def was_trained_on_cache(manifest: Manifest) -> bool:
@@ -93,7 +95,68 @@ def was_trained_on_cache(manifest: Manifest) -> bool:
     return any(name.startswith("hidden/") for name in manifest.inputs)
 
 
-def _origin(store: Store, info: ArtifactInfo) -> str:
+def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = None) -> RunConfig:
+    """The run that a recipe or a run file describes, or that made the artifact of a folder or URL.
+
+    That run's store is the one in which the artifact lies now, wherever it was made.
+
+    Raises:
+        ConfigError: unknown recipe, key or value, or an artifact whose run this version does not
+            know.
+        ArtifactMismatch: there is no artifact, or it does not say which run made it.
+    """
+    artifact = artifact_at(source)
+    if artifact is None:
+        return load_run(source, overrides, store=store)
+    info = require_info(artifact)
+    where = f"{artifact.url}/artifact.json"
+    if not info.run:
+        what = "the artifact does not say which run made it"
+        raise ArtifactMismatch(what, where=where, fix="give the run's recipe or file")
+    if store is None:
+        is_local = artifact.store.is_local
+        store = str(Path(artifact.store.root).resolve()) if is_local else artifact.store.url
+    resources = translated(info.run.get("resources", {}))
+    fix = f"print it with deepspec {info.code_version}, or correct a copy of `run` in that file"
+    return validated(
+        {**info.run, "resources": resources, "store": store}, overrides, where=where, fix=fix
+    )
+
+
+def drift(source: str, config: RunConfig) -> str:
+    """Why the run that made this artifact would not find it again.
+
+    Empty where it would, and where `source` names a run.
+    """
+    artifact = artifact_at(source)
+    if artifact is None:
+        return ""
+    try:
+        found = Run(config).artifact(artifact.key.stage).key.fingerprint
+    except (DataError, ConfigError) as error:
+        note = "relative paths are those of the run's folder"
+        return f"a file that the run reads is not here ({note}): {error}"
+    made = artifact.key.fingerprint
+    if found == made:
+        return ""
+    return f"this run makes {found}, not {made}: a file that it reads, or the format, has changed"
+
+
+def sealed_inputs(artifact: Artifact) -> Iterator[Artifact]:
+    """The sealed artifacts that this one was made from.
+
+    In place of one that is not sealed (hidden states made in training), those it was made from.
+    """
+    info = artifact.info()
+    for entry in info.inputs if info else ():
+        upstream = input_artifact(artifact.store, entry)
+        if upstream.manifest() is not None:
+            yield upstream
+        else:
+            yield from sealed_inputs(upstream)
+
+
+def _origin(artifact: Artifact, info: ArtifactInfo) -> str:
     """The data set and the commit that an artifact was read from; empty for any other."""
     of_prompts = info.recipe.get("prompts", {}).get("source", {})
     source = info.recipe if info.stage == BENCHMARKS else of_prompts
@@ -103,6 +166,5 @@ def _origin(store: Store, info: ArtifactInfo) -> str:
     revision = source.get("revision")
     if not revision:
         with suppress(FileNotFoundError):  # a local folder has no commit
-            path = f"{info.stage}/{info.name}-{info.fingerprint}/source.json"
-            revision = json.loads(store.read(path))["revision"]
+            revision = json.loads(artifact.store.read(artifact.path("source.json")))["revision"]
     return f", data set {name}{f' at {revision}' if revision else ''}"

@@ -3,7 +3,7 @@
 """
 
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -123,13 +123,15 @@ class Record(Stored):
         """The record with its digest, as it is written."""
         return self.model_copy(update={"digest": self.content_digest()})
 
-    def taking(self, seconds: float) -> "Record":
-        """The same record of a shard that took so long."""
-        return self.model_copy(update={"seconds": round(seconds, 3)})
-
 
 def new_record(
-    key: ArtifactKey, shard: int, local: Path, counts: "Counts", *, upstream: str | None
+    key: ArtifactKey,
+    shard: int,
+    local: Path,
+    counts: "Counts",
+    *,
+    upstream: str | None,
+    seconds: float,
 ) -> Record:
     """The record that a staged file will have as shard `shard` of the artifact."""
     checksum = counts.checksum or file_checksum(local)
@@ -147,7 +149,15 @@ def new_record(
         index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
         scales_checksum=counts.scales_checksum,
         host=socket.gethostname(),
+        seconds=round(seconds, 3),
     ).with_digest()
+
+
+def totals_of(records: Collection[Record]) -> dict[str, int]:
+    """What the shards of these records add up to."""
+    fields = ("rows", "tokens", "rejected", "num_bytes")
+    sums = {name: sum(getattr(record, name) for record in records) for name in fields}
+    return {"shards": len(records), **sums}
 
 
 class FileEntry(Stored):
@@ -187,20 +197,15 @@ def file_entry(local: Path) -> FileEntry:
 
 def sealed_manifest(
     key: ArtifactKey,
-    records: Sequence[Record],
+    records: Collection[Record],
     table: bytes,
     *,
     files: Mapping[str, FileEntry],
     inputs: Mapping[str, str],
 ) -> Manifest:
     """The manifest of these records, the bytes of their table, and these files."""
-    totals = {
-        "shards": len(records),
-        "rows": sum(record.rows for record in records),
-        "tokens": sum(record.tokens for record in records),
-        "rejected": sum(record.rejected for record in records),
-        "num_bytes": sum(entry.num_bytes for part in (records, files.values()) for entry in part),
-    }
+    totals = totals_of(records)
+    totals["num_bytes"] += sum(entry.num_bytes for entry in files.values())
     manifest = Manifest(
         stage=key.stage,
         fingerprint=key.fingerprint,

@@ -9,7 +9,7 @@ shards of work and nothing else.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -60,11 +60,8 @@ Input_co = TypeVar("Input_co", bound=ShardInput, covariant=True)
 Make = Callable[[Input, Path], Counts]
 
 
-class Todo(Protocol[Input_co]):
+class Todo(Sized, Iterable[Input_co], Protocol[Input_co]):
     """The shards to make; an iterator may wait until the next one can be made."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Input_co]: ...
 
 
 def work_through(
@@ -149,10 +146,11 @@ class ShardRun:
         self, work: ShardInput, local: Path, counts: Counts, staged: ExitStack, started: float
     ) -> Record:
         """Publish a staged shard, waiting while the disk is full."""
-        key, upstream = self.artifact.key, work.made_from
+        key, upstream, seconds = self.artifact.key, work.made_from, time.monotonic() - started
         with staged, transient_system_errors(f"shard {work.shard}"):
-            record = new_record(key, work.shard, local, counts, upstream=upstream)
-            record = record.taking(time.monotonic() - started)
+            record = new_record(
+                key, work.shard, local, counts, upstream=upstream, seconds=seconds
+            )
             while True:
                 try:
                     return self.artifact.put(record, local, counts.index_rows)

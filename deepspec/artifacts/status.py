@@ -14,6 +14,7 @@ from deepspec.artifacts.missing import (
     trains_without_cache,
     wanted_shards,
 )
+from deepspec.artifacts.records import totals_of
 from deepspec.artifacts.results import EvaluationSummary, read_summary
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
@@ -53,17 +54,17 @@ def stage_status(run: Run, stage: str) -> StageStatus:
     counts = [record.counts for record in records.values()]
     turns = sum(count.get("turns", 0) for count in counts)
     truncated = sum(count.get("truncated", 0) for count in counts)
-    num_bytes = sum(record.num_bytes for record in records.values())
+    totals = totals_of(records.values())
     return StageStatus(
         stage=stage,
         artifact_url=artifact.url,
         fingerprint=artifact.key.fingerprint,
         committed=len(records),
         missing=left,
-        rows=sum(record.rows for record in records.values()),
-        tokens=sum(record.tokens for record in records.values()),
-        rejected_rows=sum(record.rejected for record in records.values()),
-        num_bytes=manifest.totals["num_bytes"] if manifest else num_bytes,
+        rows=totals["rows"],
+        tokens=totals["tokens"],
+        rejected_rows=totals["rejected"],
+        num_bytes=(manifest.totals if manifest else totals)["num_bytes"],
         seconds=sum(record.seconds for record in records.values()),
         sealed=manifest is not None and not left and inputs_match(run, stage, manifest),
         failures=failures(artifact),

@@ -31,7 +31,7 @@ def show_config(run: RunOrArtifact, sets: Sets = None, store: StoreUrl = None) -
 
     It can be saved, edited and run. For an artifact it is the run that made it.
     """
-    from deepspec.artifacts.provenance import drift, find_run
+    from deepspec.artifacts.lineage import drift, find_run
 
     config = find_run(run, sets or (), store=store)
     typer.echo(to_yaml(config), nl=False)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from deepspec.artifacts.provenance import find_run
+from deepspec.artifacts.lineage import find_run
 from deepspec.config.old_keys import NEW_PATHS, translated
 from deepspec.config.recipes import load_run
 from deepspec.config.resources import ResourcesConfig
