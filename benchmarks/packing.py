@@ -31,7 +31,7 @@ from deepspec.model.anchors import Samples, sample_anchors
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
-from deepspec.model.eagle3 import Eagle3Plan
+from deepspec.model.eagle3_plan import Eagle3Plan
 from deepspec.model.spec import DraftSpec
 
 SAMPLES, MEDIAN, SPREAD, SHORTEST, LONGEST = 48, 100, 0.8, 16, 1024
@@ -89,9 +89,13 @@ def padded(samples: Sequence[TrainBatch]) -> TrainBatch:
     def fill(sample: TrainBatch) -> TrainBatch:
         ids, mask, _, context, last, seeds = sample
         room = longest - len(ids)
-        grown = (F.pad(ids, (0, room)), F.pad(mask, (0, room)), torch.tensor([longest]))
         return TrainBatch(
-            *grown, *(F.pad(states, (0, 0, 0, room)) for states in (context, last)), seeds
+            F.pad(ids, (0, room)),
+            F.pad(mask, (0, room)),
+            torch.tensor([longest]),
+            F.pad(context, (0, 0, 0, room)),
+            F.pad(last, (0, 0, 0, room)),
+            seeds,
         )
 
     return packed([fill(sample) for sample in samples])

@@ -91,7 +91,7 @@ class Steps:
         draft, optimizer, settings = (
             self.strategy.draft,
             self.strategy.optimizer,
-            self.trainer.config.train,
+            self.trainer.settings,
         )
         dtype = COMPUTE_DTYPES[settings.compute_dtype]
         with torch.autocast(
