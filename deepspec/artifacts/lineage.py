@@ -11,6 +11,7 @@ from deepspec.artifacts.run import Run, open_run
 from deepspec.artifacts.stages import BENCHMARKS
 from deepspec.config.old_keys import translated
 from deepspec.config.recipes import load_run, validated
+from deepspec.config.resources import ResourcesConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, ConfigError, DataError
 from deepspec.storage.store import Store
@@ -116,7 +117,7 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     if store is None:
         is_local = artifact.store.is_local
         store = str(Path(artifact.store.root).resolve()) if is_local else artifact.store.url
-    resources = translated(info.run.get("resources", {}))
+    resources = translated(info.run.get("resources", {}), ResourcesConfig)
     fix = f"print it with deepspec {info.code_version}, or correct a copy of `run` in that file"
     return validated(
         {**info.run, "resources": resources, "store": store}, overrides, where=where, fix=fix

@@ -4,7 +4,6 @@ wording around each of its rows, how many prompts.
 Nothing here reads a data set: that is `prompts/benchmarks.py`.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import PurePath
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from deepspec.config.section import Section
+from deepspec.config.section import Section, nearest
 from deepspec.errors import DataError
 
 Domain = Literal["math", "code", "chat", "other"]
@@ -51,13 +50,8 @@ class BenchmarkSet(Section):
         return self.model_dump(mode="json", exclude={"domain", "num_prompts"})
 
 
-def _known() -> dict[str, BenchmarkSet]:
-    text = files("deepspec.config").joinpath("benchmarks.yaml").read_text(encoding="utf-8")
-    rows = yaml.safe_load(text).items()
-    return {name: BenchmarkSet(name=name, **fields) for name, fields in rows}
-
-
-KNOWN = _known()
+_TABLE = files("deepspec.config").joinpath("benchmarks.yaml").read_text(encoding="utf-8")
+KNOWN = {name: BenchmarkSet(name=name, **fields) for name, fields in yaml.safe_load(_TABLE).items()}
 
 
 def find_benchmark(name: str) -> BenchmarkSet | None:
@@ -80,15 +74,10 @@ def check_name(name: str, *, others: Iterable[str] = ()) -> str:
         ValueError: it is neither; the nearest known names are named.
     """
     known = [*KNOWN, *others]
-    demo = name.startswith("demo/")
-    if (
-        find_benchmark(name)
-        or name in known
-        or (not demo and ("/" in name or PurePath(name).suffix in FILES))
-    ):
+    is_path = "/" in name or PurePath(name).suffix in FILES
+    if find_benchmark(name) or name in known or (is_path and not name.startswith("demo/")):
         return name
-    close = difflib.get_close_matches(name.partition("@")[0], known, n=3, cutoff=0.5)
-    meant = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+    meant = nearest(name.partition("@")[0], known, most=3)
     raise ValueError(
         f"there is no benchmark {name!r}{meant}; known are {', '.join(known)}, or give a file "
         f"({', '.join(FILES)})"

@@ -131,15 +131,6 @@ class TrainConfig(Section):
     """
 
     @model_validator(mode="after")
-    def _patience_has_a_measure(self) -> Self:
-        if self.patience is not None and self.acceptance_samples == 0:
-            raise ValueError(
-                "train.patience needs train.acceptance_samples: without them no checkpoint is "
-                "known to be better than another"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _epochs_are_whole_rounds(self) -> Self:
         left = self.epochs % self.window_epochs
         if left:

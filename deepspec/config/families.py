@@ -22,14 +22,16 @@ class Family(NamedTuple):
     eagle3_architecture: str
     activation_key: str  # key of the MLP's activation in config.json
     default_rope: dict[str, Any]  # of full-attention layers, where the config does not say
-    sandwich_norms: bool  # a norm also after attention and after the MLP, before each residual sum
+    sandwich_norms: bool = (
+        False  # a norm also after attention and after the MLP, before each residual sum
+    )
     # softmax(q k) instead of softmax(q k / sqrt(head_dim)); the q and k norms carry the scale
-    unscaled_attention: bool
-    value_norm: bool  # values are RMS-normed, without a learned scale
-    scaled_embeddings: bool  # embeddings are multiplied by sqrt(hidden_size)
-    layer_scalar: bool  # each layer's output is multiplied by a stored constant
+    unscaled_attention: bool = False
+    value_norm: bool = False  # values are RMS-normed, without a learned scale
+    scaled_embeddings: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    layer_scalar: bool = False  # each layer's output is multiplied by a stored constant
     # full-attention layers have heads of their own, this wide unless the config says otherwise
-    global_head_dim: int | None
+    global_head_dim: int | None = None
 
 
 QWEN3 = Family(
@@ -40,12 +42,6 @@ QWEN3 = Family(
     eagle3_architecture="Qwen3Eagle3Model",
     activation_key="hidden_act",
     default_rope={"rope_type": "default", "rope_theta": 1_000_000.0},
-    sandwich_norms=False,
-    unscaled_attention=False,
-    value_norm=False,
-    scaled_embeddings=False,
-    layer_scalar=False,
-    global_head_dim=None,
 )
 GEMMA4 = Family(
     name="gemma4",
@@ -114,11 +110,10 @@ def family_of(hf_config: HFConfig) -> Family:
     }
     for key, what in unsupported.items():
         if text.get(key):
-            fix = "choose a dense target without them (Qwen3 4B, 8B, 14B; Gemma4 12B)"
             raise ConfigError(
                 f"targets with {what} are not supported",
                 where=f"config.json: {key} = {text[key]!r}",
-                fix=fix,
+                fix="choose a dense target without them (Qwen3 4B, 8B, 14B; Gemma4 12B)",
             )
     return family
 
@@ -147,14 +142,10 @@ def head_geometry(text: HFConfig, family: Family) -> HeadGeometry:
 
 
 def _global_layer(text: HFConfig) -> Mapping[str, Any]:
+    kinds = dict(enumerate(text.get("layer_types") or ()))
     overrides = text.get("per_layer_config") or {}
-    kinds = text.get("layer_types") or []
-    chosen = [
-        override
-        for layer, override in overrides.items()
-        if int(layer) < len(kinds) and kinds[int(layer)] == "full_attention"
-    ]
-    return chosen[0] if chosen else {}
+    of_global = (overrides[key] for key in overrides if kinds.get(int(key)) == "full_attention")
+    return next(of_global, {})
 
 
 def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSettings:
@@ -165,16 +156,16 @@ def rope_settings(text: HFConfig, family: Family, *, head_dim: int) -> RopeSetti
     Raises:
         ConfigError: a rope type that drafts do not compute (yarn, linear, ...).
     """
-    rope: Mapping[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope = rope.get("full_attention", rope)
-    if not rope:
-        rope = family.default_rope | {key: text[key] for key in ("rope_theta",) if text.get(key)}
+    given: Mapping[str, Any] = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    given = given.get("full_attention", given)
+    rope = given or family.default_rope
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "proportional"):
-        fix = "use the target's config without long-context rope scaling"
         raise ConfigError(
-            f"rope type {kind!r} is not supported", where="config.json: rope_parameters", fix=fix
+            f"rope type {kind!r} is not supported",
+            where="config.json: rope_parameters",
+            fix="use the target's config without long-context rope scaling",
         )
-    theta = rope.get("rope_theta") or text.get("rope_theta") or family.default_rope["rope_theta"]
+    theta = given.get("rope_theta") or text.get("rope_theta") or family.default_rope["rope_theta"]
     share = rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
     return RopeSettings(float(theta), int(share * head_dim // 2))

@@ -1,14 +1,13 @@
 """What is wrong with a run, as text: the field's path, what is allowed, the nearest right name."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from deepspec.config.run import RunConfig
-from deepspec.config.section import Section, sections_in
+from deepspec.config.section import Section, nearest, sections_in
 
 UNIONS = ("draft", "source")  # after these names pydantic puts the union's tag into a path
 
@@ -22,12 +21,6 @@ def explain(error: ValidationError) -> str:
         detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in around
     ]
     return "; ".join(map(_explain, causes))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The question whether the most similar known word was meant; empty where none is similar."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from deepspec.config.invalid import explain, nearest
+from deepspec.config.invalid import explain
 from deepspec.config.run import RunConfig
+from deepspec.config.section import nearest
 from deepspec.errors import ConfigError
 
 RECIPES = files("deepspec").joinpath("recipes")
@@ -94,10 +95,9 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = merged.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            is_replaced = key == "source" and value.get("kind", below.get("kind")) != below.get(
-                "kind"
-            )
-            value = value if is_replaced else merge(below, value)
+            kind = below.get("kind")
+            if key != "source" or value.get("kind", kind) == kind:
+                value = merge(below, value)
         merged[key] = value
     return merged
 
@@ -135,25 +135,21 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _rows(kind: str) -> dict[str, dict[str, Any]]:
-    paths = [path for path in RECIPES.joinpath(kind).iterdir() if path.name.endswith(".yaml")]
-    return {
-        path.name.removesuffix(".yaml"): yaml.safe_load(path.read_text(encoding="utf-8"))
-        for path in sorted(paths, key=lambda path: path.name)
+    texts = {
+        path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8")
+        for path in RECIPES.joinpath(kind).iterdir()
     }
+    return {name: yaml.safe_load(text) for name, text in sorted(texts.items())}
 
 
 def _read_run_file(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the run file cannot be read: {error.strerror}", where=str(path), fix="check the path"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the run file is not valid YAML: {error}",
+            f"the run file cannot be read: {error}",
             where=str(path),
-            fix="correct the line named",
+            fix="check the path, or correct the line named",
         ) from None
     if not isinstance(fields, dict):
         raise ConfigError(

@@ -202,10 +202,15 @@ class ResourcesConfig(Section):
     def _keys_are_those_of_this_version(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        moved = moved_keys(fields).items()
-        wrong = [f"resources.{old} is now resources.{new}" for old, new in moved]
-        for old in REMOVED.keys() & fields:
-            wrong.append(f"resources.{old} no longer exists: {REMOVED[old]}")
+        moved = moved_keys(fields, cls).items()
+        wrong = [
+            *(f"resources.{old} is now resources.{new}" for old, new in moved),
+            *(
+                f"resources.{old} no longer exists: {REMOVED[old]}"
+                for old in REMOVED
+                if old in fields
+            ),
+        ]
         if wrong:
             raise ValueError("; ".join(wrong))
         return fields

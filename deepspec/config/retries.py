@@ -69,9 +69,6 @@ class RetriesConfig(Section):
     def limits(self, stage: str) -> StageLimits:
         """What holds for a stage: its own settings before those of all."""
         own = self.stages.get(cast("StageName", stage), StageRetriesConfig())
-        minutes = own.deadline_minutes or self.deadline_minutes
-        return StageLimits(
-            retries=self.times if own.times is None else own.times,
-            retry_delay_s=self.delay_s if own.delay_s is None else own.delay_s,
-            deadline_s=None if minutes is None else 60 * minutes,
-        )
+        both = self.model_copy(update=own.model_dump(exclude_none=True))
+        minutes = both.deadline_minutes
+        return StageLimits(both.times, both.delay_s, minutes and 60 * minutes)

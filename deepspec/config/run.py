@@ -76,11 +76,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _patience_has_samples(self) -> Self:
-        if self.train.patience is not None and self.prompts.held_out == 0:
-            raise ValueError(
-                "train.patience needs prompts.held_out: without held-out samples no checkpoint is "
-                "known to be better than another"
-            )
+        needs = {
+            "train.acceptance_samples": self.train.acceptance_samples,
+            "prompts.held_out": self.prompts.held_out,
+        }
+        for name, value in needs.items():
+            if self.train.patience is not None and not value:
+                raise ValueError(
+                    f"train.patience needs {name}: without held-out samples no checkpoint is "
+                    "known to be better than another"
+                )
         return self
 
     @model_validator(mode="after")
