@@ -148,9 +148,7 @@ class ShardRun:
         """Publish a staged shard, waiting while the disk is full."""
         key, upstream, seconds = self.artifact.key, work.made_from, time.monotonic() - started
         with staged, transient_system_errors(f"shard {work.shard}"):
-            record = new_record(
-                key, work.shard, local, counts, upstream=upstream, seconds=seconds
-            )
+            record = new_record(key, work.shard, local, counts, upstream=upstream, seconds=seconds)
             while True:
                 try:
                     return self.artifact.put(record, local, counts.index_rows)

@@ -5,6 +5,7 @@ training. Layer l means the output of decoder layer l (0-based) before the final
 embedding output. B batch, T tokens, m captured layers, D hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ class Target:
         self.dtype: torch.dtype = self.lm_head.weight.dtype
         self.packs = self.text_config._attn_implementation == FLASH  # see `forward_packed`
         check_layer_ids(self.layer_ids, self.text_config.num_hidden_layers)
+        # transformers 5.24 renamed it and warns of the old name.
+        names = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
             module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]
@@ -76,8 +80,8 @@ class Target:
                 input_ids=input_ids,
                 position_ids=positions,
                 attention_mask=self._masks(mask, positions),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             )
         return self._output(output.last_hidden_state)
 
