@@ -5,18 +5,17 @@ Rows belong together where benchmark, temperature and prompt digest are equal. B
 are drawn together, so that what makes a prompt hard for both drops out of the difference.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
-from typing import Any, Generic, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Literal
 
 import numpy as np
 
 from deepspec.artifacts.records import Stored
 from deepspec.artifacts.results import Interval
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate import counts
-from deepspec.evaluate.bootstrap import Resampled, SumsT, interval, mean_of, pool, resample
-from deepspec.evaluate.counts import Array, Rows
+from deepspec.evaluate.bootstrap import Resampled, interval, mean_of, number, pool, resample
+from deepspec.evaluate.counts import Array, Rows, Sums, add_up
 from deepspec.evaluate.summary import grouped
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -54,21 +53,6 @@ class Comparison(Stored):
     speed: list[ComparedLine]
 
 
-class Measure(NamedTuple, Generic[SumsT]):
-    """What is compared: a ratio of sums over units that are drawn together."""
-
-    unit: Literal["prompt", "group"]
-    sums: Callable[[Sequence[Rows]], SumsT]
-    ratio: Callable[[SumsT], Array]
-
-
-# Of acceptance, prompts are drawn with all their turns; of speed, the groups that A decoded
-# together: a prompt's seconds are its share of its group's. Acceptance length needs no position of
-# the block.
-ACCEPTANCE = Measure("prompt", partial(counts.tally, positions=0), counts.acceptance_length)
-SPEED = Measure("group", counts.clock, counts.speedup)
-
-
 def compare(a: Rows, b: Rows) -> Comparison:
     """B against A per temperature and benchmark, over all rounds (micro), and as the mean of the
     benchmarks (macro).
@@ -76,7 +60,7 @@ def compare(a: Rows, b: Rows) -> Comparison:
     Raises:
         ArtifactMismatch: no prompt is in both.
     """
-    by_size_a, by_size_b = (dict(grouped(side, lambda row: row["batch_size"])) for side in (a, b))
+    by_size_a, by_size_b = (grouped(side, itemgetter("batch_size")) for side in (a, b))
     first_a: Rows = next(iter(by_size_a.values()), [])
     first_b: Rows = next(iter(by_size_b.values()), [])
     pairs = match(first_a, first_b)
@@ -87,66 +71,76 @@ def compare(a: Rows, b: Rows) -> Comparison:
             where="benchmark, temperature, prompt_digest of their rows",
             fix=f"evaluate both with {same}",
         )
-    speed = []
-    for size, of_size in by_size_a.items():
-        lines = _lines(match(of_size, by_size_b.get(size, [])), SPEED)
-        speed += [line.model_copy(update={"batch_size": size}) for line in lines]
+    # Of acceptance, prompts are drawn with all their turns; of speed, the groups that A decoded
+    # together: a prompt's seconds are its share of its group's.
     return Comparison(
         matched=len(pairs),
         unmatched=(len(first_a) - len(pairs), len(first_b) - len(pairs)),
-        acceptance=_lines(pairs, ACCEPTANCE),
-        speed=speed,
+        acceptance=_lines(pairs, "prompt", Sums.acceptance_length),
+        speed=[
+            line
+            for size, of_size in by_size_a.items()
+            for line in _lines(
+                match(of_size, by_size_b.get(size, [])), "group", Sums.speedup, batch_size=size
+            )
+        ],
     )
 
 
 def match(a: Rows, b: Rows) -> list[Pair]:
     """Rows of A with those of B on the same prompt; a prompt that occurs twice is matched twice."""
-    unmatched = dict(grouped(b, _prompt))
-    return [(row, of_b.pop(0)) for row in a if (of_b := unmatched.get(_prompt(row)))]
+    prompt = itemgetter("benchmark", "temperature", "prompt_digest")
+    unmatched = grouped(b, prompt)
+    return [(row, of_b.pop(0)) for row in a if (of_b := unmatched.get(prompt(row)))]
 
 
-def _prompt(row: Mapping[str, Any]) -> Hashable:
-    return row["benchmark"], row["temperature"], row["prompt_digest"]
-
-
-def _lines(pairs: Sequence[Pair], measure: Measure[SumsT]) -> list[ComparedLine]:
+def _lines(
+    pairs: Sequence[Pair],
+    unit: Literal["prompt", "group"],
+    measure: Callable[[Sums], Array],
+    **fields: int,
+) -> list[ComparedLine]:
     lines = []
-    for temperature, at_this in grouped(pairs, lambda pair: pair[0]["temperature"]):
-        all_a, all_b = list[Resampled[SumsT]](), list[Resampled[SumsT]]()
-        for name, of_benchmark in grouped(at_this, lambda pair: pair[0]["benchmark"]):
-            units = [of_unit for _, of_unit in grouped(of_benchmark, lambda p: p[0][measure.unit])]
-            a, b = (
+    for temperature, at_this in grouped(pairs, lambda pair: pair[0]["temperature"]).items():
+        parts = {}
+        for name, of_benchmark in grouped(at_this, lambda pair: pair[0]["benchmark"]).items():
+            units = grouped(of_benchmark, lambda pair: pair[0][unit]).values()
+            parts[name] = [
                 resample(
-                    measure.sums([[pair[side] for pair in of_unit] for of_unit in units]),
+                    add_up([pair[side] for pair in of_unit] for of_unit in units),
                     key=(name, temperature),
                 )
                 for side in (0, 1)
+            ]
+        pooled = [pool(side) for side in zip(*parts.values(), strict=True)]
+        compared: list[tuple[dict[str, Any], list[list[Resampled]]]] = [
+            *(({"benchmark": name}, [both]) for name, both in parts.items()),
+            ({"overall": "micro"}, [pooled]),
+            ({"overall": "macro"}, [*parts.values()]),
+        ]
+        lines += [
+            ComparedLine(
+                temperature=temperature, **named, **fields, **_difference(both, unit, measure)
             )
-            all_a.append(a)
-            all_b.append(b)
-            fields = _difference([a], [b], measure)
-            lines.append(ComparedLine(temperature=temperature, benchmark=name, **fields))
-        micro = _difference([pool(all_a)], [pool(all_b)], measure)
-        macro = _difference(all_a, all_b, measure)
-        lines.append(ComparedLine(temperature=temperature, overall="micro", **micro))
-        lines.append(ComparedLine(temperature=temperature, overall="macro", **macro))
+            for named, both in compared
+        ]
     return lines
 
 
 def _difference(
-    a: Sequence[Resampled[SumsT]], b: Sequence[Resampled[SumsT]], measure: Measure[SumsT]
+    benchmarks: Sequence[Sequence[Resampled]], unit: str, measure: Callable[[Sums], Array]
 ) -> dict[str, Any]:
-    """The numbers of a line, of each side the mean of these benchmarks."""
-    mean_a, mean_b = (mean_of(measure.ratio(part.total) for part in side) for side in (a, b))
-    drawn_a, drawn_b = (mean_of(measure.ratio(part.drawn) for part in side) for side in (a, b))
-    change = np.atleast_1d(drawn_b - drawn_a)
-    known = change[~np.isnan(change)]
-    is_sure = len(known) > 0 and any(part.varies for part in a)
+    """The numbers of a line: of A and B, the mean of these benchmarks, each resampled for both."""
+    of_a, of_b = zip(*benchmarks, strict=True)
+    a, b = (mean_of([measure(part.sums) for part in side]) for side in (of_a, of_b))
+    change = b - a
+    known = change[1:][~np.isnan(change[1:])]
+    is_sure = len(known) > 0 and any(part.varies for part in of_a)
     return {
-        f"{measure.unit}s": sum(part.num_units for part in a),
-        "a": float(np.nan_to_num(mean_a)),
-        "b": float(np.nan_to_num(mean_b)),
-        "difference": float(np.nan_to_num(mean_b - mean_a)),
+        f"{unit}s": sum(part.num_units for part in of_a),
+        "a": number(a),
+        "b": number(b),
+        "difference": number(change),
         "interval": interval(change) if is_sure else None,
         "above_zero": float((known > 0).mean()) if is_sure else None,
     }

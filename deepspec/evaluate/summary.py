@@ -5,9 +5,8 @@ each batch size; losslessness is that of the answers at all of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
 
 from deepspec.artifacts.results import (
     BatchSpeed,
@@ -23,38 +22,30 @@ from deepspec.artifacts.results import (
     PhaseSeconds,
     TokensPerSecond,
 )
-from deepspec.evaluate import counts
 from deepspec.evaluate.bootstrap import (
     Resampled,
-    SumsT,
     interval,
     intervals,
     mean_of,
+    number,
     pool,
     resample,
 )
-from deepspec.evaluate.counts import Array, Clock, Rows, Tally
+from deepspec.evaluate.counts import Array, Rows, Sums, add_up
 from deepspec.evaluate.lossless import losslessness
 
 T = TypeVar("T")
 
 
-class BatchTimes(NamedTuple):
-    """One benchmark at one batch size; what is drawn are groups that were decoded together."""
-
-    num_prompts: int
-    times: Resampled[Clock]
-
-
 class Part(NamedTuple):
-    """One benchmark at one temperature; what is drawn are prompts."""
+    """One benchmark at one temperature."""
 
     benchmark: str
     domain: str
     rows: Rows  # of the first batch size
     answers: Rows  # of all batch sizes
-    rounds: Resampled[Tally]
-    by_size: dict[int, BatchTimes]
+    rounds: Resampled  # of the first batch size, by prompt
+    by_size: dict[int, Resampled]  # by groups that were decoded together
 
 
 def summarise(rows: Rows, *, dtype: str | None = None) -> EvaluationSummary:
@@ -63,12 +54,12 @@ def summarise(rows: Rows, *, dtype: str | None = None) -> EvaluationSummary:
     There is at least one row. `dtype` is the number format that both ways of decoding computed in;
     None where it is not known.
     """
-    positions = counts.longest_proposal(rows)
+    positions = max((proposed for row in rows for proposed in row["proposed"]), default=0)
     benchmarks, overall = list[BenchmarkMetrics](), dict[float, OverallMetrics]()
-    for temperature, at_this in grouped(rows, lambda row: row["temperature"]):
+    for temperature, at_this in grouped(rows, itemgetter("temperature")).items():
         parts = [
-            _part(name, temperature, of_benchmark, positions)
-            for name, of_benchmark in grouped(at_this, lambda row: row["benchmark"])
+            _part(name, temperature, answers, positions)
+            for name, answers in grouped(at_this, itemgetter("benchmark")).items()
         ]
         overall[temperature] = _overall(parts, temperature, dtype)
         for part in parts:
@@ -81,40 +72,38 @@ def summarise(rows: Rows, *, dtype: str | None = None) -> EvaluationSummary:
     )
 
 
-def grouped(rows: Iterable[T], key: Callable[[T], Any]) -> list[tuple[Any, list[T]]]:
+def grouped(rows: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """Rows by their key, in order of appearance."""
     groups: dict[Any, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
-    return list(groups.items())
+    return groups
 
 
-def _part(name: str, temperature: float, rows: Rows, positions: int) -> Part:
-    by_size = grouped(rows, lambda row: row["batch_size"])
-    first = by_size[0][1]
-    prompts = [of_prompt for _, of_prompt in grouped(first, lambda row: row["prompt"])]
-    rounds = resample(counts.tally(prompts, positions), key=(name, temperature))
-    times = {}
-    for size, of_size in by_size:
-        groups = [of_group for _, of_group in grouped(of_size, lambda row: row["group"])]
-        num_prompts = len({row["prompt"] for row in of_size})
-        drawn = resample(counts.clock(groups), key=(name, temperature, size))
-        times[size] = BatchTimes(num_prompts, drawn)
-    return Part(name, first[0]["domain"], first, rows, rounds, times)
+def _part(name: str, temperature: float, answers: Rows, positions: int) -> Part:
+    by_size = grouped(answers, itemgetter("batch_size"))
+    rows = next(iter(by_size.values()))
+    prompts = grouped(rows, itemgetter("prompt")).values()
+    rounds = resample(add_up(prompts, positions), key=(name, temperature))
+    times = {
+        size: resample(
+            add_up(grouped(of_size, itemgetter("group")).values()), key=(name, temperature, size)
+        )
+        for size, of_size in by_size.items()
+    }
+    return Part(name, rows[0]["domain"], rows, answers, rounds, times)
 
 
 def _overall(parts: Sequence[Part], temperature: float, dtype: str | None) -> OverallMetrics:
     micro, macro = _metrics(parts, temperature, dtype), _macro(parts)
-    lengths = {
-        part.benchmark: _number(counts.acceptance_length(part.rounds.total)) for part in parts
-    }
+    lengths = {part.benchmark: number(part.rounds.sums.acceptance_length()) for part in parts}
     domains = [
         DomainMetrics(
             **dict(_metrics(of_domain, temperature, dtype)),
             domain=domain,
             benchmarks=[part.benchmark for part in of_domain],
         )
-        for domain, of_domain in grouped(parts, lambda part: part.domain)
+        for domain, of_domain in grouped(parts, lambda part: part.domain).items()
     ]
     pooled = {**dict(micro), "acceptance_length": {"macro": macro.acceptance_length, **lengths}}
     return OverallMetrics(**pooled, micro=micro, macro=macro, domains=domains)
@@ -122,11 +111,11 @@ def _overall(parts: Sequence[Part], temperature: float, dtype: str | None) -> Ov
 
 def _macro(parts: Sequence[Part]) -> MeanMetrics:
     rounds = [part.rounds for part in parts]
-    times = [next(iter(part.by_size.values())).times for part in parts]
+    times = [next(iter(part.by_size.values())) for part in parts]
     measured = {
-        "acceptance_length": _mean(rounds, counts.acceptance_length),
-        "verify_rate": _mean(rounds, counts.verify_rate),
-        "speedup": _mean(times, counts.speedup),
+        "acceptance_length": _mean(rounds, Sums.acceptance_length),
+        "verify_rate": _mean(rounds, Sums.verify_rate),
+        "speedup": _mean(times, Sums.speedup),
     }
     return MeanMetrics(
         benchmarks=len(parts),
@@ -136,48 +125,45 @@ def _macro(parts: Sequence[Part]) -> MeanMetrics:
 
 
 def _mean(
-    parts: Sequence[Resampled[SumsT]], measure: Callable[[SumsT], Array]
+    parts: Sequence[Resampled], measure: Callable[[Sums], Array]
 ) -> tuple[float, Interval | None]:
-    varies = any(part.varies for part in parts)
-    drawn = mean_of(measure(part.drawn) for part in parts)
-    return (
-        _number(mean_of(measure(part.total) for part in parts)),
-        interval(drawn) if varies else None,
-    )
+    values = mean_of([measure(part.sums) for part in parts])
+    return number(values), interval(values) if any(part.varies for part in parts) else None
 
 
 def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> Metrics:
     """All metrics of some benchmarks' prompts taken together."""
     rounds = pool([part.rounds for part in parts])
-    sums, drawn = rounds.total, rounds.drawn
+    sums = rounds.sums
+    length, rate = sums.acceptance_length(), sums.verify_rate()
+    prefix, conditional = sums.prefix_acceptance(), sums.conditional_acceptance()
     rows = [row for part in parts for row in part.rows]
     answers = [row for part in parts for row in part.answers]
-    sizes = dict.fromkeys(size for part in parts for size in part.by_size)
     speeds = [
-        _batch_speed(size, [part.by_size[size] for part in parts if size in part.by_size])
-        for size in sizes
+        _batch_speed(size, of_size, parts)
+        for size, of_size in grouped(answers, itemgetter("batch_size")).items()
     ]
     first = speeds[0]
     lossless = losslessness(answers, temperature, dtype)
     return Metrics(
-        prompts=len({(row["benchmark"], row["prompt"]) for row in rows}),
-        rounds=int(sums.rounds),
+        prompts=_num_prompts(rows),
+        rounds=number(sums.rounds),
         tokens=sum(row["num_tokens"] for row in rows),
-        acceptance_length=_number(counts.acceptance_length(sums)),
-        prefix_acceptance=_numbers(counts.prefix_acceptance(sums)),
-        conditional_acceptance=_numbers(counts.conditional_acceptance(sums)),
-        reached=sums.reached.tolist(),
-        tried=sums.tried.tolist(),
-        verify_rate=_number(counts.verify_rate(sums)),
+        acceptance_length=number(length),
+        prefix_acceptance=number(prefix),
+        conditional_acceptance=number(conditional),
+        reached=number(sums.reached),
+        tried=number(sums.tried),
+        verify_rate=number(rate),
         tokens_per_s=first.tokens_per_s,
         speedup=first.speedup,
         seconds=first.seconds,
         intervals=MetricIntervals(
-            acceptance_length=rounds.interval(counts.acceptance_length),
-            verify_rate=rounds.interval(counts.verify_rate),
+            acceptance_length=rounds.interval(length),
+            verify_rate=rounds.interval(rate),
             speedup=first.interval,
-            prefix_acceptance=intervals(counts.prefix_acceptance(drawn)),
-            conditional_acceptance=intervals(counts.conditional_acceptance(drawn)),
+            prefix_acceptance=intervals(prefix),
+            conditional_acceptance=intervals(conditional),
         ),
         batch_sizes=speeds,
         lossless=(lossless.identical, lossless.prompts),
@@ -185,30 +171,24 @@ def _metrics(parts: Sequence[Part], temperature: float, dtype: str | None) -> Me
     )
 
 
-def _batch_speed(size: int, parts: Sequence[BatchTimes]) -> BatchSpeed:
-    times = pool([part.times for part in parts])
-    sums = times.total
-    seconds = {name: float(value) for name, value in sums._asdict().items()}
-    bookkeeping = float(sums.seconds - sums.draft_seconds - sums.verify_seconds)
+def _num_prompts(rows: Rows) -> int:
+    return len({(row["benchmark"], row["prompt"]) for row in rows})
+
+
+def _batch_speed(size: int, rows: Rows, parts: Sequence[Part]) -> BatchSpeed:
+    times = pool([part.by_size[size] for part in parts if size in part.by_size])
+    speedup = times.sums.speedup()
+    totals = {name: number(sums) for name, sums in times.sums._asdict().items()}
+    bookkeeping = totals["seconds"] - totals["draft_seconds"] - totals["verify_seconds"]
     return BatchSpeed(
         batch_size=size,
         groups=times.num_units,
-        prompts=sum(part.num_prompts for part in parts),
+        prompts=_num_prompts(rows),
         tokens_per_s=TokensPerSecond(
-            plain=_number(counts.plain_tokens_per_s(sums)),
-            speculative=_number(counts.tokens_per_s(sums)),
+            plain=number(times.sums.plain_tokens_per_s()),
+            speculative=number(times.sums.tokens_per_s()),
         ),
-        speedup=_number(counts.speedup(sums)),
-        interval=times.interval(counts.speedup),
-        seconds=PhaseSeconds(**seconds, bookkeeping_seconds=bookkeeping),
+        speedup=number(speedup),
+        interval=times.interval(speedup),
+        seconds=PhaseSeconds(**totals, bookkeeping_seconds=bookkeeping),
     )
-
-
-def _number(value: Array) -> float:
-    """0 where nothing was decoded: the counts alongside it tell that apart."""
-    return float(np.nan_to_num(value))
-
-
-def _numbers(values: Array) -> list[float]:
-    found: list[float] = np.nan_to_num(values).tolist()
-    return found
