@@ -27,11 +27,10 @@ from deepspec.config.draft import (
     Eagle3DraftConfig,
     MarkovConfig,
 )
-from deepspec.model.anchors import Samples, sample_anchors
+from deepspec.model.anchors import Eagle3Plan, Samples, sample_anchors
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
-from deepspec.model.eagle3_plan import Eagle3Plan
 from deepspec.model.spec import DraftSpec
 
 SAMPLES, MEDIAN, SPREAD, SHORTEST, LONGEST = 48, 100, 0.8, 16, 1024
@@ -117,9 +116,7 @@ def grown(places: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
 def padded_plan(draft: Drafter, batch: TrainBatch) -> Any:
     samples = Samples.of(batch.lengths)
     if isinstance(draft, BlockDraft):
-        drawn = sample_anchors(
-            batch.loss_mask, batch.lengths, num_anchors=draft.spec.num_anchors, seeds=batch.seeds
-        )
+        drawn = sample_anchors(batch, draft.spec.num_anchors)
         return draft.plan_for(batch, grown(drawn, samples)[0])
     plan = draft.plan(batch)
     places, own = grown(plan.places, samples)

@@ -1,15 +1,17 @@
-"""Where training blocks start and what they predict.
+"""Plans: everything about a batch's loss that needs no forward pass.
 
-The samples of a batch lie one after the other in one packed row: T tokens in all, S samples, K
-anchors, g block size.
+For a block drafter, where training blocks start and what they predict; for Eagle3, where each step
+of its training-time test is scored. The samples of a batch lie one after the other in one packed
+row: T tokens in all, S samples, K anchors, g block size, P scored places.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deepspec.model.drafter import TrainBatch
 
 
 class Samples(NamedTuple):
@@ -31,11 +33,10 @@ class Samples(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """Everything about a batch's blocks that needs no forward pass; one block per anchor."""
+    """The blocks of a batch, one per anchor; then maybe fill, of which nothing counts."""
 
-    anchors: Tensor  # [K] long, where in the row each is, ascending
-    # [K] of the sample that it belongs to; all zero for fill, of which nothing counts
-    samples: Samples
+    anchors: Tensor  # [K] long, where in the row each is, ascending; 0 for fill
+    samples: Samples  # [K] of the sample that it belongs to
     positions: Tensor  # [T] long, of every token within its own sample
     anchor_tokens: Tensor  # [K] long
     labels: Tensor  # [K, g] long, what slot j of a block predicts: the token at its anchor + 1 + j
@@ -54,78 +55,84 @@ class BlockPlan(NamedTuple):
         return self.anchors[blocks] + slots
 
 
-def anchor_candidates(loss_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Which places may be anchors [T]: they and the next token are in an answer (mask [T] bool).
+class Eagle3Plan(NamedTuple):
+    """The places that some step is scored at, and which of them each step is scored at."""
 
-    Both belong to one sample.
-    """
-    pairs = F.pad(loss_mask[:-1] & loss_mask[1:], (0, 1))
-    # a sample's last token: the one after it is another sample's
-    pairs[lengths.cumsum(0) - 1] = False
-    return pairs
+    # [P] long, in the packed row, ascending (then fill, which no step counts)
+    places: Tensor
+    starts: Tensor  # [P] long, where the sample of each begins
+    positions: Tensor  # [T] long, of every token within its own sample
+    counted: Tensor  # [steps, P] bool
+    # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
+    weights: Tensor
+    num_samples: Tensor  # float32
 
 
-def sample_anchors(
-    loss_mask: Tensor, lengths: Tensor, *, num_anchors: int, seeds: Sequence[int]
-) -> Tensor:
+def sample_anchors(batch: TrainBatch, num_anchors: int) -> Tensor:
     """Up to `num_anchors` anchors per sample [K], uniformly without replacement, ascending.
 
-    Sample s draws from seeds[s] alone.
+    An anchor and the token after it are in an answer, and belong to one sample. Sample s draws from
+    batch.seeds[s] alone.
     """
-    drawn, sizes = [], lengths.tolist()
-    candidates = anchor_candidates(loss_mask, lengths).cpu()[: sum(sizes)].split(sizes)
+    mask = batch.loss_mask
+    candidates = F.pad(mask[:-1] & mask[1:], (0, 1))
+    # a sample's last token: the one after it is another sample's
+    candidates[batch.lengths.cumsum(0) - 1] = False
+    sizes = batch.lengths.tolist()
+    drawn = [torch.empty(0, dtype=torch.long)]
     start = 0
-    for of_sample, seed in zip(candidates, seeds, strict=True):
+    by_sample = candidates.cpu()[: sum(sizes)].split(sizes)
+    for of_sample, seed in zip(by_sample, batch.seeds, strict=True):
         positions = of_sample.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
         chosen = positions[torch.randperm(len(positions), generator=generator)[:num_anchors]]
         drawn.append(start + chosen.sort().values)
         start += len(of_sample)
-    return torch.cat(drawn or [torch.empty(0, dtype=torch.long)]).to(loss_mask.device)
-
-
-def positions_within(lengths: Tensor, num_tokens: int) -> Tensor:
-    """The position [T] of every token within its own sample; fill continues the last one."""
-    places = torch.arange(num_tokens, device=lengths.device)
-    return places - Samples.of(lengths).holding(places).starts
+    return torch.cat(drawn).to(mask.device)
 
 
 def plan_blocks(
-    input_ids: Tensor,
-    loss_mask: Tensor,
-    lengths: Tensor,
-    *,
-    anchors: Tensor,
-    block_size: int,
-    decay: float | None,
+    batch: TrainBatch, anchors: Tensor, *, block_size: int, decay: float | None, multiple: int = 1
 ) -> BlockPlan:
-    """What each slot predicts, and which slots count.
+    """What each slot of the anchors' blocks predicts, and which slots count.
 
     Those count that are inside the sample and in an answer, and whose earlier slots all count.
 
-    Slot j weighs exp(-j / decay), or 1 where `decay` is None.
+    Slot j weighs exp(-j / decay), or 1 where `decay` is None. The blocks are filled up to a
+    multiple of `multiple`, so that shapes repeat.
     """
-    slots = torch.arange(block_size, device=input_ids.device)
-    samples = Samples.of(lengths).holding(anchors)
+    ids, num_blocks = batch.input_ids, len(anchors)
+    anchors = F.pad(anchors, (0, -num_blocks % multiple))
+    slots, tokens = (torch.arange(size, device=ids.device) for size in (block_size, len(ids)))
+    all_samples = Samples.of(batch.lengths)
+    samples = all_samples.holding(anchors)
     wanted = anchors[:, None] + 1 + slots  # [K, g]
     places = wanted.minimum(samples.ends[:, None] - 1)
-    counted = (loss_mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
+    counted = (batch.loss_mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
+    counted[num_blocks:] = False
     weights = counted.float() if decay is None else counted * torch.exp(-slots / decay)
-    positions = positions_within(lengths, len(input_ids))
-    return BlockPlan(
-        anchors, samples, positions, input_ids[anchors], input_ids[places], counted, weights
+    positions = tokens - all_samples.holding(tokens).starts
+    return BlockPlan(anchors, samples, positions, ids[anchors], ids[places], counted, weights)
+
+
+def plan_steps(batch: TrainBatch, *, num_steps: int, multiple: int) -> Eagle3Plan:
+    """Step s scores position t where t + s is supervised and not its sample's last token.
+
+    The places are filled up to a multiple of `multiple`, so that shapes repeat.
+    """
+    num_tokens, device = len(batch.input_ids), batch.lengths.device
+    tokens, steps = (torch.arange(size, device=device) for size in (num_tokens, num_steps))
+    samples = Samples.of(batch.lengths).holding(tokens)
+    ahead = tokens + steps[:, None]  # [steps, T]
+    counted = batch.loss_mask[ahead.clamp(max=num_tokens - 1)] & (ahead < samples.ends - 1)
+    places = counted.any(0).nonzero()[:, 0]
+    weights = 1.0 / (samples.ends - samples.starts)[places]
+    fill = (0, -len(places) % multiple)
+    return Eagle3Plan(
+        places=F.pad(places, fill),
+        starts=F.pad(samples.starts[places], fill),
+        positions=tokens - samples.starts,
+        counted=F.pad(counted[:, places], fill),
+        weights=F.pad(weights, fill),
+        num_samples=weights.new_tensor(len(batch.lengths)),
     )
-
-
-def filled(plan: BlockPlan, multiple: int) -> BlockPlan:
-    """The plan filled up to a multiple of blocks that count nothing; shapes then repeat."""
-    room = -len(plan.anchors) % multiple
-    if room == 0:
-        return plan
-    longer = {
-        name: F.pad(value, (0,) * (2 * value.ndim - 1) + (room,))
-        for name, value in plan._asdict().items()
-        if name not in ("samples", "positions")
-    }
-    samples = Samples(*(F.pad(bound, (0, room)) for bound in plan.samples))
-    return BlockPlan(samples=samples, positions=plan.positions, **longer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
-from deepspec.model.anchors import BlockPlan, filled, plan_blocks, sample_anchors
+from deepspec.model.anchors import BlockPlan, plan_blocks, sample_anchors
 from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
 from deepspec.model.chunked_loss import Targets
@@ -65,22 +65,17 @@ class BlockDraft(Drafter):
 
     def plan(self, batch: TrainBatch) -> BlockPlan:
         """Draw the anchors of each sample from its seed, and what their blocks predict."""
-        drawn = sample_anchors(
-            batch.loss_mask, batch.lengths, num_anchors=self.spec.num_anchors, seeds=batch.seeds
-        )
-        return self.plan_for(batch, drawn)
+        return self.plan_for(batch, sample_anchors(batch, self.spec.num_anchors))
 
     def plan_for(self, batch: TrainBatch, anchors: Tensor) -> BlockPlan:
         """The plan for chosen anchors: their places [K] in the packed row, ascending."""
-        plan = plan_blocks(
-            batch.input_ids,
-            batch.loss_mask,
-            batch.lengths,
-            anchors=anchors,
+        return plan_blocks(
+            batch,
+            anchors,
             block_size=self.block_size,
             decay=self.loss_settings.decay,
+            multiple=FILL_BLOCKS if self.execution.compile else 1,
         )
-        return filled(plan, FILL_BLOCKS) if self.execution.compile else plan
 
     def denominators(self, plan: BlockPlan) -> dict[str, Tensor]:
         """The weight of all counted slots, for each term."""

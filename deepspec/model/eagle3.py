@@ -1,8 +1,8 @@
 """Eagle3 (arXiv 2503.01840): one decoder layer that goes on from its own outputs, token by token.
 
 Position t (RoPE position t) reads the target's fused state g_t and token t + 1, and predicts token
-t + 2. B batch, n new positions, T tokens, S training-time-test steps, P scored places, g block
-size, m captured layers, D hidden size, V vocabulary.
+t + 2. B batch, n new positions, T tokens, P scored places, g block size, m captured layers, D
+hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
+from deepspec.model.anchors import Eagle3Plan, plan_steps
 from deepspec.model.attention import BlockVisibility, KeysValues, attend
 from deepspec.model.attention_path import training_path
+from deepspec.model.chunked_loss import Coefficients, Targets, score
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
-from deepspec.model.eagle3_plan import Eagle3Plan, plan_steps
 from deepspec.model.execution import FILL_TOKENS
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
-from deepspec.model.loss import LossOutput, StepStates, step_losses, zero_loss
+from deepspec.model.loss import LossOutput, Metrics, zero_loss
 from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
 from deepspec.model.spec import DraftSpec
 
@@ -59,28 +60,50 @@ class Eagle3Draft(Drafter):
     def plan(self, batch: TrainBatch) -> Eagle3Plan:
         """Where each step of the training-time test is scored; no chance involved."""
         multiple = FILL_TOKENS if self.execution.compile else 1
-        num_steps = self.spec.ttt_length
-        return plan_steps(batch.loss_mask, batch.lengths, num_steps=num_steps, multiple=multiple)
+        return plan_steps(batch, num_steps=self.spec.ttt_length, multiple=multiple)
 
     def denominators(self, plan: Eagle3Plan) -> dict[str, Tensor]:
         """The number of samples, for each step."""
         return dict.fromkeys(self.loss_weights, plan.num_samples)
 
     def loss(self, batch: TrainBatch, plan: Eagle3Plan) -> LossOutput:
-        """Soft cross-entropy to the target's distribution at every step."""
+        """Soft cross-entropy to the target's distribution at every step, and acceptance rates.
+
+        Steps are compared with the same positions of the target, each one shifted by one more, so
+        they are scored together.
+        """
+        weights = self.loss_weights
         if len(plan.places) == 0:
-            return zero_loss(self, self.loss_weights)
-        steps = []
-        for step, states in enumerate(self.step_states(batch, plan)):
-            counted = plan.counted[step]
+            return zero_loss(self, weights)
+        by_step = zip(self.step_states(batch, plan), plan.counted, strict=True)
+        normed = torch.cat([self.norm(states[counted]) for states, counted in by_step])
+        steps, columns = plan.counted.nonzero(as_tuple=True)
+        by_place = plan.weights[columns]
+        factors = by_place.new_tensor([*weights.values()])[steps]
+        scores = score(
+            normed,
+            None,
+            self.vocabulary(),
             # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token,
             # so it is there.
-            wanted = plan.places[counted] + 1 + step
-            normed = self.norm(states[counted])
-            steps.append(StepStates(normed, wanted, plan.weights[counted], counted))
-        return step_losses(
-            steps, self.vocabulary(), batch.last_hidden, self.loss_weights, plan.num_samples
+            Targets.gathered(batch.last_hidden, plan.places[columns] + 1 + steps),
+            labels=None,
+            coefficients=Coefficients(soft_ce=factors * by_place),
         )
+        table = by_place.new_zeros(3, *plan.counted.shape)
+        measured = by_place * scores.soft_ce, 1.0 - 0.5 * scores.tv, scores.hits
+        table[:, plan.counted] = torch.stack(measured)
+        counts, rates = plan.counted.sum(1).float(), table[1]
+        numerators: dict[str, Tensor] = {}
+        metrics: Metrics = {}
+        for step, (name, sums) in enumerate(zip(weights, table.sum(2).T, strict=True)):
+            numerators[name] = sums[0]
+            metrics[name] = (sums[0], plan.num_samples)
+            metrics[f"accept@{step}"] = (sums[1], counts[step])
+            metrics[f"accuracy@{step}"] = (sums[2], counts[step])
+        starts = plan.counted[0]
+        metrics["tau"] = (((starts + rates.cumprod(0).sum(0)) * starts).sum(), counts[0])
+        return LossOutput(scores.total, plan.num_samples, numerators, metrics)
 
     def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
         """The layer's raw output [P, D] at the plan's places, step by step.

@@ -1,10 +1,9 @@
-"""The losses: three terms for block drafters (DSpark eq. 9-12), soft cross-entropy for Eagle3.
+"""The loss of block drafters: three terms (DSpark eq. 9-12), into which only counted slots enter.
 
-Only counted positions enter them. N counted slots, M blocks, g block size, P places, D hidden size,
-r Markov rank.
+N counted slots, M blocks, g block size, D hidden size, r Markov rank.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -104,55 +103,6 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
         metrics["confidence_bias"] = (error.sum(), weights.sum())
         metrics["confidence_abs_error"] = (error.abs().sum(), weights.sum())
     return metrics
-
-
-class StepStates(NamedTuple):
-    """The positions that one training-time-test step of Eagle3 is scored at."""
-
-    states: Tensor  # [N, D] the draft's normed states
-    places: Tensor  # [N] long, which of the target's final states its distribution is to match
-    weights: Tensor  # [N] float32
-    counted: Tensor  # [P] bool, N of them True, in their order
-
-
-def step_losses(
-    steps: Sequence[StepStates],
-    vocabulary: Vocabulary,
-    hidden: Tensor,
-    weights: Mapping[str, float],
-    denominator: Tensor,
-) -> LossOutput:
-    """Soft cross-entropy to the target's distribution, step by step, and the acceptance rates.
-
-    Steps are compared with the same positions of `hidden` [P, D], each one shifted by one more, so
-    they are scored together.
-    """
-    soft_ce = [factor * step.weights for factor, step in zip(weights.values(), steps, strict=True)]
-    scores = score(
-        torch.cat([step.states for step in steps]),
-        None,
-        vocabulary,
-        Targets.gathered(hidden, torch.cat([step.places for step in steps])),
-        labels=None,
-        coefficients=Coefficients(soft_ce=torch.cat(soft_ce)),
-    )
-    sizes = [len(step.places) for step in steps]
-    measured = torch.stack([scores.soft_ce, 1.0 - 0.5 * scores.tv, scores.hits]).split(sizes, 1)
-    numerators: dict[str, Tensor] = {}
-    metrics: Metrics = {}
-    rates = []
-    for number, (name, step, of_step) in enumerate(zip(weights, steps, measured, strict=True)):
-        entropy, accepted, hits = of_step
-        numerators[name] = (step.weights * entropy).sum()
-        metrics[name] = (numerators[name], denominator)
-        count = step.counted.float().sum()
-        metrics[f"accept@{number}"] = (accepted.sum(), count)
-        metrics[f"accuracy@{number}"] = (hits.sum(), count)
-        rates.append(accepted.new_zeros(step.counted.shape).masked_scatter(step.counted, accepted))
-    starts = steps[0].counted
-    tau = starts + torch.stack(rates).cumprod(0).sum(0)
-    metrics["tau"] = ((tau * starts).sum(), starts.float().sum())
-    return LossOutput(scores.total, denominator, numerators, metrics)
 
 
 def zero_loss(draft: nn.Module, names: Iterable[str]) -> LossOutput:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.model.anchors import BlockPlan, Samples
+from deepspec.model.anchors import BlockPlan, Eagle3Plan, Samples
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import Drafter, TrainBatch
-from deepspec.model.eagle3 import Eagle3Draft, Eagle3Plan
+from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.target.conformance import Check, distance
 from tests.vectors.block_outputs import block_outputs
 from tests.vectors.cases import Case, logit_gap, relative, worst
