@@ -1,12 +1,10 @@
 """Bytes of a cache of hidden states, from what its codecs store of a token."""
 
-from typing import Literal
-
 from deepspec.cache.codec_base import CodecName
 from deepspec.cache.codecs import make_codec
 from deepspec.cache.format import TOKEN_BYTES
 from deepspec.config.data import HiddenConfig
-from deepspec.plan.arithmetic import Shape, TokenCounts
+from deepspec.plan.parts import Shape, TokenCounts
 
 # Assumed sizes of zstd frames, from measurements on synthetic and small real models: the exponents
 # of lossless, the codes of int8 and fp8. Those of a real target are known once it is captured.
@@ -30,11 +28,13 @@ def is_assumed(codecs: str) -> bool:
 
 def cache_bytes(counts: TokenCounts, settings: HiddenConfig, shape: Shape) -> float:
     """Bytes of a cache's shards and index."""
-    context = shape.num_captured * layer_bytes("context", settings, shape.width)
+    context = shape.num_captured * layer_bytes(settings.codec, settings, shape.width)
     num_bytes = counts.tokens * (context + TOKEN_BYTES) + counts.samples * SAMPLE_BYTES
     if settings.last_hidden == "none":
         return num_bytes
-    return num_bytes + counts.kept_last * layer_bytes("last_hidden", settings, shape.width)
+    return num_bytes + counts.kept_last * layer_bytes(
+        settings.codec_of_last_hidden, settings, shape.width
+    )
 
 
 def bytes_by_codec(counts: TokenCounts, chosen: HiddenConfig, shape: Shape) -> dict[str, float]:
@@ -51,11 +51,8 @@ def bytes_by_codec(counts: TokenCounts, chosen: HiddenConfig, shape: Shape) -> d
     return {**sizes, codecs_name(chosen): cache_bytes(counts, chosen, shape)}
 
 
-def layer_bytes(
-    tensor: Literal["context", "last_hidden"], settings: HiddenConfig, width: int
-) -> float:
-    """Bytes of one token's hidden state of one layer."""
-    name: CodecName = settings.codec if tensor == "context" else settings.codec_of_last_hidden
+def layer_bytes(name: CodecName, settings: HiddenConfig, width: int) -> float:
+    """Bytes of one token's hidden state of one layer in this codec."""
     codec = make_codec(name, num_layers=1, hidden_size=width, compression=settings.compression)
     return sum(
         column.token_bytes * (FRAME_RATIOS[name] if column.storage == "frame" else 1.0)

@@ -6,13 +6,13 @@ No weight of the target is read: time does not depend on their values. B batch, 
 import copy
 import logging
 import os
-import statistics
 import time
 import uuid
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from deepspec.config.draft import DraftConfig
 from deepspec.config.target import TargetConfig
@@ -25,10 +25,9 @@ from deepspec.storage.store import Store
 log = logging.getLogger(__name__)
 
 SMALL_VOCABULARY = 1024  # rows of the embedding in the model that is timed
-DEPTHS = (3, 1)  # decoder layers timed; their difference is what a layer costs
+TIMED_LAYERS = 3  # against one: the difference is what a layer costs
 MAX_CPU_TOKENS = 2048
 SECONDS_PER_DEPTH = 3.0
-MAX_REPEATS = 8
 PROBE_TOKENS = 16
 NOISE = 1 << 20  # values that weights are filled with, again and again
 STORE_PROBE_BYTES = 128_000_000
@@ -44,25 +43,24 @@ def measure_speed(
     Raises:
         DataError: not an architecture that can be built.
     """
-    depths = [min(depth, text_config.num_hidden_layers) for depth in DEPTHS]
-    model = _shallow(text_config, max(depths), dtype, device)
-    layers = model.get_submodule("layers")
-    per_layer = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
+    num_layers = text_config.num_hidden_layers
+    timed = min(TIMED_LAYERS, num_layers)
+    model = _shallow(text_config, timed, dtype, device)
+    layers = model.layers
+    per_layer = sum(parameter.numel() for parameter in layers.parameters()) / timed
     budget = min(batch_tokens, MAX_CPU_TOKENS) if device.type == "cpu" else batch_tokens
     length = max(1, min(length, budget, text_config.max_position_embeddings))
     affordable = _affordable_tokens(model, device)
     rows = max(1, min(budget, affordable) // length)
     ids = torch.randint(SMALL_VOCABULARY, (rows, min(length, affordable)), device=device)
     deep = _seconds(model, ids)
-    model.layers = layers[: depths[1]]
+    model.layers = layers[:1]
     shallow = _seconds(model, ids)
-    slope = (deep - shallow) / max(depths[0] - depths[1], 1)
+    slope = (deep - shallow) / max(timed - 1, 1)
     if slope <= 0:  # a layer too small to be seen in the noise
-        slope = deep / depths[0]
-    seconds = shallow + slope * (text_config.num_hidden_layers - depths[1])
-    speed = Speed(
-        ids.numel() / seconds, 2 * per_layer * ids.numel() / slope, device.type, ids.numel()
-    )
+        slope = deep / timed
+    tokens_per_s = ids.numel() / (shallow + slope * (num_layers - 1))
+    speed = Speed(tokens_per_s, 2 * per_layer * ids.numel() / slope, device.type, ids.numel())
     log.info("measured tokens_per_s=%.0f flops_per_s=%.3g device=%s tokens=%d", *speed)
     return speed
 
@@ -89,8 +87,8 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
             where="target.model",
             fix="use a target that Transformers knows",
         ) from None
-    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) * 0.02
-    noise = noise.to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(NOISE, generator=generator) * 0.02).to(device, dtype)
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,26 +100,18 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
     """Tokens of a pass that leave time for a second one: few for a large target on a CPU."""
     probe = torch.randint(SMALL_VOCABULARY, (1, PROBE_TOKENS), device=device)
-    _pass_seconds(model, probe)  # the first one also loads kernels
-    seconds = _pass_seconds(model, probe)
-    return max(PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / seconds))
-
-
-def _seconds(model: nn.Module, ids: Tensor) -> float:
-    """The median time of a forward pass over `ids` [B, T]."""
-    times = [_pass_seconds(model, ids)]
-    while len(times) < MAX_REPEATS and sum(times) < SECONDS_PER_DEPTH:
-        times.append(_pass_seconds(model, ids))
-    return statistics.median(times[1:] or times)
+    return max(PROBE_TOKENS, int(PROBE_TOKENS * SECONDS_PER_DEPTH / 2 / _seconds(model, probe)))
 
 
 @torch.inference_mode()
-def _pass_seconds(model: nn.Module, ids: Tensor) -> float:
-    started = time.perf_counter()
-    model(input_ids=ids, use_cache=False)
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)
-    return time.perf_counter() - started
+def _seconds(model: nn.Module, ids: Tensor) -> float:
+    """The median time of a forward pass over `ids` [B, T], after one that loads kernels."""
+    timer = Timer(
+        "model(input_ids=ids, use_cache=False)",
+        globals={"model": model, "ids": ids},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(timer.blocked_autorange().median)
 
 
 def num_lanes(lanes: int | None, device: str) -> int:

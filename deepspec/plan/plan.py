@@ -3,18 +3,18 @@ together.
 """
 
 import logging
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 from deepspec.artifacts.run import Run
-from deepspec.errors import ArtifactMismatch
+from deepspec.errors import ArtifactMismatch, StoreError
 from deepspec.formatting import human_bytes
-from deepspec.plan.arithmetic import Fit, Shape, histogram, require_fit, room
 from deepspec.plan.cache_size import bytes_by_codec, cache_bytes
 from deepspec.plan.forecast import compute_plan
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
-from deepspec.plan.parts import Facts, Plan
+from deepspec.plan.parts import Facts, Fit, Plan, Shape, histogram
 from deepspec.plan.workload import sample_workload
-from deepspec.target.chat import load_chat, target_folder
+from deepspec.target.chat import target_folder
 from deepspec.target.loading import DTYPES, check_settings, choose_device, read_text_config
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,17 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
         StoreError: the store cannot be written to.
     """
     config, resources = run.config, run.config.resources
-    _require_demo(run)
+    if config.demo is not None and run.artifact("demo").manifest() is None:
+        raise ArtifactMismatch(
+            "the demo's target and prompts do not exist yet, so there is nothing to measure",
+            where=run.artifact("demo").url,
+            fix=f"run `{run.command('demo')}` first",
+        )
     text = read_text_config(config.target, folder=target_folder(run))
     check_settings(config.target, text)
     num_parameters = draft_parameters(config.target, config.draft, text)
-    run.store.check_writable()
-    work = sample_workload(run, load_chat(run), num_rows=num_rows)
+    free_bytes = _free_bytes(run)
+    work = sample_workload(run, num_rows=num_rows)
     speed = measure_speed(
         text,
         dtype=DTYPES[config.target.dtype],
@@ -44,33 +49,32 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
     )
     facts = Facts(
         work=work,
-        shape=Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size),
+        shape=_shape(run, text),
         draft_parameters=num_parameters,
         speed=speed,
         lanes=num_lanes(resources.devices.lanes, speed.device),
         store_bytes_per_s=measure_store(run.store),
+        free_bytes=free_bytes,
         missing=_missing_share(run),
         train_hours=train_hours,
     )
-    return compute_plan(config, facts, room=partial(_room, run))
+    return compute_plan(config, facts)
 
 
-def _require_demo(run: Run) -> None:
-    if run.config.demo is not None and run.artifact("demo").manifest() is None:
-        raise ArtifactMismatch(
-            "the demo's target and prompts do not exist yet, so there is nothing to measure",
-            where=run.artifact("demo").url,
-            fix=f"run `{run.command('demo')}` first",
-        )
+def _shape(run: Run, text_config: Any) -> Shape:
+    layers = run.config.target.layer_ids
+    return Shape(len(layers), text_config.hidden_size, text_config.vocab_size)
+
+
+def _free_bytes(run: Run) -> float | None:
+    """The room in the store: a bucket has no end, its spool disk holds a few shards at a time."""
+    run.store.check_writable()
+    return run.store.free_bytes() if run.store.is_local else None
 
 
 def _missing_share(run: Run) -> float:
     captured = len(run.artifact("hidden").record_shards())
     return 1 - captured / max(len(run.artifact("prompts").record_shards()), captured, 1)
-
-
-def _room(run: Run, num_bytes: float) -> Fit:
-    return room(num_bytes, run.store, min_free_gb=run.config.resources.storage.min_free_gb)
 
 
 def check_cache_fits(run: Run, *, num_rows: int = 64) -> None:
@@ -82,14 +86,14 @@ def check_cache_fits(run: Run, *, num_rows: int = 64) -> None:
     missing, config = _missing_share(run), run.config
     if not missing:
         return
-    text = read_text_config(config.target, folder=target_folder(run))
-    shape = Shape(len(config.target.layer_ids), text.hidden_size, text.vocab_size)
-    counts = sample_workload(run, load_chat(run), num_rows=num_rows).counts.scaled(missing)
-    fit = _room(run, cache_bytes(counts, config.hidden, shape))
-    advice = fit_advice(fit, bytes_by_codec(counts, config.hidden, shape))
+    shape = _shape(run, read_text_config(config.target, folder=target_folder(run)))
+    counts = sample_workload(run, num_rows=num_rows).counts.scaled(missing)
+    num_bytes = cache_bytes(counts, config.hidden, shape)
+    fit = Fit(num_bytes, _free_bytes(run), config.resources.storage.min_free_gb * 1e9)
+    advice = _advice(fit, bytes_by_codec(counts, config.hidden, shape))
     if config.resources.checks.space == "refuse":
         fix = f"{advice}, or --force to begin all the same and pause when it is full"
-        require_fit(fit, where=f"store {config.store}", fix=fix)
+        _require(fit, config.store, fix)
     elif not fit.fits:
         log.warning("the hidden states will not fit into %s: %s", config.store, advice)
 
@@ -104,19 +108,29 @@ def require_plan_fits(plan: Plan) -> None:
         return
     fix = "lower resources.training.rolling_gb, or choose another store (--store)"
     if plan.sources.chosen == "cache":
-        missing = plan.size.missing_bytes.value / max(plan.size.num_bytes.value, 1)
+        missing = plan.size.missing_bytes / max(plan.size.num_bytes, 1)
         sizes = {name: missing * size for name, size in plan.size.bytes_by_codec.items()}
-        fix = f"{fit_advice(plan.fit, sizes)}, or --force to plan without being refused"
-    require_fit(plan.fit, where=f"store {plan.store}", fix=fix)
+        fix = f"{_advice(plan.fit, sizes)}, or --force to plan without being refused"
+    _require(plan.fit, plan.store, fix)
 
 
-def fit_advice(fit: Fit, sizes: dict[str, float]) -> str:
+def _require(fit: Fit, store: str, fix: str) -> None:
+    if fit.fits:
+        return
+    raise StoreError(
+        f"the hidden states need {human_bytes(fit.needed_bytes)} and resources.storage.min_free_gb "
+        f"keeps {human_bytes(fit.reserve_bytes)}, but {human_bytes(fit.free_bytes or 0)} are free",
+        where=f"store {store}",
+        fix=fix,
+    )
+
+
+def _advice(fit: Fit, sizes: Mapping[str, float]) -> str:
     """What would fit: the codecs by their bytes, else the share of the prompts."""
     free = (fit.free_bytes or 0.0) - fit.reserve_bytes
     fitting = [f"{name} {human_bytes(size)}" for name, size in sizes.items() if size <= free]
-    if fitting:
-        advice = f"choose a hidden.codec that fits ({'; '.join(fitting)})"
-    else:
+    advice = f"choose a hidden.codec that fits ({'; '.join(fitting)})"
+    if not fitting:
         smallest = min(sizes, key=lambda name: sizes[name])
         share = max(0.0, free / max(sizes[smallest], 1))
         advice = (

@@ -1,32 +1,29 @@
 """How many rows a run's source has, as far as that can be known without reading them all."""
 
 import fsspec
+import pyarrow.parquet as pq
 
 from deepspec.artifacts.run import Run
-from deepspec.config.data import DatasetSource, DemoSource, FileSource
+from deepspec.config.data import DatasetSource, FileSource
 from deepspec.prompts.data_sets import is_on_hub, read_dataset
 
 
 def count_source_rows(run: Run) -> int | None:
     """Rows of the source, of files without parsing them; None where that cannot be known."""
     match run.config.prompts.source:
-        case DemoSource():
-            demo = run.artifact("demo")
-            return _count_rows(str(demo.store.fetch(demo.path("prompts.jsonl"))))
-        case FileSource(paths=paths):
-            return sum(_count_rows(path) for path in paths)
         case DatasetSource() as source:
             return _dataset_rows(source)
+        case FileSource(paths=paths):
+            return sum(map(_file_rows, paths))
+    demo = run.artifact("demo")
+    return _file_rows(str(demo.store.fetch(demo.path("prompts.jsonl"))))
 
 
-def _count_rows(path: str) -> int:
-    if path.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        with fsspec.open(path, "rb") as file:
+def _file_rows(path: str) -> int:
+    with fsspec.open(path, "rb") as file:
+        if path.endswith(".parquet"):
             return int(pq.ParquetFile(file).metadata.num_rows)
-    with fsspec.open(path, "rb") as lines:
-        return sum(1 for line in lines if line.strip())
+        return sum(1 for line in file if line.strip())
 
 
 def _dataset_rows(source: DatasetSource) -> int | None:

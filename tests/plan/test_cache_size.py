@@ -5,7 +5,6 @@ Qwen3-4B.
 import pytest
 
 from deepspec.config.data import HiddenConfig
-from deepspec.plan.arithmetic import Shape, TokenCounts
 from deepspec.plan.cache_size import (
     bytes_by_codec,
     cache_bytes,
@@ -13,6 +12,7 @@ from deepspec.plan.cache_size import (
     is_assumed,
     layer_bytes,
 )
+from deepspec.plan.parts import Shape, TokenCounts
 
 QWEN3_4B = Shape(num_captured=5, width=2560, vocab_size=151_936)
 TOKENS, SAMPLES = 1.24e9, 1.3e6
@@ -54,16 +54,16 @@ def test_bytes_of_one_token_by_hand():
 
 def test_scales_of_int8_stand_for_the_largest_group_that_divides_the_width():
     int8 = settings("int8")
-    assert layer_bytes("context", int8, 2560) == 2560 + 2 * 20  # groups of 128
-    assert layer_bytes("context", int8, 96) == 96 + 2  # one group
-    assert layer_bytes("context", int8, 200) == 200 + 2 * 2  # two of 100
+    assert layer_bytes("int8", int8, 2560) == 2560 + 2 * 20  # groups of 128
+    assert layer_bytes("int8", int8, 96) == 96 + 2  # one group
+    assert layer_bytes("int8", int8, 200) == 200 + 2 * 2  # two of 100
 
 
 def test_only_codes_are_compressed():
     packed = settings("int8", compression="zstd")
-    assert layer_bytes("context", packed, 128) == pytest.approx(0.945 * 128 + 2)
+    assert layer_bytes("int8", packed, 128) == pytest.approx(0.945 * 128 + 2)
     mixed = settings("int8", "raw", "zstd")
-    assert layer_bytes("last_hidden", mixed, 128) == 2 * 128
+    assert layer_bytes("raw", mixed, 128) == 2 * 128
 
 
 def test_the_last_state_follows_the_codec_but_not_into_fp8():

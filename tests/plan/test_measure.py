@@ -49,7 +49,7 @@ def test_what_a_layer_costs_is_counted_once_for_each_layer(monkeypatch: pytest.M
     machine does decides no test.
     """
     monkeypatch.setattr(
-        measure, "_pass_seconds", lambda model, ids: 0.25 + 0.001 * len(model.layers) * ids.numel()
+        measure, "_seconds", lambda model, ids: 0.25 + 0.001 * len(model.layers) * ids.numel()
     )
     deep = Qwen3Config(**{**QWEN3.to_dict(), "num_hidden_layers": 64, "layer_types": None})
     for text, layers in ((QWEN3, 8), (deep, 64)):

@@ -23,7 +23,7 @@ def test_the_demo_is_planned_and_nothing_is_left_in_its_store(capsys, store: Pat
     assert code == 0
     for word in (
         "tokens per sample",
-        "S3 PUTs",
+        "S3 requests",
         "measured here (cpu)",
         "resources.training.source=cache",
         "it fits",

@@ -11,18 +11,16 @@ from deepspec.artifacts.run import Run
 from deepspec.config.run import RunConfig
 from deepspec.errors import DataError
 from deepspec.hidden.stage import run_capture
-from deepspec.plan.arithmetic import Number
 from deepspec.plan.assumed_answers import ASSUMED_ANSWER_TOKENS, assistant_texts
-from deepspec.plan.parts import Workload
+from deepspec.plan.parts import Number, Workload
 from deepspec.plan.source_rows import count_source_rows
-from deepspec.plan.workload import sample_workload
+from deepspec.plan.workload import relative_error, sample_workload
 from deepspec.prompts.stage import run_prompts
-from deepspec.target.chat import load_chat
 from tests.conftest import tiny_run, write_jsonl
 
 
 def workload(config: RunConfig, num_rows: int = 256) -> Workload:
-    return sample_workload(Run(config), load_chat(Run(config)), num_rows=num_rows)
+    return sample_workload(Run(config), num_rows=num_rows)
 
 
 def of_file(store: Path, path: Path, *overrides: str) -> RunConfig:
@@ -57,9 +55,11 @@ def test_source_prompts_and_answers_agree_and_answers_are_what_capture_counts(st
     assert (with_answers.origin, with_answers.error) == ("exact", 0.0)
     assert before.counts.tokens == pytest.approx(with_answers.counts.tokens, rel=0.03)
     assert with_prompts.counts.tokens == pytest.approx(with_answers.counts.tokens, rel=0.03)
-    assert [
-        found.prompts.value for found in (before, with_prompts, with_answers) if found.prompts
-    ] == [24, 24, 24]
+    assert [found.prompts for found in (before, with_prompts, with_answers) if found.prompts] == [
+        24,
+        24,
+        24,
+    ]
 
 
 def test_a_sample_of_the_answers_is_scaled_and_says_how_sure_it_is(captured: Path):
@@ -113,7 +113,7 @@ def test_rows_that_cannot_be_used_are_not_counted(store: Path, tmp_path: Path):
     rows = [chat_row(n, "yes") if n % 4 else {"messages": []} for n in range(40)]
     found = workload(of_file(store, write_jsonl(tmp_path / "rows.jsonl", rows)), num_rows=9)
     assert found.prompts is not None
-    assert found.prompts.value == pytest.approx(30, abs=1)
+    assert found.prompts == pytest.approx(30, abs=1)
     assert "usable" in found.prompts.origin
 
 
@@ -139,14 +139,18 @@ def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(
     source = f"prompts.source={{kind: dataset, name: {folder}}}"
     config = tiny_run(store, source, "prompts.limit=null")
     told = workload(config, num_rows=10)
-    assert (told.prompts, told.counts.samples) == (Number(30, "rows of the source"), 30)
+    assert isinstance(told.prompts, Number)
+    assert (told.prompts, told.prompts.origin) == (30, "rows of the source")
+    assert told.counts.samples == 30
     monkeypatch.setattr("deepspec.plan.source_rows._dataset_rows", lambda source: None)
     unknown = workload(config, num_rows=10)
     assert (unknown.prompts, unknown.counts.samples) == (None, 1000)
-    assert workload(config).prompts == Number(30, "source, all usable")
+    whole = workload(config).prompts
+    assert whole is not None
+    assert (whole, whole.origin) == (30, "source, all usable")
     limited = workload(tiny_run(store, source, "prompts.limit=20"), num_rows=10)
     assert limited.prompts is not None
-    assert (limited.prompts.value, limited.counts.samples) == (20, 20)
+    assert (limited.prompts, limited.counts.samples) == (20, 20)
 
 
 def test_every_shape_of_source_row_gives_its_answers():
@@ -154,3 +158,12 @@ def test_every_shape_of_source_row_gives_its_answers():
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     ) == ("b",)
     assert assistant_texts({"prompt": "a"}) == assistant_texts({"turns": ["a"]}) == ()
+
+
+def test_the_error_of_a_sample_shrinks_with_its_root():
+    assert relative_error([5.0] * 10) == 0
+    assert relative_error([5.0]) == 0
+    assert relative_error([1.0, 3.0]) == pytest.approx(1.96 * (2**0.5 / 2**0.5) / 2)
+    assert relative_error([1.0, 3.0] * 100) == pytest.approx(
+        relative_error([1.0, 3.0]) / 10, rel=0.35
+    )
