@@ -19,7 +19,7 @@ import xxhash
 from benchmarks._measure import ROUNDS, hidden_artifact, make_samples, raw_layout, result
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Record, index_file
-from deepspec.cache.index import INDEX, read_index_rows, write_index
+from deepspec.cache.index import INDEX, decode_rows, write_index
 from deepspec.cache.reader import SCHEMA
 from deepspec.cache.shard_writer import ShardWriter
 from deepspec.storage.store import file_checksum
@@ -57,14 +57,11 @@ def build(artifact: Artifact) -> float:
     with store.staged() as local:
         with ShardWriter(local, layout, 0) as writer:
             for sample in make_samples(ROWS, 16, layout):
-                writer.append(sample, held_out=0)
+                writer.write(writer.encode(sample, held_out=0))
             written = writer.finish()
         checksum, size = file_checksum(local), local.stat().st_size
         store.publish(local, artifact.path("shards/first"))
-    rows, first = (
-        read_index_rows(written.index_rows),
-        Path(store.path(artifact.path("shards/first"))),
-    )
+    rows, first = (decode_rows(written.index_rows), Path(store.path(artifact.path("shards/first"))))
     for folder in ("rows", "records"):
         Path(store.path(artifact.path(folder))).mkdir()
     for shard in range(SHARDS):
@@ -73,7 +70,7 @@ def build(artifact: Artifact) -> float:
         )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as out:
-            out.write_table(table)
+            out.write_batch(table)
         data = bytes(sink.getvalue())
         record = Record(
             artifact=artifact.key.fingerprint,

@@ -7,9 +7,9 @@ import pyarrow as pa
 import xxhash
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.records import Record, index_file
+from deepspec.artifacts.records import Record
 from deepspec.cache.format import column_checksums
-from deepspec.cache.index import read_index_rows
+from deepspec.cache.index import read_rows
 from deepspec.cache.reader import SCHEMA
 
 MAX_NAMED = 8
@@ -20,10 +20,10 @@ def locate_damage(artifact: Artifact, record: Record) -> list[str]:
 
     When every row is whole it is the header or footer.
     """
-    (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
-    if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
+    (rows,) = read_rows(artifact, [record])
+    if rows is None:
         return ["its index rows are damaged, too"]
-    found = list(_damaged_rows(artifact, record, read_index_rows(rows).to_pylist()))
+    found = list(_damaged_rows(artifact, record, rows.to_pylist()))
     more = [f"and {len(found) - MAX_NAMED} more"] if len(found) > MAX_NAMED else []
     return [*found[:MAX_NAMED], *more] or ["its header or footer"]
 

@@ -4,14 +4,18 @@ target makes of them.
 T tokens, T' tokens whose final hidden state is kept, L layers, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from deepspec.config.resources import FidelityConfig
 from deepspec.errors import FidelityTooLow
+
+CHUNK_TOKENS = 256  # compared at a time: bounds the memory of logits
+SMALLEST_NORM = 1e-300  # below that of any vector but zeros
 
 
 class Fidelity(NamedTuple):
@@ -28,57 +32,31 @@ class Fidelity(NamedTuple):
     argmax_agreement: float | None  # share of tokens whose likeliest next token stays the same
 
 
-class _Vectors:
-    """Sums over tokens of one tensor's squares [L, D], from which its errors follow."""
-
-    def __init__(self, original: Tensor, decoded: Tensor, *, chunk: int) -> None:
-        layers, hidden_size = original.shape[1:]
-        self.error = original.new_zeros(layers, hidden_size, dtype=torch.float64)
-        self.energy = torch.zeros_like(self.error)
-        self.cosines = original.new_ones(len(original), layers, dtype=torch.float32)
-        for start in range(0, len(original), chunk):
-            rows = slice(start, start + chunk)
-            before = original[rows].double()
-            after = decoded[rows].reshape(before.shape).double()
-            self.error += (after - before).square().sum(dim=0)
-            self.energy += before.square().sum(dim=0)
-            self.cosines[rows] = _cosine(before, after).float()
-
-    def relative_errors(self) -> Tensor:
-        return _ratio(self.error.sum(dim=-1), self.energy.sum(dim=-1))  # [L]
-
-    def channel_errors(self) -> Tensor:
-        return _ratio(self.error, self.energy).flatten()  # [L * D]
-
-
 def measure(
     context: Tensor,
     decoded_context: Tensor,
     *,
-    last: Tensor | None,
-    decoded_last: Tensor | None,
+    last: Tensor,
+    decoded_last: Tensor,
     logits: Callable[[Tensor], Tensor],
-    chunk: int = 256,
 ) -> Fidelity:
     """Compare the context [T, L, D] and the last hidden states [T', D] with what a codec made of
     them (any shape of that order).
 
     `logits` maps last hidden states [n, D], in the dtype given here, to the target's logits [n, V].
-    Memory is bounded by `chunk` tokens.
     """
-    tensors = [_Vectors(context, decoded_context, chunk=chunk)]
+    pairs = [(context, decoded_context)]
     variation = agreement = None
-    if last is not None and decoded_last is not None and len(last):
-        decoded_last = decoded_last.reshape(last.shape)
-        tensors.append(_Vectors(last[:, None], decoded_last, chunk=chunk))
-        variation, agreement = _predictions(last, decoded_last, logits, chunk=chunk)
-    cosines = torch.cat([tensor.cosines.flatten() for tensor in tensors])
+    if len(last):
+        pairs.append((last[:, None], decoded_last))
+        variation, agreement = _predictions(last, decoded_last.reshape(last.shape), logits)
+    layer_errors, channel_errors, cosines = (
+        torch.cat(found) for found in zip(*(_compare(*pair) for pair in pairs), strict=True)
+    )
     return Fidelity(
         # `amax` hands on a NaN, which Python's `max` may lose.
-        relative_error=float(torch.cat([tensor.relative_errors() for tensor in tensors]).amax()),
-        worst_channel_error=float(
-            torch.cat([tensor.channel_errors() for tensor in tensors]).amax()
-        ),
+        relative_error=float(layer_errors.amax()),
+        worst_channel_error=float(channel_errors.amax()),
         mean_cosine=float(cosines.mean()) if len(cosines) else 1.0,
         min_cosine=float(cosines.amin()) if len(cosines) else 1.0,
         total_variation=variation,
@@ -92,70 +70,58 @@ def refuse(fidelity: Fidelity, limits: FidelityConfig, *, where: str = "") -> No
     Raises:
         FidelityTooLow: naming every limit that is broken.
     """
-    rules = (
-        (
-            "relative_error",
-            fidelity.relative_error,
-            "max_relative_error",
-            limits.max_relative_error,
-        ),
-        ("min_cosine", fidelity.min_cosine, "min_cosine", limits.min_cosine),
-        (
-            "total_variation",
-            fidelity.total_variation,
-            "max_total_variation",
-            limits.max_total_variation,
-        ),
-        (
-            "argmax_agreement",
-            fidelity.argmax_agreement,
-            "min_argmax_agreement",
-            limits.min_argmax_agreement,
-        ),
-    )
-    broken, names = [], []
-    for measured, value, name, limit in rules:
+    values, broken = fidelity._asdict(), {}
+    for name, limit in limits:
+        measured = name if name in values else name.removeprefix("max_").removeprefix("min_")
+        value = values[measured]
         kept = value is None or (value <= limit if name.startswith("max") else value >= limit)
         if not kept:
-            broken.append(f"{measured} is {value:.4g}, {name} is {limit:g}")
-            names.append(name)
+            broken[name] = f"{measured} is {value:.4g}, {name} is {limit:g}"
     if broken:
         fix = (
             "choose a codec that keeps more (lossless keeps everything), "
-            f"or change {', '.join(names)} if the loss is acceptable"
+            f"or change {', '.join(broken)} if the loss is acceptable"
         )
         raise FidelityTooLow(
-            f"the codec changes the hidden states too much: {'; '.join(broken)}",
+            f"the codec changes the hidden states too much: {'; '.join(broken.values())}",
             where=where,
             fix=fix,
         )
 
 
+def _compare(original: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of each layer [L] and of each channel [L * D], and each vector's cosine [T * L]."""
+    error = original.new_zeros(original.shape[1:], dtype=torch.float64)
+    energy, cosines = torch.zeros_like(error), []
+    for before, after in _chunks(original, decoded.reshape(original.shape)):
+        before, after = before.double(), after.double()
+        error += (after - before).square().sum(dim=0)
+        energy += before.square().sum(dim=0)
+        same = (before == after).all(dim=-1)  # a vector of zeros agrees with zeros only
+        cosine = cosine_similarity(before, after, dim=-1, eps=SMALLEST_NORM)
+        cosines.append(torch.where(same, 1.0, cosine).float().flatten())
+    return (
+        _ratio(error.sum(dim=-1), energy.sum(dim=-1)),
+        _ratio(error, energy).flatten(),
+        torch.cat(cosines),
+    )
+
+
 def _predictions(
-    last: Tensor, decoded: Tensor, logits: Callable[[Tensor], Tensor], *, chunk: int
+    last: Tensor, decoded: Tensor, logits: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
     """Mean total variation of the next-token distributions, and the share of equal argmaxes."""
     variation = agreement = 0.0
-    for start in range(0, len(last), chunk):
-        before, after = (
-            logits(last[start : start + chunk]).float(),
-            logits(decoded[start : start + chunk]).float(),
-        )
-        variation += (
-            float((before.softmax(dim=-1) - after.softmax(dim=-1)).abs().sum(dtype=torch.float64))
-            / 2
-        )
+    for chunk in _chunks(last, decoded):
+        before, after = (logits(states).float() for states in chunk)
+        distance = (before.softmax(dim=-1) - after.softmax(dim=-1)).abs()
+        variation += float(distance.sum(dtype=torch.float64)) / 2
         agreement += float((before.argmax(dim=-1) == after.argmax(dim=-1)).sum())
     return variation / len(last), agreement / len(last)
 
 
-def _cosine(before: Tensor, after: Tensor) -> Tensor:
-    """Cosine along the last dimension; a vector of zeros agrees with zeros only."""
-    norms = before.norm(dim=-1) * after.norm(dim=-1)
-    same = (before == after).all(dim=-1)
-    return torch.where(
-        same, 1.0, (before * after).sum(dim=-1) / torch.where(norms == 0, 1.0, norms)
-    )
+def _chunks(original: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(original.split(CHUNK_TOKENS), decoded.split(CHUNK_TOKENS), strict=True)
 
 
 def _ratio(error: Tensor, energy: Tensor) -> Tensor:

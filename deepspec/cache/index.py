@@ -6,7 +6,7 @@ million samples are 73 MB on disk. No value is converted on the way (pyarrow's `
 import pandas).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from deepspec.artifacts.records import Record, index_file
 from deepspec.errors import DamagedData
 
 INDEX = "index.arrow"
-ROWS_AT_A_TIME = 256  # files of index rows read together
 
 
 class ExpectedIndex(NamedTuple):
@@ -52,19 +51,15 @@ class Index(NamedTuple):
     checksum: np.ndarray  # uint64, xxh3_64 of the message
 
 
+# Of the columns above; all others are uint32.
 TYPES = {
-    "sample_id": pa.uint64(),
-    "shard": pa.uint32(),
-    "row": pa.uint32(),
-    "num_tokens": pa.uint32(),
-    "num_supervised": pa.uint32(),
-    "num_last": pa.uint32(),
     "held_out": pa.uint8(),
-    "offset": pa.uint64(),
-    "num_bytes": pa.uint64(),
-    "checksum": pa.uint64(),
+    **dict.fromkeys(("sample_id", "offset", "num_bytes", "checksum"), pa.uint64()),
 }
-INDEX_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in TYPES.items()])
+INDEX_SCHEMA, EXPECTED_SCHEMA = (
+    pa.schema([pa.field(name, TYPES.get(name, pa.uint32()), nullable=False) for name in names])
+    for names in (Index._fields, ExpectedIndex._fields)
+)
 # What a shard's own file of rows has on top: a checksum per column, to name the column that was
 # damaged.
 ROWS_SCHEMA = INDEX_SCHEMA.append(
@@ -72,17 +67,27 @@ ROWS_SCHEMA = INDEX_SCHEMA.append(
 )
 
 
-def encode_rows(rows: Sequence[Mapping[str, object]]) -> bytes:
-    """A shard's index rows as an Arrow IPC file."""
+def encode_rows(rows: Sequence[Mapping[str, object]], schema: pa.Schema = ROWS_SCHEMA) -> bytes:
+    """A shard's index rows as an Arrow IPC file of one record batch."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, ROWS_SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=ROWS_SCHEMA))
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=schema))
     return bytes(sink.getvalue())
 
 
-def read_index_rows(data: bytes) -> pa.Table:
+def decode_rows(data: bytes) -> pa.RecordBatch:
     """The index rows of a shard, as `encode_rows` wrote them."""
-    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    return pa.ipc.open_file(data).get_batch(0)
+
+
+def read_rows(artifact: Artifact, records: Sequence[Record]) -> Iterator[pa.RecordBatch | None]:
+    """The index rows of each shard; None where they are missing or not what its record says."""
+    files = [artifact.path(index_file(record)) for record in records]
+    for record, data in zip(records, artifact.store.read_many(files), strict=True):
+        if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
+            yield None
+        else:
+            yield decode_rows(data)
 
 
 def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
@@ -91,29 +96,20 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
     Raises:
         DamagedData: a shard's file of rows is missing or not what its record says.
     """
-    tables = []
-    for start in range(0, len(records), ROWS_AT_A_TIME):
-        group = records[start : start + ROWS_AT_A_TIME]
-        for record, data in zip(
-            group,
-            artifact.store.read_many([artifact.path(index_file(record)) for record in group]),
-            strict=True,
-        ):
-            if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
-                fix = (
-                    f"remove records/{record.shard:05d}.json there and run the stage 'hidden' again"
-                )
-                raise DamagedData(
-                    f"the index rows of shard {record.shard} are damaged",
-                    where=f"{artifact.url}/{index_file(record)}",
-                    fix=fix,
-                )
-            tables.append(read_index_rows(data).select(INDEX_SCHEMA.names))
-    table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+    shards = [pa.RecordBatch.from_pylist([], schema=INDEX_SCHEMA)]
+    for record, rows in zip(records, read_rows(artifact, records), strict=True):
+        if rows is None:
+            raise DamagedData(
+                f"the index rows of shard {record.shard} are damaged",
+                where=f"{artifact.url}/{index_file(record)}",
+                fix=f"remove records/{record.shard:05d}.json there and run the stage 'hidden' "
+                "again",
+            )
+        shards.append(rows.select(INDEX_SCHEMA.names))
     with artifact.store.staged() as local:
         with pa.OSFile(str(local), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             # One record batch: every column is then one run of bytes in the file.
-            writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+            writer.write_batch(pa.concat_batches(shards))
         artifact.store.publish(local, artifact.path(INDEX))
 
 

@@ -17,7 +17,6 @@ import numpy as np
 # of tiny samples a budget in bytes alone would let thousands queue before the first one is used
 MAX_JOBS_AHEAD = 1024
 SMALLEST_BUFFER = 1 << 16
-FREE_BYTES = 512 << 20
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class BufferPool:
     budget of 512 MB left 3.6 GB lying.
     """
 
-    def __init__(self, max_bytes: int = FREE_BYTES) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.free_bytes = max_bytes, 0
         # By size, and in each size those given back last on the right, with the count of buffers
         # given back before.

@@ -60,12 +60,7 @@ class HiddenCache(Source):
             raise ArtifactMismatch(
                 "the hidden states are not finished", where=artifact.url, fix=fix
             )
-        self.artifact, self.manifest, self.cache_gb, self.check_reads = (
-            artifact,
-            manifest,
-            cache_gb,
-            check_reads,
-        )
+        self.artifact, self.cache_gb, self.check_reads = artifact, cache_gb, check_reads
         scales = (
             load_tensors(artifact.fetch_file(SCALES).read_bytes())
             if SCALES in manifest.files
@@ -128,11 +123,11 @@ class HiddenCache(Source):
         Raises:
             DamagedData: the bytes are not those that were committed; names shard and row.
         """
-        shard, offset, num_bytes = (
+        index = self.index
+        shard, offset, num_bytes, checksum = (
             int(column[number])
-            for column in (self.index.shard, self.index.offset, self.index.num_bytes)
+            for column in (index.shard, index.offset, index.num_bytes, index.checksum)
         )
-        checksum = int(self.index.checksum[number])
         reason = ""
         try:
             if self.artifact.store.is_local:
@@ -150,7 +145,7 @@ class HiddenCache(Source):
                 "run `python -m deepspec verify` and then the stage 'hidden' again: "
                 f"it captures shard {shard} once more"
             )
-            what = f"row {int(self.index.row[number])} of shard {shard} is damaged{reason}"
+            what = f"row {index.row[number]} of shard {shard} is damaged{reason}"
             raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
         return self.layout.decode(message)
 

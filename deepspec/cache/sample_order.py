@@ -80,15 +80,8 @@ class WindowedOrder:
         one of them each window ends.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
-        ends = np.cumsum(self._sizes[order])
-        last = (
-            np.minimum(
-                np.arange(self.window_shards, len(order) + self.window_shards, self.window_shards),
-                len(order),
-            )
-            - 1
-        )
-        return order, ends[last]
+        firsts = np.arange(0, len(order), self.window_shards)
+        return order, np.cumsum(np.add.reduceat(self._sizes[order], firsts))
 
     def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
         order, _ = self._epoch(epoch - epoch % self.passes)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
@@ -86,10 +85,6 @@ class ShardWriter:
         # pyarrow writes the schema with the first batch, so the file cannot tell the first offset.
         self._offset = MAGIC_BYTES + len(layout.schema.serialize())
 
-    def append(self, sample: HiddenSample, *, held_out: int) -> None:
-        """Encode and write a sample."""
-        self.write(self.encode(sample, held_out=held_out))
-
     def encode(self, sample: HiddenSample, *, held_out: int) -> EncodedSample:
         """The sample as `write` takes it."""
         batch = self.layout.encode(sample)
@@ -127,12 +122,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
 
@@ -180,12 +170,7 @@ class Background:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise()

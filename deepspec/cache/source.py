@@ -5,10 +5,9 @@ deleted after it, `OnlineStates` has the target compute what comes next. A numbe
 sample in all of them.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.format import HiddenSample, Layout
@@ -25,18 +24,17 @@ class SampleRange(NamedTuple):
     step_samples: int
 
 
-class Source(Protocol):
+class Source:
     """The samples of a run by their number in its index."""
 
     artifact: Artifact
     index: Index | ExpectedIndex
     layout: Layout
 
-    @abstractmethod
     def __getitem__(self, number: int) -> HiddenSample:
         """One sample."""
+        raise NotImplementedError
 
-    @abstractmethod
     def stream(
         self, numbers: Iterable[int], *, max_bytes: int, threads: int
     ) -> Iterator[HiddenSample]:
@@ -44,6 +42,7 @@ class Source(Protocol):
 
         A sample's tensors are valid until the next one is taken.
         """
+        raise NotImplementedError
 
     def file(self, name: str) -> Path:
         """A local copy of one of the artifact's files that are not shards."""
@@ -53,16 +52,12 @@ class Source(Protocol):
         """Make ready for a training that takes these samples; called once, before the first
         sample is asked for.
         """
-        return
 
     def on_progress(self, progress: Callable[[], object]) -> None:
         """Call `progress` whenever something is made that training may be waiting for."""
-        return
 
     def release(self, place: int) -> None:
         """No rank will read a sample before this place of the line any more."""
-        return
 
     def close(self) -> None:
         """End the threads and children of the source; a thread that waits gets an error."""
-        return

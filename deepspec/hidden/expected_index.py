@@ -18,11 +18,11 @@ from deepspec.artifacts.records import Record
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
 from deepspec.cache.index import (
-    ROWS_AT_A_TIME,
-    TYPES,
+    EXPECTED_SCHEMA,
     ExpectedIndex,
     column_values,
-    read_index_rows,
+    decode_rows,
+    encode_rows,
 )
 from deepspec.config.data import HiddenConfig
 from deepspec.errors import DamagedData, TransientError
@@ -33,11 +33,6 @@ log = logging.getLogger(__name__)
 
 FOLDER = "planned"
 POLL_S = 1.0
-
-
-SCHEMA = pa.schema(
-    [pa.field(name, TYPES.get(name, pa.uint32()), nullable=False) for name in ExpectedIndex._fields]
-)
 
 
 def write_expected_index(
@@ -66,13 +61,6 @@ def unrendered(artifact: Artifact, answers: Mapping[int, Record]) -> list[Record
     ]
 
 
-def await_expected_index(stage: ShardedStage) -> None:
-    """Return when another process has rendered all shards, however long that takes."""
-    records = stage.upstream.records()
-    while unrendered(stage.artifact, records):
-        time.sleep(POLL_S)
-
-
 def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
     """The index over all rendered shards.
 
@@ -80,17 +68,14 @@ def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
         TransientError: one of them was removed meanwhile.
     """
     names = [stage.artifact.path(_name(record)) for record in stage.upstream.records().values()]
-    tables = [SCHEMA.empty_table()]
-    for start in range(0, len(names), ROWS_AT_A_TIME):
-        group = names[start : start + ROWS_AT_A_TIME]
-        for name, data in zip(group, stage.artifact.store.read_many(group), strict=True):
-            if data is None:
-                what = "a part of the expected index is gone"
-                raise TransientError(what, where=name, fix="run it again: it is made anew")
-            tables.append(read_index_rows(data))
-    whole = pa.concat_tables(tables).combine_chunks()
-    batch = (whole.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)])[0]
-    return ExpectedIndex(*(column_values(batch, name) for name in ExpectedIndex._fields))
+    shards = [pa.RecordBatch.from_pylist([], schema=EXPECTED_SCHEMA)]
+    for name, data in zip(names, stage.artifact.store.read_many(names), strict=True):
+        if data is None:
+            what = "a part of the expected index is gone"
+            raise TransientError(what, where=name, fix="run it again: it is made anew")
+        shards.append(decode_rows(data))
+    index = pa.concat_batches(shards)
+    return ExpectedIndex(*(column_values(index, name) for name in ExpectedIndex._fields))
 
 
 def render_rows(
@@ -110,48 +95,33 @@ def kept_spans(row: CaptureRow, settings: HiddenConfig) -> np.ndarray:
     return last_hidden_spans(row.loss_mask if settings.last_hidden == "supervised" else [])
 
 
-class ExpectedRows:
-    """The rows of a run by their number in the index, each rendered when it is read.
+def row_reader(
+    answers: Artifact, chat: Chat, settings: HiddenConfig, index: ExpectedIndex, *, num_tables: int
+) -> Callable[[int], CaptureRow]:
+    """Gives the rows of a run by their number in the index, each rendered when it is asked for.
 
-    A rank need not render what others train on.
+    A rank need not render what others train on. The function raises DamagedData where the index
+    does not fit the answers.
     """
+    records = answers.records()
 
-    def __init__(
-        self,
-        answers: Artifact,
-        chat: Chat,
-        settings: HiddenConfig,
-        index: ExpectedIndex,
-        *,
-        num_tables: int,
-    ) -> None:
-        self.answers = answers
-        self.chat = chat
-        self.settings = settings
-        self.index = index
-        self._records = answers.records()
-        self._table: Callable[[int], pa.Table] = lru_cache(num_tables)(self._read)
+    @lru_cache(num_tables)
+    def table(shard: int) -> pa.Table:
+        return read_table(answers.fetch_shard(records[shard]))
 
-    def _read(self, shard: int) -> pa.Table:
-        return read_table(self.answers.fetch_shard(self._records[shard]))
-
-    def __getitem__(self, number: int) -> CaptureRow:
-        """Row `number` of the index.
-
-        Raises:
-            DamagedData: the index does not fit the answers.
-        """
-        index = self.index
+    def read_row(number: int) -> CaptureRow:
         shard, sample_id = int(index.shard[number]), int(index.sample_id[number])
-        answer = self._table(shard).slice(int(index.answer[number]), 1).to_pylist()
-        for row in capture_rows(answer, self.chat, self.settings).rows:
+        answer = table(shard).slice(int(index.answer[number]), 1).to_pylist()
+        for row in capture_rows(answer, chat, settings).rows:
             if row.sample_id == sample_id and len(row.input_ids) == index.num_tokens[number]:
                 return row
         raise DamagedData(
             f"sample {sample_id:016x} is not in shard {shard} of the answers as the index has it",
-            where=self.answers.url,
+            where=answers.url,
             fix=f"remove the folder {FOLDER!r} of the hidden artifact: it is made again",
         )
+
+    return read_row
 
 
 def _name(record: Record) -> str:
@@ -172,7 +142,4 @@ def _encode(shard: int, rows: Sequence[tuple[CaptureRow, int]], settings: Hidden
         }
         for place, (row, answer) in enumerate(rows)
     ]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist(entries, schema=SCHEMA))
-    return bytes(sink.getvalue())
+    return encode_rows(entries, EXPECTED_SCHEMA)

@@ -142,11 +142,12 @@ def write_fidelity(
 ) -> None:
     """Write `fidelity.json`: how much the codecs keep of tokens that the scales do not know."""
     context, last = states
-    with_last = settings.last_hidden != "none"
+    if settings.last_hidden == "none":
+        last = last[:0]
     found = measure(
         context,
         layout.context.dequantize(layout.context.quantize(context)),
-        last=last.flatten(1) if with_last else None,
+        last=last.flatten(1),
         decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)),
         logits=lambda states: target.logits(states.to(target.dtype)),
     )

@@ -7,7 +7,7 @@ ahead. Every rank has a target of its own on its own device, next to the draft.
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from deepspec.artifacts.artifact import Artifact
@@ -21,9 +21,8 @@ from deepspec.config.data import HiddenConfig
 from deepspec.hidden.capture import Capture
 from deepspec.hidden.expected_index import (
     POLL_S,
-    ExpectedRows,
-    await_expected_index,
     read_expected_index,
+    row_reader,
     unrendered,
     write_expected_index,
 )
@@ -40,23 +39,29 @@ ROWS_AHEAD = 256  # rendered and waiting for the target
 class OnlineStates(Source):
     """The target, and the rows to run it over; used by the main thread and one that reads ahead."""
 
-    def __init__(self, artifact: Artifact, capture: Capture, rows: ExpectedRows) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        capture: Capture,
+        index: ExpectedIndex,
+        row: Callable[[int], CaptureRow],
+    ) -> None:
         self.artifact = artifact
         self.capture = capture
-        self.rows = rows
-        self.index = rows.index
+        self.index = index
+        self.row = row  # of a number in the index
         self.layout = capture.layout
         self._target_lock = threading.Lock()  # the states that it taps are kept in one place
 
     def __getitem__(self, number: int) -> HiddenSample:
-        return self._computed([self.rows[number]])[0]
+        return self._computed([self.row(number)])[0]
 
     def stream(
         self, numbers: Iterable[int], *, max_bytes: int, threads: int
     ) -> Iterator[HiddenSample]:
         """Samples in the order of the numbers, computed ahead."""
         rows = read_ahead(
-            ((1, partial(self.rows.__getitem__, number)) for number in numbers),
+            ((1, partial(self.row, number)) for number in numbers),
             max_bytes=ROWS_AHEAD,
             threads=threads,
         )
@@ -97,8 +102,8 @@ def compute_online(
     layout = read_layout(stage.artifact, settings)
     capture = Capture(target, layout, settings, run.config.resources.memory.batch_tokens)
     num_tables = 2 * run.config.train.window_shards
-    rows = ExpectedRows(stage.upstream, chat, settings, index, num_tables=num_tables)
-    return OnlineStates(stage.artifact, capture, rows)
+    row = row_reader(stage.upstream, chat, settings, index, num_tables=num_tables)
+    return OnlineStates(stage.artifact, capture, index, row)
 
 
 def open_unsealed(run: Run) -> ShardedStage:
@@ -108,11 +113,13 @@ def open_unsealed(run: Run) -> ShardedStage:
 
 def shared_index(run: Run, stage: ShardedStage, *, is_first: bool) -> ExpectedIndex:
     """The index of samples, which the first process makes and all others wait for."""
+    records = stage.upstream.records()
     if is_first:
-        missing = unrendered(stage.artifact, stage.upstream.records())
+        missing = unrendered(stage.artifact, records)
         render_in_children(run, [record.shard for record in missing])
         write_expected_index(stage, load_chat(run), run.config.hidden)
-    await_expected_index(stage)
+    while unrendered(stage.artifact, records):  # another process is at it
+        time.sleep(POLL_S)
     return read_expected_index(stage)
 
 

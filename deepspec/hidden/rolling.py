@@ -28,7 +28,7 @@ from deepspec.formatting import human_bytes
 from deepspec.hidden.metadata import lacks_metadata, read_layout
 from deepspec.hidden.online import await_metadata, compute_online, open_unsealed, shared_index
 from deepspec.hidden.rolling_capture import RollingCapture
-from deepspec.hidden.rolling_rows import CommittedShards, ShardRows
+from deepspec.hidden.rolling_shards import CommittedShards, ShardRows
 from deepspec.process.events import Report
 from deepspec.storage.local import read_into
 
@@ -52,7 +52,7 @@ class RollingStates(Source):
         self.run = run
         self.stage = stage
         self.artifact = stage.artifact
-        self.index = index
+        self.index: ExpectedIndex = index
         self.layout = read_layout(stage.artifact, run.config.hidden)
         self.is_first = is_first
         self._kept = kept

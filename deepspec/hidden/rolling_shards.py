@@ -1,18 +1,80 @@
-"""The shards of a cache of which only some are on the disk: what is there, and deleting it."""
+"""The shards of a cache of which only some are on the disk: what is there, where its rows are,
+and deleting it.
+"""
 
 import fcntl
 import logging
+import threading
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, NamedTuple
+
+import numpy as np
 
 from deepspec.artifacts import gc
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record, index_file
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.errors import StoreError
+from deepspec.cache.index import ExpectedIndex, column_values, read_rows
+from deepspec.errors import ArtifactMismatch, StoreError
 from deepspec.formatting import human_bytes
+from deepspec.hidden.expected_index import FOLDER
 
 log = logging.getLogger(__name__)
+
+
+class ShardRows(NamedTuple):
+    """Where the rows of a committed shard are."""
+
+    file: str
+    offset: np.ndarray
+    num_bytes: np.ndarray
+    checksum: np.ndarray
+
+
+class CommittedShards:
+    """The shards that are there now, looked up when they are needed."""
+
+    def __init__(self, stage: ShardedStage, index: ExpectedIndex) -> None:
+        self.artifact = stage.artifact
+        self.index = index
+        self._answers = stage.upstream.records()
+        self._shards: dict[int, ShardRows] = {}
+        self._lock = threading.Lock()
+
+    def find(self, shard: int) -> ShardRows | None:
+        """The shard's rows; None while it is not committed.
+
+        Raises:
+            ArtifactMismatch: it holds other samples than are expected.
+        """
+        with self._lock:  # one look serves all threads that wait for the same shard
+            found = self._shards.get(shard) or self._look(shard)
+            if found:
+                self._shards[shard] = found
+            return found
+
+    def forget(self, shard: int) -> None:
+        """Look the shard up again: it was deleted."""
+        self._shards.pop(shard, None)
+
+    def _look(self, shard: int) -> ShardRows | None:
+        record = self.artifact.record(shard)
+        if record is None or record.upstream != self._answers[shard].checksum:
+            return None
+        (rows,) = read_rows(self.artifact, [record])
+        if rows is None:
+            return None  # being deleted
+        # Training takes a sample by its number.
+        start, end = np.searchsorted(self.index.shard, [shard, shard + 1])
+        for name in ("sample_id", "num_tokens", "num_supervised", "held_out"):
+            if not np.array_equal(column_values(rows, name), getattr(self.index, name)[start:end]):
+                raise ArtifactMismatch(
+                    f"shard {shard} holds other samples than were expected ({name})",
+                    where=self.artifact.url,
+                    fix=f"remove the folder {FOLDER!r} there: it is made again",
+                )
+        columns = (column_values(rows, name) for name in ("offset", "num_bytes", "checksum"))
+        return ShardRows(record.file, *columns)
 
 
 class RollingShards:

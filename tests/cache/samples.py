@@ -61,7 +61,7 @@ def write_shard(
 ) -> WrittenShard:
     with ShardWriter(path, layout, shard) as writer:
         for sample in samples:
-            writer.append(sample, held_out=0)
+            writer.write(writer.encode(sample, held_out=0))
         return writer.finish()
 
 

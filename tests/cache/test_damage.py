@@ -9,7 +9,7 @@ from deepspec.artifacts import verify
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import ArtifactKey, Record, index_file
 from deepspec.cache.damage import locate_damage
-from deepspec.cache.index import read_index_rows
+from deepspec.cache.index import decode_rows
 from deepspec.storage.urls import open_store
 from tests.cache.samples import make_cache, make_sample
 
@@ -37,7 +37,7 @@ def flip(artifact: Artifact, relative: str, offset: int) -> None:
 
 
 def rows_of(artifact: Artifact, record: Record) -> list[dict[str, int]]:
-    return read_index_rows(artifact.store.read(artifact.path(index_file(record)))).to_pylist()
+    return decode_rows(artifact.store.read(artifact.path(index_file(record)))).to_pylist()
 
 
 def test_nothing_is_said_of_a_whole_cache(artifact: Artifact, tmp_path: Path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepspec.cache import fidelity
 from deepspec.cache.codecs import channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.config.resources import FidelityConfig
 from deepspec.errors import FidelityTooLow, UserError
 
+NONE = torch.zeros(0, 2)
 PERFECT = Fidelity(0.0, 0.0, 1.0, 1.0, 0.0, 1.0)
 
 
@@ -24,7 +26,7 @@ def test_errors_of_two_tokens_worked_out_by_hand():
     context = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[0.0, 5.0], [1.0, 0.0]]])  # [2, 2, 2]
     decoded = context.clone()
     decoded[0, 0, 0] = 4.0  # token 0, layer 0: (3, 4) became (4, 4)
-    found = measure(context, decoded.flatten(1), last=None, decoded_last=None, logits=no_logits)
+    found = measure(context, decoded.flatten(1), last=NONE, decoded_last=NONE, logits=no_logits)
     assert found.relative_error == pytest.approx(1 / math.sqrt(50))
     assert found.worst_channel_error == pytest.approx(1 / 3)
     assert found.min_cosine == pytest.approx(28 / (5 * math.sqrt(32)))
@@ -38,7 +40,7 @@ def test_the_worst_layer_counts_not_the_loudest():
     decoded = context.clone()
     decoded[:, 1] *= 1.5
     assert measure(
-        context, decoded, last=None, decoded_last=None, logits=no_logits
+        context, decoded, last=NONE, decoded_last=NONE, logits=no_logits
     ).relative_error == pytest.approx(0.5)
 
 
@@ -65,7 +67,7 @@ def test_the_final_hidden_state_counts_as_a_layer():
     assert found.total_variation == 0
 
 
-def test_chunks_change_no_number_and_bound_the_logits():
+def test_chunks_change_no_number_and_bound_the_logits(monkeypatch: pytest.MonkeyPatch):
     generator = torch.Generator().manual_seed(0)
     context, last = (
         torch.randn(50, 2, 8, generator=generator),
@@ -80,10 +82,11 @@ def test_chunks_change_no_number_and_bound_the_logits():
     noisy = [
         values + 0.1 * torch.randn(values.shape, generator=generator) for values in (context, last)
     ]
-    whole, chunked = (
-        measure(context, noisy[0], last=last, decoded_last=noisy[1], logits=logits, chunk=chunk)
-        for chunk in (1000, 7)
-    )
+    found = []
+    for chunk in (1000, 7):
+        monkeypatch.setattr(fidelity, "CHUNK_TOKENS", chunk)
+        found.append(measure(context, noisy[0], last=last, decoded_last=noisy[1], logits=logits))
+    whole, chunked = found
     assert whole == pytest.approx(chunked, rel=1e-6)
     assert max(sizes[2:]) == 7
 
@@ -94,8 +97,8 @@ def test_nothing_and_zeros_are_no_error():
         :4
     ] == (0, 0, 1, 1)
     zeros = torch.zeros(3, 2, 4)
-    assert measure(zeros, zeros, last=None, decoded_last=None, logits=no_logits)[:4] == (0, 0, 1, 1)
-    assert measure(zeros, zeros + 1, last=None, decoded_last=None, logits=no_logits)[:4] == (
+    assert measure(zeros, zeros, last=NONE, decoded_last=NONE, logits=no_logits)[:4] == (0, 0, 1, 1)
+    assert measure(zeros, zeros + 1, last=NONE, decoded_last=NONE, logits=no_logits)[:4] == (
         math.inf,
         math.inf,
         0,

@@ -49,7 +49,7 @@ def test_an_error_comes_in_its_place():
 
 
 def test_buffers_are_used_again():
-    pool = BufferPool()
+    pool = BufferPool(max_bytes=1 << 20)
     first = pool.take(100_000)
     pool.give(first)
     assert pool.take(120_000) is first

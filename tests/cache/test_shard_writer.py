@@ -16,7 +16,7 @@ import xxhash
 
 from deepspec.cache.codecs import make_codec
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
-from deepspec.cache.index import read_index_rows
+from deepspec.cache.index import decode_rows
 from deepspec.cache.shard_writer import MAGIC_BYTES, Background, HashedFile, ShardWriter
 from deepspec.storage.store import file_checksum
 from tests.cache.samples import LAYOUT, make_sample, same, write_shard
@@ -27,7 +27,7 @@ def shard(tmp_path: Path):
     samples = [make_sample(number, tokens) for number, tokens in enumerate((5, 1, 40, 3))]
     path = tmp_path / "00000.arrow"
     written = write_shard(path, samples)
-    return samples, path, written, read_index_rows(written.index_rows).to_pylist()
+    return samples, path, written, decode_rows(written.index_rows).to_pylist()
 
 
 def message(path: Path, row: dict[str, int]) -> bytes:
@@ -75,7 +75,7 @@ def test_a_shard_without_samples_is_a_whole_file(tmp_path: Path):
     written = write_shard(path, [])
     assert pa.ipc.open_file(str(path)).num_record_batches == 0
     assert written.checksum == file_checksum(path)
-    assert read_index_rows(written.index_rows).num_rows == 0
+    assert decode_rows(written.index_rows).num_rows == 0
 
 
 def test_a_file_is_hashed_as_a_whole_and_by_message_however_it_is_cut_into_writes(tmp_path: Path):
@@ -120,7 +120,7 @@ def test_a_full_disk_is_an_error_of_the_writer():
         pytest.raises(OSError, match="No space"),
         ShardWriter(Path("/dev/full"), LAYOUT, 0) as writer,
     ):
-        writer.append(make_sample(0, 5), held_out=0)
+        writer.write(writer.encode(make_sample(0, 5), held_out=0))
 
 
 def test_the_background_runs_jobs_in_order_and_holds_at_most_its_bytes():
@@ -177,7 +177,7 @@ def test_a_sample_of_more_than_two_gigabytes_comes_back_whole(tmp_path: Path):
         spans,
     )
     path = tmp_path / "large.arrow"
-    row = read_index_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
+    row = decode_rows(write_shard(path, [sample], layout=layout).index_rows).to_pylist()[0]
     with pa.memory_map(str(path)) as source:
         found = layout.decode(source.read_buffer().slice(row["offset"], row["num_bytes"]))
         assert found.context.parts[0].shape == context.shape
