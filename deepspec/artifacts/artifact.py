@@ -5,7 +5,6 @@ checksum: a second worker or try at the same shard never touches bytes that a re
 """
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import xxhash
 from pydantic import BaseModel, ValidationError
 
 from deepspec import __version__
+from deepspec.artifacts.folder import StoreFolder
 from deepspec.artifacts.records import (
     ArtifactInfo,
     ArtifactKey,
@@ -35,19 +35,12 @@ RECORD_NAME = re.compile(r"(\d{5,})\.json")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class Artifact:
+class Artifact(StoreFolder):
     """One folder of the store. Resume is set subtraction: what is wanted minus `records()`."""
 
     def __init__(self, store: Store, key: ArtifactKey) -> None:
-        self.store = store
+        super().__init__(store, key.folder)
         self.key = key
-        self.folder = key.folder
-        self.url = f"{store.url.rstrip('/')}/{key.folder}"
-
-    def path(self, relative: str) -> str:
-        """The name in the store of a file of this artifact."""
-        self.store.path(relative)  # refuses a way out of the artifact before the prefix hides it
-        return f"{self.folder}/{relative}"
 
     def create(self, run: Mapping[str, Any]) -> None:
         """Write `artifact.json`, or compare with the one that is there.
@@ -91,16 +84,16 @@ class Artifact:
         if local.exists():  # a local store moves it, and a call before this one may have done so
             self.store.publish(local, self.path(record.file), checksum=record.checksum)
         if index_rows:
-            self.store.write(self.path(index_file(record)), index_rows)
+            self.write(index_file(record), index_rows)
         written = self._put_record(record)
-        self.store.remove(self.path(f"failures/{record.shard:05d}.json"))
+        self.remove(f"failures/{record.shard:05d}.json")
         return written
 
     def _put_record(self, record: Record) -> Record:
         """Write the record unless another worker did meanwhile, which may even have sealed."""
         if committed := self._committed(record):
             return committed
-        self.store.remove(self.path("manifest.json"))  # it knew other shards
+        self.remove("manifest.json")  # it knew other shards
         relative = self.path(f"records/{record.shard:05d}.json")
         data = pretty_json(record.model_dump())
         if not self.store.write_new(relative, data):
@@ -139,8 +132,8 @@ class Artifact:
 
     def record_shards(self) -> list[int]:
         """Shards that have a record, readable or not."""
-        names = self.store.names(self.path("records"))
-        return sorted(int(name.split(".")[0]) for name in names if RECORD_NAME.fullmatch(name))
+        found = map(RECORD_NAME.fullmatch, self.names("records"))
+        return sorted(int(match[1]) for match in found if match)
 
     def sealed_records(self) -> dict[int, Record]:
         """Those of the manifest, or none where it is missing or its table is damaged."""
@@ -203,12 +196,6 @@ class Artifact:
                     (folder / file).hardlink_to(self.store.fetch(self.path(file), entry.checksum))
         return folder / name
 
-    def put_file(self, local: Path, relative: str) -> None:
-        """Copy one more file into the artifact."""
-        with self.store.staged() as staged:
-            shutil.copyfile(local, staged)
-            self.store.publish(staged, self.path(relative))
-
     def seal(
         self,
         *,
@@ -228,9 +215,9 @@ class Artifact:
         records = tuple(committed[shard] for shard in sorted(shards))
         entries = {name: file_entry(self.store.fetch(self.path(name))) for name in sorted(files)}
         table = records_table(records)
-        self.store.write(self.path(RECORDS), table)
+        self.write(RECORDS, table)
         manifest = sealed_manifest(self.key, records, table, files=entries, inputs=inputs)
-        self.store.write(self.path("manifest.json"), pretty_json(manifest.model_dump(mode="json")))
+        self.write("manifest.json", pretty_json(manifest.model_dump(mode="json")))
         return manifest
 
     def manifest(self) -> Manifest | None:
@@ -239,7 +226,7 @@ class Artifact:
 
     def _read(self, relative: str, model: type[ModelT]) -> ModelT | None:
         try:
-            return model.model_validate_json(self.store.read(self.path(relative)))
+            return model.model_validate_json(self.read(relative))
         except FileNotFoundError:
             return None
         except ValidationError:

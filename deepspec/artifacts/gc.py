@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -55,13 +56,14 @@ def orphans(store: Store, *, grace_s: float = GRACE_S) -> list[Orphan]:
     """Everything older than `grace_s` that no record of the store names, oldest first."""
     now = time.time()
     found = [
-        *_unnamed(store, now),
-        *_staged(store, now),
-        *_probes(store, now),
-        *_uploads(store, now),
-        *_quarantine(store, now),
+        Orphan(kind, path, entry.num_bytes, now - entry.modified, grace_s=grace_s)
+        for kind, path, entry in (*_unnamed(store), *_staged(store), *_quarantine(store))
     ]
-    old = [orphan._replace(grace_s=grace_s) for orphan in found if orphan.age_s >= grace_s]
+    found += [
+        Orphan("upload", upload.key, 0, now - upload.started, upload.upload_id)
+        for upload in store.stale_uploads(float("inf"))
+    ]
+    old = [orphan for orphan in found if orphan.age_s >= grace_s]
     return sorted(old, key=lambda orphan: -orphan.age_s)
 
 
@@ -69,13 +71,13 @@ def remove(store: Store, found: Iterable[Orphan]) -> int:
     """Take away those that still are orphans; returns the bytes that are free again (unknown,
     counted as 0, for uploads).
     """
-    num_bytes, modified = 0, _Modified(store)
+    num_bytes, ages = 0, _Ages(store)
     for orphan in found:
         if orphan.kind == "upload":
             store.abort_upload(Upload(orphan.path, orphan.upload_id, 0.0))
         elif Path(orphan.path).is_absolute():
             Path(orphan.path).unlink(missing_ok=True)
-        elif _is_old(orphan, modified) and not (
+        elif ages.of(orphan.path) >= orphan.grace_s and not (
             orphan.kind == "shard" and _is_named_now(store, orphan.path)
         ):
             store.remove(orphan.path)
@@ -95,8 +97,8 @@ def remove_abandoned(store: Store) -> None:
             path.unlink(missing_ok=True)
 
 
-class _Modified:
-    """When a file of the store was last written: asked of a local file itself, of a listing not
+class _Ages:
+    """How long ago files of the store were written: asked of a local file itself, of a listing not
     older than `RELIST_S` elsewhere.
     """
 
@@ -104,80 +106,68 @@ class _Modified:
         self.store = store
         self._listed: dict[str, tuple[float, dict[str, float]]] = {}
 
-    def of(self, path: str) -> float | None:
-        """In unix seconds; None for a file that is not there."""
+    def of(self, path: str) -> float:
+        """In seconds; minus infinity for a file that is not there."""
+        modified = float("inf")
         if self.store.is_local:
-            try:
-                return Path(self.store.path(path)).stat().st_mtime
-            except FileNotFoundError:
-                return None
-        folder, _, name = path.rpartition("/")
-        listed_at, times = self._listed.get(folder, (float("-inf"), {}))
-        if time.monotonic() - listed_at > RELIST_S:
-            times = {entry.name: entry.modified for entry in self.store.entries(folder)}
-            self._listed[folder] = (time.monotonic(), times)
-        return times.get(name)
-
-
-def _is_old(orphan: Orphan, modified: _Modified) -> bool:
-    written = modified.of(orphan.path)
-    return written is not None and time.time() - written >= orphan.grace_s
+            with suppress(FileNotFoundError):
+                modified = Path(self.store.path(path)).stat().st_mtime
+        else:
+            folder, _, name = path.rpartition("/")
+            listed_at, times = self._listed.get(folder, (float("-inf"), {}))
+            if time.monotonic() - listed_at > RELIST_S:
+                times = {entry.name: entry.modified for entry in self.store.entries(folder)}
+                self._listed[folder] = (time.monotonic(), times)
+            modified = times.get(name, modified)
+        return time.time() - modified
 
 
 def _is_named_now(store: Store, path: str) -> bool:
     """Whether the record of the file's shard stands for it, or cannot be read, which leaves
     that open.
     """
-    file = PurePosixPath(path)
-    (data,) = store.read_many([f"{file.parent.parent}/records/{_shard_of(file.name)}.json"])
-    try:
-        return data is not None and PurePosixPath(json.loads(data)["file"]).name == file.name
-    except (ValueError, KeyError, TypeError):
-        return True
+    folder, part, name = path.rsplit("/", 2)
+    named = _named(store, folder, [_record_of(name)])
+    return named is None or f"{part}/{name}" in named
 
 
-def _unnamed(store: Store, now: float) -> Iterator[Orphan]:
-    for stage in store.names(""):
-        for artifact in store.names(stage) if stage not in NOT_STAGES else ():
-            folder = f"{stage}/{artifact}"
-            files = [
-                (f"{part}/{entry.name}", entry)
-                for part in DATA_FOLDERS
-                for entry in store.entries(f"{folder}/{part}")
-            ]
-            records = (
-                [
-                    entry
-                    for entry in store.entries(f"{folder}/records")
-                    if entry.name.endswith(".json")
-                ]
-                if files
-                else []
-            )
-            named = _named(store, folder, records)
-            if named is None:
-                continue
-            recorded = {entry.name.removesuffix(".json"): entry.modified for entry in records}
-            for name, entry in files:
-                if name not in named:
-                    since = max(entry.modified, recorded.get(_shard_of(entry.name), 0.0))
-                    yield _orphan("shard", f"{folder}/{name}", entry._replace(modified=since), now)
+def _artifact_folders(store: Store) -> list[str]:
+    stages = [stage for stage in store.names("") if stage not in NOT_STAGES]
+    return [f"{stage}/{artifact}" for stage in stages for artifact in store.names(stage)]
 
 
-def _shard_of(name: str) -> str:
-    """The digits that a shard's files and its record begin with."""
-    return name.partition("-")[0]
+def _unnamed(store: Store) -> Iterator[tuple[Kind, str, Entry]]:
+    for folder in _artifact_folders(store):
+        files = [
+            (f"{part}/{entry.name}", entry)
+            for part in DATA_FOLDERS
+            for entry in store.entries(f"{folder}/{part}")
+        ]
+        if not files:
+            continue
+        entries = store.entries(f"{folder}/records")
+        recorded = {entry.name: entry.modified for entry in entries if entry.name.endswith(".json")}
+        named = _named(store, folder, recorded)
+        if named is None:
+            continue
+        for name, entry in files:
+            if name not in named:
+                since = max(entry.modified, recorded.get(_record_of(entry.name), 0.0))
+                yield "shard", f"{folder}/{name}", entry._replace(modified=since)
 
 
-def _named(store: Store, folder: str, records: Iterable[Entry]) -> set[str] | None:
+def _record_of(name: str) -> str:
+    """The record of the shard whose data or rows have this name: it begins with its digits."""
+    return f"{name.partition('-')[0]}.json"
+
+
+def _named(store: Store, folder: str, records: Iterable[str]) -> set[str] | None:
     """The files that these records of the artifact stand for, each shard's rows among them;
     None if one cannot be read.
     """
-    names = [f"{folder}/records/{entry.name}" for entry in records]
+    found = store.read_many([f"{folder}/records/{name}" for name in records])
     try:
-        files = {
-            str(json.loads(data)["file"]) for data in store.read_many(names) if data is not None
-        }
+        files = {str(json.loads(data)["file"]) for data in found if data is not None}
     except (ValueError, KeyError, TypeError):
         what = (
             "artifact=%s has a record that cannot be read: nothing of it is removed before `verify`"
@@ -187,9 +177,9 @@ def _named(store: Store, folder: str, records: Iterable[Entry]) -> set[str] | No
     return files | {f"rows/{PurePosixPath(file).name}" for file in files}
 
 
-def _staged(store: Store, now: float) -> Iterator[Orphan]:
+def _staged(store: Store) -> Iterator[tuple[Kind, str, Entry]]:
     """Files that were being written: in the store's own folder, or in the scratch folder of
-    this machine.
+    this machine; and what killed checks left at the root.
     """
     for path in store.spool.glob("*"):
         try:
@@ -198,13 +188,10 @@ def _staged(store: Store, now: float) -> Iterator[Orphan]:
             continue
         if not _is_being_written(path.name):
             name = f"{store.spool.name}/{path.name}" if store.is_local else str(path)
-            yield _orphan("staged", name, Entry(path.name, status.st_size, status.st_mtime), now)
-
-
-def _probes(store: Store, now: float) -> Iterator[Orphan]:
+            yield "staged", name, Entry(path.name, status.st_size, status.st_mtime)
     for entry in store.entries(""):
         if entry.name.startswith(PROBE):
-            yield _orphan("staged", entry.name, entry, now)
+            yield "staged", entry.name, entry
 
 
 def _is_being_written(name: str) -> bool:
@@ -212,26 +199,13 @@ def _is_being_written(name: str) -> bool:
     only the age can tell.
     """
     host, _, rest = name.rpartition("-")[0].rpartition("-")
-    if host != os.uname().nodename or not rest.isdigit():
-        return False
-    return psutil.pid_exists(int(rest))
+    return host == os.uname().nodename and rest.isdigit() and psutil.pid_exists(int(rest))
 
 
-def _uploads(store: Store, now: float) -> Iterator[Orphan]:
-    for upload in store.stale_uploads(float("inf")):
-        yield Orphan("upload", upload.key, 0, now - upload.started, upload.upload_id)
-
-
-def _quarantine(store: Store, now: float) -> Iterator[Orphan]:
-    """Every `quarantine` folder: of the store, of a stage, of an artifact."""
-    folders = [""]
-    for stage in store.names(""):
-        if stage not in NOT_STAGES:
-            folders += [f"{stage}/", *(f"{stage}/{artifact}/" for artifact in store.names(stage))]
-    for folder in folders:
-        for entry in store.entries(f"{folder}quarantine"):
-            yield _orphan("quarantine", f"{folder}quarantine/{entry.name}", entry, now)
-
-
-def _orphan(kind: Kind, path: str, entry: Entry, now: float) -> Orphan:
-    return Orphan(kind, path, entry.num_bytes, now - entry.modified)
+def _quarantine(store: Store) -> Iterator[tuple[Kind, str, Entry]]:
+    """What every `quarantine` folder holds: of the store, of a stage, of an artifact."""
+    artifacts = [PurePosixPath(folder) for folder in _artifact_folders(store)]
+    for parent in {PurePosixPath(), *(folder.parent for folder in artifacts), *artifacts}:
+        folder = str(parent / "quarantine")
+        for entry in store.entries(folder):
+            yield "quarantine", f"{folder}/{entry.name}", entry

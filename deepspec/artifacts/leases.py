@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import psutil
 from pydantic import ValidationError
 
 from deepspec.artifacts.artifact import Artifact
@@ -182,13 +183,7 @@ def has_ended(process: str) -> bool:
     *place, pid, started = process.split() or ["", "", ""]
     if not place or place != this_process().split()[:-2]:
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return _started(int(pid)) not in ("", started)
+    return not psutil.pid_exists(int(pid)) or _started(int(pid)) not in ("", started)
 
 
 def _started(pid: int) -> str:
@@ -202,8 +197,8 @@ def _started(pid: int) -> str:
 
 def holders_text(leases: Sequence[Lease]) -> str:
     """The runs that hold these leases: `run 'pipeline demo' on node1`."""
-    machines = [lease.process.partition(" ")[0] or "another machine" for lease in leases]
     runs = [
-        f"run {lease.run!r} on {machine}" for lease, machine in zip(leases, machines, strict=True)
+        f"run {lease.run!r} on {lease.process.partition(' ')[0] or 'another machine'}"
+        for lease in leases
     ]
     return ", ".join(dict.fromkeys(runs))

@@ -167,5 +167,5 @@ def _origin(artifact: Artifact, info: ArtifactInfo) -> str:
     revision = source.get("revision")
     if not revision:
         with suppress(FileNotFoundError):  # a local folder has no commit
-            revision = json.loads(artifact.store.read(artifact.path("source.json")))["revision"]
+            revision = json.loads(artifact.read("source.json"))["revision"]
     return f", data set {name}{f' at {revision}' if revision else ''}"

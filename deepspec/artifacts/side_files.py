@@ -22,9 +22,7 @@ def put_rejects(
     part of their name as of its.
     """
     if lines := "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows):
-        artifact.store.write(
-            artifact.path(f"rejects/{shard:05d}{made and f'-{made[:12]}'}.jsonl"), lines.encode()
-        )
+        artifact.write(f"rejects/{shard:05d}{made and f'-{made[:12]}'}.jsonl", lines.encode())
 
 
 def quarantine(artifact: Artifact, shard: int, local: Path) -> str:
@@ -50,12 +48,12 @@ def folder_beside(artifact: Artifact, name: str) -> Path:
 def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
     """Leave word of why a shard is missing; a later commit of the shard takes it away."""
     fields = {**error.to_json(), "host": socket.gethostname()}
-    artifact.store.write(artifact.path(f"failures/{shard:05d}.json"), pretty_json(fields))
+    artifact.write(f"failures/{shard:05d}.json", pretty_json(fields))
 
 
 def failures(artifact: Artifact) -> dict[int, str]:
     """Why each shard that failed is missing."""
-    names = artifact.store.names(artifact.path("failures"))
+    names = artifact.names("failures")
     # one may be gone: committed since
     notes = artifact.store.read_many([artifact.path(f"failures/{name}") for name in names])
     return {

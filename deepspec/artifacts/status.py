@@ -114,7 +114,7 @@ def stored_report(run: Run) -> str:
     """The evaluation's report as Markdown, or how to get it where an older version evaluated."""
     artifact = run.artifact("evaluate")
     try:
-        return artifact.store.read(artifact.path("report.md")).decode()
+        return artifact.read("report.md").decode()
     except FileNotFoundError:
         command = f"{run.command('report')} --format markdown"
         return f"The results are in `{artifact.url}`; `{command}` shows them.\n"
@@ -124,7 +124,7 @@ def training_lines(run: Run) -> list[dict[str, Any]]:
     """What training logged up to its newest checkpoint; empty where there is none."""
     artifact = run.artifact("train")
     try:
-        lines = artifact.store.read(artifact.path("metrics.jsonl")).decode().splitlines()
+        lines = artifact.read("metrics.jsonl").decode().splitlines()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]

@@ -42,10 +42,12 @@ def verify_artifact(
     """One line per damaged or missing file; what is damaged is removed, to be made again."""
     yield from _damaged_manifest(artifact)
     yield from _damaged_records(artifact)
+    records = artifact.records().values()
     with ThreadPoolExecutor(num_threads) as pool:
-        yield from filter(
-            None, pool.map(partial(_damaged_shard, artifact, locate), artifact.records().values())
-        )
+        damage = pool.map(partial(_damage, artifact, locate), records)
+        for record, found in zip(records, damage, strict=True):
+            if found:
+                yield from _made_missing(artifact, record.shard, found, judged=record)
     yield from _damaged_files(artifact)
 
 
@@ -65,7 +67,7 @@ def _damaged_manifest(artifact: Artifact) -> Iterator[str]:
     except DamagedData:
         whole = False
     if not whole:
-        artifact.store.remove(artifact.path("manifest.json"))
+        artifact.remove("manifest.json")
         again = f"it is removed, run the stage {artifact.key.stage!r} again"
         yield f"{artifact.url}/manifest.json is damaged; {again}"
 
@@ -82,41 +84,36 @@ def _damaged_records(artifact: Artifact) -> Iterator[str]:
             why = "its record is missing" if shard not in names else "its record is damaged"
         elif sealed and found[shard] != sealed.get(shard):
             why = "its record is not the one that was sealed"
-        if why and (said := _made_missing(artifact, shard, why, judged=found.get(shard))):
-            yield said
+        if why:
+            yield from _made_missing(artifact, shard, why, judged=found.get(shard))
 
 
-def _damaged_shard(artifact: Artifact, locate: Locate | None, record: Record) -> str | None:
-    """What is wrong with a shard, or None; read from the store itself, not from a local copy."""
-    found = None
+def _damage(artifact: Artifact, locate: Locate | None, record: Record) -> str:
+    """What is wrong with a shard; read from the store itself, not from a local copy."""
     try:
         whole = artifact.store.checksum(artifact.path(record.file)) == record.checksum
     except FileNotFoundError:
-        return _made_missing(artifact, record.shard, f"{record.file} is gone", judged=record)
+        return f"{record.file} is gone"
     except OSError as error:  # a bad sector: the commonest way for a disk to lose data
-        return _made_missing(
-            artifact,
-            record.shard,
-            f"{record.file} cannot be read ({error.strerror})",
-            judged=record,
-        )
+        return f"{record.file} cannot be read ({error.strerror})"
     if not whole:
         places = locate(artifact, record) if locate else []
-        found = f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
-    elif record.index_checksum:
+        return f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
+    if record.index_checksum:
         (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
         if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
-            found = f"{index_file(record)} is damaged"
-    return found and _made_missing(artifact, record.shard, found, judged=record)
+            return f"{index_file(record)} is damaged"
+    return ""
 
 
-def _made_missing(artifact: Artifact, shard: int, why: str, *, judged: Record | None) -> str | None:
+def _made_missing(
+    artifact: Artifact, shard: int, why: str, *, judged: Record | None
+) -> Iterator[str]:
     """Remove the record, unless another run has made the shard again since it was read."""
-    if artifact.record(shard) != judged:
-        return None
-    artifact.store.remove(artifact.path(f"records/{shard:05d}.json"))
-    again = f"its record is removed, run the stage {artifact.key.stage!r} again"
-    return f"{artifact.url}: shard {shard}: {why}; {again}"
+    if artifact.record(shard) == judged:
+        artifact.remove(f"records/{shard:05d}.json")
+        again = f"its record is removed, run the stage {artifact.key.stage!r} again"
+        yield f"{artifact.url}: shard {shard}: {why}; {again}"
 
 
 def _damaged_files(artifact: Artifact) -> Iterator[str]:
@@ -129,7 +126,7 @@ def _damaged_files(artifact: Artifact) -> Iterator[str]:
         except FileNotFoundError:
             found = "no such file"
         if found != entry.checksum:
-            artifact.store.remove(artifact.path("manifest.json"))
-            artifact.store.remove(artifact.path(name))
+            artifact.remove("manifest.json")
+            artifact.remove(name)
             todo = f"it is removed, run the stage {artifact.key.stage!r} again"
             yield f"{artifact.url}/{name}: damaged ({found}, not {entry.checksum}); {todo}"

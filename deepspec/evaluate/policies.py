@@ -65,12 +65,12 @@ def live_policy(
 def put_calibration(calibration: Calibration, artifact: Artifact, draft: Artifact) -> None:
     """Write the calibration into the result, and alongside the draft for exports and policies."""
     content = pretty_json(calibration.model_dump())
-    artifact.store.write(artifact.path(CALIBRATION), content)
-    draft.store.write(draft.path(f"draft/{CALIBRATION}"), content)
+    artifact.write(CALIBRATION, content)
+    draft.write(f"draft/{CALIBRATION}", content)
 
 
 def _read(artifact: Artifact, name: str, model: type[StoredT]) -> StoredT | None:
     try:
-        return model.model_validate_json(artifact.store.read(artifact.path(name)))
+        return model.model_validate_json(artifact.read(name))
     except FileNotFoundError:
         return None

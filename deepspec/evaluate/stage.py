@@ -67,7 +67,7 @@ def run_evaluate(
         work_through(run, artifact, todo, make, report, repeatable=False)
     if artifact.manifest() is None and not missing_units(run, "evaluate", units):
         content = pretty_json(evaluation.summary().to_json())
-        artifact.store.write(artifact.path("summary.json"), content)
+        artifact.write("summary.json", content)
         artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
     return artifact
 

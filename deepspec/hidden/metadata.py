@@ -108,7 +108,7 @@ def read_scales(artifact: Artifact, settings: HiddenConfig) -> dict[str, Tensor]
     """The channel scales; none for raw states."""
     if SCALES not in codec_files(settings):
         return {}
-    return load(artifact.store.read(artifact.path(SCALES)))
+    return load(artifact.read(SCALES))
 
 
 def scales_checksum(artifact: Artifact, settings: HiddenConfig) -> str:
@@ -152,12 +152,12 @@ def write_fidelity(
         logits=lambda states: target.logits(states.to(target.dtype)),
     )
     numbers = {"tokens": len(context), **found._asdict()}
-    artifact.store.write(artifact.path(FIDELITY), pretty_json(numbers))
+    artifact.write(FIDELITY, pretty_json(numbers))
 
 
 def read_fidelity(artifact: Artifact) -> Fidelity:
     """What was measured of the codecs, by whatever process did."""
-    kept = json.loads(artifact.store.read(artifact.path(FIDELITY)))
+    kept = json.loads(artifact.read(FIDELITY))
     return Fidelity(**{name: kept[name] for name in Fidelity._fields})
 
 
@@ -193,12 +193,12 @@ def make_layout(
 
 def write_schema(artifact: Artifact, layout: Layout) -> None:
     """Write `schema.arrow`, by which every shard is read."""
-    artifact.store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
+    artifact.write(SCHEMA, layout.schema.serialize().to_pybytes())
 
 
 def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:
     """The layout as written; there need be no manifest yet."""
-    schema_file = artifact.store.read(artifact.path(SCHEMA))
+    schema_file = artifact.read(SCHEMA)
     return Layout.of(schema_file, read_scales(artifact, settings))
 
 
@@ -206,7 +206,7 @@ def write_target_config(artifact: Artifact, target: Target) -> None:
     """Write `target/config.json`, which decides the draft's shapes."""
     fields = target.text_config.to_dict().items()
     kept = {key: value for key, value in fields if key not in NOT_KEPT}
-    artifact.store.write(artifact.path(CONFIG), pretty_json(kept))
+    artifact.write(CONFIG, pretty_json(kept))
 
 
 def write_frozen_tensors(artifact: Artifact, target: Target) -> None:

@@ -128,7 +128,7 @@ class RollingShards:
         record = self.artifact.record(shard)
         names = _files(record) if record else ()
         for name in (f"records/{shard:05d}.json", *names):
-            self.artifact.store.remove(self.artifact.path(name))
+            self.artifact.remove(name)
         del self.sizes[shard]
         log.info("stage=train shard=%d was used up", shard)
 

@@ -78,7 +78,7 @@ def put_report(artifacts: Sequence[Artifact], forms: Sequence[Format] = ("html",
     written = []
     for form in forms:
         name = f"{stem}.{ENDINGS[form]}"
-        first.store.write(first.path(name), render_page(page, form).encode())
+        first.write(name, render_page(page, form).encode())
         written.append(f"{first.url}/{name}")
     return written
 

@@ -98,7 +98,7 @@ def _remove_old(artifact: Artifact) -> None:
     best = best_checkpoint(records)
     for old in list(records)[:-KEEP]:
         if best is None or old != best.step:
-            artifact.store.remove(artifact.path(f"checkpoints/{old:08d}"))
+            artifact.remove(f"checkpoints/{old:08d}")
 
 
 def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
@@ -126,7 +126,7 @@ def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord
 
 def checkpoint_steps(artifact: Artifact) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
-    names = artifact.store.names(artifact.path("checkpoints"))
+    names = artifact.names("checkpoints")
     steps = [int(name) for name in names if name.isdigit()]
     return [step for step in steps if artifact.store.exists(_record_path(artifact, step))]
 

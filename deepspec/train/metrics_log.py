@@ -32,7 +32,7 @@ class MetricsLog:
         """Write all lines, on the one rank that is the writer."""
         if self.is_writer:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            self.artifact.store.write(self.artifact.path(FILE), text.encode())
+            self.artifact.write(FILE, text.encode())
         if self.has_scalars:
             write_scalars(self.artifact, self.lines)
 
@@ -40,7 +40,7 @@ class MetricsLog:
 def read_metrics(artifact: Artifact, last: int) -> list[dict[str, float]]:
     """The lines of the steps up to `last`."""
     try:
-        lines = artifact.store.read(artifact.path(FILE)).decode().splitlines()
+        lines = artifact.read(FILE).decode().splitlines()
     except FileNotFoundError:
         return []
     return [entry for entry in map(json.loads, lines) if entry["step"] <= last]

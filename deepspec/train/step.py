@@ -83,7 +83,7 @@ def _not_finite(trainer: Trainer, step: int, loss: float, norm: float) -> Traini
     sample_ids = trainer.data.source.index.sample_id
     ids = [f"{int(sample_ids[drawn.number]):016x}" for drawn in trainer.data.drawn(step)]
     name = f"bad_step_{step:08d}.json"
-    trainer.artifact.store.write(trainer.artifact.path(name), json.dumps(ids).encode())
+    trainer.artifact.write(name, json.dumps(ids).encode())
     return TrainingFailed(
         f"the loss is {loss}, its gradient's norm {norm}, at step {step}; the batch's sample ids "
         f"are in {name}",

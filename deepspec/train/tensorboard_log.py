@@ -48,5 +48,5 @@ def write_scalars(artifact: Artifact, lines: Sequence[Mapping[str, float]]) -> N
                     writer.add_scalar(tag, line[tag], line["step"], line.get("time"))
         (local,) = Path(scratch).iterdir()
         artifact.put_file(local, f"{FOLDER}/{name}")
-    for old in artifact.store.names(artifact.path(FOLDER))[:-KEEP]:
-        artifact.store.remove(artifact.path(f"{FOLDER}/{old}"))
+    for old in artifact.names(FOLDER)[:-KEEP]:
+        artifact.remove(f"{FOLDER}/{old}")

@@ -68,7 +68,7 @@ class Zero:
             device=world.device,
         )
         if world.is_first:
-            artifact.store.write(artifact.path("deepspeed.json"), pretty_json(derived))
+            artifact.write("deepspeed.json", pretty_json(derived))
             log.info("stage=train deepspeed.json: %s", json.dumps(derived))
         initial = {
             name: parameter.detach().to("cpu", copy=True)
