@@ -60,9 +60,9 @@ def run_command(only: str | None = None) -> None:
 
 def _command_of(flow_name: str) -> Callable[..., None]:
     def command(
-        run: RunName = "demo", sets: Sets = None, shards: Shards = None, store: StoreUrl = None
+        run: RunName = "demo", *, sets: Sets, shards: Shards = None, store: StoreUrl = None
     ) -> None:
-        run_flow(flow_name, RunRequest(run, tuple(sets or ()), store), shards or "")
+        run_flow(flow_name, RunRequest(run, tuple(sets), store), shards or "")
 
     return command
 

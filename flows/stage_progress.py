@@ -14,7 +14,7 @@ from deepspec.artifacts.status import StageStatus
 from deepspec.errors import DeepSpecError
 from deepspec.figures.curves import Made
 from deepspec.process.events import answering_note
-from deepspec.process.progress_display import Progress, State
+from deepspec.process.progress_display import ENVELOPE, Progress, State
 from flows.live import Content, LiveArtifact
 from flows.reporting import report_progress
 from flows.shard_scheduler import Lane
@@ -28,7 +28,6 @@ from flows.stage_artifacts import (
 log = logging.getLogger(__name__)
 
 PROGRESS_S, LANES_S, PICTURES_S = 5.0, 10.0, 60.0  # between two updates of an artifact
-ENVELOPE = ("event", "stage", "done", "total", "unit")
 RETRIED = ("retries", "failed")  # counted by the run itself, not by its children
 SUMMED = ("rows", "tokens", "num_bytes", "rejected")
 

@@ -8,14 +8,9 @@ TOO_MANY = "more failed for good than resources.retries.max_failed allows"
 FEW_FAILED = 10  # whatever their share: a small stage is worked through
 
 
-def few_failed(retries: RetriesConfig) -> int:
-    """Shards that may fail whatever their share; none where the setting allows none."""
-    return FEW_FAILED if retries.max_failed else 0
-
-
 def failures_allowed(retries: RetriesConfig, num_shards: int) -> int:
-    """Shards of a stage of `num_shards` that may fail."""
-    return max(few_failed(retries), int(retries.max_failed * num_shards))
+    """Shards of a stage of `num_shards` that may fail; none where the setting allows none."""
+    return max(FEW_FAILED if retries.max_failed else 0, int(retries.max_failed * num_shards))
 
 
 def stage_size(artifact: Artifact, num_todo: int) -> int:
@@ -23,7 +18,6 @@ def stage_size(artifact: Artifact, num_todo: int) -> int:
 
     The others are found in the stage before.
     """
-    sizes = [len(artifact.record_shards()) + num_todo]
-    for entry in artifact.key.inputs[:1]:
-        sizes.append(len(input_artifact(artifact.store, entry).record_shards()))
-    return max(sizes)
+    before = [input_artifact(artifact.store, entry) for entry in artifact.key.inputs[:1]]
+    known = len(artifact.record_shards()) + num_todo
+    return max([known, *(len(each.record_shards()) for each in before)])

@@ -18,9 +18,7 @@ from deepspec.storage.store import Store
 from deepspec.storage.urls import open_store
 
 
-def find_artifact(
-    source: str, overrides: Sequence[str] = (), *, store: str | None = None
-) -> Artifact:
+def find_artifact(source: str, overrides: Sequence[str], *, store: str | None) -> Artifact:
     """The artifact of a folder or URL, or the result of a run, whether or not it is there."""
     return artifact_at(source) or open_run(source, overrides, store=store).artifact("evaluate")
 

@@ -32,7 +32,10 @@ def missing_shards(artifact: Artifact, wanted: Mapping[int, str]) -> list[int]:
         artifact: The artifact that is to have them.
         wanted: By shard, the checksum of what it is to be made from.
     """
-    records = artifact.records(wanted)
+    return _not_made_from(artifact.records(wanted), wanted)
+
+
+def _not_made_from(records: Mapping[int, Record], wanted: Mapping[int, str]) -> list[int]:
     return [
         shard
         for shard, upstream in wanted.items()
@@ -78,9 +81,7 @@ def chosen_shards(asked: Iterable[int] | None, available: Iterable[int], stage: 
         ConfigError: there is no such shard.
     """
     known = set(available)
-    if asked is None:
-        return sorted(known)
-    asked = sorted(asked)
+    asked = sorted(known if asked is None else asked)
     unknown = [shard for shard in asked if shard not in known]
     if unknown:
         last = f"0 to {max(known)}" if known else "none"
@@ -176,10 +177,7 @@ def seal_if_whole(
     if set(upstream.record_shards()) - set(artifact.record_shards()):
         return None
     wanted, records = wanted_shards(run, stage), artifact.records()
-    if any(
-        shard not in records or records[shard].upstream != checksum
-        for shard, checksum in wanted.items()
-    ):
+    if _not_made_from(records, wanted):
         return None
     digests = require_sealed(run, stage)
     manifest = artifact.manifest()

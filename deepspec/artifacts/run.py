@@ -74,10 +74,6 @@ class Run:
         artifact.create(self.config.model_dump(mode="json"))
         return artifact
 
-    def known_benchmarks(self, stage: str) -> list[BenchmarkSet]:
-        """The known benchmarks that the stage reads."""
-        return STAGES[stage].known_benchmarks(self.config)
-
     def benchmark(self, benchmark: BenchmarkSet) -> Artifact:
         """The artifact of a known benchmark's prompts in this run's store."""
         return Artifact(self.store, benchmark_key(benchmark))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.failure_limits import TOO_MANY, failures_allowed, few_failed, stage_size
+from deepspec.artifacts.failure_limits import TOO_MANY, failures_allowed, stage_size
 from deepspec.artifacts.records import Counts, Record, new_record
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import put_failure, quarantine
@@ -195,11 +195,11 @@ class ShardRun:
     def too_many_failed(self) -> bool:
         """Whether no more shards are to be begun."""
         lost = sum(not failure["transient"] for failure in self.failures.values())
-        return lost > few_failed(self.resources.retries) and lost > self.allowed
+        return lost > 0 and lost > self.allowed
 
     @cached_property
     def allowed(self) -> int:
-        """Shards that may fail for good; found only once it matters, by listings of the stage."""
+        """Shards that may fail for good; found only once one has, by listings of the stage."""
         committed = self.num_ended - len(self.failures)
         num_shards = stage_size(self.artifact, self.total - committed)
         return failures_allowed(self.resources.retries, num_shards)

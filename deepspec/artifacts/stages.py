@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from deepspec.artifacts.digests import file_digests, folder_digest
 from deepspec.config.benchmarks import DEMO, BenchmarkSet, find_benchmark
-from deepspec.config.data import FileSource, PromptsConfig
+from deepspec.config.data import FileSource
 from deepspec.config.recipes import section_of
 from deepspec.config.retries import StageName
 from deepspec.config.run import RunConfig
@@ -29,15 +29,15 @@ class Stage(NamedTuple):
     name: StageName
     format: int
     """Version of what it writes; a part of the fingerprint."""
-    before: StageName | None
-    """The stage whose artifact it is made from."""
-    reads_demo: Callable[[RunConfig], bool]
-    """Whether it also reads the demo's target or texts."""
     recipe: Callable[[RunConfig], dict[str, Any]]
     """Everything of the run itself that decides the content."""
     folder: Callable[[RunConfig], str]
     """A readable name for the folder, the same for all runs that share the artifact."""
-    flow: str
+    before: StageName | None = None
+    """The stage whose artifact it is made from."""
+    reads_demo: Callable[[RunConfig], bool] = lambda config: False
+    """Whether it also reads the demo's target or texts."""
+    flow: str = ""
     """The Prefect flow that makes this stage alone; empty for those that only `prepare` makes."""
     benchmarks: Callable[[RunConfig], Iterable[str]] = lambda config: ()
     """Names of the benchmarks that it reads, known ones and files alike."""
@@ -66,16 +66,8 @@ def _is_demo(config: RunConfig) -> bool:
     return config.demo is not None
 
 
-def _reads_demo_prompts(config: RunConfig) -> bool:
-    return config.prompts.source.kind == "demo"
-
-
 def _benchmarks_to_evaluate(config: RunConfig) -> list[str]:
     return [entry.name for entry in config.evaluate.benchmarks]
-
-
-def _recipe_of_demo(config: RunConfig) -> dict[str, Any]:
-    return {"demo": section_of(config.demo) if config.demo else None}
 
 
 def _recipe_of_prompts(config: RunConfig) -> dict[str, Any]:
@@ -83,10 +75,6 @@ def _recipe_of_prompts(config: RunConfig) -> dict[str, Any]:
     sources = prompts.source.paths if isinstance(prompts.source, FileSource) else ()
     files = [*sources, *filter(_is_file, prompts.decontaminate)]
     return {"prompts": section_of(prompts), "files": file_digests(files)}
-
-
-def _recipe_of_answers(config: RunConfig) -> dict[str, Any]:
-    return {"answers": section_of(config.answers), "target": _answering_target(config.target)}
 
 
 def _recipe_of_hidden(config: RunConfig) -> dict[str, Any]:
@@ -133,8 +121,8 @@ def _is_file(benchmark: str) -> bool:
     return benchmark not in DEMO and find_benchmark(benchmark) is None
 
 
-def _prompts_folder(prompts: PromptsConfig) -> str:
-    source = prompts.source
+def _prompts_folder(config: RunConfig) -> str:
+    source = config.prompts.source
     if source.kind == "demo":
         return "demo"
     return _slug(Path(source.paths[0]).stem if source.kind == "files" else source.name)
@@ -158,58 +146,55 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="demo",
             format=1,
-            before=None,
-            reads_demo=lambda config: False,
-            recipe=_recipe_of_demo,
+            recipe=lambda config: {"demo": section_of(config.demo) if config.demo else None},
             folder=lambda config: "demo",
-            flow="",
         ),
         Stage(
             name="prompts",
             format=2,
-            before=None,
-            reads_demo=_reads_demo_prompts,
             recipe=_recipe_of_prompts,
-            folder=lambda config: _prompts_folder(config.prompts),
-            flow="",
+            folder=_prompts_folder,
+            reads_demo=lambda config: config.prompts.source.kind == "demo",
             benchmarks=lambda config: config.prompts.decontaminate,
         ),
         Stage(
             name="answers",
             format=2,
+            recipe=lambda config: {
+                "answers": section_of(config.answers),
+                "target": _answering_target(config.target),
+            },
+            folder=_target_folder,
             before="prompts",
             reads_demo=_is_demo,
-            recipe=_recipe_of_answers,
-            folder=_target_folder,
             flow="regenerate",
             is_sharded=True,
         ),
         Stage(
             name="hidden",
             format=1,
-            before="answers",
-            reads_demo=_is_demo,
             recipe=_recipe_of_hidden,
             folder=_target_folder,
+            before="answers",
+            reads_demo=_is_demo,
             flow="capture",
             is_sharded=True,
         ),
         Stage(
             name="train",
             format=1,
-            before="hidden",
-            reads_demo=lambda config: False,
             recipe=_recipe_of_train,
             folder=_draft_folder,
+            before="hidden",
             flow="train",
         ),
         Stage(
             name="evaluate",
             format=1,
-            before="train",
-            reads_demo=_is_demo,
             recipe=_recipe_of_evaluate,
             folder=_draft_folder,
+            before="train",
+            reads_demo=_is_demo,
             flow="evaluate",
             benchmarks=_benchmarks_to_evaluate,
             has_units=True,

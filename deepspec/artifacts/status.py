@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from deepspec.artifacts.missing import (
     chosen_shards,
-    inputs,
     inputs_match,
     missing,
     missing_units,
@@ -27,17 +26,14 @@ class StageStatus(NamedTuple):
 
     stage: str
     artifact_url: str
-    fingerprint: str
     committed: int
     missing: list[int]
     rows: int
     tokens: int
     rejected_rows: int
     num_bytes: int
-    seconds: float
     sealed: bool
     failures: dict[int, str]
-    upstream_sealed: bool
     truncated_share: float | None = None
     """Of the answers, those that ran into their limit; None where none are counted."""
     in_training: bool = False
@@ -58,17 +54,14 @@ def stage_status(run: Run, stage: str) -> StageStatus:
     return StageStatus(
         stage=stage,
         artifact_url=artifact.url,
-        fingerprint=artifact.key.fingerprint,
         committed=len(records),
         missing=left,
         rows=totals["rows"],
         tokens=totals["tokens"],
         rejected_rows=totals["rejected"],
         num_bytes=(manifest.totals if manifest else totals)["num_bytes"],
-        seconds=sum(record.seconds for record in records.values()),
         sealed=manifest is not None and not left and inputs_match(run, stage, manifest),
         failures=failures(artifact),
-        upstream_sealed=all(run.artifact(name).manifest() for name in inputs(run, stage)),
         truncated_share=truncated / turns if turns else None,
         in_training=stage == "hidden" and trains_without_cache(run),
     )

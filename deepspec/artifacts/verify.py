@@ -30,7 +30,7 @@ def verify_stage(run: Run, stage: str, locate: Locate | None = None) -> Iterator
 
 def verify_benchmarks(run: Run) -> Iterator[str]:
     """One line per damaged or missing file of the known benchmarks that the run reads."""
-    known = [*run.known_benchmarks("prompts"), *run.known_benchmarks("evaluate")]
+    known = [found for stage in run.stages for found in stage.known_benchmarks(run.config)]
     for benchmark in dict.fromkeys(known):
         artifact = run.benchmark(benchmark)
         yield from verify_artifact(artifact, num_threads=run.config.resources.devices.read_threads)

@@ -26,23 +26,23 @@ def recipes() -> None:
 
 
 @app.command("show-config")
-def show_config(run: RunOrArtifact, sets: Sets = None, store: StoreUrl = None) -> None:
+def show_config(run: RunOrArtifact, sets: Sets, store: StoreUrl = None) -> None:
     """Print a run's whole configuration as YAML.
 
     It can be saved, edited and run. For an artifact it is the run that made it.
     """
     from deepspec.artifacts.lineage import drift, find_run
 
-    config = find_run(run, sets or (), store=store)
+    config = find_run(run, sets, store=store)
     typer.echo(to_yaml(config), nl=False)
     if not sets and (what := drift(run, config)):
         typer.echo(f"warning: {what}", err=True)
 
 
 @app.command()
-def status(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+def status(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Show what each stage has, lacks, rejected or failed at."""
-    opened = open_run(run, sets or (), store=store)
+    opened = open_run(run, sets, store=store)
     titles = "stage,state,shards,missing,rows,rejected,tokens,truncated,MB"
     table = Table(*titles.split(","), box=None)
     found = [stage_status(opened, stage.name) for stage in opened.stages]
@@ -71,7 +71,7 @@ def _state(part: StageStatus) -> str:
 @app.command()
 def plan(  # noqa: PLR0913 - a command's options are independent of each other
     run: RunName,
-    sets: Sets = None,
+    sets: Sets,
     store: StoreUrl = None,
     *,
     sample: Annotated[
@@ -93,7 +93,7 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
     from deepspec.plan.plan import plan_run, require_plan_fits
     from deepspec.plan.view import print_plan
 
-    opened = open_run(run, sets or (), store=store)
+    opened = open_run(run, sets, store=store)
     found = plan_run(opened, num_rows=sample, train_hours=train_hours)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
@@ -106,7 +106,7 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
 @app.command()
 def show(
     run: RunName,
-    sets: Sets = None,
+    sets: Sets,
     store: StoreUrl = None,
     *,
     shard: Annotated[int, typer.Option(metavar="N", min=0, help="shard of the answers")] = 0,
@@ -118,13 +118,13 @@ def show(
     """
     from deepspec.hidden.show import show_sample
 
-    console, opened = Console(highlight=False), open_run(run, sets or (), store=store)
+    console, opened = Console(highlight=False), open_run(run, sets, store=store)
     for text in show_sample(opened, shard=shard, row=row, colours=console.is_terminal):
         console.print(text, soft_wrap=True)
 
 
 @app.command("verify")
-def verify_run(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+def verify_run(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Compare everything committed with its checksum.
 
     What is damaged is named and made missing, so that the stage makes it again.
@@ -132,7 +132,7 @@ def verify_run(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
     from deepspec.artifacts.verify import verify_benchmarks, verify_stage
     from deepspec.cache.damage import locate_damage
 
-    opened, locate = open_run(run, sets or (), store=store), {"hidden": locate_damage}
+    opened, locate = open_run(run, sets, store=store), {"hidden": locate_damage}
     checks = [
         *(verify_stage(opened, stage.name, locate.get(stage.name)) for stage in opened.stages),
         verify_benchmarks(opened),
@@ -150,7 +150,7 @@ def verify_run(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
 @app.command()
 def gc(
     run: RunName,
-    sets: Sets = None,
+    sets: Sets,
     store: StoreUrl = None,
     *,
     grace_hours: Annotated[
@@ -167,7 +167,7 @@ def gc(
     from deepspec.artifacts import gc as collector
     from deepspec.formatting import human_bytes
 
-    place = open_run(run, sets or (), store=store).store
+    place = open_run(run, sets, store=store).store
     place.check_writable()
     found = collector.orphans(place, grace_s=3600 * grace_hours)
     for orphan in found:
@@ -183,18 +183,12 @@ def gc(
 
 
 @app.command()
-def lineage(
-    folder: Annotated[
-        str, typer.Argument(help="an artifact's folder (result, draft, ...) or a run")
-    ],
-    sets: Sets = None,
-    store: StoreUrl = None,
-) -> None:
+def lineage(run: RunOrArtifact, sets: Sets, store: StoreUrl = None) -> None:
     """Print what an artifact was made from.
 
     The whole chain back to its prompts, read from the store alone.
     """
     from deepspec.artifacts.lineage import lineage_lines
 
-    for line in lineage_lines(folder, sets or (), store=store):
+    for line in lineage_lines(run, sets, store=store):
         typer.echo(line)

@@ -16,12 +16,15 @@ RunOrArtifact = Annotated[
     str,
     typer.Argument(metavar="RUN", help="a run (recipe or .yaml), or an artifact's folder or URL"),
 ]
-RunOrResult = Annotated[
-    str, typer.Argument(metavar="RUN", help="a run (recipe or .yaml), or a result's folder or URL")
-]
 Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override one field, e.g. --set train.lr=3e-4"),
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="override one field, e.g. --set train.lr=3e-4",
+        default_factory=list,
+        show_default=False,
+    ),
 ]
 StoreUrl = Annotated[
     str | None,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from deepspec.cli.options import AsJson, RunOrResult, Sets, StoreUrl, moved
+from deepspec.cli.options import AsJson, RunOrArtifact, Sets, StoreUrl, moved
 from deepspec.errors import EXIT_FAILED
 
 app = typer.Typer()
@@ -64,9 +64,9 @@ def conformance(
 
 @app.command("compare")
 def compare_two(
-    a: RunOrResult,
-    b: RunOrResult,
-    sets: Sets = None,
+    a: RunOrArtifact,
+    b: RunOrArtifact,
+    sets: Sets,
     store: StoreUrl = None,
     *,
     as_json: AsJson = False,
@@ -77,7 +77,7 @@ def compare_two(
     """
     from deepspec.report.comparison import compare_results, comparison_tables
 
-    found = compare_results(a, b, sets or (), store=store)
+    found = compare_results(a, b, sets, store=store)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
         return
@@ -94,7 +94,7 @@ def report(
             metavar="RUN...", help="runs (recipes or .yaml), or results' folders or URLs"
         ),
     ],
-    sets: Sets = None,
+    sets: Sets,
     store: StoreUrl = None,
     *,
     form: Annotated[
@@ -112,7 +112,7 @@ def report(
     """
     from deepspec.report import report as reports
 
-    artifacts = reports.open_results(results, sets or (), store=store)
+    artifacts = reports.open_results(results, sets, store=store)
     if output is not None:
         typer.echo(reports.save_report(artifacts, form, output))
     elif form == "html":

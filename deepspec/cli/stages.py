@@ -8,15 +8,15 @@ from deepspec.artifacts.run import Run, open_run
 from deepspec.cli.options import Purpose, RunName, Sets, Shards, StoreUrl, moved
 from deepspec.process.events import Report, json_lines, reports_to_parent
 from deepspec.process.launch import RunRequest
+from deepspec.process.progress_display import TerminalReport
 from deepspec.process.shard_ranges import parse_shards
-from deepspec.process.terminal import TerminalReport
 from deepspec.train.launcher import is_rank, launch_ranks, num_ranks
 
 app = typer.Typer()
 
 
 @app.command()
-def demo(run: RunName = "demo", sets: Sets = None, store: StoreUrl = None) -> None:
+def demo(run: RunName = "demo", *, sets: Sets, store: StoreUrl = None) -> None:
     """Stage 0, demo only: train the tiny target.
 
     Its prompts and benchmarks are written with it.
@@ -27,7 +27,7 @@ def demo(run: RunName = "demo", sets: Sets = None, store: StoreUrl = None) -> No
 
 
 @app.command()
-def prompts(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+def prompts(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Stage 1: read the source and cut it into shards.
 
     Rows that cannot be used go to the rejects.
@@ -38,7 +38,7 @@ def prompts(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
 
 
 @app.command()
-def answers(run: RunName, sets: Sets = None, store: StoreUrl = None, shards: Shards = None) -> None:
+def answers(run: RunName, sets: Sets, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 2: the target answers every prompt anew."""
     from deepspec.answers.stage import run_answers
 
@@ -49,7 +49,7 @@ def answers(run: RunName, sets: Sets = None, store: StoreUrl = None, shards: Sha
 @app.command()
 def hidden(  # noqa: PLR0913 - a command's options are independent of each other
     run: RunName,
-    sets: Sets = None,
+    sets: Sets,
     store: StoreUrl = None,
     shards: Shards = None,
     *,
@@ -73,14 +73,14 @@ def hidden(  # noqa: PLR0913 - a command's options are independent of each other
     from deepspec.plan.plan import check_cache_fits
 
     forced = ["resources.checks.space=warn"] if force else []
-    opened, report = _open(run, [*(sets or ()), *forced], store)
+    opened, report = _open(run, [*sets, *forced], store)
     if purpose == "cache":
         check_cache_fits(opened)
     run_capture(opened, shards=_numbers(shards), purpose=purpose, report=report)
 
 
 @app.command()
-def train(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+def train(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Stage 4: train the draft.
 
     It runs on every visible GPU, and resumes from the newest checkpoint if there is one.
@@ -88,7 +88,7 @@ def train(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
     opened, report = _open(run, sets, store)
     ranks = 1 if is_rank() else num_ranks(opened)
     if ranks > 1:
-        request = RunRequest(run, tuple(sets or ()), store)
+        request = RunRequest(run, tuple(sets), store)
         launch_ranks(request, ranks, report=report, stop_s=opened.config.resources.runner.stop_s)
         return
     from deepspec.train.loop import run_train
@@ -97,7 +97,7 @@ def train(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
 
 
 @app.command()
-def benchmarks(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
+def benchmarks(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Read the run's known benchmarks into the store.
 
     No stage needs a network for them afterwards.
@@ -110,9 +110,7 @@ def benchmarks(run: RunName, sets: Sets = None, store: StoreUrl = None) -> None:
 
 
 @app.command()
-def evaluate(
-    run: RunName, sets: Sets = None, store: StoreUrl = None, shards: Shards = None
-) -> None:
+def evaluate(run: RunName, sets: Sets, store: StoreUrl = None, shards: Shards = None) -> None:
     """Stage 5: decode the benchmarks with and without draft.
 
     Every prompt is decoded plainly and speculatively, and counted.
@@ -128,9 +126,9 @@ def evaluate(
         report({"event": "result", "stage": "evaluate", **results(opened).to_json()})
 
 
-def _open(run: str, sets: list[str] | None, store: str | None) -> tuple[Run, Report]:
+def _open(run: str, sets: list[str], store: str | None) -> tuple[Run, Report]:
     """The run, and where its events go; a store that cannot be used is refused before any load."""
-    opened = open_run(run, sets or (), store=store)
+    opened = open_run(run, sets, store=store)
     opened.store.check_writable(opened.config.resources.storage.min_free_gb)
     return opened, json_lines if reports_to_parent() else TerminalReport().show
 

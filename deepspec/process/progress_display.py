@@ -3,12 +3,14 @@
 `python -m deepspec` shows its one stage with it, a flow all stages of its run.
 """
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Self
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,11 +24,13 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from deepspec.process.events import progress_texts
+from deepspec.process.events import answering_note, progress_texts
 
 LINE_PAUSE_S = 10.0  # between two lines about one stage where there is no terminal
 TROUBLE = ("retries", "rejected", "failed")  # shown where it is not 0
 UNSHOWN = ("left_s", "rows_per_s", "num_bytes", *TROUBLE)  # not among the other numbers
+
+ENVELOPE = ("event", "stage", "done", "total", "unit")  # the rest of an event are numbers
 
 State = Literal["running", "waited", "done", "already done", "in training", "failed"]
 
@@ -152,3 +156,38 @@ class _TimeLeftColumn(TimeRemainingColumn):
         if left_s is None:
             return super().render(task)
         return Text(str(timedelta(seconds=left_s)), style="progress.remaining")
+
+
+class TerminalReport:
+    """A report that shows the events of one stage."""
+
+    def __init__(self) -> None:
+        self.display = ProgressDisplay()
+        self.progress = Progress("", "running", 0, 0, "", {})
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event; kinds that have no place on a terminal are passed over."""
+        if event["event"] == "result":
+            keys = ("acceptance_length", "lossless", "speedup")
+            typer.echo(json.dumps({key: event[key] for key in keys}))
+        elif event["event"] == "answering":
+            self._show(self.progress._replace(stage=event["stage"], note=answering_note([event])))
+        elif event["event"] == "progress":
+            total = event["total"] or 0  # null while it is unknown
+            has_ended = event["done"] == total
+            progress = Progress(
+                stage=event["stage"],
+                state="done" if has_ended else "running",
+                done=event["done"],
+                total=total,
+                unit=event.get("unit", ""),
+                numbers={key: value for key, value in event.items() if key not in ENVELOPE},
+                note="" if has_ended else self.progress.note,
+            )
+            self._show(progress)
+            if has_ended:
+                self.display.close()
+
+    def _show(self, progress: Progress) -> None:
+        self.progress = progress
+        self.display.show(progress)

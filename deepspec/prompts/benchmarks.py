@@ -15,6 +15,7 @@ import pyarrow as pa
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
+from deepspec.artifacts.stages import STAGES
 from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
 from deepspec.config.data import DatasetSource
@@ -132,7 +133,7 @@ def benchmark_digests(run: Run, stage: str) -> dict[str, str]:
     Keys are `benchmarks/fingerprint`; a benchmark that is not stored yet is stored first.
     """
     digests = {}
-    for benchmark in run.known_benchmarks(stage):
+    for benchmark in STAGES[stage].known_benchmarks(run.config):
         artifact = stored_benchmark(run, benchmark)
         if (manifest := artifact.manifest()) is not None:
             digests[f"benchmarks/{artifact.key.fingerprint}"] = manifest.digest

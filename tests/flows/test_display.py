@@ -17,17 +17,14 @@ from flows.reporting import StageOutcome, prefect_key, report_nothing_to_do, res
 STATUS = StageStatus(
     stage="evaluate",
     artifact_url="/store/evaluate/dspark-demo-1a2b",
-    fingerprint="1a2b",
     committed=6,
     missing=[],
     rows=1800,
     tokens=50_000,
     rejected_rows=0,
     num_bytes=2_500_000,
-    seconds=10.0,
     sealed=True,
     failures={},
-    upstream_sealed=True,
 )
 PART = BenchmarkMetrics.model_construct(
     benchmark="math",

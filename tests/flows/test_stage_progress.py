@@ -23,17 +23,14 @@ def status(stage: str, committed: int, missing: int) -> StageStatus:
     return StageStatus(
         stage=stage,
         artifact_url=f"/store/{stage}/x",
-        fingerprint="1a2b",
         committed=committed,
         missing=missing_shards,
         rows=10 * committed,
         tokens=0,
         rejected_rows=0,
         num_bytes=0,
-        seconds=0.0,
         sealed=False,
         failures={},
-        upstream_sealed=True,
     )
 
 

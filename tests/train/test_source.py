@@ -17,6 +17,7 @@ import torch
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import lineage_lines
+from deepspec.artifacts.missing import require_sealed
 from deepspec.artifacts.records import index_file
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
@@ -224,10 +225,7 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
         stage_status(Run(config), "hidden").in_training,
         stage_status(Run(config), "hidden").missing,
     ) == (True, [])
-    assert (
-        stage_status(Run(config), "train").upstream_sealed
-        and not stage_status(Run(config), "train").sealed
-    )
+    assert require_sealed(Run(config), "train") and not stage_status(Run(config), "train").sealed
     draft = run_train(Run(config))
     answers = Run(config).artifact("answers")
     assert (
