@@ -31,9 +31,9 @@ def artifact_at(source: str) -> Artifact | None:
     if source.endswith((".yaml", ".yml")) or "/" not in source:
         return None
     source = source if "://" in source else str(Path(source).absolute())
-    root, _, folder = source.rstrip("/").rpartition("/")[0].rpartition("/")
-    name, _, fingerprint = source.rstrip("/").rpartition("/")[2].rpartition("-")
-    return Artifact(open_store(root), ArtifactKey(folder, name, fingerprint, {}, ()))
+    *root, stage, folder = source.rstrip("/").split("/")
+    name, _, fingerprint = folder.rpartition("-")
+    return Artifact(open_store("/".join(root)), ArtifactKey(stage, name, fingerprint, {}, ()))
 
 
 def require_info(artifact: Artifact) -> ArtifactInfo:

@@ -15,7 +15,6 @@ from deepspec.artifacts.records import ArtifactInput, ArtifactKey
 from deepspec.artifacts.stages import BENCHMARKS, BENCHMARKS_FORMAT, STAGES, Stage
 from deepspec.config.benchmarks import BenchmarkSet
 from deepspec.config.recipes import load_run
-from deepspec.config.retries import StageName
 from deepspec.config.run import RunConfig
 from deepspec.storage.store import canonical_json
 from deepspec.storage.urls import open_store
@@ -42,11 +41,12 @@ class Run:
 
         What a user brings is read before a minute goes into training the demo's target.
         """
-        names: tuple[StageName, ...] = ("prompts", "answers", "hidden", "train", "evaluate")
-        if self.config.demo is not None:
-            prompts_first = self.config.prompts.source.kind != "demo"
-            names = ("prompts", "demo", *names[1:]) if prompts_first else ("demo", *names)
-        return tuple(STAGES[name] for name in names)
+        demo, prompts, *others = STAGES.values()
+        if self.config.demo is None:
+            return prompts, *others
+        if prompts.reads_demo(self.config):
+            return demo, prompts, *others
+        return prompts, demo, *others
 
     def artifact(self, stage: str) -> Artifact:
         """The artifact that this run's stage reads or makes, whether or not it is there.

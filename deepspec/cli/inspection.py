@@ -4,6 +4,7 @@ left over.
 
 import json
 import sys
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -133,12 +134,9 @@ def verify_run(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     from deepspec.cache.damage import locate_damage
 
     opened, locate = open_run(run, sets, store=store), {"hidden": locate_damage}
-    checks = [
-        *(verify_stage(opened, stage.name, locate.get(stage.name)) for stage in opened.stages),
-        verify_benchmarks(opened),
-    ]
+    stages = (verify_stage(opened, stage.name, locate.get(stage.name)) for stage in opened.stages)
     damaged = False
-    for problem in (line for check in checks for line in check):
+    for problem in chain(*stages, verify_benchmarks(opened)):
         # at once: its record is gone by now, and the rest may take hours
         typer.echo(problem, err=True)
         damaged = True

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from deepspec.artifacts.missing import trains_without_cache
 from deepspec.artifacts.run import Run
 from deepspec.errors import ChildFailed, ConfigError, TransientError
-from deepspec.process.child_output import OnLine
 from deepspec.process.events import Report
-from deepspec.process.launch import RunRequest, run_child
+from deepspec.process.launch import OnLine, RunRequest, run_child
 from deepspec.process.machine import visible_gpus
 from deepspec.process.scopes import Stopped, scope
 
