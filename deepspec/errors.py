@@ -16,6 +16,11 @@ class DeepSpecError(Exception):
     """What went wrong (`what`), in which file, field or shard (`where`), and how to `fix` it."""
 
     exit_code: ClassVar[int] = EXIT_FAILED
+    kinds: ClassVar[dict[str, type["DeepSpecError"]]] = {}
+    """Every kind of error by its name, for `error_from_json`."""
+
+    def __init_subclass__(cls) -> None:
+        cls.kinds[cls.__name__] = cls
 
     def __init__(
         self,
@@ -80,7 +85,7 @@ class FidelityTooLow(UserError):
 
 
 class DamagedData(DeepSpecError):
-    """Stored bytes differ from what their record says."""
+    """Stored bytes do not match their record."""
 
 
 class TransientError(DeepSpecError):
@@ -116,13 +121,8 @@ def error_from_json(fields: dict[str, Any]) -> DeepSpecError:
 
     One of a class unknown here is a TransientError or a ChildFailed.
     """
-    known = {cls.__name__: cls for cls in _subclasses(DeepSpecError)}
     unknown = TransientError if fields.get("transient") else ChildFailed
-    kind = known.get(fields.get("error", ""), unknown)
+    kind = DeepSpecError.kinds.get(fields.get("error", ""), unknown)
     failures = {int(shard): failure for shard, failure in fields.get("failures", {}).items()}
     where, fix = fields.get("where", ""), fields.get("fix", "")
     return kind(fields["what"], where=where, fix=fix, failures=failures)
-
-
-def _subclasses(cls: type[DeepSpecError]) -> list[type[DeepSpecError]]:
-    return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]

@@ -195,8 +195,8 @@ def _staged(store: Store) -> Iterator[tuple[Kind, str, Entry]]:
 
 
 def _is_being_written(name: str) -> bool:
-    """Whether the process that `host-pid-uuid` names runs on this machine; of another machine
-    only the age can tell.
+    """Whether the process that `host-pid-uuid` names runs on this machine; files of another
+    machine are judged by their age alone.
     """
     host, _, rest = name.rpartition("-")[0].rpartition("-")
     return host == os.uname().nodename and rest.isdigit() and psutil.pid_exists(int(rest))

@@ -147,8 +147,8 @@ class Leases:
         return bool(self.lease.parent_run_id) and lease.run_id == self.lease.parent_run_id
 
     def _publish(self, shards: Iterable[int], *, settled: bool) -> None:
-        text = shard_list(sorted(shards))
-        self.lease = self.lease.model_copy(update={"shards": text, "settled": settled})
+        fields = {"shards": shard_list(shards), "settled": settled}
+        self.lease = self.lease.model_copy(update=fields)
         self._write()
 
     def _write(self) -> None:
@@ -167,7 +167,7 @@ class Leases:
 
 def this_process() -> str:
     """Identifies this process among those of all machines and all times; empty where the system
-    does not tell enough.
+    does not give enough for that.
     """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

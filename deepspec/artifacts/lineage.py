@@ -102,7 +102,7 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     Raises:
         ConfigError: unknown recipe, key or value, or an artifact whose run this version does not
             know.
-        ArtifactMismatch: there is no artifact, or it does not say which run made it.
+        ArtifactMismatch: there is no artifact, or it does not record which run made it.
     """
     artifact = artifact_at(source)
     if artifact is None:
@@ -110,7 +110,7 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     info = require_info(artifact)
     where = f"{artifact.url}/artifact.json"
     if not info.run:
-        what = "the artifact does not say which run made it"
+        what = "the artifact does not record which run made it"
         raise ArtifactMismatch(what, where=where, fix="give the run's recipe or file")
     if store is None:
         is_local = artifact.store.is_local

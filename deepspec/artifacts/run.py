@@ -79,7 +79,7 @@ class Run:
         return Artifact(self.store, benchmark_key(benchmark))
 
     def check_inputs(self) -> None:
-        """See to it that every file that any stage of the run reads is there.
+        """Check that every file that any stage of the run reads is there.
 
         Raises:
             DataError: one is missing.

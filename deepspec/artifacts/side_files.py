@@ -29,8 +29,9 @@ def quarantine(artifact: Artifact, shard: int, local: Path) -> str:
     """Keep what was written of a shard that must not be committed, for somebody to look at;
     returns where it is.
     """
-    artifact.store.publish(local, artifact.path(f"quarantine/{shard:05d}.arrow"))
-    return f"{artifact.url}/quarantine/{shard:05d}.arrow"
+    name = f"quarantine/{shard:05d}.arrow"
+    artifact.store.publish(local, artifact.path(name))
+    return f"{artifact.url}/{name}"
 
 
 def folder_beside(artifact: Artifact, name: str) -> Path:
@@ -46,7 +47,7 @@ def folder_beside(artifact: Artifact, name: str) -> Path:
 
 
 def put_failure(artifact: Artifact, shard: int, error: DeepSpecError) -> None:
-    """Leave word of why a shard is missing; a later commit of the shard takes it away."""
+    """Record why a shard is missing; a later commit of the shard removes the note."""
     fields = {**error.to_json(), "host": socket.gethostname()}
     artifact.write(f"failures/{shard:05d}.json", pretty_json(fields))
 

@@ -1,6 +1,5 @@
 """What this machine has for a process: GPUs, found without loading CUDA, and ports on loopback."""
 
-import contextlib
 import os
 import socket
 from pathlib import Path
@@ -18,6 +17,6 @@ def visible_gpus() -> list[str]:
 
 def free_port() -> int:
     """A port of `LOOPBACK` on which no process listens now."""
-    with contextlib.closing(socket.socket()) as probe:
+    with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

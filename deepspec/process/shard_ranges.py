@@ -1,7 +1,7 @@
 """Shard numbers: as ranges that people write, and in groups."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from deepspec.errors import ConfigError
 
@@ -14,7 +14,7 @@ def deal(shards: Sequence[int], size: int) -> list[list[int]]:
     return [list(shards[first : first + size]) for first in range(0, len(shards), size)]
 
 
-def shard_list(shards: Sequence[int], digits: int = 1) -> str:
+def shard_list(shards: Iterable[int], digits: int = 1) -> str:
     """Shard numbers in few characters: `17,40-52`, or with leading zeros `0017,0040-0052`."""
     runs: list[list[int]] = []
     for shard in sorted(shards):
