@@ -30,7 +30,10 @@ LONG = [
     "train.epochs=1000",
     "train.checkpoint_steps=10",
 ]
-ENGINE = "answers.engine=tests.flows.engines:Waiting"
+OVERRIDES = [
+    "answers.engine=tests.flows.engines:Waiting",
+    "resources.retries.delay_s=5",  # a lane that lost a shard asks for its next group sooner
+]
 
 
 class Site:
@@ -41,7 +44,7 @@ class Site:
         self.regenerate, self.train = machines.deploy("regenerate"), machines.deploy("train")
 
     def prompts(self, store: Path) -> RunConfig:
-        config = load_run(str(self.run_file), [ENGINE], store=str(store))
+        config = load_run(str(self.run_file), OVERRIDES, store=str(store))
         run_prompts(Run(config))
         return config
 
@@ -49,7 +52,7 @@ class Site:
         return self.machines.begin(
             self.regenerate,
             recipe=str(self.run_file),
-            overrides=[ENGINE],
+            overrides=OVERRIDES,
             store=str(store),
             **parameters,
         )
@@ -59,7 +62,7 @@ class Site:
         long as the test likes.
         """
         (self.machines.folder / "slow").touch()
-        run, config = self.begin(store), load_run(str(self.run_file), [ENGINE], store=str(store))
+        run, config = self.begin(store), load_run(str(self.run_file), OVERRIDES, store=str(store))
         wait_until(
             lambda: stage_status(Run(config), "answers").committed == 2 and self.noted()[-1] == 2,
             "two shards",
