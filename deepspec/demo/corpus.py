@@ -27,12 +27,9 @@ class DemoConversation(NamedTuple):
     domain: Domain
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """Both as messages of a chat."""
-        return [
-            {"role": "user", "content": self.question},
-            {"role": "assistant", "content": self.answer},
-        ]
+    def prompt(self) -> list[dict[str, str]]:
+        """The question as messages of a chat."""
+        return [{"role": "user", "content": self.question}]
 
 
 class Corpus(NamedTuple):

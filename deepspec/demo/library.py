@@ -37,7 +37,7 @@ class Function(NamedTuple):
     """A function, or a method of a class."""
 
     module: str  # "email.message"
-    owner: str | None  # the class of a method
+    owner: str  # the class of a method, empty for a function
     name: str
     signature: str  # "get(self, name, default=None)"
     source: str  # normalised: no comments, no docstring
@@ -59,31 +59,28 @@ class Function(NamedTuple):
 def library_functions() -> tuple[Function, ...]:
     """All functions and methods of the standard library by module and name, one per name."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[tuple[str, str | None, str], Function] = {}
+    found: dict[tuple[str, str, str], Function] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if EXCLUDED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
             module = ".".join(part for part in parts if part != "__init__")
             for function in _functions(path, module):
                 found.setdefault((module, function.owner, function.name), function)
-    by_name = sorted((module, owner or "", name) for module, owner, name in found)
-    return tuple(found[module, owner or None, name] for module, owner, name in by_name)
+    return tuple(found[name] for name in sorted(found))
 
 
 def _functions(path: Path, module: str) -> Iterator[Function]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in a few files
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            yield _function(node, module, None)
-        elif isinstance(node, ast.ClassDef):
-            for child in node.body:
-                if isinstance(child, ast.FunctionDef):
-                    yield _function(child, module, node.name)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for owner, body in [("", tree.body), *((node.name, node.body) for node in classes)]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef):
+                yield _function(node, module, owner)
 
 
-def _function(node: ast.FunctionDef, module: str, owner: str | None) -> Function:
+def _function(node: ast.FunctionDef, module: str, owner: str) -> Function:
     docstring = ast.get_docstring(node) or ""
     if docstring:
         node.body = node.body[1:] or [ast.Pass()]

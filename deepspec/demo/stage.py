@@ -18,17 +18,12 @@ def run_demo(run: Run, report: Report = silent) -> Artifact:
     artifact = run.create("demo")
     if artifact.manifest() is not None:
         return artifact
-
-    def progress(done: int, total: int, numbers: dict[str, float]) -> None:
-        event = {"event": "progress", "stage": "demo", "unit": "steps"}
-        report({**event, "done": done, "total": total, **numbers})
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        build_demo(folder, config, on_progress=progress)
+        build_demo(folder, config, report)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in files]
-        for path, name in zip(files, names, strict=True):
-            artifact.put_file(path, name)
+        for name in names:
+            artifact.put_file(folder / name, name)
     artifact.seal(files=names, inputs={})
     return artifact

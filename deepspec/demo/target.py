@@ -6,7 +6,7 @@ T tokens of a batch, V vocabulary.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from deepspec.config.target import DemoConfig
 from deepspec.demo.muon import Muon
 from deepspec.demo.tokenizer import MAX_POSITIONS
-
-Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, numbers to show
+from deepspec.process.events import Report
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 WARMUP_STEPS = 20
@@ -70,7 +69,7 @@ def initialise(model: Any, generator: torch.Generator) -> None:
 
 
 def train_target(
-    model: Any, examples: Sequence[Example], config: DemoConfig, on_progress: Progress
+    model: Any, examples: Sequence[Example], config: DemoConfig, report: Report
 ) -> float:
     """Train in place for `config.steps` steps; returns the mean loss of the last tenth."""
     batches = make_batches(examples, config.batch_tokens, random.Random(config.seed))
@@ -97,7 +96,8 @@ def train_target(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-        on_progress(step + 1, config.steps, {"loss": losses[-1]})
+        progress = {"done": step + 1, "total": config.steps, "loss": losses[-1]}
+        report({"event": "progress", "stage": "demo", "unit": "steps", **progress})
     model.eval()
     recent = losses[-max(1, config.steps // 10) :]
     return sum(recent) / len(recent)

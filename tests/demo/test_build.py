@@ -3,13 +3,16 @@ again.
 """
 
 import json
+import logging
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepspec.config.target import DemoConfig
-from deepspec.demo.build import DemoSummary, build_demo
+from deepspec.demo.build import build_demo
 
 CONFIG = DemoConfig(
     conversations=90,
@@ -23,14 +26,16 @@ CONFIG = DemoConfig(
 
 
 @pytest.fixture(scope="module")
-def built(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, DemoSummary, list[tuple[int, int]]]:
-    folder, seen = tmp_path_factory.mktemp("built"), []
-    summary = build_demo(
-        folder, CONFIG, on_progress=lambda done, total, numbers: seen.append((done, total))
-    )
-    return folder, summary, seen
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], str]:
+    folder, events = tmp_path_factory.mktemp("built"), []
+    log = logging.getLogger("deepspec.demo.build")
+    with StringIO() as lines, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "level", logging.INFO)
+        handler = logging.StreamHandler(lines)
+        log.addHandler(handler)
+        build_demo(folder, CONFIG, events.append)
+        log.removeHandler(handler)
+        return folder, events, lines.getvalue()
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -77,12 +82,13 @@ def test_prompts_and_benchmarks_have_the_rows_that_the_stages_read(built):
         assert asked.isdisjoint(row["turns"][0] for row in held_out)
 
 
-def test_progress_and_summary_tell_the_steps(built):
-    _, summary, seen = built
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert summary.conversations == 90
-    assert summary.tokens > 90 * 50
-    assert 0 < summary.loss < 7
+def test_progress_and_the_log_have_the_steps_and_the_loss(built):
+    _, events, line = built
+    assert [(event["done"], event["total"]) for event in events] == [(1, 3), (2, 3), (3, 3)]
+    summary = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", line)}
+    assert summary["conversations"] == 90
+    assert summary["tokens"] > 90 * 50
+    assert 0 < summary["loss"] < 7
 
 
 def test_the_same_configuration_gives_the_same_bytes(built, tmp_path: Path):

@@ -49,7 +49,8 @@ def test_every_conversation_renders_and_decodes_back_and_its_answer_ends_the_tur
 ):
     for row in corpus.training:
         example = encode(tokenizer, row)
-        rendered = tokenizer.apply_chat_template(row.messages, tokenize=True, return_dict=False)
+        messages = [*row.prompt, {"role": "assistant", "content": row.answer}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert rendered == [*example.input_ids, *tokenizer.encode("\n")], (
             "training sees what a server would see"
         )
