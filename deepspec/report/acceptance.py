@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from deepspec.artifacts.results import Metrics
 from deepspec.figures.charts import Estimate, interval_chart, ranged
-from deepspec.report.lines import Line, Part, Result, first_columns, lines_of, macro_line, rows_of
+from deepspec.report.lines import Line, Part, Result, lines_of, macro_line, num_words, rows_of
 from deepspec.report.page import Gallery, ReportSection, Table
 from deepspec.report.positions import position_blocks
 from deepspec.report.speed import speed_blocks
@@ -38,21 +38,27 @@ def _estimate(part: Part, name: str) -> Estimate:
 
 
 def _summary_table(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Table:
-    rows: list[list[str]] = []
+    rows: list[dict[str, str]] = []
     strong = set()
     for first, part, line in rows_of(lines, results):
         if line.is_overall:
             strong.add(len(rows))
-        counts, per_s = ["", ""], ["", ""]
-        if isinstance(part, Metrics):
-            counts = [f"{part.prompts:,}", f"{part.rounds:,}"]
-            per_s = [f"{speed:,.0f}" for _, speed in part.tokens_per_s]
+        counted = part if isinstance(part, Metrics) else None  # a mean has no counts
         length, rate, speedup = (ranged(*_estimate(part, name)) for name in MEASURES)
-        rows.append([*first, line.domain, *counts, length, rate, *per_s, speedup])
-    words = [*first_columns(results), "domain"]
-    acceptance = ["prompts", "rounds", "acceptance length", "verify rate"]
-    header = [*words, *acceptance, "plain tokens/s", "tokens/s", "speed-up"]
-    return Table("Acceptance and speed", header, rows, len(words), frozenset(strong), NOTE)
+        rows.append(
+            {
+                **first,
+                "domain": line.domain,
+                "prompts": f"{counted.prompts:,}" if counted else "",
+                "rounds": f"{counted.rounds:,}" if counted else "",
+                "acceptance length": length,
+                "verify rate": rate,
+                "plain tokens/s": f"{counted.tokens_per_s.plain:,.0f}" if counted else "",
+                "tokens/s": f"{counted.tokens_per_s.speculative:,.0f}" if counted else "",
+                "speed-up": speedup,
+            }
+        )
+    return Table("Acceptance and speed", rows, num_words(results) + 1, frozenset(strong), NOTE)
 
 
 def _intervals(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Gallery:
@@ -77,10 +83,15 @@ def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
     rows = []
     for result in results:
         found = result.summary.temperatures[temperature].losslessness
-        verdict = {True: "yes", False: "NO", None: "not by these counts"}[found.ok]
-        gap = "" if found.max_logit_gap is None else f"{found.max_logit_gap:.3g}"
-        identical = f"{found.identical}/{found.prompts}"
-        dtype = found.dtype or "unknown"
-        rows.append([result.label, dtype, verdict, found.words, identical, gap])
-    header = ["run", "number format", "shown", "what is known", "identical", "largest logit gap"]
-    return Table("Losslessness", header, rows, words=4)
+        gap = found.max_logit_gap
+        rows.append(
+            {
+                "run": result.label,
+                "number format": found.dtype or "unknown",
+                "shown": {True: "yes", False: "NO", None: "not by these counts"}[found.ok],
+                "what is known": found.words,
+                "identical": f"{found.identical}/{found.prompts}",
+                "largest logit gap": "" if gap is None else f"{gap:.3g}",
+            }
+        )
+    return Table("Losslessness", rows, words=4)

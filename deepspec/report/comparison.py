@@ -8,12 +8,11 @@ from rich.console import RenderableType
 from deepspec.artifacts.records import Stored
 from deepspec.evaluate.compare import ComparedLine, Comparison, compare
 from deepspec.evaluate.results import read_rows
-from deepspec.report.origin import settings_by_path
+from deepspec.report.origin import settings_by_path, settings_of
 from deepspec.report.page import Table, for_terminal
-from deepspec.report.report import labels_of, open_results, settings_of
+from deepspec.report.report import labels_of, open_results
 
 UNIMPORTANT = ("name", "store", "resources")  # of a run: no result depends on them
-COLUMNS = ["A", "B", "B - A", "95 % interval", "B better in"]
 ACCEPTANCE_NOTE = (
     "resampled: prompts, both sides of each together; T: temperature; "
     "B better in: share of the resamples"
@@ -78,25 +77,32 @@ def comparison_tables(found: ResultComparison) -> Iterator[RenderableType]:
     if found.speed:
         yield _table("speed-up over plain decoding", found.speed, SPEED_NOTE)
     if found.settings:
-        rows = [[name, *map(str, values)] for name, values in found.settings.items()]
-        yield for_terminal(Table("settings that differ", ["setting", "A", "B"], rows, words=3))
+        rows = [
+            {"setting": name, "A": str(a), "B": str(b)} for name, (a, b) in found.settings.items()
+        ]
+        yield for_terminal(Table("settings that differ", rows, words=3))
 
 
 def _table(title: str, lines: Sequence[ComparedLine], note: str) -> RenderableType:
     """Lines of acceptance count prompts; lines of speed have a batch size and count groups."""
-    is_speed = lines[0].batch_size is not None
     rows = []
     for line in lines:
-        counts = [line.batch_size, line.groups] if is_speed else [line.prompts]
-        name = line.benchmark or line.overall or ""
-        values = [f"{line.a:.3f}", f"{line.b:.3f}", f"{line.difference:+.3f}"]
         interval, above = "unknown", "unknown"
         if line.interval is not None:
             interval = "{:+.3f} to {:+.3f}".format(*line.interval)
             above = f"{line.above_zero:.1%}"
-        first = [name, f"{line.temperature:g}", *(f"{count:,}" for count in counts)]
-        rows.append([*first, *values, interval, above])
-    counted = ["batch", "groups"] if is_speed else ["prompts"]
+        counts = {"prompts": line.prompts, "batch": line.batch_size, "groups": line.groups}
+        rows.append(
+            {
+                "benchmark": line.benchmark or line.overall or "",
+                "T": f"{line.temperature:g}",
+                **{name: f"{count:,}" for name, count in counts.items() if count is not None},
+                "A": f"{line.a:.3f}",
+                "B": f"{line.b:.3f}",
+                "B - A": f"{line.difference:+.3f}",
+                "95 % interval": interval,
+                "B better in": above,
+            }
+        )
     strong = frozenset(number for number, line in enumerate(lines) if line.overall)
-    header = ["benchmark", "T", *counted, *COLUMNS]
-    return for_terminal(Table(title, header, rows, strong=strong, note=note))
+    return for_terminal(Table(title, rows, strong=strong, note=note))

@@ -12,7 +12,7 @@ from deepspec.report.lines import Result
 from deepspec.report.page import Gallery, ReportSection, Table
 
 SIDES = {"before": 7, "after": 0}  # of temperature scaling, with their colours
-SCORES = ("ece", "auroc", "brier")
+SCORES = {"ECE": "ece", "AUROC": "auroc", "Brier": "brier"}
 MEASURES = ("acceptance_length", "verify_rate", "proposed_per_round")
 CALIBRATION_TEXT = (
     "How often the target accepted a draft token, against the draft's confidence in it. "
@@ -73,11 +73,17 @@ def _calibration_table(
 ) -> Table:
     rows = []
     for part, temperature in zip(parts, temperatures, strict=True):
-        scores = [getattr(getattr(part, side), score) for score in SCORES for side in SIDES]
-        cells = ["–" if score is None else f"{score:.3f}" for score in scores]
-        rows.append([f"{part.position}", f"{part.after.count:,}", f"{temperature:.2f}", *cells])
-    names = [f"{score} {side}" for score in ("ECE", "AUROC", "Brier") for side in SIDES]
-    return Table(f"Calibration of {title}", ["position", "labels", "temperature", *names], rows)
+        row = {
+            "position": f"{part.position}",
+            "labels": f"{part.after.count:,}",
+            "temperature": f"{temperature:.2f}",
+        }
+        for name, score in SCORES.items():
+            for side in SIDES:
+                value = getattr(getattr(part, side), score)
+                row[f"{name} {side}"] = "–" if value is None else f"{value:.3f}"
+        rows.append(row)
+    return Table(f"Calibration of {title}", rows)
 
 
 def _threshold_section(sweeps: Mapping[tuple[str, int], Sequence[ThresholdPoint]]) -> ReportSection:
@@ -90,10 +96,15 @@ def _threshold_section(sweeps: Mapping[tuple[str, int], Sequence[ThresholdPoint]
         ]
         charts.append(line_chart(name.capitalize(), series, labels=("threshold", name)))
     rows = [
-        [label, *(f"{getattr(at, name):.2f}" for name in ("threshold", *MEASURES))]
+        {
+            "run": label,
+            **{
+                name.replace("_", " "): f"{getattr(at, name):.2f}"
+                for name in ("threshold", *MEASURES)
+            },
+        }
         for (label, _), sweep in sweeps.items()
         for at in sweep
     ]
-    header = ["run", "threshold", *(measure.replace("_", " ") for measure in MEASURES)]
-    table = Table("Threshold sweep, in numbers", header, rows)
+    table = Table("Threshold sweep, in numbers", rows)
     return ReportSection("Thresholds", [Gallery("Threshold sweep", charts), table], THRESHOLDS_TEXT)

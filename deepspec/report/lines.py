@@ -3,9 +3,10 @@
 The results, and a line for each benchmark, domain and total with its numbers in every run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
+from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.results import EvaluationSummary, MeanMetrics, Metrics
 
 Part = Metrics | MeanMetrics
@@ -15,16 +16,12 @@ P_co = TypeVar("P_co", bound=Part, covariant=True)
 class Result(NamedTuple):
     """A result as the report shows it.
 
-    `summary` is computed from its rows, and has what the evaluation added to it. `left_out` counts
-    prompts (or turns) that were not decoded, once for each time that they would have been.
+    `summary` is computed from its rows, and has what the evaluation added to it.
     """
 
     label: str
     summary: EvaluationSummary
-    settings: Mapping[str, Any]
-    lineage: Sequence[str]
-    sealed: bool
-    left_out: int
+    artifact: Artifact
 
 
 class Line(NamedTuple, Generic[P_co]):
@@ -72,14 +69,15 @@ def totals_first(lines: Sequence[Line[Metrics]]) -> list[Line[Metrics]]:
 
 def rows_of(
     lines: Sequence[Line[P_co]], results: Sequence[Result]
-) -> Iterator[tuple[list[str], P_co, Line[P_co]]]:
+) -> Iterator[tuple[dict[str, str], P_co, Line[P_co]]]:
     """A row's first cells, its numbers and its line; of several runs, the cells name it."""
     for line in lines:
         for result, part in zip(results, line.parts, strict=True):
             if part is not None:
-                yield [line.name, *([result.label] if len(results) > 1 else [])], part, line
+                run = {"run": result.label} if len(results) > 1 else {}
+                yield {"benchmark": line.name, **run}, part, line
 
 
-def first_columns(results: Sequence[Result]) -> list[str]:
-    """The headers of the cells that `rows_of` begins a row with."""
-    return ["benchmark", *(["run"] if len(results) > 1 else [])]
+def num_words(results: Sequence[Result]) -> int:
+    """How many cells `rows_of` begins a row with."""
+    return 2 if len(results) > 1 else 1

@@ -3,24 +3,34 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deepspec.artifacts.artifact import Artifact
+from deepspec.artifacts.lineage import lineage_lines
 from deepspec.report.lines import Result
 from deepspec.report.page import Preformatted, ReportSection, Table
 
 
 def origin_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """The lineage of each result, and a table of all settings in which differing rows are bold."""
-    lineages = [Preformatted(result.label, result.lineage) for result in results]
+    lineages = [
+        Preformatted(result.label, list(lineage_lines(result.artifact.url))) for result in results
+    ]
     yield ReportSection("Lineage", lineages, "What each result was made from, itself first.")
-    settings = settings_by_path([result.settings for result in results])
+    settings = settings_by_path([settings_of(result.artifact) for result in results])
+    labels = [result.label for result in results]
     rows = [
-        [path, *("–" if value is None else value for value in values)]
+        {"setting": path, **dict(zip(labels, (value or "–" for value in values), strict=True))}
         for path, values in settings.items()
     ]
-    differing = [number for number, row in enumerate(rows) if len({*row[1:]}) > 1]
-    header = ["setting", *(result.label for result in results)]
+    differing = [number for number, values in enumerate(settings.values()) if len({*values}) > 1]
     note = "Settings in which the runs differ are bold." if len(results) > 1 else ""
-    table = Table("Every setting", header, rows, len(header), frozenset(differing), note)
+    table = Table("Every setting", rows, len(results) + 1, frozenset(differing), note)
     yield ReportSection("Settings", [table])
+
+
+def settings_of(artifact: Artifact) -> Mapping[str, Any]:
+    """The run that an artifact was made by, empty if the artifact has no record of it."""
+    info = artifact.info()
+    return info.run if info else {}
 
 
 def settings_by_path(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:

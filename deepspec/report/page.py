@@ -5,7 +5,7 @@ name that a user chose.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,17 +19,22 @@ Format = Literal["html", "markdown"]
 
 
 class Table(NamedTuple):
-    """Rows under a header: the first `words` columns are text, the others numbers.
+    """Rows of cells by the names of their columns, which are the same in all rows.
 
-    The rows whose numbers are in `strong` stand out.
+    The first `words` columns are text, the others numbers; the rows whose numbers are in `strong`
+    stand out.
     """
 
     title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Mapping[str, str]]
     words: int = 1
     strong: frozenset[int] = frozenset()
     note: str = ""
+
+    @property
+    def header(self) -> Sequence[str]:
+        """The names of the columns."""
+        return list(self.rows[0]) if self.rows else []
 
 
 class Gallery(NamedTuple):
@@ -104,7 +109,7 @@ def for_terminal(table: Table) -> RichTable:
     for number, name in enumerate(table.header):
         shown.add_column(name, justify="left" if number < table.words else "right")
     for number, row in enumerate(table.rows):
-        shown.add_row(*map(Text, row), style="bold" if number in table.strong else None)
+        shown.add_row(*map(Text, row.values()), style="bold" if number in table.strong else None)
     return shown
 
 

@@ -31,8 +31,15 @@ def scheduler_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
             for at in steps:
                 note = f", {at.requests} requests"
                 points.append(Point(at.per_user, at.throughput, note=note))
-                speeds = [f"{at.throughput:,.1f}", f"{at.per_user:,.1f}"]
-                rows.append([name, f"{at.requests:,}", *speeds, f"{at.verified_per_round:.2f}"])
+                rows.append(
+                    {
+                        "policy": name,
+                        "requests": f"{at.requests:,}",
+                        "tokens/s": f"{at.throughput:,.1f}",
+                        "tokens/s per user": f"{at.per_user:,.1f}",
+                        "verified per round": f"{at.verified_per_round:.2f}",
+                    }
+                )
             if name in coloured:
                 series.append(Series(name, points, coloured.index(name)))
             else:
@@ -41,8 +48,7 @@ def scheduler_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
         if len(coloured) < len(policies):
             note = "Thin lines: the other policies below, fixed lengths among them."
         gallery = Gallery("Policies", [line_chart(TITLE, series, labels=LABELS)], note)
-        header = ["policy", "requests", "tokens/s", "tokens/s per user", "verified per round"]
-        table = Table("Policies, in numbers", header, rows)
+        table = Table("Policies, in numbers", rows)
         of_run = f" of {result.label}" if len(results) > 1 else ""
         yield ReportSection(f"Scheduler{of_run}", [gallery, table], TEXT)
 

@@ -6,7 +6,7 @@ from typing import Literal
 from deepspec.artifacts.results import Metrics
 from deepspec.figures.charts import Estimate, Look, Point, Series, line_chart, ranged
 from deepspec.figures.drawing import Chart
-from deepspec.report.lines import Line, Result, first_columns, rows_of, totals_first
+from deepspec.report.lines import Line, Result, num_words, rows_of, totals_first
 from deepspec.report.page import Gallery, Table
 
 NOTE = (
@@ -26,16 +26,18 @@ def position_blocks(
         [line for line in lines if any(part and part.tried for part in line.parts)]
     )
     yield Gallery("Acceptance by position", [_curves(line, results) for line in having], NOTE)
-    first = [*first_columns(results), "acceptance"]
+    found = [
+        ({**first, "acceptance": kind}, _positions(part, kind))
+        for first, part, _ in rows_of(having, results)
+        for kind in LOOKS
+    ]
+    longest = max((len(positions) for _, positions in found), default=0)
     rows = []
-    for words, part, _ in rows_of(having, results):
-        for kind in LOOKS:
-            cells = ["–" if at is None else ranged(*at) for at in _positions(part, kind)]
-            rows.append([*words, kind, *cells])
-    width = max(map(len, rows), default=len(first))
-    rows = [[*row, *["–"] * (width - len(row))] for row in rows]
-    header = [*first, *(f"k = {k}" for k in range(1, width - len(first) + 1))]
-    yield Table("Acceptance by position, in numbers", header, rows, len(first))
+    for first, positions in found:
+        shown = ["–" if at is None else ranged(*at) for at in positions]
+        shown += ["–"] * (longest - len(shown))
+        rows.append({**first, **{f"k = {k}": cell for k, cell in enumerate(shown, start=1)}})
+    yield Table("Acceptance by position, in numbers", rows, num_words(results) + 1)
 
 
 def _positions(part: Metrics, kind: Kind) -> list[Estimate | None]:

@@ -4,19 +4,18 @@ Its numbers are computed from the rows, so that every committed row counts.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import find_artifact, lineage_lines
+from deepspec.artifacts.lineage import find_artifact
 from deepspec.artifacts.results import EvaluationSummary, Interval, read_summary
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.report.acceptance import temperature_sections
 from deepspec.report.confidence import calibration_sections
 from deepspec.report.lines import Result
-from deepspec.report.origin import origin_sections
+from deepspec.report.origin import origin_sections, settings_of
 from deepspec.report.page import Fact, Format, Page, render_page
 from deepspec.report.policies import scheduler_sections
 
@@ -59,12 +58,6 @@ def labels_of(artifacts: Sequence[Artifact]) -> list[str]:
     ]
 
 
-def settings_of(artifact: Artifact) -> Mapping[str, Any]:
-    """The run that an artifact was made by, empty if the artifact has no record of it."""
-    info = artifact.info()
-    return info.run if info else {}
-
-
 def report_text(artifacts: Sequence[Artifact], form: Format) -> str:
     """The whole report as text."""
     return render_page(_page(artifacts), form)
@@ -100,12 +93,13 @@ def save_report(artifacts: Sequence[Artifact], form: Format, output: str) -> str
 def _page(artifacts: Sequence[Artifact]) -> Page:
     results = [*map(_result, artifacts, labels_of(artifacts))]
     subtitle = SUBTITLE
-    if unfinished := [result.label for result in results if not result.sealed]:
+    if unfinished := [one.label for one in results if one.artifact.manifest() is None]:
         subtitle += f" Not finished: {', '.join(unfinished)}; what is evaluated so far is shown."
     for result in results:
-        if result.left_out:
-            left_out = f"{result.left_out:,} prompts of {result.label} were not decoded"
-            subtitle += f" {left_out}; rejects/ in its folder has the reasons."
+        # Counted once for each time that one would have been decoded.
+        if left_out := sum(record.rejected for record in result.artifact.records().values()):
+            what = f"{left_out:,} prompts of {result.label} were not decoded"
+            subtitle += f" {what}; rejects/ in its folder has the reasons."
     sections = [
         *temperature_sections(results),
         *calibration_sections(results),
@@ -122,14 +116,7 @@ def _result(artifact: Artifact, label: str) -> Result:
     if stored := read_summary(artifact):
         parts = {"calibration": stored.calibration, "scheduler": stored.scheduler}
         found = found.model_copy(update=parts)
-    return Result(
-        label,
-        found,
-        settings_of(artifact),
-        list(lineage_lines(artifact.url)),
-        artifact.manifest() is not None,
-        sum(record.rejected for record in artifact.records().values()),
-    )
+    return Result(label, found, artifact)
 
 
 def _facts(found: EvaluationSummary) -> list[Fact]:

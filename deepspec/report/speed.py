@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from deepspec.artifacts.results import BatchSpeed, Metrics
 from deepspec.figures.charts import Point, Series, bar_chart, line_chart, ranged
 from deepspec.figures.drawing import Chart
-from deepspec.report.lines import Line, Result, first_columns, rows_of, totals_first
+from deepspec.report.lines import Line, Result, num_words, rows_of, totals_first
 from deepspec.report.page import Gallery, Table
 
 PHASES = ("draft", "verify", "bookkeeping")  # their number is their colour
@@ -31,20 +31,11 @@ def speed_blocks(
     ]
     yield Gallery("Seconds by phase", bars, PHASES_NOTE)
     rows = [
-        [*first, *_cells(size)]
+        {**first, **_cells(size)}
         for first, part, _ in rows_of(lines, results)
         for size in part.batch_sizes
     ]
-    first = first_columns(results)
-    counts = ["batch", "prompts", "groups"]
-    speeds = ["plain tokens/s", "tokens/s", "speed-up"]
-    header = [
-        *first,
-        *counts,
-        *speeds,
-        *(f"{name} s" for name in ("plain", "speculative", *PHASES)),
-    ]
-    yield Table("Speed by batch size, and seconds by phase", header, rows, len(first))
+    yield Table("Speed by batch size, and seconds by phase", rows, num_words(results))
 
 
 def _by_batch_size(line: Line[Metrics], results: Sequence[Result], highest: float) -> Chart:
@@ -71,8 +62,16 @@ def _bars(title: str, part: Metrics) -> Chart:
     return bar_chart(title, rows, label="seconds")
 
 
-def _cells(size: BatchSpeed) -> list[str]:
-    counts = [f"{count:,}" for count in (size.batch_size, size.prompts, size.groups)]
-    speeds = [f"{speed:,.0f}" for _, speed in size.tokens_per_s]
-    seconds = [f"{phase:.1f}" for _, phase in size.seconds]
-    return [*counts, *speeds, ranged(size.speedup, size.interval), *seconds]
+def _cells(size: BatchSpeed) -> dict[str, str]:
+    phases = ("plain", "speculative", *PHASES)
+    return {
+        "batch": f"{size.batch_size:,}",
+        "prompts": f"{size.prompts:,}",
+        "groups": f"{size.groups:,}",
+        "plain tokens/s": f"{size.tokens_per_s.plain:,.0f}",
+        "tokens/s": f"{size.tokens_per_s.speculative:,.0f}",
+        "speed-up": ranged(size.speedup, size.interval),
+        **{
+            f"{name} s": f"{took:.1f}" for name, (_, took) in zip(phases, size.seconds, strict=True)
+        },
+    }
