@@ -10,7 +10,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from deepspec.figures.curves import Made, throughput, training
-from deepspec.figures.picture import data_url
+from deepspec.figures.drawing import data_url
 from deepspec.process.events import progress_texts
 from deepspec.process.progress_display import Progress
 from flows.live import Content, table_content

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepspec.figures.charts import Point, Series, line_chart
-from deepspec.figures.picture import svg
+from deepspec.figures.drawing import svg
 
 MOST_POINTS = 120  # of a line: a picture is a few kB, however long the run
 SHARDS_PER_POINT = 6  # on average: with fewer, the line would jump with each shard

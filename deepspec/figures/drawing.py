@@ -5,12 +5,13 @@ matplotlib is imported by the first chart, so that no command waits for it which
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from html import unescape
+from html import escape, unescape
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 360, 236
+HEAD = 38  # room for the title and the legend
+STEP = 150  # from one name of the legend to the next
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 42  # room around the axes
 NUM_COLOURS = 8
 # matplotlib draws with placeholders, #000010 to #000019, which become variables of theme.css.
@@ -118,3 +121,26 @@ def colour_of(number: int) -> str:
 def theme() -> str:
     """CSS: the colours, light and dark, and the font of charts."""
     return Path(__file__).with_name("theme.css").read_text(encoding="utf-8")
+
+
+def svg(chart: Chart) -> str:
+    """The chart under its title and legend, light or dark as the reader's system is."""
+    box = f"0 {-HEAD} {WIDTH} {chart.height + HEAD}"
+    title = escape(chart.title)
+    legend = "".join(
+        f'<path d="M{12 + STEP * place},-8h18" style="stroke: var(--c{key.colour})"/>'
+        f'<text x="{35 + STEP * place}" y="-4">{escape(key.name)}</text>'
+        for place, key in enumerate(chart.keys)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{2 * WIDTH}" role="img">'
+        f"<title>{title}</title><style>{theme()}</style>"
+        f'<rect y="{-HEAD}" width="100%" height="100%" style="fill: var(--paper)"/>'
+        f'<text x="8" y="{16 - HEAD}" style="fill: var(--ink); font-weight: 600">{title}</text>'
+        f"{legend}{chart.elements}</svg>"
+    )
+
+
+def data_url(picture: str) -> str:
+    """The SVG as a URL that holds it."""
+    return "data:image/svg+xml;base64," + base64.b64encode(picture.encode()).decode()

@@ -72,8 +72,7 @@ def _shallow(text_config: Any, num_layers: int, dtype: torch.dtype, device: torc
 
     config = copy.deepcopy(text_config)
     config.num_hidden_layers, config.vocab_size = num_layers, SMALL_VOCABULARY
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
+    config.pad_token_id = None  # it may lie beyond this vocabulary
     if getattr(config, "layer_types", None):
         config.layer_types = [*config.layer_types[: num_layers - 1], config.layer_types[-1]]
     try:
@@ -120,7 +119,7 @@ def num_lanes(lanes: int | None, device: str) -> int:
     """
     if device == "cpu":
         return 1
-    return lanes or max(1, torch.cuda.device_count())
+    return lanes or torch.cuda.device_count()
 
 
 def measure_store(store: Store) -> float | None:

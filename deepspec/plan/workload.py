@@ -11,18 +11,20 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import last_hidden_spans
-from deepspec.config.data import HiddenConfig
+from deepspec.config.data import DatasetSource, FileSource, HiddenConfig
 from deepspec.errors import DataError
 from deepspec.hidden.sequences import capture_rows
 from deepspec.plan.assumed_answers import answered, assistant_texts
 from deepspec.plan.parts import PER_PROMPTS, Number, SampleSize, TokenCounts, Workload
-from deepspec.plan.source_rows import count_source_rows
+from deepspec.prompts.data_sets import is_on_hub, read_dataset
 from deepspec.prompts.rows import Prompt, make_prompt
 from deepspec.prompts.sources import read_source
 from deepspec.target.chat import Chat, load_chat
@@ -207,3 +209,36 @@ def _source_prompts(run: Run, usable: float) -> Number | None:
         return Number(limit, "prompts.limit")
     share = "" if usable == 1 else f", {usable:.1%} usable"
     return Number(round(rows * usable), f"rows of the source{share}")
+
+
+def count_source_rows(run: Run) -> int | None:
+    """Rows of the source, of files without parsing them; None where that cannot be known."""
+    match run.config.prompts.source:
+        case DatasetSource() as source:
+            return _dataset_rows(source)
+        case FileSource(paths=paths):
+            return sum(map(_file_rows, paths))
+    demo = run.artifact("demo")
+    return _file_rows(str(demo.store.fetch(demo.path("prompts.jsonl"))))
+
+
+def _file_rows(path: str) -> int:
+    with fsspec.open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            return int(pq.ParquetFile(file).metadata.num_rows)
+        return sum(1 for line in file if line.strip())
+
+
+def _dataset_rows(source: DatasetSource) -> int | None:
+    import datasets
+
+    if not is_on_hub(source):
+        return sum(1 for _ in read_dataset(source))
+    try:
+        builder = datasets.load_dataset_builder(
+            source.name, source.subset, revision=source.revision
+        )
+    except (OSError, ValueError):
+        return None  # the rows themselves were readable; only their number is unknown
+    split = (builder.info.splits or {}).get(source.split)
+    return int(split.num_examples) or None if split else None

@@ -35,16 +35,16 @@ def open_results(
     """
     artifacts = [find_artifact(source, overrides, store=store) for source in sources]
     for artifact in artifacts:
+        stage, what = artifact.key.stage, ""
         fix = "give a run, or a folder under evaluate/ of its store"
-        stage = artifact.key.stage
-        if stage != "evaluate" and artifact.info() is None:
-            raise ArtifactMismatch("there is no artifact here", where=artifact.url, fix=fix)
         if stage != "evaluate":
             what = f"this is an artifact of the stage {stage!r}, not a result"
+            if artifact.info() is None:
+                what = "there is no artifact here"
+        elif not artifact.record_shards():
+            what, fix = "nothing was evaluated yet", "run `python -m deepspec evaluate` first"
+        if what:
             raise ArtifactMismatch(what, where=artifact.url, fix=fix)
-        if not artifact.record_shards():
-            fix = "run `python -m deepspec evaluate` first"
-            raise ArtifactMismatch("nothing was evaluated yet", where=artifact.url, fix=fix)
     return artifacts
 
 

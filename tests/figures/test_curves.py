@@ -7,7 +7,7 @@ import re
 from xml.etree import ElementTree
 
 from deepspec.figures.curves import Made, throughput, training
-from deepspec.figures.picture import data_url
+from deepspec.figures.drawing import data_url
 
 SVG = "{http://www.w3.org/2000/svg}"
 

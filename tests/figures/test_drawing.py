@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from deepspec.figures.charts import Point, Series, bar_chart, line_chart
-from deepspec.figures.drawing import Chart, theme
-from deepspec.figures.picture import svg
+from deepspec.figures.drawing import Chart, svg, theme
 
 NASTY = "$x^ <b>&\"'</b> \\frac 中文"
 

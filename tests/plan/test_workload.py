@@ -13,8 +13,7 @@ from deepspec.errors import DataError
 from deepspec.hidden.stage import run_capture
 from deepspec.plan.assumed_answers import ASSUMED_ANSWER_TOKENS, assistant_texts
 from deepspec.plan.parts import Number, Workload
-from deepspec.plan.source_rows import count_source_rows
-from deepspec.plan.workload import relative_error, sample_workload
+from deepspec.plan.workload import count_source_rows, relative_error, sample_workload
 from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run, write_jsonl
 
@@ -142,7 +141,7 @@ def test_a_data_set_that_does_not_say_its_length_is_planned_per_thousand(
     assert isinstance(told.prompts, Number)
     assert (told.prompts, told.prompts.origin) == (30, "rows of the source")
     assert told.counts.samples == 30
-    monkeypatch.setattr("deepspec.plan.source_rows._dataset_rows", lambda source: None)
+    monkeypatch.setattr("deepspec.plan.workload._dataset_rows", lambda source: None)
     unknown = workload(config, num_rows=10)
     assert (unknown.prompts, unknown.counts.samples) == (None, 1000)
     whole = workload(config).prompts
