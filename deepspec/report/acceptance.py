@@ -1,12 +1,32 @@
-"""A section of the report for each temperature: acceptance, losslessness and speed by run."""
+"""A section of the report for each temperature: acceptance, also by position in the block,
+losslessness and speed by run.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from deepspec.artifacts.results import Metrics
-from deepspec.figures.charts import Estimate, interval_chart, ranged
-from deepspec.report.lines import Line, Part, Result, lines_of, macro_line, num_words, rows_of
+from deepspec.figures.charts import (
+    Estimate,
+    Look,
+    Point,
+    Series,
+    interval_chart,
+    line_chart,
+    ranged,
+)
+from deepspec.figures.drawing import Chart
+from deepspec.report.lines import (
+    Line,
+    Part,
+    Result,
+    lines_of,
+    macro_line,
+    num_words,
+    rows_of,
+    totals_first,
+)
 from deepspec.report.page import Gallery, ReportSection, Table
-from deepspec.report.positions import position_blocks
 from deepspec.report.speed import speed_blocks
 
 MEASURES = ("acceptance_length", "verify_rate", "speedup")
@@ -15,6 +35,13 @@ NOTE = (
     "rate: committed tokens of all verified positions. In brackets 95 % bootstrap intervals: over "
     "prompts, of the speed-up over groups decoded together. Speed is that of the first batch size."
 )
+POSITIONS_NOTE = (
+    "Conditional acceptance at k (solid): of the rounds that accepted the first k - 1 draft "
+    "tokens, those that accepted the k-th. Prefix acceptance at k (dashed): rounds that accepted "
+    "all of the first k. Shaded: 95 % intervals."
+)
+Kind = Literal["conditional", "prefix"]
+LOOKS: dict[Kind, Look] = {"conditional": "marked", "prefix": "dashed"}
 
 
 def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
@@ -27,7 +54,7 @@ def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
             _summary_table(with_macro, having),
             _intervals(with_macro, having),
             _lossless_table(having, temperature),
-            *position_blocks(lines, having),
+            *_position_blocks(lines, having),
             *speed_blocks(lines, having),
         ]
         yield ReportSection(f"Temperature {temperature:g}", blocks)
@@ -95,3 +122,48 @@ def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
             }
         )
     return Table("Losslessness", rows, words=4)
+
+
+def _position_blocks(
+    lines: Sequence[Line[Metrics]], results: Sequence[Result]
+) -> Iterator[Gallery | Table]:
+    """The curves of all lines that have positions, and their numbers as a table."""
+    having = totals_first(
+        [line for line in lines if any(part and part.tried for part in line.parts)]
+    )
+    yield Gallery(
+        "Acceptance by position", [_curves(line, results) for line in having], POSITIONS_NOTE
+    )
+    found = [
+        ({**first, "acceptance": kind}, _positions(part, kind))
+        for first, part, _ in rows_of(having, results)
+        for kind in LOOKS
+    ]
+    longest = max((len(positions) for _, positions in found), default=0)
+    rows = []
+    for first, positions in found:
+        shown = ["–" if at is None else ranged(*at) for at in positions]
+        shown += ["–"] * (longest - len(shown))
+        rows.append({**first, **{f"k = {k}": cell for k, cell in enumerate(shown, start=1)}})
+    yield Table("Acceptance by position, in numbers", rows, num_words(results) + 1)
+
+
+def _positions(part: Metrics, kind: Kind) -> list[Estimate | None]:
+    """The acceptance at each position, None where no round came so far."""
+    counts = part.tried if kind == "conditional" else part.reached
+    name = f"{kind}_acceptance"
+    found = zip(getattr(part, name), getattr(part.intervals, name), counts, strict=True)
+    return [Estimate(value, interval) if count else None for value, interval, count in found]
+
+
+def _curves(line: Line[Metrics], results: Sequence[Result]) -> Chart:
+    series = []
+    for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
+        if part is None:
+            continue
+        for kind, look in LOOKS.items():
+            found = enumerate(_positions(part, kind), start=1)
+            points = [Point(k, *at) for k, at in found if at is not None]
+            series.append(Series(f"{result.label}: {kind}", points, colour, look))
+    labels = ("position in the block", "accepted")
+    return line_chart(line.name, series, labels=labels, x="whole numbers", y=(0.0, 1.0))

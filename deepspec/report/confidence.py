@@ -1,6 +1,7 @@
 """Sections of the report for the draft's confidence, of results that have it.
 
-How well it is calibrated, and what cutting blocks at a threshold would have done.
+How well it is calibrated, what cutting blocks at a threshold would have done, and what the prefix
+scheduler makes of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,13 @@ CALIBRATION_TEXT = (
 THRESHOLDS_TEXT = (
     "What cutting each block at the first confidence below a threshold would have done, "
     "replayed on recorded full rounds."
+)
+MOST_COLOURS = 8
+POLICIES_TITLE = "Throughput against speed per user"
+POLICIES_LABELS = ("tokens/s of one request", "tokens/s of all")
+SCHEDULER_TEXT = (
+    "Recorded rounds replayed at several numbers of concurrent requests: "
+    "further up and to the right is better."
 )
 
 
@@ -108,3 +116,47 @@ def _threshold_section(sweeps: Mapping[tuple[str, int], Sequence[ThresholdPoint]
     ]
     table = Table("Threshold sweep, in numbers", rows)
     return ReportSection("Thresholds", [Gallery("Threshold sweep", charts), table], THRESHOLDS_TEXT)
+
+
+def scheduler_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
+    """Throughput of all requests against the speed of one, for each policy."""
+    for result in results:
+        if (found := result.summary.scheduler) is None:
+            continue
+        # Fixed lengths last, also in the table.
+        policies = dict(sorted(found.policies.items(), key=lambda item: _is_fixed(item[0])))
+        coloured = [name for name in policies if not _is_fixed(name)]
+        if len(coloured) > MOST_COLOURS:
+            coloured = [name for name in coloured if "@" not in name]
+        series, rows = [], []
+        for name, steps in policies.items():
+            points = []
+            for at in steps:
+                note = f", {at.requests} requests"
+                points.append(Point(at.per_user, at.throughput, note=note))
+                rows.append(
+                    {
+                        "policy": name,
+                        "requests": f"{at.requests:,}",
+                        "tokens/s": f"{at.throughput:,.1f}",
+                        "tokens/s per user": f"{at.per_user:,.1f}",
+                        "verified per round": f"{at.verified_per_round:.2f}",
+                    }
+                )
+            if name in coloured:
+                series.append(Series(name, points, coloured.index(name)))
+            else:
+                series.insert(0, Series(name, points, 0, "faint"))  # beneath the others
+        note = ""
+        if len(coloured) < len(policies):
+            note = "Thin lines: the other policies below, fixed lengths among them."
+        gallery = Gallery(
+            "Policies", [line_chart(POLICIES_TITLE, series, labels=POLICIES_LABELS)], note
+        )
+        table = Table("Policies, in numbers", rows)
+        of_run = f" of {result.label}" if len(results) > 1 else ""
+        yield ReportSection(f"Scheduler{of_run}", [gallery, table], SCHEDULER_TEXT)
+
+
+def _is_fixed(name: str) -> bool:
+    return name.startswith("fixed@")

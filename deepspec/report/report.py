@@ -13,11 +13,10 @@ from deepspec.artifacts.results import EvaluationSummary, Interval, read_summary
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.report.acceptance import temperature_sections
-from deepspec.report.confidence import calibration_sections
+from deepspec.report.confidence import calibration_sections, scheduler_sections
 from deepspec.report.lines import Result
 from deepspec.report.origin import origin_sections, settings_of
 from deepspec.report.page import Fact, Format, Page, render_page
-from deepspec.report.policies import scheduler_sections
 
 ENDINGS = {"html": "html", "markdown": "md"}
 SUBTITLE = (
