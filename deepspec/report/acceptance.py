@@ -51,11 +51,11 @@ def temperature_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
         lines = lines_of(having, temperature)
         with_macro: list[Line[Part]] = [*lines, macro_line(having, temperature)]
         blocks: list[Table | Gallery] = [
-            _summary_table(with_macro, having),
-            _intervals(with_macro, having),
+            _summary_table(with_macro),
+            _intervals(with_macro),
             _lossless_table(having, temperature),
-            *_position_blocks(lines, having),
-            *speed_blocks(lines, having),
+            *_position_blocks(lines),
+            *speed_blocks(lines),
         ]
         yield ReportSection(f"Temperature {temperature:g}", blocks)
 
@@ -64,10 +64,10 @@ def _estimate(part: Part, name: str) -> Estimate:
     return Estimate(getattr(part, name), getattr(part.intervals, name))
 
 
-def _summary_table(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Table:
+def _summary_table(lines: Sequence[Line[Part]]) -> Table:
     rows: list[dict[str, str]] = []
     strong = set()
-    for first, part, line in rows_of(lines, results):
+    for first, part, line in rows_of(lines):
         if line.is_overall:
             strong.add(len(rows))
         counted = part if isinstance(part, Metrics) else None  # a mean has no counts
@@ -85,11 +85,11 @@ def _summary_table(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Ta
                 "speed-up": speedup,
             }
         )
-    return Table("Acceptance and speed", rows, num_words(results) + 1, frozenset(strong), NOTE)
+    return Table("Acceptance and speed", rows, num_words(lines[0]) + 1, frozenset(strong), NOTE)
 
 
-def _intervals(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Gallery:
-    names = [result.label for result in results]
+def _intervals(lines: Sequence[Line[Part]]) -> Gallery:
+    names = list(lines[0].parts)
     charts = []
     for title, measure, unit in (
         ("Acceptance length", "acceptance_length", "tokens per round"),
@@ -98,7 +98,7 @@ def _intervals(lines: Sequence[Line[Part]], results: Sequence[Result]) -> Galler
         rows = [
             (
                 line.name.partition(" (")[0],
-                [_estimate(part, measure) if part else None for part in line.parts],
+                [_estimate(part, measure) if part else None for part in line.parts.values()],
             )
             for line in lines
         ]
@@ -124,19 +124,15 @@ def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
     return Table("Losslessness", rows, words=4)
 
 
-def _position_blocks(
-    lines: Sequence[Line[Metrics]], results: Sequence[Result]
-) -> Iterator[Gallery | Table]:
+def _position_blocks(lines: Sequence[Line[Metrics]]) -> Iterator[Gallery | Table]:
     """The curves of all lines that have positions, and their numbers as a table."""
     having = totals_first(
-        [line for line in lines if any(part and part.tried for part in line.parts)]
+        [line for line in lines if any(part and part.tried for part in line.parts.values())]
     )
-    yield Gallery(
-        "Acceptance by position", [_curves(line, results) for line in having], POSITIONS_NOTE
-    )
+    yield Gallery("Acceptance by position", [_curves(line) for line in having], POSITIONS_NOTE)
     found = [
         ({**first, "acceptance": kind}, _positions(part, kind))
-        for first, part, _ in rows_of(having, results)
+        for first, part, _ in rows_of(having)
         for kind in LOOKS
     ]
     longest = max((len(positions) for _, positions in found), default=0)
@@ -145,7 +141,7 @@ def _position_blocks(
         shown = ["–" if at is None else ranged(*at) for at in positions]
         shown += ["–"] * (longest - len(shown))
         rows.append({**first, **{f"k = {k}": cell for k, cell in enumerate(shown, start=1)}})
-    yield Table("Acceptance by position, in numbers", rows, num_words(results) + 1)
+    yield Table("Acceptance by position, in numbers", rows, num_words(lines[0]) + 1)
 
 
 def _positions(part: Metrics, kind: Kind) -> list[Estimate | None]:
@@ -156,14 +152,14 @@ def _positions(part: Metrics, kind: Kind) -> list[Estimate | None]:
     return [Estimate(value, interval) if count else None for value, interval, count in found]
 
 
-def _curves(line: Line[Metrics], results: Sequence[Result]) -> Chart:
+def _curves(line: Line[Metrics]) -> Chart:
     series = []
-    for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
+    for colour, (label, part) in enumerate(line.parts.items()):
         if part is None:
             continue
         for kind, look in LOOKS.items():
             found = enumerate(_positions(part, kind), start=1)
             points = [Point(k, *at) for k, at in found if at is not None]
-            series.append(Series(f"{result.label}: {kind}", points, colour, look))
+            series.append(Series(f"{label}: {kind}", points, colour, look))
     labels = ("position in the block", "accepted")
     return line_chart(line.name, series, labels=labels, x="whole numbers", y=(0.0, 1.0))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from deepspec.artifacts.results import BatchSpeed, Metrics
 from deepspec.figures.charts import Point, Series, bar_chart, line_chart, ranged
 from deepspec.figures.drawing import Chart
-from deepspec.report.lines import Line, Result, num_words, rows_of, totals_first
+from deepspec.report.lines import Line, num_words, rows_of, totals_first
 from deepspec.report.page import Gallery, Table
 
 PHASES = ("draft", "verify", "bookkeeping")  # their number is their colour
@@ -16,34 +16,28 @@ PHASES_NOTE = (
 )
 
 
-def speed_blocks(
-    lines: Sequence[Line[Metrics]], results: Sequence[Result]
-) -> Iterator[Table | Gallery]:
+def speed_blocks(lines: Sequence[Line[Metrics]]) -> Iterator[Table | Gallery]:
     """Speed-up against batch size if there are several, seconds by phase, and both as a table."""
     micro, *_ = ordered = totals_first(lines)
-    measured = [size for line in lines for part in line.parts if part for size in part.batch_sizes]
+    measured = [size for _, part, _ in rows_of(lines) for size in part.batch_sizes]
     if len({size.batch_size for size in measured}) > 1:
         highest = max(1.0, *(max(size.interval or [size.speedup]) for size in measured)) * 1.05
-        charts = [_by_batch_size(line, results, highest) for line in ordered]
+        charts = [_by_batch_size(line, highest) for line in ordered]
         yield Gallery("Speed-up by batch size", charts, SPEEDUP_NOTE)
-    bars = [
-        _bars(result.label, part) for result, part in zip(results, micro.parts, strict=True) if part
-    ]
+    bars = [_bars(label, part) for label, part in micro.parts.items() if part]
     yield Gallery("Seconds by phase", bars, PHASES_NOTE)
     rows = [
-        {**first, **_cells(size)}
-        for first, part, _ in rows_of(lines, results)
-        for size in part.batch_sizes
+        {**first, **_cells(size)} for first, part, _ in rows_of(lines) for size in part.batch_sizes
     ]
-    yield Table("Speed by batch size, and seconds by phase", rows, num_words(results))
+    yield Table("Speed by batch size, and seconds by phase", rows, num_words(micro))
 
 
-def _by_batch_size(line: Line[Metrics], results: Sequence[Result], highest: float) -> Chart:
+def _by_batch_size(line: Line[Metrics], highest: float) -> Chart:
     series = []
-    for colour, (result, part) in enumerate(zip(results, line.parts, strict=True)):
+    for colour, (label, part) in enumerate(line.parts.items()):
         sizes = sorted(part.batch_sizes, key=lambda size: size.batch_size) if part else []
         points = [Point(size.batch_size, size.speedup, size.interval) for size in sizes]
-        series.append(Series(result.label, points, colour))
+        series.append(Series(label, points, colour))
     labels = ("prompts decoded together", "speed-up")
     return line_chart(
         line.name, series, labels=labels, x="powers of two", y=(0.0, highest), reference=1.0
