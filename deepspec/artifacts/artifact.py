@@ -141,8 +141,9 @@ class Artifact(StoreFolder):
         if manifest is None or not manifest.totals["shards"]:
             return {}
         (data,) = self.store.read_many([self.path(RECORDS)])
-        whole = data is not None and xxhash.xxh3_128_hexdigest(data) == manifest.records.checksum
-        return read_records_table(data) if data is not None and whole else {}
+        if data is None or xxhash.xxh3_128_hexdigest(data) != manifest.records.checksum:
+            return {}
+        return read_records_table(data)
 
     def read_records(self, shards: Sequence[int]) -> dict[int, Record]:
         """The records of these shards that are there, whole, and of this artifact."""

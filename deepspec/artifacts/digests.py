@@ -1,6 +1,5 @@
 """Digests of what a user brings (prompt files, a local model), as part of fingerprints."""
 
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,15 +11,6 @@ from deepspec.storage.store import file_checksum
 
 SAMPLED_BLOCK = 1 << 20  # bytes at either end of a large file
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-
-
-def file_digests(paths: Iterable[str]) -> dict[str, str]:
-    """The digest of each file, by its path as the run names it.
-
-    Raises:
-        DataError: a file that does not exist.
-    """
-    return {path: file_digest(path) for path in paths}
 
 
 @lru_cache

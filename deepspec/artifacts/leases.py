@@ -101,14 +101,15 @@ class Leases:
         self._publish(mine, settled=False)
         while True:
             rivals = [
-                (other, set(parse_shards(other.lease.shards)) & mine)
+                (other, both)
                 for other in self.others()
                 if other.alive and not self._is_parent(other.lease)
+                if (both := mine.intersection(parse_shards(other.lease.shards)))
             ]
             lost = [
                 (other.lease, both)
                 for other, both in rivals
-                if both and (other.lease.settled or other.name < self.name)
+                if other.lease.settled or other.name < self.name
             ]
             if lost:
                 others += [lease for lease, _ in lost]

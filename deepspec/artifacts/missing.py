@@ -97,23 +97,17 @@ def trains_without_cache(run: Run) -> bool:
     return source != "cache" and run.artifact("hidden").manifest() is None
 
 
-def inputs(run: Run, stage: str) -> tuple[str, ...]:
-    """The stages that `stage` reads.
-
-    Where training makes the hidden states by itself, it reads what these are made from.
-    """
-    without_cache = stage == "train" and trains_without_cache(run)
-    return STAGES["hidden" if without_cache else stage].reads(run.config)
-
-
 def require_sealed(run: Run, stage: str) -> dict[str, str]:
     """The manifest digests of everything that `stage` reads, by `stage/fingerprint`.
+
+    Where training makes the hidden states by itself, it reads what these are made from.
 
     Raises:
         ArtifactMismatch: one of them is not finished.
     """
     digests = {}
-    for upstream in inputs(run, stage):
+    without_cache = stage == "train" and trains_without_cache(run)
+    for upstream in STAGES["hidden" if without_cache else stage].reads(run.config):
         artifact = run.artifact(upstream)
         manifest = artifact.manifest()
         if manifest is None:

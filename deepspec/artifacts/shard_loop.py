@@ -216,21 +216,22 @@ class ShardRun:
 
     def _progress(self) -> None:
         self.num_ended += 1
-        counts = {
+        event = {
+            "event": "progress",
+            "stage": self.stage,
             "done": self.num_ended,
             "total": self.total,
             "unit": "shards",
             "rows": self.rows,
             "tokens": self.tokens,
         }
-        self.report({"event": "progress", "stage": self.stage, **counts})
+        self.report(event)
 
     def _wait_for_space(self) -> None:
         """Return once the disk that the next shard is written to first has `min_free_gb` left."""
         wanted = self.resources.storage.min_free_gb
         while (free := self.artifact.store.free_bytes() / 1e9) < wanted:
-            what = f"{free:.2f} GB are free, resources.storage.min_free_gb is {wanted:g}"
-            self._pause(what)
+            self._pause(f"{free:.2f} GB are free, resources.storage.min_free_gb is {wanted:g}")
 
     def _pause(self, why: str) -> None:
         url = self.artifact.url

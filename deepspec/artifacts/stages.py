@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspec.artifacts.digests import file_digests, folder_digest
+from deepspec.artifacts.digests import file_digest, folder_digest
 from deepspec.config.benchmarks import DEMO, BenchmarkSet, find_benchmark
 from deepspec.config.data import FileSource
 from deepspec.config.recipes import section_of
@@ -74,7 +74,7 @@ def _recipe_of_prompts(config: RunConfig) -> dict[str, Any]:
     prompts = config.prompts
     sources = prompts.source.paths if isinstance(prompts.source, FileSource) else ()
     files = [*sources, *filter(_is_file, prompts.decontaminate)]
-    return {"prompts": section_of(prompts), "files": file_digests(files)}
+    return {"prompts": section_of(prompts), "files": {path: file_digest(path) for path in files}}
 
 
 def _recipe_of_hidden(config: RunConfig) -> dict[str, Any]:
@@ -99,7 +99,9 @@ def _recipe_of_evaluate(config: RunConfig) -> dict[str, Any]:
     return {
         "evaluate": section_of(config.evaluate),
         "target": _answering_target(config.target),
-        "files": file_digests(filter(_is_file, _benchmarks_to_evaluate(config))),
+        "files": {
+            path: file_digest(path) for path in filter(_is_file, _benchmarks_to_evaluate(config))
+        },
         "known": {entry.name: [entry.num_prompts, entry.domain] for entry in known},
     }
 

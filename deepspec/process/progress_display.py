@@ -4,7 +4,6 @@
 """
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -122,8 +121,7 @@ class ProgressDisplay:
             line += f" {progress.done} of {progress.total} {progress.unit}"
         if left_s := progress.numbers.get("left_s"):
             texts.append(f"{timedelta(seconds=left_s)} left")
-        sys.stderr.write(", ".join([line, *texts]) + "\n")
-        sys.stderr.flush()
+        typer.echo(", ".join([line, *texts]), err=True)
 
     def _texts(self, progress: Progress) -> list[str]:
         """Numbers and rates of a stage; rates are measured from its first show on where the stage
@@ -171,11 +169,13 @@ class TerminalReport:
             keys = ("acceptance_length", "lossless", "speedup")
             typer.echo(json.dumps({key: event[key] for key in keys}))
         elif event["event"] == "answering":
-            self._show(self.progress._replace(stage=event["stage"], note=answering_note([event])))
+            note = answering_note([event])
+            self.progress = self.progress._replace(stage=event["stage"], note=note)
+            self.display.show(self.progress)
         elif event["event"] == "progress":
             total = event["total"] or 0  # null while it is unknown
             has_ended = event["done"] == total
-            progress = Progress(
+            self.progress = Progress(
                 stage=event["stage"],
                 state="done" if has_ended else "running",
                 done=event["done"],
@@ -184,10 +184,6 @@ class TerminalReport:
                 numbers={key: value for key, value in event.items() if key not in ENVELOPE},
                 note="" if has_ended else self.progress.note,
             )
-            self._show(progress)
+            self.display.show(self.progress)
             if has_ended:
                 self.display.close()
-
-    def _show(self, progress: Progress) -> None:
-        self.progress = progress
-        self.display.show(progress)
