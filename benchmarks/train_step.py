@@ -25,9 +25,9 @@ from benchmarks._training import QWEN3, QWEN3_4B, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
 from deepspec.model.drafter import TrainBatch
+from deepspec.target.loading import DTYPES
 from deepspec.train.ddp import Replicated
 from deepspec.train.step import train_step
-from deepspec.train.strategy import COMPUTE_DTYPES
 
 GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared
@@ -93,7 +93,7 @@ class Steps:
             self.strategy.optimizer,
             self.trainer.settings,
         )
-        dtype = COMPUTE_DTYPES[settings.compute_dtype]
+        dtype = DTYPES[settings.compute_dtype]
         with torch.autocast(
             self.trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32
         ):

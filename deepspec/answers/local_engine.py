@@ -21,7 +21,7 @@ class TransformersEngine:
         self.target = load_target(
             config.target, folder=target_folder(run), device=config.resources.devices.type
         )
-        self.stop_ids = self.chat.stop_ids(self.target.generation_eos)
+        self.stop_ids = self.chat.stop_ids(self.target.eos_ids)
 
     def answer(
         self, requests: Sequence[AnswerRequest], *, shard: int

@@ -118,11 +118,12 @@ def speculate(
     nothing depends on what else is in its batch.
     """
     timer, block = _Timer(target.device), draft.block_size
-    slots = BatchSlots(len(prompts), settings.batch_size)
-    rows = TargetBatch(target, slots, prompts, seeds, settings)
+    rows = TargetBatch(target, prompts, settings, seeds=seeds)
+    slots = rows.slots
     decoding = Decoding(slots, settings)
-    cache = rows.new_cache(room=block + 1)
-    draft_cache = draft.new_cache(slots.num_rows, rows.capacity + block + 1)
+    capacity = rows.capacity + block + 1
+    cache = target.new_cache(slots.num_rows, capacity)
+    draft_cache = draft.new_cache(slots.num_rows, capacity)
     while True:
         while admitted := slots.admit():
             started = rows.start(admitted, cache)

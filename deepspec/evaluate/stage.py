@@ -145,7 +145,7 @@ def load_models(run: Run, draft_artifact: Artifact) -> Models:
         config.target, folder=of_target, device=config.resources.devices.type, dtype=dtype
     )
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
-    return Models(target, draft.eval(), chat, chat.stop_ids(target.generation_eos))
+    return Models(target, draft.eval(), chat, chat.stop_ids(target.eos_ids))
 
 
 def _check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:

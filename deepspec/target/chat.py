@@ -6,7 +6,8 @@ template inserted.
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +51,9 @@ class Chat:
                 "the tokenizer has no chat template", where=where, fix="use an instruct model"
             )
 
-    def stop_ids(self, generation_eos: int | Sequence[int] | None = None) -> frozenset[int]:
-        """Token ids that end an answer."""
-        ids = generation_eos if isinstance(generation_eos, Sequence) else [generation_eos]
-        return frozenset({self.end_of_turn, *(token for token in ids if token is not None)})
+    def stop_ids(self, eos_ids: Iterable[int] = ()) -> frozenset[int]:
+        """Token ids that end an answer: the end of a turn, and those that the target names."""
+        return frozenset({self.end_of_turn, *eos_ids})
 
     def digests(self) -> dict[str, str]:
         """Digests of tokenizer and template, equal for two that tokenize alike."""
@@ -66,18 +66,19 @@ class Chat:
         }
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """Token ids of the conversation so far, with the generation prompt of the next answer."""
-        ids = self.tokenizer.apply_chat_template(
-            [message.entry() for message in messages],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=True,
-            enable_thinking=self.thinking,
-            tokenize=True,
-            return_dict=False,
+        return list(
+            self.tokenizer.apply_chat_template(
+                [message.entry() for message in messages],
+                tools=tools or None,
+                add_generation_prompt=True,
+                enable_thinking=self.thinking,
+                tokenize=True,
+                return_dict=False,
+            )
         )
-        return list(ids)
 
     def decode(self, token_ids: Sequence[int], stop_ids: Collection[int]) -> str:
         """The text of an answer, without the token that ended it.
@@ -104,20 +105,25 @@ def load_chat(run: Run) -> Chat:
 
     target = run.config.target
     name = str(target_folder(run) or target.model)
+    with loading("tokenizer", target):
+        return Chat(AutoTokenizer.from_pretrained(name, revision=target.revision), target)
+
+
+@contextmanager
+def loading(part: str, settings: TargetConfig) -> Iterator[None]:
+    """Name the target, or its tokenizer, where transformers cannot load it within the block.
+
+    Raises:
+        DataError: with the first line of what transformers reports.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=target.revision)
+        yield
     except (OSError, ValueError) as error:
-        raise not_loaded("tokenizer", target, error) from None
-    return Chat(tokenizer, target)
-
-
-def not_loaded(part: str, settings: TargetConfig, error: Exception) -> DataError:
-    """The error for a target, or its tokenizer, that transformers cannot load."""
-    return DataError(
-        f"the {part} cannot be loaded: {str(error).splitlines()[0]}",
-        where=f"target.model {settings.model}",
-        fix="check the name, or give a local folder",
-    )
+        raise DataError(
+            f"the {part} cannot be loaded: {str(error).splitlines()[0]}",
+            where=f"target.model {settings.model}",
+            fix="check the name, or give a local folder",
+        ) from None
 
 
 def target_folder(run: Run) -> Path | None:

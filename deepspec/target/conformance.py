@@ -6,6 +6,7 @@ T tokens, m captured layers, D hidden size, V vocabulary.
 import math
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,16 +57,15 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 def print_checks(checks: dict[str, list[Check]], *, subject: str) -> bool:
     """Print the table of all checks, and return whether every one of them passed."""
-    table = Table(subject, "quantity", "largest error", "allowed", "", "where", show_lines=False)
+    table = Table(subject, "quantity", "largest error", "allowed", "", "where")
     for name, found in checks.items():
         for number, check in enumerate(found):
-            state = "ok" if check.passed else "[bold red]OUTSIDE[/]"
             table.add_row(
                 name if number == 0 else "",
                 check.quantity,
                 f"{check.error:.1e}",
                 f"{check.tolerance:.1e}",
-                state,
+                "ok" if check.passed else "[bold red]OUTSIDE[/]",
                 check.note,
             )
         table.add_section()
@@ -81,14 +81,11 @@ def spread(num_layers: int) -> tuple[int, ...]:
 
 def make_rows(target: Target) -> list[list[int]]:
     """Token ids of one length, beyond the sliding window where the target has one."""
-    kinds = getattr(target.text_config, "layer_types", None) or ()
-    window = target.text_config.sliding_window if "sliding_attention" in kinds else 0
-    length = min(max(SHORTEST, window + 2 * NEW_TOKENS), target.max_positions - NEW_TOKENS)
+    length = min(max(SHORTEST, target.window + 2 * NEW_TOKENS), target.max_positions - NEW_TOKENS)
     generator = torch.Generator().manual_seed(0)
     largest_id = target.text_config.vocab_size - 1
-    shape = (NUM_ROWS, length)
-    rows: list[list[int]] = torch.randint(0, largest_id, shape, generator=generator).tolist()
-    return rows
+    ids = torch.randint(largest_id, (NUM_ROWS, length), generator=generator)
+    return [row.tolist() for row in ids]
 
 
 def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
@@ -99,12 +96,16 @@ def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
     output = target.forward(ids)
     layers = list(target.layer_ids)
     states = torch.cat([wanted.hidden_states[layer + 1] for layer in layers], -1)
-    taps = relative_distance(output.context, states)
     head = relative_distance(target.logits(output.last_hidden), wanted.logits)
     padding, cached = _rows_alone(target, rows)
     lengths = f"rows of different lengths, up to {len(rows[0])} tokens"
     return [
-        Check("layer taps", taps, ROUNDING, f"layers {layers} of hidden_states"),
+        Check(
+            "layer taps",
+            relative_distance(output.context, states),
+            ROUNDING,
+            f"layers {layers} of hidden_states",
+        ),
         Check("final norm and lm_head", head, ROUNDING, "the model's own logits"),
         Check("padded rows", padding, ROUNDING, "a row in a batch is the row alone"),
         Check("cached and uncached", cached, ROUNDING, lengths),
@@ -154,12 +155,7 @@ def check_chat(folder: Path, settings: TargetConfig) -> list[Check]:
         history.append(Message("user", question))
         turns.append((chat.render(history), chat.answer_ids(answer, finished=True)))
         history.append(Message("assistant", answer))
-    supervised = [
-        token
-        for sample in build_samples(turns)
-        for token, kept in zip(sample.input_ids, sample.loss_mask, strict=True)
-        if kept
-    ]
+    supervised = [token for sample in build_samples(turns) for token in compress(*sample)]
     end = CHAT_FAMILIES[settings.chat_family].end_of_turn
     wanted = "".join(answer + end for _, answer in CONVERSATION)
     text = chat.tokenizer.decode(supervised)

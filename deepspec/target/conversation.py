@@ -124,5 +124,8 @@ def conversation_so_far(
 
 
 def stream_seed(seed: int, row: int, turn: int) -> int:
-    """The seed (63 bits) of one answer's random stream, which belongs to the row, not its batch."""
+    """The seed (63 bits) of one answer's random stream, which belongs to the row, not its batch.
+
+    Training takes a sample's random choices of an epoch from (seed, epoch, sample id) alike.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}:{turn}".encode()).digest()[:8], "big") >> 1

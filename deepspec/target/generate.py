@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.config.data import SamplingConfig
 from deepspec.model.sampling import UniformStream, choose_tokens
-from deepspec.target.kv_cache import TargetCache
-from deepspec.target.model import Target
+from deepspec.target.model import Target, TargetCache
 
 
 class Decode(NamedTuple):
@@ -75,24 +75,20 @@ class TargetBatch:
     def __init__(
         self,
         target: Target,
-        slots: BatchSlots,
         prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
         settings: Decode,
+        *,
+        seeds: Sequence[int],
     ) -> None:
         self.target = target
-        self.slots = slots
+        self.slots = BatchSlots(len(prompts), settings.batch_size)
         self.prompts = prompts
         self.seeds = seeds
         self.sampling = settings.sampling
         self.capacity = max(map(len, prompts)) + settings.max_new_tokens
         greedy = settings.sampling.temperature == 0
-        self.uniforms = None if greedy else UniformStream([0] * slots.num_rows)
-        self.tokens = torch.zeros(slots.num_rows, dtype=torch.long, device=target.device)
-
-    def new_cache(self, *, room: int = 0) -> TargetCache:
-        """A cache for the prompts, their answers and `room` more tokens."""
-        return self.target.new_cache(self.slots.num_rows, self.capacity + room)
+        self.uniforms = None if greedy else UniformStream([0] * self.slots.num_rows)
+        self.tokens = torch.zeros(self.slots.num_rows, dtype=torch.long, device=target.device)
 
     def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Prefilled:
         """Run new prompts through the target into their rows; draw their first tokens."""
@@ -129,20 +125,22 @@ def generate(
     Prompt b draws from its own stream `seeds[b]`, so that its answer does not depend on the other
     prompts of its batch (up to the rounding of batched arithmetic).
     """
-    slots = BatchSlots(len(prompts), settings.batch_size)
-    batch = TargetBatch(target, slots, prompts, seeds, settings)
-    cache = batch.new_cache()
+    batch = TargetBatch(target, prompts, settings, seeds=seeds)
+    slots = batch.slots
+    cache = target.new_cache(slots.num_rows, batch.capacity)
     answers: list[list[int]] = [[] for _ in prompts]
 
-    def add(tokens: Sequence[int], running: Mapping[int, int]) -> None:
-        for token, (row, prompt) in zip(tokens, running.items(), strict=True):
-            answers[prompt].append(token)
-            if token in settings.stop_ids or len(answers[prompt]) == settings.max_new_tokens:
+    def add(tokens: Mapping[int, int]) -> None:  # by row
+        for row, token in tokens.items():
+            answer = answers[slots.running[row]]
+            answer.append(token)
+            if token in settings.stop_ids or len(answer) == settings.max_new_tokens:
                 del slots.running[row]
 
     while True:
         while admitted := slots.admit():
-            add(batch.start(admitted, cache).first.tolist(), admitted)
+            first = batch.start(admitted, cache).first.tolist()
+            add(dict(zip(admitted, first, strict=True)))
         if not slots.running:
             return answers
         if kept := slots.compact():
@@ -154,8 +152,7 @@ def generate(
         uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
         batch.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, uniforms).tokens
         tokens = batch.tokens.tolist()
-        running = dict(slots.running)
-        add([tokens[row] for row in running], running)
+        add({row: tokens[row] for row in slots.running})
 
 
 def prefill(
@@ -174,11 +171,7 @@ def prefill(
     return output.context, output.last_hidden[rows, last]
 
 
-def pad_right(
-    rows: Sequence[Sequence[int]], device: torch.device, *, length: int | None = None
-) -> Tensor:
-    """Token ids [B, T] long, padded with zeros to `length`, or to the longest row."""
-    padded = torch.zeros(len(rows), length or max(map(len, rows)), dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded.to(device)
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids [B, T] long, padded with zeros to the longest row."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True).to(device)

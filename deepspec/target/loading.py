@@ -9,8 +9,8 @@ import torch
 
 from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
-from deepspec.target.chat import not_loaded
-from deepspec.target.model import FLASH, Target, check_layer_ids
+from deepspec.target.chat import loading
+from deepspec.target.model import FLASH, Target
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +18,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def check_settings(settings: TargetConfig, text_config: Any) -> None:
-    """Refuse layers and a mask token that the target does not have.
+    """Refuse layers and a mask token that the target does not have, and its last layer.
+
+    The last layer's output is normed on some paths and raw on others, so that training and decoding
+    would disagree.
 
     Raises:
         ConfigError: naming the field.
     """
-    check_layer_ids(settings.layer_ids, text_config.num_hidden_layers)
-    vocabulary = text_config.vocab_size
+    num_layers, vocabulary = text_config.num_hidden_layers, text_config.vocab_size
+    wrong = [layer for layer in settings.layer_ids if layer > num_layers - 2]
+    if wrong:
+        what = f"layers {wrong} cannot be captured from a target of {num_layers} layers"
+        if num_layers - 1 in wrong:
+            what += "; the last layer's output is normed on some paths and raw on others"
+        raise ConfigError(what, where="target.layer_ids", fix=f"choose from -1 to {num_layers - 2}")
     if settings.mask_token_id >= vocabulary:
         raise ConfigError(
             f"mask token {settings.mask_token_id} is outside the target's vocabulary of"
@@ -43,11 +51,8 @@ def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
     name = str(folder or settings.model)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise not_loaded("target", settings, error) from None
-    return config.get_text_config()
+    with loading("target", settings):
+        return AutoConfig.from_pretrained(name, revision=settings.revision).get_text_config()
 
 
 def load_target(
@@ -60,8 +65,8 @@ def load_target(
 ) -> Target:
     """The target from `folder`, or from the hub, in its own dtype unless another is given.
 
-    `sdpa` takes the masks that decoding with a cache needs; `fastest` is flash-attention where it
-    is installed.
+    `sdpa` takes the masks that decoding with a cache needs; `fastest` is flash-attention for
+    bfloat16 on a GPU where it is installed.
 
     Raises:
         DataError: there is no such model, or it is not a causal language model.
@@ -72,16 +77,16 @@ def load_target(
     torch_device = choose_device(device)
     check_settings(settings, read_text_config(settings, folder=folder))
     torch_dtype = DTYPES[dtype or settings.dtype]
-    kernel = attention_kernel(torch_device, torch_dtype) if attention == "fastest" else "sdpa"
-    try:
+    fits_flash = torch_device.type == "cuda" and torch_dtype == torch.bfloat16
+    has_flash = fits_flash and importlib.util.find_spec("flash_attn") is not None
+    kernel = FLASH if attention == "fastest" and has_flash else "sdpa"
+    with loading("target", settings):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder or settings.model),
             revision=settings.revision,
             dtype=torch_dtype,
             attn_implementation=kernel,
         )
-    except (OSError, ValueError) as error:
-        raise not_loaded("target", settings, error) from None
     log.info(
         "target=%s device=%s dtype=%s attention=%s layers=%s",
         settings.model,
@@ -91,12 +96,6 @@ def load_target(
         settings.layer_ids,
     )
     return Target(model.to(torch_device), settings.layer_ids)
-
-
-def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attention for bfloat16 on a GPU where it is installed, else PyTorch's own."""
-    fits = device.type == "cuda" and dtype == torch.bfloat16
-    return FLASH if fits and importlib.util.find_spec("flash_attn") is not None else "sdpa"
 
 
 def choose_device(device: str) -> torch.device:

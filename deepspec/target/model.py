@@ -2,19 +2,19 @@
 
 Capture and evaluation both go through `Target.forward`, so a draft sees in decoding what it saw in
 training. Layer l means the output of decoder layer l (0-based) before the final norm; -1 is the
-embedding output. B batch, T tokens, m captured layers, D hidden size, V vocabulary.
+embedding output. B rows of a batch, T tokens, q new tokens of each row, m captured layers, D hidden
+size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.errors import ConfigError
-from deepspec.model.kv_cache import LayerCache
-from deepspec.target.kv_cache import TargetCache
+from deepspec.model.kv_cache import LayerCache, RowCache
 
 FLASH = "flash_attention_2"
 
@@ -25,6 +25,45 @@ class TargetOutput(NamedTuple):
     context: Tensor  # [B, T, m * D] the captured layers, concatenated in ascending order
     # [B, T, D] after the final norm: lm_head(last_hidden[t]) predicts token t + 1
     last_hidden: Tensor
+
+
+class TargetCache(RowCache):
+    """Takes the place of transformers' Cache, of which attention layers call only `update`.
+
+    Each row has a length of its own, so that rejected tokens can be taken back.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache], capacity: int, device: torch.device) -> None:
+        super().__init__(layers, layers[0].rows if layers else 0)
+        self.capacity = capacity
+        # row t sees keys 0 to t
+        self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
+        self.positions = torch.arange(capacity, device=device)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, H, q, E] of a layer; returns all of that layer's."""
+        return self.layers[layer_idx].write(keys, values, self.lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The length of the longest row (part of transformers' interface)."""
+        return max(self.lengths)
+
+    def step(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Positions and visible keys of the next `num_tokens` tokens of each row.
+
+        Returns:
+            positions [B, q] (or [1, q] where all rows are equally long) and the mask
+            [B, 1, q, longest row + q], bool.
+        """
+        end = max(self.lengths) + num_tokens
+        if min(self.lengths) + num_tokens == end:
+            new = slice(end - num_tokens, end)
+            return self.positions[new][None], self.causal[new, :end][None, None]
+        starts = torch.tensor(self.lengths, device=self.positions.device)
+        positions = starts[:, None] + self.positions[:num_tokens]
+        return positions, self.causal[positions][:, None, :, :end]
 
 
 class Target:
@@ -40,30 +79,24 @@ class Target:
         self.device: torch.device = self.lm_head.weight.device
         self.dtype: torch.dtype = self.lm_head.weight.dtype
         self.packs = self.text_config._attn_implementation == FLASH  # see `forward_packed`
-        check_layer_ids(self.layer_ids, self.text_config.num_hidden_layers)
         # transformers 5.24 renamed it and warns of the old name.
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        kinds = getattr(self.text_config, "layer_types", None) or ()
+        # tokens that a sliding layer sees; 0 where there is no such layer
+        self.window = self.text_config.sliding_window if "sliding_attention" in kinds else 0
+        # tokens of the longest sequence that the target is made for
+        self.max_positions: int = self.text_config.max_position_embeddings
+        # token ids that end an answer, according to the model's generation_config.json
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
             module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]
-            module.register_forward_hook(self._tap(layer))
+            module.register_forward_hook(partial(self._keep, layer))
 
-    def _tap(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._tapped[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens of the longest sequence that the target is made for."""
-        return int(self.text_config.max_position_embeddings)
-
-    @property
-    def generation_eos(self) -> int | list[int] | None:
-        """Token ids that end an answer, according to the model's generation_config.json."""
-        return getattr(self.model.generation_config, "eos_token_id", None)
+    def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._tapped[layer] = output[0] if isinstance(output, tuple) else output
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, cache: TargetCache | None = None) -> TargetOutput:
@@ -114,9 +147,9 @@ class Target:
     def _masks(self, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The mask of each kind of attention layer, of which some see a sliding window only."""
         masks = {"full_attention": causal}
-        if "sliding_attention" in (getattr(self.text_config, "layer_types", None) or ()):
+        if self.window:
             keys = torch.arange(causal.shape[-1], device=causal.device)
-            near = keys[None, None] > positions[:, :, None] - self.text_config.sliding_window
+            near = keys > positions[:, :, None] - self.window
             masks["sliding_attention"] = causal & near[:, None]
         return masks
 
@@ -130,20 +163,3 @@ class Target:
         """Room for `rows` sequences of at most `capacity` tokens, allocated at the first write."""
         layers = [LayerCache(rows, capacity) for _ in range(self.text_config.num_hidden_layers)]
         return TargetCache(layers, capacity, self.device)
-
-
-def check_layer_ids(layer_ids: Iterable[int], num_layers: int) -> None:
-    """Refuse layers that do not exist, and the last one.
-
-    The last layer's output is normed on some paths and raw on others, so that training and decoding
-    would disagree.
-
-    Raises:
-        ConfigError: naming the layers.
-    """
-    wrong = [layer for layer in layer_ids if not -1 <= layer < num_layers - 1]
-    if wrong:
-        what = f"layers {wrong} cannot be captured from a target of {num_layers} layers"
-        if num_layers - 1 in wrong:
-            what += "; the last layer's output is normed on some paths and raw on others"
-        raise ConfigError(what, where="target.layer_ids", fix=f"choose from -1 to {num_layers - 2}")

@@ -5,7 +5,6 @@ The epochs' orders, one after the other, are one long line of samples; step s ta
 bytes, and one that makes batches of them.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
@@ -23,6 +22,7 @@ from deepspec.config.resources import ResourcesConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
+from deepspec.target.conversation import stream_seed
 from deepspec.train.distributed import World
 
 BATCHES_AHEAD = 2  # the one in use and the next
@@ -83,7 +83,7 @@ class StepData:
         index, samples = self.source.index, []
         for place in range(step * self.global_batch, (step + 1) * self.global_batch):
             epoch, number = self._order.at(place)
-            seed = sample_seed(self.seed, epoch, int(index.sample_id[number]))
+            seed = stream_seed(self.seed, epoch, int(index.sample_id[number]))
             samples.append(DrawnSample(number, int(index.num_tokens[number]), seed))
         return sorted(samples, key=lambda sample: (sample.num_tokens, sample.number))
 
@@ -158,9 +158,3 @@ class StepData:
             last_hidden,
             tuple(drawn.seed for drawn in group),
         )
-
-
-def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
-    """The seed (63 bits) of one sample's random choices in one epoch."""
-    digest = hashlib.sha256(f"{seed}:{epoch}:{sample_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

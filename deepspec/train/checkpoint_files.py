@@ -17,8 +17,7 @@ from deepspec.errors import ArtifactMismatch, DamagedData
 from deepspec.model.checkpoint import save_draft
 from deepspec.model.drafter import Drafter
 from deepspec.storage.store import file_checksum, pretty_json
-from deepspec.train.distributed import World
-from deepspec.train.strategy import Piece, Strategy
+from deepspec.train.strategy import Strategy
 
 # The newest one, and one to fall back on should it turn out damaged; the best one is kept as well.
 KEEP = 2
@@ -40,14 +39,14 @@ class CheckpointRecord(BaseModel):
     inputs: dict[str, str] = {}
     """Manifest digests of what it was trained on, by `stage/fingerprint`."""
 
+    @property
+    def folder(self) -> str:
+        """Where its files are in the artifact."""
+        return f"checkpoints/{self.step:08d}"
+
 
 def save_checkpoint(
-    artifact: Artifact,
-    strategy: Strategy,
-    world: World,
-    *,
-    draft: Drafter,
-    record: CheckpointRecord,
+    artifact: Artifact, strategy: Strategy, *, draft: Drafter, record: CheckpointRecord
 ) -> None:
     """Write the state after `record.step` optimizer steps, on all ranks, and then its record.
 
@@ -59,29 +58,30 @@ def save_checkpoint(
     shares they hold one whole parameter; under `deepspeed` also `draft`, 8 GB on each device until
     it is saved.
     """
-    folder = f"checkpoints/{record.step:08d}"
-    share = _share_name(world.rank, world.size)
+    world = strategy.world
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch)
-        save_file(optimizer_share(strategy, world), local / share)
+        share = f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+        save_file(optimizer_share(strategy), local / share)
         if world.is_first:
             save_draft(draft, local)
         files = {path.name: file_checksum(path) for path in sorted(local.iterdir())}
         for name in files:
-            artifact.put_file(local / name, f"{folder}/{name}")
-    checksums = world.gather_text(files[share])  # once a rank has all of them, all are there
+            artifact.put_file(local / name, f"{record.folder}/{name}")
+    shares = world.gather(files)  # once a rank has all of them, all files are there
     if world.is_first:
-        files |= {_share_name(rank, world.size): each for rank, each in enumerate(checksums)}
-        put_record(artifact, record.model_copy(update={"files": files}))
-        _remove_old(artifact)
+        whole = {name: checksum for each in shares for name, checksum in each.items()}
+        put_record(artifact, record.model_copy(update={"files": whole}))
+        records = checkpoint_records(artifact)
+        best = best_checkpoint(records)
+        for old in list(records.values())[:-KEEP]:
+            if old is not best:
+                artifact.store.remove(artifact.path(old.folder))
 
 
-def _share_name(rank: int, size: int) -> str:
-    return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def optimizer_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
+def optimizer_share(strategy: Strategy) -> dict[str, Tensor]:
     """The rank's share of the optimizer's state, in host memory, ready for safetensors."""
+    world = strategy.world
     loads = [0] * world.size
     share: dict[str, Tensor] = {}
     for name, size in strategy.sizes.items():
@@ -93,22 +93,19 @@ def optimizer_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
     return share
 
 
-def _remove_old(artifact: Artifact) -> None:
-    records = checkpoint_records(artifact)
-    best = best_checkpoint(records)
-    for old in list(records)[:-KEEP]:
-        if best is None or old != best.step:
-            artifact.remove(f"checkpoints/{old:08d}")
-
-
 def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
     """Write a checkpoint's record."""
-    artifact.store.write(_record_path(artifact, record.step), pretty_json(record.model_dump()))
+    path = artifact.path(f"{record.folder}/record.json")
+    artifact.store.write(path, pretty_json(record.model_dump()))
 
 
 def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
     """All complete checkpoints by step, ascending."""
-    return {step: _record(artifact, step) for step in checkpoint_steps(artifact)}
+    names = artifact.store.names(artifact.path("checkpoints"))
+    paths = [artifact.path(f"checkpoints/{name}/record.json") for name in names if name.isdigit()]
+    written = [data for data in artifact.store.read_many(paths) if data is not None]
+    records = [CheckpointRecord.model_validate_json(data) for data in written]
+    return {record.step: record for record in records}
 
 
 def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord | None:
@@ -116,28 +113,8 @@ def best_checkpoint(records: Mapping[int, CheckpointRecord]) -> CheckpointRecord
 
     Not the one with the lowest loss (trap D9).
     """
-    measured = {
-        (record.acceptance_length, record.step): record
-        for record in records.values()
-        if record.acceptance_length is not None
-    }
-    return measured[max(measured)] if measured else None
-
-
-def checkpoint_steps(artifact: Artifact) -> list[int]:
-    """Steps of all complete checkpoints, ascending."""
-    names = artifact.names("checkpoints")
-    steps = [int(name) for name in names if name.isdigit()]
-    return [step for step in steps if artifact.store.exists(_record_path(artifact, step))]
-
-
-def _record(artifact: Artifact, step: int) -> CheckpointRecord:
-    data = artifact.store.read(_record_path(artifact, step))
-    return CheckpointRecord.model_validate_json(data)
-
-
-def _record_path(artifact: Artifact, step: int) -> str:
-    return artifact.path(f"checkpoints/{step:08d}/record.json")
+    measured = [record for record in records.values() if record.acceptance_length is not None]
+    return max(measured, key=lambda best: (best.acceptance_length, best.step), default=None)
 
 
 def resume_draft(
@@ -150,10 +127,10 @@ def resume_draft(
             was made again since.
         DamagedData: its bytes are not those that were saved.
     """
-    steps = checkpoint_steps(artifact)
-    if not steps:
+    records = checkpoint_records(artifact)
+    if not records:
         return None
-    record = _record(artifact, steps[-1])
+    record = records[max(records)]
     # Training may resume from another source, which names other inputs: those that both name must
     # be the same.
     changed = [name for name, digest in record.inputs.items() if inputs.get(name, digest) != digest]
@@ -184,7 +161,7 @@ def resume_optimizer(artifact: Artifact, record: CheckpointRecord, strategy: Str
             with safe_open(whole_file(artifact, record, name), framework="pt") as file:
                 for full_name in file.keys():  # noqa: SIM118 - it is no mapping
                     parameter, _, key = full_name.rpartition(":")
-                    strategy.restore(parameter, Piece(key, file.get_tensor(full_name)))
+                    strategy.restore(parameter, key, file.get_tensor(full_name))
 
 
 def whole_file(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
@@ -193,10 +170,9 @@ def whole_file(artifact: Artifact, record: CheckpointRecord, name: str) -> Path:
     Raises:
         DamagedData: its bytes are not those that were saved.
     """
-    folder = f"checkpoints/{record.step:08d}"
-    local = artifact.store.fetch(artifact.path(f"{folder}/{name}"))
+    local = artifact.store.fetch(artifact.path(f"{record.folder}/{name}"))
     if file_checksum(local) != record.files[name]:
         what = f"the checkpoint's {name} is damaged"
         fix = "remove that folder to go on from the checkpoint before it"
-        raise DamagedData(what, where=f"{artifact.url}/{folder}", fix=fix)
+        raise DamagedData(what, where=f"{artifact.url}/{record.folder}", fix=fix)
     return local

@@ -43,10 +43,11 @@ class Checkpoints:
         if not (self.numbers and is_regular and record and record.acceptance_length is None):
             return {}
         del self.records[step]
-        self.records[step] = self._measured(record, self.trainer.strategy.whole())
+        measured = self._measured(record, self.trainer.strategy.whole())
+        self.records[step] = measured
         if self.trainer.world.is_first:
-            put_record(self.trainer.artifact, self.records[step])
-        return _numbers(self.records[step])
+            put_record(self.trainer.artifact, measured)
+        return _numbers(measured)
 
     def save(self, step: int, result: StepResult) -> dict[str, float]:
         """Measure (unless training stops before its end) and save; returns what was measured."""
@@ -57,12 +58,13 @@ class Checkpoints:
         )
         if step == trainer.data.total_steps or not result.stop:
             record = self._measured(record, draft)
-        save_checkpoint(
-            trainer.artifact, trainer.strategy, trainer.world, draft=draft, record=record
+        save_checkpoint(trainer.artifact, trainer.strategy, draft=draft, record=record)
+        log.info(
+            "stage=train step=%d loss=%.4f held_out_acceptance_length=%s checkpoint saved",
+            step,
+            result.loss,
+            record.acceptance_length,
         )
-        if trainer.world.is_first:
-            message = "stage=train step=%d loss=%.4f held_out_acceptance_length=%s checkpoint saved"
-            log.info(message, step, result.loss, record.acceptance_length)
         self.records[step] = record
         return _numbers(record)
 
@@ -95,8 +97,7 @@ class Checkpoints:
                     accepted,
                     best.step,
                 )
-        changed = {"acceptance_length": accepted, "since_best": since_best}
-        return record.model_copy(update=changed)
+        return record.model_copy(update={"acceptance_length": accepted, "since_best": since_best})
 
 
 def _numbers(record: CheckpointRecord) -> dict[str, float]:

@@ -88,8 +88,7 @@ def load_deepspeed(device: torch.device) -> Any:
     logger.propagate = True
     debugging = logging.getLogger().isEnabledFor(logging.DEBUG)
     logger.setLevel(logging.NOTSET if debugging else logging.WARNING)
-    deprecated = ".*is deprecated"
-    warnings.filterwarnings("ignore", deprecated, FutureWarning, "torch.distributed")
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
     # a shortcut on CPUs that would need gcc
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

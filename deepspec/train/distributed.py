@@ -1,15 +1,16 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
 import os
-from collections.abc import Iterable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspec.target.loading import choose_device
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -30,29 +31,12 @@ class World(NamedTuple):
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' values."""
-        if self.size == 1:
-            return value
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
-
-    def gather_text(self, text: str) -> list[str]:
-        """The text of every rank, ASCII and all of one length, in the order of the ranks."""
-        table = torch.zeros(self.size, len(text), dtype=torch.long, device=self.device)
-        table[self.rank] = torch.tensor(list(text.encode()), device=self.device)
-        return [bytes(row).decode() for row in self.sum(table).tolist()]
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks, which every parameter has."""
-        if self.size == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in the order of the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Return when all ranks have called this."""

@@ -17,8 +17,6 @@ from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records,
 
 log = logging.getLogger(__name__)
 
-DRAFT_FILES = ("config.json", "model.safetensors")
-
 
 def make_draft(config: RunConfig, source: Source) -> Drafter:
     """A fresh draft of the run for the target whose states the source gives.
@@ -53,9 +51,12 @@ def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:
     """
     records = checkpoint_records(artifact)
     chosen = best_checkpoint(records) or records[max(records)]
-    files = [f"draft/{name}" for name in DRAFT_FILES]
-    for name in DRAFT_FILES:
-        artifact.put_file(whole_file(artifact, chosen, name), f"draft/{name}")
+    files = {
+        f"draft/{name}": whole_file(artifact, chosen, name)
+        for name in ("config.json", "model.safetensors")
+    }
+    for name, local in files.items():
+        artifact.put_file(local, name)
     artifact.seal(files=[*files, "metrics.jsonl"], inputs=inputs)
     message = "stage=train sealed with the draft of step %d of %d: %s/draft"
     log.info(message, chosen.step, max(records), artifact.url)

@@ -47,7 +47,16 @@ def num_ranks(run: Run) -> int:
     training = run.config.resources.training
     gpus = visible_gpus() if run.config.resources.devices.type != "cpu" else []
     if gpus and trains_without_cache(run) and training.source == "rolling":
-        gpus = _left_by_capture(gpus, training.rolling_gpus)
+        captures = training.rolling_gpus
+        if captures >= len(gpus):
+            raise ConfigError(
+                f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to "
+                "train on",
+                where="resources.training.rolling_gpus",
+                fix="lower it (0 captures on the GPU that trains), or use "
+                "resources.training.source=online",
+            )
+        gpus = gpus[: len(gpus) - captures]
     wanted = training.ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         raise ConfigError(
@@ -76,18 +85,6 @@ def check_batch(global_batch: int, num_ranks: int) -> None:
         fix=f"set it to {nearest}; or train on {fewer} (resources.training.ranks), which changes "
         "no result",
     )
-
-
-def _left_by_capture(gpus: list[str], captures: int) -> list[str]:
-    if captures >= len(gpus):
-        raise ConfigError(
-            f"rolling capture takes {captures} of {len(gpus)} visible GPUs: none is left to train "
-            "on",
-            where="resources.training.rolling_gpus",
-            fix="lower it (0 captures on the GPU that trains), or use "
-            "resources.training.source=online",
-        )
-    return gpus[: len(gpus) - captures]
 
 
 def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: float) -> None:

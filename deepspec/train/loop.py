@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import require_sealed
@@ -19,18 +18,21 @@ from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
 from deepspec.train.checkpointing import Checkpoints
+from deepspec.train.ddp import Replicated
+from deepspec.train.deepspeed_setup import load_deepspeed
 from deepspec.train.distributed import World, join_world
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
 from deepspec.train.metrics import StepMetrics
 from deepspec.train.metrics_log import MetricsLog
 from deepspec.train.out_of_memory import explain_oom
-from deepspec.train.parallel import check_strategy, make_strategy
 from deepspec.train.preflight import check_before_training
 from deepspec.train.source import open_source
 from deepspec.train.step import StepResult, Trainer, train_step
+from deepspec.train.strategy import Strategy
 from deepspec.train.throughput import Throughput
-from deepspec.train.watchdog import Watchdog
+from deepspec.train.watchdog import watchdog
+from deepspec.train.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     timeout = timedelta(minutes=2 * resources.retries.stall_minutes)
     world = join_world(resources.devices.type, timeout=timeout)
     check_batch(run.config.train.global_batch, world.size)
-    check_strategy(run.config.train, world)
+    if run.config.train.strategy == "deepspeed":
+        load_deepspeed(world.device)  # before anything is read
     if world.is_first:
         run.create("train")
     else:
@@ -86,14 +89,12 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
         return
     if first == 0:
         check_before_training(run, data, draft)
-    strategy = make_strategy(
-        draft,
-        config.train,
-        config.resources.memory,
-        world,
-        artifact=artifact,
-        make_filler=partial(data.load, data.drawn(first)[:1]),
-    )
+    if config.train.strategy == "ddp":
+        strategy: Strategy = Replicated(draft, config.train, world)
+    else:
+        filler = data.load(data.drawn(first)[:1])
+        memory = config.resources.memory
+        strategy = Zero(draft, config.train, memory, world, filler=filler, artifact=artifact)
     if record:
         resume_optimizer(artifact, record, strategy)
     trainer = Trainer(
@@ -107,16 +108,15 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
         throughput=Throughput(world.device, first=first, total=total),
         stop=threading.Event(),
     )
-    watchdog = Watchdog(60 * config.resources.retries.stall_minutes, report)
     with (
         _ending_with_others(world, trainer.stop),
         explain_oom(config.draft, config.resources.memory),
         on_sigterm(trainer.stop.set),
-        watchdog,
+        watchdog(60 * config.resources.retries.stall_minutes, report) as beat,
     ):
         # Until all shards of a window are captured, no step may be possible.
-        data.source.on_progress(watchdog.beat)
-        train_steps(trainer, first, report=report, on_step=watchdog.beat)
+        data.source.on_progress(beat)
+        train_steps(trainer, first, report=report, on_step=beat)
 
 
 def train_steps(

@@ -1,27 +1,47 @@
 """The numbers of a training, a line for each logged step: `metrics.jsonl`, and what is made of it.
 
-All lines are written again each time, so that those after a resumed checkpoint are there once.
-Another tracker goes into `MetricsLog.write`.
+All lines are written again each time, so that those after a resumed checkpoint are there once. For
+TensorBoard, an event file in `tensorboard/` is made anew from all of them: appending would double
+the steps between a checkpoint and a crash. Another tracker goes into `MetricsLog.write`.
 """
 
+import contextlib
+import importlib.util
 import json
+import logging
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.train.tensorboard_log import can_write_scalars, write_scalars
 
-FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
+
+FOLDER = "tensorboard"
+# The newest file, and the one before it: a TensorBoard that has it open moves on to the newer one
+# only while it is still there.
+KEEP = 2
+AXES = {"step", "time"}  # of a line: where its numbers belong
 
 
 class MetricsLog:
-    """The lines of a training so far, those before it was resumed included."""
+    """The lines of a training so far, those up to step `first`, before it was resumed, included."""
 
     def __init__(self, artifact: Artifact, *, first: int, is_writer: bool) -> None:
         self.artifact = artifact
-        self.lines = read_metrics(artifact, first)
         self.is_writer = is_writer
-        self.has_scalars = is_writer and can_write_scalars()
+        self.path = artifact.path("metrics.jsonl")
+        self.lines: list[dict[str, float]] = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = map(json.loads, artifact.store.read(self.path).decode().splitlines())
+            self.lines = [line for line in lines if line["step"] <= first]
+        self.has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+        if is_writer and not self.has_tensorboard:
+            log.info(
+                "stage=train TensorBoard is not installed, metrics.jsonl has the numbers: "
+                "pip install 'deepspec[tensorboard]'"
+            )
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add a line; without any numbers, none."""
@@ -32,15 +52,26 @@ class MetricsLog:
         """Write all lines, on the one rank that is the writer."""
         if self.is_writer:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            self.artifact.write(FILE, text.encode())
-        if self.has_scalars:
-            write_scalars(self.artifact, self.lines)
+            self.artifact.store.write(self.path, text.encode())
+            if self.has_tensorboard:
+                write_scalars(self.artifact, self.lines)
 
 
-def read_metrics(artifact: Artifact, last: int) -> list[dict[str, float]]:
-    """The lines of the steps up to `last`."""
-    try:
-        lines = artifact.read(FILE).decode().splitlines()
-    except FileNotFoundError:
-        return []
-    return [entry for entry in map(json.loads, lines) if entry["step"] <= last]
+def write_scalars(artifact: Artifact, lines: Sequence[Mapping[str, float]]) -> None:
+    """Write every number of the lines into a new event file, which replaces those before it.
+
+    A running TensorBoard keeps the file that it has open and goes on to the one whose name sorts
+    last, so the name is new; the mark of a restart at step 0 makes it forget what it read.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    name = f"events.out.tfevents.{time.time_ns()}"
+    with tempfile.TemporaryDirectory() as scratch:
+        with SummaryWriter(scratch, purge_step=0) as writer:
+            for line in lines:
+                for tag in line.keys() - AXES:
+                    writer.add_scalar(tag, line[tag], line["step"], line.get("time"))
+        (local,) = Path(scratch).iterdir()
+        artifact.put_file(local, f"{FOLDER}/{name}")
+    for old in artifact.store.names(artifact.path(FOLDER))[:-KEEP]:
+        artifact.store.remove(artifact.path(f"{FOLDER}/{old}"))

@@ -37,26 +37,6 @@ def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def apply_step(
-    optimizer: torch.optim.Optimizer, *, lr: float, denominator: float, clip: float
-) -> float:
-    """Turn summed gradients into means, clip, step, clear; returns the norm before clipping.
-
-    Where the norm is not finite, no parameter changes.
-    """
-    parameters = []
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        parameters += [each for each in group["params"] if each.grad is not None]
-    if denominator > 0:
-        torch._foreach_div_([parameter.grad for parameter in parameters], denominator)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 def trainable(draft: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     named = draft.named_parameters()

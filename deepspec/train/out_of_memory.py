@@ -3,13 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from deepspec.config.draft import DraftConfig
 from deepspec.config.resources import MemoryConfig
 from deepspec.errors import TrainingFailed
 
-# in plain RuntimeErrors, by CUDA's libraries and by PyTorch's allocator on the CPU
+# in errors of CUDA and its libraries, and of PyTorch's allocator on the CPU
 PHRASES = ("out of memory", "can't allocate memory")
 # fields of a draft, each a factor of a step's activations
 DRAFT_FACTORS = ("num_anchors", "block_size", "ttt_length")
@@ -24,9 +22,8 @@ def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        is_oom = isinstance(error, torch.OutOfMemoryError)
-        if not is_oom and not any(phrase in str(error).lower() for phrase in PHRASES):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and says so
+        if not any(phrase in str(error).lower() for phrase in PHRASES):
             raise
         fields = draft.model_dump()
         factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]

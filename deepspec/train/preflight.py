@@ -59,7 +59,7 @@ def _check(run: Run, data: StepData, draft: Drafter) -> None:
             what = f"the {name} of the first sample are {'all zero' if is_finite else 'not finite'}"
             fix = f"run `{run.command('verify')}`, and capture again what it names"
             raise TrainingFailed(what, where=where, fix=fix)
-    before, after = _overfit(draft, batch)
+    before, *_, after = _overfit(draft, batch)
     message = "stage=train preflight supervised=%.3f loss of one sample=%.4f, after %d steps=%.4f"
     log.info(message, share, before, OVERFIT_STEPS, after)
     if not after < before:
@@ -71,8 +71,8 @@ def _check(run: Run, data: StepData, draft: Drafter) -> None:
         )
 
 
-def _overfit(draft: Drafter, batch: TrainBatch) -> tuple[float, float]:
-    """The loss of a copy of the draft on one batch, before and after a few steps on it alone."""
+def _overfit(draft: Drafter, batch: TrainBatch) -> list[float]:
+    """The losses of a copy of the draft on one batch: fresh, and after each step on it alone."""
     mirror = copy.deepcopy(draft).train()
     optimizer = torch.optim.AdamW(trainable(mirror).values(), lr=OVERFIT_LR)
     plan = mirror.plan(batch)
@@ -83,4 +83,4 @@ def _overfit(draft: Drafter, batch: TrainBatch) -> tuple[float, float]:
         output.numerator.backward()
         optimizer.step()
         losses.append(float(output.numerator.detach()))
-    return losses[0], losses[-1]
+    return losses

@@ -7,14 +7,13 @@ import logging
 
 from deepspec.artifacts.missing import trains_without_cache
 from deepspec.artifacts.run import Run
-from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.reader import HiddenCache
 from deepspec.cache.source import Source
 from deepspec.hidden.online import open_online
 from deepspec.hidden.rolling import open_rolling
 from deepspec.process.events import Report
 from deepspec.train.distributed import World
-from deepspec.train.validation import acceptance_numbers, own_share
+from deepspec.train.validation import acceptance_numbers
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +37,10 @@ def open_source(run: Run, world: World, report: Report) -> Source:
         )
     if kind == "online":
         return open_online(run, is_first=world.is_first, report=report)
-
-    def share(index: ExpectedIndex) -> list[int]:
-        count = run.config.train.acceptance_samples
-        return own_share(acceptance_numbers(index, count), world)
-
-    return open_rolling(run, share=share, is_first=world.is_first, report=report)
+    count = run.config.train.acceptance_samples
+    return open_rolling(
+        run,
+        share=lambda index: acceptance_numbers(index, count)[world.rank :: world.size],
+        is_first=world.is_first,
+        report=report,
+    )

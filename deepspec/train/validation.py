@@ -24,13 +24,6 @@ ROWS = 8  # samples drafted along together
 GREEDY = SamplingConfig(temperature=0.0)
 
 
-class DraftedCounts(NamedTuple):
-    """What drafting along some answers came to."""
-
-    committed: int  # tokens, the target's own one of each round included
-    rounds: int
-
-
 class Answers(NamedTuple):
     """Held-out samples side by side, padded on the right."""
 
@@ -45,22 +38,17 @@ def acceptance_numbers(index: Index | ExpectedIndex, count: int) -> list[int]:
     return held_out[np.argsort(index.sample_id[held_out])][:count].tolist()
 
 
-def own_share(numbers: Sequence[int], world: World) -> list[int]:
-    """The samples that this rank drafts along."""
-    return list(numbers)[world.rank :: world.size]
-
-
 def held_out_acceptance(
     draft: Drafter, source: Source, numbers: Sequence[int], world: World
 ) -> float:
     """Tokens committed per round over these samples, shared out to all ranks; 0 without a round."""
-    own = own_share(numbers, world)
+    own = numbers[world.rank :: world.size]
     total = torch.zeros(2, dtype=torch.float64)
     was_training = draft.training
     draft.eval()
     for first in range(0, len(own), ROWS):
         answers = load_answers(source, own[first : first + ROWS], world.device)
-        total += torch.tensor(draft_along(draft, answers), dtype=torch.float64)
+        total += draft_along(draft, answers)
     draft.train(was_training)  # trap D8
     committed, rounds = world.sum(total.to(world.device)).tolist()
     return committed / rounds if rounds else 0.0
@@ -83,36 +71,36 @@ def load_answers(source: Source, numbers: Sequence[int], device: torch.device) -
 
 
 @torch.no_grad()
-def draft_along(draft: Drafter, answers: Answers) -> DraftedCounts:
-    """Rounds of drafting from the first to the last token of every answer."""
+def draft_along(draft: Drafter, answers: Answers) -> Tensor:
+    """Rounds of drafting from the first to the last token of every answer.
+
+    Returns:
+        float64 [2]: tokens committed, the target's own one of each round included, and rounds.
+    """
     rows, length = answers.input_ids.shape
-    ids, masks = answers.input_ids.tolist(), answers.loss_mask
+    ids, masks = answers.input_ids.tolist(), [[*mask, False] for mask in answers.loss_mask]
     cache = draft.new_cache(rows, length)
     following = answers.input_ids.roll(-1, dims=1)
     known = [0] * rows  # tokens of each row that the draft's cache holds
     anchors = [next_anchor(mask, 0) for mask in masks]
     committed = rounds = 0
-    while any(anchor is not None for anchor in anchors):
-        counts = [
-            0 if anchor is None else anchor - start
-            for anchor, start in zip(anchors, known, strict=True)
-        ]
+    while running := {row: at for row, at in enumerate(anchors) if at is not None}:
+        reached = [running.get(row, start) for row, start in enumerate(known)]
+        counts = [end - start for start, end in zip(known, reached, strict=True)]
         context = _cut(answers.context, known, counts)
         draft.extend(cache, context, _cut(following, known, counts), counts)
-        known = [start + count for start, count in zip(known, counts, strict=True)]
+        known = reached
         newest = [row[place] for row, place in zip(ids, known, strict=True)]
         newest_ids = torch.tensor(newest, device=answers.input_ids.device)
         drafted = draft.propose(cache, newest_ids, GREEDY, None).tokens.tolist()
-        for row, anchor in enumerate(anchors):
-            if anchor is None:
-                continue
-            left = answer_end(masks[row], anchor) - anchor - 1
-            answer = ids[row][anchor + 1 : anchor + 1 + min(left, draft.block_size)]
-            matched = leading_matches(drafted[row], answer)
-            committed += matched + (matched < left)
-            rounds += 1
+        for row, anchor in running.items():
+            answer = ids[row][anchor + 1 : masks[row].index(False, anchor)]
+            pairs = list(zip(drafted[row], answer, strict=False))  # neither beyond the other's end
+            matched = next((at for at, (ours, its) in enumerate(pairs) if ours != its), len(pairs))
+            committed += matched + (matched < len(answer))
             anchors[row] = next_anchor(masks[row], anchor + matched + 1)
-    return DraftedCounts(committed, rounds)
+        rounds += len(running)
+    return torch.tensor([committed, rounds], dtype=torch.float64)
 
 
 def next_anchor(mask: Sequence[bool], place: int) -> int | None:
@@ -121,17 +109,6 @@ def next_anchor(mask: Sequence[bool], place: int) -> int | None:
     It belongs to an answer, and so does the position after it.
     """
     return next((at for at in range(place, len(mask) - 1) if mask[at] and mask[at + 1]), None)
-
-
-def answer_end(mask: Sequence[bool], place: int) -> int:
-    """The first position after the answer that `place` is in."""
-    return next((at for at in range(place, len(mask)) if not mask[at]), len(mask))
-
-
-def leading_matches(drafted: Sequence[int], answer: Sequence[int]) -> int:
-    """Drafted tokens up to the first that differs from the answer's."""
-    pairs = list(zip(drafted, answer, strict=False))
-    return next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
 
 
 def _cut(values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -1,12 +1,13 @@
 """A training that stalls ends by itself, instead of holding its GPUs, and logs where it stood."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import sys
 import threading
 import time
-from typing import Self
+from collections.abc import Callable, Iterator
 
 from deepspec.errors import EXIT_TRANSIENT, TransientError
 from deepspec.process.events import Report
@@ -17,49 +18,41 @@ log = logging.getLogger(__name__)
 LINGER_S = 2.0
 
 
-class Watchdog:
-    """Ends the process with "try again" where `beat` is not called for `limit_s` in its block.
+@contextlib.contextmanager
+def watchdog(limit_s: float, report: Report) -> Iterator[Callable[[], None]]:
+    """Ends the process with "try again" where what it yields is not called for `limit_s`.
 
     It is called for every step, and for every shard that is captured for one.
     """
+    beaten, left = threading.Event(), threading.Event()
 
-    def __init__(self, limit_s: float, report: Report) -> None:
-        self.limit_s = limit_s
-        self.report = report
-        self._beaten = threading.Event()
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    def watch() -> None:
+        while not left.is_set():
+            if not beaten.wait(limit_s):
+                _end(limit_s, report)
+            beaten.clear()
 
-    def beat(self) -> None:
-        """Note that training has made progress."""
-        self._beaten.set()
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield beaten.set
+    finally:
+        left.set()
+        beaten.set()
+        thread.join()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._left.set()
-        self._beaten.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._left.is_set():
-            if not self._beaten.wait(self.limit_s):
-                self._end()
-            self._beaten.clear()
-
-    def _end(self) -> None:
-        """End without unwinding the main thread, which may never return from where it is."""
-        faulthandler.dump_traceback(all_threads=True)
-        time.sleep(LINGER_S)
-        minutes = f"{self.limit_s / 60:g} minutes (resources.retries.stall_minutes)"
-        error = TransientError(
-            f"no training step was finished for {minutes}",
-            fix="run it again: it goes on from its newest checkpoint; where each thread stood is "
-            "in the log",
-        )
-        log.error("stage=train %s", error.what)
-        self.report({"event": "error", **error.to_json()})
-        sys.stdout.flush()
-        os._exit(EXIT_TRANSIENT)
+def _end(limit_s: float, report: Report) -> None:
+    """End without unwinding the main thread, which may never return from where it is."""
+    faulthandler.dump_traceback(all_threads=True)
+    time.sleep(LINGER_S)
+    error = TransientError(
+        f"no training step was finished for {limit_s / 60:g} minutes "
+        "(resources.retries.stall_minutes)",
+        fix="run it again: it goes on from its newest checkpoint; where each thread stood is in "
+        "the log",
+    )
+    log.error("stage=train %s", error.what)
+    report({"event": "error", **error.to_json()})
+    sys.stdout.flush()
+    os._exit(EXIT_TRANSIENT)

@@ -17,10 +17,11 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspec.artifacts.artifact import Artifact
@@ -32,16 +33,15 @@ from deepspec.model.loss import LossOutput
 from deepspec.storage.store import pretty_json
 from deepspec.train.deepspeed_setup import derived_config, load_deepspeed
 from deepspec.train.distributed import World
-from deepspec.train.optimizer import trainable
-from deepspec.train.strategy import COMPUTE_DTYPES, Piece, autocast_loss
+from deepspec.train.strategy import Strategy
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
-    """A draft under DeepSpeed's engine; satisfies `strategy.Strategy`."""
+class Zero(Strategy):
+    """A draft under DeepSpeed's engine; the `filler` is a small batch to learn from."""
 
     def __init__(
         self,
@@ -53,13 +53,8 @@ class Zero:
         filler: TrainBatch,
         artifact: Artifact,
     ) -> None:
-        self.draft = draft.train()
-        self.world = world
+        super().__init__(draft, settings, world)
         self.filler = filler
-        self.parameters = trainable(draft)
-        self.sizes: Mapping[str, int] = {
-            name: parameter.numel() for name, parameter in self.parameters.items()
-        }
         derived = derived_config(
             settings,
             memory,
@@ -75,11 +70,11 @@ class Zero:
             for name, parameter in self.parameters.items()
         }
         frozen_as_buffers(draft)
-        self.module = _Loss(draft, world.device, COMPUTE_DTYPES[settings.compute_dtype])
-        self.deepspeed = load_deepspeed(world.device)
+        self.module = _Loss(self)
+        deepspeed = load_deepspeed(world.device)
         # Standard output is for events, one JSON object a line.
         with contextlib.redirect_stdout(sys.stderr):
-            self.engine = self.deepspeed.initialize(
+            self.engine = deepspeed.initialize(
                 model=self.module, model_parameters=list(self.parameters.values()), config=derived
             )[0]
         self.zero = self.engine.optimizer
@@ -90,15 +85,16 @@ class Zero:
 
     def rounds(self, own: int) -> int:
         """The most that any rank has."""
-        return self.world.largest(own)
+        most = torch.tensor(own, device=self.world.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     def backward(self, batch: TrainBatch | None) -> LossOutput:
         """Add the gradient of a micro-batch's loss numerator, or run the filler."""
         plan = self.draft.plan(batch) if batch is not None else None
-        teaches = plan is not None and any(map(bool, self.draft.denominators(plan).values()))
-        if teaches:
+        if plan is not None and any(map(bool, self.draft.denominators(plan).values())):
             loss = self.engine(batch=batch, plan=plan)
-            output = cast("LossOutput", self.module.output)
+            output: LossOutput = self.module.output
         else:
             loss = self.engine(batch=self.filler, plan=self.draft.plan(self.filler)) * 0.0
             output = LossOutput(loss.detach(), loss.detach(), {}, {})
@@ -110,22 +106,16 @@ class Zero:
         """Divide the ranks' mean gradients, clip, step, clear; returns the norm unclipped."""
         for group in self.zero.param_groups:
             group["lr"] = lr if denominator else 0.0
-        with self._divided(by=(denominator or 1.0) / self.world.size):
+        divisor = (denominator or 1.0) / self.world.size
+        if hasattr(self.zero, "override_loss_scale"):
+            self.zero.override_loss_scale(divisor)
+            self.engine.step()
+            self.zero.override_loss_scale(1.0)  # the next backward passes multiply by it
+        else:  # stage 1 in bfloat16 is a class of its own
+            for gradients in self.zero.fp32_groups_gradients_flat:
+                gradients.div_(divisor)
             self.engine.step()
         return float(self.engine.get_global_grad_norm())
-
-    @contextlib.contextmanager
-    def _divided(self, *, by: float) -> Iterator[None]:
-        """Within the block, a step divides the gradients by this."""
-        if hasattr(self.zero, "override_loss_scale"):
-            self.zero.override_loss_scale(by)
-            yield
-            self.zero.override_loss_scale(1.0)  # the next backward passes multiply by it
-            return
-        # Stage 1 in bfloat16 is a class of its own.
-        for gradients in self.zero.fp32_groups_gradients_flat:
-            gradients.div_(by)
-        yield
 
     def whole(self) -> Drafter:
         """A copy of the whole draft, put together from all ranks."""
@@ -135,27 +125,27 @@ class Zero:
         load_tensors(draft, tensors, dtype=torch.float32, where="the parts of all ranks")
         return draft.eval()
 
-    def optimizer_state(self, name: str) -> Iterator[Piece]:
+    def optimizer_state(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state of a parameter, put together from all ranks."""
         states = [state for flat in self._flat() if (state := self.zero.optimizer.state.get(flat))]
         if states:
-            yield Piece("step", torch.tensor(float(states[0]["step"])))
+            yield "step", torch.tensor(float(states[0]["step"]))
             for key in MOMENTS:
-                yield Piece(key, self._get(name, key=key))
+                yield key, self._get(name, key=key)
 
-    def restore(self, name: str, piece: Piece) -> None:
-        """Set one piece of the optimizer's state of a parameter."""
+    def restore(self, name: str, key: str, tensor: Tensor) -> None:
+        """Set one tensor of the optimizer's state of a parameter."""
         for flat in self._flat():
             state = self.zero.optimizer.state[flat]
             if not state:  # the engine makes it in its first step
                 state["step"] = torch.tensor(0.0)
-                state.update({key: torch.zeros_like(flat) for key in MOMENTS})
-            if piece.key == "step":
-                state["step"].fill_(float(piece.tensor))
+                state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+            if key == "step":
+                state["step"].fill_(float(tensor))
         if not self.is_partitioned:
             self.zero._lazy_init_hp_params_optimizer_state()
-        if piece.key != "step":
-            self._set(name, piece.tensor, key=piece.key)
+        if key != "step":
+            self._set(name, tensor, key=key)
 
     def _flat(self) -> list[Tensor]:
         """The rank's part of the float32 weights, in the pieces that the optimizer knows."""
@@ -168,13 +158,12 @@ class Zero:
 
     def _get(self, name: str, *, key: str | None) -> Tensor:
         """A parameter (or its moment `key`) put together from all ranks, float32."""
-        utils = self.deepspeed.utils
-        parameter = self.parameters[name]
-        if key is None:
-            found = utils.safe_get_full_fp32_param(parameter)
+        parameter: Any = self.parameters[name]
+        if self.is_partitioned:
+            found: Tensor = self.zero.get_full_hp_param(parameter, key)
         else:
-            found = utils.safe_get_full_optimizer_state(parameter, key)
-        return cast("Tensor", found).detach()
+            found = parameter.get_full_hp_param(key)
+        return found.detach()
 
     def _set(self, name: str, value: Tensor, *, key: str | None) -> None:
         """Take this rank's part of a parameter (or of its moment `key`) from the whole of it."""
@@ -191,13 +180,14 @@ class Zero:
 class _Loss(nn.Module):
     """The draft's loss as a module's `forward`, which is what DeepSpeed hooks into."""
 
-    def __init__(self, draft: Drafter, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, strategy: Strategy) -> None:
         super().__init__()
-        self.draft, self.device, self.dtype = draft, device, dtype
-        self.output: LossOutput | None = None
+        self.draft = strategy.draft
+        self.loss = strategy.loss
+        self.output: Any = None
 
-    def forward(self, batch: TrainBatch, plan: Any) -> Tensor:
-        self.output = autocast_loss(self.draft, batch, plan, device=self.device, dtype=self.dtype)
+    def forward(self, batch: TrainBatch, plan: Any) -> Any:
+        self.output = self.loss(batch, plan)
         return self.output.numerator
 
 

@@ -9,7 +9,7 @@ import torch
 
 from deepspec.errors import DataError
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
-from deepspec.target.kv_cache import TargetCache
+from deepspec.target.model import TargetCache
 from tests.target.test_model import make_target
 
 

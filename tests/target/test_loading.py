@@ -17,7 +17,8 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"layer_ids": (0, 3)}, "last layer"),
+        ({"layer_ids": (0, 3)}, r"layers \[3\].*last layer"),
+        ({"layer_ids": (0, 7)}, r"layers \[7\] cannot be captured"),
         ({"mask_token_id": 97}, "outside the target's vocabulary"),
     ],
 )

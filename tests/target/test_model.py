@@ -1,9 +1,7 @@
 """The target: hidden states are tapped where they are said to be, and a cache changes nothing."""
 
-import pytest
 import torch
 
-from deepspec.errors import ConfigError
 from deepspec.target.generate import pad_right
 from deepspec.target.model import Target
 from tests.target.tiny_target import PROMPTS, make_target
@@ -49,7 +47,19 @@ def test_a_row_in_a_padded_batch_has_the_states_it_has_alone(target: Target):
         )
 
 
-@pytest.mark.parametrize("layer", [3, 7])
-def test_the_last_layer_and_layers_that_do_not_exist_are_refused(layer: int):
-    with pytest.raises(ConfigError, match=str(layer)):
-        make_target(layer_ids=(0, layer))
+def test_a_cache_with_rows_taken_back_to_different_lengths_changes_nothing(target: Target):
+    """Feed junk, take each row back to another length, go on: the states are those of the
+    uncached sequence.
+    """
+    cache = target.new_cache(3, 40)
+    target.forward(pad_right(PROMPTS, target.device), cache)
+    cache.lengths = [len(prompt) for prompt in PROMPTS]
+    target.forward(torch.full((3, 5), 90), cache)
+    cache.lengths = [4, 3, 7]
+    rest = [[50, 51, 52], [53, 54, 55], [56, 57, 58]]
+    output = target.forward(torch.tensor(rest), cache)
+    for row, (prompt, length) in enumerate(zip(PROMPTS, cache.lengths, strict=True)):
+        alone = target.forward(torch.tensor([[*prompt[:length], *rest[row]]]))
+        torch.testing.assert_close(
+            output.context[row], alone.context[0, length:], atol=1e-5, rtol=1e-5
+        )

@@ -11,7 +11,7 @@ from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.train import batches
-from deepspec.train.batches import StepData, sample_seed
+from deepspec.train.batches import StepData
 from deepspec.train.distributed import World
 from tests.conftest import tiny_run
 
@@ -47,18 +47,14 @@ def test_every_training_sample_comes_once_an_epoch_and_held_out_ones_never(captu
     assert not held_out & set(epoch)
 
 
-def test_a_samples_chance_changes_with_epoch_seed_and_sample():
-    assert (
-        len(
-            {
-                sample_seed(seed, epoch, sample)
-                for seed in (1, 2)
-                for epoch in (0, 1)
-                for sample in (5, 6)
-            }
-        )
-        == 8
-    )
+def test_a_samples_chance_changes_with_epoch_seed_and_sample(captured: Path):
+    sets = ("train.global_batch=1", "train.max_steps=null", "train.epochs=2")
+    seeds = []
+    for seed in (1, 2):
+        config = tiny_run(captured, *sets, f"train.seed={seed}")
+        data = step_data(HiddenCache(Run(config).artifact("hidden")), config)
+        seeds += [data.drawn(step)[0].seed for step in range(data.total_steps)]
+    assert len(set(seeds)) == len(seeds) == 4 * len(data.numbers)
 
 
 def test_a_cache_without_a_training_sample_is_refused(captured: Path):
@@ -76,8 +72,8 @@ def test_a_sample_is_drawn_once_however_many_look_at_its_step(
     config = tiny_run(captured)
     data = step_data(HiddenCache(Run(config).artifact("hidden")), config)
     seeds: list[int] = []
-    original = batches.sample_seed
-    monkeypatch.setattr(batches, "sample_seed", lambda *parts: seeds.append(1) or original(*parts))
+    original = batches.stream_seed
+    monkeypatch.setattr(batches, "stream_seed", lambda *parts: seeds.append(1) or original(*parts))
     for step in range(data.total_steps):
         assert len(list(data.batches(step))) == len(data.micro_batches(step))
         assert data.drawn(step)

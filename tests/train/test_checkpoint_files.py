@@ -18,7 +18,6 @@ from deepspec.train.distributed import World
 from tests.conftest import tiny_run
 from tests.model.drafts import make_draft
 from tests.train.test_strategy import (
-    ALONE,
     BFLOAT16,
     DDP,
     ZERO,
@@ -49,7 +48,7 @@ def test_a_strategy_goes_on_from_what_another_saved(
     saved, undisturbed = strategy_of(tmp_path, *first), strategy_of(tmp_path, *then)
     steps(saved, range(3))
     artifact = Run(tiny_run(tmp_path)).artifact("train")
-    save_checkpoint(artifact, saved, ALONE, draft=saved.whole(), record=CheckpointRecord(step=3))
+    save_checkpoint(artifact, saved, draft=saved.whole(), record=CheckpointRecord(step=3))
     draft = make_draft(seed=5)
     record = resume_draft(artifact, draft, {})
     assert record is not None
@@ -64,7 +63,10 @@ def test_a_strategy_goes_on_from_what_another_saved(
 def test_the_optimizers_shares_hold_every_parameter_once_and_about_the_same_each(tmp_path: Path):
     strategy = strategy_of(tmp_path, *DDP)
     steps(strategy, range(1))
-    shares = [optimizer_share(strategy, World(rank, 3, torch.device("cpu"))) for rank in range(3)]
+    shares = []
+    for rank in range(3):
+        strategy.world = World(rank, 3, torch.device("cpu"))
+        shares.append(optimizer_share(strategy))
     names = [name for share in shares for name in share]
     assert sorted(names) == sorted(
         f"{name}:{key}" for name in strategy.sizes for key in ("step", "exp_avg", "exp_avg_sq")
@@ -78,7 +80,7 @@ def test_a_checkpoint_in_a_bucket_is_resumed_and_damage_is_named(s3_url: str, tm
     config = tiny_run(s3_url, f"resources.storage.scratch={tmp_path / 'scratch'}")  # type: ignore[arg-type]
     artifact, saved = Run(config).artifact("train"), strategy_of(tmp_path, *ZERO[2])
     steps(saved, range(2))
-    save_checkpoint(artifact, saved, ALONE, draft=saved.whole(), record=CheckpointRecord(step=2))
+    save_checkpoint(artifact, saved, draft=saved.whole(), record=CheckpointRecord(step=2))
     draft = make_draft(seed=5)
     record = resume_draft(artifact, draft, {})
     assert record is not None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError, TransientError
 from deepspec.train import checkpointing, loop, step
-from deepspec.train.checkpoint_files import checkpoint_records, checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.loop import run_train
 from deepspec.train.step import StepResult
 from tests.conftest import tiny_run
@@ -42,7 +42,7 @@ def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(
         step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop)
     )
     artifact = run_train(Run(tiny_run(ready, "train.max_steps=10")))
-    assert checkpoint_steps(artifact) == [4, 8, 10]
+    assert list(checkpoint_records(artifact)) == [4, 8, 10]
     best = load_file(artifact.store.path(artifact.path("checkpoints/00000004/model.safetensors")))
     assert all(torch.equal(best[name], tensor) for name, tensor in weights(artifact).items())
     assert "the loss falls" in caplog.text and "step 4 stays the best" in caplog.text
@@ -61,9 +61,9 @@ def test_training_ends_early_where_acceptance_gets_no_better_and_stays_ended(
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5])
     config = tiny_run(ready, "train.max_steps=20", "train.patience=2")
     artifact = run_train(Run(config))
-    assert checkpoint_steps(artifact)[-1] == 8
+    assert list(checkpoint_records(artifact))[-1] == 8
     artifact.store.remove(artifact.path("manifest.json"))  # killed before it was sealed
-    assert checkpoint_steps(run_train(Run(config)))[-1] == 8
+    assert list(checkpoint_records(run_train(Run(config))))[-1] == 8
 
 
 def test_without_samples_to_measure_the_last_checkpoint_counts(ready: Path):
@@ -99,7 +99,7 @@ def test_patience_counts_across_a_restart_and_not_what_was_never_measured(ready:
         run_train(Run(config))
     monkeypatch.setattr(loop, "train_step", original)
     artifact = run_train(Run(config))
-    assert checkpoint_steps(artifact)[-1] == 10  # 3.0 at step 2, then 2.0 at 4, 6, 8 and 10
+    assert list(checkpoint_records(artifact))[-1] == 10  # 3.0 at step 2, then 2.0 at 4, 6, 8 and 10
 
 
 def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_on_from_it(

@@ -17,7 +17,7 @@ from deepspec.errors import ArtifactMismatch, TrainingFailed, TransientError
 from deepspec.hidden.capture import Capture
 from deepspec.hidden.stage import run_capture
 from deepspec.train import loop, step
-from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.distributed import World
 from deepspec.train.loop import run_train
 from tests.conftest import tiny_run
@@ -66,7 +66,7 @@ def test_a_run_that_stopped_after_a_checkpoint_ends_bit_for_bit_like_one_that_di
     assert steps[5] == 4, "the newest checkpoint was written after step 4"
     undisturbed = weights(run_train(Run(tiny_run(straight))))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in weights(resumed).items())
-    assert checkpoint_steps(resumed) == [4, 6]
+    assert list(checkpoint_records(resumed)) == [4, 6]
 
 
 def test_a_stopped_run_finishes_its_step_saves_and_resumes_bit_for_bit(
@@ -91,7 +91,7 @@ def test_a_stopped_run_finishes_its_step_saves_and_resumes_bit_for_bit(
         with pytest.raises(TransientError, match="asked to stop, and did after step 3"):
             run_train(Run(tiny_run(ready, rare)))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert checkpoint_steps(Run(tiny_run(ready, rare)).artifact("train")) == [3]
+    assert list(checkpoint_records(Run(tiny_run(ready, rare)).artifact("train"))) == [3]
     resumed, undisturbed = (
         weights(run_train(Run(tiny_run(ready, rare)))),
         weights(run_train(Run(tiny_run(straight, rare)))),

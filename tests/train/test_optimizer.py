@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from deepspec.config.draft import TrainConfig
-from deepspec.train.optimizer import apply_step, learning_rate, make_optimizer
+from deepspec.train.ddp import Replicated
+from deepspec.train.distributed import World
+from deepspec.train.optimizer import learning_rate
 
 SETTINGS = TrainConfig(lr=1.0, warmup=0.1)
 
@@ -22,17 +24,22 @@ def test_no_warm_up_starts_at_the_peak():
     assert learning_rate(0, total=10, settings=TrainConfig(lr=2.0, warmup=0)) == 2.0
 
 
+def one_weight(values: list[float], *, clip: float) -> tuple[nn.Parameter, Replicated]:
+    draft = nn.Module()
+    draft.weight = nn.Parameter(torch.tensor(values))
+    alone = World(0, 1, torch.device("cpu"))
+    return draft.weight, Replicated(draft, SETTINGS.model_copy(update={"clip": clip}), alone)
+
+
 def test_gradients_are_divided_by_the_denominator_before_clipping():
-    weight = nn.Parameter(torch.tensor([1.0, 1.0]))
-    optimizer = make_optimizer({"w": weight}, SETTINGS)
+    weight, strategy = one_weight([1.0, 1.0], clip=100.0)
     weight.grad = torch.tensor([6.0, 8.0])
-    assert apply_step(optimizer, lr=0.1, denominator=2.0, clip=100.0) == pytest.approx(5.0)
+    assert strategy.apply(lr=0.1, denominator=2.0) == pytest.approx(5.0)
     assert weight.grad is None
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
-    weight = nn.Parameter(torch.tensor([1.0]))
-    optimizer = make_optimizer({"w": weight}, SETTINGS)
+    weight, strategy = one_weight([1.0], clip=1.0)
     weight.grad = torch.tensor([float("nan")])
-    apply_step(optimizer, lr=0.1, denominator=1.0, clip=1.0)
+    strategy.apply(lr=0.1, denominator=1.0)
     assert weight.item() == 1.0

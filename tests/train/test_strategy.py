@@ -13,8 +13,8 @@ from deepspec.artifacts.run import Run
 from deepspec.config.draft import LossConfig
 from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
-from deepspec.train.parallel import make_strategy
 from deepspec.train.strategy import Strategy
+from deepspec.train.zero import Zero
 from tests.conftest import tiny_run
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
@@ -39,13 +39,15 @@ def rank_of_one(monkeypatch: pytest.MonkeyPatch):
 def strategy_of(store: Path, *overrides: str, draft: Any = None) -> Strategy:
     config = tiny_run(store, *overrides)
     draft = make_draft() if draft is None else draft
-    return make_strategy(
+    if config.train.strategy == "ddp":
+        return Replicated(draft, config.train, ALONE)
+    return Zero(
         draft,
         config.train,
         config.resources.memory,
         ALONE,
+        filler=make_batch((9,)),
         artifact=Run(config).artifact("train"),
-        make_filler=lambda: make_batch((9,)),
     )
 
 

@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from deepspec.errors import EXIT_TRANSIENT
 from deepspec.process.events import silent
-from deepspec.train.watchdog import Watchdog
+from deepspec.train.watchdog import watchdog
 from tests.conftest import REPOSITORY, TINY
 
 # The door itself, with a third step that sleeps.
@@ -60,9 +61,9 @@ def test_a_stalled_step_dumps_the_stacks_and_ends_with_try_again(captured: Path,
 
 
 def test_a_process_that_is_heard_of_lives_and_leaving_the_block_ends_the_watch():
-    with Watchdog(0.3, silent) as watchdog:
+    with watchdog(0.3, silent) as beat:
         for _ in range(5):
             time.sleep(0.1)
-            watchdog.beat()
+            beat()
     time.sleep(0.4)
-    assert not watchdog._thread.is_alive()
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}

@@ -16,7 +16,7 @@ import pytest
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.process.machine import free_port
-from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
 from tests.train.test_loop import SMOOTH, weights
@@ -114,11 +114,11 @@ def assert_close(first: Artifact, second: Artifact, within: float = 1e-4) -> Non
 
 def back_to(step: int, artifact: Artifact) -> None:
     """As if it had been killed after that step's checkpoint."""
-    for later in checkpoint_steps(artifact):
+    for later in list(checkpoint_records(artifact)):
         if later > step:
             artifact.store.remove(artifact.path(f"checkpoints/{later:08d}"))
     artifact.store.remove(artifact.path("manifest.json"))
-    assert checkpoint_steps(artifact)[-1] == step
+    assert list(checkpoint_records(artifact))[-1] == step
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ import pytest
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
-from deepspec.train import loop
-from deepspec.train import tensorboard_log as scalars
+from deepspec.train import loop, metrics_log
 from deepspec.train.loop import run_train
-from deepspec.train.tensorboard_log import AXES, write_scalars
+from deepspec.train.metrics_log import AXES, write_scalars
 from tests.conftest import tiny_run
 
 needs_tensorboard = pytest.mark.skipif(
@@ -32,7 +31,7 @@ def ready(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def folder(artifact: Artifact) -> Path:
-    return Path(artifact.store.path(artifact.path(scalars.FOLDER)))
+    return Path(artifact.store.path(artifact.path(metrics_log.FOLDER)))
 
 
 def accumulator(artifact: Artifact):
@@ -91,7 +90,7 @@ def test_a_training_that_was_killed_and_went_on_has_every_logged_step_once(
         tag for tag, _ in wanted
     }
     assert found == {key: [pytest.approx(value)] for key, value in wanted.items()}
-    assert len(list(folder(artifact).iterdir())) == scalars.KEEP
+    assert len(list(folder(artifact).iterdir())) == metrics_log.KEEP
 
 
 @needs_tensorboard
