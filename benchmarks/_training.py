@@ -13,10 +13,9 @@ from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
 from deepspec.train.batches import StepData
-from deepspec.train.ddp import Replicated
 from deepspec.train.distributed import World
-from deepspec.train.metrics import StepMetrics
-from deepspec.train.step import Trainer
+from deepspec.train.step import StepMetrics, Trainer
+from deepspec.train.strategy import Replicated
 from deepspec.train.throughput import Throughput
 from tests.cache.samples import make_cache
 
@@ -74,7 +73,7 @@ def make_trainer(
     draft.configure_loss(config.loss)
     world = World(0, 1, device)
     strategy = Replicated(draft, config.train, world)
-    data = StepData(cache, config.train, config.resources, world)
+    data = StepData(cache, config, world)
     return Trainer(
         settings=config.train,
         artifact=cache.artifact,

@@ -26,8 +26,8 @@ from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
 from deepspec.model.drafter import TrainBatch
 from deepspec.target.loading import DTYPES
-from deepspec.train.ddp import Replicated
 from deepspec.train.step import train_step
+from deepspec.train.strategy import Replicated
 
 GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared

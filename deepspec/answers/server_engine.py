@@ -25,7 +25,7 @@ from deepspec.answers.server_pool import PooledServer, ServerPool
 from deepspec.config.data import AnswersConfig
 from deepspec.config.servers import ServersConfig
 from deepspec.config.target import TargetConfig
-from deepspec.target.chat_families import CHAT_FAMILIES, ChatFamily
+from deepspec.target.chat import CHAT_FAMILIES, ChatFamily
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
 FIRST_PAUSE_S = 0.2

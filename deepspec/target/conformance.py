@@ -17,8 +17,7 @@ from torch import Tensor
 
 from deepspec.config.target import TargetConfig
 from deepspec.messages import Message
-from deepspec.target.chat import Chat, build_samples
-from deepspec.target.chat_families import CHAT_FAMILIES
+from deepspec.target.chat import CHAT_FAMILIES, Chat, build_samples
 from deepspec.target.generate import pad_right, prefill
 from deepspec.target.model import Target
 

@@ -17,8 +17,7 @@ from deepspec.cache.format import HiddenSample
 from deepspec.cache.prefetch import MAX_JOBS_AHEAD, read_ahead
 from deepspec.cache.sample_order import WindowedOrder
 from deepspec.cache.source import SampleRange, Source
-from deepspec.config.draft import TrainConfig
-from deepspec.config.resources import ResourcesConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
@@ -39,11 +38,10 @@ class DrawnSample(NamedTuple):
 class StepData:
     """Deals each step's samples to ranks and micro-batches."""
 
-    def __init__(
-        self, source: Source, settings: TrainConfig, resources: ResourcesConfig, world: World
-    ) -> None:
+    def __init__(self, source: Source, config: RunConfig, world: World) -> None:
+        settings = config.train
         self.source = source
-        self.resources = resources
+        self.resources = config.resources
         self.world = world
         self.seed = settings.seed
         self.global_batch = settings.global_batch
@@ -138,11 +136,10 @@ class StepData:
             length += -length % FILL_TOKENS
         input_ids = torch.zeros(length, dtype=torch.long)
         loss_mask = torch.zeros(length, dtype=torch.bool)
-        states = [
+        context, last_hidden = (
             torch.zeros(length, width, dtype=torch.bfloat16, device=device)
             for width in (layout.context.width, layout.last_hidden.width)
-        ]
-        context, last_hidden = states
+        )
         end = 0
         for num_tokens, sample in zip(lengths, islice(samples, len(group)), strict=True):
             start, end = end, end + num_tokens

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspec.config.draft import TrainConfig
 from deepspec.config.resources import MemoryConfig
 from deepspec.errors import ConfigError
-from deepspec.train.optimizer import BETAS, EPS
+from deepspec.train.strategy import BETAS, EPS
 
 BUCKET_ELEMENTS = 50_000_000  # gradients reduced together: 200 MB of float32
 

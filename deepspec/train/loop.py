@@ -1,4 +1,4 @@
-"""The train stage: a draft learns from hidden states, wherever these come from (`source`)."""
+"""The train stage: a draft learns from hidden states, wherever these come from."""
 
 import contextlib
 import logging
@@ -8,29 +8,30 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.missing import require_sealed
+from deepspec.artifacts.missing import require_sealed, trains_without_cache
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.cache.reader import HiddenCache
+from deepspec.cache.source import Source
 from deepspec.errors import TransientError
+from deepspec.hidden.online import open_online
+from deepspec.hidden.rolling import open_rolling
 from deepspec.process.events import Report, silent
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
 from deepspec.train.checkpointing import Checkpoints
-from deepspec.train.ddp import Replicated
 from deepspec.train.deepspeed_setup import load_deepspeed
 from deepspec.train.distributed import World, join_world
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
-from deepspec.train.metrics import StepMetrics
 from deepspec.train.metrics_log import MetricsLog
 from deepspec.train.out_of_memory import explain_oom
 from deepspec.train.preflight import check_before_training
-from deepspec.train.source import open_source
-from deepspec.train.step import StepResult, Trainer, train_step
-from deepspec.train.strategy import Strategy
+from deepspec.train.step import StepMetrics, StepResult, Trainer, train_step
+from deepspec.train.strategy import Replicated, Strategy
 from deepspec.train.throughput import Throughput
+from deepspec.train.validation import acceptance_numbers
 from deepspec.train.watchdog import watchdog
 from deepspec.train.zero import Zero
 
@@ -67,13 +68,43 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
         if world.is_first and isinstance(source, HiddenCache):
             check_cache(run, source)
         world.wait()  # no rank goes on before
-        data = StepData(source, run.config.train, resources, world)
+        data = StepData(source, run.config, world)
         _train(run, data, inputs, report)
         data.finish()
         if world.is_first:
             seal_draft(artifact, inputs)
         world.wait()
     return artifact
+
+
+def open_source(run: Run, world: World, report: Report) -> Source:
+    """The source of hidden states, its index, layout and held-out samples ready to be read.
+
+    A sealed cache is read where there is one, whatever `resources.training.source` is.
+
+    Raises:
+        ArtifactMismatch: the cache is to be read and not finished.
+        FidelityTooLow: the codec loses more of the target's states than
+            `resources.checks.fidelity` allows.
+    """
+    resources, kind = run.config.resources, run.config.resources.training.source
+    if not trains_without_cache(run):
+        if kind != "cache":
+            log.info("stage=train the cache is sealed and is read, though source is %s", kind)
+        return HiddenCache(
+            run.artifact("hidden"),
+            cache_gb=resources.storage.copies_gb,
+            check_reads=resources.checks.reads,
+        )
+    if kind == "online":
+        return open_online(run, is_first=world.is_first, report=report)
+    count = run.config.train.acceptance_samples
+    return open_rolling(
+        run,
+        share=lambda index: acceptance_numbers(index, count)[world.rank :: world.size],
+        is_first=world.is_first,
+        report=report,
+    )
 
 
 def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> None:

@@ -9,8 +9,8 @@ from deepspec.artifacts.run import Run
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.batches import StepData
-from deepspec.train.optimizer import trainable
 from deepspec.train.out_of_memory import explain_oom
+from deepspec.train.strategy import trainable
 
 log = logging.getLogger(__name__)
 

@@ -3,9 +3,11 @@
 import json
 import math
 import threading
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.config.draft import TrainConfig
@@ -13,10 +15,48 @@ from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.distributed import World
-from deepspec.train.metrics import StepMetrics
-from deepspec.train.optimizer import learning_rate
-from deepspec.train.strategy import Strategy
+from deepspec.train.strategy import Strategy, learning_rate
 from deepspec.train.throughput import Throughput
+
+ACCEPT = "accept@"  # + the position in the block, from 1: the metrics of acceptance rates
+
+
+class StepMetrics:
+    """Sums and counts by name since the last reading.
+
+    They are divided once, added up over batches and ranks.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add a micro-batch's (sum, count) of each metric."""
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([torch.as_tensor(total), torch.as_tensor(count)])
+            pair = pair.detach().to("cpu", torch.float64)
+            self.totals[name] = self.totals.get(name, 0) + pair
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over all ranks since the last reading, which all ranks make together.
+
+        `acceptance_length` is the expected tokens a round at the acceptance rates found.
+        """
+        sums: dict[str, Tensor] = {}
+        # A rank that had nothing to train on has no names, and takes part all the same (trap D3).
+        for totals in world.gather(self.totals):
+            for name, pair in totals.items():
+                sums[name] = sums.get(name, 0) + pair
+        self.totals = {}
+        means = {
+            name: float(total / count) if count else 0.0
+            for name, (total, count) in sorted(sums.items())
+        }
+        accept = sorted(int(name[len(ACCEPT) :]) for name in means if name.startswith(ACCEPT))
+        if accept:
+            rates = torch.tensor([means[f"{ACCEPT}{position}"] for position in accept])
+            means["acceptance_length"] = 1.0 + float(rates.cumprod(0).sum())
+        return means
 
 
 class Trainer(NamedTuple):
@@ -70,7 +110,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     return StepResult(loss, norm, stops > 0)
 
 
-def accumulate(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
+def accumulate(trainer: Trainer, batch: TrainBatch) -> Tensor:
     """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2]."""
     output = trainer.strategy.backward(batch)
     trainer.metrics.add(output.metrics)

@@ -1,24 +1,28 @@
 """How the ranks of a training share its work: what the loop needs of `ddp` and `zero` alike.
 
 Under either, losses and gradients are sums over micro-batches and ranks, divided once by the
-denominator of the whole global batch. The optimizer's state is written and read as whole tensors
-under the parameters' names, so that one strategy resumes from the other's checkpoints, on any
-number of ranks.
+denominator of the whole global batch, and AdamW steps on float32 master weights. Its state is
+written and read as whole tensors under the parameters' names, so that one strategy resumes from the
+other's checkpoints, on any number of ranks.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from deepspec.config.draft import TrainConfig
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.target.loading import DTYPES
 from deepspec.train.distributed import World
-from deepspec.train.optimizer import trainable
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
 
 
 class Strategy(ABC):
@@ -72,3 +76,78 @@ class Strategy(ABC):
     @abstractmethod
     def restore(self, name: str, key: str, tensor: Tensor) -> None:
         """Set one tensor of the optimizer's state of a parameter, before the first step."""
+
+
+class Replicated(Strategy):
+    """`train.strategy: ddp`: every rank holds the whole draft and optimizer.
+
+    Ranks meet only in `apply`, where gradients are summed. Another optimizer goes in here, and into
+    `deepspeed_setup.derived_config` for ZeRO.
+    """
+
+    def __init__(self, draft: Drafter, settings: TrainConfig, world: World) -> None:
+        super().__init__(draft, settings, world)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.lr,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+
+    def backward(self, batch: TrainBatch | None) -> LossOutput:
+        """Add the gradient of a micro-batch's loss numerator."""
+        assert batch is not None  # noqa: S101 - `rounds` asks for no more than there are
+        output = self.loss(batch, self.draft.plan(batch))
+        output.numerator.backward()
+        return output
+
+    def apply(self, *, lr: float, denominator: float) -> float:
+        """Sum the gradients over the ranks, divide, clip, step, clear."""
+        gradients = []
+        for parameter in self.parameters.values():
+            # In no loss, like a head whose term has no weight: it decays as under `deepspeed`.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if self.world.size > 1:
+            vector_to_parameters(self.world.sum(parameters_to_vector(gradients)), gradients)
+        if not denominator:
+            return 0.0
+        torch._foreach_div_(gradients, denominator)
+        norm = float(clip_grad_norm_(self.parameters.values(), self.settings.clip))
+        if math.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def whole(self) -> Drafter:
+        """The draft itself."""
+        return self.draft
+
+    def optimizer_state(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state of a parameter."""
+        for key, value in self.optimizer.state.get(self.parameters[name], {}).items():
+            yield key, torch.as_tensor(value).detach()
+
+    def restore(self, name: str, key: str, tensor: Tensor) -> None:
+        """Set one tensor of the optimizer's state of a parameter."""
+        parameter = self.parameters[name]
+        placed = tensor if key == "step" else tensor.to(parameter.device)
+        self.optimizer.state[parameter][key] = placed
+
+
+def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:
+    """The rate of step `step` (0-based): linear warm-up, then a cosine to zero at `total`."""
+    warmup = math.ceil(settings.warmup * total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def trainable(draft: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    named = draft.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}

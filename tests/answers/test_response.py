@@ -6,7 +6,7 @@ from openai.types.chat import ChatCompletion
 
 from deepspec.answers.response import read_reply
 from deepspec.messages import Message
-from deepspec.target.chat_families import CHAT_FAMILIES
+from deepspec.target.chat import CHAT_FAMILIES
 from deepspec.target.conversation import AnswerRequest, Refused, Turn
 from tests.answer_server import always, answer_server
 from tests.answers.asking import ask, row, server_run

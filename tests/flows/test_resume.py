@@ -17,7 +17,7 @@ from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from deepspec.prompts.stage import run_prompts
-from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from tests.conftest import TINY, tiny_run
 from tests.flows.conftest import flaky_run
 from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
@@ -154,17 +154,17 @@ def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_
     shutil.copytree(captured, store)
     artifact = Run(tiny_run(store, *LONG)).artifact("train")
     run = site.machines.begin(site.train, recipe="demo", overrides=[*TINY, *LONG], store=str(store))
-    wait_until(lambda: checkpoint_steps(artifact), "a checkpoint")
+    wait_until(lambda: checkpoint_records(artifact), "a checkpoint")
     everyone = family(site.machines.processes(FLOW))
     assert sum("LOCAL_RANK" in one.environ() for one in everyone) == 2 and len(everyone) >= 7, (
         "a run, two guards, a child, torchrun, ranks"
     )
-    saved = checkpoint_steps(artifact)
+    saved = list(checkpoint_records(artifact))
     assert site.machines.set_state(run, "CANCELLING", "Cancelling") == "ACCEPT"
     _, left = psutil.wait_procs(everyone, timeout=15)
     assert left == []
     assert site.machines.ended(run) == "CANCELLED"
-    assert checkpoint_steps(artifact)[-1] >= saved[-1]
+    assert list(checkpoint_records(artifact))[-1] >= saved[-1]
     assert not artifact.store.exists(artifact.path("manifest.json"))
 
 

@@ -19,7 +19,7 @@ from tests.conftest import tiny_run
 def step_data(cache: HiddenCache, config: RunConfig) -> StepData:
     """The steps of a training on one rank."""
     alone = World(0, 1, torch.device("cpu"))
-    return StepData(cache, config.train, config.resources, alone)
+    return StepData(cache, config, alone)
 
 
 def test_two_seeds_give_two_orders_and_one_seed_one(captured: Path):

@@ -28,7 +28,7 @@ from deepspec.process.launch import RunRequest
 from deepspec.process.machine import free_port
 from deepspec.train import launcher as ranks
 from deepspec.train import loop
-from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.launcher import check_batch, is_rank, launch_ranks, num_ranks
 from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
@@ -319,7 +319,7 @@ def interrupt(store: Path, number: int) -> int:
         arguments(store, *LONG).command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
     ) as parent:
         limit = time.monotonic() + 60
-        while not checkpoint_steps(artifact):
+        while not checkpoint_records(artifact):
             assert time.monotonic() < limit
             time.sleep(0.02)
         ranks_found = ranks_of(parent.pid)
@@ -339,7 +339,7 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(
     shutil.copytree(ready, straight)
     assert interrupt(ready, signal.SIGTERM) == EXIT_TRANSIENT
     artifact = Run(tiny_run(ready, *LONG)).artifact("train")
-    assert checkpoint_steps(artifact)[-1] > 10, "one more was written upon the signal"
+    assert list(checkpoint_records(artifact))[-1] > 10, "one more was written upon the signal"
     launched(ready, *LONG)
     assert_close(weights(artifact), weights(run_train(Run(tiny_run(straight, *LONG)))))
 
@@ -383,7 +383,7 @@ def test_a_training_that_was_killed_goes_on_with_another_number_of_ranks(
     artifact = Run(tiny_run(ready, *TWELVE)).artifact("train")
     with pytest.raises(TransientError, match="killed by SIGKILL"):
         launch_ranks(arguments(ready, *TWELVE), before, report=silent, stop_s=5)
-    assert checkpoint_steps(artifact) == [4]
+    assert list(checkpoint_records(artifact)) == [4]
     launch_ranks(arguments(ready, *TWELVE), after, report=silent, stop_s=5)
     resumed = weights(artifact)
     assert_close(undisturbed, resumed)

@@ -34,7 +34,7 @@ from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
 from deepspec.target.chat import load_chat
 from deepspec.train import loop
-from deepspec.train.checkpoint_files import checkpoint_steps
+from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.launcher import launch_ranks
 from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, TINY, tiny_run
@@ -390,7 +390,7 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
         two.command("train"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
     ) as training:
         limit = time.monotonic() + 120
-        while not checkpoint_steps(artifact):
+        while not checkpoint_records(artifact):
             assert time.monotonic() < limit and training.poll() is None
             time.sleep(0.01)
         family = psutil.Process(training.pid).children(recursive=True)
