@@ -20,7 +20,6 @@ class AnswerRequest(NamedTuple):
     """One answer to make, of one row."""
 
     id: int  # of the row
-    turn: int
     messages: list[Message]  # up to the one that is answered
     seed: int  # of this answer's random stream
     max_new_tokens: int
@@ -78,9 +77,9 @@ class Conversation:
         messages = conversation_so_far(self._messages, [turn.text for turn in self.turns])
         if messages is None:
             return None
-        number = len(self.turns)
-        seed = stream_seed(self._settings.seed, self.row["id"], number)
-        return AnswerRequest(self.row["id"], number, messages, seed, self._limit, self._tools)
+        row = self.row["id"]
+        seed = stream_seed(self._settings.seed, row, len(self.turns))
+        return AnswerRequest(row, messages, seed, self._limit, self._tools)
 
     def receive(self, outcome: Outcome) -> None:
         """Take the outcome of the request made last."""

@@ -78,8 +78,8 @@ def load_target(
     check_settings(settings, read_text_config(settings, folder=folder))
     torch_dtype = DTYPES[dtype or settings.dtype]
     fits_flash = torch_device.type == "cuda" and torch_dtype == torch.bfloat16
-    has_flash = fits_flash and importlib.util.find_spec("flash_attn") is not None
-    kernel = FLASH if attention == "fastest" and has_flash else "sdpa"
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    kernel = FLASH if attention == "fastest" and fits_flash and has_flash else "sdpa"
     with loading("target", settings):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder or settings.model),

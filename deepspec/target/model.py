@@ -33,9 +33,10 @@ class TargetCache(RowCache):
     Each row has a length of its own, so that rejected tokens can be taken back.
     """
 
-    def __init__(self, layers: Sequence[LayerCache], capacity: int, device: torch.device) -> None:
-        super().__init__(layers, layers[0].rows if layers else 0)
-        self.capacity = capacity
+    def __init__(
+        self, layers: Sequence[LayerCache], rows: int, capacity: int, device: torch.device
+    ) -> None:
+        super().__init__(layers, rows)
         # row t sees keys 0 to t
         self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
         self.positions = torch.arange(capacity, device=device)
@@ -162,4 +163,4 @@ class Target:
     def new_cache(self, rows: int, capacity: int) -> TargetCache:
         """Room for `rows` sequences of at most `capacity` tokens, allocated at the first write."""
         layers = [LayerCache(rows, capacity) for _ in range(self.text_config.num_hidden_layers)]
-        return TargetCache(layers, capacity, self.device)
+        return TargetCache(layers, rows, capacity, self.device)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspec.config.draft import TrainConfig
-from deepspec.config.resources import MemoryConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.train.strategy import BETAS, EPS
 
@@ -20,14 +19,10 @@ BUCKET_ELEMENTS = 50_000_000  # gradients reduced together: 200 MB of float32
 
 
 def derived_config(
-    train: TrainConfig,
-    memory: MemoryConfig,
-    *,
-    hidden_size: int,
-    num_parameters: int,
-    device: torch.device,
+    config: RunConfig, *, hidden_size: int, num_parameters: int, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for a draft of this width and number of trained parameters."""
+    train, memory = config.train, config.resources.memory
     bucket = 2 * -(-min(BUCKET_ELEMENTS, num_parameters) // 2)
     zero: dict[str, Any] = {
         "stage": memory.zero_stage,

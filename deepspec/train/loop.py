@@ -124,8 +124,7 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
         strategy: Strategy = Replicated(draft, config.train, world)
     else:
         filler = data.load(data.drawn(first)[:1])
-        memory = config.resources.memory
-        strategy = Zero(draft, config.train, memory, world, filler=filler, artifact=artifact)
+        strategy = Zero(draft, config, world, filler=filler, artifact=artifact)
     if record:
         resume_optimizer(artifact, record, strategy)
     trainer = Trainer(

@@ -114,8 +114,8 @@ def accumulate(trainer: Trainer, batch: TrainBatch) -> Tensor:
     """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2]."""
     output = trainer.strategy.backward(batch)
     trainer.metrics.add(output.metrics)
-    pair = float(output.numerator.detach()), float(output.denominator)
-    return torch.tensor(pair, dtype=torch.float64)
+    sums = [float(output.numerator.detach()), float(output.denominator)]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def _not_finite(trainer: Trainer, step: int, loss: float, norm: float) -> TrainingFailed:

@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.config.draft import TrainConfig
-from deepspec.config.resources import MemoryConfig
+from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import empty_draft, load_tensors
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
@@ -46,18 +45,16 @@ class Zero(Strategy):
     def __init__(
         self,
         draft: Drafter,
-        settings: TrainConfig,
-        memory: MemoryConfig,
+        config: RunConfig,
         world: World,
         *,
         filler: TrainBatch,
         artifact: Artifact,
     ) -> None:
-        super().__init__(draft, settings, world)
+        super().__init__(draft, config.train, world)
         self.filler = filler
         derived = derived_config(
-            settings,
-            memory,
+            config,
             hidden_size=draft.spec.hidden_size,
             num_parameters=sum(self.sizes.values()),
             device=world.device,
@@ -78,7 +75,7 @@ class Zero(Strategy):
                 model=self.module, model_parameters=list(self.parameters.values()), config=derived
             )[0]
         self.zero = self.engine.optimizer
-        self.is_partitioned = memory.zero_stage == 3
+        self.is_partitioned = config.resources.memory.zero_stage == 3
         # In bfloat16 the engine has rounded them.
         for name, tensor in initial.items():
             self._set(name, tensor, key=None)

@@ -22,7 +22,7 @@ def test_gemma4s_thinking_comes_back_as_it_was_written_or_not_at_all():
         "model": "m",
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
-    request = AnswerRequest(1, 0, [Message("user", "abc")], 7, 12)
+    request = AnswerRequest(1, [Message("user", "abc")], 7, 12)
     turn = read_reply(ChatCompletion.model_validate(reply), request, gemma4, endpoint="http://x/v1")
     assert isinstance(turn, Turn) and turn.text == "<|channel>thought\nhm\n<channel|>cba"
     # special tokens left out: nobody knows where it ended

@@ -31,11 +31,7 @@ def test_deepspeeds_configuration_follows_from_the_runs(tmp_path: Path):
     ]
     config = tiny_run(tmp_path, *overrides)
     derived = derived_config(
-        config.train,
-        config.resources.memory,
-        hidden_size=32,
-        num_parameters=1001,
-        device=torch.device("cuda"),
+        config, hidden_size=32, num_parameters=1001, device=torch.device("cuda")
     )
     assert (
         derived["optimizer"]["params"] | {"lr": 0.5, "weight_decay": 0.1, "betas": [0.9, 0.999]}

@@ -43,12 +43,7 @@ def strategy_of(store: Path, *overrides: str, draft: Any = None) -> Strategy:
     if config.train.strategy == "ddp":
         return Replicated(draft, config.train, ALONE)
     return Zero(
-        draft,
-        config.train,
-        config.resources.memory,
-        ALONE,
-        filler=make_batch((9,)),
-        artifact=Run(config).artifact("train"),
+        draft, config, ALONE, filler=make_batch((9,)), artifact=Run(config).artifact("train")
     )
 
 
