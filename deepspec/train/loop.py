@@ -212,7 +212,7 @@ def _log_step(
 
 @contextlib.contextmanager
 def _ending_with_others(world: World, stop: threading.Event) -> Iterator[None]:
-    """End by SIGTERM where one rank failed and torchrun, once, told those that are left to stop.
+    """End by SIGTERM where one rank failed and torchrun asked the others, once, to stop.
 
     What fails after that is a consequence of the rank that died, and would hide its error.
     """

@@ -22,7 +22,7 @@ def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and says so
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not any(phrase in str(error).lower() for phrase in PHRASES):
             raise
         fields = draft.model_dump()
