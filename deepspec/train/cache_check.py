@@ -80,7 +80,7 @@ def _sizes(cache: HiddenCache, folder: Path | None) -> dict[str, str]:
     And against the target itself where it is a local folder.
     """
     artifact, layout = cache.artifact, cache.layout
-    kept = text_config(json.loads(artifact.store.read(artifact.path(CONFIG))))
+    kept = text_config(json.loads(artifact.read(CONFIG)))
     size, other = kept.get("hidden_size"), f"its {CONFIG}"
     states = {
         "hidden_size of context": (layout.context.hidden_size, size),

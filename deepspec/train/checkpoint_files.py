@@ -76,7 +76,7 @@ def save_checkpoint(
         best = best_checkpoint(records)
         for old in list(records.values())[:-KEEP]:
             if old is not best:
-                artifact.store.remove(artifact.path(old.folder))
+                artifact.remove(old.folder)
 
 
 def optimizer_share(strategy: Strategy) -> dict[str, Tensor]:
@@ -95,13 +95,12 @@ def optimizer_share(strategy: Strategy) -> dict[str, Tensor]:
 
 def put_record(artifact: Artifact, record: CheckpointRecord) -> None:
     """Write a checkpoint's record."""
-    path = artifact.path(f"{record.folder}/record.json")
-    artifact.store.write(path, pretty_json(record.model_dump()))
+    artifact.write(f"{record.folder}/record.json", pretty_json(record.model_dump()))
 
 
 def checkpoint_records(artifact: Artifact) -> dict[int, CheckpointRecord]:
     """All complete checkpoints by step, ascending."""
-    names = artifact.store.names(artifact.path("checkpoints"))
+    names = artifact.names("checkpoints")
     paths = [artifact.path(f"checkpoints/{name}/record.json") for name in names if name.isdigit()]
     written = [data for data in artifact.store.read_many(paths) if data is not None]
     records = [CheckpointRecord.model_validate_json(data) for data in written]

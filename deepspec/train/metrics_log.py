@@ -18,7 +18,7 @@ from deepspec.artifacts.artifact import Artifact
 
 log = logging.getLogger(__name__)
 
-FOLDER = "tensorboard"
+FILE, FOLDER = "metrics.jsonl", "tensorboard"
 # The newest file, and the one before it: a TensorBoard that has it open moves on to the newer one
 # only while it is still there.
 KEEP = 2
@@ -31,10 +31,9 @@ class MetricsLog:
     def __init__(self, artifact: Artifact, *, first: int, is_writer: bool) -> None:
         self.artifact = artifact
         self.is_writer = is_writer
-        self.path = artifact.path("metrics.jsonl")
         self.lines: list[dict[str, float]] = []
         with contextlib.suppress(FileNotFoundError):
-            lines = map(json.loads, artifact.store.read(self.path).decode().splitlines())
+            lines = map(json.loads, artifact.read(FILE).decode().splitlines())
             self.lines = [line for line in lines if line["step"] <= first]
         self.has_tensorboard = importlib.util.find_spec("tensorboard") is not None
         if is_writer and not self.has_tensorboard:
@@ -52,7 +51,7 @@ class MetricsLog:
         """Write all lines, on the one rank that is the writer."""
         if self.is_writer:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            self.artifact.store.write(self.path, text.encode())
+            self.artifact.write(FILE, text.encode())
             if self.has_tensorboard:
                 write_scalars(self.artifact, self.lines)
 
@@ -73,5 +72,5 @@ def write_scalars(artifact: Artifact, lines: Sequence[Mapping[str, float]]) -> N
                     writer.add_scalar(tag, line[tag], line["step"], line.get("time"))
         (local,) = Path(scratch).iterdir()
         artifact.put_file(local, f"{FOLDER}/{name}")
-    for old in artifact.store.names(artifact.path(FOLDER))[:-KEEP]:
-        artifact.store.remove(artifact.path(f"{FOLDER}/{old}"))
+    for old in artifact.names(FOLDER)[:-KEEP]:
+        artifact.remove(f"{FOLDER}/{old}")
