@@ -1,6 +1,6 @@
 """Word problems with worked steps, made by rule: the demo's *math* domain.
 
-Every answer says in full what is done with which quantity before it does it, one operation a step,
+Every answer states what is done with which quantity before it does it, one operation a step,
 and ends with the result in one fixed sentence, as the paper's math answers do: the structure is
 what a draft can learn.
 """

@@ -174,7 +174,7 @@ def _notes(config: RunConfig, facts: Facts, size: SizePart, capture: CapturePart
         ),
         (
             facts.work.prompts is None,
-            "the source does not say how many rows it has: all totals are of 1,000 prompts, and "
+            "how many rows the source has is not known: all totals are of 1,000 prompts, and "
             "whether it fits is not known",
         ),
         (

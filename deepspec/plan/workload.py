@@ -156,12 +156,13 @@ def _from_prompts(run: Run, chat: Chat, num_rows: int) -> _Rows | None:
 
 def _spread(artifact: Artifact, num_rows: int) -> Iterator[dict[str, Any]]:
     """About as many rows, evenly spread over evenly spread shards; all where there are no more."""
-    records = list(artifact.records().values())
+    records = [record for record in artifact.records().values() if record.rows]
     total = sum(record.rows for record in records)
     records = records[:: max(1, min(len(records) // SAMPLE_SHARDS, total // num_rows))]
     step = max(1, sum(record.rows for record in records) // num_rows)
     for record in records:
-        yield from read_table(artifact.fetch_shard(record)).to_pylist()[::step]
+        table = read_table(artifact.fetch_shard(record))
+        yield from table.take(np.arange(0, len(table), step)).to_pylist()
 
 
 def _from_source(run: Run, chat: Chat, num_rows: int) -> _Rows:
