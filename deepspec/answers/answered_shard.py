@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.records import Counts, Record
-from deepspec.artifacts.shard_loop import Todo
+from deepspec.artifacts.missing import ShardedStage
+from deepspec.artifacts.records import Counts
+from deepspec.artifacts.shard_loop import Todo, Work
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.tables import write_table
+from deepspec.artifacts.tables import read_table, write_table
+from deepspec.config.data import AnswersConfig
 from deepspec.errors import DataError, TransientError
+from deepspec.prompts.stage import SCHEMA as PROMPTS
 from deepspec.storage.store import file_checksum
 from deepspec.target.conversation import FAILED, Conversation, Failed, Refused
 
@@ -28,31 +31,18 @@ TURN = pa.struct(
         pa.field("served_model", pa.string()),  # the name in the server's reply
     ]
 )
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.uint64(), nullable=False),
-        pa.field("held_out", pa.bool_(), nullable=False),
-        pa.field("domain", pa.string()),
-        pa.field("messages", pa.large_string(), nullable=False),  # JSON, as in the prompts
-        pa.field("tools", pa.large_string()),  # JSON, as in the prompts; null where there are none
-        # one for each place of the conversation where the target answers
-        pa.field("turns", pa.large_list(TURN), nullable=False),
-    ]
-)
+# a turn for each place of the conversation where the target answers
+SCHEMA = PROMPTS.append(pa.field("turns", pa.large_list(TURN), nullable=False))
 
 
 class AnsweredShard(NamedTuple):
-    """One shard with its answers, and the record of the prompts that they belong to."""
+    """One shard with its answers, and which prompts they belong to."""
 
     shard: int
-    upstream: Record
+    made_from: str
+    """The checksum of the prompts."""
     conversations: Callable[[], list[Conversation]]
     """All of its conversations, ended; raises what the shard failed with, at every call."""
-
-    @property
-    def made_from(self) -> str:
-        """The checksum of the prompts."""
-        return self.upstream.checksum
 
 
 class AnsweredShards(Todo[AnsweredShard], Protocol):
@@ -60,6 +50,14 @@ class AnsweredShards(Todo[AnsweredShard], Protocol):
 
     repeatable: bool
     """Whether a shard answered twice has the same answers."""
+
+
+def open_conversations(
+    stage: ShardedStage, work: Work, settings: AnswersConfig
+) -> list[Conversation]:
+    """The conversations of a shard of prompts, none of them answered yet."""
+    rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
+    return [Conversation(row, settings) for row in rows]
 
 
 def write_answers(

@@ -9,20 +9,15 @@ was answered of them.
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Self
 
-from deepspec.answers.answered_shard import AnsweredShard
+from deepspec.answers.answered_shard import AnsweredShard, open_conversations
 from deepspec.answers.journal import Journal, journal_path, request_key
 from deepspec.answers.server_engine import ServerEngine
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.shard_loop import Work
 from deepspec.artifacts.system_errors import DISK_FULL
-from deepspec.artifacts.tables import read_table
-from deepspec.config.data import AnswersConfig
-from deepspec.config.servers import ServersConfig
 from deepspec.errors import DataError, DeepSpecError, TransientError
 from deepspec.target.conversation import AnswerRequest, Conversation, Failed, Outcome, Refused, Turn
 
@@ -39,42 +34,29 @@ class ConcurrentShards:
     repeatable = False  # servers sample anew
 
     def __init__(
-        self,
-        engine: ServerEngine,
-        stage: ShardedStage,
-        settings: AnswersConfig,
-        servers: ServersConfig,
-        *,
-        space_poll_s: float,
-        check: Callable[[], None] | None = None,
+        self, engine: ServerEngine, stage: ShardedStage, check: Callable[[], None] | None = None
     ) -> None:
         """`check` is called now and then during a wait, and may end it by an error."""
         self._engine = engine
         self._progress = engine.progress
+        self._servers = engine.servers
         self._stage = stage
-        self._settings = settings
-        self._servers = servers
-        self._space_poll_s = space_poll_s
         self._check = check
-        self._most_open = BACKLOG * len(servers.endpoints) * servers.requests
+        self._most_open = BACKLOG * len(self._servers.endpoints) * self._servers.requests
         self._complete: SimpleQueue[AnsweredShard] = SimpleQueue()
         self._open_rows = 0
         self._open_shards = 0
         self._room = asyncio.Event()
-        self._answering: Future[None] | None = None
+        self._answering = engine.portal.start_task_soon(self._answer_shards)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._answering is not None:
-            self._answering.cancel()
+    def close(self) -> None:
+        """Nothing is requested any more."""
+        self._answering.cancel()
 
     def __len__(self) -> int:
         return len(self._stage.todo)
 
     def __iter__(self) -> Iterator[AnsweredShard]:
-        self._answering = self._engine.portal.start_task_soon(self._answer_shards)
         for _ in self._stage.todo:
             yield self._next_complete()
             # only now: while its user writes a shard, its conversations are still in memory
@@ -88,7 +70,7 @@ class ConcurrentShards:
             except Empty:
                 if self._check is not None:
                     self._check()
-                if self._answering is not None and self._answering.done():
+                if self._answering.done():
                     self._answering.result()  # before the last shard it ends only by an error
             finally:
                 self._progress.publish_if_due()
@@ -120,9 +102,9 @@ class ConcurrentShards:
         result: list[Conversation] | Exception
         rows_to_close = work.upstream.rows
         try:
-            rows = await asyncio.to_thread(self._read_rows, work)
+            settings = self._engine.config.answers
+            result = await asyncio.to_thread(open_conversations, self._stage, work, settings)
             journal = Journal(journal_path(self._stage.artifact, work.shard))
-            result = [Conversation(row, self._settings) for row in rows]
             async with asyncio.TaskGroup() as group:
                 for conversation in result:
                     group.create_task(self._converse(conversation, journal))
@@ -133,10 +115,7 @@ class ConcurrentShards:
             result = error
         self._close(rows=rows_to_close)
         conversations = partial(_conversations, work.shard, result)
-        self._complete.put(AnsweredShard(work.shard, work.upstream, conversations))
-
-    def _read_rows(self, work: Work) -> list[dict[str, Any]]:
-        return read_table(self._stage.upstream.fetch_shard(work.upstream)).to_pylist()
+        self._complete.put(AnsweredShard(work.shard, work.made_from, conversations))
 
     async def _converse(self, conversation: Conversation, journal: Journal) -> None:
         try:
@@ -169,24 +148,18 @@ class ConcurrentShards:
                 if error.errno not in DISK_FULL:
                     raise
                 log.warning("the journal's disk is full; an answer waits for %s", journal.path)
-                await asyncio.sleep(self._space_poll_s)
+                await asyncio.sleep(self._engine.config.resources.storage.space_poll_s)
 
 
 def _conversations(shard: int, result: list[Conversation] | Exception) -> list[Conversation]:
-    match result:
-        case DeepSpecError():
-            raise result
-        case OSError():
-            # Of the store or the journal. Raised as it is, a full disk would be taken for that of
-            # the shard being written, which is then written again from the same answers.
-            raise TransientError(
-                f"{type(result).__name__}: {result}",
-                where=f"shard {shard}",
-                fix="it is tried again by itself",
-            ) from result
-        case Exception():
-            log.error("shard=%d", shard, exc_info=result)
-            raise DataError(
-                f"{type(result).__name__}: {result}", where=f"shard {shard}", fix="see the log"
-            ) from result
-    return result
+    if isinstance(result, list):
+        return result
+    if isinstance(result, DeepSpecError):
+        raise result
+    what, where = f"{type(result).__name__}: {result}", f"shard {shard}"
+    if isinstance(result, OSError):
+        # Of the store or the journal. Raised as it is, a full disk would be taken for that of the
+        # shard being written, which is then written again from the same answers.
+        raise TransientError(what, where=where, fix="it is tried again by itself") from result
+    log.error("shard=%d", shard, exc_info=result)
+    raise DataError(what, where=where, fix="see the log") from result

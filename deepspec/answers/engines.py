@@ -5,9 +5,9 @@ in a module of its own and with an entry in `IN_PROCESS`, or a user's own class,
 `answers.engine`. The other kind is servers, which are given the rows of several shards at once.
 """
 
-import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from pkgutil import resolve_name
 
 from deepspec.answers.answered_shard import AnsweredShards
 from deepspec.answers.progress import AnswerProgress
@@ -45,20 +45,11 @@ def answered_shards(
         stack.callback(remove_committed, stage.artifact)
         check = None
         if servers.start != "none":
-            started = serving(
-                servers,
-                config.target,
-                model=str(target_folder(run) or config.target.model),
-                device=config.resources.devices.type,
-                logs=folder_beside(stage.artifact, "logs"),
-            )
+            model = str(target_folder(run) or config.target.model)
+            started = serving(config, model=model, logs=folder_beside(stage.artifact, "logs"))
             servers, check = stack.enter_context(started)
-        engine = stack.enter_context(open_servers(config.answers, config.target, servers, progress))
-        space_poll_s = config.resources.storage.space_poll_s
-        shards = ConcurrentShards(
-            engine, stage, config.answers, servers, space_poll_s=space_poll_s, check=check
-        )
-        yield stack.enter_context(shards)
+        engine = stack.enter_context(open_servers(config, servers, progress))
+        yield stack.enter_context(closing(ConcurrentShards(engine, stage, check)))
 
 
 def load_engine(run: Run) -> Engine:
@@ -69,9 +60,8 @@ def load_engine(run: Run) -> Engine:
     """
     name = run.config.answers.engine
     argument = run if name in IN_PROCESS else run.config
-    module, _, attribute = IN_PROCESS.get(name, name).partition(":")
     try:
-        engine: Engine = getattr(importlib.import_module(module), attribute)(argument)
+        engine: Engine = resolve_name(IN_PROCESS.get(name, name))(argument)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the engine cannot be imported: {error}",

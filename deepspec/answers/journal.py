@@ -69,12 +69,8 @@ class Journal:
 
 def request_key(request: AnswerRequest) -> str:
     """A digest of all that decides the answer: equal for no two different requests."""
-    content = [
-        [message.entry() for message in request.messages],
-        request.seed,
-        request.tools,
-        request.max_new_tokens,
-    ]
+    messages = [message.entry() for message in request.messages]
+    content = [messages, request.seed, request.tools, request.max_new_tokens]
     return xxhash.xxh3_64_hexdigest(canonical_json(content))
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import httpx
 
+from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
-from deepspec.config.target import TargetConfig
 from deepspec.errors import ChildFailed, ConfigError, DeepSpecError, TransientError
 from deepspec.process.launch import run_child
 from deepspec.process.machine import LOOPBACK, free_port
@@ -41,7 +41,7 @@ RESTARTS = 5  # of one server, by one lane
 
 @contextlib.contextmanager
 def serving(
-    servers: ServersConfig, target: TargetConfig, *, model: str, device: str, logs: Path
+    config: RunConfig, *, model: str, logs: Path
 ) -> Iterator[tuple[ServersConfig, Callable[[], None]]]:
     """The settings with a server of `model` as the only endpoint, and a check that it is alive.
 
@@ -52,8 +52,8 @@ def serving(
         ChildFailed: it ended before it was up; its last lines are in the message.
         TransientError: it was not up within `resources.servers.start_deadline_s`.
     """
-    port = free_port()
-    command = serve_command(servers, target, model=model, port=port, device=device)
+    servers, port = config.resources.servers, free_port()
+    command = serve_command(config, model=model, port=port)
     log_path = logs / f"serve-{port}.log"
     log.info("starting a server: %s (its log is %s)", shlex.join(command), log_path)
     url = f"http://{LOOPBACK}:{port}"
@@ -70,17 +70,16 @@ def serving(
         yield servers.model_copy(update=changes), server.check
 
 
-def serve_command(
-    servers: ServersConfig, target: TargetConfig, *, model: str, port: int, device: str
-) -> list[str]:
+def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
     """The server's command line.
 
     Raises:
         ConfigError: its program is not installed.
     """
-    program = servers.start
-    parts = list(servers.start_command) or COMMANDS[program].split()
-    if not servers.start_command:
+    program, target = config.resources.servers.start, config.target
+    parts = list(config.resources.servers.start_command)
+    if not parts:
+        parts, device = COMMANDS[program].split(), config.resources.devices.type
         if target.revision and program != "transformers":
             parts += ["--revision", target.revision]
         if program == "transformers" and device != "auto":

@@ -43,9 +43,7 @@ class AnswerProgress:
         """Report the counts, tokens per second, and seconds left at the rate so far."""
         self._published = time.monotonic()
         seconds = max(self._published - self._began, 1e-3)
-        left_s = None
-        if self.rows:
-            left_s = round(max(0.0, seconds * (self._rows_todo / self.rows - 1)))
+        left_s = seconds * (self._rows_todo / self.rows - 1) if self.rows else None
         self.report(
             {
                 "event": "answering",
@@ -58,6 +56,6 @@ class AnswerProgress:
                 "errors": self.errors,
                 "refused": self._refused,
                 "truncated_share": round(self._truncated / max(self._turns, 1), 4),
-                "left_s": left_s,
+                "left_s": left_s if left_s is None else round(max(0.0, left_s)),
             }
         )

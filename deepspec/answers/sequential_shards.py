@@ -4,15 +4,15 @@ There is no journal of single answers: with some rows left out, an engine would 
 the others differently.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from deepspec.answers.answered_shard import AnsweredShard
+from deepspec.answers.answered_shard import AnsweredShard, open_conversations
 from deepspec.answers.progress import AnswerProgress
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.shard_loop import Work
-from deepspec.artifacts.tables import read_table
 from deepspec.config.data import AnswersConfig
 from deepspec.target.conversation import AnswerRequest, Conversation, Outcome
 
@@ -30,49 +30,37 @@ class Engine(Protocol):
         """
 
 
+@dataclass(frozen=True)
 class SequentialShards:
     """The stage's shards, each answered when its conversations are first needed."""
 
-    repeatable = True
+    repeatable: ClassVar = True
 
-    def __init__(
-        self, engine: Engine, stage: ShardedStage, settings: AnswersConfig, progress: AnswerProgress
-    ) -> None:
-        self.engine = engine
-        self.stage = stage
-        self.settings = settings
-        self.progress = progress
+    engine: Engine
+    stage: ShardedStage
+    settings: AnswersConfig
+    progress: AnswerProgress
 
     def __len__(self) -> int:
         return len(self.stage.todo)
 
     def __iter__(self) -> Iterator[AnsweredShard]:
         for work in self.stage.todo:
-            yield AnsweredShard(work.shard, work.upstream, partial(self._answer, work))
+            yield AnsweredShard(work.shard, work.made_from, partial(self._answer, work))
 
     def _answer(self, work: Work) -> list[Conversation]:
-        rows = read_table(self.stage.upstream.fetch_shard(work.upstream)).to_pylist()
-        conversations = {row["id"]: Conversation(row, self.settings) for row in rows}
-        return answer_all(conversations, self.engine, self.progress, shard=work.shard)
-
-
-def answer_all(
-    conversations: Mapping[int, Conversation],
-    engine: Engine,
-    progress: AnswerProgress,
-    *,
-    shard: int,
-) -> list[Conversation]:
-    """The conversations, ended; the engine is given all that need an answer together."""
-    while requests := [
-        request
-        for conversation in conversations.values()
-        if (request := conversation.next_request()) is not None
-    ]:
-        for request, outcome in engine.answer(requests, shard=shard):
-            conversation = conversations[request.id]
-            conversation.receive(outcome)
-            progress.count(outcome)
-            progress.rows += conversation.next_request() is None
-            progress.publish_if_due()
-    return list(conversations.values())
+        """The conversations, ended; the engine is given all that need an answer together."""
+        conversations = open_conversations(self.stage, work, self.settings)
+        of_row = {conversation.row["id"]: conversation for conversation in conversations}
+        while requests := [
+            request
+            for conversation in conversations
+            if (request := conversation.next_request()) is not None
+        ]:
+            for request, outcome in self.engine.answer(requests, shard=work.shard):
+                conversation = of_row[request.id]
+                conversation.receive(outcome)
+                self.progress.count(outcome)
+                self.progress.rows += conversation.next_request() is None
+                self.progress.publish_if_due()
+        return conversations

@@ -1,29 +1,35 @@
-"""One client per server: its connection, what it understands, and the key that opens it."""
+"""One client per server: its connection, what it understands, and the key that opens it.
 
+A request holds each parameter by the name that its server knows (trap A4).
+"""
+
+import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
-from openai.types import Model
 from openai.types.chat import ChatCompletion
 
-from deepspec.answers.request import SEEDS, Dialect, common_fields, sent_messages
-from deepspec.answers.server_errors import KEY_REFUSED
-from deepspec.config.data import AnswerSamplingConfig
+from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
-from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
+from deepspec.messages import Message
 from deepspec.target.conversation import AnswerRequest
 
 log = logging.getLogger(__name__)
 
 REQUEST_LOGGERS = ("httpx", "httpx2")  # a line per request, of which there are millions
+Dialect = Literal["openai", "vllm", "sglang", "transformers"]
+SEEDS = 2**31  # servers take seeds of 31 bits
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 KNOWN_OWNERS: dict[str, Dialect] = {"vllm": "vllm", "sglang": "sglang"}
+KEY_REFUSED = (401, 403)
 CHECK_S = 10.0  # that a server may take to list its models
 
 
@@ -32,16 +38,15 @@ class ApiKey:
 
     def __init__(self, variable: str) -> None:
         self.variable = variable
-        self.value = os.environ.get(variable) or "none"  # what servers without keys accept
-        self.is_set = bool(os.environ.get(variable))
+        self.value = os.environ.get(variable, "")
 
     def scrub(self, text: str) -> str:
         """The text without the key: a server's error may repeat what it was sent."""
-        return text.replace(self.value, "***") if self.is_set else text
+        return text.replace(self.value, "***") if self.value else text
 
     def refused(self, url: str, status: int) -> ConfigError:
         """The error of a server that does not accept the key."""
-        state = "is refused" if self.is_set else "is not set"
+        state = "is refused" if self.value else "is not set"
         return ConfigError(
             f"the server requires a key ({status}), and {self.variable} {state}",
             where=url,
@@ -52,14 +57,11 @@ class ApiKey:
 class ServerClient:
     """A connection to one server of the target, which knows what its requests must hold."""
 
-    def __init__(
-        self, url: str, sampling: AnswerSamplingConfig, target: TargetConfig, servers: ServersConfig
-    ) -> None:
+    def __init__(self, url: str, config: RunConfig, servers: ServersConfig) -> None:
         self.url = url
         self.key = ApiKey(servers.api_key_env)
-        self.model = servers.model_name or target.model
-        self._sampling = sampling
-        self._thinking = target.thinking
+        self.model = servers.model_name or config.target.model
+        self._config = config
         self._servers = servers
         self._fields = self._fields_for(owner="")
         for name in REQUEST_LOGGERS:
@@ -67,7 +69,7 @@ class ServerClient:
         # aiohttp: with hundreds of requests in flight it takes half of httpx's time
         self.http = AsyncOpenAI(
             base_url=url,
-            api_key=self.key.value,
+            api_key=self.key.value or "none",  # what servers without keys accept
             max_retries=0,
             timeout=servers.request_timeout_s,
             # a proxy does not reach the servers of this machine
@@ -79,7 +81,7 @@ class ServerClient:
         dialect = self._servers.dialect
         if dialect == "auto":
             dialect = KNOWN_OWNERS.get(owner, "openai")
-        fields = common_fields(self._sampling, dialect, thinking=self._thinking)
+        fields = common_fields(self._config, dialect)
         if self._servers.token_ids == "ask":
             fields["return_token_ids"] = True
         return {"model": self.model, **fields}
@@ -115,7 +117,15 @@ class ServerClient:
         Raises:
             ConfigError: the server has another model, or refuses the key.
         """
-        models = await self._models()
+        try:
+            listed = await self.http.with_options(timeout=CHECK_S).models.list()
+            models = list(listed.data or ())
+        except (openai.APIError, ValueError, AttributeError) as error:
+            if isinstance(error, openai.APIStatusError) and error.status_code in KEY_REFUSED:
+                raise self.key.refused(self.url, error.status_code) from None
+            reason = self.key.scrub(str(error))
+            log.warning("endpoint=%s does not list its models: %s", self.url, reason)
+            return
         if not models:
             return
         names = sorted(model.id for model in models)
@@ -127,21 +137,58 @@ class ServerClient:
             )
         self._fields = self._fields_for(models[0].owned_by)
 
-    async def _models(self) -> list[Model]:
-        try:
-            listed = await self.http.with_options(timeout=CHECK_S).models.list()
-            return list(listed.data or ())
-        except openai.APIStatusError as error:
-            if error.status_code in KEY_REFUSED:
-                raise self.key.refused(self.url, error.status_code) from None
-        except (openai.APIError, ValueError, AttributeError) as error:
-            reason = self.key.scrub(str(error))
-            log.warning("endpoint=%s does not list its models: %s", self.url, reason)
-        return []
-
 
 def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     with suppress(ValueError):
         return ip_address(host).is_loopback
     return host == "localhost"
+
+
+def common_fields(config: RunConfig, dialect: Dialect) -> dict[str, Any]:
+    """The fields that every request to a server of this dialect carries.
+
+    What a request leaves out, a server takes from the model's own generation_config.json (top_k 20
+    for Qwen3), so everything that the server understands is sent. Strict servers refuse fields
+    beyond OpenAI's schema, so `openai` sends those only where they are not neutral.
+    """
+    sampling = config.answers.sampling
+    extended = {name: getattr(sampling, name) for name in NEUTRAL}
+    fields: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "chat_template_kwargs": {"enable_thinking": config.target.thinking},
+    }
+    if sampling.presence_penalty:
+        fields["presence_penalty"] = sampling.presence_penalty
+    match dialect:
+        case "transformers":  # takes the others here alone, and samples only with `do_sample`
+            sampled = {**extended, "do_sample": sampling.temperature > 0}
+            fields["generation_config"] = json.dumps(sampled)
+        case "openai":
+            fields |= {name: value for name, value in extended.items() if value != NEUTRAL[name]}
+        case _:
+            # the marks around thinking are special tokens
+            fields |= {**extended, "top_k": sampling.top_k or -1, "skip_special_tokens": False}
+    return fields
+
+
+def sent_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as servers take them: a tool call's arguments are JSON text there."""
+    entries = [message.entry() for message in messages]
+    for entry in entries:
+        if "tool_calls" in entry:
+            entry["tool_calls"] = [_sent_call(call) for call in entry["tool_calls"]]
+    return entries
+
+
+def _sent_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {
+        "id": call.get("id", ""),
+        "type": "function",
+        "function": {"name": function.get("name"), "arguments": arguments},
+    }

@@ -3,38 +3,43 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
+import aiohttp
 import openai
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.answers.progress import AnswerProgress
 from deepspec.answers.response import read_reply
-from deepspec.answers.server_clients import ServerClient
-from deepspec.answers.server_errors import (
-    KEY_REFUSED,
-    OVERLOADED,
-    RETRIED,
-    AttemptFailed,
-    ServerUnavailable,
-    connection_failure,
-    retry_after_s,
-)
+from deepspec.answers.server_clients import KEY_REFUSED, ServerClient
 from deepspec.answers.server_pool import PooledServer, ServerPool
-from deepspec.config.data import AnswersConfig
+from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
-from deepspec.config.target import TargetConfig
-from deepspec.target.chat import CHAT_FAMILIES, ChatFamily
+from deepspec.target.chat import CHAT_FAMILIES
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
+RETRIED = (408, 409, 425, 429)  # and every 5xx
+OVERLOADED = (429, 503)
+UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientPayloadError)
+
+
+class AttemptFailed(Exception):
+    """An attempt at a request failed for a reason that may pass."""
+
+
+class ServerUnavailable(AttemptFailed):
+    """The server was unreachable or overloaded, which does not count against the request."""
 
 
 @contextmanager
 def open_servers(
-    answers: AnswersConfig, target: TargetConfig, servers: ServersConfig, progress: AnswerProgress
+    config: RunConfig, servers: ServersConfig, progress: AnswerProgress
 ) -> Iterator["ServerEngine"]:
     """An engine with a connection to each server, of which those that are up are checked.
 
@@ -43,42 +48,37 @@ def open_servers(
     """
     with (
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(_clients(answers, target, servers)) as clients,
+        portal.wrap_async_context_manager(_clients(config, servers)) as clients,
     ):
-        family = CHAT_FAMILIES[target.chat_family]
-        yield ServerEngine(portal, clients, family, servers, progress)
+        yield ServerEngine(portal, clients, config, servers, progress)
 
 
 @asynccontextmanager
 async def _clients(
-    answers: AnswersConfig, target: TargetConfig, servers: ServersConfig
+    config: RunConfig, servers: ServersConfig
 ) -> AsyncIterator[dict[str, ServerClient]]:
     async with AsyncExitStack() as stack:
         clients = {}
         for url in servers.endpoints:
-            clients[url] = ServerClient(url, answers.sampling, target, servers)
+            clients[url] = ServerClient(url, config, servers)
             await stack.enter_async_context(clients[url].http)
         await asyncio.gather(*(client.check_model() for client in clients.values()))
         yield clients
 
 
+@dataclass
 class ServerEngine:
     """A pool of servers, asked from an event loop on a thread of its own: that of `portal`."""
 
-    def __init__(
-        self,
-        portal: BlockingPortal,
-        clients: dict[str, ServerClient],
-        family: ChatFamily,
-        servers: ServersConfig,
-        progress: AnswerProgress,
-    ) -> None:
-        self.portal = portal
-        self.clients = clients
-        self.family = family
-        self.progress = progress
-        self.servers = servers
-        self.pool = ServerPool(servers.endpoints, most=servers.requests, lost_s=servers.lost_s)
+    portal: BlockingPortal
+    clients: dict[str, ServerClient]
+    config: RunConfig
+    servers: ServersConfig
+    """Those of the run, or the one that the stage started."""
+    progress: AnswerProgress
+
+    def __post_init__(self) -> None:
+        self.pool = ServerPool(self.servers)
 
     async def ask(self, request: AnswerRequest) -> Outcome:
         """The outcome of a request after as many attempts as it takes or may have.
@@ -119,7 +119,8 @@ class ServerEngine:
             self.progress.in_flight += 1
             try:
                 reply = await self.clients[server.url].complete(request)
-                outcome = read_reply(reply, request, self.family, endpoint=server.url)
+                family = CHAT_FAMILIES[self.config.target.chat_family]
+                outcome = read_reply(reply, request, family, endpoint=server.url)
             except openai.APIStatusError as error:
                 return self._refusal(server, error, began)
             except (openai.APIError, ValueError, TypeError, AttributeError) as error:
@@ -131,10 +132,12 @@ class ServerEngine:
 
     def _failure(self, server: PooledServer, error: Exception, began: float) -> AttemptFailed:
         server.note_failure(began)
-        kind, cause = connection_failure(error)
-        if kind == "unreachable":
+        causes = list(_causes(error))
+        cause = causes[-1]
+        if any(isinstance(found, UNREACHABLE) for found in causes):
             return ServerUnavailable(f"{server.url}: it cannot be reached ({cause})")
-        if kind == "timeout":
+        hung_up = any(isinstance(found, HUNG_UP) for found in causes)
+        if isinstance(error, openai.APITimeoutError) and not hung_up:
             server.note_overload(began)
             return AttemptFailed(
                 f"{server.url}: no answer within {self.servers.request_timeout_s:g} s"
@@ -149,8 +152,7 @@ class ServerEngine:
             AttemptFailed: a later attempt may succeed.
             ConfigError: the key is refused.
         """
-        status = error.status_code
-        key = self.clients[server.url].key
+        status, key = error.status_code, self.clients[server.url].key
         message = key.scrub(error.message)
         if status in KEY_REFUSED:
             raise key.refused(server.url, status) from None
@@ -163,3 +165,19 @@ class ServerEngine:
             raise AttemptFailed(f"{server.url}: {status}: {message}") from error
         self.pool.note_answer(server)
         return Refused(f"http_{status}", message[:1000])
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: `openai` raises lost connections as time-outs."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def retry_after_s(header: str | None) -> float:
+    """Retry-After in seconds, from either of its forms; 0 where there is none."""
+    with suppress(ValueError):
+        return max(0.0, float(header or 0))
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
+    return 0.0

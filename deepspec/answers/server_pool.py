@@ -10,9 +10,10 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from deepspec.config.servers import ServersConfig
 from deepspec.errors import TransientError
 
 log = logging.getLogger(__name__)
@@ -81,10 +82,10 @@ class PooledServer:
 class ServerPool:
     """The servers of one stage, for one event loop."""
 
-    def __init__(self, urls: Sequence[str], *, most: int, lost_s: float) -> None:
-        """`most` requests a server; after `lost_s` seconds without an answer all are lost."""
-        self.servers = [PooledServer(url, most) for url in urls]
-        self.lost_s = lost_s
+    def __init__(self, settings: ServersConfig) -> None:
+        """After `lost_s` seconds without an answer all are lost."""
+        self.servers = [PooledServer(url, settings.requests) for url in settings.endpoints]
+        self.lost_s = settings.lost_s
         self._last_answer = time.monotonic()
         self._lost = False
         self._queue = asyncio.Lock()
@@ -126,14 +127,14 @@ class ServerPool:
             server.in_flight -= 1
             self._freed.set()
 
-    def _is_lost(self) -> bool:
-        """No request is in flight that may still be answered, and for `lost_s` none was."""
-        in_flight = any(server.in_flight for server in self.servers)
-        return not in_flight and time.monotonic() - self._last_answer > self.lost_s
-
     def refuse_if_lost(self) -> None:
-        """Raise TransientError where all servers are lost."""
-        if self._is_lost():
+        """Raise TransientError where all servers are lost.
+
+        They are where no request is in flight that may still be answered, and for `lost_s` none
+        was.
+        """
+        in_flight = any(server.in_flight for server in self.servers)
+        if not in_flight and time.monotonic() - self._last_answer > self.lost_s:
             self._lost = True
             urls = ", ".join(server.url for server in self.servers)
             raise TransientError(

@@ -5,14 +5,13 @@ the default and needs nothing but the target.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from deepspec.answers.answered_shard import AnsweredShard, write_answers
+from deepspec.answers.answered_shard import write_answers
 from deepspec.answers.engines import answered_shards
 from deepspec.answers.progress import AnswerProgress
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage, open_sharded, seal_if_whole
-from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import work_through
 from deepspec.process.events import Report, silent
@@ -39,12 +38,8 @@ def answer_shards(run: Run, stage: ShardedStage, report: Report) -> None:
     Raises:
         ShardsFailed: naming every shard that failed, and why.
     """
-    config = run.config
-
-    def make(answered: AnsweredShard, local: Path) -> Counts:
-        return write_answers(stage.artifact, answered, local, max_refused=max_refused)
-
-    max_refused = config.resources.servers.max_refused
-    progress = AnswerProgress(stage.todo, report, every_s=config.resources.servers.progress_s)
+    servers = run.config.resources.servers
+    make = partial(write_answers, stage.artifact, max_refused=servers.max_refused)
+    progress = AnswerProgress(stage.todo, report, every_s=servers.progress_s)
     with answered_shards(run, stage, progress) as todo:
         work_through(run, stage.artifact, todo, make, report, repeatable=todo.repeatable)

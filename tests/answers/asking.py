@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +30,7 @@ def server_run(store: Path, *urls: str, settings: tuple[str, ...] = ()) -> RunCo
         f"resources.servers.endpoints={json.dumps(urls)}",
         "resources.servers.request_timeout_s=1",
         "resources.servers.max_refused=1",
+        "resources.storage.space_poll_s=0.05",
         *settings,
     )
 
@@ -76,16 +77,12 @@ def ask(
 @contextmanager
 def concurrent(config: RunConfig, stage: ShardedStage) -> Iterator[ConcurrentShards]:
     """The stage's shards, as the run's servers answer them."""
-    servers = config.resources.servers
-    with (
-        connect(config) as engine,
-        ConcurrentShards(engine, stage, config.answers, servers, space_poll_s=0.05) as shards,
-    ):
+    with connect(config) as engine, closing(ConcurrentShards(engine, stage)) as shards:
         yield shards
 
 
 def connect(config: RunConfig) -> AbstractContextManager[ServerEngine]:
-    return open_servers(config.answers, config.target, config.resources.servers, no_progress())
+    return open_servers(config, config.resources.servers, no_progress())
 
 
 def no_progress() -> AnswerProgress:

@@ -136,11 +136,7 @@ def test_the_command_names_model_port_and_format(
         f"resources.servers.start={program}",
         "resources.devices.type=cpu",
     )
-    command = " ".join(
-        serve_command(
-            config.resources.servers, config.target, model="a/model", port=1234, device="cpu"
-        )
-    )
+    command = " ".join(serve_command(config, model="a/model", port=1234))
     for words in ("a/model", "--host 127.0.0.1", "--port 1234", f"--dtype {config.target.dtype}"):
         assert words in command
     assert "{" not in command

@@ -4,24 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.answers.sequential_shards import Engine, answer_all
+from deepspec.answers.sequential_shards import Engine, SequentialShards
 from deepspec.config.run import RunConfig
 from deepspec.target.conversation import AnswerRequest, Conversation, Refused
-from tests.answers.asking import no_progress
+from tests.answers.asking import no_progress, row, stage_of
 from tests.conftest import tiny_run
 from tests.engines import Echo
 
 
-def row(number: int, *messages: str) -> dict:
-    import json
-
-    text = json.dumps([{"role": "user", "content": message} for message in messages])
-    return {"id": number, "held_out": False, "domain": None, "messages": text}
-
-
 def answer_rows(config: RunConfig, engine: Engine, rows: list[dict]) -> list[Conversation]:
-    conversations = {row["id"]: Conversation(row, config.answers) for row in rows}
-    return answer_all(conversations, engine, no_progress(), shard=0)
+    stage = stage_of(config, rows)
+    (answered,) = SequentialShards(engine, stage, config.answers, no_progress())
+    return answered.conversations()
 
 
 def test_each_turn_is_answered_on_the_conversation_as_regenerated(store: Path):
