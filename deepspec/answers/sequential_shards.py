@@ -7,7 +7,7 @@ the others differently.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from deepspec.answers.answered_shard import AnsweredShard, open_conversations
 from deepspec.answers.progress import AnswerProgress
@@ -34,7 +34,7 @@ class Engine(Protocol):
 class SequentialShards:
     """The stage's shards, each answered when its conversations are first needed."""
 
-    repeatable: ClassVar = True
+    repeatable = True
 
     engine: Engine
     stage: ShardedStage

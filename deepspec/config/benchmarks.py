@@ -98,9 +98,8 @@ def turns_of(benchmark: BenchmarkSet, row: Mapping[str, Any]) -> list[str]:
                 return [wording.format_map({column: turn}) for turn in value]
             return [wording.format_map(values)]
     missing = " or ".join(columns_of(benchmark.wordings[-1]))
-    present = ", ".join(sorted(row)) or "none"
     raise DataError(
-        f"a row has nothing in {missing}, its columns are {present}",
+        f"a row has nothing in {missing}, its columns are {', '.join(sorted(row)) or 'none'}",
         where=f"benchmark {benchmark.name}, data set {benchmark.dataset}",
         fix=f"name a revision that has it ({benchmark.name}@COMMIT), or give the prompts as a "
         "JSONL file",

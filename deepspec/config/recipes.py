@@ -40,9 +40,10 @@ def load_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     fields = _read_run_file(Path(source)) if is_file else recipe_fields(source)
     if store is not None:
         fields["store"] = store
-    shown = f"`python -m deepspec show-config {source.split('=')[0]}`"
-    fix = f"{shown} prints every field; correct the ones named above"
-    config = validated(fields, overrides, where=source, fix=fix)
+    shown = f"`python -m deepspec show-config {source.split('=')[0]}` prints every field"
+    config = validated(
+        fields, overrides, where=source, fix=f"{shown}; correct the ones named above"
+    )
     sets = [part for override in overrides for part in ("--set", override)]
     vars(config)["typed"] = shlex.join([source, *sets, *(("--store", store) if store else ())])
     return config

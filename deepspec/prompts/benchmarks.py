@@ -103,13 +103,8 @@ def _commit(benchmark: BenchmarkSet, artifact: Artifact) -> None:
 
 
 def _read_rows(benchmark: BenchmarkSet, artifact: Artifact) -> list[dict[str, Any]]:
-    source = DatasetSource(
-        kind="dataset",
-        name=benchmark.dataset,
-        subset=benchmark.subset,
-        split=benchmark.split,
-        revision=benchmark.revision,
-    )
+    place = benchmark.model_dump(include={"subset", "split", "revision"})
+    source = DatasetSource(kind="dataset", name=benchmark.dataset, **place)
     source = pin_revision(source, artifact, setting=f"{benchmark.name}@")
     rows = [
         {

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,21 +30,12 @@ def pin_revision(source: DatasetSource, artifact: Artifact, *, setting: str) -> 
     if not is_on_hub(source) or source.revision:
         return source
     path = artifact.path("source.json")
-    with suppress(FileNotFoundError):
-        return _with_pinned(source, artifact, path)
-    revision = newest_revision(source)
-    content = canonical_json({"name": source.name, "revision": revision})
-    if artifact.store.write_new(path, content):  # else another worker was first
-        log.warning(
-            "data set %s is not pinned; its newest commit is read: %s%s",
-            source.name,
-            setting,
-            revision,
-        )
-    return _with_pinned(source, artifact, path)
-
-
-def _with_pinned(source: DatasetSource, artifact: Artifact, path: str) -> DatasetSource:
+    if not artifact.store.exists(path):
+        newest = newest_revision(source)
+        content = canonical_json({"name": source.name, "revision": newest})
+        if artifact.store.write_new(path, content):  # else another worker was first
+            setting += newest
+            log.warning("data set %s is not pinned; the newest is read: %s", source.name, setting)
     revision = json.loads(artifact.store.read(path))["revision"]
     return source.model_copy(update={"revision": revision})
 

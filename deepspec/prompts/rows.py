@@ -137,23 +137,16 @@ def _tools(value: Any) -> str:
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a row in any of the four shapes that sources use."""
-    entries = _entries(row)
+    entries = row.get("messages") or row.get("conversations")
+    turns, prompt = row.get("turns"), row.get("prompt")
+    if not entries and turns and isinstance(turns, list | tuple):
+        answer = {"role": "assistant", "content": "-"}
+        entries = [entry for turn in turns for entry in ({"role": "user", "content": turn}, answer)]
+    elif not entries and isinstance(prompt, str):
+        entries = [{"role": "user", "content": prompt}]
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise _UnusableRow("no_messages", f"columns are {sorted(row)}")
     return [_message(entry) for entry in entries]
-
-
-def _entries(row: Mapping[str, Any]) -> Any:
-    """The row's messages as they are, unchecked."""
-    if entries := row.get("messages") or row.get("conversations"):
-        return entries
-    turns = row.get("turns")
-    if turns and isinstance(turns, list | tuple):
-        answer = {"role": "assistant", "content": "-"}
-        return [entry for turn in turns for entry in ({"role": "user", "content": turn}, answer)]
-    if isinstance(row.get("prompt"), str):
-        return [{"role": "user", "content": row["prompt"]}]
-    return None
 
 
 def _message(entry: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@ the target answers itself. Rows that cannot be used go to the rejects with a rea
 without a trace.
 """
 
+import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,9 +22,9 @@ from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import write_table
 from deepspec.config.data import DatasetSource, PromptsConfig
 from deepspec.errors import DataError
+from deepspec.messages import parse_messages
 from deepspec.process.events import Report, silent
-from deepspec.prompts.benchmarks import benchmark_digests
-from deepspec.prompts.contamination import BenchmarkTexts
+from deepspec.prompts.benchmarks import benchmark_digests, read_benchmark
 from deepspec.prompts.data_sets import pin_revision
 from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, SeenPrompts, make_prompt
 from deepspec.prompts.sources import read_source
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("tools", pa.large_string()),
     ]
 )
+NOT_WORDS = re.compile(r"[\W_]+")
 BENCHMARK = "benchmark"  # like DUPLICATE, a reason that is not the row's fault
 
 
@@ -51,6 +54,36 @@ class PromptShard(NamedTuple):
         """How many rows were rejected on purpose, by reason."""
         reasons = Counter(reject["reason"] for reject in self.rejects)
         return {reason: reasons[reason] for reason in (DUPLICATE, BENCHMARK)}
+
+
+class BenchmarkTexts:
+    """The turns of the benchmarks in `prompts.decontaminate`, normalised (trap A7).
+
+    Of a known benchmark also the bare problems, as a training set may have them without the
+    benchmark's wording.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Read the benchmarks.
+
+        Raises:
+            DataError: a benchmark cannot be read, or has a line without turns.
+        """
+        self._benchmark_of: dict[str, str] = {}
+        for name in run.config.prompts.decontaminate:
+            for turns, problem in read_benchmark(run, name):
+                for text in (*turns, problem or ""):
+                    self._benchmark_of[normalised(text)] = name
+        # a turn without a word in it would match every other such message
+        self._benchmark_of.pop("", None)
+
+    def match(self, messages: str) -> str | None:
+        """The benchmark, if any, that contains one of the user's messages (JSON) of a prompt."""
+        if not self._benchmark_of:
+            return None
+        users = (message for message in parse_messages(messages) if message.role == "user")
+        found = (self._benchmark_of.get(normalised(message.content)) for message in users)
+        return next(filter(None, found), None)
 
 
 def run_prompts(run: Run, report: Report = silent) -> Artifact:
@@ -142,3 +175,8 @@ def _check_share(settings: PromptsConfig, totals: Mapping[str, int]) -> None:
             where=where,
             fix="see the artifact's rejects; correct the rows or raise the limit",
         )
+
+
+def normalised(text: str) -> str:
+    """The text as bare words, without case, punctuation, spacing and encoding of accents."""
+    return NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()

@@ -27,12 +27,10 @@ def client_of(url: str, root: str, *, name: ClientName | None = None) -> Bucket:
 
     Without a `name` it is the fastest that works in this process.
     """
-    is_s3 = url.startswith(("s3://", "s3a://"))
-    name = (name or wanted_client()) if is_s3 else "fsspec"
+    name = (name or wanted_client()) if url.startswith(("s3://", "s3a://")) else "fsspec"
     settings = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
     key = (os.getpid(), name, url, root, settings)
-    found = _clients.get(key)
-    if found is None:
+    if key not in _clients:
         makers: dict[ClientName, Callable[[], Bucket]] = {
             "obstore": lambda: ObstoreBucket(root),
             "s3fs": lambda: S3fsBucket(root),
@@ -40,8 +38,8 @@ def client_of(url: str, root: str, *, name: ClientName | None = None) -> Bucket:
         }
         # Two threads may both make one; no lock, because a fork may happen while another thread
         # holds it.
-        found = _clients.setdefault(key, makers[name]())
-    return found
+        _clients.setdefault(key, makers[name]())
+    return _clients[key]
 
 
 def wanted_client() -> Literal["obstore", "s3fs"]:
@@ -52,8 +50,8 @@ def wanted_client() -> Literal["obstore", "s3fs"]:
     """
     wanted = os.environ.get(CLIENT_VARIABLE, "")
     if wanted not in ("", "obstore", "s3fs"):
-        what, fix = f"there is no S3 client {wanted!r}", "use obstore or s3fs, or unset it"
-        raise StoreError(what, where=CLIENT_VARIABLE, fix=fix)
+        what = f"there is no S3 client {wanted!r}"
+        raise StoreError(what, where=CLIENT_VARIABLE, fix="use obstore or s3fs, or unset it")
     if wanted == "obstore" and not s3_obstore.installed():
         fix = "pip install 'deepspec[s3]', or unset it"
         raise StoreError("obstore is not installed", where=CLIENT_VARIABLE, fix=fix)

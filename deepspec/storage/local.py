@@ -1,14 +1,12 @@
 """A store in a local folder: what is visible under a name is whole and on the disk."""
 
-import errno
 import os
 import shutil
-import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from deepspec.errors import DamagedData
+from deepspec.storage.s3_errors import DAMAGED_FIX
 from deepspec.storage.store import Buffer, Entry, FolderListing, Store, file_checksum
 
 
@@ -33,25 +31,14 @@ class LocalStore(Store):
         """The whole content of a file."""
         return self._file(name).read_bytes()
 
-    def read_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents in the order of the names, None where there is no file."""
-        found: list[bytes | None] = [None] * len(names)
-        for number, name in enumerate(names):
-            with suppress(FileNotFoundError):
-                found[number] = self.read(name)
-        return found
-
     def read_range(self, name: str, start: int, end: int) -> Buffer:
         """Exactly the bytes [start, end)."""
         room = memoryview(bytearray(max(0, end - start)))
-        descriptor = os.open(self.path(name), os.O_RDONLY)
-        try:
-            count = read_into(descriptor, room, start)
-        finally:
-            os.close(descriptor)
+        with self._file(name).open("rb", buffering=0) as file:
+            count = read_into(file.fileno(), room, start)
         if count != len(room):
-            fix = "run `python -m deepspec verify`, then the stage again"
-            raise DamagedData(f"the file ends before byte {end}", where=self.path(name), fix=fix)
+            what = f"the file ends before byte {end}"
+            raise DamagedData(what, where=self.path(name), fix=DAMAGED_FIX)
         return room
 
     def checksum(self, name: str) -> str:
@@ -107,24 +94,12 @@ class LocalStore(Store):
         target = self._file(name)
         _fsync(local)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            local.replace(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            what = "a file of another disk cannot be moved in one step; write it under `staged()`"
-            raise OSError(errno.EXDEV, what, str(local)) from None
+        local.replace(target)
         _fsync(target.parent)
 
     def fetch(self, name: str, checksum: str | None = None) -> Path:
         """The file itself."""
         return self._file(name)
-
-    def probe(self) -> None:
-        """Create and remove one small file."""
-        name = f".probe-{uuid.uuid4().hex}"
-        self.write(name, b"deepspec")
-        self.remove(name)
 
     def _file(self, name: str) -> Path:
         return Path(self.path(name))

@@ -61,14 +61,9 @@ class RemoteStore(Store):
 
     @override
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
-        def read(name: str) -> bytes | None:
-            with contextlib.suppress(FileNotFoundError):
-                return self.read(name)
-            return None
-
         client_of(self.url, self.root)  # one client, made before many threads need it
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(read, names))
+            return list(pool.map(self.read_if_there, names))
 
     @override
     def read_range(self, name: str, start: int, end: int) -> Buffer:
@@ -121,10 +116,9 @@ class RemoteStore(Store):
     def conditional_writes_work(self) -> bool:
         """Three requests find out, and also whether one can write here at all."""
         name = f".probe-{uuid.uuid4().hex}"
-        first = self._create(name, b"first")
-        second = self._create(name, b"second")
+        created = [self._create(name, data) for data in (b"first", b"second")]
         self._remove_object(name)
-        return (first, second) == (True, False)
+        return created == [True, False]
 
     def _create(self, name: str, data: bytes) -> bool | None:
         owner = uuid.uuid4().hex
@@ -139,9 +133,11 @@ class RemoteStore(Store):
                 return
             log.warning("op=publish key=%s reason=%s", name, wrong)
             self._remove_object(name)
-        what = f"twice, what arrived is not what was sent: {wrong}"
-        fix = "check the network and the server, then run the same again"
-        raise DamagedData(what, where=f"{self.url}/{name}", fix=fix)
+        raise DamagedData(
+            f"twice, what arrived is not what was sent: {wrong}",
+            where=f"{self.url}/{name}",
+            fix="check the network and the server, then run the same again",
+        )
 
     def _upload(self, local: Path, name: str) -> None:
         if local.stat().st_size <= SINGLE_PUT_BYTES:
@@ -201,8 +197,8 @@ class RemoteStore(Store):
 
     @override
     def stale_uploads(self, before: float) -> list[Upload]:
-        found = self._request("list uploads", "", lambda bucket: bucket.uploads(), client="s3fs")
-        return [upload for upload in found if upload.started < before]
+        uploads = self._request("list uploads", "", lambda bucket: bucket.uploads(), client="s3fs")
+        return [upload for upload in uploads if upload.started < before]
 
     @override
     def abort_upload(self, upload: Upload) -> None:
@@ -212,17 +208,14 @@ class RemoteStore(Store):
     def probe(self) -> None:
         """Create and remove one small object; the first time in a process within `CHECK_S`."""
         if os.getpid() in self._checked_in:
-            name = f".probe-{uuid.uuid4().hex}"
-            self.write(name, b"deepspec")
-            self._remove_object(name)
+            super().probe()
             return
         quick = copy.copy(self)
         quick.patience_s = QUICK_S
-        apart = within(CHECK_S, quick.conditional_writes_work, where=f"store {self.url}")
-        self._checked_in.add(os.getpid())
-        if not apart:
+        if not within(CHECK_S, quick.conditional_writes_work, where=f"store {self.url}"):
             what = "of racing workers the last record wins, both are whole"
             log.warning("store=%s ignores If-None-Match: %s", self.url, what)
+        self._checked_in.add(os.getpid())
 
     def _remove_object(self, name: str) -> None:
         self._request("remove", name, lambda bucket: bucket.remove(name))

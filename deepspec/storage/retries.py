@@ -38,32 +38,29 @@ def retried(
             raise Failure(bucket.problem(error)) from error
 
     def log_retry(state: tenacity.RetryCallState) -> None:
-        wait_s = state.upcoming_sleep
         reason = state.outcome.exception() if state.outcome else ""
-        tries = f"try={state.attempt_number} of={TRIES}"
-        log.warning("op=%s %s next_in_s=%.1f reason=%s", what, tries, wait_s, reason)
+        tries = f"try={state.attempt_number} of={TRIES} next_in_s={state.upcoming_sleep:.1f}"
+        log.warning("op=%s %s reason=%s", what, tries, reason)
 
     delay_s = float("inf") if within_s is None else within_s
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
+        retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         + tenacity.wait_random(0, JITTER_S),
         stop=tenacity.stop_after_attempt(TRIES) | tenacity.stop_after_delay(delay_s),
         before_sleep=log_retry,
-        reraise=True,
     )
     try:
         return retrying(once)
-    except Failure as failure:
-        if not is_transient(failure):
-            raise
-        reason = failure.problem.text
-    fix = "run the same again once the server is back"
-    raise TransientError(f"the server did not answer: {reason}", where=what, fix=fix)
+    except tenacity.RetryError as error:
+        raise TransientError(
+            f"the server did not answer: {error.last_attempt.exception()}",
+            where=what,
+            fix="run the same again once the server is back",
+        ) from None
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the request failed for a reason that may pass."""
+def _is_transient(error: BaseException) -> bool:
     return isinstance(error, Failure) and error.problem.kind == "transient"
 
 
@@ -89,7 +86,8 @@ def within(seconds: float, call: Callable[[], ResultT], *, where: str) -> Result
             raise TransientError(f"no answer in {seconds:g} s")
         return done.result()
     except TransientError as error:
-        fix = "check AWS_ENDPOINT_URL and the network, or choose another with --store"
         raise TransientError(
-            f"cannot reach the store: {error.what}", where=where, fix=fix
+            f"cannot reach the store: {error.what}",
+            where=where,
+            fix="check AWS_ENDPOINT_URL and the network, or choose another with --store",
         ) from None

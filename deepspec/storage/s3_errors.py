@@ -111,8 +111,9 @@ def user_error(problem: Problem, where: str) -> Exception:
 
 def cut_short(where: str) -> DamagedData:
     """The error for an object that is shorter than its record says."""
-    what = "the object ends before the bytes that were requested"
-    return DamagedData(what, where=where, fix=DAMAGED_FIX)
+    return DamagedData(
+        "the object ends before the bytes that were requested", where=where, fix=DAMAGED_FIX
+    )
 
 
 def scrub(text: str) -> str:

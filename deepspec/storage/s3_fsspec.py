@@ -109,8 +109,14 @@ class S3fsBucket(FsspecBucket):
             with local.open("rb") as file:
                 file.seek((number - 1) * size)
                 body = file.read(size)
-            place = {"UploadId": upload.upload_id, "PartNumber": number}
-            put = partial(self.call, "upload_part", key, **place, Body=body)
+            put = partial(
+                self.call,
+                "upload_part",
+                key,
+                UploadId=upload.upload_id,
+                PartNumber=number,
+                Body=body,
+            )
             sent = retried(f"upload {key} part {number}", put, self)
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
@@ -128,9 +134,13 @@ class S3fsBucket(FsspecBucket):
         If the answer is lost, the object is looked for instead of a second try: a gateway that died
         in the middle keeps the upload locked.
         """
-        fields = {"UploadId": upload.upload_id, "MultipartUpload": {"Parts": parts}}
         try:
-            self.call("complete_multipart_upload", upload.key, **fields)
+            self.call(
+                "complete_multipart_upload",
+                upload.key,
+                UploadId=upload.upload_id,
+                MultipartUpload={"Parts": parts},
+            )
         except self.errors as error:
             if self.problem(error).kind != "transient" or not self._is_there(upload.key, owner):
                 raise
@@ -155,9 +165,9 @@ class S3fsBucket(FsspecBucket):
     def uploads(self) -> list[Upload]:
         found: list[Upload] = []
         after: dict[str, str] = {}
-        list_uploads = partial(self.fs.call_s3, "list_multipart_uploads", Bucket=self.name)
+        place = {"Bucket": self.name, "Prefix": self.prefix}
         while True:
-            page = list_uploads(Prefix=self.prefix, **after)
+            page = self.fs.call_s3("list_multipart_uploads", **place, **after)
             for item in page.get("Uploads", []):
                 key = item["Key"].removeprefix(self.prefix)
                 found.append(Upload(key, item["UploadId"], item["Initiated"].timestamp()))
@@ -187,17 +197,16 @@ def s3_filesystem() -> Any:
     """
     import s3fs
 
-    settings = {
-        "retries": {"total_max_attempts": 1},
-        "connect_timeout": CONNECT_S,
-        "read_timeout": READ_S,
-        "max_pool_connections": 64,
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-        "s3": {"payload_signing_enabled": True},
-    }
     fs = s3fs.S3FileSystem(
-        config_kwargs=settings,
+        config_kwargs={
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": CONNECT_S,
+            "read_timeout": READ_S,
+            "max_pool_connections": 64,
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "s3": {"payload_signing_enabled": True},
+        },
         use_listings_cache=False,
         skip_instance_cache=True,
         default_block_size=PART_BYTES,

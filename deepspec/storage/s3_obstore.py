@@ -57,8 +57,8 @@ class ObstoreBucket(Bucket):
         self.obstore = obstore
         self.errors: tuple[type[Exception], ...] = (exceptions.BaseError, OSError)
         self._exists = (exceptions.AlreadyExistsError, exceptions.PreconditionError)
-        self._denied = (exceptions.PermissionDeniedError,)
-        self._no_credentials = (exceptions.UnauthenticatedError,)
+        self._denied = exceptions.PermissionDeniedError
+        self._no_credentials = exceptions.UnauthenticatedError
         # A part that fails once is not worth sending the whole file again; everything else is
         # retried in `retries` alone.
         connect = _s3_connection(root)
@@ -121,17 +121,20 @@ class ObstoreBucket(Bucket):
 
     @override
     def put_new(self, key: str, data: bytes, owner: str) -> None:
-        how = {"use_multipart": False, "mode": "create", "attributes": {OWNER: owner}}
-        self.obstore.put(self.store, key, data, **how)
+        self.obstore.put(
+            self.store, key, data, use_multipart=False, mode="create", attributes={OWNER: owner}
+        )
 
     @override
     def upload(self, local: Path, key: str) -> None:
-        how = {
-            "use_multipart": True,
-            "chunk_size": part_bytes(local.stat().st_size),
-            "max_concurrency": PARTS_AT_ONCE,
-        }
-        self.obstore.put(self._upload_store, key, local, **how)
+        self.obstore.put(
+            self._upload_store,
+            key,
+            local,
+            use_multipart=True,
+            chunk_size=part_bytes(local.stat().st_size),
+            max_concurrency=PARTS_AT_ONCE,
+        )
 
 
 def _s3_connection(root: str) -> Callable[[int], Any]:
@@ -157,19 +160,21 @@ def _s3_connection(root: str) -> Callable[[int], Any]:
         "max_backoff": timedelta(seconds=2),
         "base": 2,
     }
-    limits = {"retry_timeout": timedelta(seconds=30), "backoff": backoff}
-    config = {
-        "endpoint": meta.endpoint_url,
-        "region": meta.region_name or "us-east-1",
-        "virtual_hosted_style_request": "false",
-    }
     return lambda max_retries: S3Store(
         name,
         prefix=prefix or None,
-        config=config,
+        config={
+            "endpoint": meta.endpoint_url,
+            "region": meta.region_name or "us-east-1",
+            "virtual_hosted_style_request": "false",
+        },
         client_options=options,
         credential_provider=_credentials(session),
-        retry_config={**limits, "max_retries": max_retries},
+        retry_config={
+            "max_retries": max_retries,
+            "retry_timeout": timedelta(seconds=30),
+            "backoff": backoff,
+        },
     )
 
 

@@ -5,13 +5,13 @@ right one. What the bytes mean, and the rule by which a shard becomes finished, 
 `artifacts.artifact`.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,7 +20,6 @@ import xxhash
 from deepspec.errors import DamagedData, StoreError
 from deepspec.storage.s3_errors import scrub
 
-COPY_BYTES = 16 << 20
 Buffer = bytes | memoryview
 # whether a file published with a checksum is read back from a bucket, or only its size compared
 Uploads = Literal["read_back", "size_only"]
@@ -64,23 +63,25 @@ class Store(Protocol):
     scratch: Path  # local folder for copies of remote files, both ways
     spool: Path  # where staged files lie: on the store's own disk, or in `scratch`
 
-    @abstractmethod
     def exists(self, name: str) -> bool:
         """Whether there is a file or a folder of this name."""
 
-    @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file."""
 
-    @abstractmethod
     def read(self, name: str) -> bytes:
         """The whole content of a file."""
 
-    @abstractmethod
     def read_many(self, names: Sequence[str]) -> list[bytes | None]:
         """The contents in the order of the names, None where there is no file (any more)."""
+        return list(map(self.read_if_there, names))
 
-    @abstractmethod
+    def read_if_there(self, name: str) -> bytes | None:
+        """The whole content of a file, None where there is none."""
+        with suppress(FileNotFoundError):
+            return self.read(name)
+        return None
+
     def read_range(self, name: str, start: int, end: int) -> Buffer:
         """Exactly the bytes [start, end), without a copy where the client can.
 
@@ -88,30 +89,24 @@ class Store(Protocol):
             DamagedData: the file ends before `end`.
         """
 
-    @abstractmethod
     def checksum(self, name: str) -> str:
         """xxh3_128 of what is stored now, as 32 hex digits; never that of a local copy."""
 
-    @abstractmethod
     def listing(self, folder: str) -> FolderListing:
         """What lies directly in the folder now; nothing where there is no such folder."""
 
-    @abstractmethod
     def remove(self, name: str) -> None:
         """Neither a file nor a folder of this name is left."""
 
-    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Replace the file's content at once or not at all."""
 
-    @abstractmethod
     def write_new(self, name: str, data: bytes) -> bool:
         """True if this call created the file, False if there was one already.
 
         Of any number of racing writers exactly one gets True.
         """
 
-    @abstractmethod
     def publish(self, local: Path, name: str, *, checksum: str | None = None) -> None:
         """Put a staged file in its place: fsync and rename in a folder, an upload elsewhere.
 
@@ -121,7 +116,6 @@ class Store(Protocol):
             DamagedData: what arrived in the bucket is not what was sent, twice.
         """
 
-    @abstractmethod
     def fetch(self, name: str, checksum: str | None = None) -> Path:
         """A local file with the content: the file itself, or a copy kept in `scratch`.
 
@@ -132,7 +126,6 @@ class Store(Protocol):
             DamagedData: the remote file has another checksum.
         """
 
-    @abstractmethod
     def probe(self) -> None:
         """Create and remove one small file.
 
@@ -140,6 +133,9 @@ class Store(Protocol):
             OSError, StoreError: nothing can be written.
             TransientError: the server does not answer.
         """
+        name = f".probe-{uuid.uuid4().hex}"
+        self.write(name, b"deepspec")
+        self.remove(name)
 
     def conditional_writes_work(self) -> bool:
         """Whether `write_new` keeps racing writers apart; not every S3 server does."""
@@ -161,11 +157,8 @@ class Store(Protocol):
         """
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            what, fix = (
-                f"the path {name!r} leads outside the store",
-                "remove the file that names it",
-            )
-            raise DamagedData(what, where=self.url, fix=fix)
+            what = f"the path {name!r} leads outside the store"
+            raise DamagedData(what, where=self.url, fix="remove the file that names it")
         return f"{self.root}/{name}"
 
     def names(self, folder: str) -> list[str]:
@@ -208,10 +201,11 @@ class Store(Protocol):
             raise StoreError(what, where=where, fix="choose another with --store") from None
         free_gb = self.free_bytes() / 1e9
         if free_gb < min_free_gb:
-            wanted = f"resources.storage.min_free_gb is {min_free_gb:g}"
-            what = f"only {free_gb:.2f} GB are free, {wanted}"
-            fix = "free some space, choose another --store, or lower the setting"
-            raise StoreError(what, where=where, fix=fix)
+            raise StoreError(
+                f"only {free_gb:.2f} GB are free, resources.storage.min_free_gb is {min_free_gb:g}",
+                where=where,
+                fix="free some space, choose another --store, or lower the setting",
+            )
 
     def free_bytes(self) -> float:
         """Room on the disk that files are staged on."""
@@ -221,11 +215,8 @@ class Store(Protocol):
 
 def file_checksum(local: Path) -> str:
     """xxh3_128 of a file's bytes as 32 hex digits."""
-    digest = xxhash.xxh3_128()
     with local.open("rb") as file:
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def canonical_json(value: object) -> bytes:

@@ -30,9 +30,10 @@ def open_store(url: str, *, scratch: str | None = None, uploads: Uploads = "read
     # A secret key may hold a slash: then the colon before it shows that there is one.
     host = url.partition("://")[2].partition("/")[0]
     if "@" in host or (is_s3 and ":" in host):
-        fix = "set AWS_ACCESS_KEY_ID or AWS_PROFILE"
         raise StoreError(
-            "keys do not belong into a store's URL", where=f"store {protocol}://", fix=fix
+            "keys do not belong into a store's URL",
+            where=f"store {protocol}://",
+            fix="set AWS_ACCESS_KEY_ID or AWS_PROFILE",
         )
     where, fix = f"store {url}", "give a local folder or s3://bucket/prefix"
     try:
