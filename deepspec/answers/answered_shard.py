@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -89,19 +89,18 @@ def write_answers(
             where="answers",
             fix="correct endpoints and model_name in resources.servers, or raise max_refused there",
         )
+    answered_ones = [found for found in conversations if found.ended is None]
     rows = [
-        {**found.row, "turns": [turn._asdict() for turn in found.turns]}
-        for found in conversations
-        if found.ended is None
+        {**found.row, "turns": [turn._asdict() for turn in found.turns]} for found in answered_ones
     ]
     write_table(pa.Table.from_pylist(rows, SCHEMA), local)
     rejects = [{"id": f"{found.row['id']:016x}", **end._asdict()} for found, end in refused]
     put_rejects(artifact, answered.shard, rejects, made=file_checksum(local))
-    turns: list[dict[str, Any]] = [turn for row in rows for turn in row["turns"]]
-    truncated = sum(turn["finish_reason"] == "length" for turn in turns)
+    turns = [turn for found in answered_ones for turn in found.turns]
+    truncated = sum(turn.finish_reason == "length" for turn in turns)
     return Counts(
         rows=len(rows),
-        tokens=sum(turn["num_tokens"] for turn in turns),
+        tokens=sum(turn.num_tokens for turn in turns),
         rejected=len(refused),
         extra={"turns": len(turns), "truncated": truncated},
     )

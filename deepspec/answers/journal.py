@@ -47,8 +47,9 @@ class Journal:
                 return Turn(**fields)
         if len(entries) < row_runs:
             return None
-        reason = entries[-1][1]["detail"]
-        return Refused(FAILED, f"no answer in {len(entries)} runs; the last error: {reason}")
+        _, last = entries[-1]
+        why = f"no answer in {len(entries)} runs; the last error: {last['detail']}"
+        return Refused(FAILED, why)
 
     def append(self, key: str, outcome: Turn | Failed) -> None:
         """Add one line.

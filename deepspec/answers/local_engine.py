@@ -48,15 +48,12 @@ class TransformersEngine:
                     seeds=[requests[index].seed for index in batch],
                 )
                 for index, token_ids in zip(batch, answers, strict=True):
-                    turn = self._turn(requests[index], prompts[index], token_ids)
+                    turn = Turn(
+                        text=self.chat.decode(token_ids, self.stop_ids),
+                        token_ids=token_ids,
+                        finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
+                        num_tokens=len(token_ids),
+                        num_prompt_tokens=len(prompts[index]),
+                        seed=requests[index].seed,
+                    )
                     yield requests[index], turn
-
-    def _turn(self, request: AnswerRequest, prompt: Sequence[int], token_ids: list[int]) -> Turn:
-        return Turn(
-            text=self.chat.decode(token_ids, self.stop_ids),
-            token_ids=token_ids,
-            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
-            num_tokens=len(token_ids),
-            num_prompt_tokens=len(prompt),
-            seed=request.seed,
-        )

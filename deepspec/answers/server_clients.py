@@ -33,33 +33,12 @@ KEY_REFUSED = (401, 403)
 CHECK_S = 10.0  # that a server may take to list its models
 
 
-class ApiKey:
-    """The servers' key, read from its environment variable; neither printed nor logged."""
-
-    def __init__(self, variable: str) -> None:
-        self.variable = variable
-        self.value = os.environ.get(variable, "")
-
-    def scrub(self, text: str) -> str:
-        """The text without the key: a server's error may repeat what it was sent."""
-        return text.replace(self.value, "***") if self.value else text
-
-    def refused(self, url: str, status: int) -> ConfigError:
-        """The error of a server that does not accept the key."""
-        state = "is refused" if self.value else "is not set"
-        return ConfigError(
-            f"the server requires a key ({status}), and {self.variable} {state}",
-            where=url,
-            fix=f"set {self.variable} to its key",
-        )
-
-
 class ServerClient:
     """A connection to one server of the target, which knows what its requests must hold."""
 
     def __init__(self, url: str, config: RunConfig, servers: ServersConfig) -> None:
         self.url = url
-        self.key = ApiKey(servers.api_key_env)
+        self._key = os.environ.get(servers.api_key_env, "")  # neither printed nor logged
         self.model = servers.model_name or config.target.model
         self._config = config
         self._servers = servers
@@ -69,7 +48,7 @@ class ServerClient:
         # aiohttp: with hundreds of requests in flight it takes half of httpx's time
         self.http = AsyncOpenAI(
             base_url=url,
-            api_key=self.key.value or "none",  # what servers without keys accept
+            api_key=self._key or "none",  # what servers without keys accept
             max_retries=0,
             timeout=servers.request_timeout_s,
             # a proxy does not reach the servers of this machine
@@ -85,6 +64,20 @@ class ServerClient:
         if self._servers.token_ids == "ask":
             fields["return_token_ids"] = True
         return {"model": self.model, **fields}
+
+    def scrub(self, text: str) -> str:
+        """The text without the key: a server's error may repeat what it was sent."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def key_refused(self, status: int) -> ConfigError:
+        """The error of a server that does not accept the key."""
+        variable = self._servers.api_key_env
+        return ConfigError(
+            f"the server requires a key ({status}),"
+            f" and {variable} is {'refused' if self._key else 'not set'}",
+            where=self.url,
+            fix=f"set {variable} to its key",
+        )
 
     async def complete(self, request: AnswerRequest) -> ChatCompletion:
         """The server's reply to one request.
@@ -122,8 +115,8 @@ class ServerClient:
             models = list(listed.data or ())
         except (openai.APIError, ValueError, AttributeError) as error:
             if isinstance(error, openai.APIStatusError) and error.status_code in KEY_REFUSED:
-                raise self.key.refused(self.url, error.status_code) from None
-            reason = self.key.scrub(str(error))
+                raise self.key_refused(error.status_code) from None
+            reason = self.scrub(str(error))
             log.warning("endpoint=%s does not list its models: %s", self.url, reason)
             return
         if not models:

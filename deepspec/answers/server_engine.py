@@ -142,7 +142,7 @@ class ServerEngine:
             return AttemptFailed(
                 f"{server.url}: no answer within {self.servers.request_timeout_s:g} s"
             )
-        detail = self.clients[server.url].key.scrub(str(error))
+        detail = self.clients[server.url].scrub(str(error))
         return AttemptFailed(f"{server.url}: {detail} ({type(cause).__name__})")
 
     def _refusal(self, server: PooledServer, error: openai.APIStatusError, began: float) -> Refused:
@@ -152,13 +152,13 @@ class ServerEngine:
             AttemptFailed: a later attempt may succeed.
             ConfigError: the key is refused.
         """
-        status, key = error.status_code, self.clients[server.url].key
-        message = key.scrub(error.message)
+        status, client = error.status_code, self.clients[server.url]
+        message = client.scrub(error.message)
         if status in KEY_REFUSED:
-            raise key.refused(server.url, status) from None
+            raise client.key_refused(status) from None
         if status in OVERLOADED:
-            after_s = retry_after_s(error.response.headers.get("retry-after"))
-            server.note_overload(began, after_s)
+            header = error.response.headers.get("retry-after", "")
+            server.note_overload(began, _retry_after_s(header))
             raise ServerUnavailable(f"{server.url}: {status}: {message}") from error
         if status in RETRIED or status >= 500:
             server.note_failure(began)
@@ -174,10 +174,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def retry_after_s(header: str | None) -> float:
+def _retry_after_s(header: str) -> float:
     """Retry-After in seconds, from either of its forms; 0 where there is none."""
     with suppress(ValueError):
-        return max(0.0, float(header or 0))
+        return max(0.0, float(header))
     with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return 0.0

@@ -61,7 +61,7 @@ def orphans(store: Store, *, grace_s: float = GRACE_S) -> list[Orphan]:
     ]
     found += [
         Orphan("upload", upload.key, 0, now - upload.started, upload.upload_id)
-        for upload in store.stale_uploads(float("inf"))
+        for upload in store.unfinished_uploads()
     ]
     old = [orphan for orphan in found if orphan.age_s >= grace_s]
     return sorted(old, key=lambda orphan: -orphan.age_s)

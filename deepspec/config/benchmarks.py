@@ -77,10 +77,9 @@ def check_name(name: str, *, others: Iterable[str] = ()) -> str:
     is_path = "/" in name or PurePath(name).suffix in FILES
     if find_benchmark(name) or name in known or (is_path and not name.startswith("demo/")):
         return name
-    meant = nearest(name.partition("@")[0], known, most=3)
     raise ValueError(
-        f"there is no benchmark {name!r}{meant}; known are {', '.join(known)}, or give a file "
-        f"({', '.join(FILES)})"
+        f"there is no benchmark {name!r}{nearest(name.partition('@')[0], known, most=3)}; known "
+        f"are {', '.join(known)}, or give a file ({', '.join(FILES)})"
     )
 
 

@@ -97,11 +97,10 @@ def family_of(hf_config: HFConfig) -> Family:
     model_type = text.get("model_type") or hf_config.get("model_type")
     family = next((family for family in FAMILIES if model_type in family.model_types), None)
     if family is None:
-        known = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise ConfigError(
             f"no draft is known for targets of type {model_type!r}",
             where="config.json: model_type",
-            fix=f"known are: {known}",
+            fix=f"known are: {', '.join(QWEN3.model_types + GEMMA4.model_types)}",
         )
     unsupported = {
         "enable_moe_block": "mixture-of-experts blocks",

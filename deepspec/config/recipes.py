@@ -3,23 +3,26 @@
 A recipe is an algorithm row laid over a target row, and both over the protocol that all share:
 `dspark-qwen3-4b` is `recipes/protocol.yaml`, `recipes/targets/qwen3-4b.yaml` and
 `recipes/algorithms/dspark.yaml`. A run file may name the recipe it starts from under `recipe:`.
+What is wrong with a run is explained by the field's path, what is allowed, and the nearest right
+name.
 """
 
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from deepspec.config.invalid import explain
 from deepspec.config.run import RunConfig
-from deepspec.config.section import nearest
+from deepspec.config.section import Section, nearest, sections_in
 from deepspec.errors import ConfigError
 
 RECIPES = files("deepspec").joinpath("recipes")
+UNIONS = ("draft", "source")  # after these names pydantic puts the union's tag into a path
 DEFAULT_ALGORITHM = "dspark"  # `demo` alone means `dspark-demo`
 
 
@@ -62,7 +65,7 @@ def validated(
     try:
         return RunConfig.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}", where=where, fix=fix) from None
+        raise ConfigError(f"{where}: {_explained(error)}", where=where, fix=fix) from None
 
 
 def recipe_fields(name: str) -> dict[str, Any]:
@@ -163,3 +166,47 @@ def _read_run_file(path: Path) -> dict[str, Any]:
 def section_of(config: BaseModel) -> dict[str, Any]:
     """A config section as plain JSON values, for fingerprints and records."""
     return config.model_dump(mode="json")
+
+
+def _explained(error: ValidationError) -> str:
+    """All wrong fields of a run, each with its reason."""
+    found = error.errors()
+    around = {detail["loc"][:end] for detail in found for end in range(len(detail["loc"]))}
+    # a list is no shorter for an entry that is wrong
+    causes = [
+        detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in around
+    ]
+    return "; ".join(map(_cause, causes))
+
+
+def _cause(detail: ErrorDetails) -> str:
+    loc = [str(part) for part in detail["loc"]]
+    shown = [part for before, part in zip(["", *loc], loc, strict=False) if before not in UNIONS]
+    field = ".".join(shown) or "run"
+    if detail["type"] == "extra_forbidden":
+        allowed = _allowed_fields(loc[:-1])
+        meant = nearest(loc[-1], allowed)
+        return f"{field}: there is no such field{meant}; allowed here: {', '.join(allowed)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if expected := str(detail.get("ctx", {}).get("expected", "")).replace("'", ""):
+        message += nearest(str(detail["input"]), expected.replace(" or ", ", ").split(", "))
+    if detail["type"] not in ("missing", "value_error"):
+        message += f" (given: {detail['input']!r})"
+    return f"{field}: {message}"
+
+
+def _allowed_fields(loc: Sequence[str]) -> list[str]:
+    """Names of the fields of the section at an error's location."""
+    sections: list[type[Section]] = [RunConfig]
+    for key in loc:
+        fields = [section.model_fields[key] for section in sections if key in section.model_fields]
+        inner = [section for field in fields for section in sections_in(field.annotation)]
+        # else the key is the tag of one of a union's sections, the index of a list, or a stage
+        sections = (
+            inner or [section for section in sections if _is_tagged(section, key)] or sections
+        )
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def _is_tagged(section: type[Section], tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in section.model_fields.values())

@@ -20,8 +20,8 @@ from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
 from deepspec.config.data import DatasetSource
 from deepspec.errors import DataError
-from deepspec.prompts.data_sets import pin_revision, read_dataset
 from deepspec.prompts.files import located_rows
+from deepspec.prompts.sources import pin_revision, read_dataset
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,23 @@ def stored_benchmark(run: Run, benchmark: BenchmarkSet) -> Artifact:
 
 def _commit(benchmark: BenchmarkSet, artifact: Artifact) -> None:
     started = time.monotonic()
+    place = benchmark.model_dump(include={"subset", "split", "revision"})
+    source = DatasetSource(kind="dataset", name=benchmark.dataset, **place)
     try:
-        rows = _read_rows(benchmark, artifact)
+        source = pin_revision(source, artifact, setting=f"{benchmark.name}@")
+        rows = [
+            {
+                "turns": turns_of(benchmark, row),
+                "problem": row[benchmark.problem] if benchmark.problem else None,
+            }
+            for row in read_dataset(source, files=benchmark.files)
+        ]
+        if not rows:
+            raise DataError(
+                "the data set has no rows",
+                where=f"data set {benchmark.dataset}",
+                fix="check its split and files",
+            )
     except DataError as error:
         raise DataError(
             f"benchmark {benchmark.name}: {error.what}",
@@ -100,26 +115,6 @@ def _commit(benchmark: BenchmarkSet, artifact: Artifact) -> None:
         seconds = time.monotonic() - started
         artifact.commit(SHARD, local, Counts(rows=len(rows)), upstream=None, seconds=seconds)
     log.info("benchmark=%s prompts=%d artifact=%s", benchmark.name, len(rows), artifact.url)
-
-
-def _read_rows(benchmark: BenchmarkSet, artifact: Artifact) -> list[dict[str, Any]]:
-    place = benchmark.model_dump(include={"subset", "split", "revision"})
-    source = DatasetSource(kind="dataset", name=benchmark.dataset, **place)
-    source = pin_revision(source, artifact, setting=f"{benchmark.name}@")
-    rows = [
-        {
-            "turns": turns_of(benchmark, row),
-            "problem": row[benchmark.problem] if benchmark.problem else None,
-        }
-        for row in read_dataset(source, files=benchmark.files)
-    ]
-    if not rows:
-        raise DataError(
-            "the data set has no rows",
-            where=f"data set {benchmark.dataset}",
-            fix="check its split and files",
-        )
-    return rows
 
 
 def benchmark_digests(run: Run, stage: str) -> dict[str, str]:

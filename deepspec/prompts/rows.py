@@ -74,11 +74,10 @@ def make_prompt(row: Mapping[str, Any], settings: PromptsConfig) -> Prompt | Rej
     except _UnusableRow as unusable:
         return Rejected(*unusable.args)
     number = _hash((kept + tools).encode())
-    draw = _hash(f"{settings.seed}:{number}".encode()) / 2**64
     domain = row.get("domain")
     return Prompt(
         id=number,
-        held_out=draw < settings.held_out,
+        held_out=_hash(f"{settings.seed}:{number}".encode()) / 2**64 < settings.held_out,
         domain=None if domain is None else str(domain),
         messages=kept,
         tools=tools or None,

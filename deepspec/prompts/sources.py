@@ -1,13 +1,23 @@
-"""Where prompts come from: rows of files and data sets, in an order that never changes."""
+"""Where prompts come from: rows of files and data sets, in an order that never changes.
 
-from collections.abc import Iterator, Mapping
+A data set is read from a local folder, or from the Hugging Face hub at one commit.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.config.data import DatasetSource, DemoSource, FileSource, PromptSource
 from deepspec.errors import DataError
-from deepspec.prompts.data_sets import read_dataset
 from deepspec.prompts.files import read_file
+from deepspec.storage.store import canonical_json
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("messages", "conversations", "turns", "prompt")  # that may hold a conversation
 
@@ -24,9 +34,9 @@ def read_source(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
     wanted = (column,) if column else COLUMNS
     for number, row in enumerate(_rows(run, source)):
         if number == 0 and not row.keys() & set(wanted):
-            found = ", ".join(sorted(row)) or "none"
+            columns = ", ".join(sorted(row)) or "none"
             raise DataError(
-                f"the first row has no column {' or '.join(wanted)}, only {found}",
+                f"the first row has no column {' or '.join(wanted)}, only {columns}",
                 where=f"prompts.source {source}",
                 fix="name the column that holds the conversation in prompts.source.column",
             )
@@ -48,3 +58,86 @@ def _renamed(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
     value = row.get(column)
     rest = {key: row[key] for key in row if key not in COLUMNS and key != column}
     return {**rest, "prompt" if isinstance(value, str) else "messages": value}
+
+
+def is_on_hub(source: DatasetSource) -> bool:
+    """Whether the data set is a name on the hub, not a local folder."""
+    return not Path(source.name).is_dir()
+
+
+def pin_revision(source: DatasetSource, artifact: Artifact, *, setting: str) -> DatasetSource:
+    """The source with a commit to read, which is the same each time the artifact is resumed.
+
+    The commit is kept in the artifact's `source.json`. `setting` is what a user would write before
+    the commit to set it.
+    """
+    if not is_on_hub(source) or source.revision:
+        return source
+    path = artifact.path("source.json")
+    if not artifact.store.exists(path):
+        newest = newest_revision(source)
+        content = canonical_json({"name": source.name, "revision": newest})
+        if artifact.store.write_new(path, content):  # else another worker was first
+            setting += newest
+            log.warning("data set %s is not pinned; the newest is read: %s", source.name, setting)
+    revision = json.loads(artifact.store.read(path))["revision"]
+    return source.model_copy(update={"revision": revision})
+
+
+def newest_revision(source: DatasetSource) -> str:
+    """The newest commit of a data set on the hub.
+
+    Raises:
+        DataError: there is no such data set, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.name).sha)
+    except _hub_errors() as error:
+        raise _not_loaded(source, error) from None
+
+
+def read_dataset(
+    source: DatasetSource, *, files: Sequence[str] = ()
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set, streamed; with `files` those of these files, whatever the split.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    import datasets
+
+    on_hub = is_on_hub(source)
+    folder = f"hf://datasets/{source.name}@{source.revision}" if on_hub else source.name
+    rows: Iterable[Mapping[str, Any]]
+    # A cache of its own: in the shared one `datasets` tells folders with a card apart by their last
+    # name only, and took one for another.
+    with TemporaryDirectory() as cache:
+        place = {"revision": source.revision} if on_hub else {"cache_dir": cache}
+        try:
+            if files:
+                rows = (row for file in files for row in read_file(f"{folder}/{file}"))
+            else:
+                rows = datasets.load_dataset(
+                    source.name, source.subset, split=source.split, streaming=True, **place
+                )
+            yield from rows  # read lazily, so this may fail as well
+        except _hub_errors() as error:
+            raise _not_loaded(source, error) from None
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client and `datasets` raise: wrong names, no network, servers that fail."""
+    # the module whose client it uses, which is httpx or one that replaces it
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    return OSError, ValueError, httpx.HTTPError
+
+
+def _not_loaded(source: DatasetSource, error: Exception) -> DataError:
+    return DataError(
+        f"cannot be loaded: {error}",
+        where=f"data set {source.name}, split {source.split}, revision {source.revision}",
+        fix="check name, subset, split and revision, and the network",
+    )

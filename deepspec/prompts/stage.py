@@ -25,9 +25,8 @@ from deepspec.errors import DataError
 from deepspec.messages import parse_messages
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests, read_benchmark
-from deepspec.prompts.data_sets import pin_revision
 from deepspec.prompts.rows import DUPLICATE, Prompt, Rejected, SeenPrompts, make_prompt
-from deepspec.prompts.sources import read_source
+from deepspec.prompts.sources import pin_revision, read_source
 
 SCHEMA = pa.schema(
     [
@@ -56,36 +55,6 @@ class PromptShard(NamedTuple):
         return {reason: reasons[reason] for reason in (DUPLICATE, BENCHMARK)}
 
 
-class BenchmarkTexts:
-    """The turns of the benchmarks in `prompts.decontaminate`, normalised (trap A7).
-
-    Of a known benchmark also the bare problems, as a training set may have them without the
-    benchmark's wording.
-    """
-
-    def __init__(self, run: Run) -> None:
-        """Read the benchmarks.
-
-        Raises:
-            DataError: a benchmark cannot be read, or has a line without turns.
-        """
-        self._benchmark_of: dict[str, str] = {}
-        for name in run.config.prompts.decontaminate:
-            for turns, problem in read_benchmark(run, name):
-                for text in (*turns, problem or ""):
-                    self._benchmark_of[normalised(text)] = name
-        # a turn without a word in it would match every other such message
-        self._benchmark_of.pop("", None)
-
-    def match(self, messages: str) -> str | None:
-        """The benchmark, if any, that contains one of the user's messages (JSON) of a prompt."""
-        if not self._benchmark_of:
-            return None
-        users = (message for message in parse_messages(messages) if message.role == "user")
-        found = (self._benchmark_of.get(normalised(message.content)) for message in users)
-        return next(filter(None, found), None)
-
-
 def run_prompts(run: Run, report: Report = silent) -> Artifact:
     """Read the source once, committing each shard that is missing, and seal.
 
@@ -97,7 +66,7 @@ def run_prompts(run: Run, report: Report = silent) -> Artifact:
     """
     settings = run.config.prompts
     inputs = require_sealed(run, "prompts")
-    benchmarks = BenchmarkTexts(run)
+    benchmarks = benchmark_texts(run)
     inputs |= benchmark_digests(run, "prompts")
     artifact = run.create("prompts")
     source = settings.source
@@ -120,7 +89,7 @@ def run_prompts(run: Run, report: Report = silent) -> Artifact:
 
 
 def cut_shards(
-    settings: PromptsConfig, rows: Iterable[Mapping[str, Any]], benchmarks: BenchmarkTexts
+    settings: PromptsConfig, rows: Iterable[Mapping[str, Any]], benchmarks: Mapping[str, str]
 ) -> Iterator[PromptShard]:
     """Shards of `shard_rows` prompts, up to the limit; the last one may be shorter."""
     num_prompts = 0
@@ -130,7 +99,7 @@ def cut_shards(
         prompt = make_prompt(row, settings)
         if isinstance(prompt, Prompt):
             prompt = seen.add(prompt)
-        if isinstance(prompt, Prompt) and (benchmark := benchmarks.match(prompt.messages)):
+        if isinstance(prompt, Prompt) and (benchmark := _benchmark_in(prompt.messages, benchmarks)):
             prompt = Rejected(BENCHMARK, f"it is a prompt of {benchmark}")
         if isinstance(prompt, Rejected):
             shard.rejects.append({"row": number, **prompt._asdict()})
@@ -175,6 +144,35 @@ def _check_share(settings: PromptsConfig, totals: Mapping[str, int]) -> None:
             where=where,
             fix="see the artifact's rejects; correct the rows or raise the limit",
         )
+
+
+def benchmark_texts(run: Run) -> dict[str, str]:
+    """The turns of the benchmarks in `prompts.decontaminate`, normalised, each with its benchmark.
+
+    Of a known benchmark also the bare problems, as a training set may have them without the
+    benchmark's wording (trap A7).
+
+    Raises:
+        DataError: a benchmark cannot be read, or has a line without turns.
+    """
+    benchmark_of = {
+        normalised(text): name
+        for name in run.config.prompts.decontaminate
+        for turns, problem in read_benchmark(run, name)
+        for text in (*turns, problem or "")
+    }
+    # a turn without a word in it would match every other such message
+    benchmark_of.pop("", None)
+    return benchmark_of
+
+
+def _benchmark_in(messages: str, benchmark_of: Mapping[str, str]) -> str | None:
+    """The benchmark, if any, that contains one of the user's messages (JSON) of a prompt."""
+    if not benchmark_of:
+        return None
+    users = (message for message in parse_messages(messages) if message.role == "user")
+    found = (benchmark_of.get(normalised(message.content)) for message in users)
+    return next(filter(None, found), None)
 
 
 def normalised(text: str) -> str:

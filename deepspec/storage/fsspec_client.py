@@ -46,8 +46,9 @@ class FsspecBucket(Bucket):
         info = self.fs.info(self.path(key))
         if info["type"] == "directory":
             raise FileNotFoundError(key)
-        version = info.get("ETag") or info.get("created") or info.get("mtime")
-        return Head(int(info["size"]), str(version))
+        return Head(
+            int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
+        )
 
     @override
     def listing(self, folder: str) -> FolderListing:

@@ -161,8 +161,8 @@ class RemoteStore(Store):
 
     @override
     def fetch(self, name: str, checksum: str | None = None) -> Path:
-        store = xxhash.xxh3_64_hexdigest(self.url.encode())
-        target = self.scratch / "fetched" / store / Path(self.path(name)).relative_to(self.root)
+        copies = self.scratch / "fetched" / xxhash.xxh3_64_hexdigest(self.url.encode())
+        target = copies / Path(self.path(name)).relative_to(self.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         if checksum and (kept := target.with_name(f"{checksum}-{target.name}")).exists():
             return kept
@@ -196,9 +196,8 @@ class RemoteStore(Store):
         return read_blocks(partial(self.read_range, name), num_bytes)
 
     @override
-    def stale_uploads(self, before: float) -> list[Upload]:
-        uploads = self._request("list uploads", "", lambda bucket: bucket.uploads(), client="s3fs")
-        return [upload for upload in uploads if upload.started < before]
+    def unfinished_uploads(self) -> list[Upload]:
+        return self._request("list uploads", "", lambda bucket: bucket.uploads(), client="s3fs")
 
     @override
     def abort_upload(self, upload: Upload) -> None:

@@ -43,15 +43,13 @@ STATUS_KINDS: dict[int, Kind] = {
     429: "transient",
     501: "unsupported",
 }
-SECRETS = [
-    re.compile(r"()\b(?:AKIA|ASIA)[A-Z0-9]{12,}"),
-    re.compile(
-        r"(?i)((?:x-amz-(?:credential|signature|security-token)|awsaccesskeyid|signature"
-        r"|authorization|token)\s*[=:]\s*)[^\s&\"'<>]+"
-    ),
-    re.compile(r"(?i)(<(?:AWSAccessKeyId|SignatureProvided|StringToSign|Token)[^>]*>)[^<]*"),
-    re.compile(r"(://)[^/@\s]+@"),
-]
+SECRETS = (
+    r"()\b(?:AKIA|ASIA)[A-Z0-9]{12,}",
+    r"(?i)((?:x-amz-(?:credential|signature|security-token)|awsaccesskeyid|signature"
+    r"|authorization|token)\s*[=:]\s*)[^\s&\"'<>]+",
+    r"(?i)(<(?:AWSAccessKeyId|SignatureProvided|StringToSign|Token)[^>]*>)[^<]*",
+    r"(://)[^/@\s]+@",
+)
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DAMAGED_FIX = "run `python -m deepspec verify`, then the stage again"
 
@@ -73,8 +71,8 @@ class Failure(Exception):
 
 def problem_of_answer(status: int | None, code: str) -> Problem:
     """What an answer with this HTTP status and S3 error code means."""
-    known = KINDS.get(code) or STATUS_KINDS.get(status or 0)
-    kind = known or ("transient" if (status or 0) >= 500 else "fatal")
+    status = status or 0
+    kind = KINDS.get(code) or STATUS_KINDS.get(status, "transient" if status >= 500 else "fatal")
     return Problem(kind, " ".join(str(part) for part in (status, code) if part))
 
 
@@ -123,5 +121,5 @@ def scrub(text: str) -> str:
         secret = os.environ.get(name)
         line = line.replace(secret, "***") if secret else line
     for pattern in SECRETS:
-        line = pattern.sub(r"\1***", line)
+        line = re.sub(pattern, r"\1***", line)
     return line[:300]

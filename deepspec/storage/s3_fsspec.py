@@ -3,6 +3,7 @@
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,11 @@ class S3fsBucket(FsspecBucket):
     @override
     def head(self, key: str) -> Head:
         found = self.call("head_object", key)
-        owner = found.get("Metadata", {}).get(OWNER, "")
-        return Head(int(found["ContentLength"]), str(found["ETag"]).strip('"'), owner)
+        return Head(
+            int(found["ContentLength"]),
+            str(found["ETag"]).strip('"'),
+            found.get("Metadata", {}).get(OWNER, ""),
+        )
 
     @override
     def remove(self, key: str) -> None:
@@ -142,14 +146,13 @@ class S3fsBucket(FsspecBucket):
                 MultipartUpload={"Parts": parts},
             )
         except self.errors as error:
-            if self.problem(error).kind != "transient" or not self._is_there(upload.key, owner):
+            if self.problem(error).kind != "transient":
                 raise
-
-    def _is_there(self, key: str, owner: str) -> bool:
-        try:
-            return retried(f"head {key}", lambda: self.head(key), self).owner == owner
-        except Failure:
-            return False
+            with suppress(Failure):
+                head = partial(self.head, upload.key)
+                if retried(f"head {upload.key}", head, self).owner == owner:
+                    return
+            raise
 
     def _abort_or_leave(self, upload: Upload) -> None:
         """Abort; a server that cannot even do that now must not hide why the upload failed.

@@ -141,8 +141,8 @@ class Store(Protocol):
         """Whether `write_new` keeps racing writers apart; not every S3 server does."""
         return True
 
-    def stale_uploads(self, before: float) -> list[Upload]:
-        """Multipart uploads begun before this time (unix seconds) and never finished: S3 only."""
+    def unfinished_uploads(self) -> list[Upload]:
+        """Multipart uploads that are neither complete nor aborted: S3 only."""
         return []
 
     def abort_upload(self, upload: Upload) -> None:

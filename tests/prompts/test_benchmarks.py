@@ -172,7 +172,7 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
         return [{"question": "How many?", "answer": "1"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("deepspec.prompts.data_sets.newest_revision", lambda source: next(commits))
+    monkeypatch.setattr("deepspec.prompts.sources.newest_revision", lambda source: next(commits))
     monkeypatch.setitem(KNOWN, "gsm8k", KNOWN["gsm8k"].model_copy(update={"revision": None}))
     config = tiny_run(tmp_path / "store")
     artifact = stored_benchmark(Run(config), KNOWN["gsm8k"])
