@@ -28,13 +28,12 @@ class Journal:
         self.path = path
         self._entries: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
         self._torn = False
-        if path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    self._torn = not line.endswith(b"\n")
-                    with suppress(ValueError, KeyError, TypeError):
-                        entry = json.loads(line)
-                        self._entries[entry["key"]].append((entry["kind"], entry["fields"]))
+        with suppress(FileNotFoundError), path.open("rb") as lines:
+            for line in lines:
+                self._torn = not line.endswith(b"\n")
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    self._entries[entry["key"]].append((entry["kind"], entry["fields"]))
 
     def final_outcome(self, key: str, *, row_runs: int) -> Turn | Refused | None:
         """The outcome of a request in an earlier run, where no other attempt should be made.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
@@ -25,10 +25,9 @@ from deepspec.target.conversation import AnswerRequest
 log = logging.getLogger(__name__)
 
 REQUEST_LOGGERS = ("httpx", "httpx2")  # a line per request, of which there are millions
-Dialect = Literal["openai", "vllm", "sglang", "transformers"]
 SEEDS = 2**31  # servers take seeds of 31 bits
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-KNOWN_OWNERS: dict[str, Dialect] = {"vllm": "vllm", "sglang": "sglang"}
+KNOWN_OWNERS = {"vllm": "vllm", "sglang": "sglang"}
 KEY_REFUSED = (401, 403)
 CHECK_S = 10.0  # that a server may take to list its models
 
@@ -56,14 +55,35 @@ class ServerClient:
         )
 
     def _fields_for(self, owner: str) -> dict[str, Any]:
-        """The fields of every request to a server whose models belong to `owner`."""
-        dialect = self._servers.dialect
-        if dialect == "auto":
-            dialect = KNOWN_OWNERS.get(owner, "openai")
-        fields = common_fields(self._config, dialect)
+        """The fields of every request to a server whose models belong to `owner`.
+
+        What a request leaves out, a server takes from the model's own generation_config.json (top_k
+        20 for Qwen3), so everything that the server understands is sent. Strict servers refuse
+        fields beyond OpenAI's schema, so `openai` sends those only where they are not neutral.
+        """
+        sampling = self._config.answers.sampling
+        extended = {name: getattr(sampling, name) for name in NEUTRAL}
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "chat_template_kwargs": {"enable_thinking": self._config.target.thinking},
+        }
+        if sampling.presence_penalty:
+            fields["presence_penalty"] = sampling.presence_penalty
         if self._servers.token_ids == "ask":
             fields["return_token_ids"] = True
-        return {"model": self.model, **fields}
+        dialect = self._servers.dialect
+        match KNOWN_OWNERS.get(owner, "openai") if dialect == "auto" else dialect:
+            case "transformers":  # takes the others here alone, and samples only with `do_sample`
+                sampled = {**extended, "do_sample": sampling.temperature > 0}
+                fields["generation_config"] = json.dumps(sampled)
+            case "openai":
+                fields |= {key: value for key, value in extended.items() if value != NEUTRAL[key]}
+            case _:
+                # the marks around thinking are special tokens
+                fields |= {**extended, "top_k": sampling.top_k or -1, "skip_special_tokens": False}
+        return fields
 
     def scrub(self, text: str) -> str:
         """The text without the key: a server's error may repeat what it was sent."""
@@ -136,34 +156,6 @@ def _is_loopback(url: str) -> bool:
     with suppress(ValueError):
         return ip_address(host).is_loopback
     return host == "localhost"
-
-
-def common_fields(config: RunConfig, dialect: Dialect) -> dict[str, Any]:
-    """The fields that every request to a server of this dialect carries.
-
-    What a request leaves out, a server takes from the model's own generation_config.json (top_k 20
-    for Qwen3), so everything that the server understands is sent. Strict servers refuse fields
-    beyond OpenAI's schema, so `openai` sends those only where they are not neutral.
-    """
-    sampling = config.answers.sampling
-    extended = {name: getattr(sampling, name) for name in NEUTRAL}
-    fields: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "chat_template_kwargs": {"enable_thinking": config.target.thinking},
-    }
-    if sampling.presence_penalty:
-        fields["presence_penalty"] = sampling.presence_penalty
-    match dialect:
-        case "transformers":  # takes the others here alone, and samples only with `do_sample`
-            sampled = {**extended, "do_sample": sampling.temperature > 0}
-            fields["generation_config"] = json.dumps(sampled)
-        case "openai":
-            fields |= {name: value for name, value in extended.items() if value != NEUTRAL[name]}
-        case _:
-            # the marks around thinking are special tokens
-            fields |= {**extended, "top_k": sampling.top_k or -1, "skip_special_tokens": False}
-    return fields
 
 
 def sent_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from deepspec.config.benchmarks import check_name
 from deepspec.config.section import Section
@@ -65,7 +65,7 @@ class PromptsConfig(Section):
     """Share of the prompts that training never sees."""
     seed: int = 42
     """Seed of the held-out split."""
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: tuple[Annotated[str, AfterValidator(check_name)], ...] = ()
     """Benchmarks, known ones by name or files (`turns` on each line): prompts that are one of
     theirs are dropped.
     """
@@ -75,11 +75,6 @@ class PromptsConfig(Section):
     """
     max_rejected: float = Field(default=0.05, ge=0, le=1)
     """Share of unusable rows above which the stage fails."""
-
-    @field_validator("decontaminate")
-    @classmethod
-    def _benchmarks_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_name, names))
 
 
 class SamplingConfig(Section):
@@ -170,5 +165,4 @@ class HiddenConfig(Section):
     @property
     def codec_of_last_hidden(self) -> Literal["raw", "lossless", "int8"]:
         """The codec of the final hidden states, whether it is given or follows `codec`."""
-        follows: Literal["raw", "lossless", "int8"] = "int8" if self.codec == "fp8" else self.codec
-        return self.last_codec or follows
+        return self.last_codec or ("int8" if self.codec == "fp8" else self.codec)

@@ -1,9 +1,10 @@
 """The section of a run about its evaluation: which prompts are decoded, and how."""
 
 from collections import Counter
+from functools import partial
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from deepspec.config.benchmarks import DEMO, Domain, check_name, short_name
 from deepspec.config.section import Section
@@ -12,7 +13,7 @@ from deepspec.config.section import Section
 class BenchmarkConfig(Section):
     """A set of prompts to decode."""
 
-    name: str
+    name: Annotated[str, AfterValidator(partial(check_name, others=DEMO))]
     """A known one (`gsm8k`; `gsm8k@COMMIT` pins its data set), `demo/math`, `demo/code`,
     `demo/chat`, or a JSONL or Parquet file.
     """
@@ -26,11 +27,6 @@ class BenchmarkConfig(Section):
     """
     domain: Domain | None = None
     """What the prompts are about; null is a known one's own, and `other` for a file."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_known(cls, name: str) -> str:
-        return check_name(name, others=DEMO)
 
 
 class EvaluateConfig(Section):

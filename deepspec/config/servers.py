@@ -29,14 +29,10 @@ def _variable_name(name: str) -> str:
     return name
 
 
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
-VariableName = Annotated[str, AfterValidator(_variable_name)]
-
-
 class ServersConfig(Section):
     """Servers of the target, for `answers.engine: openai`."""
 
-    endpoints: tuple[Endpoint, ...] = ()
+    endpoints: tuple[Annotated[str, AfterValidator(_endpoint)], ...] = ()
     """OpenAI-compatible servers of the target (vLLM, SGLang, TGI, transformers serve, ...),
     each with its `/v1`.
     """
@@ -56,7 +52,7 @@ class ServersConfig(Section):
     """Seconds until a started server must answer: loading a large target takes minutes."""
     model_name: str | None = None
     """Name under which the servers know the target; null is `target.model`."""
-    api_key_env: VariableName = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, AfterValidator(_variable_name)] = "OPENAI_API_KEY"
     """Environment variable that holds the servers' key; the key itself is written nowhere."""
     api_key_secret: str | None = None
     """Prefect Secret block that holds the key; flows put it into that variable of the children

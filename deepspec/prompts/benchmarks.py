@@ -20,8 +20,7 @@ from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
 from deepspec.config.data import DatasetSource
 from deepspec.errors import DataError
-from deepspec.prompts.files import located_rows
-from deepspec.prompts.sources import pin_revision, read_dataset
+from deepspec.prompts.sources import located_rows, pin_revision, read_dataset
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ import fsspec
 
 from deepspec.errors import StoreError
 from deepspec.storage import s3_obstore
-from deepspec.storage.fsspec_client import FsspecBucket
-from deepspec.storage.s3_client import Bucket
+from deepspec.storage.s3_client import Bucket, FsspecBucket
 from deepspec.storage.s3_fsspec import S3fsBucket
 from deepspec.storage.s3_obstore import ObstoreBucket
 

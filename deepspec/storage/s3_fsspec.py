@@ -11,7 +11,6 @@ from typing import Any
 from typing_extensions import override
 
 from deepspec.errors import TransientError
-from deepspec.storage.fsspec_client import FsspecBucket
 from deepspec.storage.retries import retried
 from deepspec.storage.s3_client import (
     CONNECT_S,
@@ -19,6 +18,7 @@ from deepspec.storage.s3_client import (
     PART_BYTES,
     PARTS_AT_ONCE,
     READ_S,
+    FsspecBucket,
     Head,
     part_bytes,
 )

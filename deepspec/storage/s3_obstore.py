@@ -20,7 +20,7 @@ from deepspec.storage.s3_client import (
     Head,
     part_bytes,
 )
-from deepspec.storage.s3_errors import Problem, problem_of_answer, scrub
+from deepspec.storage.s3_errors import Problem, problem_of, problem_of_answer
 from deepspec.storage.store import Buffer, Entry, FolderListing
 
 # Botocore renews at least ten minutes early; obstore wants new ones five minutes before the end.
@@ -80,7 +80,7 @@ class ObstoreBucket(Bucket):
         if isinstance(error, self._denied):
             return Problem("denied", "permission denied")
         transient = isinstance(error, ConnectionError | TimeoutError) or "HTTP error" in text
-        return Problem("transient" if transient else "fatal", scrub(text))
+        return problem_of(error, transient=transient)
 
     @override
     def read(self, key: str) -> bytes:

@@ -11,7 +11,7 @@ from deepspec.artifacts.run import Run, benchmark_key
 from deepspec.config.benchmarks import KNOWN, check_name, columns_of, find_benchmark, turns_of
 from deepspec.config.recipes import load_run
 from deepspec.errors import ConfigError, DataError
-from deepspec.prompts.files import read_file
+from deepspec.prompts.sources import read_file
 from tests.conftest import SHARED
 
 GOLDEN = sorted((SHARED / "eval_datasets").glob("*.jsonl"))
