@@ -46,8 +46,8 @@ def answered_shards(
         check = None
         if servers.start != "none":
             model = str(target_folder(run) or config.target.model)
-            started = serving(config, model=model, logs=folder_beside(stage.artifact, "logs"))
-            servers, check = stack.enter_context(started)
+            logs = folder_beside(stage.artifact, "logs")
+            servers, check = stack.enter_context(serving(config, model=model, logs=logs))
         engine = stack.enter_context(open_servers(config, servers, progress))
         yield stack.enter_context(closing(ConcurrentShards(engine, stage, check)))
 

@@ -115,7 +115,7 @@ class _Server:
         self.owner = owner
         self.error: DeepSpecError | None = None
         self.was_up = False
-        self.given_up = False
+        self.given_up: DeepSpecError | None = None
         # the scope is a context variable, and a thread begins without any
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._run,), name="server", daemon=True).start()
@@ -132,7 +132,7 @@ class _Server:
                     restart + 1,
                     RESTARTS,
                 )
-        self.given_up = True
+        self.given_up = self.error
 
     def _run_once(self) -> DeepSpecError:
         """Run the server until it ends; returns why it did."""
@@ -156,9 +156,9 @@ class _Server:
 
     def check(self) -> None:
         """Raise TransientError if the server died too often to be started again."""
-        if self.given_up and self.error is not None:
+        if self.given_up is not None:
             raise TransientError(
-                f"the server died {RESTARTS + 1} times; the last error: {self.error.what}",
+                f"the server died {RESTARTS + 1} times; the last error: {self.given_up.what}",
                 where=self._where,
                 fix="see its log; rows that were answered are kept",
             )

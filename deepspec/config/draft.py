@@ -132,12 +132,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _epochs_are_whole_rounds(self) -> Self:
-        left = self.epochs % self.window_epochs
-        if left:
-            below, above = self.epochs - left, self.epochs - left + self.window_epochs
-            nearest = f"{below} or {above}" if below else f"{above}"
+        if left := self.epochs % self.window_epochs:
+            below = self.epochs - left
+            above = f"{below + self.window_epochs} epochs"
             raise ValueError(
                 f"train.epochs {self.epochs} is no multiple of train.window_epochs "
-                f"{self.window_epochs}: choose {nearest} epochs"
+                f"{self.window_epochs}: choose {f'{below} or {above}' if below else above}"
             )
         return self

@@ -56,8 +56,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _engine_has_servers_where_it_needs_them(self) -> Self:
         sampling, servers = self.answers.sampling, self.resources.servers
-        starts = servers.start != "none"
-        if self.answers.engine == "openai" and bool(servers.endpoints) == starts:
+        if self.answers.engine == "openai" and bool(servers.endpoints) == (servers.start != "none"):
             raise ValueError(
                 "answers.engine `openai` needs servers: either resources.servers.endpoints, e.g. "
                 "[http://127.0.0.1:8000/v1], or resources.servers.start"

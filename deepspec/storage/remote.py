@@ -112,9 +112,11 @@ class RemoteStore(Store):
         self.write(name, data)
         return True
 
-    @override
     def conditional_writes_work(self) -> bool:
-        """Three requests find out, and also whether one can write here at all."""
+        """Whether `write_new` keeps racing writers apart; not every S3 server does.
+
+        Three requests find out, and also whether one can write here at all.
+        """
         name = f".probe-{uuid.uuid4().hex}"
         created = [self._create(name, data) for data in (b"first", b"second")]
         self._remove_object(name)

@@ -137,10 +137,6 @@ class Store(Protocol):
         self.write(name, b"deepspec")
         self.remove(name)
 
-    def conditional_writes_work(self) -> bool:
-        """Whether `write_new` keeps racing writers apart; not every S3 server does."""
-        return True
-
     def unfinished_uploads(self) -> list[Upload]:
         """Multipart uploads that are neither complete nor aborted: S3 only."""
         return []
