@@ -27,33 +27,31 @@ class TransformersEngine:
         self, requests: Sequence[AnswerRequest], *, shard: int
     ) -> Iterator[tuple[AnswerRequest, Outcome]]:
         """Decode in batches of similar prompt length; the shard alone decides who shares one."""
-        prompts = [self.chat.render(request.messages, request.tools) for request in requests]
-        fitting: dict[int, list[int]] = defaultdict(list)  # by the answer's limit
-        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        fitting: dict[int, list[tuple[list[int], AnswerRequest]]] = defaultdict(list)  # by limit
+        for request in requests:
+            prompt = self.chat.render(request.messages, request.tools)
             room = self.target.max_positions - request.max_new_tokens
             if len(prompt) <= room:
-                fitting[request.max_new_tokens].append(index)
+                fitting[request.max_new_tokens].append((prompt, request))
                 continue
             why = f"{len(prompt)} prompt tokens leave no room for the answer (at most {room})"
             yield request, Refused("too_long", why)
-        for limit, indices in fitting.items():
-            indices.sort(key=lambda index: len(prompts[index]))
+        for limit, fits in fitting.items():
+            fits.sort(key=lambda fit: len(fit[0]))
             settings = Decode(self.sampling, limit, self.stop_ids)
-            for start in range(0, len(indices), self.batch_rows):
-                batch = indices[start : start + self.batch_rows]
-                answers = generate(
-                    self.target,
-                    [prompts[index] for index in batch],
-                    settings,
-                    seeds=[requests[index].seed for index in batch],
-                )
-                for index, token_ids in zip(batch, answers, strict=True):
-                    turn = Turn(
-                        text=self.chat.decode(token_ids, self.stop_ids),
-                        token_ids=token_ids,
-                        finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
-                        num_tokens=len(token_ids),
-                        num_prompt_tokens=len(prompts[index]),
-                        seed=requests[index].seed,
+            for start in range(0, len(fits), self.batch_rows):
+                prompts, batch = zip(*fits[start : start + self.batch_rows], strict=True)
+                seeds = [request.seed for request in batch]
+                answers = generate(self.target, prompts, settings, seeds=seeds)
+                for prompt, request, token_ids in zip(prompts, batch, answers, strict=True):
+                    yield (
+                        request,
+                        Turn(
+                            text=self.chat.decode(token_ids, self.stop_ids),
+                            token_ids=token_ids,
+                            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
+                            num_tokens=len(token_ids),
+                            num_prompt_tokens=len(prompt),
+                            seed=request.seed,
+                        ),
                     )
-                    yield requests[index], turn

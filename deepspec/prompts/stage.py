@@ -65,9 +65,8 @@ def run_prompts(run: Run, report: Report = silent) -> Artifact:
         DataError: the source cannot be read, is empty, or has too many unusable rows.
     """
     settings = run.config.prompts
-    inputs = require_sealed(run, "prompts")
+    inputs = require_sealed(run, "prompts") | benchmark_digests(run, "prompts")
     benchmarks = benchmark_texts(run)
-    inputs |= benchmark_digests(run, "prompts")
     artifact = run.create("prompts")
     source = settings.source
     if isinstance(source, DatasetSource):
