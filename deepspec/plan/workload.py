@@ -24,9 +24,8 @@ from deepspec.errors import DataError
 from deepspec.hidden.sequences import capture_rows
 from deepspec.plan.assumed_answers import answered, assistant_texts
 from deepspec.plan.parts import PER_PROMPTS, Number, SampleSize, TokenCounts, Workload
-from deepspec.prompts.sources import is_on_hub, read_dataset
 from deepspec.prompts.rows import Prompt, make_prompt
-from deepspec.prompts.sources import read_source
+from deepspec.prompts.sources import is_on_hub, read_dataset, read_source
 from deepspec.target.chat import Chat, load_chat
 
 SAMPLE_SHARDS = 8  # that a sample is spread over
