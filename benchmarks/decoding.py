@@ -80,7 +80,7 @@ def main(run: str = "demo", *overrides: str) -> dict[str, object]:
         run, [word for word in overrides if not word.startswith("store=")], store=store
     )
     torch.set_num_threads(config.resources.devices.evaluate_threads or torch.get_num_threads())
-    models = load_models(Run(config), Run(config).artifact("train"))
+    models = load_models(Run(config))
     settings = Decode(
         SamplingConfig(temperature=0), config.evaluate.max_new_tokens, models.stop_ids, batch_size=1
     )

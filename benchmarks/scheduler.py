@@ -28,10 +28,10 @@ from deepspec.artifacts.results import SimulatedServing
 from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.evaluate.calibration import fit_calibration
+from deepspec.evaluate.confidence import simulate_policies
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.rounds import headline, read_rounds, split_by_prompt
 from deepspec.evaluate.scheduler import schedule
-from deepspec.evaluate.simulate import simulate_policies
 from deepspec.evaluate.speed_curve import SpeedCurve, profile
 from deepspec.target.model import Target
 

@@ -20,14 +20,6 @@ MIN_TESTED = 200
 GRID_STEPS, GRID_LIMIT = 161, 5.0  # temperatures tried: 1/5 to 5 in equal ratios
 
 
-class TemperatureGrid(Stored):
-    """The temperatures that were tried."""
-
-    low: float = 1 / GRID_LIMIT
-    high: float = GRID_LIMIT
-    steps: int = GRID_STEPS
-
-
 class Calibration(Stored):
     """`calibration.json`: a temperature for each slot [g], and what they were fitted on."""
 
@@ -36,7 +28,8 @@ class Calibration(Stored):
     prompts: int
     benchmarks: list[str]
     sampling_temperature: float
-    grid: TemperatureGrid = TemperatureGrid()
+    grid: dict[str, float]
+    """The temperatures that were tried."""
     bins: int = BINS
 
 
@@ -49,20 +42,21 @@ def fit_temperatures(rounds: Rounds) -> list[float]:
     grid = np.exp(np.linspace(-np.log(GRID_LIMIT), np.log(GRID_LIMIT), GRID_STEPS)).round(6)
     # Of equally good ones the nearest to 1 is taken.
     grid = grid[np.argsort(np.abs(np.log(grid)), kind="stable")]
-    found: list[float] = []
+    found = np.ones(rounds.confidence.shape[1])
     survival = np.ones(len(rounds.accepted))
     for slot, confidence in enumerate(rounds.confidence.T):
-        label = rounds.accepted > slot
         if np.count_nonzero(rounds.accepted >= slot) < MIN_TESTED:
-            found.append(1.0)
-            continue
+            break  # Nor did more rounds reach the slots behind it.
         errors = [
-            expected_calibration_error(survival * tempered(confidence, 1.0 / temperature), label)
+            expected_calibration_error(
+                survival * tempered(confidence, 1.0 / temperature), rounds.accepted > slot
+            )
             for temperature in grid
         ]
-        found.append(float(grid[int(np.argmin(errors))]))
-        survival = survival * tempered(confidence, 1.0 / found[-1])
-    return found
+        found[slot] = grid[np.argmin(errors)]
+        survival *= tempered(confidence, 1.0 / found[slot])
+    temperatures: list[float] = found.tolist()
+    return temperatures
 
 
 def fit_calibration(rows: Rows, block_size: int) -> Calibration | None:
@@ -84,4 +78,5 @@ def fit_calibration(rows: Rows, block_size: int) -> Calibration | None:
         prompts=fitted.num_prompts,
         benchmarks=list(dict.fromkeys(row["benchmark"] for row in chosen)),
         sampling_temperature=chosen[0]["temperature"],
+        grid={"low": 1 / GRID_LIMIT, "high": GRID_LIMIT, "steps": GRID_STEPS},
     )

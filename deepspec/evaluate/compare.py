@@ -135,12 +135,12 @@ def _difference(
     a, b = (mean_of([measure(part.sums) for part in side]) for side in (of_a, of_b))
     change = b - a
     known = change[1:][~np.isnan(change[1:])]
-    is_sure = len(known) > 0 and any(part.varies for part in of_a)
+    middle = interval(change) if any(part.varies for part in of_a) else None
     return {
         f"{unit}s": sum(part.num_units for part in of_a),
         "a": number(a),
         "b": number(b),
         "difference": number(change),
-        "interval": interval(change) if is_sure else None,
-        "above_zero": float((known > 0).mean()) if is_sure else None,
+        "interval": middle,
+        "above_zero": float((known > 0).mean()) if middle else None,
     }

@@ -17,30 +17,32 @@ def losslessness(rows: Rows, temperature: float, dtype: str | None) -> Losslessn
     gaps = [row["regret"] for row in rows if row.get("regret") is not None]
     largest = max(gaps, default=None)
 
-    def known(words: str, *, ok: bool | None, bound: float | None = None) -> Losslessness:
-        return Losslessness(
-            dtype=dtype,
-            identical=identical,
-            prompts=prompts,
-            max_logit_gap=largest,
-            bound=bound,
-            ok=ok,
-            words=words,
-        )
-
-    if temperature > 0:
-        why = "which verification ensures; two draws need not be equal"
-        return known(f"sampled answers are distributed as the target's, {why}", ok=None)
-    if identical == prompts:
-        return known("every answer is token for token that of plain greedy decoding", ok=True)
     differ = f"{prompts - identical} of {prompts} answers differ from plain greedy decoding"
-    if dtype == "float32":
-        return known(f"{differ}: in float32 none may", ok=False, bound=0.0)
-    if largest is None or len(gaps) < prompts - identical:
-        why = "how near those ties were was not recorded"
-        return known(f"{differ}, and {why}", ok=None, bound=GAP_BOUND)
-    if largest > GAP_BOUND:
-        why = f"by more than ties: logit gap {largest:.3g}"
-        return known(f"{differ}, {why}", ok=False, bound=GAP_BOUND)
-    why = f"by ties: no emitted token's logit is more than {largest:.3g} below the largest"
-    return known(f"{differ}, {why} (bound {GAP_BOUND:g})", ok=True, bound=GAP_BOUND)
+    bound: float | None = GAP_BOUND
+    if temperature > 0:
+        ok, bound, why = None, None, "which verification ensures; two draws need not be equal"
+        words = f"sampled answers are distributed as the target's, {why}"
+    elif identical == prompts:
+        ok, bound, words = (
+            True,
+            None,
+            "every answer is token for token that of plain greedy decoding",
+        )
+    elif dtype == "float32":
+        ok, bound, words = False, 0.0, f"{differ}: in float32 none may"
+    elif largest is None or len(gaps) < prompts - identical:
+        ok, words = None, f"{differ}, and how near those ties were was not recorded"
+    elif largest > GAP_BOUND:
+        ok, words = False, f"{differ}, by more than ties: logit gap {largest:.3g}"
+    else:
+        why = f"by ties: no emitted token's logit is more than {largest:.3g} below the largest"
+        ok, words = True, f"{differ}, {why} (bound {GAP_BOUND:g})"
+    return Losslessness(
+        dtype=dtype,
+        identical=identical,
+        prompts=prompts,
+        max_logit_gap=largest,
+        bound=bound,
+        ok=ok,
+        words=words,
+    )

@@ -4,7 +4,6 @@ confidence afterwards.
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Stored
@@ -19,18 +18,15 @@ log = logging.getLogger(__name__)
 
 POLICY = "policy.json"
 CALIBRATION = "calibration.json"  # of a result, and alongside the draft that it was fitted for
-StoredT = TypeVar("StoredT", bound=Stored)
 
 
-class Temperatures(Stored):
-    """What a policy needs of a `calibration.json`."""
+class PolicyInputs(Stored):
+    """`policy.json` of a result: what its blocks are cut by, so that a resumed run cuts alike.
+
+    Of a `calibration.json` it has the temperatures.
+    """
 
     temperatures: list[float] | None
-
-
-class PolicyInputs(Temperatures):
-    """`policy.json` of a result: what its blocks are cut by, so that a resumed run cuts alike."""
-
     curve: CurvePoints | None = None
 
 
@@ -43,19 +39,18 @@ def live_policy(
     """
     if settings.verify == "full":
         return None
-    inputs = _read(artifact, POLICY, PolicyInputs)
+    inputs = _read(artifact, POLICY)
     if inputs is None:
-        calibration = _read(draft, f"draft/{CALIBRATION}", Temperatures)
-        if calibration is None:
+        inputs = _read(draft, f"draft/{CALIBRATION}")
+        if inputs is None:
             fix = "an evaluation with evaluate.verify=full does that"
             log.warning("stage=evaluate the draft's confidence is not calibrated: %s", fix)
-        inputs = PolicyInputs(
-            temperatures=calibration.temperatures if calibration else None,
-            curve=curve().points() if settings.verify == "scheduled" else None,
-        )
+            inputs = PolicyInputs(temperatures=None)
+        if settings.verify == "scheduled":
+            inputs = inputs.model_copy(update={"curve": curve().points()})
         if not artifact.store.write_new(artifact.path(POLICY), pretty_json(inputs.model_dump())):
             # Another worker was first, and its curve is that of all.
-            inputs = _read(artifact, POLICY, PolicyInputs) or inputs
+            inputs = _read(artifact, POLICY) or inputs
     if settings.verify == "threshold":
         return Threshold(settings.threshold, inputs.temperatures)
     points = inputs.curve or curve().points()
@@ -69,8 +64,8 @@ def put_calibration(calibration: Calibration, artifact: Artifact, draft: Artifac
     draft.write(f"draft/{CALIBRATION}", content)
 
 
-def _read(artifact: Artifact, name: str, model: type[StoredT]) -> StoredT | None:
+def _read(artifact: Artifact, name: str) -> PolicyInputs | None:
     try:
-        return model.model_validate_json(artifact.read(name))
+        return PolicyInputs.model_validate_json(artifact.read(name))
     except FileNotFoundError:
         return None

@@ -3,7 +3,7 @@ turn by turn.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -51,13 +51,6 @@ class RenderedPrompt(NamedTuple):
     digest: str  # of the ids: shows when two runs rendered the same prompt differently
 
 
-class Fitting(NamedTuple):
-    """Prompts by number: those that fit into the target, and why the others are left out."""
-
-    usable: dict[int, RenderedPrompt]
-    skipped: dict[int, str]
-
-
 def load_benchmarks(run: Run) -> list[Benchmark]:
     """All benchmarks of the run, every one checked; known ones are put into the store if needed.
 
@@ -69,12 +62,11 @@ def load_benchmarks(run: Run) -> list[Benchmark]:
 
 
 def _load(run: Run, settings: BenchmarkConfig) -> Benchmark:
-    config = run.config
     known = find_benchmark(settings.name)
     prompts = [prompt.turns for prompt in read_benchmark(run, settings.name)]
     limit = settings.limit or (known.num_prompts if known else None)
     if limit is not None and limit < len(prompts):
-        chosen = np.random.default_rng(config.evaluate.seed).permutation(len(prompts))[:limit]
+        chosen = np.random.default_rng(run.config.evaluate.seed).permutation(len(prompts))[:limit]
         prompts = [prompts[index] for index in sorted(chosen.tolist())]
     if settings.turns == "first":
         prompts = [turns[:1] for turns in prompts]
@@ -106,16 +98,9 @@ def render_turns(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> Rende
     return RenderedPrompt(ids, xxhash.xxh3_64_hexdigest(json.dumps(ids).encode()))
 
 
-def split_fitting(
-    prompts: Mapping[int, RenderedPrompt], *, max_positions: int, max_new_tokens: int
-) -> Fitting:
-    """Split off the prompts that leave no room for a whole answer in `max_positions` tokens."""
-    fitting = Fitting({}, {})
+def too_long(num_tokens: int, *, max_positions: int, max_new_tokens: int) -> str:
+    """Why a prompt of so many tokens leaves no room for a whole answer; empty where it does."""
+    if num_tokens <= max_positions - max_new_tokens:
+        return ""
     room = f"the target takes {max_positions}, of which evaluate.max_new_tokens keeps"
-    for number, prompt in prompts.items():
-        if (length := len(prompt.input_ids)) <= max_positions - max_new_tokens:
-            fitting.usable[number] = prompt
-        else:
-            why = f"the prompt has {length} tokens; {room} {max_new_tokens} for the answer"
-            fitting.skipped[number] = why
-    return fitting
+    return f"the prompt has {num_tokens} tokens; {room} {max_new_tokens} for the answer"

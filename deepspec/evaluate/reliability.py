@@ -32,11 +32,6 @@ def auroc(probability: Floats, label: Bools) -> float | None:
     return float((ranks[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def brier(probability: Floats, label: Bools) -> float:
-    """Mean squared distance of the probabilities from the labels."""
-    return float(np.mean((probability - label) ** 2))
-
-
 def reliability(probability: Floats, label: Bools) -> list[ReliabilityBin]:
     """Counts, mean probability and share accepted per bin; None where it is empty."""
     places = _bins(probability)
@@ -63,12 +58,14 @@ def _bins(probability: Floats) -> Ints:
 
 
 def measures(probability: Floats, label: Bools) -> ConfidenceMeasures:
-    """All of the above; None for what nothing was measured of."""
+    """All of the above, and the Brier score: the mean squared distance of the probabilities from
+    the labels. None for what nothing was measured of.
+    """
     is_known = len(label) > 0
     return ConfidenceMeasures(
         ece=expected_calibration_error(probability, label) if is_known else None,
         auroc=auroc(probability, label),
-        brier=brier(probability, label) if is_known else None,
+        brier=float(np.mean((probability - label) ** 2)) if is_known else None,
         count=len(label),
         bins=reliability(probability, label),
     )

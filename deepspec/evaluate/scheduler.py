@@ -85,7 +85,6 @@ class Scheduled:
     def __call__(self, confidence: Floats, running: Bools) -> Ints:
         """Slots to verify, as `Policy`."""
         lengths = np.zeros(len(confidence), dtype=np.int64)
-        if running.any():
-            sure = calibrated(confidence[running], self.temperatures)
-            lengths[running] = schedule(sure, self.curve)
+        sure = calibrated(confidence[running], self.temperatures)
+        lengths[running] = schedule(sure, self.curve)
         return lengths

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from deepspec.evaluate.device_time import device_time
 from deepspec.evaluate.scheduler import Policy
+from deepspec.evaluate.speed_curve import device_time
 from deepspec.model.drafter import DraftCache, Drafter, Proposal
 from deepspec.model.sampling import Verdict, verify_tokens
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right

@@ -3,7 +3,8 @@
 b tokens of one forward pass, over all requests together.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from pydantic import ValidationError
 
 from deepspec.artifacts.results import CurvePoints
 from deepspec.errors import DataError
-from deepspec.evaluate.device_time import device_time
 from deepspec.evaluate.rounds import Floats
 from deepspec.target.model import Target
 
@@ -109,27 +109,27 @@ def read_curve(path: Path) -> SpeedCurve:
     return SpeedCurve(points.tokens, points.steps_per_second, where=str(path))
 
 
+def device_time(device: torch.device) -> float:
+    """Seconds of a monotonic clock, read once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.inference_mode()
-def profile(
-    target: Target,
-    *,
-    block_size: int,
-    tokens: Sequence[int] = TOKENS,
-    context_tokens: int = CONTEXT_TOKENS,
-    rounds: int = ROUNDS,
-) -> SpeedCurve:
+def profile(target: Target, *, block_size: int) -> SpeedCurve:
     """The curve of this target on this machine, its logits included, smoothed.
 
-    The fastest of `rounds` after a warm-up counts for each size: other work on the machine only
+    The fastest of `ROUNDS` after a warm-up counts for each size: other work on the machine only
     ever adds time. A step of b tokens is one verification: as few rows as hold them at `block_size`
-    + 1 each, all of one length, each after `context_tokens` of its own. Counts that make no such
+    + 1 each, all of one length, each after `CONTEXT_TOKENS` of its own. Counts that make no such
     rectangle are measured at the next larger one. The sizes alternate, so that a machine busy for a
     while slows them all alike.
     """
-    shapes = dict.fromkeys(_shape(count, block_size) for count in sorted(tokens))
-    steps = {rows * width: _step(target, rows, width, context_tokens) for rows, width in shapes}
+    shapes = dict.fromkeys(_shape(count, block_size) for count in TOKENS)
+    steps = {rows * width: _step(target, rows, width) for rows, width in shapes}
     sizes = sorted(steps)
-    seconds = np.array([[steps[size]() for size in sizes] for _ in range(rounds + 1)])
+    seconds = np.array([[steps[size]() for size in sizes] for _ in range(ROUNDS + 1)])
     return SpeedCurve(sizes, 1.0 / seconds[1:].min(axis=0)).smooth()  # the first is the warm-up
 
 
@@ -139,19 +139,19 @@ def _shape(num_tokens: int, block_size: int) -> tuple[int, int]:
     return rows, -(-num_tokens // rows)
 
 
-def _step(target: Target, rows: int, width: int, context_tokens: int) -> Callable[[], float]:
+def _step(target: Target, rows: int, width: int) -> Callable[[], float]:
+    shape = (rows, CONTEXT_TOKENS + width)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        target.text_config.vocab_size, (rows, context_tokens + width), generator=generator
-    ).to(target.device)
-    cache = target.new_cache(rows, context_tokens + width)
-    target.forward(ids[:, :context_tokens], cache)
+    ids = torch.randint(target.text_config.vocab_size, shape, generator=generator).to(target.device)
+    context, new = ids.split([CONTEXT_TOKENS, width], dim=1)
+    cache = target.new_cache(*shape)
+    target.forward(context, cache)
     # Every step overwrites what the one before it wrote.
-    cache.lengths = [context_tokens] * rows
+    cache.lengths = [CONTEXT_TOKENS] * rows
 
     def step() -> float:
         started = device_time(target.device)
-        target.logits(target.forward(ids[:, context_tokens:], cache).last_hidden)
+        target.logits(target.forward(new, cache).last_hidden)
         return device_time(target.device) - started
 
     return step

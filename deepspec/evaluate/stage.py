@@ -84,7 +84,7 @@ class _Evaluation:
 
     @cached_property
     def models(self) -> Models:
-        return load_models(self.run, self.draft)
+        return load_models(self.run)
 
     def curve(self) -> SpeedCurve:
         """`devices.speed_curve`, or what this machine does with the target."""
@@ -126,7 +126,7 @@ class _Evaluation:
         return found.model_copy(update=parts._asdict())
 
 
-def load_models(run: Run, draft_artifact: Artifact) -> Models:
+def load_models(run: Run) -> Models:
     """Target and draft in the same dtype on the same device.
 
     Raises:
@@ -135,7 +135,7 @@ def load_models(run: Run, draft_artifact: Artifact) -> Models:
     """
     config = run.config
     chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
-    folder, of_target = draft_artifact.fetch_folder("draft"), target_folder(run)
+    folder, of_target = run.artifact("train").fetch_folder("draft"), target_folder(run)
     _check_pair(
         read_spec(folder),
         read_text_config(config.target, folder=of_target),

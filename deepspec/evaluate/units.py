@@ -7,8 +7,9 @@ are decoded together, that many at a time, and rows that finish take the prompts
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import torch
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.evaluate import EvaluateConfig
-from deepspec.evaluate.prompts import Fitting, RenderedPrompt, Unit, render_turns, split_fitting
+from deepspec.evaluate.prompts import RenderedPrompt, Unit, render_turns, too_long
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.drafter import Drafter
@@ -87,69 +88,61 @@ class Evaluator:
         self.models, self.settings, self.policy = models, settings, policy
         self._warm: set[int] = set()  # batch sizes
 
-    def warm_up(self, unit: Unit) -> None:
-        """Decode one batch both ways, the first of its size, so that no first-call cost is
-        measured.
-        """
-        if unit.batch_size in self._warm:
-            return
-        self._warm.add(unit.batch_size)
-        prompts = {
-            number: render_turns(self.models.chat, turns) for number, turns in unit.prompts.items()
-        }
-        if usable := dict([*self._fitting(prompts).usable.items()][: unit.batch_size]):
-            # The measurement then runs out of memory as well, and reports it.
-            with suppress(torch.OutOfMemoryError):
-                self._decode(unit, usable, plain_first=True)
-
     def evaluate(self, unit: Unit) -> UnitResult:
         """Every turn of every prompt; a conversation continues with the plainly decoded answers."""
-        self.warm_up(unit)
         result = UnitResult([], [])
         answers: dict[int, list[str]] = {number: [] for number in unit.prompts}
         for turn in range(max(map(len, unit.prompts.values()))):
-            prompts = {
-                number: render_turns(self.models.chat, turns, answers[number])
-                for number, turns in unit.prompts.items()
-                if len(answers[number]) == turn < len(turns)
-            }
-            usable, too_long = self._fitting(prompts)
-            for number, detail in too_long.items():
-                result.skipped.append(_skipped(number, turn, "too_long", detail))
+            usable: dict[int, RenderedPrompt] = {}
+            for number, turns in unit.prompts.items():
+                if len(answers[number]) == turn < len(turns):
+                    prompt = render_turns(self.models.chat, turns, answers[number])
+                    detail = too_long(
+                        len(prompt.input_ids),
+                        max_positions=self.models.target.max_positions,
+                        max_new_tokens=self.settings.max_new_tokens,
+                    )
+                    if detail:
+                        result.skipped += _skipped([number], turn, "too_long", detail)
+                    else:
+                        usable[number] = prompt
+            self._warm_up(unit, usable)
             if unit.batch_size == 1:
                 groups = [{number: prompt} for number, prompt in usable.items()]
             else:
                 groups = [usable] if usable else []
             for group in groups:
                 first = min(group)
-                offset = first - min(unit.prompts)
+                place = unit.number + first - min(unit.prompts) + turn
                 try:
-                    decoded = self._decode(
-                        unit, group, plain_first=(unit.number + offset + turn) % 2 == 0
-                    )
+                    decoded = self._decode(unit, group, plain_first=place % 2 == 0)
                 except torch.OutOfMemoryError as error:
                     if unit.batch_size == 1:
                         raise
                     what = f"batch_size={unit.batch_size} does not fit into memory"
                     log.warning("stage=evaluate %s: %s", what, str(error).splitlines()[0])
-                    for number in group:
-                        result.skipped.append(_skipped(number, turn, "out_of_memory", str(error)))
+                    result.skipped += _skipped(group, turn, "out_of_memory", str(error))
                     continue
-                for number, (row, answer) in decoded.items():
+                for row, answer in decoded:
                     result.rows.append({**row, "turn": turn, "group": first})
-                    answers[number].append(self.models.chat.decode(answer, self.models.stop_ids))
+                    text = self.models.chat.decode(answer, self.models.stop_ids)
+                    answers[row["prompt"]].append(text)
         return result
 
-    def _fitting(self, prompts: Mapping[int, RenderedPrompt]) -> Fitting:
-        return split_fitting(
-            prompts,
-            max_positions=self.models.target.max_positions,
-            max_new_tokens=self.settings.max_new_tokens,
-        )
+    def _warm_up(self, unit: Unit, prompts: Mapping[int, RenderedPrompt]) -> None:
+        """Decode one batch both ways, the first of its size, so that no first-call cost is
+        measured.
+        """
+        if prompts and unit.batch_size not in self._warm:
+            self._warm.add(unit.batch_size)
+            # The measurement then runs out of memory as well, and reports it.
+            with suppress(torch.OutOfMemoryError):
+                first = dict(islice(prompts.items(), unit.batch_size))
+                self._decode(unit, first, plain_first=True)
 
     def _decode(
         self, unit: Unit, group: Mapping[int, RenderedPrompt], *, plain_first: bool
-    ) -> dict[int, Decoded]:
+    ) -> list[Decoded]:
         target, draft, _, stop_ids = self.models
         settings = self.settings
         sampling = SamplingConfig(
@@ -177,10 +170,12 @@ class Evaluator:
             "verify_seconds": seconds.verify,
             "plain_seconds": plain_seconds,
         }
-        decoded = {}
+        decoded = []
         for (number, prompt), trace, answer in zip(group.items(), traces, answers, strict=True):
             identical = answer == trace.token_ids
-            is_exact = identical or unit.temperature > 0
+            gap = None
+            if not identical and unit.temperature == 0:
+                gap = logit_gap(target, prompt.input_ids, trace.token_ids)
             row = {
                 "benchmark": unit.benchmark,
                 "domain": unit.domain,
@@ -192,19 +187,19 @@ class Evaluator:
                 "num_tokens": len(trace.token_ids),
                 "plain_tokens": len(answer),
                 "identical": identical,
-                "regret": None
-                if is_exact
-                else logit_gap(target, prompt.input_ids, trace.token_ids),
+                "regret": gap,
                 **trace._asdict(),
                 "confidence": trace.confidence or None,
                 **{name: value / len(group) for name, value in clocks.items()},
             }
-            decoded[number] = Decoded(row, answer)
+            decoded.append(Decoded(row, answer))
         return decoded
 
 
-def _skipped(number: int, turn: int, reason: str, detail: str) -> dict[str, Any]:
-    return {"prompt": number, "turn": turn, "reason": reason, "detail": detail}
+def _skipped(prompts: Iterable[int], turn: int, reason: str, detail: str) -> list[dict[str, Any]]:
+    return [
+        {"prompt": number, "turn": turn, "reason": reason, "detail": detail} for number in prompts
+    ]
 
 
 def logit_gap(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> float:

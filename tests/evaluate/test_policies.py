@@ -17,7 +17,12 @@ from deepspec.storage.urls import open_store
 
 CURVE = {"tokens": [1, 64], "steps_per_second": [100.0, 10.0]}
 CALIBRATION = Calibration(
-    temperatures=[1.0, 2.0], rounds=400, prompts=8, benchmarks=["made"], sampling_temperature=0.0
+    temperatures=[1.0, 2.0],
+    rounds=400,
+    prompts=8,
+    benchmarks=["made"],
+    sampling_temperature=0.0,
+    grid={},
 )
 
 

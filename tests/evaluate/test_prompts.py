@@ -12,13 +12,7 @@ from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.run import Run
 from deepspec.config.benchmarks import KNOWN
 from deepspec.errors import ConfigError
-from deepspec.evaluate.prompts import (
-    RenderedPrompt,
-    load_benchmarks,
-    make_units,
-    render_turns,
-    split_fitting,
-)
+from deepspec.evaluate.prompts import load_benchmarks, make_units, render_turns, too_long
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import run_evaluate
 from deepspec.messages import Message
@@ -105,15 +99,12 @@ def test_a_turn_is_rendered_on_the_answers_before_it(store: Path):
 
 
 def test_a_prompt_without_room_for_its_answer_is_told_apart_with_the_reason():
-    prompts = {
-        number: RenderedPrompt([0] * length, "") for number, length in ((3, 60), (4, 61), (7, 200))
-    }
-    usable, skipped = split_fitting(prompts, max_positions=100, max_new_tokens=40)
-    assert list(usable) == [3]
-    assert list(skipped) == [4, 7]
-    assert "61 tokens" in skipped[4]
-    assert "takes 100" in skipped[4]
-    assert "keeps 40" in skipped[4]
+    room = {"max_positions": 100, "max_new_tokens": 40}
+    assert too_long(60, **room) == ""
+    why = too_long(61, **room)
+    assert "61 tokens" in why
+    assert "takes 100" in why
+    assert "keeps 40" in why
 
 
 def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(

@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from deepspec.evaluate.reliability import (
-    auroc,
-    brier,
-    expected_calibration_error,
-    measures,
-    reliability,
-)
+from deepspec.evaluate.reliability import auroc, expected_calibration_error, measures, reliability
 
 
 def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_count():
@@ -39,7 +33,8 @@ def test_auroc_counts_pairs_in_the_right_order_and_ties_half():
 
 
 def test_brier_is_the_mean_squared_distance():
-    assert brier(np.array([0.5, 1.0]), np.array([True, False])) == pytest.approx((0.25 + 1.0) / 2)
+    found = measures(np.array([0.5, 1.0]), np.array([True, False]))
+    assert found.brier == pytest.approx((0.25 + 1.0) / 2)
 
 
 def test_nothing_measured_is_said_to_be_nothing():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from deepspec.config.data import SamplingConfig
+from deepspec.evaluate.confidence import simulate
 from deepspec.evaluate.rounds import read_rounds
 from deepspec.evaluate.scheduler import Fixed, Policy, Scheduled, Threshold, schedule
-from deepspec.evaluate.simulate import simulate
 from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.model.drafter import Proposal
 from deepspec.model.sampling import verify_tokens

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
-from deepspec.evaluate.draft_checks import ALGORITHMS
+from deepspec.evaluate.conformance import ALGORITHMS
 from deepspec.evaluate.speculate import Decoding, speculate
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Proposal

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepspec.errors import DataError
+from deepspec.evaluate import speed_curve
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.target.model import TargetCache
 from tests.target.test_model import make_target
@@ -85,7 +86,9 @@ def test_a_profile_measures_verification_steps_of_whole_requests(monkeypatch: py
         return forward(input_ids, cache)
 
     monkeypatch.setattr(target, "forward", seen)
-    curve = profile(target, block_size=3, tokens=(1, 4, 5, 8), context_tokens=10, rounds=2)
+    for name, value in {"TOKENS": (1, 4, 5, 8), "CONTEXT_TOKENS": 10, "ROUNDS": 2}.items():
+        monkeypatch.setattr(speed_curve, name, value)
+    curve = profile(target, block_size=3)
     # Five tokens are two requests of at most four, which makes six.
     assert {1, 8} <= set(curve.tokens.tolist()) <= {1, 4, 6, 8}  # what is left after smoothing
     assert shapes[:4] == [(1, 10), (1, 10), (2, 10), (2, 10)]
