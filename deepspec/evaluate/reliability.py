@@ -23,13 +23,12 @@ def auroc(probability: Floats, label: Bools) -> float | None:
 
     None where all labels are alike.
     """
-    positives = int(label.sum())
-    negatives = len(label) - positives
-    if not positives or not negatives:
+    positives, negatives = probability[label], np.sort(probability[~label])
+    if not len(positives) or not len(negatives):
         return None
-    _, place, counts = np.unique(probability, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # ties share the mean of their ranks
-    return float((ranks[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    lower = np.searchsorted(negatives, positives)
+    lower_or_equal = np.searchsorted(negatives, positives, side="right")
+    return float(np.mean(lower + lower_or_equal) / (2 * len(negatives)))
 
 
 def reliability(probability: Floats, label: Bools) -> list[ReliabilityBin]:

@@ -95,10 +95,10 @@ class Decoding:
         """Whether the row continues."""
         ids = self.traces[prompt].token_ids
         ids.extend(tokens[: self.settings.max_new_tokens - len(ids)])
-        is_done = len(ids) == self.settings.max_new_tokens or ids[-1] in self.settings.stop_ids
-        if is_done:
-            del self.slots.running[row]
-        return not is_done
+        if len(ids) < self.settings.max_new_tokens and ids[-1] not in self.settings.stop_ids:
+            return True
+        del self.slots.running[row]
+        return False
 
 
 @torch.inference_mode()

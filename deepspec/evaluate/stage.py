@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
@@ -25,7 +25,6 @@ from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.evaluate.units import SCHEMA, Evaluator, Models
 from deepspec.model.checkpoint import load_draft, read_spec
-from deepspec.model.spec import DraftSpec
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.storage.store import pretty_json
@@ -136,32 +135,20 @@ def load_models(run: Run) -> Models:
     config = run.config
     chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
     folder, of_target = run.artifact("train").fetch_folder("draft"), target_folder(run)
-    _check_pair(
-        read_spec(folder),
-        read_text_config(config.target, folder=of_target),
-        layer_ids=config.target.layer_ids,
-    )
+    spec, text = read_spec(folder), read_text_config(config.target, folder=of_target)
+    facts = {
+        "vocabulary size": (spec.vocab_size, text.vocab_size),
+        "hidden size": (spec.hidden_size, text.hidden_size),
+        "layers": (spec.num_target_layers, text.num_hidden_layers),
+        "captured layers": (tuple(spec.target_layer_ids), tuple(config.target.layer_ids)),
+    }
+    wrong = [f"{name}: draft {a}, target {b}" for name, (a, b) in facts.items() if a != b]
+    if wrong:
+        what = f"the draft was trained for another target ({'; '.join(wrong)})"
+        fix = "evaluate it with the target it was trained for"
+        raise ArtifactMismatch(what, where="draft/config.json", fix=fix)
     target = load_target(
         config.target, folder=of_target, device=config.resources.devices.type, dtype=dtype
     )
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
     return Models(target, draft.eval(), chat, chat.stop_ids(target.eos_ids))
-
-
-def _check_pair(spec: DraftSpec, target: Any, *, layer_ids: Sequence[int]) -> None:
-    """Refuse a draft that does not fit the target's text config and captured layers."""
-    facts = {
-        "vocabulary size": (spec.vocab_size, target.vocab_size),
-        "hidden size": (spec.hidden_size, target.hidden_size),
-        "layers": (spec.num_target_layers, target.num_hidden_layers),
-        "captured layers": (tuple(spec.target_layer_ids), tuple(layer_ids)),
-    }
-    wrong = [
-        f"{name}: draft {of_draft}, target {of_target}"
-        for name, (of_draft, of_target) in facts.items()
-        if of_draft != of_target
-    ]
-    if wrong:
-        what = f"the draft was trained for another target ({'; '.join(wrong)})"
-        fix = "evaluate it with the target it was trained for"
-        raise ArtifactMismatch(what, where="draft/config.json", fix=fix)

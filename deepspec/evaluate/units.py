@@ -30,30 +30,30 @@ log = logging.getLogger(__name__)
 
 COUNTS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
-    [
-        ("benchmark", pa.string()),
-        ("domain", pa.string()),
-        ("temperature", pa.float64()),
-        ("batch_size", pa.int32()),
-        ("group", pa.int32()),  # prompts decoded together share a number, and their seconds evenly
-        ("prompt", pa.int32()),
-        ("turn", pa.int32()),
-        ("prompt_digest", pa.string()),
-        ("num_prompt_tokens", pa.int32()),
-        ("num_tokens", pa.int32()),
-        ("plain_tokens", pa.int32()),
-        ("identical", pa.bool_()),
-        ("regret", pa.float32()),  # `logit_gap` of a greedy answer unlike the plain one
-        ("proposed", COUNTS),
-        ("accepted", COUNTS),
-        ("committed", COUNTS),
-        ("token_ids", COUNTS),
-        ("confidence", pa.list_(pa.list_(pa.float32()))),  # of every drafted token, round by round
-        ("seconds", pa.float64()),
-        ("draft_seconds", pa.float64()),
-        ("verify_seconds", pa.float64()),
-        ("plain_seconds", pa.float64()),
-    ]
+    {
+        "benchmark": pa.string(),
+        "domain": pa.string(),
+        "temperature": pa.float64(),
+        "batch_size": pa.int32(),
+        "group": pa.int32(),  # prompts decoded together share a number, and their seconds evenly
+        "prompt": pa.int32(),
+        "turn": pa.int32(),
+        "prompt_digest": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_tokens": pa.int32(),
+        "plain_tokens": pa.int32(),
+        "identical": pa.bool_(),
+        "regret": pa.float32(),  # `logit_gap` of a greedy answer unlike the plain one
+        "proposed": COUNTS,
+        "accepted": COUNTS,
+        "committed": COUNTS,
+        "token_ids": COUNTS,
+        "confidence": pa.list_(pa.list_(pa.float32())),  # of every drafted token, round by round
+        "seconds": pa.float64(),
+        "draft_seconds": pa.float64(),
+        "verify_seconds": pa.float64(),
+        "plain_seconds": pa.float64(),
+    }
 )
 
 
@@ -103,7 +103,7 @@ class Evaluator:
                         max_new_tokens=self.settings.max_new_tokens,
                     )
                     if detail:
-                        result.skipped += _skipped([number], turn, "too_long", detail)
+                        result.skipped.extend(_skipped([number], turn, "too_long", detail))
                     else:
                         usable[number] = prompt
             self._warm_up(unit, usable)
@@ -121,7 +121,7 @@ class Evaluator:
                         raise
                     what = f"batch_size={unit.batch_size} does not fit into memory"
                     log.warning("stage=evaluate %s: %s", what, str(error).splitlines()[0])
-                    result.skipped += _skipped(group, turn, "out_of_memory", str(error))
+                    result.skipped.extend(_skipped(group, turn, "out_of_memory", str(error)))
                     continue
                 for row, answer in decoded:
                     result.rows.append({**row, "turn": turn, "group": first})

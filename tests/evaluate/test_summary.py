@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from deepspec.artifacts.results import EvaluationSummary, read_summary
-from deepspec.evaluate.lossless import GAP_BOUND, losslessness
 from deepspec.evaluate.results import compute_summary, read_rows
-from deepspec.evaluate.summary import summarise
+from deepspec.evaluate.summary import GAP_BOUND, losslessness, summarise
 from deepspec.storage.store import pretty_json
 from tests.conftest import tiny_run
 from tests.evaluate.made_results import made_calibration, made_rows, made_scheduler, put_result
