@@ -113,34 +113,36 @@ def _lines(
                 for side in (0, 1)
             ]
         pooled = [pool(side) for side in zip(*parts.values(), strict=True)]
-        compared: list[tuple[dict[str, Any], list[list[Resampled]]]] = [
-            *(({"benchmark": name}, [both]) for name, both in parts.items()),
-            ({"overall": "micro"}, [pooled]),
-            ({"overall": "macro"}, [*parts.values()]),
-        ]
+        named = {"temperature": temperature, **fields}
         lines += [
-            ComparedLine(
-                temperature=temperature, **named, **fields, **_difference(both, unit, measure)
-            )
-            for named, both in compared
+            *(
+                _line([both], unit, measure, benchmark=name, **named)
+                for name, both in parts.items()
+            ),
+            _line([pooled], unit, measure, overall="micro", **named),
+            _line([*parts.values()], unit, measure, overall="macro", **named),
         ]
     return lines
 
 
-def _difference(
-    benchmarks: Sequence[Sequence[Resampled]], unit: str, measure: Callable[[Sums], Array]
-) -> dict[str, Any]:
-    """The numbers of a line: of A and B, the mean of these benchmarks, each resampled for both."""
+def _line(
+    benchmarks: Sequence[Sequence[Resampled]],
+    unit: str,
+    measure: Callable[[Sums], Array],
+    **fields: Any,
+) -> ComparedLine:
+    """B against A: of both, the mean of these benchmarks, each resampled for A and for B."""
     of_a, of_b = zip(*benchmarks, strict=True)
     a, b = (mean_of([measure(part.sums) for part in side]) for side in (of_a, of_b))
     change = b - a
     known = change[1:][~np.isnan(change[1:])]
     middle = interval(change) if any(part.varies for part in of_a) else None
-    return {
-        f"{unit}s": sum(part.num_units for part in of_a),
-        "a": number(a),
-        "b": number(b),
-        "difference": number(change),
-        "interval": middle,
-        "above_zero": float((known > 0).mean()) if middle else None,
-    }
+    fields[f"{unit}s"] = sum(part.num_units for part in of_a)
+    return ComparedLine(
+        **fields,
+        a=number(a),
+        b=number(b),
+        difference=number(change),
+        interval=middle,
+        above_zero=float((known > 0).mean()) if middle else None,
+    )

@@ -122,7 +122,7 @@ def _captured(target: Target, rows: Sequence[Sequence[int]]) -> TrainBatch:
     output = target.forward(ids)
     lengths = torch.full((num_rows,), num_tokens, device=ids.device)
     lengths[-1] -= 3
-    places = torch.arange(num_tokens, device=ids.device).expand(num_rows, -1)
+    places = torch.arange(num_tokens, device=ids.device).expand_as(ids)
     real = places < lengths[:, None]
     # What a mask takes out of inference mode's tensors is a copy, which may be part of a graph.
     context, last = output.context.clone()[real], output.last_hidden.clone()[real]

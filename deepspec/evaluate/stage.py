@@ -35,14 +35,10 @@ from deepspec.target.loading import DTYPES, load_target, read_text_config
 class UnitWork(NamedTuple):
     """A unit to decode, which is one shard of the result."""
 
+    shard: int
     unit: Unit
     made_from: str
     """The digest of the draft."""
-
-    @property
-    def shard(self) -> int:
-        """The unit's number."""
-        return self.unit.number
 
 
 def run_evaluate(
@@ -60,7 +56,7 @@ def run_evaluate(
     missing = missing_units(run, "evaluate", chosen_shards(shards, units, "evaluate"))
     if missing:
         made_from = inputs[f"train/{evaluation.draft.key.fingerprint}"]
-        todo = [UnitWork(units[number], made_from) for number in missing]
+        todo = [UnitWork(number, units[number], made_from) for number in missing]
         # Seconds are part of a row, so that no two workers make the same unit twice.
         make = evaluation.unit_maker()
         work_through(run, artifact, todo, make, report, repeatable=False)
