@@ -14,8 +14,18 @@ import numpy as np
 from deepspec.artifacts.records import Stored
 from deepspec.artifacts.results import Interval
 from deepspec.errors import ArtifactMismatch
-from deepspec.evaluate.bootstrap import Resampled, interval, mean_of, number, pool, resample
-from deepspec.evaluate.counts import Array, Rows, Sums, add_up
+from deepspec.evaluate.counts import (
+    Array,
+    Resampled,
+    Rows,
+    Sums,
+    add_up,
+    interval,
+    mean_of,
+    number,
+    pool,
+    resample,
+)
 from deepspec.evaluate.summary import grouped
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]

@@ -19,9 +19,8 @@ from deepspec.artifacts.results import (
     SimulatedServing,
     ThresholdPoint,
 )
-from deepspec.evaluate.calibration import Calibration
+from deepspec.evaluate.calibration import Calibration, measures
 from deepspec.evaluate.counts import Rows
-from deepspec.evaluate.reliability import measures
 from deepspec.evaluate.rounds import Rounds, cut_below, headline, read_rounds, split_by_prompt
 from deepspec.evaluate.scheduler import Fixed, Policy, Scheduled, Threshold
 from deepspec.evaluate.speed_curve import SpeedCurve

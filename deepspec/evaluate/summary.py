@@ -23,8 +23,12 @@ from deepspec.artifacts.results import (
     PhaseSeconds,
     TokensPerSecond,
 )
-from deepspec.evaluate.bootstrap import (
+from deepspec.evaluate.counts import (
+    Array,
     Resampled,
+    Rows,
+    Sums,
+    add_up,
     interval,
     intervals,
     mean_of,
@@ -32,7 +36,6 @@ from deepspec.evaluate.bootstrap import (
     pool,
     resample,
 )
-from deepspec.evaluate.counts import Array, Rows, Sums, add_up
 
 GAP_BOUND = 0.5
 """bfloat16 keeps 8 bits: logits of 16 to 32 differ by steps of 0.125. Rounding may turn a near tie
