@@ -125,14 +125,10 @@ class ShardFiles:
     def __init__(self, local: Path) -> None:
         batch = _map_batch(local)
         self._shards = column_values(batch, "shard")
-        _, offsets, self._names = batch.column("file").buffers()
-        self._offsets = np.frombuffer(offsets, dtype=np.int32)
+        self._files = batch.column("file")
 
     def __getitem__(self, shard: int) -> str:
-        start, end = self._offsets[
-            (place := int(np.searchsorted(self._shards, shard))) : place + 2
-        ].tolist()
-        return bytes(self._names[start:end]).decode()
+        return str(self._files[int(np.searchsorted(self._shards, shard))])
 
 
 def _map_batch(local: Path) -> pa.RecordBatch:

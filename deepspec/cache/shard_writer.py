@@ -104,13 +104,15 @@ class ShardWriter:
         self.file.start_message(self._offset)
         self._writer.write_batch(encoded.batch)
         end = self.file.num_bytes
-        place = {
-            "row": len(self.rows),
-            "offset": self._offset,
-            "num_bytes": end - self._offset,
-            "checksum": self.file.message_digest(),
-        }
-        self.rows.append({**encoded.row, **place})
+        self.rows.append(
+            {
+                **encoded.row,
+                "row": len(self.rows),
+                "offset": self._offset,
+                "num_bytes": end - self._offset,
+                "checksum": self.file.message_digest(),
+            }
+        )
         self._offset = end
 
     def finish(self) -> WrittenShard:
@@ -139,7 +141,7 @@ class Background:
         self.max_bytes, self.stalled_s = max_bytes, 0.0
         self._waiting, self._room = 0, threading.Condition()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
-        self._failed: Future[None] | None = None
+        self._error: BaseException | None = None
 
     def submit(self, job: Callable[[], None], *, num_bytes: int) -> None:
         """Run the job after all earlier ones; returns once there is room for its bytes."""
@@ -147,30 +149,26 @@ class Background:
         with self._room:
             self._room.wait_for(
                 lambda: (
-                    self._failed or not self._waiting or self._waiting + num_bytes <= self.max_bytes
+                    self._error or not self._waiting or self._waiting + num_bytes <= self.max_bytes
                 )
             )
             self.stalled_s += time.monotonic() - began
-            self._raise()
+            if self._error:
+                raise self._error
             self._waiting += num_bytes
-        future = self._pool.submit(lambda: None if self._failed else job())
+        future = self._pool.submit(lambda: None if self._error else job())
         future.add_done_callback(lambda done: self._done(done, num_bytes))
 
     def _done(self, future: Future[None], num_bytes: int) -> None:
         with self._room:
             self._waiting -= num_bytes
-            if future.exception() is not None:
-                self._failed = self._failed or future
+            self._error = self._error or future.exception()
             self._room.notify()
-
-    def _raise(self) -> None:
-        if self._failed is not None:
-            self._failed.result()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
-        if kind is None:
-            self._raise()
+        if kind is None and self._error:
+            raise self._error

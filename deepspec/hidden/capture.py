@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from deepspec.cache.codec_base import Codec
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.config.data import HiddenConfig
 from deepspec.hidden.checks import kept_positions
@@ -54,11 +52,7 @@ class Capture(NamedTuple):
             sample_id=row.sample_id,
             input_ids=torch.tensor(row.input_ids, dtype=torch.int32),
             loss_mask=torch.tensor(row.loss_mask, dtype=torch.uint8),
-            context=_encoded(context, states.context.unflatten(1, (context.num_layers, -1))),
-            last_hidden=_encoded(last_hidden, kept[:, None]),
+            context=EncodedTensor(context, context.quantize(states.context)),
+            last_hidden=EncodedTensor(last_hidden, last_hidden.quantize(kept)),
             last_spans=spans,
         )
-
-
-def _encoded(codec: Codec, states: Tensor) -> EncodedTensor:
-    return EncodedTensor(codec, codec.quantize(states.bfloat16()))

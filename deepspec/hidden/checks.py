@@ -36,17 +36,14 @@ class StateChecks:
         self.target = target
         self.every = settings.recapture_every
         self.limits = settings.fidelity
-        self._num_rows = 0
-        self._ids = list[int]()
-        self._flags = list[Tensor]()
         self._positions = self._agreeing = 0
         self._min_agreement = 0.0
 
     def begin(self, num_rows: int) -> None:
         """Start a shard of so many samples, which come shortest first."""
         self._num_rows = num_rows
-        self._ids = []
-        self._flags = []
+        self._ids = list[int]()
+        self._flags = list[Tensor]()
 
     def add(self, row: CaptureRow, states: TargetOutput, sample: HiddenSample) -> None:
         """Check one sample.
@@ -120,8 +117,6 @@ class StateChecks:
                 fix="choose another hidden.codec",
             )
         kept = kept_positions(sample.last_spans).to(device)
-        if len(kept) == 0:
-            return
         own = states.last_hidden[kept]
         stored = sample.last_hidden.decode(device=device).to(own.dtype)
         same = self.target.logits(stored).argmax(dim=-1) == self.target.logits(own).argmax(dim=-1)

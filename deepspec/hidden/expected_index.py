@@ -53,12 +53,8 @@ def write_expected_index(
 
 def unrendered(artifact: Artifact, answers: Mapping[int, Record]) -> list[Record]:
     """The shards of answers that are not rendered yet."""
-    found = set(artifact.names(FOLDER))
-    return [
-        record
-        for record in answers.values()
-        if _name(record).removeprefix(f"{FOLDER}/") not in found
-    ]
+    found = {f"{FOLDER}/{name}" for name in artifact.store.names(artifact.path(FOLDER))}
+    return [record for record in answers.values() if _name(record) not in found]
 
 
 def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
@@ -67,9 +63,10 @@ def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
     Raises:
         TransientError: one of them was removed meanwhile.
     """
-    names = [stage.artifact.path(_name(record)) for record in stage.upstream.records().values()]
+    artifact = stage.artifact
+    names = [artifact.path(_name(record)) for record in stage.upstream.records().values()]
     shards = [pa.RecordBatch.from_pylist([], schema=EXPECTED_SCHEMA)]
-    for name, data in zip(names, stage.artifact.store.read_many(names), strict=True):
+    for name, data in zip(names, artifact.store.read_many(names), strict=True):
         if data is None:
             what = "a part of the expected index is gone"
             raise TransientError(what, where=name, fix="run it again: it is made anew")

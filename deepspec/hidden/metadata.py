@@ -9,7 +9,6 @@ too much: before any shard is written.
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 from safetensors.torch import load, save, save_file
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
-from deepspec.cache.codec_base import Codec, CodecName
+from deepspec.cache.codec_base import CodecName
 from deepspec.cache.codecs import LOSSY, channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
@@ -80,14 +79,15 @@ def write_metadata(
     if FIDELITY in missing:
         write_fidelity(artifact, settings, layout, for_fidelity, target)
     if FIDELITY in codec_files(settings):
-        found = read_fidelity(artifact)
+        kept = json.loads(artifact.store.read(artifact.path(FIDELITY)))
+        found = Fidelity(**{name: kept[name] for name in Fidelity._fields})
         values = found._asdict().items()
         numbers = {name: round(value, 5) for name, value in values if value is not None}
         log.info("stage=hidden codec=%s fidelity: %s", settings.codec, numbers)
         report({"event": "fidelity", "stage": "hidden", "codec": settings.codec, **numbers})
         refuse(found, config.resources.checks.fidelity, where=artifact.url)
     if lacks_metadata(artifact, settings):
-        write_schema(artifact, layout)
+        artifact.store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
         write_target_config(artifact, target)
         write_frozen_tensors(artifact, target)
     return layout
@@ -99,9 +99,9 @@ def _missing(artifact: Artifact, names: Iterable[str]) -> list[str]:
 
 def write_scales(artifact: Artifact, states: StateSample) -> None:
     """Write `scales.safetensors`, the scale of each channel, unless another process has."""
-    scales = {name: channel_scale(values) for name, values in states._asdict().items()}
-    data = save({name: scale.cpu().contiguous() for name, scale in scales.items()})
-    artifact.store.write_new(artifact.path(SCALES), data)
+    tensors = states._asdict().items()
+    scales = {name: channel_scale(values).cpu().contiguous() for name, values in tensors}
+    artifact.store.write_new(artifact.path(SCALES), save(scales))
 
 
 def read_scales(artifact: Artifact, settings: HiddenConfig) -> dict[str, Tensor]:
@@ -155,12 +155,6 @@ def write_fidelity(
     artifact.write(FIDELITY, pretty_json(numbers))
 
 
-def read_fidelity(artifact: Artifact) -> Fidelity:
-    """What was measured of the codecs, by whatever process did."""
-    kept = json.loads(artifact.read(FIDELITY))
-    return Fidelity(**{name: kept[name] for name in Fidelity._fields})
-
-
 def make_layout(
     settings: TargetConfig,
     hidden: HiddenConfig,
@@ -169,16 +163,20 @@ def make_layout(
     scales: Mapping[str, Tensor],
 ) -> Layout:
     """The codecs, and where the states come from, for the schema."""
-
-    def codec(name: CodecName, tensor: Literal["context", "last_hidden"], num_layers: int) -> Codec:
-        return make_codec(
+    sizes: dict[str, tuple[CodecName, int]] = {
+        "context": (hidden.codec, len(target.layer_ids)),
+        "last_hidden": (hidden.codec_of_last_hidden, 1),
+    }
+    codecs = {
+        tensor: make_codec(
             name,
             num_layers=num_layers,
             hidden_size=int(target.text_config.hidden_size),
             compression=hidden.compression,
             channel_scale=scales.get(tensor),
         )
-
+        for tensor, (name, num_layers) in sizes.items()
+    }
     metadata = {
         "target": settings.model,
         "revision": str(settings.revision),
@@ -187,13 +185,7 @@ def make_layout(
         "codec": hidden.codec,
         **chat.digests(),
     }
-    context = codec(hidden.codec, "context", len(target.layer_ids))
-    return Layout(context, codec(hidden.codec_of_last_hidden, "last_hidden", 1), metadata)
-
-
-def write_schema(artifact: Artifact, layout: Layout) -> None:
-    """Write `schema.arrow`, by which every shard is read."""
-    artifact.write(SCHEMA, layout.schema.serialize().to_pybytes())
+    return Layout(**codecs, metadata=metadata)
 
 
 def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:

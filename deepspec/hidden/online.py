@@ -8,6 +8,7 @@ ahead. Every rank has a target of its own on its own device, next to the draft.
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from deepspec.artifacts.artifact import Artifact
@@ -36,21 +37,17 @@ from deepspec.target.chat import load_chat
 ROWS_AHEAD = 256  # rendered and waiting for the target
 
 
+@dataclass(eq=False)
 class OnlineStates(Source):
     """The target, and the rows to run it over; used by the main thread and one that reads ahead."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        capture: Capture,
-        index: ExpectedIndex,
-        row: Callable[[int], CaptureRow],
-    ) -> None:
-        self.artifact = artifact
-        self.capture = capture
-        self.index = index
-        self.row = row  # of a number in the index
-        self.layout = capture.layout
+    artifact: Artifact
+    capture: Capture
+    index: ExpectedIndex
+    row: Callable[[int], CaptureRow]  # of a number in the index
+
+    def __post_init__(self) -> None:
+        self.layout = self.capture.layout
         self._target_lock = threading.Lock()  # the states that it taps are kept in one place
 
     def __getitem__(self, number: int) -> HiddenSample:

@@ -49,13 +49,12 @@ class RollingCapture:
         max_bytes = round(run.config.resources.training.rolling_gb * 1e9)
         self.plan = RollingPlan(samples, shard_bytes(index, layout), max_bytes)
         self.progress: Callable[[], object] = bool  # called with every shard that is there
-        self._changed = threading.Condition()  # of the five below
+        self._lock = threading.Lock()  # of the four below
         self._place = samples.start
         self._window_end = 0
-        self._is_news = True
         self._in_capture: set[int] = set()
         self._idle = make_workers(run)
-        self._ended = threading.Event()
+        self._news, self._ended = threading.Event(), threading.Event()
         self._errors = list[DeepSpecError]()
         self._children: Scope | None = None
         self._main = threading.Thread(target=self._run, name="rolling capture", daemon=True)
@@ -79,10 +78,10 @@ class RollingCapture:
             DeepSpecError: capture has failed for good.
         """
         self.check()
-        with self._changed:
+        with self._lock:
             self._place = place
             if place >= self._window_end:
-                self._notify()
+                self._news.set()
 
     def check(self) -> None:
         """Raise the error for which nothing will be captured any more, if there is one."""
@@ -95,8 +94,7 @@ class RollingCapture:
     def close(self) -> None:
         """End all workers, and delete the shards of a training that is done."""
         self._ended.set()
-        with self._changed:
-            self._notify()
+        self._news.set()
         if self._children:
             self._children.close()
         if self._main.is_alive():
@@ -108,10 +106,6 @@ class RollingCapture:
                 self.shards.delete(shard)
         self.shards.close()
 
-    def _notify(self) -> None:
-        self._is_news = True
-        self._changed.notify()
-
     def _run(self) -> None:
         resources = self.run.config.resources
         try:
@@ -121,6 +115,8 @@ class RollingCapture:
             ):
                 while not (self._ended.is_set() or self._errors or self.shards.is_sealed()):
                     self._turn()
+                    self._news.wait()
+                    self._news.clear()
                 # Leaving the scope would end what they still capture.
                 while not self._ended.is_set() and any(map(_is_alive, self._workers)):
                     self._ended.wait(1.0)
@@ -128,15 +124,14 @@ class RollingCapture:
             self._errors.append(error)
 
     def _turn(self) -> None:
-        """Delete what is not needed, start what is needed and missing, and wait for news."""
-        with self._changed:
-            self._is_news = False
+        """Delete what is not needed, and start what is needed and missing."""
+        with self._lock:
             self._window_end = self.plan.window_end(self._place)
             needed = self.plan.needed(self._place, self.shards.sizes)
             used_up = [shard for shard in self.shards.sizes if shard not in needed]
         for shard in used_up:
             self.shards.delete(shard)
-        with self._changed:
+        with self._lock:
             known = self.shards.sizes.keys() | self._in_capture
             missing = [shard for shard in needed if shard not in known]
             # One that was captured and passed, and is not noted yet, still is on the disk.
@@ -145,7 +140,6 @@ class RollingCapture:
                 size = min(most, -(-len(missing) // len(self._idle)))
                 for group in deal(missing, size)[: len(self._idle)]:
                     self._begin(self._idle.pop(), group)
-            self._changed.wait_for(lambda: self._is_news or self._ended.is_set())
 
     def _begin(self, worker: CaptureWorker, group: Sequence[int]) -> None:
         self._in_capture |= set(group)
@@ -167,20 +161,20 @@ class RollingCapture:
         except DeepSpecError as error:
             self._errors.append(error)
         finally:
-            with self._changed:
+            with self._lock:
                 self._in_capture -= set(group)
                 self._idle.append(worker)
-                self._notify()
+            self._news.set()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "shard":
             self._committed([event["shard"]])
 
     def _committed(self, shards: Sequence[int]) -> None:
-        with self._changed:
+        with self._lock:
             lost = self.shards.add(shards)
             self._in_capture -= set(shards)
-            self._notify()
+        self._news.set()
         self.progress()
         if lost:
             what = f"capture ended well and left no record of shards {shard_list(lost)}"

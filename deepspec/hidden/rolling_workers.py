@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepspec.artifacts import gc
 from deepspec.artifacts.artifact import Artifact
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # A process takes seconds to start, and renders a shard of 128 rows in less than one.
 SHARDS_A_PROCESS = 64
+EVENTS = {"DEEPSPEC_EVENTS": "1"}  # what a child needs in its environment to report them
 
 
 def worker_gpus(resources: ResourcesConfig) -> list[str | None]:
@@ -43,25 +44,14 @@ def worker_gpus(resources: ResourcesConfig) -> list[str | None]:
     return list(gpus[-num_gpus:]) if gpus and num_gpus else [None]
 
 
-class CaptureWorker:
+class CaptureWorker(NamedTuple):
     """Captures groups of shards, one after the other, on one GPU."""
 
-    def __init__(
-        self,
-        request: RunRequest,
-        artifact: Artifact,
-        gpu: str | None,
-        *,
-        retries: RetriesConfig,
-        log_path: Path,
-    ) -> None:
-        self.request = request
-        self.artifact = artifact
-        self.retries = retries
-        self.log_path = log_path
-        self.env = {"DEEPSPEC_EVENTS": "1"}
-        if gpu is not None:
-            self.env["CUDA_VISIBLE_DEVICES"] = gpu
+    request: RunRequest
+    artifact: Artifact
+    gpu: str | None
+    retries: RetriesConfig
+    log_path: Path
 
     def capture(
         self,
@@ -75,6 +65,7 @@ class CaptureWorker:
             DeepSpecError: the child's own error, when it was tried `resources.retries.times` times
                 more, or when trying is of no use.
         """
+        gpu = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
         for attempt in count(1):
             shards = missing()
             try:
@@ -82,7 +73,7 @@ class CaptureWorker:
                     [*self.request.command("hidden", shards), "--purpose", "rolling"],
                     on_event=on_event,
                     on_line=_pass_on_warnings,
-                    env=self.env,
+                    env=EVENTS | gpu,
                     log_path=self.log_path,
                 )
             except DeepSpecError as error:
@@ -96,17 +87,11 @@ class CaptureWorker:
 
 def make_workers(run: Run) -> list[CaptureWorker]:
     """A worker for each GPU that captures."""
-    artifact, request = run.artifact("hidden"), save_run_file(run)
+    artifact, request, resources = run.artifact("hidden"), save_run_file(run), run.config.resources
     logs = folder_beside(artifact, "logs")
     return [
-        CaptureWorker(
-            request,
-            artifact,
-            gpu,
-            retries=run.config.resources.retries,
-            log_path=logs / f"rolling-{number}.log",
-        )
-        for number, gpu in enumerate(worker_gpus(run.config.resources))
+        CaptureWorker(request, artifact, gpu, resources.retries, logs / f"rolling-{number}.log")
+        for number, gpu in enumerate(worker_gpus(resources))
     ]
 
 
@@ -129,7 +114,7 @@ def render_in_children(run: Run, shards: Sequence[int]) -> None:
     if processes < 2:
         return
     request = save_run_file(run)
-    env = {"DEEPSPEC_EVENTS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = EVENTS | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     log.info("stage=hidden rendering %d shards of answers in %d processes", len(shards), processes)
 
     def render(group: Sequence[int]) -> None:

@@ -36,20 +36,18 @@ def show_sample(run: Run, *, shard: int, row: int, colours: bool) -> Iterator[Te
     numbers = {sequence_id(answer["id"], number): number for number in range(len(answer["turns"]))}
     # Capture orders them by length.
     for sample in sorted(found.rows, key=lambda sample: numbers[sample.sample_id]):
-        yield Text(_headline(answer, sample, numbers[sample.sample_id]), style="bold")
+        tokens, supervised = len(sample.input_ids), sum(sample.loss_mask)
+        purpose = "held out" if sample.held_out else "for training"
+        yield Text(
+            f"row {answer['id']:016x}, {answer['domain'] or 'no domain'}, {purpose}, "
+            f"sequence {numbers[sample.sample_id]}: {tokens} tokens, "
+            f"{supervised} supervised ({supervised / tokens:.0%})",
+            style="bold",
+        )
         yield _marked(sample, chat, colours=colours)
     for reject in found.rejects:
         reason = f"{reject['reason']} ({reject['detail']})"
         yield Text(f"sequence {reject['sequence']} is left out: {reason}", style="bold red")
-
-
-def _headline(answer: dict[str, object], sample: CaptureRow, number: int) -> str:
-    tokens, supervised = len(sample.input_ids), sum(sample.loss_mask)
-    purpose = "held out" if sample.held_out else "for training"
-    return (
-        f"row {answer['id']:016x}, {answer['domain'] or 'no domain'}, {purpose}, "
-        f"sequence {number}: {tokens} tokens, {supervised} supervised ({supervised / tokens:.0%})"
-    )
 
 
 def _marked(sample: CaptureRow, chat: Chat, *, colours: bool) -> Text:

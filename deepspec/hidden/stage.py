@@ -6,11 +6,13 @@ are computed (by length, so that a batch wastes little); the index has each row'
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage, open_sharded, seal_if_whole
@@ -19,14 +21,13 @@ from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import read_table
-from deepspec.cache.format import HiddenSample
+from deepspec.cache.format import EncodedTensor, HiddenSample
 from deepspec.cache.index import INDEX, write_index
 from deepspec.cache.shard_writer import Background, EncodedSample, ShardWriter
 from deepspec.config.resources import ResourcesConfig
 from deepspec.hidden.capture import Capture
 from deepspec.hidden.checks import StateChecks
 from deepspec.hidden.expected_index import write_expected_index
-from deepspec.hidden.host_copy import HostCopy
 from deepspec.hidden.metadata import (
     check_scales,
     lacks_metadata,
@@ -91,6 +92,36 @@ def load_capture_target(run: Run) -> Target:
     )
 
 
+class HostCopy:
+    """Copies tensors from a GPU in a stream of its own; on a CPU there is nothing to copy.
+
+    The stream waits for the states and not for what was started after them. PyTorch keeps the
+    pinned memory and uses it again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def ready(self) -> torch.cuda.Event | None:
+        """A mark after the work that the caller has started so far."""
+        return torch.cuda.current_stream().record_event() if self.stream else None
+
+    def bring(self, encoded: EncodedTensor, ready: torch.cuda.Event | None) -> EncodedTensor:
+        """`encoded` on the host, waited for; called in the background."""
+        if self.stream is None or ready is None:
+            return encoded
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            parts = tuple(
+                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
+                    part, non_blocking=True
+                )
+                for part in encoded.parts
+            )
+        self.stream.synchronize()
+        return encoded._replace(parts=parts)
+
+
 class ShardCapture:
     """Captures one shard after the other, with a target that is loaded once."""
 
@@ -126,8 +157,9 @@ class ShardCapture:
                 for row, states in self.capture.states(rows):
                     sample = self.capture.sample(row, states)
                     self.checks.add(row, states, sample)
-                    encoded = encoders.submit(self._encoding(writer, sample, row))
-                    background.submit(partial(_write, writer, encoded), num_bytes=sample.num_bytes)
+                    encode = partial(self._encode, writer, sample, row, self.host.ready())
+                    write = partial(_write, writer, encoders.submit(encode))
+                    background.submit(write, num_bytes=sample.num_bytes)
             written = writer.finish()
         self.checks.finish()
         put_rejects(self.stage.artifact, work.shard, rejects)
@@ -142,19 +174,18 @@ class ShardCapture:
             scales_checksum=self.scales_checksum,
         )
 
-    def _encoding(
-        self, writer: ShardWriter, sample: HiddenSample, row: CaptureRow
-    ) -> Callable[[], EncodedSample]:
-        """The job that brings a sample to the host and encodes it."""
-        ready = self.host.ready()
-
-        def encode() -> EncodedSample:
-            context = self.host.bring(sample.context, ready)
-            last_hidden = self.host.bring(sample.last_hidden, ready)
-            on_host = sample._replace(context=context, last_hidden=last_hidden)
-            return writer.encode(on_host, held_out=int(row.held_out))
-
-        return encode
+    def _encode(
+        self,
+        writer: ShardWriter,
+        sample: HiddenSample,
+        row: CaptureRow,
+        ready: torch.cuda.Event | None,
+    ) -> EncodedSample:
+        """Bring a sample to the host and encode it."""
+        context = self.host.bring(sample.context, ready)
+        last_hidden = self.host.bring(sample.last_hidden, ready)
+        on_host = sample._replace(context=context, last_hidden=last_hidden)
+        return writer.encode(on_host, held_out=int(row.held_out))
 
 
 def _write(writer: ShardWriter, encoded: Future[EncodedSample]) -> None:

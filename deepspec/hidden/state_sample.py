@@ -15,7 +15,7 @@ from deepspec.artifacts.tables import read_table
 from deepspec.config.data import HiddenConfig
 from deepspec.hidden.sequences import CaptureRow, capture_rows
 from deepspec.target.chat import Chat
-from deepspec.target.model import Target, TargetOutput
+from deepspec.target.model import Target
 
 SCALE_TOKENS = 2048  # for the scales, and as many again, of other samples, to measure the codecs
 ROW_TOKENS = 128  # of one sample at most: one long answer is not like the rest
@@ -30,16 +30,22 @@ class StateSample(NamedTuple):
 
 def sample_states(rows: Iterable[CaptureRow], target: Target) -> tuple[StateSample, StateSample]:
     """Tokens to make the scales from, and tokens of other rows to measure the codecs on."""
-    parts: tuple[list[TargetOutput], list[TargetOutput]] = ([], [])
+    num_layers, size = len(target.layer_ids), int(target.text_config.hidden_size)
+    nothing = torch.zeros(0, num_layers, size, dtype=torch.bfloat16, device=target.device)
+    sides = tuple([StateSample(nothing, nothing[:, :1])] for _ in range(2))
     for number, row in enumerate(rows):
         length = len(row.input_ids)
         output = target.forward(torch.tensor([row.input_ids], device=target.device))
         places = torch.linspace(0, length - 1, min(ROW_TOKENS, length), device=target.device).long()
-        context, last_hidden = output.context[0, places], output.last_hidden[0, places]
-        parts[number % 2].append(TargetOutput(context.bfloat16(), last_hidden.bfloat16()))
-        if all(sum(len(each.last_hidden) for each in side) >= SCALE_TOKENS for side in parts):
+        context = output.context[0, places].bfloat16().unflatten(1, (num_layers, size))
+        last_hidden = output.last_hidden[0, places, None].bfloat16()
+        sides[number % 2].append(StateSample(context, last_hidden))
+        if all(sum(len(part.context) for part in side) >= SCALE_TOKENS for side in sides):
             break
-    return _joined(parts[0], target), _joined(parts[1], target)
+    for_scales, for_fidelity = (
+        StateSample(*map(torch.cat, zip(*side, strict=True))) for side in sides
+    )
+    return for_scales, for_fidelity
 
 
 def first_rows(answers: Artifact, chat: Chat, settings: HiddenConfig) -> Iterator[CaptureRow]:
@@ -47,11 +53,3 @@ def first_rows(answers: Artifact, chat: Chat, settings: HiddenConfig) -> Iterato
     for record in answers.records().values():
         rows = read_table(answers.fetch_shard(record)).to_pylist()
         yield from sorted(capture_rows(rows, chat, settings).rows, key=lambda row: row.sample_id)
-
-
-def _joined(parts: list[TargetOutput], target: Target) -> StateSample:
-    num_layers, size = len(target.layer_ids), int(target.text_config.hidden_size)
-    empty = torch.zeros(0, num_layers * size, dtype=torch.bfloat16, device=target.device)
-    context = torch.cat([empty, *(part.context for part in parts)])
-    last_hidden = torch.cat([empty[:, :size], *(part.last_hidden for part in parts)])
-    return StateSample(context.unflatten(1, (num_layers, size)), last_hidden[:, None])

@@ -18,10 +18,9 @@ from deepspec.cache.reader import HiddenCache
 from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
 from deepspec.hidden.capture import Capture
 from deepspec.hidden.checks import StateChecks, relative_difference
-from deepspec.hidden.host_copy import HostCopy
 from deepspec.hidden.metadata import metadata_files
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
-from deepspec.hidden.stage import run_capture
+from deepspec.hidden.stage import HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.loading import load_target
 from deepspec.target.model import TargetOutput
