@@ -21,7 +21,6 @@ from deepspec.errors import ArtifactMismatch
 CodecName = Literal["raw", "lossless", "int8", "fp8"]
 Compression = Literal["none", "zstd"]
 
-ITEM_BYTES = {"bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
 # On a CPU, what one pass writes is still in the cache when the next one reads it (2 MB of float32),
 # and a pass is long enough for the interpreter not to matter: 2^16 is half as fast, 2^18 to 2^20
 # are alike. On a GPU, 128 MB of float32.
@@ -32,7 +31,7 @@ class Column(NamedTuple):
     """One column of a codec."""
 
     suffix: str  # after the tensor's name
-    dtype: str  # of one value; little-endian
+    dtype: str  # of one value, by torch's name; little-endian
     shape: tuple[int, ...]  # of one token's entry
     # fixed-size entries, or one zstd frame of all of them
     storage: Literal["tokens", "frame"] = "tokens"
@@ -40,7 +39,7 @@ class Column(NamedTuple):
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's entry, before zstd."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, eq=False)

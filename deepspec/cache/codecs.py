@@ -119,9 +119,8 @@ class Int8Codec(Codec):
         # float32 between int8 and bfloat16: faster on a CPU than bfloat16 products, and rounded
         # once.
         values = scratch[0].copy_(parts[0].view(torch.int8))
-        values.view(len(out), self.width // self.group_size, self.group_size).mul_(
-            parts[1].view(torch.bfloat16).float()[..., None]
-        )
+        scale = parts[1].view(torch.bfloat16).float()
+        values.unflatten(-1, (-1, self.group_size)).mul_(scale[..., None])
         out.copy_(values.mul_(self._per_channel(out.device)))
 
 
@@ -141,7 +140,7 @@ class Fp8Codec(Codec):
         return (self._codes("float8_e4m3fn"), Column("_scale", "bfloat16", (self.num_layers,)))
 
     def _encode(self, states: Tensor, parts: Sequence[Tensor]) -> None:
-        layers = states.float().unflatten(-1, (self.num_layers, self.hidden_size))  # [n, L, D]
+        layers = states.float().unflatten(-1, (self.num_layers, -1))  # [n, L, D]
         scale = _stored_scale(layers, largest=FP8_MAX, part=parts[1])
         # whether the cast saturates or makes NaN is torch's choice
         layers.div_(scale[..., None]).clamp_(-FP8_MAX, FP8_MAX)
@@ -155,7 +154,7 @@ class Fp8Codec(Codec):
         half.copy_(parts[0].view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(0xBF80 - 0x10000)
         values.copy_(half.view(torch.float16))
         scale = parts[1].view(torch.bfloat16).float() * 256
-        values.view(len(out), self.num_layers, self.hidden_size).mul_(scale[..., None])
+        values.unflatten(-1, (self.num_layers, -1)).mul_(scale[..., None])
         out.copy_(values)
 
 

@@ -67,24 +67,22 @@ class WindowedOrder:
         """Those of the line without end, from the one that `place` lies in."""
         line = self.num_samples * self.passes
         for around in count(place // line):
-            order, ends = self._epoch(around * self.passes)
+            windows, ends = self._epoch(around * self.passes)
             start = around * line
-            for number, end in enumerate(around * line + ends * self.passes):
-                chosen = order[number * self.window_shards : (number + 1) * self.window_shards]
+            for groups, end in zip(windows, start + ends * self.passes, strict=True):
                 if end > place:
-                    yield Window(start, int(end), tuple(self._shards[chosen].tolist()))
+                    yield Window(start, int(end), tuple(self._shards[groups].tolist()))
                 start = int(end)
 
-    def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of shards of the epochs from this one on, and behind how many samples of
+    def _shuffled_shards(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The windows of shards of the epochs from this one on, and behind how many samples of
         one of them each window ends.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._groups))
-        firsts = np.arange(0, len(order), self.window_shards)
-        return order, np.cumsum(np.add.reduceat(self._sizes[order], firsts))
+        windows = np.split(order, range(self.window_shards, len(order), self.window_shards))
+        return windows, np.cumsum([self._sizes[groups].sum() for groups in windows])
 
     def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
-        order, _ = self._epoch(epoch - epoch % self.passes)
-        chosen = order[window * self.window_shards : (window + 1) * self.window_shards]
-        samples = np.concatenate([self._groups[group] for group in chosen])
+        windows, _ = self._epoch(epoch - epoch % self.passes)
+        samples = np.concatenate([self._groups[group] for group in windows[window]])
         return np.random.default_rng([self.seed, epoch, window]).permutation(samples)

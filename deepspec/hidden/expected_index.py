@@ -44,8 +44,8 @@ def write_expected_index(
     began = time.monotonic()
     for done, record in enumerate(todo, start=1):
         table = read_table(answers.fetch_shard(record))
-        data = _encode(record.shard, render_rows(table.to_pylist(), chat, settings), settings)
-        artifact.write(_name(record), data)
+        data = _rendered(record.shard, table.to_pylist(), chat, settings)
+        artifact.store.write(artifact.path(_name(record)), data)
         if done % 100 == 0 or done == len(todo):
             message = "stage=hidden rendered %d of %d shards of answers in %.0f s"
             log.info(message, done, len(todo), time.monotonic() - began)
@@ -73,18 +73,6 @@ def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
         shards.append(decode_rows(data))
     index = pa.concat_batches(shards)
     return ExpectedIndex(*(column_values(index, name) for name in ExpectedIndex._fields))
-
-
-def render_rows(
-    answers: Sequence[dict[str, object]], chat: Chat, settings: HiddenConfig
-) -> list[tuple[CaptureRow, int]]:
-    """The rows that capture makes of a shard of answers, in order, each with its answer's place."""
-    rows = [
-        (row, place)
-        for place, answer in enumerate(answers)
-        for row in capture_rows([answer], chat, settings).rows
-    ]
-    return sorted(rows, key=lambda found: capture_order(found[0]))
 
 
 def kept_spans(row: CaptureRow, settings: HiddenConfig) -> np.ndarray:
@@ -125,7 +113,16 @@ def _name(record: Record) -> str:
     return f"{FOLDER}/{record.shard:05d}-{record.checksum[:12]}.arrow"
 
 
-def _encode(shard: int, rows: Sequence[tuple[CaptureRow, int]], settings: HiddenConfig) -> bytes:
+def _rendered(
+    shard: int, answers: Sequence[dict[str, object]], chat: Chat, settings: HiddenConfig
+) -> bytes:
+    """The rows that capture makes of a shard of answers, in order, each with its answer's place."""
+    rows = [
+        (row, answer)
+        for answer, fields in enumerate(answers)
+        for row in capture_rows([fields], chat, settings).rows
+    ]
+    rows.sort(key=lambda found: capture_order(found[0]))
     entries = [
         {
             "sample_id": row.sample_id,

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -37,26 +38,20 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2  # between two looks for the record of a shard that is waited for
 
 
+@dataclass(eq=False)
 class RollingStates(Source):
     """Shards that come and go, and in memory the samples that are needed again and again."""
 
-    def __init__(
-        self,
-        run: Run,
-        stage: ShardedStage,
-        index: ExpectedIndex,
-        *,
-        kept: Mapping[int, HiddenSample],
-        is_first: bool,
-    ) -> None:
-        self.run = run
-        self.stage = stage
-        self.artifact = stage.artifact
-        self.index: ExpectedIndex = index
-        self.layout = read_layout(stage.artifact, run.config.hidden)
-        self.is_first = is_first
-        self._kept = kept
-        self._shards = CommittedShards(stage, index)
+    run: Run
+    stage: ShardedStage
+    index: ExpectedIndex
+    kept: Mapping[int, HiddenSample]
+    is_first: bool
+
+    def __post_init__(self) -> None:
+        self.artifact = self.stage.artifact
+        self.layout = read_layout(self.artifact, self.run.config.hidden)
+        self._shards = CommittedShards(self.stage, self.index)
         self._closed = threading.Event()
         self._capture: RollingCapture | None = None
         self._progress: Callable[[], object] = bool
@@ -90,7 +85,7 @@ class RollingStates(Source):
             self._capture.close()
 
     def __getitem__(self, number: int) -> HiddenSample:
-        kept = self._kept.get(number)
+        kept = self.kept.get(number)
         if kept is not None:
             return kept
         return self._read(number, np.empty(self._room(number), dtype=np.uint8))

@@ -67,7 +67,17 @@ class RollingCapture:
             StoreError: the windows of one step do not fit into `resources.training.rolling_gb`, or
                 another training uses these shards.
         """
-        self._require_room()
+        most, config = self.plan.most_bytes_of_a_step(), self.run.config
+        if most > self.plan.max_bytes:
+            raise StoreError(
+                f"a step at the border of two windows needs {human_bytes(most)} of hidden states, "
+                f"resources.training.rolling_gb holds {human_bytes(self.plan.max_bytes)} "
+                f"(train.window_shards {config.train.window_shards}, "
+                f"prompts.shard_rows {config.prompts.shard_rows})",
+                where="resources.training.rolling_gb",
+                fix=f"set resources.training.rolling_gb to {most / 1e9:.3g} or more, lower "
+                "train.window_shards, or use resources.training.source=online",
+            )
         self.shards.open()
         self._main.start()
 
@@ -179,19 +189,3 @@ class RollingCapture:
         if lost:
             what = f"capture ended well and left no record of shards {shard_list(lost)}"
             raise ChildFailed(what, where=self.shards.artifact.url)
-
-    def _require_room(self) -> None:
-        """Raise StoreError unless the windows that any one step touches fit together."""
-        most = self.plan.most_bytes_of_a_step()
-        if most <= self.plan.max_bytes:
-            return
-        config = self.run.config
-        raise StoreError(
-            f"a step at the border of two windows needs {human_bytes(most)} of hidden states, "
-            f"resources.training.rolling_gb holds {human_bytes(self.plan.max_bytes)} "
-            f"(train.window_shards {config.train.window_shards}, "
-            f"prompts.shard_rows {config.prompts.shard_rows})",
-            where="resources.training.rolling_gb",
-            fix=f"set resources.training.rolling_gb to {most / 1e9:.3g} or more, lower "
-            "train.window_shards, or use resources.training.source=online",
-        )

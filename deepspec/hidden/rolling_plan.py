@@ -42,7 +42,7 @@ class RollingPlan(NamedTuple):
         total = 0
         if place >= self.samples.end:  # which may lie within a window
             return found
-        for window in self._windows(place):
+        for window in self._windows(place, self.samples.end):
             for shard in window.shards:
                 if shard in found:
                     continue
@@ -56,18 +56,15 @@ class RollingPlan(NamedTuple):
         """Bytes that the windows of any one step take together at most."""
         step, end = self.samples.step_samples, self.samples.end
         most = 0
-        for window in self._windows(self.samples.start):
+        for window in self._windows(self.samples.start, end):
             step_end = min(end, -(-window.end // step) * step)
-            shards = set[int]()
-            for other in self._windows(window.start):
-                if other.start >= step_end:
-                    break
-                shards |= set(other.shards)
+            shards = {
+                shard for other in self._windows(window.start, step_end) for shard in other.shards
+            }
             most = max(most, sum(self.most_bytes[shard] for shard in shards))
         return most
 
-    def _windows(self, place: int) -> Iterator[Window]:
-        end = self.samples.end
+    def _windows(self, place: int, end: int) -> Iterator[Window]:
         return takewhile(lambda window: window.start < end, self.samples.order.windows(place))
 
 
