@@ -1,7 +1,7 @@
 """The frame of every codec: a tensor of hidden states is stored as a few columns of bytes.
 
 `quantize` and `dequantize` run where the states are (the GPU, if there is one); `compress` and
-`expand` run on the host, in threads, because zstd lets go of the interpreter. What the columns hold
+`expand` run on the host, in threads, because zstd releases the interpreter. What the columns hold
 is the business of `codecs.py`. T tokens, n tokens of a chunk, L layers, D hidden size, W = L * D.
 """
 

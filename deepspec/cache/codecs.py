@@ -172,7 +172,7 @@ def make_codec(
     compression: Compression = "none",
     channel_scale: Tensor | None = None,
 ) -> Codec:
-    """The codec of one tensor; `compression` is of the codes of int8 and fp8, others have none.
+    """The codec of one tensor; `compression` applies to int8 and fp8; the others have none.
 
     Without `channel_scale` lossless compresses a little less; int8 gives its columns and nothing
     else.

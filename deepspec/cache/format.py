@@ -130,7 +130,7 @@ class Layout:
         codecs that have one.
 
         Raises:
-            ArtifactMismatch: the schema is of another format version.
+            ArtifactMismatch: the schema has another format version.
         """
         schema = pa.ipc.read_schema(pa.py_buffer(schema_file))
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}

@@ -23,7 +23,7 @@ INDEX = "index.arrow"
 
 class ExpectedIndex(NamedTuple):
     """One entry per sample, ordered by shard and row: what the `Index` of the sealed cache will
-    say, as far as it is known.
+    hold, as far as it is known.
     """
 
     sample_id: np.ndarray  # uint64
@@ -81,7 +81,7 @@ def decode_rows(data: bytes) -> pa.RecordBatch:
 
 
 def read_rows(artifact: Artifact, records: Sequence[Record]) -> Iterator[pa.RecordBatch | None]:
-    """The index rows of each shard; None where they are missing or not what its record says."""
+    """The index rows of each shard; None where they are missing or do not match its record."""
     files = [artifact.path(index_file(record)) for record in records]
     for record, data in zip(records, artifact.store.read_many(files), strict=True):
         if data is None or xxhash.xxh3_128_hexdigest(data) != record.index_checksum:
@@ -94,7 +94,7 @@ def write_index(artifact: Artifact, records: Sequence[Record]) -> None:
     """`index.arrow`: the index rows of all shards, in shard order.
 
     Raises:
-        DamagedData: a shard's file of rows is missing or not what its record says.
+        DamagedData: a shard's file of rows is missing or does not match its record.
     """
     shards = [pa.RecordBatch.from_pylist([], schema=INDEX_SCHEMA)]
     for record, rows in zip(records, read_rows(artifact, records), strict=True):

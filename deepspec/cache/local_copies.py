@@ -45,7 +45,7 @@ class LocalCopies:
         return found if len(found) == num_bytes else None
 
     def put(self, key: str, offset: int, message: memoryview) -> None:
-        """Keep the bytes; a full or sick disk only means that they are not kept."""
+        """Keep the bytes; a full or failing disk only means that they are not kept."""
         data, ranges = self._paths(key)
         entry = np.array([(offset, len(message))], dtype=RANGE).tobytes()
         with contextlib.suppress(OSError):

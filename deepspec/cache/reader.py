@@ -4,7 +4,7 @@ bytes.
 A shard is an Arrow IPC file that any Arrow reader opens. Reading for training never opens it that
 way: the index holds the offset and length of every sample's message, so a sample is one `preadv`
 locally and one ranged GET on S3, checked before it is decoded (damaged Arrow bytes decode to wrong
-numbers without a word). A local cache that memory can hold is mapped instead: its bytes are then
+numbers without an error). A local cache that memory can hold is mapped instead: its bytes are then
 copied once, from the page cache to the batch.
 """
 

@@ -82,7 +82,8 @@ class ShardWriter:
         self.rows: list[dict[str, Any]] = []
         self.file = HashedFile(path)
         self._writer = pa.ipc.new_file(pa.PythonFile(self.file, mode="w"), layout.schema)
-        # pyarrow writes the schema with the first batch, so the file cannot tell the first offset.
+        # pyarrow writes the schema with the first batch, so the file does not show the first offset
+        # yet.
         self._offset = MAGIC_BYTES + len(layout.schema.serialize())
 
     def encode(self, sample: HiddenSample, *, held_out: int) -> EncodedSample:

@@ -63,7 +63,7 @@ class CaptureWorker(NamedTuple):
 
         Raises:
             DeepSpecError: the child's own error, when it was tried `resources.retries.times` times
-                more, or when trying is of no use.
+                more, or when another try would not help.
         """
         gpu = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
         for attempt in count(1):
