@@ -29,7 +29,7 @@ def locate_damage(artifact: Artifact, record: Record) -> list[str]:
 
 
 def _damaged_rows(artifact: Artifact, record: Record, rows: list[dict[str, Any]]) -> Iterator[str]:
-    schema = pa.ipc.read_schema(pa.py_buffer(artifact.store.read(artifact.path(SCHEMA))))
+    schema = pa.ipc.read_schema(pa.py_buffer(artifact.read(SCHEMA)))
     path = artifact.path(record.file)
     size = artifact.store.size(path)
     for row in rows:

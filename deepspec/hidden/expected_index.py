@@ -45,7 +45,7 @@ def write_expected_index(
     for done, record in enumerate(todo, start=1):
         table = read_table(answers.fetch_shard(record))
         data = _rendered(record.shard, table.to_pylist(), chat, settings)
-        artifact.store.write(artifact.path(_name(record)), data)
+        artifact.write(_name(record), data)
         if done % 100 == 0 or done == len(todo):
             message = "stage=hidden rendered %d of %d shards of answers in %.0f s"
             log.info(message, done, len(todo), time.monotonic() - began)
@@ -53,7 +53,7 @@ def write_expected_index(
 
 def unrendered(artifact: Artifact, answers: Mapping[int, Record]) -> list[Record]:
     """The shards of answers that are not rendered yet."""
-    found = {f"{FOLDER}/{name}" for name in artifact.store.names(artifact.path(FOLDER))}
+    found = {f"{FOLDER}/{name}" for name in artifact.names(FOLDER)}
     return [record for record in answers.values() if _name(record) not in found]
 
 

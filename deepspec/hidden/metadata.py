@@ -79,7 +79,7 @@ def write_metadata(
     if FIDELITY in missing:
         write_fidelity(artifact, settings, layout, for_fidelity, target)
     if FIDELITY in codec_files(settings):
-        kept = json.loads(artifact.store.read(artifact.path(FIDELITY)))
+        kept = json.loads(artifact.read(FIDELITY))
         found = Fidelity(**{name: kept[name] for name in Fidelity._fields})
         values = found._asdict().items()
         numbers = {name: round(value, 5) for name, value in values if value is not None}
@@ -87,7 +87,7 @@ def write_metadata(
         report({"event": "fidelity", "stage": "hidden", "codec": settings.codec, **numbers})
         refuse(found, config.resources.checks.fidelity, where=artifact.url)
     if lacks_metadata(artifact, settings):
-        artifact.store.write(artifact.path(SCHEMA), layout.schema.serialize().to_pybytes())
+        artifact.write(SCHEMA, layout.schema.serialize().to_pybytes())
         write_target_config(artifact, target)
         write_frozen_tensors(artifact, target)
     return layout
