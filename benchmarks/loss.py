@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
-from deepspec.model.chunked_loss import Coefficients, Targets, score
-from deepspec.model.vocabulary import Vocabulary
+from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
 ROUNDS = 3

@@ -9,6 +9,7 @@ per query of its own, H heads, G key-value heads, E head size.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -60,11 +61,6 @@ class SampleVisibility(NamedTuple):
     end: int
     last: Tensor  # of each block
 
-    def unseen(self, block_size: int) -> Tensor:
-        """[n, t] bool, which tokens of the run each query does not see."""
-        places = torch.arange(self.start, self.end, device=self.last.device)
-        return (places >= self.last[:, None]).repeat_interleave(block_size, 0)
-
 
 def by_sample(visibility: BlockVisibility) -> list[SampleVisibility]:
     """The samples that have blocks."""
@@ -89,11 +85,8 @@ def sample_by_sample(
     """
     samples, size = by_sample(visibility), visibility.block_size
     num_slots = [len(sample.last) * size for sample in samples]
-    runs, end = list[int](), 0  # gaps and samples in turn
-    for sample in samples:
-        runs += [sample.start - end, sample.end - sample.start]
-        end = sample.end
-    runs.append(context[0].shape[2] - end)
+    bounds = [bound for sample in samples for bound in (sample.start, sample.end)]
+    runs = np.diff([0, *bounds, context[0].shape[2]]).tolist()  # gaps and samples in turn
 
     def split(pair: KeysValues, sizes: list[int], which: slice) -> list[KeysValues]:
         keys, values = (x[0].to(queries.dtype).split(sizes, 1)[which] for x in pair)
@@ -101,16 +94,13 @@ def sample_by_sample(
 
     contexts = split(context, runs, slice(1, None, 2))
     own_slots = [split(pair, num_slots, slice(None)) for pair in own]
-    parts = []
-    for number, slots in enumerate(queries.split(num_slots, 1)):
-        of_sample = [pairs[number] for pairs in own_slots]
-        unseen = samples[number].unseen(size)
-        parts.append(_attend_sample(slots, contexts[number], of_sample, unseen, size))
+    each = zip(samples, queries.split(num_slots, 1), contexts, *own_slots, strict=True)
+    parts = [_attend_sample(sample, *tensors, size=size) for sample, *tensors in each]
     return torch.cat(parts, 1).transpose(0, 1).flatten(1)[None]
 
 
 def _attend_sample(
-    queries: Tensor, context: KeysValues, own: Sequence[KeysValues], unseen: Tensor, size: int
+    sample: SampleVisibility, queries: Tensor, context: KeysValues, *own: KeysValues, size: int
 ) -> Tensor:
     """[H, n, E] of one sample's queries [H, n, E] over its run of tokens and its own slots.
 
@@ -118,6 +108,8 @@ def _attend_sample(
     """
     keys, values = context
     num_groups, num_tokens, _ = keys.shape
+    places = torch.arange(sample.start, sample.end, device=keys.device)
+    unseen = (places >= sample.last[:, None]).repeat_interleave(size, 0)
     grouped = queries.unflatten(0, (num_groups, -1))  # heads that share keys are further queries
     by_block = grouped.unflatten(2, (-1, size))
     scores = (

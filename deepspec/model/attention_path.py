@@ -19,14 +19,13 @@ PROBE_TOKENS, PROBE_BLOCK = 128, 8
 
 def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
     """Which attention training takes on this device and dtype; probed and logged once."""
-    device = weight.device
-    if device.type != "cuda":
-        return _dense(device.type)
-    return _choose(device.type, compute_dtype(weight), heads)
+    if weight.device.type == "cuda":
+        return _probed(compute_dtype(weight), heads)
+    return _without_flex(weight.device.type)
 
 
 @lru_cache
-def _dense(device: str) -> Literal["dense"]:
+def _without_flex(device: str) -> Literal["dense"]:
     log.info(
         "training attention=dense device=%s (flex attention has no backward pass there)", device
     )
@@ -34,15 +33,14 @@ def _dense(device: str) -> Literal["dense"]:
 
 
 @lru_cache
-def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
+def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
     try:
-        probe(device, dtype, heads)
+        probe(dtype, heads)
     except _kernel_errors() as error:
-        reason = str(error).strip().partition("\n")[0]
         log.warning(
             "training attention=dense device=cuda FALLBACK: "
             "compiled flex attention fails here, memory grows: %s",
-            reason,
+            str(error).strip().partition("\n")[0],
         )
         return "dense"
     log.info(
@@ -51,21 +49,21 @@ def _choose(device: str, dtype: torch.dtype, heads: HeadGeometry) -> Literal["fl
     return "flex"
 
 
-def probe(device: str, dtype: torch.dtype, heads: HeadGeometry) -> None:
+def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
     """Run a small forward and backward pass of flex attention; raises what its compiler does."""
-    starts = torch.zeros(2, dtype=torch.long, device=device)
-    visibility = BlockVisibility(
-        starts, starts + torch.tensor([3, 60], device=device), PROBE_BLOCK, "flex"
-    )
+    first, last = torch.tensor([[0, 0], [3, 60]], device="cuda")
+    num_slots = 2 * PROBE_BLOCK
     shapes = (
-        (2 * PROBE_BLOCK, heads.num_heads),
-        *[(heads.num_kv_heads, length) for length in (PROBE_TOKENS, 2 * PROBE_BLOCK)],
+        (num_slots, heads.num_heads),
+        (heads.num_kv_heads, PROBE_TOKENS),
+        (heads.num_kv_heads, num_slots),
     )
     with torch.enable_grad():
         queries, context, own = (
-            torch.ones(1, *shape, heads.head_dim, device=device, dtype=dtype, requires_grad=True)
+            torch.ones(1, *shape, heads.head_dim, device="cuda", dtype=dtype, requires_grad=True)
             for shape in shapes
         )
+        visibility = BlockVisibility(first, last, PROBE_BLOCK, "flex")
         flex(queries, (context, context), [(own, own)], visibility, scale=1.0).sum().backward()
 
 

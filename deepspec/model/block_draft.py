@@ -15,7 +15,7 @@ from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, plan_blocks, sample_anchors
 from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Targets
+from deepspec.model.chunked_loss import Targets, Vocabulary
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
@@ -23,7 +23,6 @@ from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import choose_tokens
 from deepspec.model.spec import DraftSpec
-from deepspec.model.vocabulary import Vocabulary
 
 
 class BlockDraft(Drafter):
@@ -35,15 +34,8 @@ class BlockDraft(Drafter):
         self.hidden_norm = RMSNorm(size, spec.rms_norm_eps)
         self.layers = Layers(DecoderLayer(spec, input_size=size) for _ in range(spec.num_layers))
         self.norm = RMSNorm(size, spec.rms_norm_eps)
-        self.markov_head: MarkovHead | None = None
-        self.confidence_head: ConfidenceHead | None = None
-        if spec.markov:
-            self.markov_head = MarkovHead(spec.markov, vocab_size=spec.vocab_size, hidden_size=size)
-        if spec.confidence:
-            rank = spec.markov.rank if spec.markov else 0
-            self.confidence_head = ConfidenceHead(
-                spec.confidence, hidden_size=size, markov_rank=rank
-            )
+        self.markov_head = MarkovHead(spec, spec.markov) if spec.markov else None
+        self.confidence_head = ConfidenceHead(spec, spec.confidence) if spec.confidence else None
         self.loss_settings = LossConfig()
         if spec.algorithm == "dflash":
             self.loss_settings = LossConfig(ce=1.0, tv=0.0, confidence=0.0)

@@ -8,6 +8,7 @@ with it. All probabilities are float32.
 N slots, n of them in a chunk, U target positions, D hidden size, V vocabulary, r Markov rank.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.model.execution import compute_dtype
-from deepspec.model.vocabulary import Vocabulary, softcap
 
 # logits of a chunk: 16 or 128 MB of float32, in memory up to six times
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 MIN_CHUNK = 16  # slots; smaller matrix products waste the device
+
+
+class Vocabulary(NamedTuple):
+    """Logits of a draft are softcap(lm_head n) + W2 f, of normed states n and Markov features f.
+
+    Its target's are the same without the features.
+    """
+
+    lm_head: Tensor  # [V, D], frozen
+    markov_w2: Tensor | None  # [V, r]
+    cap: float | None
+
+    def logits(self, states: Tensor, features: Tensor | None = None) -> Tensor:
+        """Raw float32 logits [N, V] of states [N, D], with the bias of Markov features [N, r]."""
+        logits = softcap(F.linear(states, self.lm_head), self.cap).float()
+        if self.markov_w2 is None or features is None:
+            return logits
+        return logits + F.linear(features, self.markov_w2)
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Targets(NamedTuple):
@@ -79,12 +102,12 @@ class _Score(torch.autograd.Function):
         ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, chunks: "_Chunks"
     ) -> tuple[Tensor, ...]:
         if any(ctx.needs_input_grad):
-            chunks.prepare_gradients(w2)
+            chunks.prepare_gradients()
         with torch.autocast(states.device.type, enabled=False):  # the chunks choose their dtypes
-            chunks.add_all()
+            total = chunks.add_all()
         ctx.save_for_backward(chunks.to_states, chunks.to_features, chunks.to_w2)
         ctx.mark_non_differentiable(*chunks.measured)
-        return (chunks.total(), *chunks.measured)
+        return (total, *chunks.measured)
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,53 +117,46 @@ class _Score(torch.autograd.Function):
         return (*saved, None)
 
 
+@dataclass
 class _Chunks:
     """What is gathered chunk by chunk: the terms of each slot, and the gradient of their sum."""
 
-    def __init__(
-        self,
-        states: Tensor,
-        features: Tensor | None,
-        vocabulary: Vocabulary,
-        targets: Targets,
-        labels: Tensor | None,
-        coefficients: Coefficients,
-    ) -> None:
-        self.dtype = compute_dtype(states)
-        self.states, self.features = states, features
-        self.lm_head, self.softcap = vocabulary.lm_head.to(self.dtype), vocabulary.softcap
-        self.w2 = None if vocabulary.markov_w2 is None else vocabulary.markov_w2.to(self.dtype)
-        self.targets, self.labels, self.coefficients = targets, labels, coefficients
-        self.measured = states.new_zeros(4, len(states), dtype=torch.float32).unbind(0)
-        self.to_states: Tensor | None = None
-        self.to_features: Tensor | None = None
-        self.to_w2: Tensor | None = None
+    states: Tensor
+    features: Tensor | None
+    vocabulary: Vocabulary
+    targets: Targets
+    labels: Tensor | None
+    coefficients: Coefficients
+    to_states: Tensor | None = None
+    to_features: Tensor | None = None
+    to_w2: Tensor | None = None
 
-    def prepare_gradients(self, w2: Tensor | None) -> None:
+    def __post_init__(self) -> None:
+        self.dtype = compute_dtype(self.states)
+        lm_head, w2, self.cap = self.vocabulary
+        self.lm_head = lm_head.to(self.dtype)
+        self.w2 = None if w2 is None else w2.to(self.dtype)
+        self.measured = self.states.new_zeros(4, len(self.states), dtype=torch.float32).unbind(0)
+
+    def prepare_gradients(self) -> None:
         """Gradients are formed as well."""
         self.to_states = torch.zeros_like(self.states)
-        if self.features is not None and w2 is not None:
+        if self.features is not None and self.w2 is not None:
             self.to_features = torch.zeros_like(self.features)
             # All chunks add to it, and in bfloat16 (DeepSpeed's weights) each would round it anew.
             # Autograd casts it at the end.
-            self.to_w2 = torch.zeros_like(w2, dtype=torch.float32)
+            self.to_w2 = torch.zeros_like(self.w2, dtype=torch.float32)
 
-    def add_all(self) -> None:
-        """Score all slots, those of one target position side by side."""
+    def add_all(self) -> Tensor:
+        """Score all slots, those of one target position side by side; returns their sum."""
         elements = CHUNK_ELEMENTS.get(self.states.device.type, CHUNK_ELEMENTS["cuda"])
         size = max(MIN_CHUNK, elements // len(self.lm_head))
         order = self.targets.of_slot.argsort(stable=True)
         for first in range(0, len(order), size):
             self.add(order[first : first + size])
-
-    def total(self) -> Tensor:
-        """The sum of all terms, each by its coefficient."""
-        weighted = [
-            (weight * term).sum()
-            for weight, term in zip(self.coefficients, self.measured[:3], strict=True)
-            if weight is not None
-        ]
-        return torch.stack(weighted).sum() if weighted else self.measured[0].new_zeros(())
+        by_term = zip(self.coefficients, self.measured[:3], strict=True)
+        sums = [(weight * term).sum() for weight, term in by_term if weight is not None]
+        return sum(sums, self.measured[0].new_zeros(()))
 
     def add(self, slots: Tensor) -> None:
         """Score the slots with these numbers [n]; their target positions are consecutive."""
@@ -158,7 +174,7 @@ class _Chunks:
 
     def _logits(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
         """The draft's logits [n, V], and the slope of the softcap where there is one."""
-        cap, slope = self.softcap, None
+        cap, slope = self.cap, None
         logits = softcap(F.linear(self.states[slots].to(self.dtype), self.lm_head), cap).float()
         if cap is not None:
             slope = 1 - (logits / cap).square()  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
@@ -172,7 +188,7 @@ class _Chunks:
         of_slot = self.targets.of_slot[slots]
         first, last = int(of_slot[0]), int(of_slot[-1])
         states = self.targets.states[first : last + 1].to(self.dtype)
-        logits = softcap(F.linear(states, self.lm_head), self.softcap)
+        logits = softcap(F.linear(states, self.lm_head), self.cap)
         return logits.float().softmax(-1)[of_slot - first]
 
     def _measure(self, slots: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,21 +35,30 @@ def spec_from_config(config: HFConfig) -> DraftSpec:
             where="config.json",
             fix="give the folder of a draft, not of a target",
         )
+    fields = dimensions(config)
+    if is_eagle3:
+        steps = config.get("ttt_length") or 7
+        fields |= {
+            "algorithm": "eagle3",
+            "block_size": config.get("block_size", steps),
+            "ttt_length": steps,
+            "step_loss_decay": config.get("step_loss_decay", 0.8),
+        }
+    else:
+        fields |= _block_fields(config)
     return DraftSpec(
         num_layers=config["num_hidden_layers"],
         num_target_layers=config["num_target_layers"],
         target_layer_ids=tuple(config["target_layer_ids"]),
         text_config=dict(config),
-        **dimensions(config),
-        **(_eagle3_fields(config) if is_eagle3 else _block_fields(config)),
+        **fields,
     )
 
 
 def config_from_spec(spec: DraftSpec) -> dict[str, Any]:
     """The config.json of a draft."""
-    family, is_eagle3 = spec.family, spec.algorithm == "eagle3"
-    config = {key: value for key, value in spec.text_config.items() if key not in TARGET_ONLY}
-    config |= {
+    family, text, is_eagle3 = spec.family, spec.text_config, spec.algorithm == "eagle3"
+    config = {key: value for key, value in text.items() if key not in TARGET_ONLY} | {
         "architectures": [family.eagle3_architecture if is_eagle3 else family.block_architecture],
         "num_target_layers": spec.num_target_layers,
         "num_hidden_layers": spec.num_layers,
@@ -65,7 +74,26 @@ def config_from_spec(spec: DraftSpec) -> dict[str, Any]:
         config["global_head_dim"] = spec.heads.head_dim
         if spec.heads.values_are_keys:
             config["num_global_key_value_heads"] = spec.heads.num_kv_heads
-    return config | (_eagle3_keys(spec) if is_eagle3 else _block_keys(spec))
+    if is_eagle3:
+        name = text.get("target_model_name_or_path") or text.get("_name_or_path", "")
+        return config | {
+            "ttt_length": spec.ttt_length,
+            "step_loss_decay": spec.step_loss_decay,
+            "draft_num_hidden_layers": spec.num_layers,
+            "target_model_name_or_path": name,
+        }
+    config |= {
+        "mask_token_id": spec.mask_token_id,
+        "num_anchors": spec.num_anchors,
+        "markov_rank": spec.markov.rank if spec.markov else 0,
+        "enable_confidence_head": spec.confidence is not None,
+        **BLOCK_LAYOUT,
+    }
+    if spec.markov:
+        config["markov_head_type"] = spec.markov.kind
+    if spec.confidence:
+        config["confidence_head_with_markov"] = spec.confidence.markov_features
+    return config
 
 
 def _block_fields(config: HFConfig) -> dict[str, Any]:
@@ -89,39 +117,4 @@ def _block_fields(config: HFConfig) -> dict[str, Any]:
         "num_anchors": config.get("num_anchors") or 512,
         "markov": markov,
         "confidence": confidence,
-    }
-
-
-def _block_keys(spec: DraftSpec) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        "mask_token_id": spec.mask_token_id,
-        "num_anchors": spec.num_anchors,
-        "markov_rank": spec.markov.rank if spec.markov else 0,
-        "enable_confidence_head": spec.confidence is not None,
-        **BLOCK_LAYOUT,
-    }
-    if spec.markov:
-        keys["markov_head_type"] = spec.markov.kind
-    if spec.confidence:
-        keys["confidence_head_with_markov"] = spec.confidence.markov_features
-    return keys
-
-
-def _eagle3_fields(config: HFConfig) -> dict[str, Any]:
-    steps = config.get("ttt_length") or 7
-    return {
-        "algorithm": "eagle3",
-        "block_size": config.get("block_size", steps),
-        "ttt_length": steps,
-        "step_loss_decay": config.get("step_loss_decay", 0.8),
-    }
-
-
-def _eagle3_keys(spec: DraftSpec) -> dict[str, Any]:
-    name = spec.text_config.get("target_model_name_or_path")
-    return {
-        "ttt_length": spec.ttt_length,
-        "step_loss_decay": spec.step_loss_decay,
-        "draft_num_hidden_layers": spec.num_layers,
-        "target_model_name_or_path": name or spec.text_config.get("_name_or_path", ""),
     }

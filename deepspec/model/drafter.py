@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
+from deepspec.model.chunked_loss import Vocabulary, softcap
 from deepspec.model.execution import Execution
-from deepspec.model.kv_cache import LayerCache, RowCache
+from deepspec.model.kv_cache import RowCache
 from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
 from deepspec.model.spec import DraftSpec
-from deepspec.model.vocabulary import Vocabulary, softcap
 
 
 class TrainBatch(NamedTuple):
@@ -44,24 +44,23 @@ class Proposal(NamedTuple):
 class DraftCache(RowCache):
     """A draft's keys and values of the verified tokens."""
 
-    def __init__(self, layers: Sequence[LayerCache], rows: int, table: Rotation) -> None:
-        super().__init__(layers, rows)
-        self.table = table
-        self.last_output: Tensor | None = None  # [B, D] Eagle3 goes on from its own last output
+    def __init__(self, draft: "Drafter", rows: int, capacity: int) -> None:
+        super().__init__(len(draft.layers), rows, capacity)
+        self.table = draft.rotations(capacity)
+        # [B, D] Eagle3 goes on from its own last output; zeros for the others
+        self.last_output = draft.fc.weight.new_zeros(rows, draft.spec.hidden_size)
 
     def put(self, rows: Sequence[int], fresh: Self) -> None:
         """Give these rows to other sequences, prefilled in a cache of their own."""
         super().put(rows, fresh)
-        if self.last_output is not None and fresh.last_output is not None:
-            # it may have been made in inference mode, or be a view
-            self.last_output = self.last_output.clone()
-            self.last_output[rows] = fresh.last_output
+        # it may have been made in inference mode, or be a view
+        self.last_output = self.last_output.clone()
+        self.last_output[rows] = fresh.last_output
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         super().keep(rows)
-        if self.last_output is not None:
-            self.last_output = self.last_output[rows]
+        self.last_output = self.last_output[rows]
 
     def rotation(self, num_new: int) -> Rotation:
         """Of the next `num_new` positions of every row.
@@ -102,17 +101,13 @@ class Drafter(nn.Module, ABC):
         super().__init__()
         size = spec.hidden_size
         self.spec, self.execution = spec, Execution()
+        self.block_size = spec.block_size  # tokens proposed per round
         self.embed_tokens = nn.Embedding(spec.vocab_size, size)
         self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
         self.fc = nn.Linear(spec.num_context_features, size, bias=False)
         self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
         for frozen in (self.embed_tokens, self.lm_head):
             frozen.weight.requires_grad = False
-
-    @property
-    def block_size(self) -> int:
-        """Tokens proposed per round."""
-        return self.spec.block_size
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings [..., D] of tokens [...], scaled where the target's family scales them."""
@@ -166,9 +161,7 @@ class Drafter(nn.Module, ABC):
 
         Its dtype and device are those of the weights.
         """
-        room = capacity + self.block_size
-        layers = [LayerCache(rows, room) for _ in self.layers]
-        return DraftCache(layers, rows, self.rotations(room))
+        return DraftCache(self, rows, capacity + self.block_size)
 
     @abstractmethod
     def extend(

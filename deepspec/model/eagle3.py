@@ -149,12 +149,6 @@ class Eagle3Draft(Drafter):
 
     # Decoding
 
-    def new_cache(self, rows: int, capacity: int) -> DraftCache:
-        """An empty cache, with room for the output that drafting goes on from."""
-        cache = super().new_cache(rows, capacity)
-        cache.last_output = self.fc.weight.new_zeros(rows, self.spec.hidden_size)
-        return cache
-
     @torch.no_grad()  # a graph through the cache would grow from round to round
     def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
@@ -171,7 +165,7 @@ class Eagle3Draft(Drafter):
         cache.lengths = [max(length - 1, 0) for length in lengths]
         output = self._output(cache, x[rows, last][:, None], fused[rows, last][:, None])
         cache.lengths = lengths
-        if min(counts) == 0 and cache.last_output is not None:
+        if min(counts) == 0:
             has_new = torch.tensor(counts, device=output.device)[:, None] > 0
             output = torch.where(has_new, output, cache.last_output)
         cache.last_output = output
@@ -184,7 +178,7 @@ class Eagle3Draft(Drafter):
 
         The anchor is in the cache already.
         """
-        lengths, states = cache.lengths, cast("Tensor", cache.last_output)
+        lengths, states = cache.lengths, cache.last_output
         drawn: list[DrawnTokens] = []
         for slot in range(self.block_size):
             if slot > 0:

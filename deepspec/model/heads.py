@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import ConfidenceConfig, MarkovConfig
 from deepspec.model.sampling import choose_tokens, stacked
+from deepspec.model.spec import DraftSpec
 
 
 class MarkovHead(nn.Module):
     """Tensor names are the published ones; only those of the chosen kind exist."""
 
-    def __init__(self, config: MarkovConfig, *, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, spec: DraftSpec, config: MarkovConfig) -> None:
         super().__init__()
-        rank = config.rank
-        self.kind = config.kind
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        rank, self.kind = config.rank, config.kind
+        self.markov_w1 = nn.Embedding(spec.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, spec.vocab_size, bias=False)
         if config.kind == "gated":
-            self.gate_proj = nn.Linear(hidden_size + rank, rank)
+            self.gate_proj = nn.Linear(spec.hidden_size + rank, rank)
         elif config.kind == "rnn":
-            self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+            self.joint_proj = nn.Linear(2 * rank + spec.hidden_size, 3 * rank)
 
     def features(self, states: Tensor, previous: Tensor) -> Tensor:
         """The f [N, g, r] of whole blocks: states [N, g, D], embedded previous tokens [N, g, r]."""
@@ -104,10 +104,11 @@ def sample_block(
 class ConfidenceHead(nn.Module):
     """Logit of the chance that a slot's token is accepted, given all before it are (eq. 7)."""
 
-    def __init__(self, config: ConfidenceConfig, *, hidden_size: int, markov_rank: int) -> None:
+    def __init__(self, spec: DraftSpec, config: ConfidenceConfig) -> None:
         super().__init__()
         self.with_markov, self.detach = config.markov_features, config.detach
-        self.proj = nn.Linear(hidden_size + (markov_rank if self.with_markov else 0), 1)
+        rank = spec.markov.rank if spec.markov and self.with_markov else 0
+        self.proj = nn.Linear(spec.hidden_size + rank, 1)
 
     def forward(self, states: Tensor, previous: Tensor | None) -> Tensor:
         """Logits [N] of normed states [N, D] and the embedded tokens before them [N, r].

@@ -88,8 +88,8 @@ class LayerCache:
 class RowCache:
     """The caches of all layers, with one length per row."""
 
-    def __init__(self, layers: Sequence[LayerCache], rows: int) -> None:
-        self.layers = layers
+    def __init__(self, num_layers: int, rows: int, capacity: int) -> None:
+        self.layers = [LayerCache(rows, capacity) for _ in range(num_layers)]
         self.lengths = [0] * rows
 
     def put(self, rows: Sequence[int], fresh: Self) -> None:

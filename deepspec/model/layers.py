@@ -53,17 +53,13 @@ class RotaryTable:
         if table is None or len(table.cos) < num_positions:
             # the table outlives this call and may be used in training later
             with torch.inference_mode(mode=False):
-                table = self._compute(1 << (num_positions - 1).bit_length(), device, dtype)
+                positions = torch.arange(1 << (num_positions - 1).bit_length(), dtype=torch.float32)
+                angles = positions[:, None, None] * self.inverse_frequencies
+                cos, sin = angles.cos(), angles.sin()
+                halves = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+                table = Rotation(*(half.to(device, dtype) for half in halves))
             self._tables[device, dtype] = table
         return table
-
-    def _compute(self, num_positions: int, device: torch.device, dtype: torch.dtype) -> Rotation:
-        angles = (
-            torch.arange(num_positions, dtype=torch.float32)[:, None] * self.inverse_frequencies
-        )
-        cos, sin = angles.cos(), angles.sin()
-        tables = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        return Rotation(*(table[:, None].to(device, dtype) for table in tables))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config.draft import LossConfig
-from deepspec.model.chunked_loss import Coefficients, Targets, score
-from deepspec.model.vocabulary import Vocabulary
+from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

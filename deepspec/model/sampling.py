@@ -128,10 +128,8 @@ def verify_tokens(
         accepted = _limit(draft_tokens == likeliest[:, :num_slots], num_proposed)
         num_accepted = accepted.cumprod(1).sum(1)
         return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0])
-    target_probs, uniforms = (
-        distribution(target_logits, sampling),
-        uniforms.to(target_logits.device),
-    )
+    target_probs = distribution(target_logits, sampling)
+    uniforms = uniforms.to(target_logits.device)
     if draft_probs is None:
         draft_probs = torch.zeros_like(target_probs[:, :num_slots]).scatter_(
             -1, draft_tokens[..., None], 1.0
@@ -148,9 +146,8 @@ def verify_tokens(
 def _limit(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
     if num_proposed is None:
         return accepted
-    return accepted & (
-        torch.arange(accepted.shape[1], device=accepted.device) < num_proposed[:, None]
-    )
+    slots = torch.arange(accepted.shape[1], device=accepted.device)
+    return accepted & (slots < num_proposed[:, None])
 
 
 def _following(
@@ -160,10 +157,8 @@ def _following(
 
     It is max(p - q, 0), or p where nothing was rejected.
     """
-    rows, num_slots = (
-        torch.arange(len(num_accepted), device=num_accepted.device),
-        draft_probs.shape[1],
-    )
+    num_slots = draft_probs.shape[1]
+    rows = torch.arange(len(num_accepted), device=num_accepted.device)
     wanted = target_probs[rows, num_accepted]
     if num_slots == 0:
         return wanted
@@ -191,10 +186,8 @@ class UniformStream:
         """The next `num` numbers of every row [B, num] float64, on the CPU."""
         if self._next + num > self._numbers.shape[1]:
             fresh = np.stack([source.random(max(num, self.CHUNK)) for source in self._sources])
-            self._numbers, self._next = (
-                np.concatenate([self._numbers[:, self._next :], fresh], axis=1),
-                0,
-            )
+            self._numbers = np.concatenate([self._numbers[:, self._next :], fresh], axis=1)
+            self._next = 0
         self._next += num
         return torch.from_numpy(self._numbers[:, self._next - num : self._next])
 
@@ -207,11 +200,9 @@ class UniformStream:
         self._numbers = self._numbers.copy()
         first = np.empty(len(rows))
         for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            self._sources[row] = _source(seed)
-            first[place] = self._sources[row].random()
-            self._numbers[row, self._next :] = self._sources[row].random(
-                self._numbers.shape[1] - self._next
-            )
+            self._sources[row] = source = _source(seed)
+            first[place] = source.random()
+            source.random(out=self._numbers[row, self._next :])
         return torch.from_numpy(first)
 
     def keep(self, rows: Sequence[int]) -> None:

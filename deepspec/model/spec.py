@@ -160,8 +160,8 @@ def dimensions(config: HFConfig) -> dict[str, Any]:
         ConfigError: a family that is not supported, or a size that is missing.
     """
     family, text = family_of(config), text_config(config)
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-    missing = [key for key in sizes if not text.get(key)]
+    sizes = ("vocab_size", "hidden_size", "intermediate_size")
+    missing = [key for key in (*sizes, "num_attention_heads") if not text.get(key)]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)} missing or 0",
@@ -170,10 +170,8 @@ def dimensions(config: HFConfig) -> dict[str, Any]:
         )
     heads = head_geometry(text, family)
     return {
+        **{size: text[size] for size in sizes},
         "family": family,
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["hidden_size"],
-        "intermediate_size": text["intermediate_size"],
         "heads": heads,
         "rope": rope_settings(text, family, head_dim=heads.head_dim),
         "rms_norm_eps": text.get("rms_norm_eps", 1e-6),

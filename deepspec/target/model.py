@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepspec.model.kv_cache import LayerCache, RowCache
+from deepspec.model.kv_cache import RowCache
 
 FLASH = "flash_attention_2"
 
@@ -33,10 +33,8 @@ class TargetCache(RowCache):
     Each row has a length of its own, so that rejected tokens can be taken back.
     """
 
-    def __init__(
-        self, layers: Sequence[LayerCache], rows: int, capacity: int, device: torch.device
-    ) -> None:
-        super().__init__(layers, rows)
+    def __init__(self, num_layers: int, rows: int, capacity: int, device: torch.device) -> None:
+        super().__init__(num_layers, rows, capacity)
         # row t sees keys 0 to t
         self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
         self.positions = torch.arange(capacity, device=device)
@@ -162,5 +160,4 @@ class Target:
 
     def new_cache(self, rows: int, capacity: int) -> TargetCache:
         """Room for `rows` sequences of at most `capacity` tokens, allocated at the first write."""
-        layers = [LayerCache(rows, capacity) for _ in range(self.text_config.num_hidden_layers)]
-        return TargetCache(layers, rows, capacity, self.device)
+        return TargetCache(self.text_config.num_hidden_layers, rows, capacity, self.device)

@@ -16,10 +16,10 @@ from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Any:
-    for choice in (attention_path._choose, attention_path._dense):
+    for choice in (attention_path._probed, attention_path._without_flex):
         choice.cache_clear()
     yield
-    attention_path._choose.cache_clear()
+    attention_path._probed.cache_clear()
 
 
 def outcome(
@@ -159,10 +159,10 @@ def test_a_fallback_on_a_gpu_is_a_warning_by_name(
 
     monkeypatch.setattr(attention_path, "probe", fail)
     heads = make_draft(CONFIGS["dflash"]).spec.heads
-    assert attention_path._choose("cuda", torch.bfloat16, heads) == "dense"
+    assert attention_path._probed(torch.bfloat16, heads) == "dense"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "FALLBACK: compiled flex attention fails here" in record.message
     assert record.message.endswith("no kernel image")
     monkeypatch.setattr(attention_path, "probe", lambda *_: None)
-    assert attention_path._choose("cuda", torch.float32, heads) == "flex"
+    assert attention_path._probed(torch.float32, heads) == "flex"

@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepspec.model import chunked_loss
-from deepspec.model.chunked_loss import Coefficients, Targets, score
-from deepspec.model.vocabulary import Vocabulary
+from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 N, U, D, V, R = 23, 7, 12, 50, 5
 CASES = {

@@ -4,15 +4,21 @@ import pytest
 import torch
 
 from deepspec.config.data import SamplingConfig
-from deepspec.config.draft import MarkovConfig
+from deepspec.config.draft import BlockDraftConfig, MarkovConfig
 from deepspec.model.heads import MarkovHead, sample_block
+from deepspec.model.spec import DraftSpec
+from tests.model.drafts import QWEN3
 
 V, D, R, G = 11, 5, 3, 4
 
 
 def make_head(kind: str) -> MarkovHead:
     torch.manual_seed(3)
-    return MarkovHead(MarkovConfig(rank=R, kind=kind), vocab_size=V, hidden_size=D)
+    config = MarkovConfig(rank=R, kind=kind)
+    draft = BlockDraftConfig(algorithm="dspark", markov=config)
+    target = QWEN3 | {"vocab_size": V, "hidden_size": D}
+    spec = DraftSpec.from_target(target, draft, layer_ids=[0], mask_token_id=0)
+    return MarkovHead(spec, config)
 
 
 def test_the_rnn_head_carries_its_state_through_the_block() -> None:
