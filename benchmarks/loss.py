@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
@@ -43,10 +44,11 @@ def made() -> dict[str, Tensor]:
 
 
 def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
-    vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
-    features = parts["features"] if algorithm == "dspark" else None
-    log_p = vocabulary.logits(parts["states"], features).log_softmax(-1)
-    q = vocabulary.logits(parts["hidden"][parts["places"]]).softmax(-1)
+    logits = F.linear(parts["states"], parts["lm_head"])
+    if algorithm == "dspark":
+        logits = logits + F.linear(parts["features"], parts["w2"])
+    log_p = logits.log_softmax(-1)
+    q = F.linear(parts["hidden"][parts["places"]], parts["lm_head"]).softmax(-1)
     if algorithm == "eagle3":
         return -(parts["weights"] * (q * log_p).sum(-1)).sum()
     cross_entropy = -log_p.gather(-1, parts["labels"][:, None])[:, 0]

@@ -155,8 +155,10 @@ def _uncached_logits(draft: Drafter, batch: TrainBatch, *, verified: int) -> Ten
     if isinstance(draft, BlockDraft):
         plan = draft.plan_for(batch, torch.tensor([verified], device=batch.input_ids.device))
         block, head = draft.block_states(batch.context, plan), draft.markov_head
-        features = head.features(block, head.markov_w1(plan.previous)) if head else None
-        return draft.vocabulary().logits(block, features)[0]
+        logits = draft.logits(block)
+        if head:
+            logits = logits + head.markov_w2(head.features(block, head.markov_w1(plan.previous)))
+        return logits[0]
     eagle3 = cast("Eagle3Draft", draft)
     steps = eagle3.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
     states = torch.stack([step[verified - 1] for step in eagle3.step_states(batch, steps)])

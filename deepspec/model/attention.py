@@ -47,11 +47,28 @@ def attend(
         visibility: what a query sees of `context`.
         scale: factor on the scores.
     """
-    if visibility.path == "flex":
-        return flex(queries, context, own, visibility, scale=scale)
-    # scores are as exact as the rotated queries and keys
-    with torch.autocast(queries.device.type, enabled=False):
-        return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, visibility)
+    if visibility.path == "dense":
+        # scores are as exact as the rotated queries and keys
+        with torch.autocast(queries.device.type, enabled=False):
+            return sample_by_sample(queries.transpose(1, 2)[0] * scale, context, own, visibility)
+    # Autocast does not know flex attention, and rotated queries come in the tables' float32.
+    dtype = compute_dtype(queries)
+    keys, values = (
+        torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
+    )
+    mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
+    # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
+    kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention
+    shares = queries.shape[2] != keys.shape[1]
+    out = kernel(
+        queries.transpose(1, 2).to(dtype),
+        keys,
+        values,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=shares,
+    )
+    return cast("Tensor", out).transpose(1, 2).flatten(2)
 
 
 class SampleVisibility(NamedTuple):
@@ -62,19 +79,6 @@ class SampleVisibility(NamedTuple):
     last: Tensor  # of each block
 
 
-def by_sample(visibility: BlockVisibility) -> list[SampleVisibility]:
-    """The samples that have blocks."""
-    firsts, counts = (
-        values.tolist() for values in torch.unique_consecutive(visibility.first, return_counts=True)
-    )
-    samples: list[SampleVisibility] = []
-    for first, last in zip(firsts, visibility.last.split(counts), strict=True):
-        # fill comes after the samples, and its blocks have 0 for both
-        start = max(first, samples[-1].end if samples else 0)
-        samples.append(SampleVisibility(start, max(start, int(last.max())), last))
-    return samples
-
-
 def sample_by_sample(
     queries: Tensor, context: KeysValues, own: Sequence[KeysValues], visibility: BlockVisibility
 ) -> Tensor:
@@ -83,17 +87,26 @@ def sample_by_sample(
     Tensors are split once for all samples: the gradient of a slice would be a tensor as large as
     all of them together.
     """
-    samples, size = by_sample(visibility), visibility.block_size
-    num_slots = [len(sample.last) * size for sample in samples]
-    bounds = [bound for sample in samples for bound in (sample.start, sample.end)]
-    runs = np.diff([0, *bounds, context[0].shape[2]]).tolist()  # gaps and samples in turn
+    size = visibility.block_size
+    firsts, num_blocks = (
+        values.tolist() for values in torch.unique_consecutive(visibility.first, return_counts=True)
+    )
+    samples: list[SampleVisibility] = []
+    bounds = [0]  # of gaps and samples in turn
+    for first, last in zip(firsts, visibility.last.split(num_blocks), strict=True):
+        # fill comes after the samples, and its blocks have 0 for both
+        start = max(first, bounds[-1])
+        samples.append(SampleVisibility(start, max(start, int(last.max())), last))
+        bounds += samples[-1][:2]
+    runs = np.diff([*bounds, context[0].shape[2]]).tolist()
+    num_slots = [num * size for num in num_blocks]
 
-    def split(pair: KeysValues, sizes: list[int], which: slice) -> list[KeysValues]:
-        keys, values = (x[0].to(queries.dtype).split(sizes, 1)[which] for x in pair)
+    def split(pair: KeysValues, sizes: list[int]) -> list[KeysValues]:
+        keys, values = (x[0].to(queries.dtype).split(sizes, 1) for x in pair)
         return list(zip(keys, values, strict=True))
 
-    contexts = split(context, runs, slice(1, None, 2))
-    own_slots = [split(pair, num_slots, slice(None)) for pair in own]
+    contexts = split(context, runs)[1::2]
+    own_slots = [split(pair, num_slots) for pair in own]
     each = zip(samples, queries.split(num_slots, 1), contexts, *own_slots, strict=True)
     parts = [_attend_sample(sample, *tensors, size=size) for sample, *tensors in each]
     return torch.cat(parts, 1).transpose(0, 1).flatten(1)[None]
@@ -133,35 +146,6 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size))[:, None]
 
 
-def flex(
-    queries: Tensor,
-    context: KeysValues,
-    own: Sequence[KeysValues],
-    visibility: BlockVisibility,
-    *,
-    scale: float,
-) -> Tensor:
-    """The same by flex attention."""
-    # Autocast does not know flex attention, and rotated queries come in the tables' float32.
-    dtype = compute_dtype(queries)
-    keys, values = (
-        torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
-    )
-    mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
-    # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
-    kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention
-    shares = queries.shape[2] != keys.shape[1]
-    out = kernel(
-        queries.transpose(1, 2).to(dtype),
-        keys,
-        values,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=shares,
-    )
-    return cast("Tensor", out).transpose(1, 2).flatten(2)
-
-
 def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> BlockMask:
     """The tiles of 128 queries x 128 keys in which something is seen, found without single keys.
 
@@ -182,10 +166,8 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
 
     low = torch.arange(0, num_keys, TILE, device=device)
     rows = torch.arange(0, num_queries, TILE, device=device)
-    bounds = torch.stack([first, last]).repeat_interleave(size, 1)
-    bounds = torch.cat([bounds, bounds[:, -1:].expand(-1, -num_queries % TILE)], 1).view(
-        2, len(rows), TILE
-    )
+    queries = torch.arange(len(rows) * TILE, device=device).clamp(max=num_queries - 1)
+    bounds = torch.stack([first, last])[:, (queries // size).view(-1, TILE)]  # [2, rows, TILE]
     (first_min, last_min), (first_max, last_max) = bounds.amin(-1), bounds.amax(-1)
     some = (low < last_max[:, None]) & (low + TILE > first_min[:, None])
     whole = (low >= first_max[:, None]) & (low + TILE <= last_min[:, None])
@@ -197,14 +179,9 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
             for bound in slots
         )
         some |= (low < end) & (low + TILE > start)
-    (counts, order), (whole_counts, whole_order) = (
-        _listed(chosen) for chosen in (some & ~whole, whole)
-    )
     return BlockMask.from_kv_blocks(
-        counts,
-        order,
-        whole_counts,
-        whole_order,
+        *_listed(some & ~whole),
+        *_listed(whole),
         BLOCK_SIZE=TILE,
         mask_mod=sees,
         seq_lengths=(num_queries, num_keys),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.families import HeadGeometry
-from deepspec.model.attention import BlockVisibility, flex
+from deepspec.model.attention import BlockVisibility, attend
 from deepspec.model.execution import compute_dtype
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
             for shape in shapes
         )
         visibility = BlockVisibility(first, last, PROBE_BLOCK, "flex")
-        flex(queries, (context, context), [(own, own)], visibility, scale=1.0).sum().backward()
+        attend(queries, (context, context), [(own, own)], visibility, scale=1.0).sum().backward()
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:

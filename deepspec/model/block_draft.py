@@ -15,7 +15,7 @@ from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, plan_blocks, sample_anchors
 from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Targets, Vocabulary
+from deepspec.model.chunked_loss import Targets
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
@@ -79,8 +79,9 @@ class BlockDraft(Drafter):
             return zero_loss(self, self.loss_weights)
         counted = plan.counted
         states = self.block_states(batch.context, plan)
-        features = previous = confidence = None
+        features = previous = confidence = w2 = None
         if self.markov_head is not None:
+            w2 = self.markov_head.markov_w2.weight
             embedded = self.markov_head.markov_w1(plan.previous)
             features = self.markov_head.features(states, embedded)[counted]
             previous = embedded[counted]
@@ -95,17 +96,12 @@ class BlockDraft(Drafter):
             weights=plan.weights[counted],
             counted=counted,
         )
-        return block_loss(slots, self.vocabulary(), self.loss_settings)
-
-    def vocabulary(self) -> Vocabulary:
-        """What turns states and Markov features into logits."""
-        w2 = None if self.markov_head is None else self.markov_head.markov_w2.weight
-        return super().vocabulary()._replace(markov_w2=w2)
+        return block_loss(slots, self.vocabulary(w2), self.loss_weights)
 
     def block_states(self, context: Tensor, plan: BlockPlan) -> Tensor:
         """Final-normed states [K, g, D] of each anchor's block; `context` [T, m * D]."""
         size, first = self.block_size, plan.samples.starts
-        table = self.rotations(len(context) + size)
+        table = self.rotary(len(context) + size, like=self.fc.weight)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
         path = training_path(self.fc.weight, self.spec.heads)
@@ -159,7 +155,7 @@ class BlockDraft(Drafter):
         if self.markov_head is None:  # no slot waits for another
             tokens, probs = choose_tokens(logits, sampling, uniforms)
         else:
-            tokens, probs, previous = sample_block(
+            tokens, probs = sample_block(
                 self.markov_head,
                 states,
                 logits,
@@ -167,6 +163,8 @@ class BlockDraft(Drafter):
                 sampling=sampling,
                 uniforms=uniforms,
             )
+            before = torch.cat([anchor[:, None], tokens[:, :-1]], 1)
+            previous = self.markov_head.markov_w1(before)
         if self.confidence_head is not None:
             confidence = self.confidence_head(states, previous).float().sigmoid()
         return Proposal(tokens, probs, confidence)

@@ -41,21 +41,17 @@ def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in draft.modules():
-            _initialise(module, spec.initializer_range, generator)
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, spec.initializer_range, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            for buffer in module.buffers(recurse=False):  # Gemma's layer_scalar
+                buffer.fill_(1.0)
         draft.embed_tokens.weight.copy_(embed)
         draft.lm_head.weight.copy_(lm_head)
     return draft
-
-
-def _initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        module.weight.normal_(0.0, std, generator=generator)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            module.bias.zero_()
-    elif isinstance(module, RMSNorm):
-        module.weight.fill_(1.0)
-    for buffer in module.buffers(recurse=False):  # Gemma's layer_scalar
-        buffer.fill_(1.0)
 
 
 def save_draft(draft: Drafter, folder: Path) -> None:

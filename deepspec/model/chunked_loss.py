@@ -32,13 +32,6 @@ class Vocabulary(NamedTuple):
     markov_w2: Tensor | None  # [V, r]
     cap: float | None
 
-    def logits(self, states: Tensor, features: Tensor | None = None) -> Tensor:
-        """Raw float32 logits [N, V] of states [N, D], with the bias of Markov features [N, r]."""
-        logits = softcap(F.linear(states, self.lm_head), self.cap).float()
-        if self.markov_w2 is None or features is None:
-            return logits
-        return logits + F.linear(features, self.markov_w2)
-
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
     """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
@@ -166,7 +159,15 @@ class _Chunks:
         if self.to_states is None:
             return
         gradient = self._gradient(slots, p, difference)
-        self._backward_features(slots, gradient)
+        if (
+            self.features is not None
+            and self.w2 is not None
+            and self.to_features is not None
+            and self.to_w2 is not None
+        ):
+            by_bias = gradient.to(self.dtype)
+            self.to_features[slots] = (by_bias @ self.w2).to(self.features.dtype)
+            self.to_w2 += by_bias.T @ self.features[slots].to(self.dtype)
         if slope is not None:
             gradient = gradient * slope
         by_states = gradient.to(self.dtype) @ self.lm_head
@@ -228,19 +229,6 @@ class _Chunks:
         if ce is not None and self.labels is not None:
             gradient.scatter_add_(-1, self.labels[slots, None], -ce)  # ce: the -y of p - y
         return gradient
-
-    def _backward_features(self, slots: Tensor, gradient: Tensor) -> None:
-        """Gradients of the Markov bias W2 f, given that by the logits [n, V]."""
-        if (
-            self.features is None
-            or self.w2 is None
-            or self.to_features is None
-            or self.to_w2 is None
-        ):
-            return
-        by_logits = gradient.to(self.dtype)
-        self.to_features[slots] = (by_logits @ self.w2).to(self.features.dtype)
-        self.to_w2 += by_logits.T @ self.features[slots].to(self.dtype)
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class DraftCache(RowCache):
 
     def __init__(self, draft: "Drafter", rows: int, capacity: int) -> None:
         super().__init__(len(draft.layers), rows, capacity)
-        self.table = draft.rotations(capacity)
+        self.table = draft.rotary(capacity, like=draft.fc.weight)
         # [B, D] Eagle3 goes on from its own last output; zeros for the others
         self.last_output = draft.fc.weight.new_zeros(rows, draft.spec.hidden_size)
 
@@ -69,7 +69,7 @@ class DraftCache(RowCache):
         """
         start = self.lengths[0]
         if min(self.lengths) == max(self.lengths):
-            return Rotation(*(table[start : start + num_new] for table in self.table))
+            return self.table.at(slice(start, start + num_new))
         device = self.table.cos.device
         return self.table.at(self._starts() + torch.arange(num_new, device=device))
 
@@ -120,14 +120,9 @@ class Drafter(nn.Module, ABC):
         """Logits [..., V] of final-normed states [..., D]."""
         return softcap(self.lm_head(normed), self.spec.logit_softcap)
 
-    def vocabulary(self) -> Vocabulary:
-        """What the loss needs to turn states into logits."""
-        return Vocabulary(self.lm_head.weight, None, self.spec.logit_softcap)
-
-    def rotations(self, num_positions: int) -> Rotation:
-        """Rotations of at least `num_positions` positions, of the weights' dtype and device."""
-        weight = self.fc.weight
-        return self.rotary(num_positions, device=weight.device, dtype=weight.dtype)
+    def vocabulary(self, markov_w2: Tensor | None = None) -> Vocabulary:
+        """What the loss needs to turn states, and Markov features, into logits."""
+        return Vocabulary(self.lm_head.weight, markov_w2, self.spec.logit_softcap)
 
     # Training
 

@@ -112,7 +112,7 @@ class Eagle3Draft(Drafter):
         """
         run, layer, weight = self.execution.positionwise, self.layer, self.fc.weight
         num_tokens = len(batch.input_ids)
-        table = self.rotations(num_tokens + self.spec.ttt_length)
+        table = self.rotary(num_tokens + self.spec.ttt_length, like=weight)
         fused = self.fc(batch.context[None].to(weight.dtype))
         embedded = self.embed(batch.input_ids.roll(-1))[None]
         x = run(Eagle3Layer.attention_input, layer, embedded, fused)

@@ -7,14 +7,12 @@ Every Markov head is a low-rank bias W2 f, where f [.., r] depends on its kind (
 N any leading shape, g block size, D hidden size, r Markov rank, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import ConfidenceConfig, MarkovConfig
-from deepspec.model.sampling import choose_tokens, stacked
+from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
 from deepspec.model.spec import DraftSpec
 
 
@@ -61,14 +59,6 @@ class MarkovHead(nn.Module):
         return torch.tanh(output), carried
 
 
-class Sampled(NamedTuple):
-    """One block per row, drawn left to right, and the embeddings that biased its slots."""
-
-    tokens: Tensor  # [B, g] long
-    probs: Tensor | None  # [B, g, V] float32, None when greedy
-    previous: Tensor  # [B, g, r] the embedded tokens before each slot
-
-
 def sample_block(
     head: MarkovHead,
     states: Tensor,
@@ -77,7 +67,7 @@ def sample_block(
     anchor: Tensor,
     sampling: SamplingConfig,
     uniforms: Tensor | None,
-) -> Sampled:
+) -> DrawnTokens:
     """Draw a block left to right, each slot's logits biased by the token drawn before it.
 
     Args:
@@ -89,16 +79,14 @@ def sample_block(
         uniforms: [B, g] in [0, 1); None takes the likeliest tokens.
     """
     token, carried = anchor, None
-    drawn, previous = [], []
+    drawn = []
     for slot, (state, base) in enumerate(zip(states.unbind(1), logits.unbind(1), strict=True)):
-        embedded = head.markov_w1.weight[token]
-        feature, carried = head.step(state, embedded, carried)
+        feature, carried = head.step(state, head.markov_w1(token), carried)
         biased = torch.addmm(base, feature, head.markov_w2.weight.t())
         numbers = None if uniforms is None else uniforms[:, slot]
         drawn.append(choose_tokens(biased, sampling, numbers))
         token = drawn[-1].tokens
-        previous.append(embedded)
-    return Sampled(*stacked(drawn), torch.stack(previous, 1))
+    return stacked(drawn)
 
 
 class ConfidenceHead(nn.Module):

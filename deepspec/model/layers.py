@@ -26,7 +26,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def at(self, positions: Tensor) -> "Rotation":
+    def at(self, positions: Tensor | slice) -> "Rotation":
         """Those of `positions` [n], out of a table [L, 1, E]."""
         return Rotation(self.cos[positions], self.sin[positions])
 
@@ -47,9 +47,13 @@ class RotaryTable:
         self.inverse_frequencies = torch.cat([1.0 / settings.theta**exponents, still])  # [E / 2]
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
-    def __call__(self, num_positions: int, *, device: torch.device, dtype: torch.dtype) -> Rotation:
-        """Rotations of at least the first `num_positions` positions, [L, 1, E] each."""
-        table = self._tables.get((device, dtype))
+    def __call__(self, num_positions: int, *, like: Tensor) -> Rotation:
+        """Rotations of at least the first `num_positions` positions, [L, 1, E] each.
+
+        Their dtype and device are those of `like`.
+        """
+        kind = like.device, like.dtype
+        table = self._tables.get(kind)
         if table is None or len(table.cos) < num_positions:
             # the table outlives this call and may be used in training later
             with torch.inference_mode(mode=False):
@@ -57,8 +61,8 @@ class RotaryTable:
                 angles = positions[:, None, None] * self.inverse_frequencies
                 cos, sin = angles.cos(), angles.sin()
                 halves = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-                table = Rotation(*(half.to(device, dtype) for half in halves))
-            self._tables[device, dtype] = table
+                table = Rotation(*(half.to(like) for half in halves))
+            self._tables[kind] = table
         return table
 
 
@@ -82,13 +86,14 @@ class Attention(nn.Module):
     def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
         super().__init__()
         heads = spec.heads
+        size, kv_size = (num * heads.head_dim for num in (heads.num_heads, heads.num_kv_heads))
         self.heads, self.eps, self.value_norm = heads, spec.rms_norm_eps, spec.family.value_norm
         self.scale = 1.0 if spec.family.unscaled_attention else heads.head_dim**-0.5
-        self.q_proj = nn.Linear(input_size, heads.num_heads * heads.head_dim, bias=False)
-        self.k_proj = nn.Linear(input_size, heads.num_kv_heads * heads.head_dim, bias=False)
+        self.q_proj = nn.Linear(input_size, size, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=False)
         if not heads.values_are_keys:
-            self.v_proj = nn.Linear(input_size, heads.num_kv_heads * heads.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads.num_heads * heads.head_dim, spec.hidden_size, bias=False)
+            self.v_proj = nn.Linear(input_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, spec.hidden_size, bias=False)
         self.q_norm = RMSNorm(heads.head_dim, spec.rms_norm_eps)
         self.k_norm = RMSNorm(heads.head_dim, spec.rms_norm_eps)
 
@@ -112,18 +117,14 @@ class Attention(nn.Module):
 
         `mask` [B, 1, 1, L] says which; None is all of them.
         """
-        num_rows, num_new, num_heads, head_dim = queries.shape
         # Heads that share keys become further queries: no copies of the keys, and one matmul for
         # the group.
-        grouped = queries.view(num_rows, num_new, keys.shape[1], -1, head_dim).permute(
-            0, 2, 3, 1, 4
-        )
+        grouped = queries.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
         out = F.scaled_dot_product_attention(
             grouped.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale
         )
-        return self.o_proj(
-            out.view(num_rows, num_heads, num_new, head_dim).transpose(1, 2).flatten(2)
-        )
+        by_head = out.unflatten(2, (-1, queries.shape[1])).flatten(1, 2)
+        return self.o_proj(by_head.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -131,16 +132,15 @@ class MLP(nn.Module):
 
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
-        self.is_silu = spec.activation == "silu"
+        size, inner = spec.hidden_size, spec.intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+        self.activation = nn.SiLU() if spec.activation == "silu" else nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        gate = self.gate_proj(x)
-        gate = F.silu(gate) if self.is_silu else F.gelu(gate, approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -150,27 +150,26 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, spec: DraftSpec, *, input_size: int) -> None:
         super().__init__()
-        size, eps, family = spec.hidden_size, spec.rms_norm_eps, spec.family
-        self.sandwich_norms, self.has_scalar = family.sandwich_norms, family.layer_scalar
+        size, eps, self.family = spec.hidden_size, spec.rms_norm_eps, spec.family
         self.self_attn = Attention(spec, input_size=input_size)
         self.mlp = MLP(spec)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
-        if family.sandwich_norms:
+        if self.family.sandwich_norms:
             self.pre_feedforward_layernorm = RMSNorm(size, eps)
             self.post_feedforward_layernorm = RMSNorm(size, eps)
-        if family.layer_scalar:
+        if self.family.layer_scalar:
             self.register_buffer("layer_scalar", torch.ones(1))
 
     def after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [B, n, D], given its residual stream and what its attention gave."""
-        if self.sandwich_norms:
+        if self.family.sandwich_norms:
             x = residual + self.post_attention_layernorm(attended)
             x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         else:
             x = residual + attended
             x = x + self.mlp(self.post_attention_layernorm(x))
-        return x * self.layer_scalar if self.has_scalar else x
+        return x * self.layer_scalar if self.family.layer_scalar else x
 
     def forward(
         self,

@@ -3,14 +3,13 @@
 N counted slots, M blocks, g block size, D hidden size, r Markov rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.config.draft import LossConfig
 from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -37,44 +36,36 @@ class LossOutput(NamedTuple):
     metrics: Metrics  # (sum, count) float32 each, detached
 
 
-def block_loss(slots: Slots, vocabulary: Vocabulary, settings: LossConfig) -> LossOutput:
-    """CE, TV and CONF of the counted slots; a term of weight 0 is left out."""
-    coefficients = Coefficients(
-        ce=settings.ce * slots.weights if settings.ce > 0 else None,
-        tv=settings.tv * slots.weights if settings.tv > 0 else None,
-    )
+def block_loss(slots: Slots, vocabulary: Vocabulary, factors: Mapping[str, float]) -> LossOutput:
+    """CE, TV and CONF of the counted slots, as far as `factors` has a factor for the term."""
     scores = score(
         slots.states,
         slots.features,
         vocabulary,
         slots.targets,
         labels=slots.labels,
-        coefficients=coefficients,
+        coefficients=Coefficients(
+            **{term: factors[term] * slots.weights for term in ("ce", "tv") if term in factors}
+        ),
     )
-    return with_confidence(slots, scores.total, {"ce": scores.ce, "tv": scores.tv}, settings)
+    return with_confidence(slots, scores.total, {"ce": scores.ce, "tv": scores.tv}, factors)
 
 
 def with_confidence(
-    slots: Slots, total: Tensor, measured: dict[str, Tensor], settings: LossConfig
+    slots: Slots, total: Tensor, measured: dict[str, Tensor], factors: Mapping[str, float]
 ) -> LossOutput:
     """The loss and its metrics, given CE and TV of each slot and their weighted sum `total`.
 
     The graph is that of `total` and of the confidence head, which learns the acceptance rate.
     """
     acceptance = 1.0 - 0.5 * measured["tv"].detach()  # eq. 8
-    factors = {"ce": settings.ce, "tv": settings.tv}
-    if slots.confidence is not None and settings.confidence > 0:
-        factors["confidence"] = settings.confidence
+    if slots.confidence is not None and "confidence" in factors:
         bce = F.binary_cross_entropy_with_logits(
             slots.confidence.float(), acceptance, reduction="none"
         )
-        total = total + settings.confidence * (slots.weights * bce).sum()
+        total = total + factors["confidence"] * (slots.weights * bce).sum()
         measured = measured | {"confidence": bce}
-    numerators = {
-        name: (slots.weights * measured[name].detach()).sum()
-        for name, factor in factors.items()
-        if factor > 0
-    }
+    numerators = {name: (slots.weights * measured[name].detach()).sum() for name in factors}
     denominator = slots.weights.sum()
     metrics: Metrics = {name: (numerator, denominator) for name, numerator in numerators.items()}
     metrics |= acceptance_metrics(acceptance, slots)
@@ -109,6 +100,6 @@ def zero_loss(draft: nn.Module, names: Iterable[str]) -> LossOutput:
 
     On an empty batch all ranks then step together.
     """
-    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    trained = (parameter for parameter in draft.parameters() if parameter.requires_grad)
     zero = torch.stack([(parameter * 0.0).sum() for parameter in trained]).sum()
     return LossOutput(zero, zero.detach(), dict.fromkeys(names, zero), {})

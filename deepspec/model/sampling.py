@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
@@ -26,39 +27,21 @@ class Verdict(NamedTuple):
 def distribution(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Probabilities [..., V] float32 that tokens are drawn from, of raw logits of any float dtype.
 
-    Temperature first, then top-k, top-p on what is left, min-p; temperature 0 is one-hot at the
-    (first) largest logit.
+    Temperature (above 0) first, then top-k, top-p on what is left, min-p.
     """
-    if sampling.temperature == 0:
-        return torch.zeros(logits.shape, device=logits.device).scatter_(
-            -1, logits.argmax(-1, keepdim=True), 1.0
-        )
     scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    probs = scaled.softmax(-1)
-    kept = _kept(probs, sampling)
-    if kept is None:
-        return probs
-    probs = probs.where(kept, 0.0)
-    return probs / probs.sum(-1, keepdim=True)
-
-
-def _kept(probs: Tensor, sampling: SamplingConfig) -> Tensor | None:
-    """Which tokens top-p and min-p keep [..., V]; None where neither is set."""
-    kept = None
+    kept = probs = scaled.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        # mass of the likelier tokens: the one that crosses top_p is kept
-        before = ordered.cumsum(-1) - ordered
-        kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(
-            -1, order, before < sampling.top_p
-        )
+        # mass of the likelier tokens alone: the one that crosses top_p is kept
+        likely = ordered.where(ordered.cumsum(-1) - ordered < sampling.top_p, 0.0)
+        kept = torch.zeros_like(probs).scatter_(-1, order, likely)
     if sampling.min_p > 0:
-        likely = probs >= sampling.min_p * probs.amax(-1, keepdim=True)
-        kept = likely if kept is None else kept & likely
-    return kept
+        kept = kept.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs if kept is probs else kept / kept.sum(-1, keepdim=True)
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -131,9 +114,7 @@ def verify_tokens(
     target_probs = distribution(target_logits, sampling)
     uniforms = uniforms.to(target_logits.device)
     if draft_probs is None:
-        draft_probs = torch.zeros_like(target_probs[:, :num_slots]).scatter_(
-            -1, draft_tokens[..., None], 1.0
-        )
+        draft_probs = F.one_hot(draft_tokens, target_probs.shape[-1]).float()
     of_draft = draft_probs.gather(-1, draft_tokens[..., None])[..., 0]
     of_target = target_probs[:, :num_slots].gather(-1, draft_tokens[..., None])[..., 0]
     # u < p / q as a product: a token of probability 0 is never accepted, one with p >= q always is.

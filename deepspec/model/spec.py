@@ -119,27 +119,16 @@ class DraftSpec:
         Raises:
             ConfigError: an unsupported target, a layer or token that it does not have.
         """
-        text = text_config(target_config)
-        if isinstance(draft, Eagle3DraftConfig):
-            fields = draft.model_dump(include={"ttt_length", "step_loss_decay"})
-        elif mask_token_id is None:
+        text, is_eagle3 = text_config(target_config), isinstance(draft, Eagle3DraftConfig)
+        if mask_token_id is None and not is_eagle3:
             raise ConfigError(
                 "a block draft needs a mask token",
                 where="target.mask_token_id",
                 fix="choose an unused token id",
             )
-        else:
-            fields = {
-                "mask_token_id": mask_token_id,
-                "num_anchors": draft.num_anchors,
-                "markov": draft.markov,
-                "confidence": draft.confidence,
-            }
         name = target_config.get("_name_or_path") or text.get("_name_or_path") or ""
         return cls(
-            algorithm=draft.algorithm,
-            num_layers=draft.num_layers,
-            block_size=draft.block_size,
+            mask_token_id=None if is_eagle3 else mask_token_id,
             num_target_layers=text["num_hidden_layers"],
             target_layer_ids=tuple(layer_ids),
             text_config={
@@ -148,7 +137,7 @@ class DraftSpec:
                 "target_model_type": target_config.get("model_type", ""),
                 "target_text_model_type": text.get("model_type", ""),
             },
-            **fields,
+            **dict(draft),
             **dimensions(target_config),
         )
 

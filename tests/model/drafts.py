@@ -12,6 +12,7 @@ from deepspec.config.draft import (
     MarkovConfig,
 )
 from deepspec.model.checkpoint import build_draft
+from deepspec.model.chunked_loss import Vocabulary, softcap
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.spec import DraftSpec
 
@@ -129,3 +130,11 @@ def taken(batch: TrainBatch, sample: int) -> TrainBatch:
 def total_loss(draft: Drafter, batch: TrainBatch) -> Tensor:
     output = draft.loss(batch, draft.plan(batch))
     return output.numerator / output.denominator
+
+
+def plain_logits(vocabulary: Vocabulary, states: Tensor, features: Tensor | None = None) -> Tensor:
+    """Raw float32 logits [..., V] of normed states, by the plain formula."""
+    logits = softcap(states @ vocabulary.lm_head.T, vocabulary.cap).float()
+    if features is None or vocabulary.markov_w2 is None:
+        return logits
+    return logits + features @ vocabulary.markov_w2.T

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspec.model import chunked_loss
 from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from tests.model.drafts import plain_logits
 
 N, U, D, V, R = 23, 7, 12, 50, 5
 CASES = {
@@ -48,8 +49,8 @@ def plain(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     logits, target = (
-        vocabulary.logits(parts["states"], parts.get("features")),
-        vocabulary.logits(parts["hidden"][parts["places"]]),
+        plain_logits(vocabulary, parts["states"], parts.get("features")),
+        plain_logits(vocabulary, parts["hidden"][parts["places"]]),
     )
     log_p, q = logits.log_softmax(-1), target.softmax(-1)
     by_slot = {

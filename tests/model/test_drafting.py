@@ -47,11 +47,10 @@ def test_a_cached_block_is_the_block_of_training(name: str, target: str) -> None
     )
     plan = draft.plan_for(long, torch.tensor([9]))
     states = draft.block_states(torch.nn.functional.pad(batch.context, (0, 0, 0, 1)), plan)
-    previous = features = None
+    previous, logits = None, draft.logits(states)
     if draft.markov_head is not None:
         previous = draft.markov_head.markov_w1(plan.previous)
-        features = draft.markov_head.features(states, previous)
-    logits = draft.vocabulary().logits(states, features)
+        logits = logits + draft.markov_head.markov_w2(draft.markov_head.features(states, previous))
     torch.testing.assert_close(proposal.probs, logits.softmax(-1), rtol=1e-4, atol=1e-6)
     if draft.confidence_head is not None:
         torch.testing.assert_close(

@@ -56,9 +56,8 @@ def test_sampling_a_block_uses_the_biases_that_teacher_forcing_gives(kind: str) 
         drawn = sample_block(
             head, states, base, anchor=anchor, sampling=sampling, uniforms=uniforms
         )
-        previous = torch.cat([anchor[:, None], drawn.tokens[:, :-1]], 1)
-        torch.testing.assert_close(drawn.previous, head.markov_w1(previous))
-        logits = base + head.markov_w2(head.features(states, drawn.previous))
+        previous = head.markov_w1(torch.cat([anchor[:, None], drawn.tokens[:, :-1]], 1))
+        logits = base + head.markov_w2(head.features(states, previous))
         if drawn.probs is None:
             assert torch.equal(drawn.tokens, logits.argmax(-1))
         else:

@@ -14,9 +14,9 @@ from tests.model.drafts import CONFIGS, make_draft
 def test_frequencies_stay_float32_when_the_draft_is_cast(name: str) -> None:
     """Trap D5: rounded to bfloat16, position 30,000 would turn by another angle altogether."""
     draft = make_draft(CONFIGS[name])
-    exact = draft.rotary(30_000, device=torch.device("cpu"), dtype=torch.float32)
+    exact = draft.rotary(30_000, like=draft.fc.weight)
     draft.to(torch.bfloat16)
-    cast = draft.rotary(30_000, device=torch.device("cpu"), dtype=torch.bfloat16)
+    cast = draft.rotary(30_000, like=draft.fc.weight)
     assert draft.rotary.inverse_frequencies.dtype == torch.float32
     assert torch.equal(cast.cos, exact.cos.bfloat16())
     assert torch.equal(cast.sin, exact.sin.bfloat16())
@@ -25,9 +25,7 @@ def test_frequencies_stay_float32_when_the_draft_is_cast(name: str) -> None:
 def test_rotation_is_that_of_transformers() -> None:
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-    table = RotaryTable(RopeSettings(10_000.0, 4), 8)(
-        10, device=torch.device("cpu"), dtype=torch.float32
-    )
+    table = RotaryTable(RopeSettings(10_000.0, 4), 8)(10, like=torch.empty(0))
     x = torch.randn(2, 10, 3, 8)
     angles = torch.arange(10.0)[:, None] / 10_000.0 ** (torch.arange(0, 8, 2) / 8)
     angles = torch.cat([angles, angles], -1)[None]

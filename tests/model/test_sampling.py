@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
-from deepspec.model.sampling import UniformStream, distribution, draw, verify_tokens
+from deepspec.model.sampling import UniformStream, choose_tokens, distribution, draw, verify_tokens
 
 GREEDY, PLAIN = SamplingConfig(temperature=0), SamplingConfig(temperature=1.0)
 
@@ -20,7 +20,6 @@ def test_filters_keep_what_they_say() -> None:
         "top_p": (SamplingConfig(temperature=1, top_p=0.6), [2 / 3, 1 / 3, 0.0, 0.0]),
         "top_p_tiny": (SamplingConfig(temperature=1, top_p=1e-6), [1.0, 0.0, 0.0, 0.0]),
         "min_p": (SamplingConfig(temperature=1, min_p=0.3), [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
-        "greedy": (GREEDY, [1.0, 0.0, 0.0, 0.0]),
         "temperature": (
             SamplingConfig(temperature=0.5),
             [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345],
@@ -28,6 +27,11 @@ def test_filters_keep_what_they_say() -> None:
     }
     for name, (sampling, wanted) in kept.items():
         torch.testing.assert_close(distribution(logits, sampling), torch.tensor([wanted]), msg=name)
+
+
+def test_at_temperature_0_the_first_of_the_largest_logits_is_taken() -> None:
+    tokens, probs = choose_tokens(torch.tensor([[0.5, 0.7, 0.7]]), GREEDY, torch.tensor([0.9]))
+    assert (tokens.tolist(), probs) == ([1], None)
 
 
 def test_filters_agree_with_transformers() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepspec.model.anchors import BlockPlan
 from deepspec.model.block_draft import BlockDraft
+from tests.model.drafts import plain_logits
 
 
 class BlockOutputs(NamedTuple):
@@ -25,4 +26,6 @@ def block_outputs(draft: BlockDraft, plan: BlockPlan, context: Tensor) -> BlockO
     previous = None if head is None else head.markov_w1(plan.previous)
     features = None if head is None or previous is None else head.features(states, previous)
     confidence = None if draft.confidence_head is None else draft.confidence_head(states, previous)
-    return BlockOutputs(states, draft.vocabulary().logits(states, features), confidence)
+    w2 = None if head is None else head.markov_w2.weight
+    logits = plain_logits(draft.vocabulary(w2), states, features)
+    return BlockOutputs(states, logits, confidence)

@@ -42,7 +42,11 @@ def plain_loss(
     """The loss of given logits [N, V], by the plain formula."""
     found = plain_terms(draft_logits, target_logits, slots.labels)
     total = settings.ce * found.ce + settings.tv * found.tv
-    return with_confidence(slots, (slots.weights * total).sum(), found._asdict(), settings)
+    factors = {"ce": settings.ce, "tv": settings.tv}
+    if slots.confidence is not None:
+        factors["confidence"] = settings.confidence
+    factors = {name: factor for name, factor in factors.items() if factor > 0}
+    return with_confidence(slots, (slots.weights * total).sum(), found._asdict(), factors)
 
 
 def check_loss_case(case: Case) -> list[Check]:

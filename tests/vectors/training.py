@@ -18,6 +18,7 @@ from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.target.conformance import Check, distance
+from tests.model.drafts import plain_logits
 from tests.vectors.block_outputs import block_outputs
 from tests.vectors.cases import Case, logit_gap, relative, worst
 from tests.vectors.loss import (
@@ -185,7 +186,7 @@ def _forward_checks(
     wanted_states = tensors["output_hidden"].unflatten(1, (-1, draft.block_size))[keep]
     states = _output("output states", found.states, wanted_states, exact.states)
     rounding = distance(logits, exact.logits)
-    target, counted = draft.vocabulary().logits(batch.last_hidden[plan.places]), plan.counted
+    target, counted = plain_logits(draft.vocabulary(), batch.last_hidden[plan.places]), plan.counted
     rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     in_row0 = int(keep[0].sum())
     compared: dict[str, Callable[[Tensor], float]] = {

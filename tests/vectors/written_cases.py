@@ -18,6 +18,7 @@ from deepspec.model.block_draft import BlockDraft
 from deepspec.model.config_json import config_from_spec
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.eagle3 import Eagle3Draft
+from tests.model.drafts import plain_logits
 from tests.vectors.block_outputs import block_outputs
 from tests.vectors.loss import plain_terms
 from tests.vectors.training import Rows, batch_of
@@ -35,7 +36,7 @@ def write_block_case(
     plan = draft.plan(batch)
     states, logits, confidence = block_outputs(draft, plan, batch.context)
     counted = plan.counted
-    target = draft.vocabulary().logits(batch.last_hidden[plan.places])
+    target = plain_logits(draft.vocabulary(), batch.last_hidden[plan.places])
     output = draft.loss(batch, plan)
     rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     width, size, positions = (
