@@ -168,6 +168,7 @@ class _Chunks:
             by_bias = gradient.to(self.dtype)
             self.to_features[slots] = (by_bias @ self.w2).to(self.features.dtype)
             self.to_w2 += by_bias.T @ self.features[slots].to(self.dtype)
+            del by_bias
         if slope is not None:
             gradient = gradient * slope
         by_states = gradient.to(self.dtype) @ self.lm_head

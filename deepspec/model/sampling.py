@@ -37,8 +37,8 @@ def distribution(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         # mass of the likelier tokens alone: the one that crosses top_p is kept
-        likely = ordered.where(ordered.cumsum(-1) - ordered < sampling.top_p, 0.0)
-        kept = torch.zeros_like(probs).scatter_(-1, order, likely)
+        ordered.masked_fill_(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
+        kept = torch.empty_like(probs).scatter_(-1, order, ordered)
     if sampling.min_p > 0:
         kept = kept.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs if kept is probs else kept / kept.sum(-1, keepdim=True)
