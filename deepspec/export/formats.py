@@ -40,13 +40,14 @@ DFLASH_KEYS = (
 
 def published_config(spec: DraftSpec, dtype: str) -> Config:
     """The published config.json with all defaults written out; `dtype` is that of the tensors."""
-    rope = {"rope_type": "default", "rope_theta": spec.rope.theta}
     config = config_from_spec(spec) | {"dtype": dtype, "draft_vocab_size": spec.vocab_size}
     if spec.family is GEMMA4:
-        default = {"full_attention": spec.family.default_rope}
-        config["rope_parameters"] = spec.text_config.get("rope_parameters") or default
+        config["rope_parameters"] = spec.text_config.get("rope_parameters") or {
+            "full_attention": spec.family.default_rope
+        }
     else:
-        config |= {"rope_theta": spec.rope.theta, "rope_parameters": rope}
+        theta = {"rope_theta": spec.rope.theta}
+        config |= theta | {"rope_parameters": theta | {"rope_type": "default"}}
     if spec.algorithm == "eagle3":
         ids = _engine_ids(spec)
         config |= {"eagle_aux_hidden_state_layer_ids": ids, "norm_before_residual": False}
@@ -84,7 +85,6 @@ def read_engine_config(config: Config) -> Config:
 def speculators_config(spec: DraftSpec, dtype: str) -> Config:
     """The config of the speculators package: the published one, wrapped."""
     inner = published_config(spec, dtype)
-    name = target_name(spec) or None
     config = {
         "architectures": [SPECULATORS[spec.algorithm]],
         "speculators_model_type": spec.algorithm,
@@ -95,7 +95,10 @@ def speculators_config(spec: DraftSpec, dtype: str) -> Config:
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": spec.block_size}
             ],
-            "verifier": {"name_or_path": name, "architectures": ["Qwen3ForCausalLM"]},
+            "verifier": {
+                "name_or_path": target_name(spec) or None,
+                "architectures": ["Qwen3ForCausalLM"],
+            },
         },
         "aux_hidden_state_layer_ids": _engine_ids(spec),
         "draft_vocab_size": spec.vocab_size,

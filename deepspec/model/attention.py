@@ -56,17 +56,15 @@ def attend(
     keys, values = (
         torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
     )
-    mask = tiles(visibility, num_tokens=context[0].shape[2], copies=len(own))
     # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
     kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention
-    shares = queries.shape[2] != keys.shape[1]
     out = kernel(
         queries.transpose(1, 2).to(dtype),
         keys,
         values,
-        block_mask=mask,
+        block_mask=tiles(visibility, num_tokens=context[0].shape[2], copies=len(own)),
         scale=scale,
-        enable_gqa=shares,
+        enable_gqa=queries.shape[2] != keys.shape[1],
     )
     return cast("Tensor", out).transpose(1, 2).flatten(2)
 

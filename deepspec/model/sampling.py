@@ -108,8 +108,7 @@ def verify_tokens(
     num_slots = draft_tokens.shape[1]
     if sampling.temperature == 0 or uniforms is None:
         likeliest = target_logits.argmax(-1)
-        accepted = _limit(draft_tokens == likeliest[:, :num_slots], num_proposed)
-        num_accepted = accepted.cumprod(1).sum(1)
+        num_accepted = _num_accepted(draft_tokens == likeliest[:, :num_slots], num_proposed)
         return Verdict(num_accepted, likeliest.gather(1, num_accepted[:, None])[:, 0])
     target_probs = distribution(target_logits, sampling)
     uniforms = uniforms.to(target_logits.device)
@@ -118,17 +117,17 @@ def verify_tokens(
     of_draft = draft_probs.gather(-1, draft_tokens[..., None])[..., 0]
     of_target = target_probs[:, :num_slots].gather(-1, draft_tokens[..., None])[..., 0]
     # u < p / q as a product: a token of probability 0 is never accepted, one with p >= q always is.
-    accepted = _limit(uniforms[:, :num_slots] * of_draft < of_target, num_proposed)
-    num_accepted = accepted.cumprod(1).sum(1)
+    num_accepted = _num_accepted(uniforms[:, :num_slots] * of_draft < of_target, num_proposed)
     following = _following(target_probs, draft_probs, num_accepted, num_proposed)
     return Verdict(num_accepted, draw(following, uniforms[:, num_slots]))
 
 
-def _limit(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
-    if num_proposed is None:
-        return accepted
-    slots = torch.arange(accepted.shape[1], device=accepted.device)
-    return accepted & (slots < num_proposed[:, None])
+def _num_accepted(accepted: Tensor, num_proposed: Tensor | None) -> Tensor:
+    """How many tokens come before the first that is not accepted, or not proposed [B]."""
+    if num_proposed is not None:
+        slots = torch.arange(accepted.shape[1], device=accepted.device)
+        accepted = accepted & (slots < num_proposed[:, None])
+    return accepted.cumprod(1).sum(1)
 
 
 def _following(
