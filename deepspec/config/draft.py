@@ -41,6 +41,10 @@ class BlockDraftConfig(Section):
     confidence: ConfidenceConfig | None = None
     """Confidence head, or null."""
 
+    def num_slots(self, num_supervised: int) -> int:
+        """Tokens predicted in a training step for a sample of so many supervised tokens."""
+        return min(self.num_anchors, num_supervised) * self.block_size
+
     @model_validator(mode="after")
     def _heads_match_the_algorithm(self) -> Self:
         if self.algorithm == "dflash" and (self.markov or self.confidence):
@@ -65,6 +69,10 @@ class Eagle3DraftConfig(Section):
     """Training-time-test steps."""
     step_loss_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of each step relative to the one before."""
+
+    def num_slots(self, num_supervised: int) -> int:
+        """Tokens predicted in a training step for a sample of so many supervised tokens."""
+        return num_supervised * self.ttt_length
 
 
 DraftConfig = Annotated[BlockDraftConfig | Eagle3DraftConfig, Field(discriminator="algorithm")]

@@ -11,6 +11,9 @@ from deepspec.config.retries import RetriesConfig
 from deepspec.config.section import Section
 from deepspec.config.servers import ServersConfig
 
+# long answers at 512 anchors a sample and blocks of 7 have 3.8; short ones up to 7
+SLOTS_PER_TOKEN = 4
+
 
 class DevicesConfig(Section):
     """What computes: devices, lanes and threads of a machine."""
@@ -88,6 +91,11 @@ class MemoryConfig(Section):
     """Tokens per forward pass in capture and per micro-batch in training, where samples are
     packed one after the other.
     """
+    batch_slots: PositiveInt | None = None
+    """Predicted tokens per micro-batch in training at most, which memory goes by as well: a
+    sample has min(`draft.num_anchors`, its supervised tokens) x `draft.block_size`, in eagle3
+    its supervised tokens x `draft.ttt_length`. Null is four for each of `batch_tokens`.
+    """
     answer_rows: PositiveInt = 64
     """Prompts decoded together by the in-process engine."""
     recompute: bool = False
@@ -106,6 +114,11 @@ class MemoryConfig(Section):
     """Hidden states (MB) that may wait to be written; the target waits when there are more."""
     prefetch_mb: PositiveInt = 512
     """Stored samples (MB) read ahead of training."""
+
+    @property
+    def most_slots(self) -> int:
+        """`batch_slots`, or what it is where none is set."""
+        return self.batch_slots or SLOTS_PER_TOKEN * self.batch_tokens
 
     @model_validator(mode="after")
     def _only_partitioned_parameters_are_offloaded(self) -> Self:

@@ -32,6 +32,7 @@ class DrawnSample(NamedTuple):
 
     number: int  # its place in the source's index
     num_tokens: int
+    num_slots: int  # tokens predicted for it
     seed: int  # of its random choices
 
 
@@ -42,6 +43,7 @@ class StepData:
         settings = config.train
         self.source = source
         self.resources = config.resources
+        self.draft = config.draft
         self.world = world
         self.seed = settings.seed
         self.global_batch = settings.global_batch
@@ -82,22 +84,26 @@ class StepData:
         for place in range(step * self.global_batch, (step + 1) * self.global_batch):
             epoch, number = self._order.at(place)
             seed = stream_seed(self.seed, epoch, int(index.sample_id[number]))
-            samples.append(DrawnSample(number, int(index.num_tokens[number]), seed))
+            num_slots = self.draft.num_slots(int(index.num_supervised[number]))
+            samples.append(DrawnSample(number, int(index.num_tokens[number]), num_slots, seed))
         return sorted(samples, key=lambda sample: (sample.num_tokens, sample.number))
 
     def micro_batches(self, step: int) -> list[list[DrawnSample]]:
         """The rank's samples of a step, packed up to `resources.memory.batch_tokens` each.
 
-        A longer sample is a micro-batch of its own.
+        And up to as many slots as `resources.memory.batch_slots`; a larger sample is a micro-batch
+        of its own.
         """
+        memory = self.resources.memory
         groups: list[list[DrawnSample]] = []
-        room = 0
+        tokens = slots = 0  # that fit into the last group
         for sample in self.drawn(step)[self.world.rank :: self.world.size]:
-            if not groups or sample.num_tokens > room:
+            if not groups or sample.num_tokens > tokens or sample.num_slots > slots:
                 groups.append([])
-                room = self.resources.memory.batch_tokens
+                tokens, slots = memory.batch_tokens, memory.most_slots
             groups[-1].append(sample)
-            room -= sample.num_tokens
+            tokens -= sample.num_tokens
+            slots -= sample.num_slots
         return groups
 
     def batches(self, step: int) -> Iterator[TrainBatch]:

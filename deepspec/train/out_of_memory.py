@@ -28,7 +28,8 @@ def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
         fields = draft.model_dump()
         factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]
         fix = (
-            f"lower resources.memory.batch_tokens (now {memory.batch_tokens}) or set "
+            f"lower resources.memory.batch_tokens (now {memory.batch_tokens}) or "
+            f"resources.memory.batch_slots (now {memory.most_slots}), or set "
             f"resources.memory.recompute (now {memory.recompute}), which change no result; "
             f"then {' or '.join(factors)}"
         )

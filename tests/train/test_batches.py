@@ -1,5 +1,6 @@
 """What is trained on at a step: a function of seed and step, every sample once an epoch."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from deepspec.errors import TrainingFailed
 from deepspec.train import batches
 from deepspec.train.batches import StepData
 from deepspec.train.distributed import World
+from deepspec.train.draft_artifact import make_draft
 from tests.conftest import tiny_run
 
 
@@ -63,6 +65,44 @@ def test_a_cache_without_a_training_sample_is_refused(captured: Path):
     cache.index = Index(*(column[:0] for column in cache.index))
     with pytest.raises(TrainingFailed, match="no training sample"):
         step_data(cache, config)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "eagle3-demo"])
+def test_micro_batches_keep_to_a_budget_of_tokens_and_one_of_slots(
+    captured: Path, tmp_path: Path, recipe: str
+):
+    """8,192 tokens of short answers had twice the slots, and memory, of as many of long ones."""
+    cache = HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
+    sets = ("train.global_batch=16", "train.max_steps=3", "resources.memory.batch_tokens=200")
+    if recipe != "demo":
+        sets = (*sets, "target.layer_ids=[0, 1, 2]")
+    loose = step_data(cache, tiny_run(tmp_path, *sets, recipe=recipe))
+    most = max(drawn.num_slots for drawn in loose.drawn(0)) * 2
+    tight = step_data(
+        cache, tiny_run(tmp_path, *sets, f"resources.memory.batch_slots={most}", recipe=recipe)
+    )
+    draft = make_draft(tiny_run(tmp_path, *sets, recipe=recipe), cache)
+    for step in range(3):
+        groups = tight.micro_batches(step)
+        assert [drawn for group in groups for drawn in group] == tight.drawn(step)
+        assert len(groups) > len(loose.micro_batches(step))
+        for group, following in pairwise([*groups, []]):
+            tokens, slots = (
+                [getattr(drawn, name) for drawn in [*group, *following[:1]]]
+                for name in ("num_tokens", "num_slots")
+            )
+            own = len(group)
+            assert sum(tokens[:own]) <= 200
+            assert sum(slots[:own]) <= most
+            assert not following or sum(tokens) > 200 or sum(slots) > most, "room was left"
+            counted = int(draft.plan(tight.load(group)).counted.sum())
+            assert 0 < counted <= sum(slots[:own]), "what the draft predicts is what is budgeted"
+
+
+def test_a_sample_over_the_budget_of_slots_is_a_micro_batch_of_its_own(captured: Path):
+    config = tiny_run(captured, "resources.memory.batch_slots=1")
+    data = step_data(HiddenCache(Run(config).artifact("hidden")), config)
+    assert [len(group) for group in data.micro_batches(0)] == [1] * config.train.global_batch
 
 
 def test_a_sample_is_drawn_once_however_many_look_at_its_step(

@@ -40,6 +40,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
     assert str(error).splitlines()[0] in caught.value.what
     for knob in (
         "resources.memory.batch_tokens (now 4321)",
+        "resources.memory.batch_slots (now 17284)",
         "draft.num_anchors (now 4)",
         "draft.block_size (now 7)",
     ):
