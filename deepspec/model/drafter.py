@@ -45,7 +45,7 @@ class DraftCache(RowCache):
     """A draft's keys and values of the verified tokens."""
 
     def __init__(self, draft: "Drafter", rows: int, capacity: int) -> None:
-        super().__init__(len(draft.layers), rows, capacity)
+        super().__init__([0] * len(draft.layers), rows, capacity)
         self.table = draft.rotary(capacity, like=draft.fc.weight)
         # [B, D] Eagle3 goes on from its own last output; zeros for the others
         self.last_output = draft.fc.weight.new_zeros(rows, draft.spec.hidden_size)

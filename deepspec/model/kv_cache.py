@@ -1,5 +1,6 @@
-"""Keys and values of attention layers, preallocated, with rows of different lengths.
+"""Keys and values of attention layers, with rows of different lengths.
 
+Memory is taken as rows grow, and a layer that sees a sliding window keeps no more than the window.
 Taking tokens of a row back is lowering its length: what the row holds after its end is overwritten
 by the next write. B rows, n new positions, H key-value heads, E head dimension.
 """
@@ -13,43 +14,92 @@ from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 
+GROWTH = 256  # positions added at a time at least, unless the cache has no room for more
+# Positions that a window's slots have room for beyond it: a verified block writes that many at
+# once, and those that are rejected must not have overwritten what the next ones see.
+SPARE = 32
+
 
 class LayerCache:
-    """Room for `capacity` positions in each row; memory is taken at the first write."""
+    """Room for `capacity` positions in each row, of which `window` (0: all) are seen at a time.
 
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        # [B, H, capacity, E] each
+    Position p is in slot p % slots. Slots are added as rows grow, at the first write too.
+    """
+
+    def __init__(self, rows: int, capacity: int, window: int = 0) -> None:
+        self.rows, self.capacity, self.window = rows, capacity, window
+        # [B, H, slots, E] each
         self.pair: tuple[Tensor, Tensor] | None = None
 
-    def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    @property
+    def slots(self) -> int:
+        """Positions of each row that memory was taken for so far."""
+        return 0 if self.pair is None else self.pair[0].shape[2]
+
+    @property
+    def most_slots(self) -> int:
+        """Positions of each row that memory is taken for at most.
+
+        Only a write of more than `SPARE` positions after a window's worth of them takes more.
+        """
+        return min(self.capacity, self.window + SPARE) if self.window else self.capacity
+
+    def slots_after(self, lengths: Sequence[int], num_new: int) -> int:
+        """What `slots` is once `num_new` positions have been written after `lengths`."""
+        seen = max(lengths) + num_new
+        if self.window:
+            # The first positions of a row see each other as they are written, not in the cache.
+            seen = min(seen, self.window - 1 + (num_new if max(lengths) else 1))
+        if seen <= self.slots:
+            return self.slots
+        return max(seen, min(self.most_slots, seen + max(seen // 2, GROWTH)))
+
+    def write(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[int],
+        counts: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Put row b's `keys` and `values` [B, H, n, E] at its positions from lengths[b] on.
 
+        The first counts[b] of them (None: all) are the row's own, the others are padding, which
+        later positions overwrite.
+
         Returns:
-            views of all keys and values up to the end of the longest row [B, H, max(lengths) + n,
-            E]; what a row holds after its own end is finite, and for the caller to mask.
+            all keys and values up to the end of the longest row [B, H, max(lengths) + n, E]; of a
+            window those of all slots instead, in their order, once there are more positions than
+            slots. What a row holds after its own end is finite, and for the caller to mask.
 
         Raises:
             DeepSpecError: the longest row does not fit.
         """
-        start, num_new = lengths[0], keys.shape[2]
+        num_new = keys.shape[2]
         end = max(lengths) + num_new
         if end > self.capacity:
             raise DeepSpecError(
                 f"a row of {end} positions does not fit a cache of {self.capacity}",
                 fix="allocate a cache as long as prompt, answer and one block together",
             )
-        for stored, new in zip(self._allocated(keys, values), (keys, values), strict=True):
+        slots = self.slots_after(lengths, num_new)
+        if num_new > slots:  # a window's first write: only the end of each row will be seen again
+            ends = counts or [num_new] * self.rows
+            self.pair = _relaid(keys, ends, slots), _relaid(values, ends, slots)
+            return keys, values
+        first = lengths[0] % slots
+        for stored, new in zip(
+            self._grown(keys, values, lengths, slots), (keys, values), strict=True
+        ):
             # no index tensors where rows are alike: a decode round at batch 1 is all overhead
-            if min(lengths) == max(lengths):
-                stored[:, :, start:end] = new
+            if min(lengths) == max(lengths) and first + num_new <= slots:
+                stored[:, :, first : first + num_new] = new
             else:
-                rows, positions = _places(tuple(lengths), num_new, new.device)
-                stored[rows, :, positions] = new.transpose(1, 2)
+                rows, places = _places(tuple(lengths), num_new, slots, new.device)
+                stored[rows, :, places] = new.transpose(1, 2)
         return self.read(end)
 
     def read(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Views of the first `num_positions` keys and values of every row.
+        """Views of the first `num_positions` keys and values of every row, at most of all slots.
 
         Raises:
             DeepSpecError: nothing has been written yet.
@@ -59,12 +109,23 @@ class LayerCache:
         keys, values = self.pair
         return keys[:, :, :num_positions], values[:, :, :num_positions]
 
-    def put(self, rows: Sequence[int], fresh: "LayerCache", num_positions: int) -> None:
-        """Copy the first `num_positions` of all rows of another cache into these rows."""
+    def put(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        fresh: "LayerCache",
+        fresh_lengths: Sequence[int],
+    ) -> None:
+        """Copy all rows of another cache into these rows of this one, which has `lengths`."""
         if fresh.pair is None:
             return
-        for stored, new in zip(self._allocated(*fresh.pair), fresh.pair, strict=True):
-            stored[rows, :, :num_positions] = new[:, :, :num_positions]
+        slots, longest = self.slots_after(fresh_lengths, 0), max(fresh_lengths)
+        pair = self._grown(*fresh.pair, lengths, slots)
+        for stored, new in zip(pair, fresh.pair, strict=True):
+            if longest <= min(slots, fresh.slots):
+                stored[rows, :, :longest] = new[:, :, :longest]
+            else:
+                stored[rows] = _relaid(new, fresh_lengths, slots)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
@@ -73,29 +134,35 @@ class LayerCache:
             keys, values = self.pair
             self.pair = keys[rows], values[rows]
 
-    def _allocated(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of all rows, of the type of these where there are none yet."""
+    def _grown(
+        self, keys: Tensor, values: Tensor, lengths: Sequence[int], slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pair with this many slots, of the type of these tensors where there is none yet."""
         if self.pair is None:
             # Zeros: a masked slot's weight is 0, and 0 times uninitialised memory may be NaN.
-            shape = (self.rows, keys.shape[1], self.capacity)
+            shape = (self.rows, keys.shape[1], slots)
             self.pair = (
                 keys.new_zeros(*shape, keys.shape[3]),
                 values.new_zeros(*shape, values.shape[3]),
             )
+        elif slots > self.slots:
+            old_keys, old_values = self.pair
+            self.pair = _relaid(old_keys, lengths, slots), _relaid(old_values, lengths, slots)
         return self.pair
 
 
 class RowCache:
     """The caches of all layers, with one length per row."""
 
-    def __init__(self, num_layers: int, rows: int, capacity: int) -> None:
-        self.layers = [LayerCache(rows, capacity) for _ in range(num_layers)]
+    def __init__(self, windows: Sequence[int], rows: int, capacity: int) -> None:
+        """A layer for each of `windows`: the positions that it sees at a time, 0 where all."""
+        self.layers = [LayerCache(rows, capacity, window) for window in windows]
         self.lengths = [0] * rows
 
     def put(self, rows: Sequence[int], fresh: Self) -> None:
         """Give these rows to other sequences, prefilled in a cache of their own."""
         for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
-            layer.put(rows, of_fresh, max(fresh.lengths))
+            layer.put(rows, self.lengths, of_fresh, fresh.lengths)
         for row, length in zip(rows, fresh.lengths, strict=True):
             self.lengths[row] = length
 
@@ -110,8 +177,29 @@ class RowCache:
         self.lengths = [0] * len(self.lengths)
 
 
+def latest_positions(ends: Sequence[int], slots: int, device: torch.device) -> Tensor:
+    """The last position before ends[b] that belongs to each slot [B, slots]; below 0: none yet."""
+    last = torch.tensor(ends, device=device)[:, None] - 1
+    return last - (last - torch.arange(slots, device=device)) % slots
+
+
+def _relaid(stored: Tensor, lengths: Sequence[int], slots: int) -> Tensor:
+    """The latest positions of rows of these lengths, laid out over another number of slots."""
+    before = stored.shape[2]
+    if max(lengths) <= min(before, slots):  # every position is in the slot of its own number
+        laid_out = stored.new_zeros(*stored.shape[:2], slots, stored.shape[3])
+        laid_out[:, :, :before] = stored[:, :, :slots]
+        return laid_out
+    places = latest_positions(lengths, slots, stored.device).clamp(min=0) % before
+    return stored.gather(
+        2, places[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
+    )
+
+
 @lru_cache(maxsize=8)  # all layers of a round write to the same places
-def _places(lengths: tuple[int, ...], num_new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(
+    lengths: tuple[int, ...], num_new: int, slots: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(lengths), device=device)[:, None]
     starts = torch.tensor(lengths, device=device)[:, None]
-    return rows, starts + torch.arange(num_new, device=device)
+    return rows, (starts + torch.arange(num_new, device=device)) % slots

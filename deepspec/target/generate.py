@@ -164,8 +164,9 @@ def prefill(
         their context features [B, T, m * D], right-padded, and the final hidden state of each one's
             last token [B, D].
     """
+    cache.counts = [len(prompt) for prompt in prompts]
     output = target.forward(pad_right(prompts, target.device), cache)
-    cache.lengths = [len(prompt) for prompt in prompts]
+    cache.lengths, cache.counts = cache.counts, None
     rows = torch.arange(len(prompts), device=target.device)
     last = torch.tensor(cache.lengths, device=target.device) - 1
     return output.context, output.last_hidden[rows, last]

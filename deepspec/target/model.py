@@ -8,13 +8,13 @@ size, V vocabulary.
 
 import inspect
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.model.kv_cache import RowCache
+from deepspec.model.kv_cache import RowCache, latest_positions
 
 FLASH = "flash_attention_2"
 
@@ -33,24 +33,32 @@ class TargetCache(RowCache):
     Each row has a length of its own, so that rejected tokens can be taken back.
     """
 
-    def __init__(self, num_layers: int, rows: int, capacity: int, device: torch.device) -> None:
-        super().__init__(num_layers, rows, capacity)
-        # row t sees keys 0 to t
-        self.causal = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
+    def __init__(
+        self, windows: Sequence[int], rows: int, capacity: int, device: torch.device
+    ) -> None:
+        super().__init__(windows, rows, capacity)
         self.positions = torch.arange(capacity, device=device)
+        # of each row, how many of the tokens of the next pass are its own; None: all
+        self.counts: Sequence[int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keys and values take so far."""
+        pairs = [layer.pair for layer in self.layers if layer.pair]
+        return sum(part.nbytes for pair in pairs for part in pair)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, q, E] of a layer; returns all of that layer's."""
-        return self.layers[layer_idx].write(keys, values, self.lengths)
+        return self.layers[layer_idx].write(keys, values, self.lengths, self.counts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The length of the longest row (part of transformers' interface)."""
         return max(self.lengths)
 
     def step(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Positions and visible keys of the next `num_tokens` tokens of each row.
+        """Positions of the next `num_tokens` tokens of each row, and the keys that they see.
 
         Returns:
             positions [B, q] (or [1, q] where all rows are equally long) and the mask
@@ -58,11 +66,28 @@ class TargetCache(RowCache):
         """
         end = max(self.lengths) + num_tokens
         if min(self.lengths) + num_tokens == end:
-            new = slice(end - num_tokens, end)
-            return self.positions[new][None], self.causal[new, :end][None, None]
-        starts = torch.tensor(self.lengths, device=self.positions.device)
-        positions = starts[:, None] + self.positions[:num_tokens]
-        return positions, self.causal[positions][:, None, :, :end]
+            positions = self.positions[None, end - num_tokens : end]
+        else:
+            starts = torch.tensor(self.lengths, device=self.positions.device)
+            positions = starts[:, None] + self.positions[:num_tokens]
+        return positions, (self.positions[:end] <= positions[:, :, None])[:, None]
+
+    def window_mask(self, positions: Tensor, causal: Tensor) -> Tensor:
+        """The keys that `positions`, and `causal`, of `step` see in layers with a window.
+
+        They are [B, 1, q, K], of the K keys that `update` returns there.
+        """
+        layer = next(layer for layer in self.layers if layer.window)
+        num_tokens, end = positions.shape[1], causal.shape[-1]
+        slots = layer.slots_after(self.lengths, num_tokens)
+        if end <= slots or not max(self.lengths):
+            near = self.positions[:end] > positions[:, :, None] - layer.window
+            return causal & near[:, None]
+        rows = self.lengths if len(positions) > 1 else self.lengths[:1]
+        ends = [length + num_tokens for length in rows]
+        keys = latest_positions(ends, slots, positions.device)[:, None]
+        distance = positions[:, :, None] - keys
+        return ((keys >= 0) & (distance >= 0) & (distance < layer.window))[:, None]
 
 
 class Target:
@@ -81,9 +106,12 @@ class Target:
         # transformers 5.24 renamed it and warns of the old name.
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        kinds = getattr(self.text_config, "layer_types", None) or ()
+        full = ["full_attention"] * self.text_config.num_hidden_layers
+        kinds = getattr(self.text_config, "layer_types", None) or full
         # tokens that a sliding layer sees; 0 where there is no such layer
         self.window = self.text_config.sliding_window if "sliding_attention" in kinds else 0
+        # the same of each layer; 0 is a layer that sees all
+        self.windows = [self.window if kind == "sliding_attention" else 0 for kind in kinds]
         # tokens of the longest sequence that the target is made for
         self.max_positions: int = self.text_config.max_position_embeddings
         # token ids that end an answer, according to the model's generation_config.json
@@ -104,6 +132,7 @@ class Target:
         The caller then moves the cache's lengths. Rows of unequal length are padded on the right:
         attention is causal, so the padding never reaches a row's own tokens.
         """
+        self._tapped.clear()  # a pass that ran out of memory has left some
         if cache is None:
             output = self.decoder(input_ids=input_ids, use_cache=False)
         else:
@@ -111,7 +140,7 @@ class Target:
             output = self.decoder(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask=self._masks(mask, positions),
+                attention_mask=self._masks(cache, mask, positions),
                 use_cache=True,
                 **{self._cache_argument: cache},
             )
@@ -143,13 +172,11 @@ class Target:
         self._tapped.clear()
         return TargetOutput(context, last_hidden)
 
-    def _masks(self, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _masks(self, cache: TargetCache, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The mask of each kind of attention layer, of which some see a sliding window only."""
         masks = {"full_attention": causal}
         if self.window:
-            keys = torch.arange(causal.shape[-1], device=causal.device)
-            near = keys > positions[:, :, None] - self.window
-            masks["sliding_attention"] = causal & near[:, None]
+            masks["sliding_attention"] = cache.window_mask(positions, causal)
         return masks
 
     @torch.inference_mode()
@@ -159,5 +186,19 @@ class Target:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def new_cache(self, rows: int, capacity: int) -> TargetCache:
-        """Room for `rows` sequences of at most `capacity` tokens, allocated at the first write."""
-        return TargetCache(self.text_config.num_hidden_layers, rows, capacity, self.device)
+        """Room for `rows` sequences of at most `capacity` tokens; memory is taken as they grow."""
+        return TargetCache(self.windows, rows, capacity, self.device)
+
+    def row_bytes(self, capacity: int) -> int:
+        """Bytes of keys and values of a row of `capacity` tokens."""
+        layers = self.new_cache(1, capacity).layers
+        per_layer = zip(layers, self._token_bytes, strict=True)
+        return sum(layer.most_slots * num_bytes for layer, num_bytes in per_layer)
+
+    @cached_property
+    def _token_bytes(self) -> list[int]:
+        """Of each layer's keys and values of one token, as the layer writes them."""
+        cache = self.new_cache(1, 1)
+        self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache)
+        # A layer that uses the keys and values of another writes none.
+        return [sum(part.nbytes for part in layer.pair or ()) for layer in cache.layers]

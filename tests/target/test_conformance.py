@@ -8,7 +8,7 @@ import torch
 
 from deepspec.artifacts.run import Run
 from deepspec.target.conformance import check_chat, check_target, make_rows, spread
-from deepspec.target.model import Target
+from deepspec.target.model import Target, TargetCache
 from tests.conftest import tiny_run
 
 SIZES = {
@@ -75,9 +75,7 @@ def test_a_sliding_window_that_the_cache_ignores_is_noticed(
 ) -> None:
     target = Target(tiny_gemma4(), (0, 2))
     assert len(make_rows(target)[0]) > target.text_config.sliding_window
-    monkeypatch.setattr(
-        target, "_masks", lambda causal, _: {"full_attention": causal, "sliding_attention": causal}
-    )
+    monkeypatch.setattr(TargetCache, "window_mask", lambda _cache, _positions, causal: causal)
     assert failing(target) == ["cached and uncached"]
 
 
