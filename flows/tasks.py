@@ -27,7 +27,7 @@ from flows.lease_wait import acquire_shards, leases_on, shards_to_lease
 from flows.local_executor import LocalExecutor
 from flows.pool_executor import PoolExecutor
 from flows.reporting import StageOutcome, publish_stages, report_nothing_to_do
-from flows.request import checked_run
+from flows.request import check_devices, checked_run
 from flows.stage_run import StageRun
 
 
@@ -47,7 +47,9 @@ def run_stages(
     with leaving_error_to_parent():
         check_server()
         wanted, run = parse_shards(str(shards)), checked_run(request)
-        for stage in (stage.name for stage in run.stages if stage.name in chosen):
+        stages = [stage.name for stage in run.stages if stage.name in chosen]
+        check_devices(request, run, stages)
+        for stage in stages:
             if wanted and outcomes and not outcomes[-1].status.sealed:
                 get_run_logger().warning(
                     "%s: left out, because shards of %s are still missing",

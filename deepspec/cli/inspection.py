@@ -41,6 +41,20 @@ def show_config(run: RunOrArtifact, sets: Sets, store: StoreUrl = None) -> None:
 
 
 @app.command()
+def devices(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
+    """Show what the run would compute on here.
+
+    A GPU that cannot be used is an error; so is one that is too old for the run's number formats.
+    """
+    from deepspec.target.device import describe_device
+
+    config = open_run(run, sets, store=store).config
+    dtypes = {config.target.dtype, config.train.compute_dtype}
+    for line in describe_device(config.resources.devices.type, dtypes=dtypes):
+        typer.echo(line)
+
+
+@app.command()
 def status(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     """Show what each stage has, lacks, rejected or failed at."""
     opened = open_run(run, sets, store=store)

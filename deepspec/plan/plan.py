@@ -15,7 +15,8 @@ from deepspec.plan.measure import draft_parameters, measure_speed, measure_store
 from deepspec.plan.parts import Facts, Fit, Plan, Shape, histogram
 from deepspec.plan.workload import sample_workload
 from deepspec.target.chat import target_folder
-from deepspec.target.loading import DTYPES, check_settings, choose_device, read_text_config
+from deepspec.target.device import choose_device
+from deepspec.target.loading import DTYPES, check_settings, read_text_config
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
 
     Raises:
         DataError: the source, the tokenizer or the target's config cannot be read.
-        ConfigError: settings that the target cannot follow.
+        ConfigError: settings that the target or the device cannot follow.
         StoreError: the store cannot be written to.
     """
     config, resources = run.config, run.config.resources
@@ -43,7 +44,7 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
     speed = measure_speed(
         text,
         dtype=DTYPES[config.target.dtype],
-        device=choose_device(resources.devices.type),
+        device=choose_device(resources.devices.type, dtype=config.target.dtype),
         batch_tokens=resources.memory.batch_tokens,
         length=histogram([size.tokens for size in work.sizes]).p50,
     )

@@ -10,6 +10,7 @@ import torch
 from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
 from deepspec.target.chat import loading
+from deepspec.target.device import choose_device
 from deepspec.target.model import FLASH, Target
 
 log = logging.getLogger(__name__)
@@ -70,11 +71,12 @@ def load_target(
 
     Raises:
         DataError: there is no such model, or it is not a causal language model.
-        ConfigError: it lacks the layers or the mask token; found before any weight is read.
+        ConfigError: it lacks the layers or the mask token, or the device cannot be used; found
+            before any weight is read.
     """
     from transformers import AutoModelForCausalLM
 
-    torch_device = choose_device(device)
+    torch_device = choose_device(device, dtype=dtype or settings.dtype)
     check_settings(settings, read_text_config(settings, folder=folder))
     torch_dtype = DTYPES[dtype or settings.dtype]
     fits_flash = torch_device.type == "cuda" and torch_dtype == torch.bfloat16
@@ -96,19 +98,3 @@ def load_target(
         settings.layer_ids,
     )
     return Target(model.to(torch_device), settings.layer_ids)
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of `resources.devices.type`: `auto` is the GPU if there is one.
-
-    Raises:
-        ConfigError: `cuda` on a machine without a GPU.
-    """
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError(
-            "there is no GPU here",
-            where="resources.devices.type",
-            fix="set resources.devices.type to auto or cpu",
-        )
-    return torch.device("cuda" if device != "cpu" and has_gpu else "cpu")

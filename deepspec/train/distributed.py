@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspec.target.loading import choose_device
+from deepspec.target.device import choose_device
 
 T = TypeVar("T")
 
@@ -44,17 +44,20 @@ class World(NamedTuple):
             dist.barrier()
 
 
-def join_world(device: str, *, timeout: timedelta) -> World:
+def join_world(device: str, *, dtype: str, timeout: timedelta) -> World:
     """Join the ranks that torchrun started; without torchrun, a world of one.
 
     Args:
         device: `resources.devices.type`; on GPUs each rank takes that of its number on the machine.
+        dtype: What it computes in, `bfloat16` or `float32`.
         timeout: How long a collective waits for the other ranks.
+
+    Raises:
+        ConfigError: the device cannot be used, or the GPU of this rank is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = choose_device(device)
+    chosen = choose_device(device, dtype=dtype, index=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)

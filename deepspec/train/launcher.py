@@ -18,7 +18,7 @@ from deepspec.artifacts.run import Run
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
 from deepspec.process.launch import OnLine, RunRequest, run_child
-from deepspec.process.machine import visible_gpus
+from deepspec.process.machine import MIG, visible_gpus
 from deepspec.process.scopes import Stopped, scope
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
@@ -57,10 +57,13 @@ def num_ranks(run: Run) -> int:
                 "resources.training.source=online",
             )
         gpus = gpus[: len(gpus) - captures]
+    if any(gpu.startswith(MIG) for gpu in gpus):
+        gpus = gpus[:1]  # CUDA shows a process one part of a divided GPU, and NCCL joins no two
     wanted = training.ranks or max(1, len(gpus))
     if gpus and wanted > len(gpus):
         raise ConfigError(
-            f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own",
+            f"{wanted} ranks, but {len(gpus)} visible GPUs: each rank needs one of its own, and "
+            "parts of divided GPUs (MIG) are one",
             where="resources.training.ranks",
             fix="lower it, or leave it null; resources.devices.type=cpu trains without GPUs",
         )

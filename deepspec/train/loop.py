@@ -56,7 +56,8 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     resources = run.config.resources
     # The watchdog must be first to end a stall: it reports more than a collective that times out.
     timeout = timedelta(minutes=2 * resources.retries.stall_minutes)
-    world = join_world(resources.devices.type, timeout=timeout)
+    dtype = run.config.train.compute_dtype
+    world = join_world(resources.devices.type, dtype=dtype, timeout=timeout)
     check_batch(run.config.train.global_batch, world.size)
     if run.config.train.strategy == "deepspeed":
         load_deepspeed(world.device)  # before anything is read

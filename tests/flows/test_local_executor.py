@@ -12,11 +12,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Artifact creation outside")
 
 
 def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert visible_gpus() == ["3", "GPU-5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3,GPU-5")
+    assert visible_gpus() == ["GPU-3", "GPU-5"]
     executor = LocalExecutor(answers_run(run_file))
     environments = [executor.environment(lane) for lane in executor.lanes]
-    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["3", "GPU-5"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["GPU-3", "GPU-5"]
     three = ("resources.devices.type=cpu", "resources.devices.lanes=3")
     on_cpu = LocalExecutor(answers_run(run_file, *three))
     assert len(on_cpu.lanes) == 3

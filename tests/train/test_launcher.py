@@ -137,6 +137,11 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
                 )
             )
         )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")
+    assert num_ranks(Run(tiny_run(tmp_path))) == 1, "CUDA shows a process one part alone"
+    assert (num_ranks(Run(rolling)), worker_gpus(rolling.resources)) == (1, ["MIG-c"])
+    with pytest.raises(ConfigError, match=r"2 ranks, but 1 visible GPUs.*\(MIG\) are one"):
+        num_ranks(Run(tiny_run(tmp_path, "resources.training.ranks=2")))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert num_ranks(Run(tiny_run(tmp_path))) == 1
     assert (num_ranks(Run(rolling)), worker_gpus(rolling.resources)) == (1, [None])
@@ -414,7 +419,9 @@ def test_the_batch_is_looked_at_before_the_cache_is_opened(
     captured: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where torchrun started the ranks itself, on several nodes."""
-    world = loop.join_world("cpu", timeout=loop.timedelta(seconds=1))._replace(size=3)
+    world = loop.join_world("cpu", dtype="float32", timeout=loop.timedelta(seconds=1))._replace(
+        size=3
+    )
     monkeypatch.setattr(loop, "join_world", lambda *_, **__: world)
     monkeypatch.setattr(loop, "open_source", lambda *_, **__: pytest.fail("the cache was opened"))
     with pytest.raises(ConfigError, match="8 samples a step cannot be dealt evenly to 3 ranks"):
