@@ -4,7 +4,7 @@ N counted slots, M blocks, g block size, D hidden size, r Markov rank.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,20 @@ class LossOutput(NamedTuple):
     denominator: Tensor  # what every term is divided by, float32
     numerators: dict[str, Tensor]  # by term, without their weights, detached
     metrics: Metrics  # (sum, count) float32 each, detached
+
+    def plus(self, other: Self) -> Self:
+        """The sums over both, the numerator without its graph."""
+        metrics = self.metrics | other.metrics
+        for name in self.metrics.keys() & other.metrics:  # a batch without slots has none
+            (total, count), (more, others) = self.metrics[name], other.metrics[name]
+            metrics[name] = total + more, count + others
+        numerators = {name: sums + other.numerators[name] for name, sums in self.numerators.items()}
+        return self._replace(
+            numerator=self.numerator.detach() + other.numerator.detach(),
+            denominator=self.denominator + other.denominator,
+            numerators=numerators,
+            metrics=metrics,
+        )
 
 
 def block_loss(slots: Slots, vocabulary: Vocabulary, factors: Mapping[str, float]) -> LossOutput:

@@ -1,4 +1,4 @@
-"""What to change when a training step does not fit into memory."""
+"""What is done where memory is short in training: a micro-batch in halves, or an error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,11 +6,38 @@ from collections.abc import Iterator
 from deepspec.config.draft import DraftConfig
 from deepspec.config.resources import MemoryConfig
 from deepspec.errors import TrainingFailed
+from deepspec.model.drafter import TrainBatch
 
 # in errors of CUDA and its libraries, and of PyTorch's allocator on the CPU
-PHRASES = ("out of memory", "can't allocate memory")
+PHRASES = ("out of memory", "can't allocate memory", "status_alloc_failed")
 # fields of a draft, each a factor of a step's activations
 DRAFT_FACTORS = ("num_anchors", "block_size", "ttt_length")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on the GPU or the CPU."""
+    return any(phrase in str(error).lower() for phrase in PHRASES)
+
+
+def halves(batch: TrainBatch) -> tuple[TrainBatch, TrainBatch]:
+    """The samples of a micro-batch of several in two, which share its memory; fill stays last."""
+    middle = len(batch.seeds) // 2
+    end = int(batch.lengths[:middle].sum())
+    return (
+        _part(batch, tokens=slice(end), samples=slice(middle)),
+        _part(batch, tokens=slice(end, None), samples=slice(middle, None)),
+    )
+
+
+def _part(batch: TrainBatch, *, tokens: slice, samples: slice) -> TrainBatch:
+    return TrainBatch(
+        input_ids=batch.input_ids[tokens],
+        loss_mask=batch.loss_mask[tokens],
+        lengths=batch.lengths[samples],
+        context=batch.context[tokens],
+        last_hidden=batch.last_hidden[tokens],
+        seeds=batch.seeds[samples],
+    )
 
 
 @contextlib.contextmanager
@@ -23,7 +50,7 @@ def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(phrase in str(error).lower() for phrase in PHRASES):
+        if not is_out_of_memory(error):
             raise
         fields = draft.model_dump()
         factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]

@@ -29,6 +29,7 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.num_splits = 0  # of micro-batches, over all ranks already
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a micro-batch's (sum, count) of each metric."""
@@ -40,7 +41,8 @@ class StepMetrics:
     def read(self, world: World) -> dict[str, float]:
         """Means over all ranks since the last reading, which all ranks make together.
 
-        `acceptance_length` is the expected tokens a round at the acceptance rates found.
+        `acceptance_length` is the expected tokens a round at the acceptance rates found,
+        `micro_batch_splits` how many micro-batches did not fit into memory.
         """
         sums: dict[str, Tensor] = {}
         # A rank that had nothing to train on has no names, and takes part all the same (trap D3).
@@ -56,6 +58,8 @@ class StepMetrics:
         if accept:
             rates = torch.tensor([means[f"{ACCEPT}{position}"] for position in accept])
             means["acceptance_length"] = 1.0 + float(rates.cumprod(0).sum())
+        means["micro_batch_splits"] = self.num_splits
+        self.num_splits = 0
         return means
 
 
@@ -92,7 +96,9 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         TrainingFailed: the loss or its gradient is not finite; no parameter has changed.
     """
     data, world, strategy = trainer.data, trainer.world, trainer.strategy
-    totals = torch.zeros(3, dtype=torch.float64)  # numerator, denominator, ranks that are to stop
+    # numerator, denominator, ranks that are to stop, micro-batches split
+    totals = torch.zeros(4, dtype=torch.float64)
+    num_splits = strategy.num_splits
     num_batches = len(data.micro_batches(step))
     num_rounds = strategy.rounds(num_batches)  # before any of them: all ranks meet here
     for batch in trainer.throughput.waiting(data.batches(step)):
@@ -100,8 +106,9 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for _ in range(num_rounds - num_batches):
         strategy.backward(None)
     trainer.throughput.tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
-    totals[2] = trainer.stop.is_set()
-    numerator, denominator, stops = world.sum(totals.to(world.device)).tolist()
+    totals[2], totals[3] = trainer.stop.is_set(), strategy.num_splits - num_splits
+    numerator, denominator, stops, splits = world.sum(totals.to(world.device)).tolist()
+    trainer.metrics.num_splits += int(splits)
     loss = numerator / denominator if denominator else 0.0
     lr = learning_rate(step, total=data.total_steps, settings=trainer.settings)
     norm = strategy.apply(lr=lr, denominator=denominator)

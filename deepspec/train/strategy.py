@@ -6,9 +6,10 @@ written and read as whole tensors under the parameters' names, so that one strat
 other's checkpoints, on any number of ranks.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
 from deepspec.target.loading import DTYPES
 from deepspec.train.distributed import World
+from deepspec.train.out_of_memory import halves, is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -37,6 +41,7 @@ class Strategy(ABC):
         self.world = world
         self.parameters = trainable(draft)
         self.sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self.num_splits = 0  # micro-batches so far that did not fit into memory, nor halves of them
 
     def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
         """The draft's loss on a micro-batch, its matrix products in `train.compute_dtype`."""
@@ -95,13 +100,54 @@ class Replicated(Strategy):
             weight_decay=settings.weight_decay,
             foreach=True,
         )
+        # Where memory ends amid a backward pass, some gradients are whole and some are missing.
+        self._added: set[Tensor] = set()
+        for parameter in self.parameters.values():
+            parameter.register_post_accumulate_grad_hook(self._added.add)
 
     def backward(self, batch: TrainBatch | None) -> LossOutput:
-        """Add the gradient of a micro-batch's loss numerator."""
+        """Add the gradient of a micro-batch's loss numerator.
+
+        One that does not fit into memory is split in two and done again; no other rank notices, as
+        ranks meet only in `apply`.
+        """
         assert batch is not None  # noqa: S101 - `rounds` asks for no more than there are
+        return self._add_gradients(batch, list(self.parameters.values()))
+
+    def _add_gradients(self, batch: TrainBatch, parameters: Sequence[nn.Parameter]) -> LossOutput:
+        """Add the gradient of these parameters, all of them or what a failed pass left out."""
+        self._added.clear()
+        try:
+            return self._pass(batch, parameters)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if len(batch.seeds) == 1 or not is_out_of_memory(error):
+                raise
+            self._record_split(batch, error)
+        # Here the error is gone, and with it all that the failed pass held.
+        left = [parameter for parameter in parameters if parameter not in self._added]
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        first, second = halves(batch)
+        return self._add_gradients(first, left).plus(self._add_gradients(second, left))
+
+    def _pass(self, batch: TrainBatch, parameters: Sequence[nn.Parameter]) -> LossOutput:
         output = self.loss(batch, self.draft.plan(batch))
-        output.numerator.backward()
+        if parameters:
+            output.numerator.backward(inputs=parameters)
         return output
+
+    def _record_split(self, batch: TrainBatch, error: RuntimeError) -> None:
+        self.num_splits += 1
+        if self.num_splits == 1:
+            log.warning(
+                "stage=train a micro-batch of samples=%d tokens=%d does not fit into memory and is "
+                "done again in two halves, in up to twice the time (micro_batch_splits in "
+                "metrics.jsonl counts all such); smaller resources.memory.batch_slots or "
+                "batch_tokens save that: %s",
+                len(batch.seeds),
+                len(batch.input_ids),
+                str(error).partition("\n")[0],
+            )
 
     def apply(self, *, lr: float, denominator: float) -> float:
         """Sum the gradients over the ranks, divide, clip, step, clear."""

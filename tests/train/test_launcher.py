@@ -279,6 +279,35 @@ def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other
 
 
 @pytest.mark.slow
+def test_no_rank_waits_for_one_that_is_short_of_memory(
+    ready: Path, faulty, two_ranks, capfd: pytest.CaptureFixture[str]
+):
+    """It does its micro-batches in parts, and all of them end where ranks with enough memory do."""
+    faulty("""
+        import torch
+        from deepspec.model.block_draft import BlockDraft
+
+        whole = BlockDraft.loss
+
+        def loss(self, batch, plan):
+            if rank == 1 and len(batch.seeds) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return whole(self, batch, plan)
+
+        BlockDraft.loss = loss
+
+        def fault(step):
+            pass
+    """)
+    launched(ready, SIX)
+    assert capfd.readouterr().err.count("done again in two halves") == 1
+    artifact = Run(tiny_run(ready, SIX)).artifact("train")
+    lines = map(json.loads, artifact.read("metrics.jsonl").decode().splitlines())
+    assert sum(line.get("micro_batch_splits", 0) for line in lines) == 6 * 2, "halves of 3, 1 and 2"
+    assert_close(weights(Run(tiny_run(two_ranks[0], SIX)).artifact("train")), weights(artifact))
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_worth_another_try(
     ready: Path, faulty, capfd: pytest.CaptureFixture[str]
 ):
