@@ -56,8 +56,11 @@ class Artifact(StoreFolder):
                 return
             info = self.info()  # another worker was first
         if info is not None and (what := info.mismatch(self.key)):
-            fix = "use another store, or remove that folder"
-            raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix=fix)
+            raise ArtifactMismatch(
+                what,
+                where=f"{self.url}/artifact.json",
+                fix="use another store, or remove that folder",
+            )
 
     def info(self) -> ArtifactInfo | None:
         """`artifact.json`; None where there is no artifact."""
@@ -110,9 +113,11 @@ class Artifact(StoreFolder):
         if existing.content() == record.content():
             return existing
         files = f"{existing.file}, now {record.file}"
-        what = f"shard {record.shard} is already committed with other contents ({files})"
-        fix = f"remove records/{record.shard:05d}.json to replace it"
-        raise ArtifactMismatch(what, where=self.url, fix=fix)
+        raise ArtifactMismatch(
+            f"shard {record.shard} is already committed with other contents ({files})",
+            where=self.url,
+            fix=f"remove records/{record.shard:05d}.json to replace it",
+        )
 
     def record(self, shard: int) -> Record | None:
         """The record of one shard; None where there is none that can be read."""
@@ -169,8 +174,11 @@ class Artifact(StoreFolder):
         """
         manifest = self.manifest()
         if manifest is None:
-            fix = f"run the stage {self.key.stage!r} first"
-            raise ArtifactMismatch("the artifact is not finished", where=self.url, fix=fix)
+            raise ArtifactMismatch(
+                "the artifact is not finished",
+                where=self.url,
+                fix=f"run the stage {self.key.stage!r} first",
+            )
         return self._fetch_checked(name, manifest.files[name].checksum, f"{name} is damaged")
 
     def _fetch_checked(self, name: str, checksum: str, what: str) -> Path:
@@ -181,8 +189,11 @@ class Artifact(StoreFolder):
             if self.store.is_local or attempt:
                 break
             local.unlink(missing_ok=True)  # only the local copy may be damaged
-        fix = f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again"
-        raise DamagedData(what, where=self.url, fix=fix)
+        raise DamagedData(
+            what,
+            where=self.url,
+            fix=f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again",
+        )
 
     def fetch_folder(self, name: str) -> Path:
         """A local folder with the sealed files under `name/`."""
@@ -231,5 +242,6 @@ class Artifact(StoreFolder):
         except FileNotFoundError:
             return None
         except ValidationError:
-            where, fix = f"{self.url}/{relative}", "remove it and run again"
-            raise DamagedData("the file is damaged", where=where, fix=fix) from None
+            raise DamagedData(
+                "the file is damaged", where=f"{self.url}/{relative}", fix="remove it and run again"
+            ) from None

@@ -22,8 +22,12 @@ def file_digest(path: str) -> str:
     """
     filesystem, location = fsspec.core.url_to_fs(path)
     if not filesystem.exists(location):
-        fix = "check the path in prompts.source.paths, prompts.decontaminate or evaluate.benchmarks"
-        raise DataError("the file does not exist", where=path, fix=fix)
+        raise DataError(
+            "the file does not exist",
+            where=path,
+            fix="check the path in prompts.source.paths, prompts.decontaminate or "
+            "evaluate.benchmarks",
+        )
     if Path(location).is_file():
         return file_checksum(Path(location))
     return str(filesystem.ukey(location))

@@ -44,8 +44,11 @@ def require_info(artifact: Artifact) -> ArtifactInfo:
     """
     info = artifact.info()
     if info is None:
-        fix = "give the folder that holds artifact.json, or run it first"
-        raise ArtifactMismatch("there is no artifact here", where=artifact.url, fix=fix)
+        raise ArtifactMismatch(
+            "there is no artifact here",
+            where=artifact.url,
+            fix="give the folder that holds artifact.json, or run it first",
+        )
     return info
 
 
@@ -110,8 +113,11 @@ def find_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
     info = require_info(artifact)
     where = f"{artifact.url}/artifact.json"
     if not info.run:
-        what = "the artifact does not record which run made it"
-        raise ArtifactMismatch(what, where=where, fix="give the run's recipe or file")
+        raise ArtifactMismatch(
+            "the artifact does not record which run made it",
+            where=where,
+            fix="give the run's recipe or file",
+        )
     if store is None:
         is_local = artifact.store.is_local
         store = str(Path(artifact.store.root).resolve()) if is_local else artifact.store.url

@@ -85,9 +85,11 @@ def chosen_shards(asked: Iterable[int] | None, available: Iterable[int], stage: 
     unknown = [shard for shard in asked if shard not in known]
     if unknown:
         last = f"0 to {max(known)}" if known else "none"
-        what = f"the stage {stage!r} has no shard {', '.join(map(str, unknown))}; there are {last}"
-        fix = "leave --shards out to do whatever is missing"
-        raise ConfigError(what, where="--shards", fix=fix)
+        raise ConfigError(
+            f"the stage {stage!r} has no shard {', '.join(map(str, unknown))}; there are {last}",
+            where="--shards",
+            fix="leave --shards out to do whatever is missing",
+        )
     return asked
 
 
@@ -111,9 +113,11 @@ def require_sealed(run: Run, stage: str) -> dict[str, str]:
         artifact = run.artifact(upstream)
         manifest = artifact.manifest()
         if manifest is None:
-            what = f"the stage {stage!r} reads {upstream!r}, which is not finished"
-            fix = f"run `{run.command(upstream)}` first"
-            raise ArtifactMismatch(what, where=artifact.url, fix=fix)
+            raise ArtifactMismatch(
+                f"the stage {stage!r} reads {upstream!r}, which is not finished",
+                where=artifact.url,
+                fix=f"run `{run.command(upstream)}` first",
+            )
         digests[f"{upstream}/{artifact.key.fingerprint}"] = manifest.digest
     return digests
 

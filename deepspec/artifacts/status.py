@@ -98,8 +98,9 @@ def results(run: Run) -> EvaluationSummary:
     """
     artifact = run.artifact("evaluate")
     if (found := read_summary(artifact)) is None:
-        fix = f"run `{run.command('evaluate')}`"
-        raise ArtifactMismatch("there are no results yet", where=artifact.url, fix=fix)
+        raise ArtifactMismatch(
+            "there are no results yet", where=artifact.url, fix=f"run `{run.command('evaluate')}`"
+        )
     return found
 
 

@@ -20,5 +20,4 @@ def transient_system_errors(where: str) -> Iterator[None]:
         what = f"{type(error).__name__}: {error}"
         if isinstance(error, ConnectionError | TimeoutError):
             raise TransientError(what, where=where, fix="it is tried again by itself") from error
-        fix = "check the disk that holds the store"
-        raise StoreError(what, where=where, fix=fix) from error
+        raise StoreError(what, where=where, fix="check the disk that holds the store") from error

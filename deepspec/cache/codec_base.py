@@ -156,9 +156,12 @@ class Codec:
 
     def _from_scale(self) -> Tensor:
         if self.channel_scale is None:
-            what = f"the codec {self.name} cannot work without the scale of each channel"
-            fix = "measure it with `channel_scale` on the first tokens, or read it with the cache"
-            raise ArtifactMismatch(what, where="hidden.codec", fix=fix)
+            raise ArtifactMismatch(
+                f"the codec {self.name} cannot work without the scale of each channel",
+                where="hidden.codec",
+                fix="measure it with `channel_scale` on the first tokens, or read it with the "
+                "cache",
+            )
         return self.channel_scale
 
 

@@ -78,14 +78,11 @@ def refuse(fidelity: Fidelity, limits: FidelityConfig, *, where: str = "") -> No
         if not kept:
             broken[name] = f"{measured} is {value:.4g}, {name} is {limit:g}"
     if broken:
-        fix = (
-            "choose a codec that keeps more (lossless keeps everything), "
-            f"or change {', '.join(broken)} if the loss is acceptable"
-        )
         raise FidelityTooLow(
             f"the codec changes the hidden states too much: {'; '.join(broken.values())}",
             where=where,
-            fix=fix,
+            fix="choose a codec that keeps more (lossless keeps everything), "
+            f"or change {', '.join(broken)} if the loss is acceptable",
         )
 
 

@@ -137,9 +137,11 @@ class Layout:
         found = f"{metadata.get('format')} version {metadata.get('version')}"
         wanted = f"{FORMAT} version {VERSION}"
         if found != wanted:
-            what = f"the cache has format {found}, this reads {wanted}"
-            fix = "capture again, or use the DeepSpec version that wrote it"
-            raise ArtifactMismatch(what, where="schema.arrow", fix=fix)
+            raise ArtifactMismatch(
+                f"the cache has format {found}, this reads {wanted}",
+                where="schema.arrow",
+                fix="capture again, or use the DeepSpec version that wrote it",
+            )
         codecs = {
             tensor: make_codec(**choice, channel_scale=scales.get(tensor))
             for tensor, choice in json.loads(metadata["codecs"]).items()

@@ -56,9 +56,10 @@ class HiddenCache(Source):
     ) -> None:
         manifest = artifact.manifest()
         if manifest is None:
-            fix = "run `python -m deepspec hidden` until nothing is missing"
             raise ArtifactMismatch(
-                "the hidden states are not finished", where=artifact.url, fix=fix
+                "the hidden states are not finished",
+                where=artifact.url,
+                fix="run `python -m deepspec hidden` until nothing is missing",
             )
         self.artifact, self.cache_gb, self.check_reads = artifact, cache_gb, check_reads
         scales = (
@@ -141,12 +142,12 @@ class HiddenCache(Source):
         except OSError as error:  # the file is gone, or a sector is bad
             whole, reason = False, f" ({type(error).__name__}: {error})"
         if not whole:
-            fix = (
-                "run `python -m deepspec verify` and then the stage 'hidden' again: "
-                f"it captures shard {shard} once more"
+            raise DamagedData(
+                f"row {index.row[number]} of shard {shard} is damaged{reason}",
+                where=f"{self.artifact.url}/{self.files[shard]}",
+                fix="run `python -m deepspec verify` and then the stage 'hidden' again: "
+                f"it captures shard {shard} once more",
             )
-            what = f"row {index.row[number]} of shard {shard} is damaged{reason}"
-            raise DamagedData(what, where=f"{self.artifact.url}/{self.files[shard]}", fix=fix)
         return self.layout.decode(message)
 
     def _local(self, shard: int, offset: int, num_bytes: int, buffer: np.ndarray) -> memoryview:

@@ -13,8 +13,9 @@ from deepspec.process.events import Report, silent
 def run_demo(run: Run, report: Report = silent) -> Artifact:
     """Make and seal the demo's folder, unless it is there already."""
     if (config := run.config.demo) is None:
-        fix = "use one of the demo recipes"
-        raise ConfigError("this run has no demo section", where="demo", fix=fix)
+        raise ConfigError(
+            "this run has no demo section", where="demo", fix="use one of the demo recipes"
+        )
     artifact = run.create("demo")
     if artifact.manifest() is not None:
         return artifact

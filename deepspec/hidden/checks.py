@@ -74,9 +74,11 @@ class StateChecks:
         flags = torch.stack(self._flags).tolist() if self._flags else []
         for sample_id, (is_not_finite, is_empty) in zip(self._ids, flags, strict=True):
             if is_not_finite or is_empty:
-                what = NOT_FINITE if is_not_finite else EMPTY
-                fix = "check the model's weights and target.dtype"
-                raise DamagedData(what, where=_name(sample_id), fix=fix)
+                raise DamagedData(
+                    NOT_FINITE if is_not_finite else EMPTY,
+                    where=_name(sample_id),
+                    fix="check the model's weights and target.dtype",
+                )
         if self._positions < MIN_POSITIONS:
             return
         positions, agreement = self._positions, self._agreeing / self._positions

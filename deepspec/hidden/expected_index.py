@@ -68,8 +68,11 @@ def read_expected_index(stage: ShardedStage) -> ExpectedIndex:
     shards = [pa.RecordBatch.from_pylist([], schema=EXPECTED_SCHEMA)]
     for name, data in zip(names, artifact.store.read_many(names), strict=True):
         if data is None:
-            what = "a part of the expected index is gone"
-            raise TransientError(what, where=name, fix="run it again: it is made anew")
+            raise TransientError(
+                "a part of the expected index is gone",
+                where=name,
+                fix="run it again: it is made anew",
+            )
         shards.append(decode_rows(data))
     index = pa.concat_batches(shards)
     return ExpectedIndex(*(column_values(index, name) for name in ExpectedIndex._fields))

@@ -158,8 +158,9 @@ class RollingStates(Source):
             else:  # the first rank notices when no more shards come
                 self._progress()
             if self._closed.wait(POLL_S):
-                what = f"training ended while shard {shard} was waited for"
-                raise TransientError(what, where=self.artifact.url)
+                raise TransientError(
+                    f"training ended while shard {shard} was waited for", where=self.artifact.url
+                )
 
 
 def open_rolling(

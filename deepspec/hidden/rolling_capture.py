@@ -98,8 +98,10 @@ class RollingCapture:
         if self._errors:
             raise self._errors[0]
         if not (self._main.is_alive() or self._ended.is_set() or self.shards.is_sealed()):
-            what = "the thread that has shards captured has ended; why is in the log"
-            raise ChildFailed(what, where=self.shards.artifact.url)
+            raise ChildFailed(
+                "the thread that has shards captured has ended; why is in the log",
+                where=self.shards.artifact.url,
+            )
 
     def close(self) -> None:
         """End all workers, and delete the shards of a training that is done."""
@@ -187,5 +189,7 @@ class RollingCapture:
         self._news.set()
         self.progress()
         if lost:
-            what = f"capture ended well and left no record of shards {shard_list(lost)}"
-            raise ChildFailed(what, where=self.shards.artifact.url)
+            raise ChildFailed(
+                f"capture ended well and left no record of shards {shard_list(lost)}",
+                where=self.shards.artifact.url,
+            )

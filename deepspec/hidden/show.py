@@ -24,12 +24,17 @@ def show_sample(run: Run, *, shard: int, row: int, colours: bool) -> Iterator[Te
     record = artifact.record(shard)
     if record is None:
         there = ", ".join(map(str, sorted(artifact.record_shards())[:20])) or "none"
-        what = f"shard {shard} of the answers is not committed; of those that are: {there}"
-        fix = f"run `{run.command('answers')} --shards {shard}`"
-        raise ConfigError(what, where=artifact.url, fix=fix)
+        raise ConfigError(
+            f"shard {shard} of the answers is not committed; of those that are: {there}",
+            where=artifact.url,
+            fix=f"run `{run.command('answers')} --shards {shard}`",
+        )
     if not 0 <= row < record.rows:
-        what = f"shard {shard} has {record.rows} rows, there is no row {row}"
-        raise ConfigError(what, where=artifact.url, fix=f"give --row 0 to {record.rows - 1}")
+        raise ConfigError(
+            f"shard {shard} has {record.rows} rows, there is no row {row}",
+            where=artifact.url,
+            fix=f"give --row 0 to {record.rows - 1}",
+        )
     (answer,) = read_table(artifact.fetch_shard(record)).slice(row, 1).to_pylist()
     chat = load_chat(run)
     found = capture_rows([answer], chat, run.config.hidden)

@@ -186,11 +186,13 @@ def _parse_line(line: str, place: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        what = f"not JSON: {error.msg} at column {error.colno}"
-        raise DataError(what, where=place, fix=JSONL_FIX) from None
+        raise DataError(
+            f"not JSON: {error.msg} at column {error.colno}", where=place, fix=JSONL_FIX
+        ) from None
     if not isinstance(row, dict):
-        what = f"the line holds a {type(row).__name__}, not an object"
-        raise DataError(what, where=place, fix=JSONL_FIX)
+        raise DataError(
+            f"the line holds a {type(row).__name__}, not an object", where=place, fix=JSONL_FIX
+        )
     return row
 
 

@@ -84,8 +84,9 @@ def save_report(artifacts: Sequence[Artifact], form: Format, output: str) -> str
     try:
         Path(output).write_text(report_text(artifacts, form), encoding="utf-8")
     except OSError as error:
-        what = f"cannot write: {error.strerror}"
-        raise ConfigError(what, where=output, fix="give another path with --output") from None
+        raise ConfigError(
+            f"cannot write: {error.strerror}", where=output, fix="give another path with --output"
+        ) from None
     return output
 
 

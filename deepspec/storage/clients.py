@@ -49,11 +49,17 @@ def wanted_client() -> Literal["obstore", "s3fs"]:
     """
     wanted = os.environ.get(CLIENT_VARIABLE, "")
     if wanted not in ("", "obstore", "s3fs"):
-        what = f"there is no S3 client {wanted!r}"
-        raise StoreError(what, where=CLIENT_VARIABLE, fix="use obstore or s3fs, or unset it")
+        raise StoreError(
+            f"there is no S3 client {wanted!r}",
+            where=CLIENT_VARIABLE,
+            fix="use obstore or s3fs, or unset it",
+        )
     if wanted == "obstore" and not s3_obstore.installed():
-        fix = "pip install 'deepspec[s3]', or unset it"
-        raise StoreError("obstore is not installed", where=CLIENT_VARIABLE, fix=fix)
+        raise StoreError(
+            "obstore is not installed",
+            where=CLIENT_VARIABLE,
+            fix="pip install 'deepspec[s3]', or unset it",
+        )
     # A forced obstore gives way, too: in a process forked from one that used it, it would wait for
     # ever.
     return "s3fs" if wanted == "s3fs" or not s3_obstore.usable() else "obstore"

@@ -37,8 +37,9 @@ class LocalStore(Store):
         with self._file(name).open("rb", buffering=0) as file:
             count = read_into(file.fileno(), room, start)
         if count != len(room):
-            what = f"the file ends before byte {end}"
-            raise DamagedData(what, where=self.path(name), fix=DAMAGED_FIX)
+            raise DamagedData(
+                f"the file ends before byte {end}", where=self.path(name), fix=DAMAGED_FIX
+            )
         return room
 
     def checksum(self, name: str) -> str:

@@ -186,8 +186,11 @@ class RemoteStore(Store):
             if self.head(name) != head:
                 return False
             if checksum and found != checksum:
-                what = f"its checksum is {found}, not {checksum}"
-                raise DamagedData(what, where=f"{self.url}/{name}", fix=DAMAGED_FIX)
+                raise DamagedData(
+                    f"its checksum is {found}, not {checksum}",
+                    where=f"{self.url}/{name}",
+                    fix=DAMAGED_FIX,
+                )
             unfinished.replace(target)
             return True
         finally:

@@ -153,8 +153,11 @@ class Store(Protocol):
         """
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            what = f"the path {name!r} leads outside the store"
-            raise DamagedData(what, where=self.url, fix="remove the file that names it")
+            raise DamagedData(
+                f"the path {name!r} leads outside the store",
+                where=self.url,
+                fix="remove the file that names it",
+            )
         return f"{self.root}/{name}"
 
     def names(self, folder: str) -> list[str]:
@@ -193,8 +196,11 @@ class Store(Protocol):
                 local.write_bytes(b"deepspec")
             self.probe()
         except OSError as error:
-            what = f"cannot write: {error.strerror or scrub(str(error))}"
-            raise StoreError(what, where=where, fix="choose another with --store") from None
+            raise StoreError(
+                f"cannot write: {error.strerror or scrub(str(error))}",
+                where=where,
+                fix="choose another with --store",
+            ) from None
         free_gb = self.free_bytes() / 1e9
         if free_gb < min_free_gb:
             raise StoreError(
