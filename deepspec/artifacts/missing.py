@@ -48,8 +48,7 @@ def wanted_shards(run: Run, stage: str, shards: Iterable[int] | None = None) -> 
 
     Each with the checksum of the shard that it is made from.
     """
-    records = run.upstream(stage).records(shards)
-    return {shard: record.checksum for shard, record in records.items()}
+    return {shard: record.checksum for shard, record in run.upstream(stage).records(shards).items()}
 
 
 def missing(run: Run, stage: str, shards: Iterable[int] | None = None) -> list[int]:

@@ -31,8 +31,7 @@ def read_records_table(data: bytes) -> dict[int, Record]:
     """The records of a table, by shard."""
     import pyarrow as pa
 
-    rows = pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()
     return {
         row["shard"]: Record.model_validate({**row, "counts": json.loads(row["counts"])})
-        for row in rows
+        for row in pa.ipc.open_file(pa.py_buffer(data)).read_all().to_pylist()
     }

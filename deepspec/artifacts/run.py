@@ -110,8 +110,7 @@ def open_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
 
 def benchmark_key(benchmark: BenchmarkSet) -> ArtifactKey:
     """The key of a known benchmark's prompts, the same for every run that reads them."""
-    recipe = benchmark.recipe()
-    return _fingerprinted(BENCHMARKS, benchmark.name, BENCHMARKS_FORMAT, recipe, ())
+    return _fingerprinted(BENCHMARKS, benchmark.name, BENCHMARKS_FORMAT, benchmark.recipe(), ())
 
 
 def _fingerprinted(

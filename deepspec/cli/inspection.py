@@ -108,8 +108,7 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
     from deepspec.plan.plan import plan_run, require_plan_fits
     from deepspec.plan.view import print_plan
 
-    opened = open_run(run, sets, store=store)
-    found = plan_run(opened, num_rows=sample, train_hours=train_hours)
+    found = plan_run(open_run(run, sets, store=store), num_rows=sample, train_hours=train_hours)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:

@@ -102,12 +102,11 @@ def family_of(hf_config: HFConfig) -> Family:
             where="config.json: model_type",
             fix=f"known are: {', '.join(QWEN3.model_types + GEMMA4.model_types)}",
         )
-    unsupported = {
+    for key, what in {
         "enable_moe_block": "mixture-of-experts blocks",
         "hidden_size_per_layer_input": "per-layer inputs",
         "attention_bias": "attention biases",
-    }
-    for key, what in unsupported.items():
+    }.items():
         if text.get(key):
             raise ConfigError(
                 f"targets with {what} are not supported",

@@ -75,11 +75,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _patience_has_samples(self) -> Self:
-        needs = {
+        for name, value in {
             "train.acceptance_samples": self.train.acceptance_samples,
             "prompts.held_out": self.prompts.held_out,
-        }
-        for name, value in needs.items():
+        }.items():
             if self.train.patience is not None and not value:
                 raise ValueError(
                     f"train.patience needs {name}: without held-out samples no checkpoint is "

@@ -88,8 +88,7 @@ def about_source(function: Function) -> DemoConversation:
     """A request for a function's code."""
     question = f"Write the {function.kind} `{function.signature}` of {function.place}."
     what = f"the {function.kind} `{function.name}` of {function.place}"
-    answer = f"Here is {what}:\n```python\n{function.source}\n```"
-    return DemoConversation(question, answer, "code")
+    return DemoConversation(question, f"Here is {what}:\n```python\n{function.source}\n```", "code")
 
 
 def about_summary(function: Function) -> DemoConversation:

@@ -33,8 +33,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, momentum = group["params"], group["momentum"]
             gradient = torch.stack([matrix.grad for matrix in matrices])
-            state = self.state[matrices[0]]
-            average = state.setdefault("average", torch.zeros_like(gradient))
+            average = self.state[matrices[0]].setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 1 - momentum)
             update = orthogonal(gradient.lerp(average, momentum))
             # tall matrices need longer steps to move as far

@@ -85,7 +85,7 @@ def read_engine_config(config: Config) -> Config:
 def speculators_config(spec: DraftSpec, dtype: str) -> Config:
     """The config of the speculators package: the published one, wrapped."""
     inner = published_config(spec, dtype)
-    config = {
+    return {
         "architectures": [SPECULATORS[spec.algorithm]],
         "speculators_model_type": spec.algorithm,
         "transformer_layer_config": inner,
@@ -105,8 +105,7 @@ def speculators_config(spec: DraftSpec, dtype: str) -> Config:
         "dtype": dtype,
         "tie_word_embeddings": False,
         "block_size": spec.block_size,
-    }
-    return config | {key: inner[key] for key in SPECULATORS_KEYS if key in inner}
+    } | {key: inner[key] for key in SPECULATORS_KEYS if key in inner}
 
 
 def read_speculators_config(config: Config) -> Config:
@@ -115,10 +114,9 @@ def read_speculators_config(config: Config) -> Config:
     Raises:
         KeyError: one of them is missing.
     """
-    methods = config["speculators_config"]["proposal_methods"]
     inner = config["transformer_layer_config"] | {
         "target_layer_ids": [layer - 1 for layer in config["aux_hidden_state_layer_ids"]],
-        "block_size": methods[0]["speculative_tokens"],
+        "block_size": config["speculators_config"]["proposal_methods"][0]["speculative_tokens"],
     }
     if config["speculators_model_type"] != "eagle3":
         inner |= {key: config[key] for key in ("mask_token_id", *BLOCK_LAYOUT)}

@@ -90,8 +90,7 @@ def styled_axes(height: float = HEIGHT, left: float = LEFT) -> Iterator[tuple[Fi
 def mark(axes: Axes, x: float, y: float, *, colour: str, radius: float, note: str) -> None:
     """Draw a dot, with a note for who points at it."""
     # A line of no length with round ends: matplotlib's own markers are definitions with ids.
-    gid = f"note:{note}"
-    axes.plot([x, x], [y, y], color=colour, linewidth=2 * radius, zorder=3, gid=gid)
+    axes.plot([x, x], [y, y], color=colour, linewidth=2 * radius, zorder=3, gid=f"note:{note}")
 
 
 def chart_of(figure: Figure, title: str, keys: Iterable[Key] = ()) -> Chart:

@@ -44,8 +44,7 @@ def write_expected_index(
     began = time.monotonic()
     for done, record in enumerate(todo, start=1):
         table = read_table(answers.fetch_shard(record))
-        data = _rendered(record.shard, table.to_pylist(), chat, settings)
-        artifact.write(_name(record), data)
+        artifact.write(_name(record), _rendered(record.shard, table.to_pylist(), chat, settings))
         if done % 100 == 0 or done == len(todo):
             message = "stage=hidden rendered %d of %d shards of answers in %.0f s"
             log.info(message, done, len(todo), time.monotonic() - began)

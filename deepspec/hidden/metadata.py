@@ -73,8 +73,7 @@ def write_metadata(
         for_scales, for_fidelity = sample_states(first_rows(stage.upstream, chat, settings), target)
     if SCALES in missing:
         write_scales(artifact, for_scales)
-    committed = artifact.record_shards()[:1]
-    check_scales(artifact, settings, artifact.read_records(committed).values())
+    check_scales(artifact, settings, artifact.read_records(artifact.record_shards()[:1]).values())
     layout = make_layout(config.target, settings, chat, target, read_scales(artifact, settings))
     if FIDELITY in missing:
         write_fidelity(artifact, settings, layout, for_fidelity, target)
@@ -151,8 +150,7 @@ def write_fidelity(
         decoded_last=layout.last_hidden.dequantize(layout.last_hidden.quantize(last)),
         logits=lambda states: target.logits(states.to(target.dtype)),
     )
-    numbers = {"tokens": len(context), **found._asdict()}
-    artifact.write(FIDELITY, pretty_json(numbers))
+    artifact.write(FIDELITY, pretty_json({"tokens": len(context), **found._asdict()}))
 
 
 def make_layout(
@@ -190,8 +188,7 @@ def make_layout(
 
 def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:
     """The layout as written; there need be no manifest yet."""
-    schema_file = artifact.read(SCHEMA)
-    return Layout.of(schema_file, read_scales(artifact, settings))
+    return Layout.of(artifact.read(SCHEMA), read_scales(artifact, settings))
 
 
 def write_target_config(artifact: Artifact, target: Target) -> None:
@@ -203,9 +200,8 @@ def write_target_config(artifact: Artifact, target: Target) -> None:
 
 def write_frozen_tensors(artifact: Artifact, target: Target) -> None:
     """Write `frozen.safetensors`: embedding and lm_head [V, D], which every draft shares."""
-    embedding = target.model.get_input_embeddings().weight
     tensors = {
-        "embed_tokens.weight": embedding.detach().cpu().clone(),
+        "embed_tokens.weight": target.model.get_input_embeddings().weight.detach().cpu().clone(),
         "lm_head.weight": target.lm_head.weight.detach().cpu().clone(),
     }
     with artifact.store.staged() as local:

@@ -112,8 +112,7 @@ def shared_index(run: Run, stage: ShardedStage, *, is_first: bool) -> ExpectedIn
     """The index of samples, which the first process makes and all others wait for."""
     records = stage.upstream.records()
     if is_first:
-        missing = unrendered(stage.artifact, records)
-        render_in_children(run, [record.shard for record in missing])
+        render_in_children(run, [record.shard for record in unrendered(stage.artifact, records)])
         write_expected_index(stage, load_chat(run), run.config.hidden)
     while unrendered(stage.artifact, records):  # another process is at it
         time.sleep(POLL_S)

@@ -182,14 +182,13 @@ def open_rolling(
     index = shared_index(run, stage, is_first=is_first)
     numbers, kept = share(index), dict[int, HiddenSample]()
     if numbers or (is_first and lacks_metadata(stage.artifact, run.config.hidden)):
-        online = compute_online(run, stage, index, is_first=is_first, report=report)
-        samples = online.stream(
+        samples = compute_online(run, stage, index, is_first=is_first, report=report).stream(
             iter(numbers),
             max_bytes=resources.memory.prefetch_mb * 1_000_000,
             threads=resources.devices.read_threads,
         )
         kept = {number: _on_host(sample) for number, sample in zip(numbers, samples, strict=True)}
-        del online, samples
+        del samples
         gc.collect()  # the hooks that tap a target refer to it, and it to its model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -61,8 +61,7 @@ def _marked(sample: CaptureRow, chat: Chat, *, colours: bool) -> Text:
     start = 0
     for supervised, run in groupby(sample.loss_mask):
         end = start + len(list(run))
-        ids = sample.input_ids[start:end]
-        part = str(chat.tokenizer.decode(ids, skip_special_tokens=False))
+        part = str(chat.tokenizer.decode(sample.input_ids[start:end], skip_special_tokens=False))
         if supervised and not colours:
             part = f"{BEGIN}{part}{END}"
         text.append(part, style="bold green" if supervised else "dim")

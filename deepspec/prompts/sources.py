@@ -85,8 +85,7 @@ def pin_revision(source: DatasetSource, artifact: Artifact, *, setting: str) -> 
         if artifact.store.write_new(path, content):  # else another worker was first
             setting += newest
             log.warning("data set %s is not pinned; the newest is read: %s", source.name, setting)
-    revision = json.loads(artifact.store.read(path))["revision"]
-    return source.model_copy(update={"revision": revision})
+    return source.model_copy(update={"revision": json.loads(artifact.store.read(path))["revision"]})
 
 
 def newest_revision(source: DatasetSource) -> str:

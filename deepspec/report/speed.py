@@ -57,7 +57,6 @@ def _bars(title: str, part: Metrics) -> Chart:
 
 
 def _cells(size: BatchSpeed) -> dict[str, str]:
-    phases = ("plain", "speculative", *PHASES)
     return {
         "batch": f"{size.batch_size:,}",
         "prompts": f"{size.prompts:,}",
@@ -66,6 +65,7 @@ def _cells(size: BatchSpeed) -> dict[str, str]:
         "tokens/s": f"{size.tokens_per_s.speculative:,.0f}",
         "speed-up": ranged(size.speedup, size.interval),
         **{
-            f"{name} s": f"{took:.1f}" for name, (_, took) in zip(phases, size.seconds, strict=True)
+            f"{name} s": f"{took:.1f}"
+            for name, (_, took) in zip(("plain", "speculative", *PHASES), size.seconds, strict=True)
         },
     }

@@ -103,12 +103,12 @@ class ObstoreBucket(Bucket):
     @override
     def listing(self, folder: str) -> FolderListing:
         found = self.obstore.list_with_delimiter(self.store, folder)
-        files = [
-            Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp())
-            for o in found["objects"]
-        ]
         return FolderListing(
-            files, [PurePosixPath(prefix).name for prefix in found["common_prefixes"]]
+            [
+                Entry(PurePosixPath(o["path"]).name, int(o["size"]), o["last_modified"].timestamp())
+                for o in found["objects"]
+            ],
+            [PurePosixPath(prefix).name for prefix in found["common_prefixes"]],
         )
 
     @override
