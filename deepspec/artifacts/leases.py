@@ -97,7 +97,7 @@ class Leases:
         A run writes its request first and looks at the others then, so of two that request at the
         same moment at least one sees the other; the smaller name goes first.
         """
-        mine, others = set(wanted), list[Lease]()
+        mine, others = set(wanted), []
         self._publish(mine, settled=False)
         while True:
             rivals = [

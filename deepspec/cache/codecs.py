@@ -158,9 +158,7 @@ class Fp8Codec(Codec):
         out.copy_(values)
 
 
-CODECS: dict[CodecName, type[Codec]] = {
-    kind.name: kind for kind in (RawCodec, LosslessCodec, Int8Codec, Fp8Codec)
-}
+CODECS = {kind.name: kind for kind in (RawCodec, LosslessCodec, Int8Codec, Fp8Codec)}
 LOSSY = ("int8", "fp8")
 
 

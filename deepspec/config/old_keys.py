@@ -49,7 +49,7 @@ def moved_keys(resources: Mapping[str, Any], sections: type[Section]) -> dict[st
 def translated(resources: Mapping[str, Any], sections: type[Section]) -> dict[str, Any]:
     """`resources` as an older version recorded it, with its settings under the new keys."""
     moved = moved_keys(resources, sections)
-    found: dict[str, Any] = {
+    found = {
         key: dict(value)
         for key, value in resources.items()
         if key not in moved and key not in REMOVED

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def encode(tokenizer: Any, row: DemoConversation) -> Example:
     """A conversation as other stages render it: the template's prompt, the answer, its end."""
-    prompt: Sequence[int] = tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(
         row.prompt, add_generation_prompt=True, tokenize=True, return_dict=False
     )
     answer = tokenizer.encode(row.answer, add_special_tokens=False)

@@ -7,7 +7,6 @@ what a draft can learn.
 
 import operator
 import random
-from collections.abc import Callable
 
 NAMES = [
     "Anna",
@@ -102,7 +101,7 @@ def _journey(rng: random.Random) -> Problem:
     return question, [(multiply, speed, "*", hours), (add, speed * hours, "+", more)]
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (_boxes, _change, _together, _journey)
+KINDS = (_boxes, _change, _together, _journey)
 
 
 def make_problem(rng: random.Random) -> tuple[str, str]:

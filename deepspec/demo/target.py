@@ -84,7 +84,7 @@ def train_target(
     )
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
-    losses: list[float] = []
+    losses = []
     model.train()
     for step in range(config.steps):
         for group, peak in zip(groups, peaks, strict=True):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -59,7 +58,7 @@ def artifact_around(source: Path) -> Artifact | None:
 
 def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
     layout = "slot k predicts anchor + 1 + k (`sample_from_anchor: true`)"
-    facts: dict[str, Any] = {
+    facts = {
         "written for": engine.name,
         "target": target_name(spec) or "not named in its config",
         "tokens proposed per round": spec.block_size,

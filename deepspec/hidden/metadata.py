@@ -16,7 +16,6 @@ from torch import Tensor
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
-from deepspec.cache.codec_base import CodecName
 from deepspec.cache.codecs import LOSSY, channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
@@ -161,7 +160,7 @@ def make_layout(
     scales: Mapping[str, Tensor],
 ) -> Layout:
     """The codecs, and where the states come from, for the schema."""
-    sizes: dict[str, tuple[CodecName, int]] = {
+    sizes = {
         "context": (hidden.codec, len(target.layer_ids)),
         "last_hidden": (hidden.codec_of_last_hidden, 1),
     }

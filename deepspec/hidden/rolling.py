@@ -180,7 +180,7 @@ def open_rolling(
     """
     resources, stage = run.config.resources, open_unsealed(run)
     index = shared_index(run, stage, is_first=is_first)
-    numbers, kept = share(index), dict[int, HiddenSample]()
+    numbers, kept = share(index), {}
     if numbers or (is_first and lacks_metadata(stage.artifact, run.config.hidden)):
         samples = compute_online(run, stage, index, is_first=is_first, report=report).stream(
             iter(numbers),

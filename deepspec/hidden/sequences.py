@@ -34,8 +34,8 @@ def capture_rows(
     A sequence ends after its last supervised token or at `hidden.max_length`. One without two
     supervised tokens in a row teaches nothing and is left out.
     """
-    rows: list[CaptureRow] = []
-    rejects: list[dict[str, Any]] = []
+    rows = []
+    rejects = []
     for answer in answers:
         for number, sample in enumerate(_sequences(answer, chat)):
             input_ids = sample.input_ids[: settings.max_length]

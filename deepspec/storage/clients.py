@@ -1,7 +1,6 @@
 """The clients of this process: one for all stores of one URL."""
 
 import os
-from collections.abc import Callable
 from typing import Literal
 
 import fsspec
@@ -30,7 +29,7 @@ def client_of(url: str, root: str, *, name: ClientName | None = None) -> Bucket:
     settings = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
     key = (os.getpid(), name, url, root, settings)
     if key not in _clients:
-        makers: dict[ClientName, Callable[[], Bucket]] = {
+        makers = {
             "obstore": lambda: ObstoreBucket(root),
             "s3fs": lambda: S3fsBucket(root),
             "fsspec": lambda: FsspecBucket(fsspec.core.url_to_fs(url)[0], root),

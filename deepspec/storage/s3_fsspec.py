@@ -166,7 +166,7 @@ class S3fsBucket(FsspecBucket):
 
     @override
     def uploads(self) -> list[Upload]:
-        found: list[Upload] = []
+        found = []
         after: dict[str, str] = {}
         place = {"Bucket": self.name, "Prefix": self.prefix}
         while True:

@@ -146,7 +146,7 @@ def _s3_connection(root: str) -> Callable[[int], Any]:
     meta = session.create_client("s3").meta
     is_http = meta.endpoint_url.startswith("http://")
     name, _, prefix = root.partition("/")
-    options: dict[str, Any] = {
+    options = {
         "connect_timeout": f"{CONNECT_S}s",
         "read_timeout": f"{READ_S}s",
         "timeout": "600s",
