@@ -125,9 +125,8 @@ def main() -> dict[str, object]:
 def real_states(store: str) -> States:
     """States of the corpus of a demo target of width 128, trained in the given store."""
     from deepspec.config.recipes import load_run
-    from deepspec.demo.build import encode
     from deepspec.demo.corpus import make_corpus
-    from deepspec.demo.stage import run_demo
+    from deepspec.demo.stage import encode, run_demo
     from deepspec.target.chat import load_chat, target_folder
     from deepspec.target.loading import load_target
 

@@ -1,12 +1,13 @@
-"""Training the demo's target: a small Qwen3 model, deep and narrow so that its layers are what
-decoding spends its time in.
+"""Training the demo's tokenizer, byte-level BPE with Qwen's turn markers and template, and its
+target: a small Qwen3 model, deep and narrow so that its layers are what decoding spends its time
+in.
 
 T tokens of a batch, V vocabulary.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,20 @@ from torch.nn import functional as F
 
 from deepspec.config.target import DemoConfig
 from deepspec.demo.muon import Muon
-from deepspec.demo.tokenizer import MAX_POSITIONS
 from deepspec.process.events import Report
 
+PAD, START_OF_TURN, END_OF_TURN, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
+# ids 0 to 3; the recipe's target.mask_token_id is 3
+SPECIAL_TOKENS = (PAD, START_OF_TURN, END_OF_TURN, MASK)
+MAX_POSITIONS = 1024
+# Qwen3's without tools and thinking: `enable_thinking` is accepted, as every template accepts any
+# variable, and changes nothing.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 WARMUP_STEPS = 20
 
@@ -28,6 +40,38 @@ class Example(NamedTuple):
     input_ids: list[int]
     prompt: int
     domain: str
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
+    """A `PreTrainedTokenizerFast` of at most `vocab_size` tokens, equal for equal texts.
+
+    Digits stay single tokens, as in Qwen's tokenizer: arithmetic is learnt digit by digit.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END_OF_TURN,
+        mask_token=MASK,
+        additional_special_tokens=[START_OF_TURN],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
 
 
 def new_target(config: DemoConfig, tokenizer: Any) -> Any:

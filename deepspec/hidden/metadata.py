@@ -1,21 +1,27 @@
-"""The files of a cache that are not shards; one function writes each.
+"""The files of a cache that are not shards.
 
 They are the schema, the channel scales, and what training needs to know of the target. The first
 process to write the channel scales wins and all others read those; each shard's record names the
 scales that it was encoded with. A lossy codec is measured on other samples, and refused if it loses
 too much: before any shard is written.
+
+Both are found from some tokens of the first samples, which come from the first shards whatever
+shards a lane was given, so every lane finds the same. N tokens, m captured layers, D hidden size.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
+import torch
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
+from deepspec.artifacts.tables import read_table
 from deepspec.cache.codecs import LOSSY, channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
@@ -24,7 +30,7 @@ from deepspec.config.data import HiddenConfig
 from deepspec.config.run import RunConfig
 from deepspec.config.target import TargetConfig
 from deepspec.errors import DamagedData
-from deepspec.hidden.state_sample import StateSample, first_rows, sample_states
+from deepspec.hidden.sequences import CaptureRow, capture_rows
 from deepspec.process.events import Report
 from deepspec.storage.store import pretty_json
 from deepspec.target.chat import Chat
@@ -35,6 +41,15 @@ log = logging.getLogger(__name__)
 TENSORS, CONFIG, FIDELITY = "frozen.safetensors", "target/config.json", "fidelity.json"
 # Of a target's config: where it was and which library read it would make equal caches different.
 NOT_KEPT = ("_name_or_path", "transformers_version")
+SCALE_TOKENS = 2048  # for the scales, and as many again, of other samples, to measure the codecs
+ROW_TOKENS = 128  # of one sample at most: one long answer is not like the rest
+
+
+class StateSample(NamedTuple):
+    """Hidden states of tokens spread over several samples."""
+
+    context: Tensor  # [N, m, D] bfloat16
+    last_hidden: Tensor  # [N, 1, D] bfloat16, after the final norm
 
 
 def codec_files(settings: HiddenConfig) -> tuple[str, ...]:
@@ -71,7 +86,11 @@ def write_metadata(
     if missing:
         for_scales, for_fidelity = sample_states(first_rows(stage.upstream, chat, settings), target)
     if SCALES in missing:
-        write_scales(artifact, for_scales)
+        scales = {
+            name: channel_scale(values).cpu().contiguous()
+            for name, values in for_scales._asdict().items()
+        }
+        artifact.store.write_new(artifact.path(SCALES), save(scales))
     check_scales(artifact, settings, artifact.read_records(artifact.record_shards()[:1]).values())
     layout = make_layout(config.target, settings, chat, target, read_scales(artifact, settings))
     if FIDELITY in missing:
@@ -86,20 +105,42 @@ def write_metadata(
         refuse(found, config.resources.checks.fidelity, where=artifact.url)
     if lacks_metadata(artifact, settings):
         artifact.write(SCHEMA, layout.schema.serialize().to_pybytes())
-        write_target_config(artifact, target)
+        fields = target.text_config.to_dict().items()
+        kept = {key: value for key, value in fields if key not in NOT_KEPT}
+        artifact.write(CONFIG, pretty_json(kept))
         write_frozen_tensors(artifact, target)
     return layout
 
 
+def sample_states(rows: Iterable[CaptureRow], target: Target) -> tuple[StateSample, StateSample]:
+    """Tokens to make the scales from, and tokens of other rows to measure the codecs on."""
+    num_layers, size = len(target.layer_ids), int(target.text_config.hidden_size)
+    nothing = torch.zeros(0, num_layers, size, dtype=torch.bfloat16, device=target.device)
+    sides = tuple([StateSample(nothing, nothing[:, :1])] for _ in range(2))
+    for number, row in enumerate(rows):
+        length = len(row.input_ids)
+        output = target.forward(torch.tensor([row.input_ids], device=target.device))
+        places = torch.linspace(0, length - 1, min(ROW_TOKENS, length), device=target.device).long()
+        context = output.context[0, places].bfloat16().unflatten(1, (num_layers, size))
+        last_hidden = output.last_hidden[0, places, None].bfloat16()
+        sides[number % 2].append(StateSample(context, last_hidden))
+        if all(sum(len(part.context) for part in side) >= SCALE_TOKENS for side in sides):
+            break
+    for_scales, for_fidelity = (
+        StateSample(*map(torch.cat, zip(*side, strict=True))) for side in sides
+    )
+    return for_scales, for_fidelity
+
+
+def first_rows(answers: Artifact, chat: Chat, settings: HiddenConfig) -> Iterator[CaptureRow]:
+    """The samples of the first shards of answers, in an order that is independent of length."""
+    for record in answers.records().values():
+        rows = read_table(answers.fetch_shard(record)).to_pylist()
+        yield from sorted(capture_rows(rows, chat, settings).rows, key=lambda row: row.sample_id)
+
+
 def _missing(artifact: Artifact, names: Iterable[str]) -> list[str]:
     return [name for name in names if not artifact.store.exists(artifact.path(name))]
-
-
-def write_scales(artifact: Artifact, states: StateSample) -> None:
-    """Write `scales.safetensors`, the scale of each channel, unless another process has."""
-    tensors = states._asdict().items()
-    scales = {name: channel_scale(values).cpu().contiguous() for name, values in tensors}
-    artifact.store.write_new(artifact.path(SCALES), save(scales))
 
 
 def read_scales(artifact: Artifact, settings: HiddenConfig) -> dict[str, Tensor]:
@@ -188,13 +229,6 @@ def make_layout(
 def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:
     """The layout as written; there need be no manifest yet."""
     return Layout.of(artifact.read(SCHEMA), read_scales(artifact, settings))
-
-
-def write_target_config(artifact: Artifact, target: Target) -> None:
-    """Write `target/config.json`, which decides the draft's shapes."""
-    fields = target.text_config.to_dict().items()
-    kept = {key: value for key, value in fields if key not in NOT_KEPT}
-    artifact.write(CONFIG, pretty_json(kept))
 
 
 def write_frozen_tensors(artifact: Artifact, target: Target) -> None:

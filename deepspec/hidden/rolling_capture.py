@@ -1,4 +1,4 @@
-"""Keeps on the disk what training needs next (`rolling_plan`): captures it, deletes what was used.
+"""Keeps on the disk what training needs next (`RollingPlan`): captures it, deletes what was used.
 
 When is a shard used up? `release(place)` is called by the first rank when it begins a step. What
 ended the step before was a sum over all ranks, so each of them has had every sample of it in a
@@ -22,8 +22,7 @@ from deepspec.cache.index import ExpectedIndex
 from deepspec.cache.source import SampleRange
 from deepspec.errors import ChildFailed, DeepSpecError, StoreError
 from deepspec.formatting import human_bytes
-from deepspec.hidden.rolling_plan import RollingPlan, shard_bytes
-from deepspec.hidden.rolling_shards import RollingShards
+from deepspec.hidden.rolling_shards import RollingPlan, RollingShards, shard_bytes
 from deepspec.hidden.rolling_workers import CaptureWorker, make_workers
 from deepspec.process.scopes import Scope, scope
 from deepspec.process.shard_ranges import deal, shard_list

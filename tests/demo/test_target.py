@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from deepspec.config.target import DemoConfig
-from deepspec.demo.build import encode
 from deepspec.demo.corpus import make_corpus
+from deepspec.demo.stage import encode
 from deepspec.demo.target import (
     WARMUP_STEPS,
     Example,
@@ -16,8 +16,8 @@ from deepspec.demo.target import (
     lr_share,
     make_batches,
     new_target,
+    train_tokenizer,
 )
-from deepspec.demo.tokenizer import train_tokenizer
 
 CONFIG = DemoConfig(
     conversations=60, held_out=2, vocab_size=300, num_layers=2, hidden_size=32, steps=3

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from deepspec.config.target import DemoConfig
-from deepspec.demo.build import encode
 from deepspec.demo.corpus import Corpus, make_corpus
-from deepspec.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from deepspec.demo.stage import encode
+from deepspec.demo.target import SPECIAL_TOKENS, train_tokenizer
 
 MESSAGES = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
 

@@ -28,8 +28,7 @@ from deepspec.hidden import rolling_workers
 from deepspec.hidden.expected_index import read_expected_index, unrendered, write_expected_index
 from deepspec.hidden.metadata import read_layout
 from deepspec.hidden.online import OnlineStates, open_online, open_unsealed
-from deepspec.hidden.rolling_plan import shard_bytes
-from deepspec.hidden.rolling_shards import RollingShards
+from deepspec.hidden.rolling_shards import RollingShards, shard_bytes
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
 from deepspec.target.chat import load_chat

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from deepspec.config.target import DemoConfig
-from deepspec.demo.build import build_demo
+from deepspec.demo.stage import build_demo
+from deepspec.process.events import silent
 
 CONFIG = DemoConfig(
     conversations=90,
@@ -28,7 +29,7 @@ CONFIG = DemoConfig(
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], str]:
     folder, events = tmp_path_factory.mktemp("built"), []
-    log = logging.getLogger("deepspec.demo.build")
+    log = logging.getLogger("deepspec.demo.stage")
     with StringIO() as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "level", logging.INFO)
         handler = logging.StreamHandler(lines)
@@ -92,7 +93,7 @@ def test_progress_and_the_log_have_the_steps_and_the_loss(built):
 
 
 def test_the_same_configuration_gives_the_same_bytes(built, tmp_path: Path):
-    build_demo(tmp_path, CONFIG)
+    build_demo(tmp_path, CONFIG, silent)
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert files == sorted(
         path.relative_to(built[0]) for path in built[0].rglob("*") if path.is_file()
