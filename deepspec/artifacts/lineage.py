@@ -57,13 +57,12 @@ def input_artifact(store: Store, entry: ArtifactInput) -> Artifact:
     return Artifact(store, ArtifactKey(entry.stage, entry.name, entry.fingerprint, {}, ()))
 
 
-def chain(store: Store, info: ArtifactInfo) -> Iterator[tuple[int, ArtifactInfo]]:
+def chain(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, Artifact, ArtifactInfo]]:
     """An artifact and everything it was made from, each with its depth, from the store alone."""
-    yield 0, info
-    for entry in info.inputs:
-        upstream = input_artifact(store, entry).info()
-        if upstream is not None:
-            yield from ((depth + 1, found) for depth, found in chain(store, upstream))
+    if info := artifact.info():
+        yield depth, artifact, info
+        for entry in info.inputs:
+            yield from chain(input_artifact(artifact.store, entry), depth + 1)
 
 
 def lineage_lines(
@@ -78,8 +77,8 @@ def lineage_lines(
     """
     artifact = find_artifact(source, overrides, store=store)
     unsealed = "not finished"
-    for depth, info in chain(artifact.store, require_info(artifact)):
-        made = input_artifact(artifact.store, info)
+    require_info(artifact)
+    for depth, made, info in chain(artifact):
         manifest, seal = made.manifest(), unsealed
         if manifest is not None:
             rows, tokens = manifest.totals["rows"], manifest.totals["tokens"]

@@ -110,7 +110,8 @@ def open_run(source: str, overrides: Sequence[str] = (), *, store: str | None = 
 
 def benchmark_key(benchmark: BenchmarkSet) -> ArtifactKey:
     """The key of a known benchmark's prompts, the same for every run that reads them."""
-    return _fingerprinted(BENCHMARKS, benchmark.name, BENCHMARKS_FORMAT, benchmark.recipe(), ())
+    recipe = benchmark.model_dump(mode="json", exclude={"domain", "num_prompts"})
+    return _fingerprinted(BENCHMARKS, benchmark.name, BENCHMARKS_FORMAT, recipe, ())
 
 
 def _fingerprinted(

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -102,31 +103,33 @@ def work_through(
         raise shards.error()
 
 
+@dataclass
 class ShardRun:
     """One call of `work_through`: how a shard is made and committed, and what came of all."""
 
-    def __init__(
-        self, run: Run, artifact: Artifact, total: int, report: Report, *, repeatable: bool
-    ) -> None:
-        self.run = run
-        self.resources = run.config.resources
-        self.artifact = artifact
-        self.stage = artifact.key.stage
-        self.total = total
-        self.report = report
-        self.repeatable = repeatable
-        self.failures: dict[int, dict[str, Any]] = {}
-        self.num_ended = 0
-        self.rows = 0
-        self.tokens = 0
+    run: Run
+    artifact: Artifact
+    total: int
+    report: Report
+    repeatable: bool
+    failures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    num_ended: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.resources = self.run.config.resources
+        self.stage = self.artifact.key.stage
 
     def make(self, work: Input, make: Make[Input]) -> tuple[Path, Counts, ExitStack]:
         """A staged file with the shard, which exists until the stack is closed.
 
-        Waits while the disk is full, and makes the shard again.
+        Waits until the disk has `min_free_gb` left, and makes the shard again where it was full.
         """
         while True:
-            self._wait_for_space()
+            wanted = self.resources.storage.min_free_gb
+            while (free := self.artifact.store.free_bytes() / 1e9) < wanted:
+                self._pause(f"{free:.2f} GB are free, resources.storage.min_free_gb is {wanted:g}")
             with ExitStack() as stack:
                 local = stack.enter_context(self.artifact.store.staged())
                 try:
@@ -226,12 +229,6 @@ class ShardRun:
             "tokens": self.tokens,
         }
         self.report(event)
-
-    def _wait_for_space(self) -> None:
-        """Return once the disk that the next shard is written to first has `min_free_gb` left."""
-        wanted = self.resources.storage.min_free_gb
-        while (free := self.artifact.store.free_bytes() / 1e9) < wanted:
-            self._pause(f"{free:.2f} GB are free, resources.storage.min_free_gb is {wanted:g}")
 
     def _pause(self, why: str) -> None:
         url = self.artifact.url

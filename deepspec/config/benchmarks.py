@@ -45,10 +45,6 @@ class BenchmarkSet(Section):
     """Prompts with columns in braces; of a row the first one counts of whose columns none is
     empty."""
 
-    def recipe(self) -> dict[str, Any]:
-        """Everything that decides what its prompts are, as JSON has it."""
-        return self.model_dump(mode="json", exclude={"domain", "num_prompts"})
-
 
 _TABLE = files("deepspec.config").joinpath("benchmarks.yaml").read_text(encoding="utf-8")
 KNOWN = {name: BenchmarkSet(name=name, **fields) for name, fields in yaml.safe_load(_TABLE).items()}

@@ -15,22 +15,20 @@ from typing import NamedTuple
 
 # Left out: what distributions ship separately (so that every Python has the same text), and what is
 # not the library's own.
-EXCLUDED = frozenset(
-    [
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "idlelib",
-        "lib2to3",
-        "distutils",
-        "encodings",
-        "ensurepip",
-        "turtledemo",
-        "pydoc_data",
-        "tkinter",
-    ]
-)
+EXCLUDED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "distutils",
+    "encodings",
+    "ensurepip",
+    "turtledemo",
+    "pydoc_data",
+    "tkinter",
+}
 
 
 class Function(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 ITERATIONS = 5
+MOMENTUM = 0.95
 # of the Newton-Schulz quintic: they pull all singular values to about 1
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -18,24 +19,22 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum over matrices [out, in]."""
 
-    def __init__(
-        self, matrices: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, matrices: Sequence[nn.Parameter], *, lr: float) -> None:
         groups: dict[torch.Size, list[nn.Parameter]] = {}
         for matrix in matrices:
             groups.setdefault(matrix.shape, []).append(matrix)
         params = [{"params": group} for group in groups.values()]
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every matrix against its gradient."""
         for group in self.param_groups:
-            matrices, momentum = group["params"], group["momentum"]
+            matrices = group["params"]
             gradient = torch.stack([matrix.grad for matrix in matrices])
             average = self.state[matrices[0]].setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - momentum)
-            update = orthogonal(gradient.lerp(average, momentum))
+            average.lerp_(gradient, 1 - MOMENTUM)
+            update = orthogonal(gradient.lerp(average, MOMENTUM))
             # tall matrices need longer steps to move as far
             scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5
             for matrix, direction in zip(matrices, update.unbind(), strict=True):

@@ -74,8 +74,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     )
 
 
+@torch.no_grad()
 def new_target(config: DemoConfig, tokenizer: Any) -> Any:
-    """A `Qwen3ForCausalLM` for this tokenizer, with weights drawn from `config.seed`."""
+    """A `Qwen3ForCausalLM` for this tokenizer, with weights drawn from `config.seed`.
+
+    They are normal, of deviation 1 / sqrt(inputs).
+    """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -94,22 +98,15 @@ def new_target(config: DemoConfig, tokenizer: Any) -> Any:
     )
     model = Qwen3ForCausalLM(settings)
     model.generation_config = GenerationConfig(**ends)
-    initialise(model, torch.Generator().manual_seed(config.seed))
-    return model
-
-
-@torch.no_grad()
-def initialise(model: Any, generator: torch.Generator) -> None:
-    """Draw normal weights of deviation 1 / sqrt(inputs).
-
-    What is added to the residual stream is smaller by sqrt(2 layers).
-    """
-    depth = math.sqrt(2 * model.config.num_hidden_layers)
+    # What is added to the residual stream is smaller.
+    depth = math.sqrt(2 * config.num_layers)
+    generator = torch.Generator().manual_seed(config.seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             scale = 0.02 if "embed_tokens" in name else weight.shape[1] ** -0.5
             added = name.endswith(("o_proj.weight", "down_proj.weight"))
             weight.normal_(std=scale / depth if added else scale, generator=generator)
+    return model
 
 
 def train_target(

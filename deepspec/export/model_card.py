@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_at, chain, input_artifact, require_info
+from deepspec.artifacts.lineage import artifact_at, chain, require_info
 from deepspec.artifacts.records import ArtifactInfo
 from deepspec.export.engines import ServingEngine
 from deepspec.export.formats import target_name
@@ -69,7 +69,7 @@ def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
         "confidence head": "yes" if spec.confidence else "none",
         "block layout": "token by token" if spec.algorithm == "eagle3" else layout,
     }
-    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(["| | |", "| --- | --- |", *rows])
 
 
@@ -82,8 +82,8 @@ def _recipe(artifact: Artifact) -> str:
 def _lineage(artifact: Artifact) -> str:
     """One line per artifact that this draft was made from, with its manifest's digest."""
     lines = []
-    for depth, found in chain(artifact.store, require_info(artifact)):
-        manifest = input_artifact(artifact.store, found).manifest()
+    for depth, made, found in chain(artifact):
+        manifest = made.manifest()
         seal = "not sealed"
         if manifest:
             totals = manifest.totals

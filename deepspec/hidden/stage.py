@@ -8,6 +8,7 @@ are computed (by length, so that a batch wastes little); the index has each row'
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -122,19 +123,19 @@ class HostCopy:
         return encoded._replace(parts=parts)
 
 
+@dataclass
 class ShardCapture:
     """Captures one shard after the other, with a target that is loaded once."""
 
-    def __init__(
-        self, stage: ShardedStage, capture: Capture, chat: Chat, resources: ResourcesConfig
-    ) -> None:
-        self.stage = stage
-        self.capture = capture
-        self.chat = chat
-        self.resources = resources
-        self.host = HostCopy(capture.target.device)
-        self.scales_checksum = scales_checksum(stage.artifact, capture.settings)
-        self.checks = StateChecks(capture.target, resources.checks)
+    stage: ShardedStage
+    capture: Capture
+    chat: Chat
+    resources: ResourcesConfig
+
+    def __post_init__(self) -> None:
+        self.host = HostCopy(self.capture.target.device)
+        self.scales_checksum = scales_checksum(self.stage.artifact, self.capture.settings)
+        self.checks = StateChecks(self.capture.target, self.resources.checks)
 
     def shard(self, work: Work, local: Path) -> Counts:
         """Write one shard.

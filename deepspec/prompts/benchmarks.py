@@ -59,13 +59,13 @@ def read_benchmark(run: Run, name: str) -> list[BenchmarkPrompt]:
 
 def _turns(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
     turns = row.get("turns")
-    if not isinstance(turns, list) or not turns or not all(map(_is_text, turns)):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+    ):
         raise DataError("the line has no turns", where=place, fix=TURNS_FIX)
     return tuple(turns)
-
-
-def _is_text(turn: Any) -> bool:
-    return isinstance(turn, str) and bool(turn.strip())
 
 
 def stored_benchmark(run: Run, benchmark: BenchmarkSet) -> Artifact:

@@ -45,7 +45,11 @@ def read_source(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
                 where=f"prompts.source {source}",
                 fix="name the column that holds the conversation in prompts.source.column",
             )
-        yield _renamed(row, column) if column else row
+        if column:
+            value = row.get(column)
+            rest = {key: row[key] for key in row if key not in COLUMNS and key != column}
+            row = {**rest, "prompt" if isinstance(value, str) else "messages": value}
+        yield row
 
 
 def _rows(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
@@ -57,12 +61,6 @@ def _rows(run: Run, source: PromptSource) -> Iterator[Mapping[str, Any]]:
             return (row for path in paths for row in read_file(path))
         case DatasetSource():
             return read_dataset(source)
-
-
-def _renamed(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    value = row.get(column)
-    rest = {key: row[key] for key in row if key not in COLUMNS and key != column}
-    return {**rest, "prompt" if isinstance(value, str) else "messages": value}
 
 
 def is_on_hub(source: DatasetSource) -> bool:

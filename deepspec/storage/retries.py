@@ -44,7 +44,9 @@ def retried(
 
     delay_s = float("inf") if within_s is None else within_s
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_transient),
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, Failure) and error.problem.kind == "transient"
+        ),
         wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         + tenacity.wait_random(0, JITTER_S),
         stop=tenacity.stop_after_attempt(TRIES) | tenacity.stop_after_delay(delay_s),
@@ -58,10 +60,6 @@ def retried(
             where=what,
             fix="run the same again once the server is back",
         ) from None
-
-
-def _is_transient(error: BaseException) -> bool:
-    return isinstance(error, Failure) and error.problem.kind == "transient"
 
 
 def within(seconds: float, call: Callable[[], ResultT], *, where: str) -> ResultT:

@@ -129,7 +129,12 @@ class S3fsBucket(FsspecBucket):
                 parts = list(pool.map(send, range(1, max(1, -(-num_bytes // size)) + 1)))
             self._complete(upload, parts, owner)
         except BaseException:
-            self._abort_or_leave(upload)
+            # A server that cannot even abort now must not hide why the upload failed; `gc` finds
+            # what is left.
+            try:
+                self.abort(upload)
+            except (Failure, TransientError) as error:
+                log.warning("op=abort key=%s left=yes reason=%s", upload.key, error)
             raise
 
     def _complete(self, upload: Upload, parts: list[dict[str, Any]], owner: str) -> None:
@@ -153,16 +158,6 @@ class S3fsBucket(FsspecBucket):
                 if retried(f"head {upload.key}", head, self).owner == owner:
                     return
             raise
-
-    def _abort_or_leave(self, upload: Upload) -> None:
-        """Abort; a server that cannot even do that now must not hide why the upload failed.
-
-        `gc` finds what is left.
-        """
-        try:
-            self.abort(upload)
-        except (Failure, TransientError) as error:
-            log.warning("op=abort key=%s left=yes reason=%s", upload.key, error)
 
     @override
     def uploads(self) -> list[Upload]:

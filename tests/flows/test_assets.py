@@ -76,13 +76,11 @@ def chain_in_store(artifact: Artifact) -> dict[str, set[str]]:
     def key(entry: ArtifactInput) -> str:
         return asset_key(input_artifact(artifact.store, entry).url)
 
-    info = artifact.info()
-    assert info is not None
     return {
         key(ArtifactInput.model_validate(found.model_dump())): {
             key(entry) for entry in found.inputs
         }
-        for _, found in chain(artifact.store, info)
+        for _, _, found in chain(artifact)
     }
 
 
