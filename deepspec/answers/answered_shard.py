@@ -11,7 +11,7 @@ from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.shard_loop import Todo, Work
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.tables import read_table, write_table
+from deepspec.artifacts.tables import write_table
 from deepspec.config.data import AnswersConfig
 from deepspec.errors import DataError, TransientError
 from deepspec.prompts.stage import SCHEMA as PROMPTS
@@ -56,7 +56,7 @@ def open_conversations(
     stage: ShardedStage, work: Work, settings: AnswersConfig
 ) -> list[Conversation]:
     """The conversations of a shard of prompts, none of them answered yet."""
-    rows = read_table(stage.upstream.fetch_shard(work.upstream)).to_pylist()
+    rows = stage.upstream.rows(work.upstream)
     return [Conversation(row, settings) for row in rows]
 
 

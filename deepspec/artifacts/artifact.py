@@ -56,11 +56,8 @@ class Artifact(StoreFolder):
                 return
             info = self.info()  # another worker was first
         if info is not None and (what := info.mismatch(self.key)):
-            raise ArtifactMismatch(
-                what,
-                where=f"{self.url}/artifact.json",
-                fix="use another store, or remove that folder",
-            )
+            fix = "use another store, or remove that folder"
+            raise ArtifactMismatch(what, where=f"{self.url}/artifact.json", fix=fix)
 
     def info(self) -> ArtifactInfo | None:
         """`artifact.json`; None where there is no artifact."""
@@ -145,7 +142,7 @@ class Artifact(StoreFolder):
         manifest = self.manifest()
         if manifest is None or not manifest.totals["shards"]:
             return {}
-        (data,) = self.store.read_many([self.path(RECORDS)])
+        data = self.store.read_if_there(self.path(RECORDS))
         if data is None or xxhash.xxh3_128_hexdigest(data) != manifest.records.checksum:
             return {}
         return read_records_table(data)
@@ -165,6 +162,12 @@ class Artifact(StoreFolder):
         """A local file with the shard's data; DamagedData where it does not fit its record."""
         what = f"shard {record.shard} is damaged ({record.file})"
         return self._fetch_checked(record.file, record.checksum, what)
+
+    def rows(self, record: Record) -> list[dict[str, Any]]:
+        """All rows of a shard that is a table; DamagedData as above."""
+        from deepspec.artifacts.tables import read_table
+
+        return read_table(self.fetch_shard(record)).to_pylist()
 
     def fetch_file(self, name: str) -> Path:
         """A local copy of one of the sealed files, checked against the manifest.

@@ -100,7 +100,7 @@ def _damage(artifact: Artifact, locate: Locate | None, record: Record) -> str:
         places = locate(artifact, record) if locate else []
         return f"{record.file} is damaged" + (f": {'; '.join(places)}" if places else "")
     if record.index_checksum:
-        (rows,) = artifact.store.read_many([artifact.path(index_file(record))])
+        rows = artifact.store.read_if_there(artifact.path(index_file(record)))
         if rows is None or xxhash.xxh3_128_hexdigest(rows) != record.index_checksum:
             return f"{index_file(record)} is damaged"
     return ""

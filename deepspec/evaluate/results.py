@@ -4,7 +4,6 @@ from typing import Any
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.results import EvaluationSummary
-from deepspec.artifacts.tables import read_table
 from deepspec.errors import DataError
 from deepspec.evaluate.counts import Rows
 from deepspec.evaluate.summary import summarise
@@ -14,11 +13,7 @@ DOMAINS = ("math", "code", "chat")
 
 def read_rows(artifact: Artifact) -> list[dict[str, Any]]:
     """All committed rows, with the columns that an older version did not write filled in."""
-    return [
-        _whole(row)
-        for record in artifact.records().values()
-        for row in read_table(artifact.fetch_shard(record)).to_pylist()
-    ]
+    return [_whole(row) for record in artifact.records().values() for row in artifact.rows(record)]
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:

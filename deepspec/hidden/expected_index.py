@@ -43,8 +43,8 @@ def write_expected_index(
     todo = unrendered(artifact, answers.records(shards))
     began = time.monotonic()
     for done, record in enumerate(todo, start=1):
-        table = read_table(answers.fetch_shard(record))
-        artifact.write(_name(record), _rendered(record.shard, table.to_pylist(), chat, settings))
+        rendered = _rendered(record.shard, answers.rows(record), chat, settings)
+        artifact.write(_name(record), rendered)
         if done % 100 == 0 or done == len(todo):
             message = "stage=hidden rendered %d of %d shards of answers in %.0f s"
             log.info(message, done, len(todo), time.monotonic() - began)

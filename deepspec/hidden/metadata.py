@@ -21,7 +21,6 @@ from torch import Tensor
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.records import Record
-from deepspec.artifacts.tables import read_table
 from deepspec.cache.codecs import LOSSY, channel_scale, make_codec
 from deepspec.cache.fidelity import Fidelity, measure, refuse
 from deepspec.cache.format import Layout
@@ -135,8 +134,8 @@ def sample_states(rows: Iterable[CaptureRow], target: Target) -> tuple[StateSamp
 def first_rows(answers: Artifact, chat: Chat, settings: HiddenConfig) -> Iterator[CaptureRow]:
     """The samples of the first shards of answers, in an order that is independent of length."""
     for record in answers.records().values():
-        rows = read_table(answers.fetch_shard(record)).to_pylist()
-        yield from sorted(capture_rows(rows, chat, settings).rows, key=lambda row: row.sample_id)
+        rows = capture_rows(answers.rows(record), chat, settings).rows
+        yield from sorted(rows, key=lambda row: row.sample_id)
 
 
 def _missing(artifact: Artifact, names: Iterable[str]) -> list[str]:

@@ -21,7 +21,6 @@ from deepspec.artifacts.records import Counts, Record
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Work, work_through
 from deepspec.artifacts.side_files import put_rejects
-from deepspec.artifacts.tables import read_table
 from deepspec.cache.format import EncodedTensor, HiddenSample
 from deepspec.cache.index import INDEX, write_index
 from deepspec.cache.shard_writer import Background, EncodedSample, ShardWriter
@@ -144,8 +143,8 @@ class ShardCapture:
             DamagedData: the states are not what they should be; the file holds what there is of
                 them.
         """
-        table = read_table(self.stage.upstream.fetch_shard(work.upstream))
-        rows, rejects = capture_rows(table.to_pylist(), self.chat, self.capture.settings)
+        answers = self.stage.upstream.rows(work.upstream)
+        rows, rejects = capture_rows(answers, self.chat, self.capture.settings)
         self.checks.begin(len(rows))
         resources, layout = self.resources, self.capture.layout
         with ShardWriter(local, layout, work.shard) as writer:

@@ -16,7 +16,7 @@ from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.records import Counts
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.stages import STAGES
-from deepspec.artifacts.tables import read_table, write_table
+from deepspec.artifacts.tables import write_table
 from deepspec.config.benchmarks import BenchmarkSet, find_benchmark, turns_of
 from deepspec.config.data import DatasetSource
 from deepspec.errors import DataError
@@ -45,7 +45,7 @@ def read_benchmark(run: Run, name: str) -> list[BenchmarkPrompt]:
     """
     if known := find_benchmark(name):
         artifact = stored_benchmark(run, known)
-        rows = read_table(artifact.fetch_shard(artifact.records()[SHARD])).to_pylist()
+        rows = artifact.rows(artifact.records()[SHARD])
         return [BenchmarkPrompt(tuple(row["turns"]), row["problem"]) for row in rows]
     path = name
     if name.startswith("demo/"):
