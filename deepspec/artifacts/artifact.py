@@ -142,7 +142,7 @@ class Artifact(StoreFolder):
         manifest = self.manifest()
         if manifest is None or not manifest.totals["shards"]:
             return {}
-        data = self.store.read_if_there(self.path(RECORDS))
+        (data,) = self.store.read_many([self.path(RECORDS)])
         if data is None or xxhash.xxh3_128_hexdigest(data) != manifest.records.checksum:
             return {}
         return read_records_table(data)
