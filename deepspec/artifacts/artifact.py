@@ -61,7 +61,7 @@ class Artifact(StoreFolder):
 
     def info(self) -> ArtifactInfo | None:
         """`artifact.json`; None where there is no artifact."""
-        return self._read("artifact.json", ArtifactInfo)
+        return self.document("artifact.json", ArtifactInfo)
 
     def commit(
         self, shard: int, local: Path, counts: Counts, *, upstream: str | None, seconds: float = 0.0
@@ -165,7 +165,7 @@ class Artifact(StoreFolder):
 
     def rows(self, record: Record) -> list[dict[str, Any]]:
         """All rows of a shard that is a table; DamagedData as above."""
-        from deepspec.artifacts.tables import read_table
+        from deepspec.artifacts.tables import read_table  # imports pyarrow
 
         return read_table(self.fetch_shard(record)).to_pylist()
 
@@ -192,11 +192,8 @@ class Artifact(StoreFolder):
             if self.store.is_local or attempt:
                 break
             local.unlink(missing_ok=True)  # only the local copy may be damaged
-        raise DamagedData(
-            what,
-            where=self.url,
-            fix=f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again",
-        )
+        fix = f"run `python -m deepspec verify`, then the stage {self.key.stage!r} again"
+        raise DamagedData(what, where=self.url, fix=fix)
 
     def fetch_folder(self, name: str) -> Path:
         """A local folder with the sealed files under `name/`."""
@@ -237,9 +234,10 @@ class Artifact(StoreFolder):
 
     def manifest(self) -> Manifest | None:
         """The manifest; None where the artifact is not sealed."""
-        return self._read("manifest.json", Manifest)
+        return self.document("manifest.json", Manifest)
 
-    def _read(self, relative: str, model: type[ModelT]) -> ModelT | None:
+    def document(self, relative: str, model: type[ModelT]) -> ModelT | None:
+        """The file as its model reads it; None where there is none, DamagedData if it is torn."""
         try:
             return model.model_validate_json(self.read(relative))
         except FileNotFoundError:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -71,13 +71,13 @@ def remove(store: Store, found: Iterable[Orphan]) -> int:
     """Take away those that still are orphans; returns the bytes that are free again (unknown,
     counted as 0, for uploads).
     """
-    num_bytes, ages = 0, _Ages(store)
+    num_bytes, age_s = 0, _ages(store)
     for orphan in found:
         if orphan.kind == "upload":
             store.abort_upload(Upload(orphan.path, orphan.upload_id, 0.0))
         elif Path(orphan.path).is_absolute():
             Path(orphan.path).unlink(missing_ok=True)
-        elif ages.of(orphan.path) >= orphan.grace_s and not (
+        elif age_s(orphan.path) >= orphan.grace_s and not (
             orphan.kind == "shard" and _is_named_now(store, orphan.path)
         ):
             store.remove(orphan.path)
@@ -97,29 +97,27 @@ def remove_abandoned(store: Store) -> None:
             path.unlink(missing_ok=True)
 
 
-class _Ages:
-    """How long ago files of the store were written: asked of a local file itself, of a listing not
-    older than `RELIST_S` elsewhere.
+def _ages(store: Store) -> Callable[[str], float]:
+    """Gives how many seconds ago a file of the store was written; minus infinity for one that is
+    not there. A local file itself is asked, elsewhere a listing not older than `RELIST_S`.
     """
+    listed: dict[str, tuple[float, dict[str, float]]] = {}
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._listed: dict[str, tuple[float, dict[str, float]]] = {}
-
-    def of(self, path: str) -> float:
-        """In seconds; minus infinity for a file that is not there."""
+    def age_s(path: str) -> float:
         modified = float("inf")
-        if self.store.is_local:
+        if store.is_local:
             with suppress(FileNotFoundError):
-                modified = Path(self.store.path(path)).stat().st_mtime
+                modified = Path(store.path(path)).stat().st_mtime
         else:
             folder, _, name = path.rpartition("/")
-            listed_at, times = self._listed.get(folder, (float("-inf"), {}))
+            listed_at, times = listed.get(folder, (float("-inf"), {}))
             if time.monotonic() - listed_at > RELIST_S:
-                times = {entry.name: entry.modified for entry in self.store.entries(folder)}
-                self._listed[folder] = (time.monotonic(), times)
+                times = {entry.name: entry.modified for entry in store.entries(folder)}
+                listed[folder] = (time.monotonic(), times)
             modified = times.get(name, modified)
         return time.time() - modified
+
+    return age_s
 
 
 def _is_named_now(store: Store, path: str) -> bool:

@@ -239,8 +239,4 @@ class EvaluationSummary(OverallMetrics):
 
 def read_summary(artifact: Artifact) -> EvaluationSummary | None:
     """The summary of a sealed evaluation; None where it is not finished."""
-    try:
-        content = artifact.read("summary.json")
-    except FileNotFoundError:
-        return None
-    return EvaluationSummary.model_validate_json(content)
+    return artifact.document("summary.json", EvaluationSummary)

@@ -116,9 +116,8 @@ def stored_report(run: Run) -> str:
 
 def training_lines(run: Run) -> list[dict[str, Any]]:
     """What training logged up to its newest checkpoint; empty where there is none."""
-    artifact = run.artifact("train")
     try:
-        lines = artifact.read("metrics.jsonl").decode().splitlines()
+        lines = run.artifact("train").read("metrics.jsonl").decode().splitlines()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]
