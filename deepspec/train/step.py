@@ -46,9 +46,9 @@ class StepMetrics:
         """
         sums: dict[str, Tensor] = {}
         # A rank that had nothing to train on has no names, and takes part all the same (trap D3).
-        for totals in world.gather(self.totals):
+        for totals in world.gather({name: pair.tolist() for name, pair in self.totals.items()}):
             for name, pair in totals.items():
-                sums[name] = sums.get(name, 0) + pair
+                sums[name] = sums.get(name, 0) + torch.tensor(pair, dtype=torch.float64)
         self.totals = {}
         means = {
             name: float(total / count) if count else 0.0
