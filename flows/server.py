@@ -20,7 +20,7 @@ from deepspec.errors import UserError
 from deepspec.process.machine import free_port
 from deepspec.storage.store import Store
 
-START_S = 60.0  # the first start in a new folder makes the database: 12 s on two cores
+START_S = 180.0  # the first start in a new folder makes the database: 12 s on two idle cores
 STOP_S = 5.0
 # Long enough for a server that restarts; with Prefect's defaults each request would wait six
 # minutes for one that hangs.

@@ -33,9 +33,9 @@ class World(NamedTuple):
         return value
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in the order of the ranks; it travels as JSON.
+        """The value of every rank, in the order of the ranks.
 
-        torch's own collectives of objects unpickle what they receive.
+        It travels as JSON: what torch's own collectives of objects receive may run code.
         """
         text = torch.tensor(list(json.dumps(value).encode()), device=self.device)
         lengths = torch.zeros(self.size, dtype=torch.long, device=self.device)
