@@ -7,6 +7,7 @@ per query of its own, H heads, G key-value heads, E head size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -15,18 +16,28 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from deepspec.model.execution import compiled, compute_dtype
+from deepspec.model.flex_kernel import kernel_options
 
 KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
 TILE = 128  # queries and keys that flex attention works on at a time
 
 
-class BlockVisibility(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class BlockVisibility:
     """The row's tokens that the queries of each block see: from `first` to before `last`."""
 
     first: Tensor  # [K] long, where the block's sample starts
     last: Tensor  # [K] long
     block_size: int
     path: Literal["flex", "dense"]
+    _masks: dict[tuple[int, int], BlockMask] = field(default_factory=dict, repr=False)
+
+    def mask(self, *, num_tokens: int, copies: int) -> BlockMask:
+        """The `tiles` of these sizes, made once for all layers and passes that ask for them."""
+        sizes = num_tokens, copies
+        if sizes not in self._masks:
+            self._masks[sizes] = tiles(self, num_tokens=num_tokens, copies=copies)
+        return self._masks[sizes]
 
 
 def attend(
@@ -57,14 +68,16 @@ def attend(
         torch.cat([pair[kind] for pair in (context, *own)], 2).to(dtype) for kind in (0, 1)
     )
     # Not compiled, flex attention computes dense scores and saves nothing (trap D10).
-    kernel: Any = compiled(flex_attention) if queries.is_cuda else flex_attention
+    on_gpu, head_dim = queries.is_cuda, queries.shape[3]
+    kernel: Any = compiled(flex_attention) if on_gpu else flex_attention
     out = kernel(
         queries.transpose(1, 2).to(dtype),
         keys,
         values,
-        block_mask=tiles(visibility, num_tokens=context[0].shape[2], copies=len(own)),
+        block_mask=visibility.mask(num_tokens=context[0].shape[2], copies=len(own)),
         scale=scale,
         enable_gqa=queries.shape[2] != keys.shape[1],
+        kernel_options=kernel_options(queries.device, dtype, head_dim) if on_gpu else None,
     )
     return cast("Tensor", out).transpose(1, 2).flatten(2)
 
@@ -154,7 +167,8 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
     num_queries, device = len(first) * size, first.device
     num_keys = num_tokens + copies * num_queries
     # Numbers captured as such would be compiled in, and every new length would compile again.
-    width, period = (torch.tensor(value, device=device) for value in (num_tokens, num_queries))
+    # Filled on the device: a copy from the host would wait for all that the device has to do.
+    width, period = (torch.full((), value, device=device) for value in (num_tokens, num_queries))
 
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // size

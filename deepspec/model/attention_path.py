@@ -14,7 +14,8 @@ from deepspec.model.execution import compute_dtype
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS, PROBE_BLOCK = 128, 8
+# More than 128 queries; and no two sizes are alike, since equal ones would be compiled as one.
+PROBE_TOKENS, PROBE_BLOCKS, PROBE_BLOCK_SIZE = 300, 19, 8
 
 
 def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
@@ -36,10 +37,16 @@ def _without_flex(device: str) -> Literal["dense"]:
 def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
     try:
         probe(dtype, heads)
+    except torch.OutOfMemoryError:
+        raise  # it tells nothing about the kernels, and the other path needs more
     except _kernel_errors() as error:
         log.warning(
-            "training attention=dense device=cuda FALLBACK: "
-            "compiled flex attention fails here, memory grows: %s",
+            "training attention=dense device=cuda FALLBACK: compiled flex attention fails here "
+            "(dtype=%s head_dim=%d). The cost: %d bytes for every query and every token of its "
+            "sample, in each layer, and slower steps. Reason: %s",
+            dtype,
+            heads.head_dim,
+            4 * heads.num_heads,
             str(error).strip().partition("\n")[0],
         )
         return "dense"
@@ -51,8 +58,8 @@ def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]
 
 def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
     """Run a small forward and backward pass of flex attention; raises what its compiler does."""
-    first, last = torch.tensor([[0, 0], [3, 60]], device="cuda")
-    num_slots = 2 * PROBE_BLOCK
+    num_slots = PROBE_BLOCKS * PROBE_BLOCK_SIZE
+    first = torch.zeros(PROBE_BLOCKS, dtype=torch.long, device="cuda")
     shapes = (
         (num_slots, heads.num_heads),
         (heads.num_kv_heads, PROBE_TOKENS),
@@ -63,8 +70,9 @@ def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
             torch.ones(1, *shape, heads.head_dim, device="cuda", dtype=dtype, requires_grad=True)
             for shape in shapes
         )
-        visibility = BlockVisibility(first, last, PROBE_BLOCK, "flex")
-        attend(queries, (context, context), [(own, own)], visibility, scale=1.0).sum().backward()
+        visibility = BlockVisibility(first, first + PROBE_TOKENS, PROBE_BLOCK_SIZE, "flex")
+        scale = heads.head_dim**-0.5
+        attend(queries, (context, context), [(own, own)], visibility, scale=scale).sum().backward()
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
