@@ -88,10 +88,15 @@ def make_rows(target: Target) -> list[list[int]]:
 
 
 def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
-    """Taps, final norm, padding and cache, each against transformers' own plain forward pass."""
+    """Taps, final norm, padding and cache, each against transformers' own plain forward pass,
+    with its own attention.
+    """
     ids = pad_right(rows, target.device)
+    kernel = target.text_config._attn_implementation
+    target.decoder.set_attn_implementation("sdpa")
     with torch.inference_mode():
         wanted = target.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    target.decoder.set_attn_implementation(kernel)
     output = target.forward(ids)
     layers = list(target.layer_ids)
     states = torch.cat([wanted.hidden_states[layer + 1] for layer in layers], -1)

@@ -1,6 +1,5 @@
 """Loading the target: its config, its weights, the device, number format and attention kernel."""
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +8,10 @@ import torch
 
 from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
+from deepspec.target.attention import use_flash_attention
 from deepspec.target.chat import loading
 from deepspec.target.device import choose_device
-from deepspec.target.model import FLASH, Target
+from deepspec.target.model import Target
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def check_settings(settings: TargetConfig, text_config: Any) -> None:
     """Refuse layers and a mask token that the target does not have, and its last layer.
 
     The last layer's output is normed on some paths and raw on others, so that training and decoding
-    would disagree.
+    would disagree. A target whose attention has more than a softmax is refused as well.
 
     Raises:
         ConfigError: naming the field.
@@ -40,6 +40,12 @@ def check_settings(settings: TargetConfig, text_config: Any) -> None:
             f" {vocabulary} tokens",
             where="target.mask_token_id",
             fix=f"choose an unused token id from 0 to {vocabulary - 1}",
+        )
+    if getattr(text_config, "attn_logit_softcapping", None):
+        raise ConfigError(
+            "targets that cap the scores of attention are not supported",
+            where="target.model: attn_logit_softcapping in its config.json",
+            fix="choose a target without it (Qwen3 4B, 8B, 14B; Gemma4 12B)",
         )
 
 
@@ -66,8 +72,9 @@ def load_target(
 ) -> Target:
     """The target from `folder`, or from the hub, in its own dtype unless another is given.
 
-    `sdpa` takes the masks that decoding with a cache needs; `fastest` is flash-attention for
-    bfloat16 on a GPU where it is installed.
+    Its weights go from the file to the device one by one: the host never holds them all. `fastest`
+    is flash-attention for bfloat16 on a GPU where it works; `sdpa` takes the masks that decoding
+    with a cache needs.
 
     Raises:
         DataError: there is no such model, or it is not a causal language model.
@@ -79,22 +86,23 @@ def load_target(
     torch_device = choose_device(device, dtype=dtype or settings.dtype)
     check_settings(settings, read_text_config(settings, folder=folder))
     torch_dtype = DTYPES[dtype or settings.dtype]
-    fits_flash = torch_device.type == "cuda" and torch_dtype == torch.bfloat16
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    kernel = FLASH if attention == "fastest" and fits_flash and has_flash else "sdpa"
     with loading("target", settings):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder or settings.model),
             revision=settings.revision,
             dtype=torch_dtype,
-            attn_implementation=kernel,
+            attn_implementation="sdpa",
+            device_map={"": torch_device},
         )
+    if attention == "fastest":
+        use_flash_attention(model.get_decoder(), torch_device, torch_dtype)
+    target = Target(model, settings.layer_ids)
     log.info(
         "target=%s device=%s dtype=%s attention=%s layers=%s",
         settings.model,
         torch_device,
         torch_dtype,
-        kernel,
+        target.text_config._attn_implementation,
         settings.layer_ids,
     )
-    return Target(model.to(torch_device), settings.layer_ids)
+    return target

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.model.kv_cache import RowCache, latest_positions
-
-FLASH = "flash_attention_2"
+from deepspec.target.attention import FLASH, KeyMask, use_grouped_attention
 
 
 class TargetOutput(NamedTuple):
@@ -103,6 +102,8 @@ class Target:
         self.device: torch.device = self.lm_head.weight.device
         self.dtype: torch.dtype = self.lm_head.weight.dtype
         self.packs = self.text_config._attn_implementation == FLASH  # see `forward_packed`
+        if not self.packs:
+            use_grouped_attention(self.decoder)
         # transformers 5.24 renamed it and warns of the old name.
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -136,11 +137,12 @@ class Target:
         if cache is None:
             output = self.decoder(input_ids=input_ids, use_cache=False)
         else:
-            positions, mask = cache.step(input_ids.shape[1])
+            positions, visible = cache.step(input_ids.shape[1])
+            masks = self._masks(cache, visible, positions)
             output = self.decoder(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask=self._masks(cache, mask, positions),
+                attention_mask={kind: KeyMask(mask) for kind, mask in masks.items()},
                 use_cache=True,
                 **{self._cache_argument: cache},
             )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepspec.artifacts.run import Run
+from deepspec.target import attention
 from deepspec.target.conformance import check_chat, check_target, make_rows, spread
 from deepspec.target.model import Target, TargetCache
 from tests.conftest import tiny_run
@@ -93,3 +94,17 @@ def test_the_loss_mask_of_the_targets_own_template_is_decoded(demo_store: Path) 
 def test_layers_to_capture_never_include_the_last() -> None:
     assert spread(36) == (-1, 0, 18, 34)
     assert spread(2) == (-1, 0)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma4])
+def test_attention_of_our_own_that_differs_is_noticed(make: Any, monkeypatch) -> None:
+    """The comparison is with transformers' attention, not with our own once more."""
+    target = Target(make(), (0, 2))
+    assert failing(target) == []
+    kernel = attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda *args, scale, **how: kernel(*args, scale=2 * scale, **how),
+    )
+    assert failing(target) == ["layer taps", "final norm and lm_head"]

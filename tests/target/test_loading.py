@@ -1,8 +1,15 @@
 """Loading a target: what does not fit is refused first."""
 
+import weakref
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Gemma2Config, Qwen3ForCausalLM
 
 from deepspec.errors import ConfigError, DataError
+from deepspec.target import loading
 from deepspec.target.loading import load_target
 from tests.conftest import tiny_run
 from tests.target.tiny_target import CONFIG
@@ -30,3 +37,61 @@ def test_settings_that_the_target_does_not_fit_are_refused_before_its_weights_ar
     settings = tiny_run(tmp_path).target.model_copy(update={**fitting, **change})
     with pytest.raises(ConfigError, match=reason):
         load_target(settings, folder=tmp_path)
+
+
+def test_scores_that_are_capped_are_refused_before_weights_are_read(tmp_path):
+    """Our own attention does not cap them, and neither do several releases of transformers."""
+    Gemma2Config(num_hidden_layers=4, vocab_size=97).save_pretrained(tmp_path)
+    settings = tiny_run(tmp_path).target.model_copy(
+        update={"model": str(tmp_path), "layer_ids": (0, 2), "mask_token_id": 96}
+    )
+    with pytest.raises(ConfigError, match="cap the scores"):
+        load_target(settings, folder=tmp_path)
+
+
+class HostBytes(TorchDispatchMode):
+    """The most bytes of host memory that tensors held at a time; a mapped file is not held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if storage.filename is None and key not in self.live:
+            self.live[key] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, key, None)
+            self.peak = max(self.peak, sum(self.live.values()))
+
+
+def test_a_target_goes_to_its_device_tensor_by_tensor(tmp_path, monkeypatch):
+    """Fault 12: it was built in host memory and then moved; eight lanes with a target of 30 GB each
+    took 240 GB of it. Cast on the way, so that the copy on the host is real.
+    """
+    model = Qwen3ForCausalLM(CONFIG)
+    model.save_pretrained(tmp_path)
+    settings = tiny_run(tmp_path).target.model_copy(
+        update={"model": str(tmp_path), "layer_ids": (0, 2), "mask_token_id": 96}
+    )
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the count sees this thread alone
+    held = []
+    for device in ("meta", "cpu"):
+        monkeypatch.setattr(
+            loading, "choose_device", lambda *_, device=device, **__: torch.device(device)
+        )
+        with HostBytes() as host:
+            target = load_target(settings, folder=tmp_path, dtype="bfloat16")
+        assert {tensor.device.type for tensor in target.model.parameters()} == {device}
+        held.append(host.peak)
+    largest = max(tensor.numel() for tensor in model.parameters())
+    whole = sum(tensor.numel() for tensor in model.parameters())
+    assert held[0] <= 2 * 2 * largest  # bytes of bfloat16, of one tensor and what else is small
+    assert held[1] >= 2 * whole  # and the count would have seen all of it
