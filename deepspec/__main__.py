@@ -39,6 +39,10 @@ def main(run_app: Callable[[], Any] = app) -> None:
     # over ten times slower. A short spin costs nothing on a quiet machine. It is read when PyTorch
     # is loaded, which no verb has done yet.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Micro-batches differ in shape: in segments of fixed size they would leave gaps on a GPU. It is
+    # read when CUDA is first used; a choice of the user's, by the older name as well, stays.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     level = os.environ.get("DEEPSPEC_LOG", "INFO" if is_first_rank() else "WARNING")
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

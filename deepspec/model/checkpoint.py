@@ -57,14 +57,22 @@ def build_draft(spec: DraftSpec, *, embed: Tensor, lm_head: Tensor, seed: int) -
 def save_draft(draft: Drafter, folder: Path) -> None:
     """Write the weights, then config.json: a folder with a config is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in draft.state_dict().items()}
+    dtype = draft.fc.weight.dtype  # of all of them: training may hold some in another one
+    tensors = {
+        name: tensor.detach().cpu().to(dtype).contiguous()
+        for name, tensor in draft.state_dict().items()
+    }
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
-    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     partial = folder / "config.json.partial"
     partial.write_text(
-        json.dumps(config_from_spec(draft.spec) | {"dtype": dtype}, indent=2, sort_keys=True) + "\n"
+        json.dumps(
+            config_from_spec(draft.spec) | {"dtype": str(dtype).removeprefix("torch.")},
+            indent=2,
+            sort_keys=True,
+        )
+        + "\n"
     )
     partial.replace(folder / "config.json")
 

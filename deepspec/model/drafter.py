@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
@@ -108,17 +109,31 @@ class Drafter(nn.Module, ABC):
         self.rotary = RotaryTable(spec.rope, spec.heads.head_dim)
         for frozen in (self.embed_tokens, self.lm_head):
             frozen.weight.requires_grad = False
+        self.embedded_dtype: torch.dtype | None = None  # None: that of the embedding's weight
+
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Keep embedding and lm_head in `dtype`; what comes out of them is of the dtype as before.
+
+        Memory alone changes where training computes in `dtype`, and the target's weights are of it:
+        then no value is rounded.
+        """
+        self.embedded_dtype = self.embed_tokens.weight.dtype
+        self.embed_tokens.to(dtype)
+        self.lm_head.to(dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings [..., D] of tokens [...], scaled where the target's family scales them."""
         embedded = self.embed_tokens(token_ids)
+        if self.embedded_dtype is not None:
+            embedded = embedded.to(self.embedded_dtype)
         if not self.spec.family.scaled_embeddings:
             return embedded
         return embedded * embedding_scale(self.spec.hidden_size, embedded.dtype)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V] of final-normed states [..., D]."""
-        return softcap(self.lm_head(normed), self.spec.logit_softcap)
+        lm_head = self.lm_head.weight.to(normed.dtype)
+        return softcap(F.linear(normed, lm_head), self.spec.logit_softcap)
 
     def vocabulary(self, markov_w2: Tensor | None = None) -> Vocabulary:
         """What the loss needs to turn states, and Markov features, into logits."""

@@ -45,7 +45,7 @@ def derived_config(
         "weight_decay": train.weight_decay,
         "torch_adam": True,
     }
-    if memory.offload != "none":
+    if memory.offload != "none" or device.type == "cuda":
         adamw["fused"] = True
     return {
         # Micro-batches are made by tokens, as many as a step needs: DeepSpeed must not count them.

@@ -13,6 +13,7 @@ from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution
 from deepspec.model.spec import DraftSpec
+from deepspec.target.loading import DTYPES
 from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records, whole_file
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def make_draft(config: RunConfig, source: Source) -> Drafter:
     """A fresh draft of the run for the target whose states the source gives.
 
     The frozen embedding and lm_head come from the source; `cache_check` compares them with the run.
+    They stay in the target's dtype where training computes in it, all other weights are float32.
     """
     spec = DraftSpec.from_target(
         json.loads(source.file(CONFIG).read_bytes()),
@@ -36,6 +38,9 @@ def make_draft(config: RunConfig, source: Source) -> Drafter:
         lm_head=frozen["lm_head.weight"],
         seed=config.train.seed,
     )
+    compute_dtype = DTYPES[config.train.compute_dtype]
+    if all(tensor.dtype == compute_dtype for tensor in frozen.values()):
+        draft.hold_frozen(compute_dtype)
     draft.configure_loss(config.loss)
     draft.execution = Execution(
         compile=config.resources.training.compile, recompute=config.resources.memory.recompute

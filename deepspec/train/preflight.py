@@ -10,7 +10,7 @@ from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.out_of_memory import explain_oom
-from deepspec.train.strategy import trainable
+from deepspec.train.strategy import adamw_kernel, loss_computed_in, trainable
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _check(run: Run, data: StepData, draft: Drafter) -> None:
             what = f"the {name} of the first sample are {'all zero' if is_finite else 'not finite'}"
             fix = f"run `{run.command('verify')}`, and capture again what it names"
             raise TrainingFailed(what, where=where, fix=fix)
-    before, *_, after = _overfit(draft, batch)
+    before, *_, after = _overfit(draft, batch, run.config.train.compute_dtype)
     message = "stage=train preflight supervised=%.3f loss of one sample=%.4f, after %d steps=%.4f"
     log.info(message, share, before, OVERFIT_STEPS, after)
     if not after < before:
@@ -71,15 +71,18 @@ def _check(run: Run, data: StepData, draft: Drafter) -> None:
         )
 
 
-def _overfit(draft: Drafter, batch: TrainBatch) -> list[float]:
+def _overfit(draft: Drafter, batch: TrainBatch, compute_dtype: str) -> list[float]:
     """The losses of a copy of the draft on one batch: fresh, and after each step on it alone."""
-    mirror = copy.deepcopy(draft).train()
-    optimizer = torch.optim.AdamW(trainable(mirror).values(), lr=OVERFIT_LR)
+    frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
+    mirror = copy.deepcopy(draft, {id(parameter): parameter for parameter in frozen}).train()
+    parameters = trainable(mirror).values()
+    kernel = adamw_kernel(batch.context.device)
+    optimizer = torch.optim.AdamW(parameters, lr=OVERFIT_LR, **kernel)
     plan = mirror.plan(batch)
     losses = []
     for _ in range(OVERFIT_STEPS + 1):
         optimizer.zero_grad(set_to_none=True)
-        output = mirror.loss(batch, plan)
+        output = loss_computed_in(compute_dtype, mirror, batch, plan)
         output.numerator.backward()
         optimizer.step()
         losses.append(float(output.numerator.detach()))

@@ -44,10 +44,8 @@ class Strategy(ABC):
         self.num_splits = 0  # micro-batches so far that did not fit into memory, nor halves of them
 
     def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:
-        """The draft's loss on a micro-batch, its matrix products in `train.compute_dtype`."""
-        dtype = DTYPES[self.settings.compute_dtype]
-        with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.draft.loss(batch, plan)
+        """The draft's loss on a micro-batch."""
+        return loss_computed_in(self.settings.compute_dtype, self.draft, batch, plan)
 
     def rounds(self, own: int) -> int:
         """Calls of `backward` that this rank makes in a step with `own` micro-batches (trap D3)."""
@@ -98,7 +96,7 @@ class Replicated(Strategy):
             betas=BETAS,
             eps=EPS,
             weight_decay=settings.weight_decay,
-            foreach=True,
+            **adamw_kernel(world.device),
         )
         # Where memory ends amid a backward pass, some gradients are whole and some are missing.
         self._added: set[Tensor] = set()
@@ -181,8 +179,26 @@ class Replicated(Strategy):
     def restore(self, name: str, key: str, tensor: Tensor) -> None:
         """Set one tensor of the optimizer's state of a parameter."""
         parameter = self.parameters[name]
-        placed = tensor if key == "step" else tensor.to(parameter.device)
-        self.optimizer.state[parameter][key] = placed
+        # Only the fused kernel counts its steps on the device; others would wait for the number.
+        stays = key == "step" and not self.optimizer.defaults["fused"]
+        self.optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
+
+
+def loss_computed_in(
+    compute_dtype: str, draft: Drafter, batch: TrainBatch, plan: Any
+) -> LossOutput:
+    """The draft's loss on a micro-batch, its matrix products in `train.compute_dtype`."""
+    dtype, device = DTYPES[compute_dtype], batch.context.device.type
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        return draft.loss(batch, plan)
+
+
+def adamw_kernel(device: torch.device) -> dict[str, Any]:
+    """Which of AdamW's kernels steps on this device.
+
+    `foreach` holds a copy of all parameters while it steps, `fused` none; on CPUs it is as fast.
+    """
+    return {"fused": True} if device.type == "cuda" else {"foreach": True}
 
 
 def learning_rate(step: int, *, total: int, settings: TrainConfig) -> float:

@@ -6,7 +6,7 @@ to DeepSpeed as that step's loss scale); the schedule; and the checkpoints, sinc
 can run code when they are read.
 
 Three things about a draft decide how it is wrapped:
-- Embedding and lm_head never change, so they stay whole and in float32 on every rank, as buffers.
+- Embedding and lm_head never change, so they stay whole and unrounded on every rank, as buffers.
 - Under stage 3 ranks fetch each layer's weights from each other, and must all run the same layers
   the same number of times: a rank without a micro-batch, or with one that has nothing to learn
   from, runs the `filler`, times zero.
@@ -135,7 +135,7 @@ class Zero(Strategy):
         for flat in self._flat():
             state = self.zero.optimizer.state[flat]
             if not state:  # the engine makes it in its first step
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.zeros((), device=flat.device)
                 state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
             if key == "step":
                 state["step"].fill_(float(tensor))

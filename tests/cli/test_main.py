@@ -1,7 +1,10 @@
 """The one door: verbs, exit codes, one paragraph or one JSON line on failure."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from deepspec.artifacts.digests import file_digest
 from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
 from deepspec.storage.urls import open_store
-from tests.conftest import TINY, tiny_run, write_jsonl
+from tests.conftest import REPOSITORY, TINY, tiny_run, write_jsonl
 
 SETS = [part for override in TINY for part in ("--set", override)]
 
@@ -162,3 +165,30 @@ def test_a_stage_before_its_time_says_what_to_run_first(capsys, store: Path):
     code, _, err = run(capsys, "hidden", "demo", "--store", str(store), *SETS)
     assert code == 2
     assert "reads 'answers', which is not finished" in err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "used"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"}, "max_split_size_mb:32"),
+    ],
+)
+def test_the_allocator_grows_its_segments_unless_the_user_chose_otherwise(chosen, used):
+    """Read back from PyTorch, as a verb finds it."""
+    code = (
+        "from deepspec.__main__ import main; import importlib; main(lambda: print("
+        "importlib.import_module('torch')._C._accelerator_getAllocatorSettings()))"
+    )
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**environment, **chosen},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == used

@@ -34,6 +34,25 @@ def test_a_sound_cache_passes_and_the_draft_is_left_as_it_was(parts):
     assert all(parameter.grad is None for parameter in draft.parameters())
 
 
+def test_the_copy_that_learns_shares_what_it_does_not_change(
+    parts, monkeypatch: pytest.MonkeyPatch
+):
+    """Embedding and lm_head, the largest tensors, were in memory twice."""
+    run, data, draft = parts
+    shared, original = list[bool](), preflight.loss_computed_in
+
+    def computed_in(dtype, mirror, *batch):
+        assert mirror.fc.weight is not draft.fc.weight
+        shared.append(mirror.lm_head.weight is draft.lm_head.weight)
+        shared.append(mirror.embed_tokens.weight is draft.embed_tokens.weight)
+        return original(dtype, mirror, *batch)
+
+    monkeypatch.setattr(preflight, "loss_computed_in", computed_in)
+    check_before_training(run, data, draft)
+    assert shared
+    assert all(shared)
+
+
 @pytest.mark.parametrize("supervised", [0.001, 1.0])
 def test_masks_that_cover_nothing_or_everything_are_refused(parts, supervised: float):
     """Trap B1."""
