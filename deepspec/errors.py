@@ -102,6 +102,10 @@ class TrainingFailed(DeepSpecError):
     """Training stopped because the rest would be wasted: a loss that is not finite, no samples."""
 
 
+class OutOfMemory(DeepSpecError):
+    """One piece of work, the smallest there is, that does not fit into memory."""
+
+
 class ShardsFailed(DeepSpecError):
     """Some shards of a stage were not committed; all others were."""
 

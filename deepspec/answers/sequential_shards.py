@@ -34,7 +34,7 @@ class Engine(Protocol):
 class SequentialShards:
     """The stage's shards, each answered when its conversations are first needed."""
 
-    repeatable = True
+    repeatable = False  # how many rows share a pass, and so round alike, depends on free memory
 
     engine: Engine
     stage: ShardedStage

@@ -97,7 +97,9 @@ class MemoryConfig(Section):
     its supervised tokens x `draft.ttt_length`. Null is four for each of `batch_tokens`.
     """
     answer_rows: PositiveInt = 64
-    """Prompts decoded together by the in-process engine."""
+    """Prompts decoded together by the in-process engine at most; fewer where the free memory has
+    no room for their keys and values.
+    """
     recompute: bool = False
     """Whether a training step computes each layer once more in its backward pass: less memory
     for about a third more time.

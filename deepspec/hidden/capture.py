@@ -3,21 +3,25 @@
 T tokens, m captured layers, D hidden size.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from deepspec.cache.format import EncodedTensor, HiddenSample, Layout
 from deepspec.config.data import HiddenConfig
+from deepspec.errors import OutOfMemory
 from deepspec.hidden.checks import kept_positions
 from deepspec.hidden.expected_index import kept_spans
 from deepspec.hidden.sequences import CaptureRow, token_batches
+from deepspec.model.memory import Pieces
 from deepspec.target.generate import pad_right
 from deepspec.target.model import Target, TargetOutput
 
 
-class Capture(NamedTuple):
+@dataclass(frozen=True)
+class Capture:
     """The target, and the way in which its states are kept."""
 
     target: Target
@@ -25,20 +29,38 @@ class Capture(NamedTuple):
     settings: HiddenConfig
     batch_tokens: int  # of a forward pass
 
+    @cached_property
+    def pieces(self) -> Pieces[CaptureRow, list[tuple[CaptureRow, TargetOutput]]]:
+        """Batches run through the target, in halves where one runs out of memory."""
+        return Pieces(self._batch_states, size=_padded_tokens, too_large=self._too_large)
+
     def states(self, rows: Iterable[CaptureRow]) -> Iterator[tuple[CaptureRow, TargetOutput]]:
         """Each row with its own states, [T, m * D] and [T, D].
 
         Rows are packed where the attention kernel can, else computed in padded batches.
         """
         for batch in token_batches(rows, self.batch_tokens):
-            sequences = [row.input_ids for row in batch]
-            if self.target.packs:
-                yield from zip(batch, self.target.forward_packed(sequences), strict=True)
-                continue
-            output = self.target.forward(pad_right(sequences, self.target.device))
-            for row, context, last_hidden in zip(batch, *output, strict=True):
-                length = len(row.input_ids)
-                yield row, TargetOutput(context[:length], last_hidden[:length])
+            for captured in self.pieces(batch):
+                yield from captured
+
+    def _batch_states(self, batch: Sequence[CaptureRow]) -> list[tuple[CaptureRow, TargetOutput]]:
+        sequences = [row.input_ids for row in batch]
+        if self.target.packs:
+            return list(zip(batch, self.target.forward_packed(sequences), strict=True))
+        output = self.target.forward(pad_right(sequences, self.target.device))
+        return [
+            (row, TargetOutput(*(states[: len(row.input_ids)] for states in padded)))
+            for row, *padded in zip(batch, *output, strict=True)
+        ]
+
+    def _too_large(self, row: CaptureRow) -> OutOfMemory:
+        return OutOfMemory(
+            f"the hidden states of a sequence of {len(row.input_ids)} tokens do not fit into the"
+            f" memory of {self.target.device} next to the target",
+            where=f"sample {row.sample_id:016x}",
+            fix=f"lower hidden.max_length (now {self.settings.max_length}), which cuts longer"
+            " sequences, or capture on a device with more memory",
+        )
 
     def sample(self, row: CaptureRow, states: TargetOutput) -> HiddenSample:
         """The row as it is stored, quantized on the target's device.
@@ -56,3 +78,7 @@ class Capture(NamedTuple):
             last_hidden=EncodedTensor(last_hidden, last_hidden.quantize(kept)),
             last_spans=spans,
         )
+
+
+def _padded_tokens(batch: Sequence[CaptureRow]) -> int:
+    return len(batch) * max(len(row.input_ids) for row in batch)

@@ -9,12 +9,13 @@ size, V vocabulary.
 import inspect
 from collections.abc import Sequence
 from functools import cached_property, partial
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.model.kv_cache import RowCache, latest_positions
+from deepspec.model.kv_cache import LayerCache, RowCache, latest_positions
 from deepspec.target.attention import FLASH, KeyMask, use_grouped_attention
 
 
@@ -156,6 +157,7 @@ class Target:
         then skips everything between documents; SDPA would compute and mask it, which is why only
         the former `packs`.
         """
+        self._tapped.clear()
         lengths = [len(sequence) for sequence in sequences]
         ids = [token for sequence in sequences for token in sequence]
         positions = [position for length in lengths for position in range(length)]
@@ -193,9 +195,8 @@ class Target:
 
     def row_bytes(self, capacity: int) -> int:
         """Bytes of keys and values of a row of `capacity` tokens."""
-        layers = self.new_cache(1, capacity).layers
-        per_layer = zip(layers, self._token_bytes, strict=True)
-        return sum(layer.most_slots * num_bytes for layer, num_bytes in per_layer)
+        slots = (LayerCache(1, capacity, window).most_slots for window in self.windows)
+        return sum(map(mul, slots, self._token_bytes))
 
     @cached_property
     def _token_bytes(self) -> list[int]:

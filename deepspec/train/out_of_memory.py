@@ -7,16 +7,10 @@ from deepspec.config.draft import DraftConfig
 from deepspec.config.resources import MemoryConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
+from deepspec.model.memory import is_out_of_memory
 
-# in errors of CUDA and its libraries, and of PyTorch's allocator on the CPU
-PHRASES = ("out of memory", "can't allocate memory", "status_alloc_failed")
 # fields of a draft, each a factor of a step's activations
 DRAFT_FACTORS = ("num_anchors", "block_size", "ttt_length")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on the GPU or the CPU."""
-    return any(phrase in str(error).lower() for phrase in PHRASES)
 
 
 def halves(batch: TrainBatch) -> tuple[TrainBatch, TrainBatch]:

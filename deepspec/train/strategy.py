@@ -19,9 +19,10 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from deepspec.config.draft import TrainConfig
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.loss import LossOutput
+from deepspec.model.memory import is_out_of_memory
 from deepspec.target.loading import DTYPES
 from deepspec.train.distributed import World
-from deepspec.train.out_of_memory import halves, is_out_of_memory
+from deepspec.train.out_of_memory import halves
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,102 @@
+"""Memory that is left on a device, and work that is done again in halves where it ran out."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import psutil
+import torch
+
+from deepspec.errors import OutOfMemory
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# in errors of CUDA and its libraries, and of PyTorch's allocator on the CPU
+PHRASES = ("out of memory", "can't allocate memory", "status_alloc_failed")
+# Of the free memory, what may be planned with. The rest is for activations, and for what the memory
+# is split up by; on a CPU also for other processes, where asking for too much ends this one.
+GPU_SHARE, CPU_SHARE = 0.9, 0.5
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or the host."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in PHRASES)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that this process can still take."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused
+
+
+def usable_bytes(device: torch.device) -> int:
+    """The share of `free_bytes` that work may be planned with."""
+    share = GPU_SHARE if device.type == "cuda" else CPU_SHARE
+    return int(share * free_bytes(device))
+
+
+class Pieces(Generic[Item, Result]):
+    """Does work on several items at once, in halves where that runs out of memory.
+
+    A size that ran out is not tried again: later pieces begin at the size of its halves.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Result],
+        *,
+        size: Callable[[Sequence[Item]], int],
+        too_large: Callable[[Item], OutOfMemory],
+    ) -> None:
+        """`size` is what a piece's memory grows with; `too_large` names an item that does not fit
+        by itself.
+        """
+        self.work, self.size, self.too_large = work, size, too_large
+        self.limit: int | None = None  # the largest size that is tried
+        self.num_splits = 0
+
+    def __call__(self, items: Sequence[Item]) -> Iterator[Result]:
+        """The results of consecutive pieces that together are `items`, mostly of all at once.
+
+        Raises:
+            OutOfMemory: one item by itself does not fit.
+        """
+        waiting = [items]
+        while waiting:
+            piece = waiting.pop()
+            half = len(piece) // 2
+            if half and self.limit is not None and self.size(piece) > self.limit:
+                waiting += [piece[half:], piece[:half]]
+                continue
+            try:
+                yield self.work(piece)
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not half:
+                    raise self.too_large(piece[0]) from error
+                why = str(error).splitlines()[0]
+            # Out of reach of the error, whose frames hold the tensors of the attempt.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            halves = piece[:half], piece[half:]
+            self.num_splits += 1
+            self.limit = max(map(self.size, halves))
+            log.warning(
+                "%d at a time ran out of memory, done again as %d and %d (%d such so far): %s",
+                len(piece),
+                *map(len, halves),
+                self.num_splits,
+                why,
+            )
+            waiting += reversed(halves)
