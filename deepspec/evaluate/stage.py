@@ -124,6 +124,8 @@ class _Evaluation:
 def load_models(run: Run) -> Models:
     """Target and draft in the same dtype on the same device.
 
+    Embedding and lm_head are there once where the draft has those of the target.
+
     Raises:
         ArtifactMismatch: the draft is for a target of another shape; checked before any weight is
             read.
@@ -146,5 +148,5 @@ def load_models(run: Run) -> Models:
     target = load_target(
         config.target, folder=of_target, device=config.resources.devices.type, dtype=dtype
     )
-    draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype])
-    return Models(target, draft.eval(), chat, chat.stop_ids(target.eos_ids))
+    draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype], shared=target.frozen)
+    return Models(target, draft, chat, chat.stop_ids(target.eos_ids))

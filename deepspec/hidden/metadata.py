@@ -232,10 +232,7 @@ def read_layout(artifact: Artifact, settings: HiddenConfig) -> Layout:
 
 def write_frozen_tensors(artifact: Artifact, target: Target) -> None:
     """Write `frozen.safetensors`: embedding and lm_head [V, D], which every draft shares."""
-    tensors = {
-        "embed_tokens.weight": target.model.get_input_embeddings().weight.detach().cpu().clone(),
-        "lm_head.weight": target.lm_head.weight.detach().cpu().clone(),
-    }
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in target.frozen.items()}
     with artifact.store.staged() as local:
         save_file(tensors, local)
         artifact.store.publish(local, artifact.path(TENSORS))

@@ -1,6 +1,8 @@
 """Drafts on disk (config.json and model.safetensors in the published form), and fresh drafts."""
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +16,10 @@ from deepspec.model.drafter import Drafter
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.layers import RMSNorm
 from deepspec.model.spec import DraftSpec
+
+log = logging.getLogger(__name__)
+
+COMPARED_ROWS = 4096  # of two embeddings, at a time
 
 
 def empty_draft(spec: DraftSpec) -> Drafter:
@@ -78,9 +84,22 @@ def save_draft(draft: Drafter, folder: Path) -> None:
 
 
 def load_draft(
-    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Drafter:
     """The draft in `folder`, every tensor accounted for, in evaluation mode.
+
+    Tensors are read on the host and cast there, so that the device holds none in the file's format.
+
+    Args:
+        folder: With config.json and model.safetensors.
+        device: Where the draft will be.
+        dtype: Number format of its weights.
+        shared: By name, tensors of the target [V, D] that take the place of the draft's own where
+            their values are the same in `dtype`, without taking memory again.
 
     Raises:
         ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another
@@ -88,8 +107,25 @@ def load_draft(
         ConfigError: a config that describes no draft known here.
     """
     draft, weights = empty_draft(read_spec(Path(folder))), Path(folder) / "model.safetensors"
-    load_tensors(draft, load_file(weights, device=str(device)), dtype=dtype, where=str(weights))
+    tensors = load_file(weights)
+    check_tensors(draft, tensors, where=str(weights))
+    given = shared or {}
+    reused = [name for name, tensor in given.items() if _same(tensors[name], tensor, dtype)]
+    log.info("draft=%s device=%s dtype=%s shared=%s", folder, device, dtype, reused)
+    placed = {
+        name: given[name].detach() if name in reused else tensor.to(dtype).to(device)
+        for name, tensor in tensors.items()
+    }
+    _assign(draft, placed)
     return draft.eval()
+
+
+def _same(stored: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether another tensor, on any device, holds these values as they are in `dtype`."""
+    if (other.dtype, other.shape) != (dtype, stored.shape):
+        return False
+    parts = zip(stored.split(COMPARED_ROWS), other.split(COMPARED_ROWS), strict=True)
+    return all(torch.equal(mine.to(dtype).to(theirs.device), theirs) for mine, theirs in parts)
 
 
 def read_spec(folder: Path) -> DraftSpec:
@@ -107,9 +143,19 @@ def read_spec(folder: Path) -> DraftSpec:
 
 
 def load_tensors(
-    draft: nn.Module, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str
+    draft: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, where: str
 ) -> None:
     """Give the draft these tensors, cast to `dtype`.
+
+    Raises:
+        ArtifactMismatch: one that names all tensors that are missing, extra or of another shape.
+    """
+    check_tensors(draft, tensors, where=where)
+    _assign(draft, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def check_tensors(draft: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse tensors that are not those of the draft.
 
     Raises:
         ArtifactMismatch: one that names all tensors that are missing, extra or of another shape.
@@ -128,9 +174,10 @@ def load_tensors(
         raise ArtifactMismatch(
             "weights and config do not fit: " + "; ".join(problems), where=where, fix=fix
         )
-    draft.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True
-    )
+
+
+def _assign(draft: nn.Module, tensors: dict[str, Tensor]) -> None:
+    draft.load_state_dict(tensors, strict=True, assign=True)
     # assigning brings the tensors' own flags along
     for name, parameter in draft.named_parameters():
         parameter.requires_grad = not name.startswith(("embed_tokens.", "lm_head."))

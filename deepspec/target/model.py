@@ -124,6 +124,12 @@ class Target:
             module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]
             module.register_forward_hook(partial(self._keep, layer))
 
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Embedding and lm_head [V, D], which every draft has as well, by their names there."""
+        embedding = self.model.get_input_embeddings()
+        return {"embed_tokens.weight": embedding.weight, "lm_head.weight": self.lm_head.weight}
+
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._tapped[layer] = output[0] if isinstance(output, tuple) else output
 

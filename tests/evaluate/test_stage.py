@@ -18,7 +18,7 @@ from deepspec.evaluate import prompts as benchmarks
 from deepspec.evaluate import stage as run
 from deepspec.evaluate.prompts import load_benchmarks, make_units
 from deepspec.evaluate.results import read_rows
-from deepspec.evaluate.stage import run_evaluate
+from deepspec.evaluate.stage import load_models, run_evaluate
 from deepspec.evaluate.units import Evaluator
 from deepspec.export.export import export_draft
 from deepspec.hidden.stage import run_capture
@@ -313,6 +313,17 @@ def test_a_benchmark_that_cannot_be_used_is_refused_before_anything_runs(
         load_benchmarks(
             Run(tiny_run(ready, f"evaluate.benchmarks=[{{name: demo/math}}, {{name: {path}}}]"))
         )
+
+
+def test_target_and_draft_hold_embedding_and_lm_head_once(ready: Path):
+    """Fault 13: of a draft for Qwen3-8B they are 2.5 GB in bfloat16, beside the target's own."""
+    run_train(Run(tiny_run(ready)))
+    for dtype in ("float32", "bfloat16"):
+        models = load_models(Run(tiny_run(ready, f"evaluate.dtype={dtype}")))
+        shared, own = models.target.frozen, models.draft.state_dict()
+        assert {name: own[name].data_ptr() for name in shared} == {
+            name: tensor.data_ptr() for name, tensor in shared.items()
+        }
 
 
 def test_a_draft_of_another_target_is_refused_before_any_weight_is_read(
