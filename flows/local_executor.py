@@ -14,23 +14,25 @@ from deepspec.artifacts.side_files import folder_beside
 from deepspec.config.servers import ServersConfig
 from deepspec.errors import ConfigError
 from deepspec.process.launch import run_child
-from deepspec.process.machine import visible_gpus
+from deepspec.process.machine import group_gpus, visible_gpus
 from flows.child_log import ChildLog
 from flows.shard_scheduler import Lane
 from flows.stage_run import StageRun
 
 
 class LocalExecutor:
-    """Children of this process: one for each visible GPU, pinned to it, or as many as
-    `resources.devices.lanes` sets.
+    """Children of this process: one for each visible GPU (or group of `gpus_per_lane`), pinned to
+    it, or as many as `resources.devices.lanes` sets.
     """
 
     def __init__(self, stage_run: StageRun) -> None:
         self.stage_run = stage_run
         resources = stage_run.run.config.resources
         sharded = stage_run.sharded
-        gpus = visible_gpus() if resources.devices.type != "cpu" and sharded else []
-        count = (resources.devices.lanes or max(1, len(gpus))) if sharded else 1
+        devices = resources.devices
+        gpus = visible_gpus() if devices.type != "cpu" and sharded else []
+        gpus = group_gpus(gpus, devices.gpus_per_lane)
+        count = (devices.lanes or max(1, len(gpus))) if sharded else 1
         self.lanes = [_lane(number, gpus) for number in range(count)]
         self.secrets = server_key(resources.servers) if stage_run.stage == "answers" else {}
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from deepspec.config.resources import DevicesConfig, ResourcesConfig
 from deepspec.errors import ConfigError, UserError
+from deepspec.process.machine import check_divides
 from deepspec.process.scopes import GRACE_S
 
 if TYPE_CHECKING:
@@ -95,13 +96,14 @@ def num_gpus(devices: DevicesConfig) -> int:
     """GPUs of the cluster that the stage may use; where there are none it runs on CPUs.
 
     Raises:
-        ConfigError: there are none, and it must not.
+        ConfigError: there are none, and it must not; or lanes of `gpus_per_lane` leave some over.
     """
     resources = imported_ray().cluster_resources()
     found = int(resources.get("GPU", 0)) if devices.type != "cpu" else 0
     if not found and devices.type == "cuda":
         fix = "set resources.devices.type to auto, or add a node with GPUs"
         raise ConfigError("the Ray cluster has no GPU", where="resources.devices.type", fix=fix)
+    check_divides(devices.gpus_per_lane, found, "GPUs of the Ray cluster")
     return found
 
 

@@ -55,12 +55,15 @@ class RayExecutor:
     def __init__(self, stage_run: StageRun, runner: RayTaskRunner[Any]) -> None:
         devices, artifact = stage_run.run.config.resources.devices, stage_run.artifact
         self.runner = runner
-        gpus = num_gpus(devices)
-        count = devices.lanes or max(1, gpus)
+        groups = num_gpus(devices) // devices.gpus_per_lane
+        count = devices.lanes or max(1, groups)
         self.lanes = [Lane(f"Ray #{number}") for number in range(count)]
         self.options: dict[str, Any] = {"num_cpus": 1}
-        if gpus:
-            self.options = {"num_gpus": 1 / -(-count // gpus)}
+        if groups:
+            share = -(-count // groups)  # lanes on the same GPUs; Ray has no parts of several
+            self.options = {
+                "num_gpus": 1 / share if devices.gpus_per_lane == 1 else devices.gpus_per_lane
+            }
         fingerprint, folder = artifact.key.fingerprint, str(Path.cwd())
         self.order = GroupOrder(stage_run.request, stage_run.stage, fingerprint, folder)
         self.url = artifact.url

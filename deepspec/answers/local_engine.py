@@ -41,7 +41,10 @@ class TransformersEngine:
         self.sampling = config.answers.sampling
         self.chat = load_chat(run)
         self.target = load_target(
-            config.target, folder=target_folder(run), device=config.resources.devices.type
+            config.target,
+            folder=target_folder(run),
+            device=config.resources.devices.type,
+            num_gpus=config.resources.devices.gpus_per_lane,
         )
         self.stop_ids = self.chat.stop_ids(self.target.eos_ids)
         self.pieces = Pieces(self._decode, size=self._num_bytes, too_large=self._too_large)

@@ -24,6 +24,11 @@ class DevicesConfig(Section):
     """Groups of shards under way at a time; null is one per visible GPU (worker, GPU of the
     cluster), or one.
     """
+    gpus_per_lane: PositiveInt = 1
+    """GPUs that a lane's target is spread over, layer by layer, in answers, capture and
+    evaluation; for targets too large for one. Ranks of training have one GPU each, and an online
+    training's target, too.
+    """
     encode_threads: PositiveInt = 2
     """Threads that encode captured samples; lossless takes a second of one for half a gigabyte."""
     read_threads: PositiveInt = 4

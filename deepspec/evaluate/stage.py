@@ -146,7 +146,11 @@ def load_models(run: Run) -> Models:
         fix = "evaluate it with the target it was trained for"
         raise ArtifactMismatch(what, where="draft/config.json", fix=fix)
     target = load_target(
-        config.target, folder=of_target, device=config.resources.devices.type, dtype=dtype
+        config.target,
+        folder=of_target,
+        device=config.resources.devices.type,
+        num_gpus=config.resources.devices.gpus_per_lane,
+        dtype=dtype,
     )
     draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype], shared=target.frozen)
     return Models(target, draft, chat, chat.stop_ids(target.eos_ids))

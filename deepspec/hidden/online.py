@@ -92,7 +92,8 @@ def compute_online(
     run: Run, stage: ShardedStage, index: ExpectedIndex, *, is_first: bool, report: Report
 ) -> OnlineStates:
     """The source over a known index, the target loaded; the first process writes the metadata."""
-    settings, chat, target = run.config.hidden, load_chat(run), load_capture_target(run)
+    settings, chat = run.config.hidden, load_chat(run)
+    target = load_capture_target(run, num_gpus=1)  # the others are of other ranks
     if is_first:
         write_metadata(run.config, stage, chat, target, report)
     await_metadata(stage.artifact, settings)

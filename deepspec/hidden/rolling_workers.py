@@ -23,7 +23,7 @@ from deepspec.config.retries import RetriesConfig
 from deepspec.errors import DeepSpecError
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest, run_child
-from deepspec.process.machine import visible_gpus
+from deepspec.process.machine import group_gpus, visible_gpus
 from deepspec.process.scopes import scope
 from deepspec.process.shard_ranges import deal, shard_list
 
@@ -35,13 +35,18 @@ EVENTS = {"DEEPSPEC_EVENTS": "1"}  # what a child needs in its environment to re
 
 
 def worker_gpus(resources: ResourcesConfig) -> list[str | None]:
-    """The GPU of each capture worker: the last of the visible ones.
+    """The GPU (or GPUs) of each capture worker: the last of the visible ones.
 
     None stands for the device that training computes on.
+
+    Raises:
+        ConfigError: `rolling_gpus` cannot be dealt to lanes of `gpus_per_lane`.
     """
-    num_gpus = resources.training.rolling_gpus
-    gpus = visible_gpus() if resources.devices.type != "cpu" else []
-    return list(gpus[-num_gpus:]) if gpus and num_gpus else [None]
+    num_gpus, devices = resources.training.rolling_gpus, resources.devices
+    gpus = visible_gpus() if devices.type != "cpu" else []
+    return (
+        list(group_gpus(gpus[-num_gpus:], devices.gpus_per_lane)) if gpus and num_gpus else [None]
+    )
 
 
 class CaptureWorker(NamedTuple):

@@ -67,7 +67,8 @@ def run_capture(
         write_expected_index(stage, load_chat(run), settings, shards=shards)
         return stage.artifact
     if stage.todo or lacks_metadata(stage.artifact, settings):
-        chat, target = load_chat(run), load_capture_target(run)
+        num_gpus = config.resources.devices.gpus_per_lane
+        chat, target = load_chat(run), load_capture_target(run, num_gpus=num_gpus)
         layout = write_metadata(config, stage, chat, target, report)
         capture = Capture(target, layout, settings, config.resources.memory.batch_tokens)
         make = ShardCapture(stage, capture, chat, config.resources).shard
@@ -82,12 +83,13 @@ def run_capture(
     return stage.artifact
 
 
-def load_capture_target(run: Run) -> Target:
+def load_capture_target(run: Run, *, num_gpus: int) -> Target:
     """The run's target, with the fastest attention: without a cache of keys and values."""
     return load_target(
         run.config.target,
         folder=target_folder(run),
         device=run.config.resources.devices.type,
+        num_gpus=num_gpus,
         attention="fastest",
     )
 

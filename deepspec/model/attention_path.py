@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import subprocess
 from functools import lru_cache
 from typing import Literal, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from deepspec.config.families import HeadGeometry
 from deepspec.model.attention import BlockVisibility, attend
 from deepspec.model.execution import compute_dtype
+from deepspec.process.machine import missing_for_triton
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]
             4 * heads.num_heads,
             str(error).strip().partition("\n")[0],
         )
+        if lacks := " and ".join(missing_for_triton()):
+            log.warning("compiled kernels need %s, not found here: docs/gpu.md", lacks)
         return "dense"
     log.info(
         "training attention=flex (compiled) device=cuda dtype=%s head_dim=%d", dtype, heads.head_dim
@@ -76,9 +80,12 @@ def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What torch's compiler and Triton raise for a kernel that does not fit the device."""
+    """What torch's compiler, Triton and a C compiler raise where a kernel cannot be made.
+
+    The last is not wrapped: gcc that does not find Python's headers, for example.
+    """
     try:
         triton = importlib.import_module("triton.runtime.errors")
     except ImportError:
-        return (RuntimeError,)
-    return (RuntimeError, cast("type[Exception]", triton.TritonError))
+        return (RuntimeError, subprocess.SubprocessError)
+    return (RuntimeError, subprocess.SubprocessError, cast("type[Exception]", triton.TritonError))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from deepspec.config.draft import DraftConfig
+from deepspec.config.resources import DevicesConfig
 from deepspec.config.target import TargetConfig
 from deepspec.errors import DataError, StoreError
 from deepspec.model.checkpoint import empty_draft
@@ -113,13 +114,13 @@ def _seconds(model: nn.Module, ids: Tensor) -> float:
     return float(timer.blocked_autorange().median)
 
 
-def num_lanes(lanes: int | None, device: str) -> int:
-    """Lanes that add up: one per GPU, or as set; on a CPU they would share what one was timed
-    with.
+def num_lanes(devices: DevicesConfig, device: str) -> int:
+    """Lanes that add up: one per GPU (or `gpus_per_lane` of them), or as set; on a CPU they would
+    share what one was timed with.
     """
     if device == "cpu":
         return 1
-    return lanes or torch.cuda.device_count()
+    return devices.lanes or max(1, torch.cuda.device_count() // devices.gpus_per_lane)
 
 
 def measure_store(store: Store) -> float | None:

@@ -53,7 +53,7 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
         shape=_shape(run, text),
         draft_parameters=num_parameters,
         speed=speed,
-        lanes=num_lanes(resources.devices.lanes, speed.device),
+        lanes=num_lanes(resources.devices, speed.device),
         store_bytes_per_s=measure_store(run.store),
         free_bytes=free_bytes,
         missing=_missing_share(run),

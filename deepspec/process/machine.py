@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from deepspec.errors import ConfigError
@@ -35,6 +36,38 @@ def visible_gpus() -> list[str]:
     """
     named = named_gpus()
     return gpus_of_machine() if named is None else named
+
+
+def group_gpus(gpus: Sequence[str], gpus_per_lane: int) -> list[str]:
+    """These GPUs as values of `CUDA_VISIBLE_DEVICES`, of `gpus_per_lane` GPUs each.
+
+    Raises:
+        ConfigError: some would be left over, or they are parts of divided GPUs.
+    """
+    check_divides(gpus_per_lane, len(gpus), "GPUs")
+    if gpus_per_lane > 1 and any(gpu.startswith(MIG) for gpu in gpus):
+        raise ConfigError(
+            "CUDA shows a process one part of a divided GPU (MIG), and no two of them",
+            where="resources.devices.gpus_per_lane",
+            fix="set it to 1, or use whole GPUs",
+        )
+    return [",".join(gpus[i : i + gpus_per_lane]) for i in range(0, len(gpus), gpus_per_lane)]
+
+
+def check_divides(gpus_per_lane: int, num_gpus: int, what: str) -> None:
+    """Refuse lanes of this many GPUs where some GPUs would be left over.
+
+    Raises:
+        ConfigError: names the numbers that divide.
+    """
+    if num_gpus % gpus_per_lane == 0:
+        return
+    fitting = [str(size) for size in range(1, num_gpus + 1) if num_gpus % size == 0]
+    raise ConfigError(
+        f"{num_gpus} {what} cannot be dealt to lanes of {gpus_per_lane}",
+        where="resources.devices.gpus_per_lane",
+        fix=f"set it to {' or '.join(fitting)}, or choose other GPUs (CUDA_VISIBLE_DEVICES)",
+    )
 
 
 def named_gpus() -> list[str] | None:
@@ -130,6 +163,23 @@ def missing_for_triton() -> list[str]:
         f"Python's headers ({header})": header.exists(),
     }
     return [name for name, is_there in found.items() if not is_there]
+
+
+def require_compiler(*, on_gpu: bool) -> None:
+    """Return where what PyTorch compiles for this machine can be compiled.
+
+    Raises:
+        ConfigError: names what to install.
+    """
+    lacks = missing_for_triton() if on_gpu else []
+    if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        lacks = ["a C++ compiler (g++)"]
+    if lacks:
+        raise ConfigError(
+            f"compiling needs {' and '.join(lacks)}, not found here",
+            where="resources.training.compile",
+            fix="apt install g++ python3-dev (docs/gpu.md), or set it to false",
+        )
 
 
 def free_port() -> int:

@@ -30,6 +30,13 @@ class KeyMask:
     def __init__(self, visible: Tensor) -> None:
         self.visible = visible  # [B or 1, 1, q, k] bool
         self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._elsewhere: dict[Any, KeyMask] = {}
+
+    def to(self, device: Any, **_: Any) -> "KeyMask":
+        """The mask on another device, made once: accelerate asks for it at every layer there."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = KeyMask(self.visible.to(device))
+        return self._elsewhere[device]
 
     def bias(self, ratio: int, dtype: torch.dtype) -> Tensor:
         """[B or 1, 1, ratio * q, k]: 0 where a key is seen, else minus infinity; the queries of a

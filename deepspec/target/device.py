@@ -6,6 +6,7 @@ A GPU that is there and cannot be used is an error, and never the CPU without a 
 import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from deepspec.process.machine import (
 )
 
 HAS_BFLOAT16 = (8, 0)  # the first compute capability that has (A100, RTX 30)
+WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and states
 ON_CPU = "resources.devices.type=cpu computes on the CPU"
 
 
@@ -53,6 +55,41 @@ def choose_device(device: str, *, dtype: str, index: int | None = None) -> torch
     chosen = torch.device("cuda", index)
     _check_gpu(chosen, dtype)
     return chosen
+
+
+def placement(device: torch.device, num_gpus: int) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained` that load a model there, or over `num_gpus`.
+
+    Its layers are then on the first GPUs, one after the other, as evenly as they go.
+
+    Raises:
+        ConfigError: there are not so many GPUs.
+    """
+    if num_gpus == 1 or device.type == "cpu":
+        return {"device_map": {"": device}}
+    if num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"a target on {num_gpus} GPUs, but CUDA shows {torch.cuda.device_count()}",
+            where="resources.devices.gpus_per_lane",
+            fix="lower it, or correct CUDA_VISIBLE_DEVICES",
+        )
+    room = {gpu: int(torch.cuda.mem_get_info(gpu)[0] * WEIGHTS_SHARE) for gpu in range(num_gpus)}
+    return {"device_map": "auto", "max_memory": room}
+
+
+def check_placement(model: Any, num_gpus: int) -> None:
+    """Refuse a model of which a part was left on the host or on the disk.
+
+    Raises:
+        ConfigError: the GPUs have too little room for its weights.
+    """
+    left = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if num_gpus > 1 and left & {"cpu", "disk"}:
+        raise ConfigError(
+            f"the target's weights do not fit {num_gpus} GPUs",
+            where="resources.devices.gpus_per_lane",
+            fix="raise it, or free the GPUs of what else runs there",
+        )
 
 
 def describe_device(device: str, *, dtypes: Iterable[str]) -> Iterator[str]:

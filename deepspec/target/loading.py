@@ -10,7 +10,7 @@ from deepspec.config.target import TargetConfig
 from deepspec.errors import ConfigError
 from deepspec.target.attention import use_flash_attention
 from deepspec.target.chat import loading
-from deepspec.target.device import choose_device
+from deepspec.target.device import check_placement, choose_device, placement
 from deepspec.target.model import Target
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def load_target(
     *,
     folder: Path | None,
     device: str = "auto",
+    num_gpus: int = 1,
     dtype: str | None = None,
     attention: Literal["sdpa", "fastest"] = "sdpa",
 ) -> Target:
@@ -74,7 +75,7 @@ def load_target(
 
     Its weights go from the file to the device one by one: the host never holds them all. `fastest`
     is flash-attention for bfloat16 on a GPU where it works; `sdpa` takes the masks that decoding
-    with a cache needs.
+    with a cache needs. On GPUs its layers are spread over `num_gpus`.
 
     Raises:
         DataError: there is no such model, or it is not a causal language model.
@@ -92,8 +93,9 @@ def load_target(
             revision=settings.revision,
             dtype=torch_dtype,
             attn_implementation="sdpa",
-            device_map={"": torch_device},
+            **placement(torch_device, num_gpus),
         )
+    check_placement(model, num_gpus)
     if attention == "fastest":
         use_flash_attention(model.get_decoder(), torch_device, torch_dtype)
     target = Target(model, settings.layer_ids)

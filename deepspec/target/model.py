@@ -178,9 +178,10 @@ class Target:
         return [TargetOutput(*parts) for parts in zip(contexts, last_hidden, strict=True)]
 
     def _output(self, last_hidden: Tensor) -> TargetOutput:
-        context = torch.cat([self._tapped[layer] for layer in self.layer_ids], dim=-1)
+        # the layers of a target that is spread over GPUs leave their outputs where they are
+        parts = [self._tapped[layer].to(self.device) for layer in self.layer_ids]
         self._tapped.clear()
-        return TargetOutput(context, last_hidden)
+        return TargetOutput(torch.cat(parts, dim=-1), last_hidden.to(self.device))
 
     def _masks(self, cache: TargetCache, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The mask of each kind of attention layer, of which some see a sliding window only."""

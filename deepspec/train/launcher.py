@@ -18,7 +18,7 @@ from deepspec.artifacts.run import Run
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.process.events import Report
 from deepspec.process.launch import OnLine, RunRequest, run_child
-from deepspec.process.machine import MIG, visible_gpus
+from deepspec.process.machine import MIG, check_divides, visible_gpus
 from deepspec.process.scopes import Stopped, scope
 
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
@@ -56,6 +56,7 @@ def num_ranks(run: Run) -> int:
                 fix="lower it (0 captures on the GPU that trains), or use "
                 "resources.training.source=online",
             )
+        check_divides(run.config.resources.devices.gpus_per_lane, captures, "GPUs that capture")
         gpus = gpus[: len(gpus) - captures]
     if any(gpu.startswith(MIG) for gpu in gpus):
         gpus = gpus[:1]  # CUDA shows a process one part of a divided GPU, and NCCL joins no two

@@ -17,6 +17,7 @@ from deepspec.errors import TransientError
 from deepspec.hidden.online import open_online
 from deepspec.hidden.rolling import open_rolling
 from deepspec.process.events import Report, silent
+from deepspec.process.machine import require_compiler
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
@@ -59,6 +60,8 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     dtype = run.config.train.compute_dtype
     world = join_world(resources.devices.type, dtype=dtype, timeout=timeout)
     check_batch(run.config.train.global_batch, world.size)
+    if resources.training.compile:
+        require_compiler(on_gpu=world.device.type == "cuda")
     if run.config.train.strategy == "deepspeed":
         load_deepspeed(world.device)  # before anything is read
     if world.is_first:

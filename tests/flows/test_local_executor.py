@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.errors import ConfigError
 from deepspec.process.machine import visible_gpus
 from flows.local_executor import LocalExecutor
 from tests.flows.test_stage_run import answers_run
@@ -17,6 +18,12 @@ def test_each_lane_pins_its_child_to_one_gpu(run_file: Path, monkeypatch: pytest
     executor = LocalExecutor(answers_run(run_file))
     environments = [executor.environment(lane) for lane in executor.lanes]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["GPU-3", "GPU-5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    in_pairs = LocalExecutor(answers_run(run_file, "resources.devices.gpus_per_lane=2"))
+    environments = [in_pairs.environment(lane) for lane in in_pairs.lanes]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["0,1", "2,3"]
+    with pytest.raises(ConfigError, match="4 GPUs cannot be dealt to lanes of 3"):
+        LocalExecutor(answers_run(run_file, "resources.devices.gpus_per_lane=3"))
     three = ("resources.devices.type=cpu", "resources.devices.lanes=3")
     on_cpu = LocalExecutor(answers_run(run_file, *three))
     assert len(on_cpu.lanes) == 3

@@ -1,6 +1,8 @@
 """Flex and dense attention of training blocks are one computation."""
 
 import logging
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from deepspec.model import attention, attention_path, eagle3
 from deepspec.model import block_draft as block
 from deepspec.model.attention import TILE, BlockVisibility, tiles
 from deepspec.model.attention_path import training_path
+from deepspec.process import machine
 from tests.model.drafts import CONFIGS, TARGETS, make_batch, make_draft
 
 
@@ -221,6 +224,25 @@ def test_a_fallback_on_a_gpu_is_one_warning_that_names_the_cost(
     assert record.message.endswith("no kernel image")
     monkeypatch.setattr(attention_path, "probe", lambda *_: None)
     assert attention_path._probed(torch.float32, heads) == "flex"
+
+
+def test_without_pythons_headers_it_falls_back_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The compiler's own failure is none of PyTorch's errors, and ended training."""
+
+    def compile_launcher(*_: object) -> None:
+        source = tmp_path / "launcher.c"
+        source.write_text('#include "Python.h"\n')
+        command = ["gcc", "-c", str(source), "-o", str(tmp_path / "launcher.o")]
+        subprocess.check_call(command, stderr=subprocess.DEVNULL)
+
+    monkeypatch.setattr(attention_path, "probe", compile_launcher)
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
+    assert attention_path._probed(torch.bfloat16, make_draft().spec.heads) == "dense"
+    fallback, lacks = caplog.messages
+    assert "FALLBACK" in fallback and "gcc" in fallback
+    assert f"Python's headers ({tmp_path / 'Python.h'}), not found here" in lacks
 
 
 def test_a_probe_without_memory_is_no_reason_to_take_the_path_that_needs_more(

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, Qwen3Config
 
 from deepspec.artifacts.run import Run
+from deepspec.config.resources import DevicesConfig
 from deepspec.errors import StoreError
 from deepspec.plan import measure
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
@@ -107,7 +108,8 @@ def test_a_store_that_fails_to_write_is_an_error_of_the_store(
 
 
 def test_lanes_of_a_cpu_do_not_add_up():
-    assert (num_lanes(4, "cpu"), num_lanes(4, "cuda")) == (1, 4)
+    four = DevicesConfig(lanes=4)
+    assert (num_lanes(four, "cpu"), num_lanes(four, "cuda")) == (1, 4)
 
 
 def test_the_draft_is_counted_without_its_frozen_parts(store: Path):

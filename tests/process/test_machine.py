@@ -10,7 +10,13 @@ import pytest
 
 from deepspec.errors import ConfigError
 from deepspec.process import machine
-from deepspec.process.machine import driver_version, missing_for_triton, visible_gpus
+from deepspec.process.machine import (
+    driver_version,
+    group_gpus,
+    missing_for_triton,
+    require_compiler,
+    visible_gpus,
+)
 
 WHOLE = """\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
@@ -145,6 +151,30 @@ def test_what_triton_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CC", sys.executable)  # any program: Triton takes what is set
     monkeypatch.setattr(machine.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
     assert missing_for_triton() == [f"Python's headers ({tmp_path / 'Python.h'})"]
+
+
+def test_lanes_of_several_gpus():
+    assert group_gpus(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
+    assert group_gpus(["GPU-a", "MIG-b"], 1) == ["GPU-a", "MIG-b"]
+    assert group_gpus([], 2) == []
+    with pytest.raises(ConfigError, match="6 GPUs cannot be dealt to lanes of 4") as caught:
+        group_gpus([*"012345"], 4)
+    assert caught.value.fix.startswith("set it to 1 or 2 or 3 or 6")
+    with pytest.raises(ConfigError, match="one part of a divided GPU"):
+        group_gpus(["MIG-a", "MIG-b"], 2)
+
+
+def test_compiling_is_refused_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that was to be compiled ended in its first step, with a stack trace of the compiler."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for on_gpu in (True, False):
+        require_compiler(on_gpu=on_gpu)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"a C compiler \(gcc\), not found"):
+        require_compiler(on_gpu=True)
+    with pytest.raises(ConfigError, match=r"a C\+\+ compiler \(g\+\+\), not found"):
+        require_compiler(on_gpu=False)
 
 
 def test_finding_gpus_loads_no_pytorch():

@@ -5,13 +5,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError, DeepSpecError, TransientError
-from deepspec.target.device import choose_device
+from deepspec.target.device import check_placement, choose_device, placement
 from deepspec.train.loop import run_train
 from tests.conftest import REPOSITORY, tiny_run
 
@@ -183,3 +185,35 @@ def test_nonsense_is_refused_even_where_cuda_shows_a_part_of_it(monkeypatch: pyt
 def test_on_the_cpu_no_setting_of_gpus_matters(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "nonsense")
     assert choose_device("cpu", dtype="bfloat16").type == "cpu"
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch has no backends written in Python",
+)
+@pytest.mark.parametrize("head", ["other:1", "other:0"], ids=["own", "with the embedding"])
+def test_a_target_over_two_gpus_mixes_no_devices(head: str):
+    """Its taps stayed on the devices of their layers, and could not be joined."""
+    command = [sys.executable, "-m", "tests.target.spread_target", head]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_target_is_spread_over_as_many_gpus_as_are_set(monkeypatch: pytest.MonkeyPatch):
+    give_gpu(monkeypatch, (9, 0), count=3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * (gpu + 1), 5000))
+    gpu = torch.device("cuda", 0)
+    assert placement(gpu, 1) == {"device_map": {"": gpu}}
+    assert placement(gpu, 2) == {"device_map": "auto", "max_memory": {0: 800, 1: 1600}}
+    with pytest.raises(ConfigError, match="a target on 4 GPUs, but CUDA shows 3"):
+        placement(gpu, 4)
+    cpu = torch.device("cpu")
+    assert placement(cpu, 4) == {"device_map": {"": cpu}}
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_target_that_does_not_fit_its_gpus_is_not_left_on_the_host(place: str):
+    model = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": place})
+    with pytest.raises(ConfigError, match="weights do not fit 2 GPUs"):
+        check_placement(model, 2)
+    check_placement(SimpleNamespace(hf_device_map={"": 0, "lm_head": 1}), 2)

@@ -137,6 +137,12 @@ def test_the_number_of_ranks_is_the_users_or_that_of_visible_gpus(
                 )
             )
         )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    pairs = ("resources.training.source=rolling", "resources.devices.gpus_per_lane=2")
+    in_pairs = tiny_run(tmp_path, *pairs, "resources.training.rolling_gpus=2")
+    assert (num_ranks(Run(in_pairs)), worker_gpus(in_pairs.resources)) == (2, ["2,3"])
+    with pytest.raises(ConfigError, match="1 GPUs that capture cannot be dealt to lanes of 2"):
+        num_ranks(Run(tiny_run(tmp_path, *pairs)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")
     assert num_ranks(Run(tiny_run(tmp_path))) == 1, "CUDA shows a process one part alone"
     assert (num_ranks(Run(rolling)), worker_gpus(rolling.resources)) == (1, ["MIG-c"])
