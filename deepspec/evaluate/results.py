@@ -1,6 +1,8 @@
-"""A result read back from its artifact: its rows, and the summary of them."""
+"""A result in its artifact: what its rows are, they read back, and the summary of them."""
 
 from typing import Any
+
+import pyarrow as pa
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.results import EvaluationSummary
@@ -8,6 +10,33 @@ from deepspec.errors import DataError
 from deepspec.evaluate.counts import Rows
 from deepspec.evaluate.summary import summarise
 
+COUNTS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "benchmark": pa.string(),
+        "domain": pa.string(),
+        "temperature": pa.float64(),
+        "batch_size": pa.int32(),
+        "group": pa.int32(),  # prompts decoded together share a number, and their seconds evenly
+        "prompt": pa.int32(),
+        "turn": pa.int32(),
+        "prompt_digest": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_tokens": pa.int32(),
+        "plain_tokens": pa.int32(),
+        "identical": pa.bool_(),
+        "regret": pa.float32(),  # `logit_gap` of a greedy answer unlike the plain one
+        "proposed": COUNTS,
+        "accepted": COUNTS,
+        "committed": COUNTS,
+        "token_ids": COUNTS,
+        "confidence": pa.list_(pa.list_(pa.float32())),  # of every drafted token, round by round
+        "seconds": pa.float64(),
+        "draft_seconds": pa.float64(),
+        "verify_seconds": pa.float64(),
+        "plain_seconds": pa.float64(),
+    }
+)
 DOMAINS = ("math", "code", "chat")
 
 

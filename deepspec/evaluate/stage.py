@@ -21,9 +21,9 @@ from deepspec.evaluate.calibration import fit_calibration
 from deepspec.evaluate.confidence import summarise_confidence
 from deepspec.evaluate.policies import live_policy, put_calibration
 from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
-from deepspec.evaluate.results import compute_summary, read_rows
+from deepspec.evaluate.results import SCHEMA, compute_summary, read_rows
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
-from deepspec.evaluate.units import SCHEMA, Evaluator, Models
+from deepspec.evaluate.units import Evaluator, Models
 from deepspec.model.checkpoint import load_draft, read_spec
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests

@@ -93,7 +93,11 @@ def grouped(rows: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
 
 def _part(name: str, temperature: float, answers: Rows, positions: int) -> Part:
     by_size = grouped(answers, itemgetter("batch_size"))
-    rows = next(iter(by_size.values()))
+    # A prompt for which a batch size did not fit into memory was decoded at a smaller one.
+    first = dict[tuple[int, int], int]()
+    for row in answers:
+        first.setdefault((row["prompt"], row["turn"]), row["batch_size"])
+    rows = [row for row in answers if row["batch_size"] == first[row["prompt"], row["turn"]]]
     prompts = grouped(rows, itemgetter("prompt")).values()
     rounds = resample(add_up(prompts, positions), key=(name, temperature))
     times = {

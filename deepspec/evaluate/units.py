@@ -2,7 +2,9 @@
 of raw counts for each.
 
 With a batch size of 1 the two ways alternate prompt by prompt. With a larger one a unit's prompts
-are decoded together, that many at a time, and rows that finish take the prompts that wait.
+are decoded together, that many at a time, and rows that finish take the prompts that wait. A
+batch size that memory has no room for is left out; of the smallest one a half is measured instead,
+and named in the rows.
 """
 
 import logging
@@ -10,51 +12,25 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import torch
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.evaluate import EvaluateConfig
+from deepspec.errors import OutOfMemory
 from deepspec.evaluate.prompts import RenderedPrompt, Unit, render_turns, too_long
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
 from deepspec.model.drafter import Drafter
+from deepspec.model.memory import free_bytes, is_out_of_memory
 from deepspec.target.chat import Chat
 from deepspec.target.conversation import stream_seed
 from deepspec.target.generate import Decode, generate
 from deepspec.target.model import Target
 
 log = logging.getLogger(__name__)
-
-COUNTS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    {
-        "benchmark": pa.string(),
-        "domain": pa.string(),
-        "temperature": pa.float64(),
-        "batch_size": pa.int32(),
-        "group": pa.int32(),  # prompts decoded together share a number, and their seconds evenly
-        "prompt": pa.int32(),
-        "turn": pa.int32(),
-        "prompt_digest": pa.string(),
-        "num_prompt_tokens": pa.int32(),
-        "num_tokens": pa.int32(),
-        "plain_tokens": pa.int32(),
-        "identical": pa.bool_(),
-        "regret": pa.float32(),  # `logit_gap` of a greedy answer unlike the plain one
-        "proposed": COUNTS,
-        "accepted": COUNTS,
-        "committed": COUNTS,
-        "token_ids": COUNTS,
-        "confidence": pa.list_(pa.list_(pa.float32())),  # of every drafted token, round by round
-        "seconds": pa.float64(),
-        "draft_seconds": pa.float64(),
-        "verify_seconds": pa.float64(),
-        "plain_seconds": pa.float64(),
-    }
-)
 
 
 class Models(NamedTuple):
@@ -79,6 +55,10 @@ class Decoded(NamedTuple):
 
     row: dict[str, Any]
     answer: list[int]  # the plain one
+
+
+class _BatchTooLarge(Exception):
+    """A batch size that memory has no room for."""
 
 
 class Evaluator:
@@ -115,12 +95,8 @@ class Evaluator:
                 first = min(group)
                 place = unit.number + first - min(unit.prompts) + turn
                 try:
-                    decoded = self._decode(unit, group, plain_first=place % 2 == 0)
-                except torch.OutOfMemoryError as error:
-                    if unit.batch_size == 1:
-                        raise
-                    what = f"batch_size={unit.batch_size} does not fit into memory"
-                    log.warning("stage=evaluate %s: %s", what, str(error).splitlines()[0])
+                    decoded = self._decode_what_fits(unit, group, plain_first=place % 2 == 0)
+                except _BatchTooLarge as error:
                     result.skipped.extend(_skipped(group, turn, "out_of_memory", str(error)))
                     continue
                 for row, answer in decoded:
@@ -135,20 +111,65 @@ class Evaluator:
         """
         if prompts and unit.batch_size not in self._warm:
             self._warm.add(unit.batch_size)
+            first = dict(islice(prompts.items(), unit.batch_size))
             # The measurement then runs out of memory as well, and reports it.
-            with suppress(torch.OutOfMemoryError):
-                first = dict(islice(prompts.items(), unit.batch_size))
-                self._decode(unit, first, plain_first=True)
+            with suppress(_BatchTooLarge):
+                self._decode_what_fits(unit, first, plain_first=True)
+
+    def _decode_what_fits(
+        self, unit: Unit, group: Mapping[int, RenderedPrompt], *, plain_first: bool
+    ) -> list[Decoded]:
+        """The group at the unit's batch size; the smallest of `evaluate.batch_sizes` gives way to
+        half of it and so on where memory runs out.
+
+        Raises:
+            _BatchTooLarge: a larger one does not fit: its prompts are decoded at a smaller one.
+            OutOfMemory: one prompt by itself does not fit.
+        """
+        size = unit.batch_size
+        while True:
+            try:
+                return self._decode(unit, group, size, plain_first=plain_first)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise self._too_large(unit, group) from error
+                why = str(error).splitlines()[0]
+            # Out of reach of the error, whose frames hold the tensors of the attempt.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            what = f"batch_size={size} does not fit into memory"
+            if min(self.settings.batch_sizes) < unit.batch_size:
+                log.warning("stage=evaluate %s, its prompts are left out: %s", what, why)
+                raise _BatchTooLarge(f"{what}: {why}")
+            size //= 2
+            log.warning("stage=evaluate %s, decoded at batch_size=%d instead: %s", what, size, why)
+
+    def _too_large(self, unit: Unit, group: Mapping[int, RenderedPrompt]) -> OutOfMemory:
+        target, limit = self.models.target, self.settings.max_new_tokens
+        number, length = max(
+            ((number, len(prompt.input_ids)) for number, prompt in group.items()), key=itemgetter(1)
+        )
+        need, free = target.row_bytes(length + limit) / 1e9, free_bytes(target.device) / 1e9
+        return OutOfMemory(
+            f"a prompt of {length} tokens and its answer of up to {limit} do not fit into memory"
+            f" next to target and draft: their keys and values in the target alone need"
+            f" {need:.3f} GB, {free:.3f} GB are free",
+            where=f"benchmark {unit.benchmark}, prompt {number}",
+            fix=f"lower evaluate.max_new_tokens (now {limit}), or evaluate on a device with more"
+            " memory",
+        )
 
     def _decode(
-        self, unit: Unit, group: Mapping[int, RenderedPrompt], *, plain_first: bool
+        self, unit: Unit, group: Mapping[int, RenderedPrompt], batch_size: int, *, plain_first: bool
     ) -> list[Decoded]:
         target, draft, _, stop_ids = self.models
         settings = self.settings
         sampling = SamplingConfig(
             temperature=unit.temperature, top_p=settings.top_p, top_k=settings.top_k
         )
-        decode = Decode(sampling, settings.max_new_tokens, stop_ids, unit.batch_size)
+        decode = Decode(sampling, settings.max_new_tokens, stop_ids, batch_size)
         prompts = [prompt.input_ids for prompt in group.values()]
         seeds = [
             stream_seed(settings.seed, int(prompt.digest, 16), number)
@@ -180,7 +201,7 @@ class Evaluator:
                 "benchmark": unit.benchmark,
                 "domain": unit.domain,
                 "temperature": unit.temperature,
-                "batch_size": unit.batch_size,
+                "batch_size": batch_size,
                 "prompt": number,
                 "prompt_digest": prompt.digest,
                 "num_prompt_tokens": len(prompt.input_ids),

@@ -12,7 +12,7 @@ import torch
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
 from deepspec.artifacts.status import results, stored_report
-from deepspec.errors import ArtifactMismatch, ConfigError, DataError
+from deepspec.errors import ArtifactMismatch, ConfigError, DataError, ShardsFailed
 from deepspec.evaluate import calibration, units
 from deepspec.evaluate import prompts as benchmarks
 from deepspec.evaluate import stage as run
@@ -23,6 +23,7 @@ from deepspec.evaluate.units import Evaluator
 from deepspec.export.export import export_draft
 from deepspec.hidden.stage import run_capture
 from deepspec.report.comparison import compare_results
+from deepspec.target.model import Target
 from deepspec.train.loop import run_train
 from tests.cli.test_main import SETS
 from tests.cli.test_main import run as command
@@ -275,6 +276,55 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
     assert {row["batch_size"] for row in read_rows(artifact)} == {1}
     rejected = [record.rejected for record in artifact.records().values()]
     assert rejected == [0, 3]
+
+
+def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let a pass of more rows run out of memory at its end."""
+    original = Target.forward
+
+    def limited(self: Target, ids: torch.Tensor, cache: Any = None) -> Any:
+        output = original(self, ids, cache)
+        if cache is not None and len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return output
+
+    monkeypatch.setattr(Target, "forward", limited)
+
+
+def test_a_batch_that_runs_out_of_memory_is_decoded_at_a_smaller_size_with_the_same_tokens(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rows name the size that was measured; the first size's acceptance is that of all."""
+    settings = (MATH, "evaluate.temperatures=[0.0, 1.0]", "evaluate.verify=full")
+    config = tiny_run(ready, *settings, "evaluate.batch_sizes=[3]")
+    run_train(Run(config))
+    shutil.copytree(ready, tmp_path / "limited")
+    limited = tiny_run(tmp_path / "limited", *settings, "evaluate.batch_sizes=[3]")
+    whole = run_evaluate(Run(config))
+    limit_rows(monkeypatch, 2)
+    halved = run_evaluate(Run(limited))
+    assert {row["batch_size"] for row in read_rows(whole)} == {3}
+    assert {row["batch_size"] for row in read_rows(halved)} == {1}
+    same = ("prompt", "token_ids", "proposed", "accepted", "committed", "identical")
+    for row, wanted in zip(read_rows(halved), read_rows(whole), strict=True):
+        assert [row[name] for name in same] == [wanted[name] for name in same]
+    assert [record.rejected for record in halved.records().values()] == [0, 0]
+    assert results(Run(limited)).acceptance_length == results(Run(config)).acceptance_length
+
+
+def test_a_prompt_that_does_not_fit_by_itself_is_named(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny_run(ready, MATH, "evaluate.batch_sizes=[1]", "evaluate.temperatures=[0.0]")
+    run_train(Run(config))
+    limit_rows(monkeypatch, 0)
+    monkeypatch.setattr(Target, "row_bytes", lambda *_: 2_000_000_000)
+    with pytest.raises(
+        ShardsFailed, match=r"a prompt of \d+ tokens and its answer of up to 12 do "
+    ):
+        run_evaluate(Run(config))
+    failure = failures(Run(config).artifact("evaluate"))[0]
+    assert "need 2.000 GB" in str(failure)
 
 
 def test_units_are_slices_of_benchmarks_at_each_temperature(ready: Path):
