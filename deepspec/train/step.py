@@ -28,15 +28,17 @@ class StepMetrics:
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
+        # float64 [metrics, 2] on their device, by the names of all metrics of a micro-batch
+        self.totals: dict[tuple[str, ...], Tensor] = {}
         self.num_splits = 0  # of micro-batches, over all ranks already
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add a micro-batch's (sum, count) of each metric."""
-        for name, (total, count) in metrics.items():
-            pair = torch.stack([torch.as_tensor(total), torch.as_tensor(count)])
-            pair = pair.detach().to("cpu", torch.float64)
-            self.totals[name] = self.totals.get(name, 0) + pair
+        """Add a micro-batch's (sum, count) of each metric; no device is waited for."""
+        if metrics:
+            names = tuple(metrics)
+            pairs = torch.stack([number for pair in metrics.values() for number in pair])
+            added = pairs.detach().double().unflatten(0, (-1, 2))
+            self.totals[names] = self.totals.get(names, 0) + added
 
     def read(self, world: World) -> dict[str, float]:
         """Means over all ranks since the last reading, which all ranks make together.
@@ -45,9 +47,10 @@ class StepMetrics:
         `micro_batch_splits` how many micro-batches did not fit into memory.
         """
         sums: dict[str, Tensor] = {}
+        own = [(names, pairs.tolist()) for names, pairs in self.totals.items()]
         # A rank that had nothing to train on has no names, and takes part all the same (trap D3).
-        for totals in world.gather({name: pair.tolist() for name, pair in self.totals.items()}):
-            for name, pair in totals.items():
+        for names, pairs in (totals for of_rank in world.gather(own) for totals in of_rank):
+            for name, pair in zip(names, pairs, strict=True):
                 sums[name] = sums.get(name, 0) + torch.tensor(pair, dtype=torch.float64)
         self.totals = {}
         means = {
@@ -97,7 +100,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     """
     data, world, strategy = trainer.data, trainer.world, trainer.strategy
     # numerator, denominator, ranks that are to stop, micro-batches split
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     num_splits = strategy.num_splits
     num_batches = len(data.micro_batches(step))
     num_rounds = strategy.rounds(num_batches)  # before any of them: all ranks meet here
@@ -107,7 +110,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         strategy.backward(None)
     trainer.throughput.tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
     totals[2], totals[3] = trainer.stop.is_set(), strategy.num_splits - num_splits
-    numerator, denominator, stops, splits = world.sum(totals.to(world.device)).tolist()
+    numerator, denominator, stops, splits = world.sum(totals).tolist()
     trainer.metrics.num_splits += int(splits)
     loss = numerator / denominator if denominator else 0.0
     lr = learning_rate(step, total=data.total_steps, settings=trainer.settings)
@@ -118,11 +121,13 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
 
 
 def accumulate(trainer: Trainer, batch: TrainBatch) -> Tensor:
-    """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2]."""
+    """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2].
+
+    It stays on the device, which is not waited for.
+    """
     output = trainer.strategy.backward(batch)
     trainer.metrics.add(output.metrics)
-    sums = [float(output.numerator.detach()), float(output.denominator)]
-    return torch.tensor(sums, dtype=torch.float64)
+    return torch.stack([output.numerator.detach(), output.denominator]).double()
 
 
 def _not_finite(trainer: Trainer, step: int, loss: float, norm: float) -> TrainingFailed:
