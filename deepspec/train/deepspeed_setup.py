@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
+from deepspec.train.distributed import form_group
 from deepspec.train.strategy import BETAS, EPS
 
 BUCKET_ELEMENTS = 50_000_000  # gradients reduced together: 200 MB of float32
@@ -86,8 +87,5 @@ def load_deepspeed(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
     # a shortcut on CPUs that would need gcc
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    form_group(device, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return deepspeed

@@ -1,9 +1,12 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
+import atexit
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,6 +70,38 @@ def join_world(device: str, *, dtype: str, timeout: timedelta) -> World:
     chosen = choose_device(device, dtype=dtype, index=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    if size > 1:
+        form_group(chosen, timeout=timeout)
     return World(int(os.environ.get("RANK", "0")), size, chosen)
+
+
+def form_group(device: torch.device, **settings: Any) -> None:
+    """Form the process group of ranks on such devices, unless there is one already.
+
+    Args:
+        device: On a GPU NCCL is bound to it at once, instead of guessing it in the first barrier.
+        settings: Further arguments of `init_process_group`.
+    """
+    if not dist.is_initialized():
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=bound, **settings)
+        atexit.register(_abandon_group)
+
+
+@contextlib.contextmanager
+def leaving_group() -> Iterator[None]:
+    """A process group that is formed within the block is left at its end by all ranks together.
+
+    A rank with an error cannot wait for the others to leave. It abandons the group when its process
+    ends, once its error is reported: a lost connection is all that the others see of it. So is the
+    group of a process by itself, to which DeepSpeed holds on.
+    """
+    was_formed = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not was_formed and dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
+def _abandon_group() -> None:
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()

@@ -23,7 +23,7 @@ from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
 from deepspec.train.checkpointing import Checkpoints
 from deepspec.train.deepspeed_setup import load_deepspeed
-from deepspec.train.distributed import World, join_world
+from deepspec.train.distributed import World, join_world, leaving_group
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
 from deepspec.train.metrics_log import MetricsLog
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 LOG_STEPS = 10  # optimizer steps between two lines of metrics
 
 
+@leaving_group()
 def run_train(run: Run, report: Report = silent) -> Artifact:
     """Train from the newest checkpoint (or the start) to the last step, then seal the draft.
 
