@@ -28,6 +28,7 @@ test-all: $(STAMP)
 gpu-compiler: $(GPU_COMPILER)
 
 $(GPU_COMPILER): | $(STAMP)
+	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part $(TRITON)
 	mv $@.part $@
 

@@ -12,18 +12,19 @@ from torch import Tensor
 from deepspec.config.families import HeadGeometry
 from deepspec.model.attention import BlockVisibility, attend
 from deepspec.model.execution import compute_dtype
+from deepspec.model.spec import DraftSpec
 from deepspec.process.machine import missing_for_triton
 
 log = logging.getLogger(__name__)
 
 # More than 128 queries; and no two sizes are alike, since equal ones would be compiled as one.
-PROBE_TOKENS, PROBE_BLOCKS, PROBE_BLOCK_SIZE = 300, 19, 8
+PROBE_TOKENS, PROBE_SLOTS = 300, 140
 
 
-def training_path(weight: Tensor, heads: HeadGeometry) -> Literal["flex", "dense"]:
+def training_path(weight: Tensor, spec: DraftSpec, *, block_size: int) -> Literal["flex", "dense"]:
     """Which attention training takes on this device and dtype; probed and logged once."""
     if weight.device.type == "cuda":
-        return _probed(compute_dtype(weight), heads)
+        return _probed(compute_dtype(weight), spec.heads, spec.attention_scale, block_size)
     return _without_flex(weight.device.type)
 
 
@@ -36,9 +37,11 @@ def _without_flex(device: str) -> Literal["dense"]:
 
 
 @lru_cache
-def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]:
+def _probed(
+    dtype: torch.dtype, heads: HeadGeometry, scale: float, block_size: int
+) -> Literal["flex", "dense"]:
     try:
-        probe(dtype, heads)
+        probe(dtype, heads, scale, block_size)
     except torch.OutOfMemoryError:
         raise  # it tells nothing about the kernels, and the other path needs more
     except _kernel_errors() as error:
@@ -60,10 +63,14 @@ def _probed(dtype: torch.dtype, heads: HeadGeometry) -> Literal["flex", "dense"]
     return "flex"
 
 
-def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
-    """Run a small forward and backward pass of flex attention; raises what its compiler does."""
-    num_slots = PROBE_BLOCKS * PROBE_BLOCK_SIZE
-    first = torch.zeros(PROBE_BLOCKS, dtype=torch.long, device="cuda")
+def probe(dtype: torch.dtype, heads: HeadGeometry, scale: float, block_size: int) -> None:
+    """Run a forward and backward pass of flex attention; raises what its compiler does.
+
+    Batches of more than one tile of queries then find it compiled.
+    """
+    num_blocks = -(-PROBE_SLOTS // block_size)
+    num_slots = num_blocks * block_size
+    first = torch.zeros(num_blocks, dtype=torch.long, device="cuda")
     shapes = (
         (num_slots, heads.num_heads),
         (heads.num_kv_heads, PROBE_TOKENS),
@@ -74,8 +81,7 @@ def probe(dtype: torch.dtype, heads: HeadGeometry) -> None:
             torch.ones(1, *shape, heads.head_dim, device="cuda", dtype=dtype, requires_grad=True)
             for shape in shapes
         )
-        visibility = BlockVisibility(first, first + PROBE_TOKENS, PROBE_BLOCK_SIZE, "flex")
-        scale = heads.head_dim**-0.5
+        visibility = BlockVisibility(first, first + PROBE_TOKENS, block_size, "flex")
         attend(queries, (context, context), [(own, own)], visibility, scale=scale).sum().backward()
 
 

@@ -104,7 +104,7 @@ class BlockDraft(Drafter):
         table = self.rotary(len(context) + size, like=self.fc.weight)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
-        path = training_path(self.fc.weight, self.spec.heads)
+        path = training_path(self.fc.weight, self.spec, block_size=size)
         # the anchor's own state is not known yet
         visibility = BlockVisibility(first, plan.anchors, size, path)
         fused = self._fuse(context[None])

@@ -117,7 +117,7 @@ class Eagle3Draft(Drafter):
         embedded = self.embed(batch.input_ids.roll(-1))[None]
         x = run(Eagle3Layer.attention_input, layer, embedded, fused)
         context = run(Attention.keys_values, layer.self_attn, x, table.at(plan.positions))
-        path = training_path(weight, self.spec.heads)
+        path = training_path(weight, self.spec, block_size=1)
         visibility = BlockVisibility(plan.starts, plan.places + 1, 1, path)
         own: list[KeysValues] = []
         x, states = x[:, plan.places], fused[:, plan.places]

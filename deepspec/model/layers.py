@@ -88,7 +88,7 @@ class Attention(nn.Module):
         heads = spec.heads
         size, kv_size = (num * heads.head_dim for num in (heads.num_heads, heads.num_kv_heads))
         self.heads, self.eps, self.value_norm = heads, spec.rms_norm_eps, spec.family.value_norm
-        self.scale = 1.0 if spec.family.unscaled_attention else heads.head_dim**-0.5
+        self.scale = spec.attention_scale
         self.q_proj = nn.Linear(input_size, size, bias=False)
         self.k_proj = nn.Linear(input_size, kv_size, bias=False)
         if not heads.values_are_keys:

@@ -105,6 +105,11 @@ class DraftSpec:
         """Width m * D of the context: the captured layers side by side."""
         return len(self.target_layer_ids) * self.hidden_size
 
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the scores of attention."""
+        return 1.0 if self.family.unscaled_attention else self.heads.head_dim**-0.5
+
     @classmethod
     def from_target(
         cls,

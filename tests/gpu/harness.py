@@ -18,6 +18,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 from tests.conftest import REPOSITORY
+from tests.gpu.chips import READY
 
 TRITON = Path(os.environ.get("DEEPSPEC_TEST_TRITON") or Path(sys.prefix) / "gpu-compiler")
 # The guard has to be there before PyTorch asks for a device.
@@ -25,7 +26,6 @@ START = (
     "import ctypes, runpy, sys; guard, module = sys.argv[1:3]; "
     "ctypes.CDLL(guard, mode=ctypes.RTLD_GLOBAL); runpy.run_module(module, run_name='__main__')"
 )
-READY = "the pretence works"
 
 
 def missing() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.gpu.chips import Chip
+from tests.gpu.chips import READY, Chip
 
 
 class Kernel(NamedTuple):
@@ -41,7 +41,10 @@ class Nothing:
 
 
 def believe_in(chip: Chip) -> None:
-    """Make torch.cuda and Triton's driver report this chip as the only device."""
+    """Make torch.cuda and Triton's driver report this chip as the only device.
+
+    Prints `READY` when something was compiled for it.
+    """
     properties = types.SimpleNamespace(
         name=chip.name,
         major=chip.capability[0],
@@ -81,6 +84,10 @@ def believe_in(chip: Chip) -> None:
     torch._C._cuda_getCurrentRawStream = lambda _device: 0
     torch._C._set_only_lift_cpu_tensors(True)
     _prepare_compilers(chip)
+    with fake_tensors(compiling=False) as kernels:
+        torch.compile(torch.square)(torch.ones(2, device="cuda"))
+    if kernels:
+        print(READY, flush=True)
 
 
 def _prepare_compilers(chip: Chip) -> None:

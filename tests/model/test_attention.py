@@ -41,7 +41,7 @@ def outcome(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss of one batch on a path, and, on a GPU, its gradients."""
     for module in (block, eagle3):
-        monkeypatch.setattr(module, "training_path", lambda *_: path)
+        monkeypatch.setattr(module, "training_path", lambda *_, **__: path)
     draft, batch = make_draft(CONFIGS[name], target=target).to(device), make_batch(lengths)
     moved = batch._replace(
         **{
@@ -200,7 +200,7 @@ def test_the_path_taken_is_logged_once(caplog: pytest.LogCaptureFixture) -> None
     draft, other = make_draft(CONFIGS["dflash"]), make_draft(target="gemma4")
     with caplog.at_level(logging.INFO, logger="deepspec.model.attention_path"):
         assert [
-            training_path(each.fc.weight, each.spec.heads) for each in (draft, draft, other)
+            training_path(each.fc.weight, each.spec, block_size=4) for each in (draft, draft, other)
         ] == ["dense"] * 3
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "attention=dense device=cpu" in caplog.text
@@ -216,14 +216,16 @@ def test_a_fallback_on_a_gpu_is_one_warning_that_names_the_cost(
 
     monkeypatch.setattr(attention_path, "probe", fail)
     heads = make_draft(CONFIGS["dflash"]).spec.heads
-    assert [attention_path._probed(torch.bfloat16, heads) for _ in range(2)] == ["dense"] * 2
+    assert [attention_path._probed(torch.bfloat16, heads, 1.0, 4) for _ in range(2)] == [
+        "dense"
+    ] * 2
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "FALLBACK: compiled flex attention fails here" in record.message
     assert f"{4 * heads.num_heads} bytes for every query and every token" in record.message
     assert record.message.endswith("no kernel image")
     monkeypatch.setattr(attention_path, "probe", lambda *_: None)
-    assert attention_path._probed(torch.float32, heads) == "flex"
+    assert attention_path._probed(torch.float32, heads, 1.0, 4) == "flex"
 
 
 def test_without_pythons_headers_it_falls_back_and_names_them(
@@ -239,7 +241,7 @@ def test_without_pythons_headers_it_falls_back_and_names_them(
 
     monkeypatch.setattr(attention_path, "probe", compile_launcher)
     monkeypatch.setattr(machine.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
-    assert attention_path._probed(torch.bfloat16, make_draft().spec.heads) == "dense"
+    assert attention_path._probed(torch.bfloat16, make_draft().spec.heads, 1.0, 4) == "dense"
     fallback, lacks = caplog.messages
     assert "FALLBACK" in fallback and "gcc" in fallback
     assert f"Python's headers ({tmp_path / 'Python.h'}), not found here" in lacks
@@ -253,4 +255,4 @@ def test_a_probe_without_memory_is_no_reason_to_take_the_path_that_needs_more(
 
     monkeypatch.setattr(attention_path, "probe", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        attention_path._probed(torch.bfloat16, make_draft().spec.heads)
+        attention_path._probed(torch.bfloat16, make_draft().spec.heads, 1.0, 4)
