@@ -21,6 +21,7 @@ from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
+from deepspec.model.memory import is_out_of_memory
 from deepspec.target.conversation import stream_seed
 from deepspec.train.distributed import World
 
@@ -66,7 +67,7 @@ class StepData:
         # reading can be ahead, so that each sample is hashed once.
         ahead = MAX_JOBS_AHEAD * world.size // settings.global_batch
         self.drawn = lru_cache(BATCHES_AHEAD + 2 + ahead)(self._draw)
-        self._ahead: Iterator[TrainBatch] = iter(())
+        self._ahead: Iterator[TrainBatch | None] = iter(())
         self._next_step: int | None = None  # the step whose batches come next out of `_ahead`
 
     def begin(self, first: int) -> None:
@@ -112,10 +113,11 @@ class StepData:
         self.source.release(step * self.global_batch)
         if step != self._next_step:
             self._ahead = self._batches_from(step)
-        yield from islice(self._ahead, len(self.micro_batches(step)))
+        for group, batch in zip(self.micro_batches(step), self._ahead, strict=False):
+            yield self.load(group) if batch is None else batch
         self._next_step = step + 1
 
-    def _batches_from(self, first: int) -> Iterator[TrainBatch]:
+    def _batches_from(self, first: int) -> Iterator[TrainBatch | None]:
         steps = range(first, self.total_steps)
         # Once for the threads that read, once for the one that makes batches.
         to_read, to_batch = (
@@ -126,8 +128,22 @@ class StepData:
             max_bytes=self.resources.memory.prefetch_mb * 1_000_000,
             threads=self.resources.devices.read_threads,
         )
-        jobs = ((1, partial(self._batch, group, samples)) for group in to_batch)
+        jobs = ((1, partial(self._batch_ahead, group, samples)) for group in to_batch)
         return read_ahead(jobs, max_bytes=BATCHES_AHEAD)
+
+    def _batch_ahead(
+        self, group: Sequence[DrawnSample], samples: Iterator[HiddenSample]
+    ) -> TrainBatch | None:
+        """The next micro-batch; None where there is no room for it beside the one in use."""
+        own = islice(samples, len(group))
+        try:
+            return self._batch(group, own)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        for _ in own:  # the samples after them are the next micro-batch's
+            pass
+        return None
 
     def load(self, group: Sequence[DrawnSample]) -> TrainBatch:
         """A micro-batch by itself."""

@@ -8,6 +8,7 @@ B samples, T tokens, m captured layers, D hidden size.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch import Tensor
 from deepspec.cache.index import ExpectedIndex, Index
 from deepspec.cache.source import Source
 from deepspec.config.data import SamplingConfig
+from deepspec.errors import OutOfMemory
 from deepspec.model.drafter import Drafter
+from deepspec.model.memory import Pieces
 from deepspec.train.distributed import World
 
 ROWS = 8  # samples drafted along together
@@ -46,12 +49,26 @@ def held_out_acceptance(
     total = torch.zeros(2, dtype=torch.float64)
     was_training = draft.training
     draft.eval()
+    measure = Pieces(
+        lambda rows: draft_along(draft, load_answers(source, rows, world.device)),
+        size=len,
+        too_large=partial(_too_large, source),
+    )
     for first in range(0, len(own), ROWS):
-        answers = load_answers(source, own[first : first + ROWS], world.device)
-        total += draft_along(draft, answers)
+        for measured in measure(own[first : first + ROWS]):
+            total += measured
     draft.train(was_training)  # trap D8
     committed, rounds = world.sum(total.to(world.device)).tolist()
     return committed / rounds if rounds else 0.0
+
+
+def _too_large(source: Source, number: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"a held-out answer of {source.index.num_tokens[number]} tokens cannot be drafted along, "
+        "the memory of the device does not suffice",
+        where=f"sample {source.index.sample_id[number]:016x}",
+        fix="set train.acceptance_samples to 0, which measures no checkpoint and keeps the last",
+    )
 
 
 def load_answers(source: Source, numbers: Sequence[int], device: torch.device) -> Answers:

@@ -1,5 +1,6 @@
 """What is trained on at a step: a function of seed and step, every sample once an epoch."""
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,3 +120,33 @@ def test_a_sample_is_drawn_once_however_many_look_at_its_step(
         assert data.drawn(step)
     num_samples = data.total_steps * config.train.global_batch
     assert num_samples <= len(seeds) <= num_samples + 2 * config.train.global_batch
+
+
+def test_a_micro_batch_without_room_beside_the_one_in_use_is_read_again(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory is shortest while the one in use is computed; then the next one is read, too."""
+    config = tiny_run(captured, "resources.memory.batch_tokens=150")
+    cache = HiddenCache(Run(config).artifact("hidden"))
+    real, failed = StepData._batch, list[int]()
+    undisturbed, short = (step_data(cache, config) for _ in range(2))
+
+    def batch(self, group, samples):
+        if self is short and threading.current_thread() is not threading.main_thread():
+            failed.append(len(group))
+            if len(failed) % 3:
+                for _ in range(len(failed) % 3 - 1):
+                    next(samples)  # memory ends before the first sample, or after it
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, group, samples)
+
+    monkeypatch.setattr(StepData, "_batch", batch)
+    for data in (undisturbed, short):
+        data.begin(0)
+    for step in range(undisturbed.total_steps):
+        pairs = zip(short.batches(step), undisturbed.batches(step), strict=True)
+        for found, wanted in pairs:
+            assert found.seeds == wanted.seeds
+            assert all(map(torch.equal, found[:-1], wanted[:-1]))
+    assert len(failed) > 6
+    assert max(failed) > 1

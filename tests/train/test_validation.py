@@ -13,12 +13,14 @@ from deepspec.answers.stage import run_answers
 from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.data import SamplingConfig
+from deepspec.errors import OutOfMemory
 from deepspec.evaluate.speculate import speculate
 from deepspec.hidden.stage import run_capture
 from deepspec.prompts.stage import run_prompts
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.generate import Decode
 from deepspec.target.loading import load_target
+from deepspec.train import validation
 from deepspec.train.distributed import World
 from deepspec.train.draft_artifact import make_draft
 from deepspec.train.validation import Answers, draft_along, held_out_acceptance, load_answers
@@ -137,3 +139,28 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
         float(found[0] / found[1])
     )
     assert draft.training
+
+
+def test_answers_that_do_not_fit_together_are_drafted_along_in_parts(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny_run(captured)
+    cache = HiddenCache(Run(config).artifact("hidden"))
+    draft, numbers = make_draft(config, cache), list(range(11))
+    wanted = held_out_acceptance(draft, cache, numbers, ALONE)
+    tried, along = list[int](), validation.draft_along
+
+    def short(draft, answers):
+        tried.append(len(answers.loss_mask))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return along(draft, answers)
+
+    monkeypatch.setattr(validation, "draft_along", short)
+    most = 2
+    assert held_out_acceptance(draft, cache, numbers, ALONE) == wanted
+    assert sum(rows for rows in tried if rows <= most) == len(numbers)
+    most = 0
+    with pytest.raises(OutOfMemory, match="cannot be drafted along") as caught:
+        held_out_acceptance(draft, cache, numbers, ALONE)
+    assert "train.acceptance_samples" in caught.value.fix
