@@ -65,17 +65,14 @@ def chain(artifact: Artifact, depth: int = 0) -> Iterator[tuple[int, Artifact, A
             yield from chain(input_artifact(artifact.store, entry), depth + 1)
 
 
-def lineage_lines(
-    source: str, overrides: Sequence[str] = (), *, store: str | None = None
-) -> Iterator[str]:
-    """The chain behind an artifact (or behind the result of a run), read from the store.
+def lineage_lines(artifact: Artifact) -> Iterator[str]:
+    """The chain behind an artifact, read from the store.
 
     One line per artifact, indented by its depth.
 
     Raises:
         ArtifactMismatch: there is no artifact.
     """
-    artifact = find_artifact(source, overrides, store=store)
     unsealed = "not finished"
     require_info(artifact)
     for depth, made, info in chain(artifact):

@@ -116,8 +116,6 @@ def stored_report(run: Run) -> str:
 
 def training_lines(run: Run) -> list[dict[str, Any]]:
     """What training logged up to its newest checkpoint; empty where there is none."""
-    try:
-        lines = run.artifact("train").read("metrics.jsonl").decode().splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+    artifact = run.artifact("train")
+    stored = artifact.store.read_if_there(artifact.path("metrics.jsonl")) or b""
+    return [json.loads(line) for line in stored.splitlines()]

@@ -5,9 +5,10 @@ Shards are read by several threads (hashing and reading release the interpreter'
 and front to back: 10,000 shards of 2 GB take as long as the disk or the line needs for their bytes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 
 import xxhash
 
@@ -22,22 +23,20 @@ own.
 """
 
 
-def verify_stage(run: Run, stage: str, locate: Locate | None = None) -> Iterator[str]:
-    """One line per damaged or missing file of the stage's artifact."""
-    num_threads = run.config.resources.devices.read_threads
-    return verify_artifact(run.artifact(stage), locate, num_threads=num_threads)
-
-
-def verify_benchmarks(run: Run) -> Iterator[str]:
-    """One line per damaged or missing file of the known benchmarks that the run reads."""
+def verify_all(run: Run, locate: Mapping[str, Locate]) -> Iterator[str]:
+    """One line per damaged or missing file of the run's stages, and of the known benchmarks that
+    they read; `locate` is by stage.
+    """
+    stages = (run.artifact(stage.name) for stage in run.stages)
     known = [found for stage in run.stages for found in stage.known_benchmarks(run.config)]
-    for benchmark in dict.fromkeys(known):
-        artifact = run.benchmark(benchmark)
-        yield from verify_artifact(artifact, num_threads=run.config.resources.devices.read_threads)
+    num_threads = run.config.resources.devices.read_threads
+    for artifact in chain(stages, map(run.benchmark, dict.fromkeys(known))):
+        found = locate.get(artifact.key.stage)
+        yield from verify_artifact(artifact, found, num_threads=num_threads)
 
 
 def verify_artifact(
-    artifact: Artifact, locate: Locate | None = None, *, num_threads: int
+    artifact: Artifact, locate: Locate | None, *, num_threads: int
 ) -> Iterator[str]:
     """One line per damaged or missing file; what is damaged is removed, to be made again."""
     yield from _damaged_manifest(artifact)

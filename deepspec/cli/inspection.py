@@ -4,7 +4,6 @@ left over.
 
 import json
 import sys
-from itertools import chain
 from typing import Annotated
 
 import typer
@@ -143,13 +142,11 @@ def verify_run(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
 
     What is damaged is named and made missing, so that the stage makes it again.
     """
-    from deepspec.artifacts.verify import verify_benchmarks, verify_stage
+    from deepspec.artifacts.verify import verify_all
     from deepspec.cache.damage import locate_damage
 
-    opened, locate = open_run(run, sets, store=store), {"hidden": locate_damage}
-    stages = (verify_stage(opened, stage.name, locate.get(stage.name)) for stage in opened.stages)
     damaged = False
-    for problem in chain(*stages, verify_benchmarks(opened)):
+    for problem in verify_all(open_run(run, sets, store=store), {"hidden": locate_damage}):
         # at once: its record is gone by now, and the rest may take hours
         typer.echo(problem, err=True)
         damaged = True
@@ -199,7 +196,7 @@ def lineage(run: RunOrArtifact, sets: Sets, store: StoreUrl = None) -> None:
 
     The whole chain back to its prompts, read from the store alone.
     """
-    from deepspec.artifacts.lineage import lineage_lines
+    from deepspec.artifacts.lineage import find_artifact, lineage_lines
 
-    for line in lineage_lines(run, sets, store=store):
+    for line in lineage_lines(find_artifact(run, sets, store=store)):
         typer.echo(line)

@@ -6,7 +6,6 @@ N rounds, R requests, S steps, g block size.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -31,16 +30,9 @@ SIMULATED_THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
 MIN_ROUNDS, MIN_STEPS = 4096, 64  # of one simulation: at one request, and at very many
 
 
-class ConfidenceSummary(NamedTuple):
-    """The two parts of a summary that a result with confidences has."""
-
-    calibration: CalibrationSummary
-    scheduler: SchedulerSummary
-
-
 def summarise_confidence(
     calibration: Calibration, rows: Rows, block_size: int, curve: SpeedCurve
-) -> ConfidenceSummary:
+) -> tuple[CalibrationSummary, SchedulerSummary]:
     """Calibration and policies on the prompts that `fit_calibration` left out.
 
     Both would look too good on the prompts that the temperatures were fitted on.
@@ -55,7 +47,7 @@ def summarise_confidence(
         fitted_on=RoundCounts(rounds=calibration.rounds, prompts=calibration.prompts),
         reported_on=RoundCounts(rounds=len(after.accepted), prompts=after.num_prompts),
     )
-    return ConfidenceSummary(summary, simulate_policies(after, curve))
+    return summary, simulate_policies(after, curve)
 
 
 def per_position(rounds: Rounds) -> list[ConfidenceMeasures]:

@@ -39,9 +39,9 @@ def live_policy(
     """
     if settings.verify == "full":
         return None
-    inputs = _read(artifact, POLICY)
+    inputs = artifact.document(POLICY, PolicyInputs)
     if inputs is None:
-        inputs = _read(draft, f"draft/{CALIBRATION}")
+        inputs = draft.document(f"draft/{CALIBRATION}", PolicyInputs)
         if inputs is None:
             fix = "an evaluation with evaluate.verify=full does that"
             log.warning("stage=evaluate the draft's confidence is not calibrated: %s", fix)
@@ -50,7 +50,7 @@ def live_policy(
             inputs = inputs.model_copy(update={"curve": curve().points()})
         if not artifact.store.write_new(artifact.path(POLICY), pretty_json(inputs.model_dump())):
             # Another worker was first, and its curve is that of all.
-            inputs = _read(artifact, POLICY) or inputs
+            inputs = artifact.document(POLICY, PolicyInputs) or inputs
     if settings.verify == "threshold":
         return Threshold(settings.threshold, inputs.temperatures)
     points = inputs.curve or curve().points()
@@ -62,10 +62,3 @@ def put_calibration(calibration: Calibration, artifact: Artifact, draft: Artifac
     content = pretty_json(calibration.model_dump())
     artifact.write(CALIBRATION, content)
     draft.write(f"draft/{CALIBRATION}", content)
-
-
-def _read(artifact: Artifact, name: str) -> PolicyInputs | None:
-    try:
-        return PolicyInputs.model_validate_json(artifact.read(name))
-    except FileNotFoundError:
-        return None

@@ -117,8 +117,8 @@ class _Evaluation:
         if calibration is None:
             return found
         put_calibration(calibration, self.artifact, self.draft)
-        parts = summarise_confidence(calibration, rows, block_size, self.curve())
-        return found.model_copy(update=parts._asdict())
+        of_draft, of_policies = summarise_confidence(calibration, rows, block_size, self.curve())
+        return found.model_copy(update={"calibration": of_draft, "scheduler": of_policies})
 
 
 def load_models(run: Run) -> Models:

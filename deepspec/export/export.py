@@ -5,15 +5,17 @@ B batch, T tokens, g block size, m captured layers, D hidden size, V vocabulary.
 
 import json
 import logging
-import math
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspec.artifacts.records import Stored
 from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export.engines import ServingEngine, chosen_engine
@@ -30,6 +32,12 @@ SHARED = ("embed_tokens.weight", "lm_head.weight")
 # SGLang's buffer [g], which only a calibration can fill
 TEMPERATURES = "confidence_head.sts_temperatures"
 NUM_TOKENS = 9  # of the fixed input
+
+
+class SlotTemperatures(Stored):
+    """What an export reads of `calibration.json`: a positive number for each slot [g]."""
+
+    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]]
 
 
 def export_draft(draft: Path, *, engine: str, out: Path) -> None:
@@ -88,25 +96,18 @@ def read_temperatures(calibration: Path, block_size: int) -> Tensor:
     """The confidence temperatures of each slot [g] float32.
 
     Raises:
-        ArtifactMismatch: not JSON, or not a positive number for each slot.
+        ArtifactMismatch: not a positive number for each slot, or no calibration at all.
     """
-    where, fix = str(calibration), "calibrate this draft again, or remove the file"
     try:
-        content = json.loads(calibration.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactMismatch(f"the file is not JSON: {error}", where=where, fix=fix) from None
-    found = content.get("temperatures") if isinstance(content, dict) else None
-    if not isinstance(found, list):
-        what = "the file holds no list of temperatures"
-    elif len(found) != block_size:
+        found = SlotTemperatures.model_validate_json(calibration.read_bytes()).temperatures
+        if len(found) == block_size:
+            return torch.tensor(found, dtype=torch.float32)
         what = f"the calibration holds {len(found)} temperatures, a block has {block_size} tokens"
-    elif wrong := [
-        value for value in found if not (isinstance(value, int | float) and 0 < value < math.inf)
-    ]:
-        what = f"a temperature is a number above 0, not {wrong[0]}"
-    else:
-        return torch.tensor(found, dtype=torch.float32)
-    raise ArtifactMismatch(what, where=where, fix=fix)
+    except ValidationError as error:
+        first, *_ = error.errors()
+        what = f"the file is no calibration: {first['msg']} {first['loc']}"
+    fix = "calibrate this draft again, or remove the file"
+    raise ArtifactMismatch(what, where=str(calibration), fix=fix)
 
 
 def check_export(

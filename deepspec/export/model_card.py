@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_at, chain, require_info
+from deepspec.artifacts.lineage import artifact_at, lineage_lines, require_info
 from deepspec.artifacts.records import ArtifactInfo
 from deepspec.export.engines import ServingEngine
 from deepspec.export.formats import target_name
@@ -81,15 +81,8 @@ def _recipe(artifact: Artifact) -> str:
 
 def _lineage(artifact: Artifact) -> str:
     """One line per artifact that this draft was made from, with its manifest's digest."""
-    lines = []
-    for depth, made, found in chain(artifact):
-        manifest = made.manifest()
-        seal = "not sealed"
-        if manifest:
-            totals = manifest.totals
-            seal = f"digest `{manifest.digest}`, {totals['rows']} rows, {totals['tokens']} tokens"
-        lines.append(f"{'  ' * depth}- {found.stage} `{found.name}-{found.fingerprint}`: {seal}")
-    return "\n".join(lines)
+    lines = "\n".join(lineage_lines(artifact))
+    return f"```\n{lines}\n```"
 
 
 def _acceptance(artifact: Artifact) -> Iterator[str]:

@@ -12,7 +12,7 @@ from deepspec.report.page import Preformatted, ReportSection, Table
 def origin_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
     """The lineage of each result, and a table of all settings in which differing rows are bold."""
     lineages = [
-        Preformatted(result.label, list(lineage_lines(result.artifact.url))) for result in results
+        Preformatted(result.label, list(lineage_lines(result.artifact))) for result in results
     ]
     yield ReportSection("Lineage", lineages, "What each result was made from, itself first.")
     settings = settings_by_path([settings_of(result.artifact) for result in results])

@@ -38,7 +38,7 @@ class RemoteStore(Store):
     def __init__(self, url: str, root: str, *, scratch: Path, uploads: Uploads) -> None:
         self.url, self.root, self.scratch, self.uploads = url, root, scratch, uploads
         self.spool = scratch / "staged"
-        self.patience_s: float | None = None  # None: as long as `retried` allows
+        self.patience_s = float("inf")  # as long as `retried` allows
         self._checked_in: set[int] = set()  # processes that could write here
 
     @override

@@ -20,7 +20,7 @@ ResultT = TypeVar("ResultT")
 
 
 def retried(
-    what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s: float | None = None
+    what: str, call: Callable[[], ResultT], bucket: Bucket, *, within_s: float = float("inf")
 ) -> ResultT:
     """What `call` returns, after at most `TRIES` tries over at least 36 s.
 
@@ -42,14 +42,13 @@ def retried(
         tries = f"try={state.attempt_number} of={TRIES} next_in_s={state.upcoming_sleep:.1f}"
         log.warning("op=%s %s reason=%s", what, tries, reason)
 
-    delay_s = float("inf") if within_s is None else within_s
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(
             lambda error: isinstance(error, Failure) and error.problem.kind == "transient"
         ),
         wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         + tenacity.wait_random(0, JITTER_S),
-        stop=tenacity.stop_after_attempt(TRIES) | tenacity.stop_after_delay(delay_s),
+        stop=tenacity.stop_after_attempt(TRIES) | tenacity.stop_after_delay(within_s),
         before_sleep=log_retry,
     )
     try:

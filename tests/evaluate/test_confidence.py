@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from deepspec.artifacts.results import RoundCounts, ThresholdPoint
+from deepspec.artifacts.results import CalibrationSummary, RoundCounts, ThresholdPoint
 from deepspec.evaluate.calibration import fit_calibration, fit_temperatures
 from deepspec.evaluate.confidence import (
-    ConfidenceSummary,
     cumulative,
     per_position,
     simulate,
@@ -32,10 +31,10 @@ THREE = Rounds(
 TWO = Rounds(np.array([[0.9, 0.9], [0.2, 0.2]]), np.array([2, 0]), np.array([0, 1]))
 
 
-def summarised(rows, block_size: int) -> ConfidenceSummary:
+def summarised(rows, block_size: int) -> CalibrationSummary:
     calibration = fit_calibration(rows, block_size)
     assert calibration is not None
-    return summarise_confidence(calibration, rows, block_size, CURVE)
+    return summarise_confidence(calibration, rows, block_size, CURVE)[0]
 
 
 def test_a_slot_is_measured_only_where_it_was_put_to_the_test():
@@ -54,7 +53,7 @@ def test_the_product_is_measured_on_every_round():
 def test_hidden_temperatures_are_found_and_mend_prompts_that_were_not_fitted_on():
     hidden = (2.5, 0.5, 1.0)
     rows = made_rows(60, 200, temperatures=hidden)
-    found = summarised(rows, 3).calibration
+    found = summarised(rows, 3)
     assert found.temperatures == pytest.approx(hidden, rel=0.25)
     assert found.fitted_on == found.reported_on == RoundCounts(rounds=6000, prompts=30)
     for kind, slots in (("positions", (0, 1)), ("cumulative", (0, 1, 2))):
@@ -77,7 +76,7 @@ def test_what_is_reported_was_not_fitted_on():
         for each in made_rows(1, 100 + number, temperatures=(1.0,), seed=number)
     ]
     fitted, reported = split_by_prompt(read_rounds(rows, 1))
-    found = summarised(rows, 1).calibration
+    found = summarised(rows, 1)
     assert (found.fitted_on.rounds, found.reported_on.rounds) == (
         len(fitted.accepted),
         len(reported.accepted),
@@ -97,7 +96,7 @@ def test_policies_serve_no_prompts_that_the_temperatures_were_fitted_on():
     calibration = fit_calibration(rows, 2)
     assert calibration is not None
     found, wanted = (
-        summarise_confidence(calibration, chosen, 2, CURVE).scheduler for chosen in (perfect, rows)
+        summarise_confidence(calibration, chosen, 2, CURVE)[1] for chosen in (perfect, rows)
     )
     assert found == wanted
 

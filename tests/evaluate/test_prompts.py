@@ -133,7 +133,7 @@ def test_a_result_of_a_known_benchmark_names_its_data_set_and_has_every_turn(
             == render_turns(chat, benchmark.prompts[first["prompt"]], [answer]).digest
         )
     evaluated = Run(config).artifact("evaluate")
-    lines = list(lineage_lines(evaluated.url.removeprefix("file://")))
+    lines = list(lineage_lines(evaluated))
     assert any(
         line.strip().startswith("benchmarks/mt-bench-") and f"data set {mt_bench}" in line
         for line in lines

@@ -189,13 +189,13 @@ def test_a_folder_in_use_an_unknown_engine_and_no_draft_are_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("no json", "not JSON"),
-        ("[1.0, 1.0]", "no list of temperatures"),
-        ('{"temperatures": 1.0}', "no list of temperatures"),
+        ("no json", "Invalid JSON"),
+        ("[1.0, 1.0]", "no calibration"),
+        ('{"temperatures": 1.0}', "valid array"),
         ('{"temperatures": [1.0]}', "1 temperatures"),
-        ('{"temperatures": [1.0, 0.0]}', "above 0, not 0.0"),
-        ('{"temperatures": [1.0, "hot"]}', "above 0, not hot"),
-        ('{"temperatures": [1.0, NaN]}', "above 0, not nan"),
+        ('{"temperatures": [1.0, 0.0]}', "greater than 0"),
+        ('{"temperatures": [1.0, "hot"]}', "valid number"),
+        ('{"temperatures": [1.0, NaN]}', "finite number"),
     ],
 )
 def test_a_file_that_is_no_calibration_of_this_draft_is_refused(
@@ -256,7 +256,7 @@ def test_the_command_exports_a_train_artifact_and_its_card_says_where_it_comes_f
     assert done.exit_code == 0, done.output
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in (
-        "hidden `demo-aaaabbbbcccc`",
+        "hidden/demo-aaaabbbbcccc",
         "lr: 0.0006",
         "macro 3.46, math 4.00",
         '"num_speculative_tokens": 4',

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from deepspec.artifacts.run import Run
-from deepspec.artifacts.verify import verify_stage
+from deepspec.artifacts.verify import verify_artifact
 from deepspec.cache.damage import locate_damage
 from deepspec.cache.reader import HiddenCache
 from deepspec.hidden import stage as capture
@@ -77,7 +77,7 @@ def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified
     assert sealed is not None
     assert on_disk is not None
     assert sealed.digest == on_disk.digest
-    assert list(verify_stage(Run(remote), "hidden", locate_damage)) == []
+    assert list(verify_artifact(Run(remote).artifact("hidden"), locate_damage, num_threads=1)) == []
     assert not list((Path(remote.resources.storage.scratch) / "staged").iterdir())
 
 
@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_the_bucket_is_named_and_its_shard_captured_again(remot
     data = bytearray(artifact.store.read(artifact.path(record.file)))
     data[len(data) // 2] ^= 4
     artifact.store.write(artifact.path(record.file), bytes(data))
-    (problem,) = verify_stage(Run(remote), "hidden", locate_damage)
+    (problem,) = verify_artifact(Run(remote).artifact("hidden"), locate_damage, num_threads=1)
     assert "shard 3" in problem
     assert "column context" in problem
     after = run_capture(Run(remote)).manifest()

@@ -11,7 +11,7 @@ import torch
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import failures
 from deepspec.artifacts.tables import read_table
-from deepspec.artifacts.verify import verify_stage
+from deepspec.artifacts.verify import verify_artifact
 from deepspec.cache.format import EncodedTensor
 from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
@@ -121,13 +121,13 @@ def test_a_flipped_bit_is_found_named_and_its_shard_captured_again(captured: Pat
     with pytest.raises(DamagedData, match="of shard 2 is damaged"):
         for number in range(len(damaged)):
             damaged[number]
-    problems = list(verify_stage(Run(config), "hidden"))
+    problems = list(verify_artifact(Run(config).artifact("hidden"), None, num_threads=1))
     assert len(problems) == 1
     assert "shard 2" in problems[0]
     after = run_capture(Run(config)).manifest()
     assert after is not None
     assert after.digest == before.digest
-    assert list(verify_stage(Run(config), "hidden")) == []
+    assert list(verify_artifact(Run(config).artifact("hidden"), None, num_threads=1)) == []
 
 
 def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again(
@@ -140,7 +140,7 @@ def test_a_damaged_file_beside_the_shards_is_removed_by_verify_and_written_again
     before = artifact.manifest()
     path = Path(artifact.store.path(artifact.path("frozen.safetensors")))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert len(list(verify_stage(Run(config), "hidden"))) == 1
+    assert len(list(verify_artifact(Run(config).artifact("hidden"), None, num_threads=1))) == 1
     after = run_capture(Run(config)).manifest()
     assert before is not None
     assert after is not None
@@ -190,7 +190,8 @@ def test_each_codec_gives_back_the_states_that_raw_keeps(
         assert (
             relative_difference(found.last_hidden.decode(), raw.last_hidden.decode()) <= last_error
         )
-    assert list(verify_stage(Run(tiny_run(tmp_path / "store", *overrides)), "hidden")) == []
+    artifact = Run(tiny_run(tmp_path / "store", *overrides)).artifact("hidden")
+    assert list(verify_artifact(artifact, None, num_threads=1)) == []
 
 
 def test_the_gates_figures_are_kept_in_the_artifact(answered: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ import pytest
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.lineage import lineage_lines
 from deepspec.artifacts.run import Run, benchmark_key
-from deepspec.artifacts.verify import verify_benchmarks
+from deepspec.artifacts.verify import verify_all
 from deepspec.config.benchmarks import KNOWN, find_benchmark
 from deepspec.errors import DataError
 from deepspec.prompts.benchmarks import BenchmarkPrompt, read_benchmark, stored_benchmark
@@ -69,7 +69,7 @@ def test_it_is_an_artifact_like_any_other_and_tells_its_data_set(gsm8k: Path, tm
     manifest = artifact.manifest()
     assert manifest is not None
     assert (manifest.totals["shards"], manifest.totals["rows"]) == (1, 5)
-    (line,) = lineage_lines(artifact.url.removeprefix("file://"))
+    (line,) = lineage_lines(artifact)
     assert line.startswith(
         f"benchmarks/gsm8k-{artifact.key.fingerprint}  (digest {manifest.digest}, 5 rows"
     )
@@ -84,13 +84,13 @@ def test_damage_is_found_and_the_same_prompts_are_read_again(gsm8k: Path, tmp_pa
     before, record = artifact.manifest(), artifact.records()[0]
     assert before is not None
     artifact.store.write(artifact.path(record.file), b"torn")
-    (problem,) = verify_benchmarks(Run(config))
+    (problem,) = verify_all(Run(config), {})
     assert "shard 0" in problem
     assert len(read_benchmark(Run(config), "gsm8k")) == 5
     after = artifact.manifest()
     assert after is not None
     assert after.digest == before.digest
-    assert list(verify_benchmarks(Run(config))) == []
+    assert list(verify_all(Run(config), {})) == []
 
 
 def test_prompts_that_are_stored_but_not_sealed_need_no_network(gsm8k: Path, tmp_path: Path):
@@ -180,17 +180,13 @@ def test_an_unpinned_benchmark_stays_with_its_commit_and_a_pinned_one_has_a_fold
     stored_benchmark(Run(config), KNOWN["gsm8k"])
     assert read == [("openai/gsm8k", "main", "test", "aaa")] * 2
     assert "gsm8k@aaa" in caplog.text
-    assert next(lineage_lines(artifact.url.removeprefix("file://"))).endswith(
-        "data set openai/gsm8k at aaa)"
-    )
+    assert next(lineage_lines(artifact)).endswith("data set openai/gsm8k at aaa)")
     read_benchmark(Run(config), "gsm8k@v1")
     assert read[2:] == [("openai/gsm8k", "main", "test", "v1")]
     pinned = Artifact(
         Run(config).store, benchmark_key(KNOWN["gsm8k"].model_copy(update={"revision": "v1"}))
     )
-    assert next(lineage_lines(pinned.url.removeprefix("file://"))).endswith(
-        "data set openai/gsm8k at v1)"
-    )
+    assert next(lineage_lines(pinned)).endswith("data set openai/gsm8k at v1)")
 
 
 def test_another_folder_of_the_same_name_is_not_taken_for_this_one(
@@ -353,8 +349,7 @@ def test_training_prompts_that_are_a_known_benchmarks_are_dropped_with_and_witho
     assert manifest is not None
     assert [name.split("/")[0] for name in manifest.inputs] == ["benchmarks"]
     assert any(
-        "benchmarks/gsm8k" in line and str(gsm8k) in line
-        for line in lineage_lines(artifact.url.removeprefix("file://"))
+        "benchmarks/gsm8k" in line and str(gsm8k) in line for line in lineage_lines(artifact)
     )
 
 

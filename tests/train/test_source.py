@@ -230,7 +230,7 @@ def test_a_draft_that_was_trained_online_is_sealed_over_the_answers_and_knows_it
     assert (
         draft.manifest().inputs[f"answers/{answers.key.fingerprint}"] == answers.manifest().digest
     )
-    said = "\n".join(lineage_lines(draft.url))
+    said = "\n".join(lineage_lines(draft))
     assert all(
         Run(config).artifact(stage).key.fingerprint in said
         for stage in ("train", "hidden", "answers", "prompts", "demo")
