@@ -102,5 +102,5 @@ def write_answers(
         rows=len(rows),
         tokens=sum(turn.num_tokens for turn in turns),
         rejected=len(refused),
-        extra={"turns": len(turns), "truncated": truncated},
+        counts={"turns": len(turns), "truncated": truncated},
     )

@@ -135,21 +135,18 @@ def new_record(
 ) -> Record:
     """The record that a staged file will have as shard `shard` of the artifact."""
     checksum = counts.checksum or file_checksum(local)
+    fields = counts._asdict() | {"checksum": checksum}
+    index_rows = fields.pop("index_rows")
     return Record(
         artifact=key.fingerprint,
         shard=shard,
         file=f"shards/{shard:05d}-{checksum[:12]}.arrow",
         num_bytes=local.stat().st_size,
-        checksum=checksum,
-        rows=counts.rows,
-        tokens=counts.tokens,
-        rejected=counts.rejected,
         upstream=upstream,
-        counts=dict(counts.extra),
-        index_checksum=xxhash.xxh3_128_hexdigest(counts.index_rows) if counts.index_rows else "",
-        scales_checksum=counts.scales_checksum,
+        index_checksum=xxhash.xxh3_128_hexdigest(index_rows) if index_rows else "",
         host=socket.gethostname(),
         seconds=round(seconds, 3),
+        **fields,
     ).with_digest()
 
 
@@ -218,12 +215,12 @@ def sealed_manifest(
 
 
 class Counts(NamedTuple):
-    """What is known of a shard once it is made."""
+    """What is known of a shard once it is made; the names are those of the record."""
 
     rows: int
     tokens: int = 0
     rejected: int = 0
-    extra: Mapping[str, float] = {}
+    counts: Mapping[str, float] = {}
     checksum: str = ""
     """xxh3_128 of the file, if it was computed while writing."""
     index_rows: bytes = b""

@@ -109,8 +109,10 @@ def read_rounds(rows: Rows, block_size: int) -> Rounds:
     return rounds
 
 
-def split_by_prompt(rounds: Rounds, *, seed: int = 0) -> tuple[Rounds, Rounds]:
-    """The rounds of half of the prompts, drawn by `seed`, and of the others (one more if odd)."""
-    prompts = np.random.default_rng(seed).permutation(np.unique(rounds.prompt))
+def split_by_prompt(rounds: Rounds) -> tuple[Rounds, Rounds]:
+    """The rounds of half of the prompts, always the same half, and of the others (one more if
+    odd).
+    """
+    prompts = np.random.default_rng(0).permutation(np.unique(rounds.prompt))
     first = np.isin(rounds.prompt, prompts[: len(prompts) // 2])
     return rounds.where(first), rounds.where(~first)

@@ -27,7 +27,6 @@ from deepspec.cache.format import Layout
 from deepspec.cache.reader import SCALES, SCHEMA
 from deepspec.config.data import HiddenConfig
 from deepspec.config.run import RunConfig
-from deepspec.config.target import TargetConfig
 from deepspec.errors import DamagedData
 from deepspec.hidden.sequences import CaptureRow, capture_rows
 from deepspec.process.events import Report
@@ -91,7 +90,7 @@ def write_metadata(
         }
         artifact.store.write_new(artifact.path(SCALES), save(scales))
     check_scales(artifact, settings, artifact.read_records(artifact.record_shards()[:1]).values())
-    layout = make_layout(config.target, settings, chat, target, read_scales(artifact, settings))
+    layout = make_layout(config, chat, target, read_scales(artifact, settings))
     if FIDELITY in missing:
         write_fidelity(artifact, settings, layout, for_fidelity, target)
     if FIDELITY in codec_files(settings):
@@ -193,13 +192,10 @@ def write_fidelity(
 
 
 def make_layout(
-    settings: TargetConfig,
-    hidden: HiddenConfig,
-    chat: Chat,
-    target: Target,
-    scales: Mapping[str, Tensor],
+    config: RunConfig, chat: Chat, target: Target, scales: Mapping[str, Tensor]
 ) -> Layout:
     """The codecs, and where the states come from, for the schema."""
+    hidden = config.hidden
     sizes = {
         "context": (hidden.codec, len(target.layer_ids)),
         "last_hidden": (hidden.codec_of_last_hidden, 1),
@@ -215,9 +211,9 @@ def make_layout(
         for tensor, (name, num_layers) in sizes.items()
     }
     metadata = {
-        "target": settings.model,
-        "revision": str(settings.revision),
-        "layers": json.dumps(settings.layer_ids),
+        "target": config.target.model,
+        "revision": str(config.target.revision),
+        "layers": json.dumps(config.target.layer_ids),
         "last_hidden": "post_final_norm",
         "codec": hidden.codec,
         **chat.digests(),

@@ -170,10 +170,9 @@ class ShardCapture:
             rows=len(rows),
             tokens=sum(len(row.input_ids) for row in rows),
             rejected=len(rejects),
-            extra={"supervised": sum(sum(row.loss_mask) for row in rows)},
-            checksum=written.checksum,
-            index_rows=written.index_rows,
+            counts={"supervised": sum(sum(row.loss_mask) for row in rows)},
             scales_checksum=self.scales_checksum,
+            **written._asdict(),
         )
 
     def _encode(

@@ -78,7 +78,7 @@ def _missing_share(run: Run) -> float:
     return 1 - captured / max(len(run.artifact("prompts").record_shards()), captured, 1)
 
 
-def check_cache_fits(run: Run, *, num_rows: int = 64) -> None:
+def check_cache_fits(run: Run) -> None:
     """Refuse to start a capture whose missing shards the store cannot hold.
 
     Raises:
@@ -88,7 +88,7 @@ def check_cache_fits(run: Run, *, num_rows: int = 64) -> None:
     if not missing:
         return
     shape = _shape(run, read_text_config(config.target, folder=target_folder(run)))
-    counts = sample_workload(run, num_rows=num_rows).counts.scaled(missing)
+    counts = sample_workload(run, num_rows=64).counts.scaled(missing)
     num_bytes = cache_bytes(counts, config.hidden, shape)
     fit = Fit(num_bytes, _free_bytes(run), config.resources.storage.min_free_gb * 1e9)
     advice = _advice(fit, bytes_by_codec(counts, config.hidden, shape))

@@ -118,7 +118,7 @@ def _commit(artifact: Artifact, number: int, shard: PromptShard) -> None:
     started = time.monotonic()
     put_rejects(artifact, number, shard.rejects)
     rows = [prompt._asdict() for prompt in shard.prompts]
-    counts = Counts(rows=len(rows), rejected=len(shard.rejects), extra=shard.dropped())
+    counts = Counts(rows=len(rows), rejected=len(shard.rejects), counts=shard.dropped())
     with artifact.store.staged() as local:
         write_table(pa.Table.from_pylist(rows, SCHEMA), local)
         seconds = time.monotonic() - started

@@ -16,6 +16,7 @@ from rich.text import Text
 from deepspec.figures.drawing import WIDTH, Chart, Key, theme
 
 Format = Literal["html", "markdown"]
+ENDINGS = {"html": "html", "markdown": "md"}  # of files
 
 
 class Table(NamedTuple):
@@ -93,7 +94,7 @@ def render_page(page: Page, form: Format) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, anchor=_anchor)
-    template = environment.get_template("report.html.j2" if form == "html" else "report.md.j2")
+    template = environment.get_template(f"report.{ENDINGS[form]}.j2")
     return template.render(page=page, width=WIDTH, theme=theme())
 
 

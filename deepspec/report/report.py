@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import find_artifact
+from deepspec.artifacts.lineage import find_artifact, require_info
 from deepspec.artifacts.results import EvaluationSummary, Interval, read_summary
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.evaluate.results import compute_summary, read_rows
@@ -16,9 +16,8 @@ from deepspec.report.acceptance import temperature_sections
 from deepspec.report.confidence import calibration_sections, scheduler_sections
 from deepspec.report.lines import Result
 from deepspec.report.origin import origin_sections, settings_of
-from deepspec.report.page import Fact, Format, Page, render_page
+from deepspec.report.page import ENDINGS, Fact, Format, Page, render_page
 
-ENDINGS = {"html": "html", "markdown": "md"}
 SUBTITLE = (
     "Draft models for speculative decoding, measured against plain decoding of the same target."
 )
@@ -34,16 +33,16 @@ def open_results(
     """
     artifacts = [find_artifact(source, overrides, store=store) for source in sources]
     for artifact in artifacts:
-        stage, what = artifact.key.stage, ""
-        fix = "give a run, or a folder under evaluate/ of its store"
+        stage = artifact.key.stage
         if stage != "evaluate":
+            require_info(artifact)
             what = f"this is an artifact of the stage {stage!r}, not a result"
-            if artifact.info() is None:
-                what = "there is no artifact here"
+            fix = "give a run, or a folder under evaluate/ of its store"
         elif not artifact.record_shards():
             what, fix = "nothing was evaluated yet", "run `python -m deepspec evaluate` first"
-        if what:
-            raise ArtifactMismatch(what, where=artifact.url, fix=fix)
+        else:
+            continue
+        raise ArtifactMismatch(what, where=artifact.url, fix=fix)
     return artifacts
 
 

@@ -7,7 +7,7 @@ import fsspec
 
 from deepspec.errors import StoreError
 from deepspec.storage import s3_obstore
-from deepspec.storage.s3_client import Bucket, FsspecBucket
+from deepspec.storage.s3_client import Bucket
 from deepspec.storage.s3_fsspec import S3fsBucket
 from deepspec.storage.s3_obstore import ObstoreBucket
 
@@ -32,7 +32,7 @@ def client_of(url: str, root: str, *, name: ClientName | None = None) -> Bucket:
         makers = {
             "obstore": lambda: ObstoreBucket(root),
             "s3fs": lambda: S3fsBucket(root),
-            "fsspec": lambda: FsspecBucket(fsspec.core.url_to_fs(url)[0], root),
+            "fsspec": lambda: Bucket(fsspec.core.url_to_fs(url)[0], root),
         }
         # Two threads may both make one; no lock, because a fork may happen while another thread
         # holds it.

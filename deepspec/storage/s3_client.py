@@ -1,16 +1,15 @@
 """What a client of a bucket must do for the store.
 
 Three fit: s3fs (always there, `s3_fsspec.py`), obstore (faster, optional, `s3_obstore.py`), and any
-other file system of fsspec (`FsspecBucket`). None of them retries by itself: how long an outage may
+other file system of fsspec (`Bucket`). None of them retries by itself: how long an outage may
 last is decided in `retries.py` alone.
 """
 
 import threading
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
-
-from typing_extensions import override
+from typing import Any, NamedTuple
 
 from deepspec.storage.s3_errors import Problem, problem_of
 from deepspec.storage.store import Buffer, Entry, FolderListing, Upload
@@ -19,6 +18,7 @@ CONNECT_S, READ_S = 5, 60
 PART_BYTES, MAX_PARTS = 8 << 20, 10_000
 PARTS_AT_ONCE = 4
 OWNER = "deepspec-owner"  # user metadata of an object: the one call that created it
+Classes = type[Exception] | tuple[type[Exception], ...]
 
 
 class Head(NamedTuple):
@@ -29,43 +29,92 @@ class Head(NamedTuple):
     owner: str = ""
 
 
-class Bucket(Protocol):
+class Bucket:
     """One client of one process; keys are relative to the store.
 
-    Every method is one try and may raise any of `errors`.
+    This one takes any file system of fsspec; those for S3 override what they do better. Every
+    method is one try and may raise any of `errors`.
     """
 
-    errors: tuple[type[Exception], ...]
+    errors: tuple[type[Exception], ...] = (OSError,)
+    meanings: Sequence[tuple[Classes, Problem]] = (
+        (FileNotFoundError, Problem("missing", "not found")),
+        (FileExistsError, Problem("exists", "exists already")),
+    )
+    transient: Classes = (ConnectionError, TimeoutError)
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs, self.root = fs, root
+        self._lock = threading.Lock()
 
     def problem(self, error: Exception) -> Problem:
         """What one of `errors` means."""
+        for classes, problem in self.meanings:
+            if isinstance(error, classes):
+                return problem
+        return problem_of(error, transient=isinstance(error, self.transient))
+
+    def path(self, key: str) -> str:
+        """The key as the file system names it."""
+        return f"{self.root}/{key}"
 
     def read(self, key: str) -> bytes:
         """The whole object."""
+        return bytes(self.fs.cat_file(self.path(key)))
 
     def read_range(self, key: str, start: int, end: int) -> Buffer:
         """The bytes [start, end), or as many of them as came."""
+        return bytes(self.fs.cat_file(self.path(key), start=start, end=end))
 
     def head(self, key: str) -> Head:
         """The object's version."""
+        info = self.fs.info(self.path(key))
+        if info["type"] == "directory":
+            raise FileNotFoundError(key)
+        return Head(
+            int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
+        )
 
     def listing(self, folder: str) -> FolderListing:
         """What lies directly below the prefix."""
+        path = self.path(folder)
+        self.fs.invalidate_cache(path)
+        found = FolderListing([], [])
+        for info in self.fs.ls(path, detail=True):
+            name = PurePosixPath(info["name"]).name
+            if info["type"] == "directory":
+                found.folders.append(name)
+            elif info["name"].strip("/") != path.strip("/"):  # S3 lists an object under itself
+                modified = info.get("LastModified") or info.get("created") or info.get("mtime") or 0
+                seconds = modified.timestamp() if isinstance(modified, datetime) else modified
+                found.files.append(Entry(name, int(info["size"]), float(seconds)))
+        return found
 
     def remove(self, key: str) -> None:
         """There is no object of this key afterwards, as there may have been none before."""
+        if self.fs.isfile(self.path(key)):
+            self.fs.rm_file(self.path(key))
 
     def put(self, key: str, data: bytes) -> None:
         """Write in one request; the server compares the bytes with their hash where it can."""
+        self.fs.pipe_file(self.path(key), data)
 
     def put_new(self, key: str, data: bytes, owner: str) -> None:
-        """Write in one request with `If-None-Match: *`.
+        """Write in one request with `If-None-Match: *`, or with only the threads of this process
+        kept apart.
 
         Never in a multipart upload: servers ignore the condition there.
         """
+        with self._lock:
+            if self.fs.exists(self.path(key)):
+                raise FileExistsError(key)
+            self.put(key, data)
 
     def upload(self, local: Path, key: str) -> None:
-        """Write a file in concurrent parts; a failed upload is aborted, its error raised."""
+        """Write a file, in concurrent parts where the client can; a failed upload is aborted, its
+        error raised.
+        """
+        self.fs.put_file(str(local), self.path(key))
 
     def uploads(self) -> list[Upload]:
         """Every unfinished multipart upload below the store's prefix; only s3fs can list them."""
@@ -73,7 +122,6 @@ class Bucket(Protocol):
 
     def abort(self, upload: Upload) -> None:
         """The upload's parts are gone, unless it was completed or aborted meanwhile."""
-        return
 
 
 def part_bytes(num_bytes: int) -> int:
@@ -100,77 +148,3 @@ def create(bucket: Bucket, key: str, data: bytes, *, owner: str) -> bool | None:
         except FileNotFoundError:
             raise ConnectionError("a conflict was reported, and nothing is there now") from None
     return True
-
-
-class FsspecBucket(Bucket):
-    """A file system of fsspec; only the threads of this process are kept apart by `put_new`."""
-
-    errors: tuple[type[Exception], ...] = (OSError,)
-
-    def __init__(self, fs: Any, root: str) -> None:
-        self.fs, self.root = fs, root
-        self._lock = threading.Lock()
-
-    @override
-    def problem(self, error: Exception) -> Problem:
-        if isinstance(error, FileNotFoundError):
-            return Problem("missing", "not found")
-        if isinstance(error, FileExistsError):
-            return Problem("exists", "exists already")
-        return problem_of(error, transient=isinstance(error, ConnectionError | TimeoutError))
-
-    def path(self, key: str) -> str:
-        """The key as the file system names it."""
-        return f"{self.root}/{key}"
-
-    @override
-    def read(self, key: str) -> bytes:
-        return bytes(self.fs.cat_file(self.path(key)))
-
-    @override
-    def read_range(self, key: str, start: int, end: int) -> Buffer:
-        return bytes(self.fs.cat_file(self.path(key), start=start, end=end))
-
-    @override
-    def head(self, key: str) -> Head:
-        info = self.fs.info(self.path(key))
-        if info["type"] == "directory":
-            raise FileNotFoundError(key)
-        return Head(
-            int(info["size"]), str(info.get("ETag") or info.get("created") or info.get("mtime"))
-        )
-
-    @override
-    def listing(self, folder: str) -> FolderListing:
-        path = self.path(folder)
-        self.fs.invalidate_cache(path)
-        found = FolderListing([], [])
-        for info in self.fs.ls(path, detail=True):
-            name = PurePosixPath(info["name"]).name
-            if info["type"] == "directory":
-                found.folders.append(name)
-            elif info["name"].strip("/") != path.strip("/"):  # S3 lists an object under itself
-                modified = info.get("LastModified") or info.get("created") or info.get("mtime") or 0
-                seconds = modified.timestamp() if isinstance(modified, datetime) else modified
-                found.files.append(Entry(name, int(info["size"]), float(seconds)))
-        return found
-
-    @override
-    def remove(self, key: str) -> None:
-        if self.fs.isfile(self.path(key)):
-            self.fs.rm_file(self.path(key))
-
-    @override
-    def put(self, key: str, data: bytes) -> None:
-        self.fs.pipe_file(self.path(key), data)
-
-    @override
-    def put_new(self, key: str, data: bytes, owner: str) -> None:
-        with self._lock:
-            if self.fs.exists(self.path(key)):
-                raise FileExistsError(key)
-            self.put(key, data)
-
-    @override
-    def upload(self, local: Path, key: str) -> None:
-        self.fs.put_file(str(local), self.path(key))

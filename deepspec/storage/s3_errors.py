@@ -18,31 +18,20 @@ Kind = Literal[
     "fatal",
 ]
 CODES: dict[Kind, str] = {
-    "missing": "NoSuchKey NoSuchUpload",
+    "missing": "NoSuchKey NoSuchUpload 404",
     "no bucket": "NoSuchBucket",
-    "exists": "PreconditionFailed ConditionalRequestConflict",
+    "exists": "PreconditionFailed ConditionalRequestConflict 409 412",
     "denied": "AccessDenied SignatureDoesNotMatch InvalidAccessKeyId InvalidToken ExpiredToken"
-    " AllAccessDisabled AccountProblem",
-    "bad range": "InvalidRange",
-    "unsupported": "NotImplemented",
+    " AllAccessDisabled AccountProblem 401 403",
+    "bad range": "InvalidRange 416",
+    "unsupported": "NotImplemented 501",
     # The body changed or broke off on its way to the server, or the server wants fewer requests or
     # a second try.
     "transient": "BadDigest XAmzContentSHA256Mismatch IncompleteBody RequestTimeout SlowDown"
     " Throttling ThrottlingException RequestLimitExceeded TooManyRequests InternalError"
-    " ServiceUnavailable OperationAborted",
-}
+    " ServiceUnavailable OperationAborted 408 429",
+}  # S3's error codes, and the HTTP statuses of answers without one of these
 KINDS = {code: kind for kind, codes in CODES.items() for code in codes.split()}
-STATUS_KINDS: dict[int, Kind] = {
-    401: "denied",
-    403: "denied",
-    404: "missing",
-    408: "transient",
-    409: "exists",
-    412: "exists",
-    416: "bad range",
-    429: "transient",
-    501: "unsupported",
-}
 SECRETS = (
     r"()\b(?:AKIA|ASIA)[A-Z0-9]{12,}",
     r"(?i)((?:x-amz-(?:credential|signature|security-token)|awsaccesskeyid|signature"
@@ -72,7 +61,7 @@ class Failure(Exception):
 def problem_of_answer(status: int | None, code: str) -> Problem:
     """What an answer with this HTTP status and S3 error code means."""
     status = status or 0
-    kind = KINDS.get(code) or STATUS_KINDS.get(status, "transient" if status >= 500 else "fatal")
+    kind = KINDS.get(code) or KINDS.get(str(status), "transient" if status >= 500 else "fatal")
     return Problem(kind, " ".join(str(part) for part in (status, code) if part))
 
 

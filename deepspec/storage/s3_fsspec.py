@@ -18,18 +18,18 @@ from deepspec.storage.s3_client import (
     PART_BYTES,
     PARTS_AT_ONCE,
     READ_S,
-    FsspecBucket,
+    Bucket,
     Head,
     part_bytes,
 )
-from deepspec.storage.s3_errors import Failure, Problem, problem_of, problem_of_answer
+from deepspec.storage.s3_errors import Failure, Problem, problem_of_answer
 from deepspec.storage.store import Upload
 
 log = logging.getLogger(__name__)
 ABORT_S = 20.0
 
 
-class S3fsBucket(FsspecBucket):
+class S3fsBucket(Bucket):
     """S3 through s3fs, with the requests spelled out where s3fs would make more of them."""
 
     def __init__(self, root: str) -> None:
@@ -38,14 +38,20 @@ class S3fsBucket(FsspecBucket):
 
         super().__init__(s3_filesystem(), root)
         self.errors = (OSError, botocore.BotoCoreError, botocore.ClientError, aiohttp.ClientError)
-        self._no_credentials = (
+        no_credentials = (
             botocore.NoCredentialsError,
             botocore.PartialCredentialsError,
             botocore.ProfileNotFound,
             botocore.CredentialRetrievalError,
             botocore.TokenRetrievalError,
         )
-        self._connection = (botocore.ConnectionError, botocore.HTTPClientError, aiohttp.ClientError)
+        self.meanings = (
+            (no_credentials, Problem("no credentials", "no credentials")),
+            (PermissionError, Problem("denied", "permission denied")),
+            *self.meanings,
+        )
+        connection = (botocore.ConnectionError, botocore.HTTPClientError, aiohttp.ClientError)
+        self.transient = (*connection, ConnectionError, TimeoutError)
         self.name, _, prefix = root.partition("/")
         self.prefix = f"{prefix}/" if prefix else ""
 
@@ -62,12 +68,6 @@ class S3fsBucket(FsspecBucket):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response.get("Error", {}).get("Code", ""))
             return problem_of_answer(status, "" if code.isdigit() else code)
-        if isinstance(error, self._no_credentials):
-            return Problem("no credentials", type(error).__name__)
-        if isinstance(error, PermissionError):
-            return Problem("denied", "permission denied")
-        if isinstance(error, self._connection):
-            return problem_of(error, transient=True)
         return super().problem(error)
 
     @override

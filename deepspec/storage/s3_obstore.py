@@ -20,7 +20,7 @@ from deepspec.storage.s3_client import (
     Head,
     part_bytes,
 )
-from deepspec.storage.s3_errors import Problem, problem_of, problem_of_answer
+from deepspec.storage.s3_errors import Problem, problem_of_answer
 from deepspec.storage.store import Buffer, Entry, FolderListing
 
 # Botocore renews at least ten minutes early; obstore wants new ones five minutes before the end.
@@ -55,10 +55,14 @@ class ObstoreBucket(Bucket):
 
         _used_in[:] = [os.getpid()]
         self.obstore = obstore
-        self.errors: tuple[type[Exception], ...] = (exceptions.BaseError, OSError)
-        self._exists = (exceptions.AlreadyExistsError, exceptions.PreconditionError)
-        self._denied = exceptions.PermissionDeniedError
-        self._no_credentials = exceptions.UnauthenticatedError
+        self.errors = (exceptions.BaseError, OSError)
+        exists = (exceptions.AlreadyExistsError, exceptions.PreconditionError)
+        self.meanings = (
+            (exists, Problem("exists", "exists already")),
+            (exceptions.UnauthenticatedError, Problem("no credentials", "no credentials")),
+            (exceptions.PermissionDeniedError, Problem("denied", "permission denied")),
+            *self.meanings,
+        )
         # A part that fails once is not worth sending the whole file again; everything else is
         # retried in `retries` alone.
         connect = _s3_connection(root)
@@ -71,16 +75,9 @@ class ObstoreBucket(Bucket):
         status, code = STATUS.search(text), CODE.search(text)
         if status:
             return problem_of_answer(int(status[1]), code[1] if code else "")
-        if isinstance(error, self._exists):
-            return Problem("exists", "exists already")
-        if isinstance(error, FileNotFoundError):
-            return Problem("missing", "not found")
-        if isinstance(error, self._no_credentials):
-            return Problem("no credentials", "no credentials")
-        if isinstance(error, self._denied):
-            return Problem("denied", "permission denied")
-        transient = isinstance(error, ConnectionError | TimeoutError) or "HTTP error" in text
-        return problem_of(error, transient=transient)
+        found = super().problem(error)
+        is_transient = found.kind == "fatal" and "HTTP error" in text
+        return found._replace(kind="transient") if is_transient else found
 
     @override
     def read(self, key: str) -> bytes:
