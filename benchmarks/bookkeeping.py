@@ -61,8 +61,7 @@ def free_draft(*, drawn: bool) -> Any:
     return SimpleNamespace(
         block_size=BLOCK,
         new_cache=lambda rows, capacity: FreeCache(rows),
-        prefill=lambda *_: None,
-        accept=lambda *_: None,
+        extend=lambda *_: None,
         propose=lambda *_: Proposal(TOKENS, probs, CONFIDENCE),
     )
 

@@ -53,7 +53,10 @@ class Losslessness(Stored):
     identical: int
     prompts: int
     max_logit_gap: float | None = Field(alias="max_regret")
-    """Largest distance of an emitted token's logit from the largest logit, in greedy answers."""
+    """Largest distance of the two logits where a greedy answer first differs from the plain one;
+    in older results that of any emitted token's logit from the largest."""
+    usual_logit_gap: float | None = None
+    """What 95 % of them do not exceed, which is judged; None in older results."""
     bound: float | None
     ok: bool | None
     words: str

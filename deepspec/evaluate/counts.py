@@ -9,6 +9,7 @@ stays what it is; pooled and averaged numbers follow from the same resamples.
 R resamples, U units, K positions of a block.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -182,3 +183,8 @@ def intervals(shares: Array) -> list[Interval | None]:
     """
     found = [interval(column) for column in shares.T]
     return [known if known and known[0] < known[1] else None for known in found]
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The least of `values` that at least this share of them does not exceed; None of none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else None

@@ -6,16 +6,16 @@ past them. Rows whose answers are finished take the prompts that wait. B rows, g
 captured layers, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from deepspec.evaluate.clock import PhaseClock, Seconds
 from deepspec.evaluate.scheduler import Policy
-from deepspec.evaluate.speed_curve import device_time
 from deepspec.model.drafter import DraftCache, Drafter, Proposal
+from deepspec.model.host_copy import receive, send
 from deepspec.model.sampling import Verdict, verify_tokens
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
 from deepspec.target.model import Target, TargetOutput
@@ -33,14 +33,6 @@ class Trace(NamedTuple):
     confidence: list[list[float]]
 
 
-class Seconds(NamedTuple):
-    """Wall-clock of one batch, and its shares of drafting and of the target's verification."""
-
-    total: float
-    draft: float
-    verify: float
-
-
 class Decoding:
     """The answers of all prompts, as the running rows add to them."""
 
@@ -55,10 +47,11 @@ class Decoding:
         for token, (row, prompt) in zip(tokens, admitted.items(), strict=True):
             self._extend(row, prompt, [token])
 
-    def note(self, confidence: Sequence[list[float]]) -> None:
-        """Keep the confidence of a round's tokens, before they are verified."""
-        for row, prompt in self.slots.running.items():
-            self.traces[prompt].confidence.append(confidence[row])
+    def note(self, *confidence: Sequence[list[float]]) -> None:
+        """Keep the confidence of a round's tokens, if any; called before they are committed."""
+        for of_rows in confidence:
+            for row, prompt in self.slots.running.items():
+                self.traces[prompt].confidence.append(of_rows[row])
 
     def commit(
         self,
@@ -117,7 +110,7 @@ def speculate(
     Prompt b draws from its own stream `seeds[b]`, of which every round takes the same number:
     nothing depends on what else is in its batch.
     """
-    timer, block = _Timer(target.device), draft.block_size
+    clock, block = PhaseClock(target.device), draft.block_size
     rows = TargetBatch(target, prompts, settings, seeds=seeds)
     slots = rows.slots
     decoding = Decoding(slots, settings)
@@ -127,45 +120,53 @@ def speculate(
     while True:
         while admitted := slots.admit():
             started = rows.start(admitted, cache)
-            _start_draft(draft, draft_cache, started, alone=len(admitted) == slots.num_rows)
-            decoding.start(started.first.tolist(), admitted)
+            first = started.first.tolist()
+            _start_draft(draft, draft_cache, started, first, alone=len(first) == slots.num_rows)
+            decoding.start(first, admitted)
         if not slots.running:
-            return decoding.traces, timer.read()
+            return decoding.traces, clock.read()
         if kept := slots.compact():
             for part in (cache, draft_cache, rows):
                 part.keep(kept)
-        with timer.phase("draft"):
+        with clock.phase("draft"):
             uniforms = rows.uniforms.take(block) if rows.uniforms else None
             proposal = draft.propose(draft_cache, rows.tokens, rows.sampling, uniforms)
         lengths = _lengths(proposal, policy, decoding)
         inputs = torch.cat([rows.tokens[:, None], proposal.tokens[:, : max(lengths)]], dim=1)
-        with timer.phase("verify"):
+        with clock.phase("verify"):
             output = target.forward(inputs, cache)
             verdict = _verify(rows, output, proposal, lengths)
-        counts = decoding.commit(
-            proposal.tokens.tolist(),
-            lengths,
-            verdict.num_accepted.tolist(),
-            verdict.next_token.tolist(),
+        known = [] if proposal.confidence is None else [proposal.confidence]
+        tokens, accepted, next_tokens, *confidence = receive(
+            proposal.tokens, verdict.num_accepted, verdict.next_token, *known
         )
+        clock.settle()
+        decoding.note(*confidence)
+        counts = decoding.commit(tokens, lengths, accepted, next_tokens)
         cache.lengths = [sum(both) for both in zip(cache.lengths, counts, strict=True)]
         following = inputs.roll(-1, dims=1).scatter_(
             1, verdict.num_accepted[:, None], verdict.next_token[:, None]
         )
-        with timer.phase("draft"):
+        with clock.phase("draft"):
             draft.extend(draft_cache, output.context, following, counts)
         rows.tokens = verdict.next_token
 
 
 def _start_draft(
-    draft: Drafter, draft_cache: DraftCache, started: Prefilled, *, alone: bool
+    draft: Drafter,
+    draft_cache: DraftCache,
+    started: Prefilled,
+    first: Sequence[int],
+    *,
+    alone: bool,
 ) -> None:
-    """Give the draft the features of newly admitted prompts, and the token after each position."""
+    """Give the draft the features of newly admitted prompts, and the token after each position.
+
+    `first` are the first tokens of their answers.
+    """
     counts = [len(prompt) for prompt in started.prompts]
-    shifted = [
-        [*prompt[1:], token]
-        for prompt, token in zip(started.prompts, started.first.tolist(), strict=True)
-    ]
+    pairs = zip(started.prompts, first, strict=True)
+    shifted = [[*prompt[1:], token] for prompt, token in pairs]
     following = pad_right(shifted, started.first.device)
     if alone:
         draft_cache.reset()
@@ -177,10 +178,8 @@ def _start_draft(
 
 
 def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> list[int]:
-    """How many of each row's tokens the target is to verify [B]; their confidence is noted."""
+    """How many of each row's tokens the target is to verify [B]."""
     num_rows, block = proposal.tokens.shape
-    if proposal.confidence is not None:
-        decoding.note(proposal.confidence.tolist())
     if proposal.confidence is None or policy is None:
         return [block] * num_rows
     running = np.zeros(num_rows, dtype=bool)
@@ -200,22 +199,5 @@ def _verify(
         drawn = rows.uniforms.take(block + 1)
         draws = torch.cat([drawn[:, :width], drawn[:, block:]], 1)
     probs = proposal.probs[:, :width] if proposal.probs is not None else None
-    limits = None if min(lengths) == width else torch.tensor(lengths, device=logits.device)
+    limits = None if min(lengths) == width else send(lengths, logits.device)
     return verify_tokens(proposal.tokens[:, :width], probs, logits, rows.sampling, draws, limits)
-
-
-class _Timer:
-    """Seconds by phase; on a GPU every reading waits for the work before it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.started = device, device_time(device)
-        self.seconds = {"draft": 0.0, "verify": 0.0}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = device_time(self.device)
-        yield
-        self.seconds[name] += device_time(self.device) - started
-
-    def read(self) -> Seconds:
-        return Seconds(device_time(self.device) - self.started, **self.seconds)

@@ -3,7 +3,6 @@
 b tokens of one forward pass, over all requests together.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from deepspec.artifacts.results import CurvePoints
 from deepspec.errors import DataError
+from deepspec.evaluate.clock import device_time
 from deepspec.evaluate.rounds import Floats
 from deepspec.target.model import Target
 
@@ -107,13 +107,6 @@ def read_curve(path: Path) -> SpeedCurve:
     except ValidationError:
         raise DataError("the file holds no speed curve", where=str(path), fix=fix) from None
     return SpeedCurve(points.tokens, points.steps_per_second, where=str(path))
-
-
-def device_time(device: torch.device) -> float:
-    """Seconds of a monotonic clock, read once all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.inference_mode()

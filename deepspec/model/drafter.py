@@ -15,6 +15,7 @@ from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
 from deepspec.model.chunked_loss import Vocabulary, softcap
 from deepspec.model.execution import Execution
+from deepspec.model.host_copy import row_numbers, row_starts
 from deepspec.model.kv_cache import RowCache
 from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
@@ -56,12 +57,12 @@ class DraftCache(RowCache):
         super().put(rows, fresh)
         # it may have been made in inference mode, or be a view
         self.last_output = self.last_output.clone()
-        self.last_output[rows] = fresh.last_output
+        self.last_output[self._numbers(rows)] = fresh.last_output
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         super().keep(rows)
-        self.last_output = self.last_output[rows]
+        self.last_output = self.last_output[self._numbers(rows)]
 
     def rotation(self, num_new: int) -> Rotation:
         """Of the next `num_new` positions of every row.
@@ -86,7 +87,10 @@ class DraftCache(RowCache):
         return (keys < self._starts() + num_new)[:, None, None]
 
     def _starts(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.table.cos.device)[:, None]
+        return row_starts(tuple(self.lengths), self.table.cos.device)
+
+    def _numbers(self, rows: Sequence[int]) -> Tensor:
+        return row_numbers(tuple(rows), self.last_output.device)
 
 
 class Drafter(nn.Module, ABC):

@@ -18,6 +18,7 @@ from deepspec.model.attention_path import training_path
 from deepspec.model.chunked_loss import Coefficients, Targets, score
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS
+from deepspec.model.host_copy import row_numbers
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
 from deepspec.model.loss import LossOutput, Metrics, zero_loss
 from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
@@ -161,13 +162,14 @@ class Eagle3Draft(Drafter):
         x = self._write(cache, next_tokens[:, :longest], fused)
         # Drafting goes on from the last position's output alone: the only query worth computing.
         lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
-        rows, last = range(len(counts)), [max(count - 1, 0) for count in counts]
+        added = row_numbers(tuple(counts), x.device)
+        rows = torch.arange(len(counts), device=x.device)
+        last = (added - 1).clamp(min=0)
         cache.lengths = [max(length - 1, 0) for length in lengths]
         output = self._output(cache, x[rows, last][:, None], fused[rows, last][:, None])
         cache.lengths = lengths
         if min(counts) == 0:
-            has_new = torch.tensor(counts, device=output.device)[:, None] > 0
-            output = torch.where(has_new, output, cache.last_output)
+            output = torch.where(added[:, None] > 0, output, cache.last_output)
         cache.last_output = output
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError
+from deepspec.model.host_copy import row_numbers, row_starts
 
 GROWTH = 256  # positions added at a time at least, unless the cache has no room for more
 # Positions that a window's slots have room for beyond it: a verified block writes that many at
@@ -121,18 +122,20 @@ class LayerCache:
             return
         slots, longest = self.slots_after(fresh_lengths, 0), max(fresh_lengths)
         pair = self._grown(*fresh.pair, lengths, slots)
+        places = row_numbers(tuple(rows), pair[0].device)
         for stored, new in zip(pair, fresh.pair, strict=True):
             if longest <= min(slots, fresh.slots):
-                stored[rows, :, :longest] = new[:, :, :longest]
+                stored[places, :, :longest] = new[:, :, :longest]
             else:
-                stored[rows] = _relaid(new, fresh_lengths, slots)
+                stored[places] = _relaid(new, fresh_lengths, slots)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         self.rows = len(rows)
         if self.pair is not None:
             keys, values = self.pair
-            self.pair = keys[rows], values[rows]
+            kept = row_numbers(tuple(rows), keys.device)
+            self.pair = keys[kept], values[kept]
 
     def _grown(
         self, keys: Tensor, values: Tensor, lengths: Sequence[int], slots: int
@@ -179,7 +182,7 @@ class RowCache:
 
 def latest_positions(ends: Sequence[int], slots: int, device: torch.device) -> Tensor:
     """The last position before ends[b] that belongs to each slot [B, slots]; below 0: none yet."""
-    last = torch.tensor(ends, device=device)[:, None] - 1
+    last = row_starts(tuple(ends), device) - 1
     return last - (last - torch.arange(slots, device=device)) % slots
 
 
@@ -201,5 +204,4 @@ def _places(
     lengths: tuple[int, ...], num_new: int, slots: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(lengths), device=device)[:, None]
-    starts = torch.tensor(lengths, device=device)[:, None]
-    return rows, (starts + torch.arange(num_new, device=device)) % slots
+    return rows, (row_starts(lengths, device) + torch.arange(num_new, device=device)) % slots

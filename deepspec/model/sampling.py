@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.config.data import SamplingConfig
+from deepspec.model.host_copy import HOST, row_numbers, send
 
 
 class Verdict(NamedTuple):
@@ -150,45 +151,47 @@ def _following(
 
 
 class UniformStream:
-    """Uniform numbers in [0, 1), one stream per row.
+    """Uniform numbers in [0, 1), one stream per row, sent to the device many at a time.
 
     What a row gets depends on its seed and on how many it took before.
     """
 
     CHUNK = 512
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device = HOST) -> None:
         self._sources = [_source(seed) for seed in seeds]
-        self._numbers = np.empty((len(seeds), 0))
+        self._device = device
+        self._numbers = torch.empty(len(seeds), 0, dtype=torch.float64, device=device)
         self._next = 0
 
     def take(self, num: int) -> Tensor:
-        """The next `num` numbers of every row [B, num] float64, on the CPU."""
+        """The next `num` numbers of every row [B, num] float64."""
         if self._next + num > self._numbers.shape[1]:
-            fresh = np.stack([source.random(max(num, self.CHUNK)) for source in self._sources])
-            self._numbers = np.concatenate([self._numbers[:, self._next :], fresh], axis=1)
+            drawn = np.stack([source.random(max(num, self.CHUNK)) for source in self._sources])
+            fresh = send(drawn, self._device)
+            self._numbers = torch.cat([self._numbers[:, self._next :], fresh], dim=1)
             self._next = 0
         self._next += num
-        return torch.from_numpy(self._numbers[:, self._next - num : self._next])
+        return self._numbers[:, self._next - num : self._next]
 
     def start(self, rows: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """Restart rows with other seeds; returns the first number of each [n] float64.
 
         The other rows keep their place.
         """
-        # numbers already handed out are views of the old array
-        self._numbers = self._numbers.copy()
-        first = np.empty(len(rows))
-        for place, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            self._sources[row] = source = _source(seed)
-            first[place] = source.random()
-            source.random(out=self._numbers[row, self._next :])
-        return torch.from_numpy(first)
+        for row, seed in zip(rows, seeds, strict=True):
+            self._sources[row] = _source(seed)
+        left = self._numbers.shape[1] - self._next
+        drawn = send(np.stack([self._sources[row].random(1 + left) for row in rows]), self._device)
+        # numbers already handed out are views of the old tensor
+        self._numbers = self._numbers.clone()
+        self._numbers[row_numbers(tuple(rows), self._device), self._next :] = drawn[:, 1:]
+        return drawn[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         self._sources = [self._sources[row] for row in rows]
-        self._numbers = self._numbers[list(rows)]
+        self._numbers = self._numbers[row_numbers(tuple(rows), self._device)]
 
 
 def _source(seed: int) -> np.random.Generator:

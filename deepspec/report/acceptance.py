@@ -110,7 +110,7 @@ def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
     rows = []
     for result in results:
         found = result.summary.temperatures[temperature].losslessness
-        gap = found.max_logit_gap
+        gap, usual = found.max_logit_gap, found.usual_logit_gap
         rows.append(
             {
                 "run": result.label,
@@ -118,7 +118,8 @@ def _lossless_table(results: Sequence[Result], temperature: float) -> Table:
                 "shown": {True: "yes", False: "NO", None: "not by these counts"}[found.ok],
                 "what is known": found.words,
                 "identical": f"{found.identical}/{found.prompts}",
-                "largest logit gap": "" if gap is None else f"{gap:.3g}",
+                "logit gap, 95 %": "" if usual is None else f"{usual:.3g}",
+                "largest": "" if gap is None else f"{gap:.3g}",
             }
         )
     return Table("Losslessness", rows, words=4)

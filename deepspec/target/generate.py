@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.config.data import SamplingConfig
+from deepspec.model.host_copy import row_numbers, send
 from deepspec.model.sampling import UniformStream, choose_tokens
 from deepspec.target.model import Target, TargetCache
 
@@ -87,7 +88,8 @@ class TargetBatch:
         self.sampling = settings.sampling
         self.capacity = max(map(len, prompts)) + settings.max_new_tokens
         greedy = settings.sampling.temperature == 0
-        self.uniforms = None if greedy else UniformStream([0] * self.slots.num_rows)
+        unset = [0] * self.slots.num_rows  # seeds, until a prompt is admitted
+        self.uniforms = None if greedy else UniformStream(unset, target.device)
         self.tokens = torch.zeros(self.slots.num_rows, dtype=torch.long, device=target.device)
 
     def start(self, admitted: Mapping[int, int], cache: TargetCache) -> Prefilled:
@@ -106,12 +108,13 @@ class TargetBatch:
             seeds = [self.seeds[prompt] for prompt in admitted.values()]
             uniforms = self.uniforms.start(rows, seeds)
         first = choose_tokens(self.target.logits(last_hidden), self.sampling, uniforms).tokens
-        self.tokens = self.tokens.index_copy(0, torch.tensor(rows, device=first.device), first)
+        numbers = row_numbers(tuple(rows), first.device)
+        self.tokens = self.tokens.index_copy(0, numbers, first)
         return Prefilled(rows, prompts, context, first)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows alone, in this order."""
-        self.tokens = self.tokens[list(rows)]
+        self.tokens = self.tokens[row_numbers(tuple(rows), self.tokens.device)]
         if self.uniforms:
             self.uniforms.keep(rows)
 
@@ -151,7 +154,7 @@ def generate(
             cache.lengths[row] += 1
         uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
         batch.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, uniforms).tokens
-        tokens = batch.tokens.tolist()
+        tokens = batch.tokens.tolist()  # the only wait for the device in a step
         add({row: tokens[row] for row in slots.running})
 
 
@@ -168,11 +171,11 @@ def prefill(
     output = target.forward(pad_right(prompts, target.device), cache)
     cache.lengths, cache.counts = cache.counts, None
     rows = torch.arange(len(prompts), device=target.device)
-    last = torch.tensor(cache.lengths, device=target.device) - 1
+    last = row_numbers(tuple(cache.lengths), target.device) - 1
     return output.context, output.last_hidden[rows, last]
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Token ids [B, T] long, padded with zeros to the longest row."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True).to(device)
+    return send(pad_sequence(tensors, batch_first=True), device)

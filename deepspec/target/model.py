@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepspec.model.host_copy import row_starts
 from deepspec.model.kv_cache import LayerCache, RowCache, latest_positions
 from deepspec.target.attention import FLASH, KeyMask, use_grouped_attention
 
@@ -68,8 +69,8 @@ class TargetCache(RowCache):
         if min(self.lengths) + num_tokens == end:
             positions = self.positions[None, end - num_tokens : end]
         else:
-            starts = torch.tensor(self.lengths, device=self.positions.device)
-            positions = starts[:, None] + self.positions[:num_tokens]
+            starts = row_starts(tuple(self.lengths), self.positions.device)
+            positions = starts + self.positions[:num_tokens]
         return positions, (self.positions[:end] <= positions[:, :, None])[:, None]
 
     def window_mask(self, positions: Tensor, causal: Tensor) -> Tensor:

@@ -3,11 +3,12 @@ each batch size (trap E6).
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
 
-from deepspec.artifacts.results import EvaluationSummary, read_summary
+from deepspec.artifacts.results import EvaluationSummary, Losslessness, read_summary
 from deepspec.evaluate.results import compute_summary, read_rows
 from deepspec.evaluate.summary import GAP_BOUND, losslessness, summarise
 from deepspec.storage.store import pretty_json
@@ -120,6 +121,8 @@ def test_an_answer_without_a_round_counts_for_nothing():
         (0.0, "bfloat16", [True, False], [None, GAP_BOUND / 2], True, "by ties"),
         (0.0, "bfloat16", [True, False], [None, GAP_BOUND * 4], False, "by more than ties"),
         (0.0, "bfloat16", [True, False], [None, None], None, "not recorded"),
+        (0.0, "float16", [True, False], [None, GAP_BOUND / 2], True, "by ties"),
+        (0.0, "bfloat16", [True, False], [None, math.inf], False, "by more than ties"),
         (1.0, "float32", [False, False], [None, None], None, "distributed as the target's"),
     ],
 )
@@ -133,6 +136,24 @@ def test_losslessness_is_claimed_as_far_as_the_counts_show_it(
     found = losslessness(rows, temperature, dtype)
     assert found.ok is ok
     assert said in found.words
+
+
+@pytest.mark.parametrize(("num_large", "ok"), [(0, True), (1, True), (2, False)])
+def test_one_large_gap_in_twenty_is_rounding_and_two_are_not(num_large: int, ok: bool):
+    """The largest of a million tokens' gaps was judged before, which passes any bound by chance."""
+    gaps = [GAP_BOUND * 4] * num_large + [GAP_BOUND / 4] * (20 - num_large)
+    rows = [{"identical": False, "regret": gap} for gap in gaps]
+    rows += [{"identical": True, "regret": None}] * 300
+    found = losslessness(rows, 0.0, "bfloat16")
+    assert found.ok is ok
+    assert found.max_logit_gap == max(gaps)
+    assert found.usual_logit_gap == (GAP_BOUND / 4 if ok else GAP_BOUND * 4)
+
+
+def test_an_older_summary_has_no_usual_gap():
+    document = losslessness([{"identical": True}], 0.0, "bfloat16").model_dump(by_alias=True)
+    del document["usual_logit_gap"]
+    assert Losslessness.model_validate(document).usual_logit_gap is None
 
 
 OLD = ("batch_size", "group", "domain", "turn", "regret", "confidence")
