@@ -172,6 +172,9 @@ class GpuPretence(TorchFunctionMode):
             return self._pin(args[0].clone())
         if func is Tensor.is_pinned:
             return args[0].untyped_storage().data_ptr() in self._pinned
+        if func is Tensor.new_tensor and isinstance(args[0], OnGpu):
+            like, func, args = args[0], torch.tensor, args[1:]
+            kwargs = {"dtype": like.dtype, "device": CUDA, **kwargs}
         pinned = kwargs.pop("pin_memory", False)
         wanted = kwargs.get("device")
         if wanted is None or torch.device(wanted).type != "cuda":
