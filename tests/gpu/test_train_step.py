@@ -51,6 +51,7 @@ def test_a_micro_batch_computes_what_it_does_on_the_host_and_waits_no_more_than_
         monkeypatch.setattr(module, "training_path", lambda *_: "flex")
     monkeypatch.setattr(attention, "flex_attention", masked_attention)
     monkeypatch.setattr(attention, "compiled", lambda function: function)
+    monkeypatch.setattr(attention, "kernel_options", lambda *_: None)  # of the real kernel
     with GpuPretence() as gpu:
         on_gpu = trainer(name, CUDA)
         moved = TrainBatch(*(x.to(CUDA) for x in batch[:-1]), batch.seeds)
