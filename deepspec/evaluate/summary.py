@@ -226,11 +226,8 @@ def losslessness(rows: Rows, temperature: float, dtype: str | None) -> Losslessn
         ok, bound, why = None, None, "which verification ensures; two draws need not be equal"
         words = f"sampled answers are distributed as the target's, {why}"
     elif identical == prompts:
-        ok, bound, words = (
-            True,
-            None,
-            "every answer is token for token that of plain greedy decoding",
-        )
+        ok, bound = True, None
+        words = "every answer is token for token that of plain greedy decoding"
     elif dtype == "float32":
         ok, bound, words = False, 0.0, f"{differ}: in float32 none may"
     elif usual is None or len(gaps) < prompts - identical:
