@@ -18,9 +18,9 @@ from deepspec.train.strategy import Replicated
 from tests.gpu.tagged import CUDA, GpuPretence
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
-# Waits in one micro-batch are at most these today; the goal is 4. Most are metrics that are read
-# one by one, slots chosen by a mask, and the block mask that each layer makes anew.
-WAITS = {"dflash": 29, "vanilla": 39, "eagle3": 38}
+# Waits in one micro-batch are at most these today; the goal is 4. Most are slots
+# chosen by a mask, whose number the host reads each time; the chunks' bounds and anchors are others.
+WAITS = {"dflash": 15, "vanilla": 21, "eagle3": 20}
 
 
 def masked_attention(
@@ -48,7 +48,7 @@ def test_a_micro_batch_computes_what_it_does_on_the_host_and_waits_no_more_than_
     on_host = trainer(name, torch.device("cpu"))
     wanted = accumulate(on_host, batch)
     for module in (block_draft, eagle3):
-        monkeypatch.setattr(module, "training_path", lambda *_: "flex")
+        monkeypatch.setattr(module, "training_path", lambda *_, **__: "flex")
     monkeypatch.setattr(attention, "flex_attention", masked_attention)
     monkeypatch.setattr(attention, "compiled", lambda function: function)
     monkeypatch.setattr(attention, "kernel_options", lambda *_: None)  # of the real kernel
@@ -59,7 +59,7 @@ def test_a_micro_batch_computes_what_it_does_on_the_host_and_waits_no_more_than_
         gpu.waits.clear()
         found = accumulate(on_gpu, moved)
         num_waits = gpu.num_waits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
         for parameter, other in zip(
             on_gpu.strategy.parameters.values(), on_host.strategy.parameters.values(), strict=True
         ):
