@@ -18,8 +18,8 @@ from deepspec.train.strategy import Replicated
 from tests.gpu.tagged import CUDA, GpuPretence
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
-# Waits in one micro-batch are at most these today; the goal is 4. Most are slots
-# chosen by a mask, whose number the host reads each time; the chunks' bounds and anchors are others.
+# Waits in one micro-batch are at most these today; the goal is 4. Most are slots chosen by a mask,
+# whose number the host reads each time; others are the bounds of chunks, and anchors.
 WAITS = {"dflash": 15, "vanilla": 21, "eagle3": 20}
 
 
