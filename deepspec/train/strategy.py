@@ -131,7 +131,9 @@ class Replicated(Strategy):
 
     def _pass(self, batch: TrainBatch, parameters: Sequence[nn.Parameter]) -> LossOutput:
         output = self.loss(batch, self.draft.plan(batch))
-        if parameters:
+        if len(parameters) == len(self.parameters):
+            output.numerator.backward()  # without the search of a chosen few in the graph
+        elif parameters:
             output.numerator.backward(inputs=parameters)
         return output
 
