@@ -76,7 +76,9 @@ def test_every_batch_has_a_kernel_and_no_length_compiles_again(guard: Path) -> N
         compiling=False,
     )
     graphs = [found["new"] > 0 for found in every["batches"]]
-    assert sum(graphs) <= 4  # of many and of one, once for each block size
+    # Of one block, of one tile of queries and of more, for each block size: PyTorch takes a size of
+    # one for fixed. Above eight it would stop compiling, and all scores would be kept.
+    assert sum(graphs) <= 6
 
 
 @pytest.mark.slow
