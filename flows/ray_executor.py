@@ -48,8 +48,8 @@ class GroupOrder(NamedTuple):
 
 
 class RayExecutor:
-    """Workers of a Ray cluster: one at a time for each GPU, or as many as `resources.devices.lanes`
-    sets.
+    """Workers of a Ray cluster: one at a time for each GPU (or `gpus_per_lane` of them), or as many
+    as `resources.devices.lanes` sets.
     """
 
     def __init__(self, stage_run: StageRun, runner: RayTaskRunner[Any]) -> None:
@@ -60,10 +60,9 @@ class RayExecutor:
         self.lanes = [Lane(f"Ray #{number}") for number in range(count)]
         self.options: dict[str, Any] = {"num_cpus": 1}
         if groups:
-            share = -(-count // groups)  # lanes on the same GPUs; Ray has no parts of several
-            self.options = {
-                "num_gpus": 1 / share if devices.gpus_per_lane == 1 else devices.gpus_per_lane
-            }
+            # Lanes share one GPU, and not several: Ray gives a part of one only.
+            sharing = -(-count // groups) if devices.gpus_per_lane == 1 else 1
+            self.options = {"num_gpus": devices.gpus_per_lane / sharing}
         fingerprint, folder = artifact.key.fingerprint, str(Path.cwd())
         self.order = GroupOrder(stage_run.request, stage_run.stage, fingerprint, folder)
         self.url = artifact.url

@@ -7,9 +7,9 @@ size, V vocabulary.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
-from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +127,12 @@ class Target:
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """Embedding and lm_head [V, D], which every draft has as well, by their names there."""
+        """Embedding and lm_head [V, D], which every draft has as well, by their names there; those
+        of them that are on `device`.
+        """
         embedding = self.model.get_input_embeddings()
-        return {"embed_tokens.weight": embedding.weight, "lm_head.weight": self.lm_head.weight}
+        weights = {"embed_tokens.weight": embedding.weight, "lm_head.weight": self.lm_head.weight}
+        return {name: weight for name, weight in weights.items() if weight.device == self.device}
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._tapped[layer] = output[0] if isinstance(output, tuple) else output
@@ -202,14 +205,21 @@ class Target:
         return TargetCache(self.windows, rows, capacity, self.device)
 
     def row_bytes(self, capacity: int) -> int:
-        """Bytes of keys and values of a row of `capacity` tokens."""
-        slots = (LayerCache(1, capacity, window).most_slots for window in self.windows)
-        return sum(map(mul, slots, self._token_bytes))
+        """Bytes of keys and values of a row of `capacity` tokens, on the device with most."""
+        on_device = Counter[torch.device]()
+        for window, (device, num_bytes) in zip(self.windows, self._token_bytes, strict=True):
+            on_device[device] += num_bytes * LayerCache(1, capacity, window).most_slots
+        return max(on_device.values())
 
     @cached_property
-    def _token_bytes(self) -> list[int]:
-        """Of each layer's keys and values of one token, as the layer writes them."""
+    def _token_bytes(self) -> list[tuple[torch.device, int]]:
+        """Of each layer's keys and values of one token, as the layer writes them, and where."""
         cache = self.new_cache(1, 1)
         self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache)
         # A layer that uses the keys and values of another writes none.
-        return [sum(part.nbytes for part in layer.pair or ()) for layer in cache.layers]
+        return [
+            (layer.pair[0].device, sum(part.nbytes for part in layer.pair))
+            if layer.pair
+            else (self.device, 0)
+            for layer in cache.layers
+        ]

@@ -117,7 +117,7 @@ def test_a_prompt_that_does_not_fit_by_itself_is_named(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_cache(monkeypatch, lambda _: False)
-    engine.target._token_bytes = [1, 1, 1, 1]  # known from before
+    engine.target._token_bytes = [(engine.target.device, 1)] * 4  # known from before
     with pytest.raises(
         OutOfMemory, match=r"a prompt of \d+ tokens and its answer of up to 12 "
     ) as e:

@@ -41,6 +41,9 @@ def spread(head: str) -> Target:
 
 def decode(target: Target) -> None:
     """Prefill two rows of unequal length, decode two tokens of each, and once without a cache."""
+    keys_and_values = 2 * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+    assert target.row_bytes(16) == 16 * keys_and_values * 2, "two layers on each device"
+    assert {weight.device for weight in target.frozen.values()} == {target.device}
     input_ids = torch.zeros(2, 5, dtype=torch.long, device=target.device)
     cache = target.new_cache(2, 16)
     outputs = [target.forward(input_ids), target.forward(input_ids, cache)]

@@ -113,6 +113,12 @@ def test_training_ends_before_it_reads_anything(
     with pytest.raises(ConfigError, match="GPU 0 cannot be used"):
         run_train(run)
     assert run.artifact("train").info() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled = Run(tiny_run(tmp_path / "store", "resources.training.compile=true"))
+    with pytest.raises(ConfigError, match=r"compiling needs a C\+\+ compiler"):
+        run_train(compiled)
+    assert run.artifact("train").info() is None
 
 
 @pytest.mark.parametrize(
