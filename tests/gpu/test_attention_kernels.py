@@ -98,7 +98,11 @@ def test_kernels_fit_the_shared_memory_of_the_chip(guard: Path, chip: str, dtype
     bytes, and Gemma4's fitted no card.
     """
     # 14B's heads are as wide as 4B's
-    cases = [(HEADS[target], dtype, [SHORT]) for target in ("demo", "qwen3-4b", "gemma4-12b")]
+    targets = ["demo", "qwen3-4b", "gemma4-12b"]
+    if dtype == "float32" and CHIPS[chip].shared_memory < 132_096:
+        # Backward wants that much at the smallest tiles: the probe falls back to dense attention.
+        targets.remove("gemma4-12b")
+    cases = [(HEADS[target], dtype, [SHORT]) for target in targets]
     for result in compiled(guard, chip, cases, compiling=True):
         sizes = [made["shared_memory"] for made in result["kernels"] if made["shared_memory"]]
         assert len(sizes) == 2  # forward and backward
