@@ -49,6 +49,7 @@ def devices(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
 
     config = open_run(run, sets, store=store).config
     dtypes = {config.target.dtype, config.train.compute_dtype}
+    dtypes.add(config.evaluate.dtype or config.target.dtype)
     for line in describe_device(config.resources.devices.type, dtypes=dtypes):
         typer.echo(line)
 

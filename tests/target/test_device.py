@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
+from deepspec import __main__ as door
 from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError, DeepSpecError, TransientError
 from deepspec.target.device import check_placement, choose_device, placement
@@ -142,6 +143,19 @@ def test_an_unusable_gpu_is_an_error_with_driver_and_cuda_version(
     )
     assert f"which needs driver 580 or newer; {has} (The NVIDIA driver on" in error.what
     assert error.fix.startswith(fix) and error.fix.endswith("computes on the CPU")
+
+
+@pytest.mark.parametrize("field", ["target.dtype", "train.compute_dtype", "evaluate.dtype"])
+def test_every_number_format_of_a_run_is_looked_at(
+    field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    give_gpu(monkeypatch, (7, 5))
+    computing(monkeypatch, None)
+    formats = {"target.dtype": "float32", "train.compute_dtype": "float32"} | {field: "bfloat16"}
+    sets = [part for pair in formats.items() for part in ("--set", "=".join(pair))]
+    with pytest.raises(SystemExit) as end:
+        door.main(lambda: door.app(["devices", "demo", *sets]))
+    assert end.value.code == 2 and "has no bfloat16" in capsys.readouterr().err
 
 
 def test_a_gpu_without_bfloat16_is_refused_for_it_and_taken_for_float32(
