@@ -79,6 +79,8 @@ bluestore block create = true
 bluestore fsck on mount = false
 osd memory target = 1073741824
 osd client watch timeout = 4
+osd class update on start = false
+osd crush update on start = false
 osd max object name len = 256
 osd max object namespace len = 64
 [client.rgw]
@@ -215,6 +217,9 @@ class Radosgw:
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(monitors))
         self._daemon("ceph-mon", "-i", "a")
         self._run("ceph", "--connect-timeout", "30", "osd", "new", osd_id, "0")
+        # Not left to the OSD: where it asks before the monitor told it the cluster's id, it is
+        # refused ("wrong fsid") and ends.
+        self._run("ceph", "osd", "crush", "add", "0", "1.0", "root=default", "host=localhost")
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         self._daemon("ceph-osd", "-i", "0")
         who = [
@@ -276,9 +281,7 @@ class Radosgw:
             connection.close()
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        """Raises RuntimeError also where a daemon ended: on a busy machine an OSD now and then
-        does ("wrong fsid").
-        """
+        """Raises RuntimeError also where a daemon ended."""
         deadline = time.monotonic() + START_S
         while not ready():
             ended = [name for name, process in self.daemons.items() if process.poll() is not None]
