@@ -108,7 +108,7 @@ def load_draft(
     """
     draft, weights = empty_draft(read_spec(Path(folder))), Path(folder) / "model.safetensors"
     tensors = load_file(weights)
-    check_tensors(draft, tensors, where=str(weights))
+    _assign(draft, tensors, where=str(weights))  # refused before anything is on the device
     given = shared or {}
     reused = [name for name, tensor in given.items() if _same(tensors[name], tensor, dtype)]
     log.info("draft=%s device=%s dtype=%s shared=%s", folder, device, dtype, reused)
@@ -116,7 +116,7 @@ def load_draft(
         name: given[name].detach() if name in reused else tensor.to(dtype).to(device)
         for name, tensor in tensors.items()
     }
-    _assign(draft, placed)
+    _assign(draft, placed, where=str(weights))
     return draft.eval()
 
 
@@ -150,34 +150,16 @@ def load_tensors(
     Raises:
         ArtifactMismatch: one that names all tensors that are missing, extra or of another shape.
     """
-    check_tensors(draft, tensors, where=where)
-    _assign(draft, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    _assign(draft, {name: tensor.to(dtype) for name, tensor in tensors.items()}, where=where)
 
 
-def check_tensors(draft: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse tensors that are not those of the draft.
-
-    Raises:
-        ArtifactMismatch: one that names all tensors that are missing, extra or of another shape.
-    """
-    wanted = {name: list(tensor.shape) for name, tensor in draft.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
+def _assign(draft: nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
+    try:
+        draft.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:  # PyTorch's text names every tensor and both its shapes
         fix = "give the config.json that was saved with these weights"
-        raise ArtifactMismatch(
-            "weights and config do not fit: " + "; ".join(problems), where=where, fix=fix
-        )
-
-
-def _assign(draft: nn.Module, tensors: dict[str, Tensor]) -> None:
-    draft.load_state_dict(tensors, strict=True, assign=True)
+        what = f"weights and config do not fit: {' '.join(str(error).split())}"
+        raise ArtifactMismatch(what, where=where, fix=fix) from error
     # assigning brings the tensors' own flags along
     for name, parameter in draft.named_parameters():
         parameter.requires_grad = not name.startswith(("embed_tokens.", "lm_head."))

@@ -212,7 +212,7 @@ def test_a_draft_with_a_tensor_missing_is_not_exported(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     del tensors["norm.weight"]
     save_file(tensors, tmp_path / "draft" / "model.safetensors")
-    with pytest.raises(ArtifactMismatch, match=r"missing norm\.weight"):
+    with pytest.raises(ArtifactMismatch, match=r'Missing .* "norm\.weight"'):
         export_draft(tmp_path / "draft", engine="hf", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

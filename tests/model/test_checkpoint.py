@@ -95,9 +95,9 @@ def test_one_error_names_every_tensor_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMismatch) as caught:
         load_draft(tmp_path)
     for problem in (
-        "missing norm.weight",
-        "unexpected extra.weight",
-        f"fc.weight is [3, 2], not [{SIZE}, {3 * SIZE}]",
+        'Missing key(s) in state_dict: "norm.weight"',
+        'Unexpected key(s) in state_dict: "extra.weight"',
+        "size mismatch for fc.weight: copying a param with shape torch.Size([3, 2])",
     ):
         assert problem in str(caught.value)
 
@@ -191,7 +191,7 @@ def test_sharing_does_not_hide_a_tensor_that_is_missing(tmp_path: Path) -> None:
     save_draft(draft, tmp_path)
     of_target = {key: draft.state_dict()[key].clone() for key in FROZEN}
     damage(tmp_path, lm_head__weight=None)
-    with pytest.raises(ArtifactMismatch, match=r"missing lm_head\.weight"):
+    with pytest.raises(ArtifactMismatch, match=r'Missing .* "lm_head\.weight"'):
         load_draft(tmp_path, shared=of_target)
 
 
