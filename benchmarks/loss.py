@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
+from deepspec.model.targets import TargetPlaces, Targets
 
 SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
 ROUNDS = 3
@@ -63,7 +64,7 @@ def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
         else Coefficients(soft_ce=weights)
     )
     features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
-    targets = Targets.gathered(parts["hidden"], parts["places"])
+    targets = Targets.gathered(parts["hidden"], TargetPlaces.of(parts["places"]))
     vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
     return score(
         parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients

@@ -27,7 +27,7 @@ from deepspec.config.draft import (
     Eagle3DraftConfig,
     MarkovConfig,
 )
-from deepspec.model.anchors import Eagle3Plan, Samples, sample_anchors
+from deepspec.model.anchors import Samples, plan_places, sample_anchors
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter, TrainBatch
@@ -122,15 +122,7 @@ def padded_plan(draft: Drafter, batch: TrainBatch) -> Any:
     places, own = grown(plan.places, samples)
     counted = torch.zeros(len(plan.counted), len(places), dtype=torch.bool)
     counted[:, own] = plan.counted
-    bounds = samples.holding(places)
-    return Eagle3Plan(
-        places,
-        bounds.starts,
-        plan.positions,
-        counted,
-        1.0 / (bounds.ends - bounds.starts),
-        plan.num_samples,
-    )
+    return plan_places(batch, places, counted)
 
 
 def groups(samples: Sequence[TrainBatch], *, pads: bool) -> list[list[TrainBatch]]:

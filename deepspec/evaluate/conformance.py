@@ -153,7 +153,7 @@ def _uncached_logits(draft: Drafter, batch: TrainBatch, *, verified: int) -> Ten
     tokens of the batch's only sample.
     """
     if isinstance(draft, BlockDraft):
-        plan = draft.plan_for(batch, torch.tensor([verified], device=batch.input_ids.device))
+        plan = draft.plan_for(batch, torch.tensor([verified]))
         block, head = draft.block_states(batch.context, plan), draft.markov_head
         logits = draft.logits(block)
         if head:
@@ -161,7 +161,7 @@ def _uncached_logits(draft: Drafter, batch: TrainBatch, *, verified: int) -> Ten
         return logits[0]
     eagle3 = cast("Eagle3Draft", draft)
     steps = eagle3.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
-    states = torch.stack([step[verified - 1] for step in eagle3.step_states(batch, steps)])
+    states = torch.stack([step[verified - 1] for step in eagle3.step_states(batch.context, steps)])
     return eagle3.logits(eagle3.norm(states))
 
 

@@ -2,7 +2,8 @@
 
 For a block drafter, where training blocks start and what they predict; for Eagle3, where each step
 of its training-time test is scored. The samples of a batch lie one after the other in one packed
-row: T tokens in all, S samples, K anchors, g block size, P scored places.
+row: T tokens in all, S samples, K anchors, g block size, P scored places. Plans are made on the
+host, so that a device which is sent one is never asked for a number of it.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.model.drafter import TrainBatch
+from deepspec.model.targets import TargetPlaces
 
 
 class Samples(NamedTuple):
@@ -42,17 +44,13 @@ class BlockPlan(NamedTuple):
     labels: Tensor  # [K, g] long, what slot j of a block predicts: the token at its anchor + 1 + j
     counted: Tensor  # [K, g] bool, a contiguous prefix of each block
     weights: Tensor  # [K, g] float32, 0 where not counted
+    slots: Tensor  # [N] long, the counted ones among all K * g
+    targets: TargetPlaces  # of each counted slot: the position before its label, its anchor first
 
     @property
     def previous(self) -> Tensor:
         """Token [K, g] before each slot's own, which the Markov head reads in training."""
         return torch.cat([self.anchor_tokens[:, None], self.labels[:, :-1]], dim=-1)
-
-    @property
-    def places(self) -> Tensor:
-        """Where the position before each counted slot's label is [N]: the anchor's for slot 0."""
-        blocks, slots = self.counted.nonzero(as_tuple=True)
-        return self.anchors[blocks] + slots
 
 
 class Eagle3Plan(NamedTuple):
@@ -62,7 +60,13 @@ class Eagle3Plan(NamedTuple):
     places: Tensor
     starts: Tensor  # [P] long, where the sample of each begins
     positions: Tensor  # [T] long, of every token within its own sample
+    next_tokens: Tensor  # [T] long, the token after each of the row
+    tokens: Tensor  # [steps, P] long, the newest token that each step reads
     counted: Tensor  # [steps, P] bool
+    steps: Tensor  # [N] long, where `counted` is True, step by step
+    columns: Tensor  # [N] long
+    num_scored: tuple[int, ...]  # at each step
+    targets: TargetPlaces  # [N] step s at t is to match p_{t+1+s}
     # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
     weights: Tensor
     num_samples: Tensor  # float32
@@ -74,21 +78,21 @@ def sample_anchors(batch: TrainBatch, num_anchors: int) -> Tensor:
     An anchor and the token after it are in an answer, and belong to one sample. Sample s draws from
     batch.seeds[s] alone.
     """
-    mask = batch.loss_mask
+    _, mask, lengths = on_host(batch)
     candidates = F.pad(mask[:-1] & mask[1:], (0, 1))
     # a sample's last token: the one after it is another sample's
-    candidates[batch.lengths.cumsum(0) - 1] = False
-    sizes = batch.lengths.tolist()
+    candidates[lengths.cumsum(0) - 1] = False
+    sizes = lengths.tolist()
     drawn = [torch.empty(0, dtype=torch.long)]
     start = 0
-    by_sample = candidates.cpu()[: sum(sizes)].split(sizes)
+    by_sample = candidates[: sum(sizes)].split(sizes)
     for of_sample, seed in zip(by_sample, batch.seeds, strict=True):
         positions = of_sample.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
         chosen = positions[torch.randperm(len(positions), generator=generator)[:num_anchors]]
         drawn.append(start + chosen.sort().values)
         start += len(of_sample)
-    return torch.cat(drawn).to(mask.device)
+    return torch.cat(drawn)
 
 
 def plan_blocks(
@@ -101,18 +105,28 @@ def plan_blocks(
     Slot j weighs exp(-j / decay), or 1 where `decay` is None. The blocks are filled up to a
     multiple of `multiple`, so that shapes repeat.
     """
-    ids, num_blocks = batch.input_ids, len(anchors)
-    anchors = F.pad(anchors, (0, -num_blocks % multiple))
-    slots, tokens = (torch.arange(size, device=ids.device) for size in (block_size, len(ids)))
-    all_samples = Samples.of(batch.lengths)
+    (ids, mask, lengths), num_blocks = on_host(batch), len(anchors)
+    anchors = F.pad(anchors.cpu(), (0, -num_blocks % multiple))
+    slots, tokens = torch.arange(block_size), torch.arange(len(ids))
+    all_samples = Samples.of(lengths)
     samples = all_samples.holding(anchors)
     wanted = anchors[:, None] + 1 + slots  # [K, g]
     places = wanted.minimum(samples.ends[:, None] - 1)
-    counted = (batch.loss_mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
+    counted = (mask[places] & (wanted < samples.ends[:, None])).cumprod(-1).bool()
     counted[num_blocks:] = False
     weights = counted.float() if decay is None else counted * torch.exp(-slots / decay)
     positions = tokens - all_samples.holding(tokens).starts
-    return BlockPlan(anchors, samples, positions, ids[anchors], ids[places], counted, weights)
+    return BlockPlan(
+        anchors,
+        samples,
+        positions,
+        anchor_tokens=ids[anchors],
+        labels=ids[places],
+        counted=counted,
+        weights=weights,
+        slots=counted.flatten().nonzero()[:, 0],
+        targets=TargetPlaces.of((anchors[:, None] + slots)[counted]),
+    )
 
 
 def plan_steps(batch: TrainBatch, *, num_steps: int, multiple: int) -> Eagle3Plan:
@@ -120,19 +134,41 @@ def plan_steps(batch: TrainBatch, *, num_steps: int, multiple: int) -> Eagle3Pla
 
     The places are filled up to a multiple of `multiple`, so that shapes repeat.
     """
-    num_tokens, device = len(batch.input_ids), batch.lengths.device
-    tokens, steps = (torch.arange(size, device=device) for size in (num_tokens, num_steps))
-    samples = Samples.of(batch.lengths).holding(tokens)
+    ids, mask, lengths = on_host(batch)
+    tokens, steps = torch.arange(len(ids)), torch.arange(num_steps)
+    samples = Samples.of(lengths).holding(tokens)
     ahead = tokens + steps[:, None]  # [steps, T]
-    counted = batch.loss_mask[ahead.clamp(max=num_tokens - 1)] & (ahead < samples.ends - 1)
+    counted = mask[ahead.clamp(max=len(ids) - 1)] & (ahead < samples.ends - 1)
     places = counted.any(0).nonzero()[:, 0]
-    weights = 1.0 / (samples.ends - samples.starts)[places]
     fill = (0, -len(places) % multiple)
+    return plan_places(batch, F.pad(places, fill), F.pad(counted[:, places], fill))
+
+
+def plan_places(batch: TrainBatch, places: Tensor, counted: Tensor) -> Eagle3Plan:
+    """The plan that scores step s at those places [P] of which `counted` [steps, P] is True."""
+    ids, _, lengths = on_host(batch)
+    tokens, numbers = torch.arange(len(ids)), torch.arange(len(counted))
+    all_samples = Samples.of(lengths)
+    samples = all_samples.holding(places)
+    steps, columns = counted.nonzero(as_tuple=True)
+    newest = (places + 1 + numbers[:, None]).clamp(max=len(ids) - 1)
     return Eagle3Plan(
-        places=F.pad(places, fill),
-        starts=F.pad(samples.starts[places], fill),
-        positions=tokens - samples.starts,
-        counted=F.pad(counted[:, places], fill),
-        weights=F.pad(weights, fill),
-        num_samples=weights.new_tensor(len(batch.lengths)),
+        places=places,
+        starts=samples.starts,
+        positions=tokens - all_samples.holding(tokens).starts,
+        next_tokens=ids.roll(-1),
+        tokens=ids[newest],
+        counted=counted,
+        steps=steps,
+        columns=columns,
+        num_scored=tuple(counted.sum(1).tolist()),
+        # a counted position has t + s before the last token, so its target is there
+        targets=TargetPlaces.of(places[columns] + 1 + steps),
+        weights=1.0 / (samples.ends - samples.starts),
+        num_samples=torch.tensor(float(len(lengths))),
     )
+
+
+def on_host(batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, loss mask and lengths of a batch, wherever they are, on the host."""
+    return batch.input_ids.cpu(), batch.loss_mask.cpu(), batch.lengths.cpu()

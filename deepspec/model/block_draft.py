@@ -15,14 +15,15 @@ from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, plan_blocks, sample_anchors
 from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Targets
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS
 from deepspec.model.heads import ConfidenceHead, MarkovHead, sample_block
+from deepspec.model.host_copy import send_all
 from deepspec.model.layers import DecoderLayer, Layers, RMSNorm
 from deepspec.model.loss import LossOutput, Slots, block_loss, zero_loss
 from deepspec.model.sampling import choose_tokens
 from deepspec.model.spec import DraftSpec
+from deepspec.model.targets import Targets
 
 
 class BlockDraft(Drafter):
@@ -61,40 +62,43 @@ class BlockDraft(Drafter):
 
     def plan_for(self, batch: TrainBatch, anchors: Tensor) -> BlockPlan:
         """The plan for chosen anchors: their places [K] in the packed row, ascending."""
-        return plan_blocks(
+        plan = plan_blocks(
             batch,
             anchors,
             block_size=self.block_size,
             decay=self.loss_settings.decay,
             multiple=FILL_BLOCKS if self.execution.compile else 1,
         )
-
-    def denominators(self, plan: BlockPlan) -> dict[str, Tensor]:
-        """The weight of all counted slots, for each term."""
-        return dict.fromkeys(self.loss_weights, plan.weights.sum())
+        return send_all(plan, batch.context.device)
 
     def loss(self, batch: TrainBatch, plan: BlockPlan) -> LossOutput:
         """Loss sums over the counted slots (eq. 9-12)."""
         if len(plan.anchors) == 0:
             return zero_loss(self, self.loss_weights)
-        counted = plan.counted
-        states = self.block_states(batch.context, plan)
+
+        def counted(of_slots: Tensor) -> Tensor:
+            """Those [N, ...] of [K, g, ...] that count; their number is known on the host."""
+            return of_slots.flatten(0, 1)[plan.slots]
+
+        of_blocks = self.block_states(batch.context, plan)
+        states = counted(of_blocks)
         features = previous = confidence = w2 = None
         if self.markov_head is not None:
             w2 = self.markov_head.markov_w2.weight
             embedded = self.markov_head.markov_w1(plan.previous)
-            features = self.markov_head.features(states, embedded)[counted]
-            previous = embedded[counted]
+            features = counted(self.markov_head.features(of_blocks, embedded))
+            previous = counted(embedded)
         if self.confidence_head is not None:
-            confidence = self.confidence_head(states[counted], previous)
+            confidence = self.confidence_head(states, previous)
         slots = Slots(
-            states=states[counted],
+            states=states,
             features=features,
             confidence=confidence,
-            targets=Targets.gathered(batch.last_hidden, plan.places),
-            labels=plan.labels[counted],
-            weights=plan.weights[counted],
-            counted=counted,
+            targets=Targets.gathered(batch.last_hidden, plan.targets),
+            labels=counted(plan.labels),
+            weights=counted(plan.weights),
+            numbers=plan.slots,
+            shape=(len(plan.anchors), self.block_size),
         )
         return block_loss(slots, self.vocabulary(w2), self.loss_weights)
 

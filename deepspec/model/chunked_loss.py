@@ -11,11 +11,13 @@ N slots, n of them in a chunk, U target positions, D hidden size, V vocabulary, 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.model.execution import compute_dtype
+from deepspec.model.targets import Targets
 
 # logits of a chunk: 16 or 128 MB of float32, in memory up to six times
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
@@ -36,19 +38,6 @@ class Vocabulary(NamedTuple):
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
     """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-class Targets(NamedTuple):
-    """The target's final states, each once, and which of them a slot is compared with."""
-
-    states: Tensor  # [U, D]
-    of_slot: Tensor  # [N] long
-
-    @classmethod
-    def gathered(cls, hidden: Tensor, places: Tensor) -> "Targets":
-        """Those at `places` [N] of `hidden` [P, D]."""
-        distinct, of_slot = torch.unique(places, return_inverse=True)
-        return cls(hidden[distinct], of_slot)
 
 
 class Coefficients(NamedTuple):
@@ -144,17 +133,18 @@ class _Chunks:
         """Score all slots, those of one target position side by side; returns their sum."""
         elements = CHUNK_ELEMENTS.get(self.states.device.type, CHUNK_ELEMENTS["cuda"])
         size = max(MIN_CHUNK, elements // len(self.lm_head))
-        order = self.targets.of_slot.argsort(stable=True)
+        order, in_order = self.targets.places.order, self.targets.places.in_order
         for first in range(0, len(order), size):
-            self.add(order[first : first + size])
+            self.add(order[first : first + size], in_order[first : first + size])
         by_term = zip(self.coefficients, self.measured[:3], strict=True)
         sums = [(weight * term).sum() for weight, term in by_term if weight is not None]
         return sum(sums, self.measured[0].new_zeros(()))
 
-    def add(self, slots: Tensor) -> None:
-        """Score the slots with these numbers [n]; their target positions are consecutive."""
+    def add(self, slots: Tensor, positions: np.ndarray) -> None:
+        """Score the slots with these numbers [n]; their target positions [n] are ascending."""
         logits, slope = self._logits(slots)
-        p, difference = self._measure(slots, logits)
+        first, last = int(positions[0]), int(positions[-1])
+        p, difference = self._measure(slots, logits, self._target(slots, first=first, last=last))
         del logits  # two such tensors less while the gradient is formed
         if self.to_states is None:
             return
@@ -185,18 +175,18 @@ class _Chunks:
             logits = (logits + bias).float()  # float64 weights have float32 logits as well
         return logits, slope
 
-    def _target(self, slots: Tensor) -> Tensor:
-        """The target's distribution q at each slot [n, V], computed once for every position."""
-        of_slot = self.targets.of_slot[slots]
-        first, last = int(of_slot[0]), int(of_slot[-1])
+    def _target(self, slots: Tensor, *, first: int, last: int) -> Tensor:
+        """The target's distribution q at each slot [n, V], computed once for every position.
+
+        The host knows the first and the last position, and need not ask the device for them.
+        """
         states = self.targets.states[first : last + 1].to(self.dtype)
         logits = softcap(F.linear(states, self.lm_head), self.cap)
-        return logits.float().softmax(-1)[of_slot - first]
+        return logits.float().softmax(-1)[self.targets.places.of_slot[slots] - first]
 
-    def _measure(self, slots: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, slots: Tensor, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Fill in what is measured at the slots; returns p and p - q [n, V]."""
         ce, soft_ce, tv, hits = self.measured
-        q = self._target(slots)
         log_sum = logits.logsumexp(-1, keepdim=True)
         p = (logits - log_sum).exp_()  # in place of the difference alone
         difference = p - q

@@ -23,7 +23,10 @@ from deepspec.model.spec import DraftSpec
 
 
 class TrainBatch(NamedTuple):
-    """Samples of one micro-batch, one after the other, then maybe fill, which no loss counts."""
+    """Samples of one micro-batch, one after the other, then maybe fill, which no loss counts.
+
+    The states are on the device that trains; the rest belongs on the host, where plans are made.
+    """
 
     input_ids: Tensor  # [T] long
     loss_mask: Tensor  # [T] bool
@@ -157,12 +160,9 @@ class Drafter(nn.Module, ABC):
     def plan(self, batch: TrainBatch) -> Any:
         """Everything about a batch's loss that needs no forward pass; each algorithm has its own.
 
-        Random choices follow from `batch.seeds`.
+        Made on the host and sent to the device of the states, which nothing waits for. Random
+        choices follow from `batch.seeds`.
         """
-
-    @abstractmethod
-    def denominators(self, plan: Any) -> dict[str, Tensor]:
-        """The divisor of each of `LossOutput.numerators`, once summed over the optimizer step."""
 
     @abstractmethod
     def loss(self, batch: TrainBatch, plan: Any) -> LossOutput:

@@ -15,14 +15,15 @@ from deepspec.config.data import SamplingConfig
 from deepspec.model.anchors import Eagle3Plan, plan_steps
 from deepspec.model.attention import BlockVisibility, KeysValues, attend
 from deepspec.model.attention_path import training_path
-from deepspec.model.chunked_loss import Coefficients, Targets, score
+from deepspec.model.chunked_loss import Coefficients, score
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS
-from deepspec.model.host_copy import row_numbers
+from deepspec.model.host_copy import row_numbers, send, send_all
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
 from deepspec.model.loss import LossOutput, Metrics, zero_loss
 from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
 from deepspec.model.spec import DraftSpec
+from deepspec.model.targets import Targets
 
 
 class Eagle3Layer(DecoderLayer):
@@ -61,11 +62,8 @@ class Eagle3Draft(Drafter):
     def plan(self, batch: TrainBatch) -> Eagle3Plan:
         """Where each step of the training-time test is scored; no chance involved."""
         multiple = FILL_TOKENS if self.execution.compile else 1
-        return plan_steps(batch, num_steps=self.spec.ttt_length, multiple=multiple)
-
-    def denominators(self, plan: Eagle3Plan) -> dict[str, Tensor]:
-        """The number of samples, for each step."""
-        return dict.fromkeys(self.loss_weights, plan.num_samples)
+        plan = plan_steps(batch, num_steps=self.spec.ttt_length, multiple=multiple)
+        return send_all(plan, batch.context.device)
 
     def loss(self, batch: TrainBatch, plan: Eagle3Plan) -> LossOutput:
         """Soft cross-entropy to the target's distribution at every step, and acceptance rates.
@@ -76,24 +74,22 @@ class Eagle3Draft(Drafter):
         weights = self.loss_weights
         if len(plan.places) == 0:
             return zero_loss(self, weights)
-        by_step = zip(self.step_states(batch, plan), plan.counted, strict=True)
-        normed = torch.cat([self.norm(states[counted]) for states, counted in by_step])
-        steps, columns = plan.counted.nonzero(as_tuple=True)
-        by_place = plan.weights[columns]
-        factors = by_place.new_tensor([*weights.values()])[steps]
+        scored = plan.columns.split(plan.num_scored)
+        by_step = zip(self.step_states(batch.context, plan), scored, strict=True)
+        normed = torch.cat([self.norm(states[columns]) for states, columns in by_step])
+        by_place = plan.weights[plan.columns]
+        factors = send([*weights.values()], by_place.device)[plan.steps]
         scores = score(
             normed,
             None,
             self.vocabulary(),
-            # Step s at t is to match p_{t+1+s}; a counted position has t + s before the last token,
-            # so it is there.
-            Targets.gathered(batch.last_hidden, plan.places[columns] + 1 + steps),
+            Targets.gathered(batch.last_hidden, plan.targets),
             labels=None,
             coefficients=Coefficients(soft_ce=factors * by_place),
         )
         table = by_place.new_zeros(3, *plan.counted.shape)
         measured = by_place * scores.soft_ce, 1.0 - 0.5 * scores.tv, scores.hits
-        table[:, plan.counted] = torch.stack(measured)
+        table[:, plan.steps, plan.columns] = torch.stack(measured)
         counts, rates = plan.counted.sum(1).float(), table[1]
         numerators: dict[str, Tensor] = {}
         metrics: Metrics = {}
@@ -106,18 +102,17 @@ class Eagle3Draft(Drafter):
         metrics["tau"] = (((starts + rates.cumprod(0).sum(0)) * starts).sum(), counts[0])
         return LossOutput(scores.total, plan.num_samples, numerators, metrics)
 
-    def step_states(self, batch: TrainBatch, plan: Eagle3Plan) -> Iterator[Tensor]:
-        """The layer's raw output [P, D] at the plan's places, step by step.
+    def step_states(self, context: Tensor, plan: Eagle3Plan) -> Iterator[Tensor]:
+        """The layer's raw output [P, D] at the plan's places, step by step; `context` [T, m * D].
 
         Each step reads the output of the one before in place of the fused states.
         """
         run, layer, weight = self.execution.positionwise, self.layer, self.fc.weight
-        num_tokens = len(batch.input_ids)
-        table = self.rotary(num_tokens + self.spec.ttt_length, like=weight)
-        fused = self.fc(batch.context[None].to(weight.dtype))
-        embedded = self.embed(batch.input_ids.roll(-1))[None]
+        table = self.rotary(len(context) + self.spec.ttt_length, like=weight)
+        fused = self.fc(context[None].to(weight.dtype))
+        embedded = self.embed(plan.next_tokens)[None]
         x = run(Eagle3Layer.attention_input, layer, embedded, fused)
-        context = run(Attention.keys_values, layer.self_attn, x, table.at(plan.positions))
+        of_tokens = run(Attention.keys_values, layer.self_attn, x, table.at(plan.positions))
         path = training_path(weight, self.spec, block_size=1)
         visibility = BlockVisibility(plan.starts, plan.places + 1, 1, path)
         own: list[KeysValues] = []
@@ -125,11 +120,11 @@ class Eagle3Draft(Drafter):
         for step in range(self.spec.ttt_length):
             rotation = table.at(plan.places - plan.starts + step)
             if step > 0:
-                tokens = batch.input_ids[(plan.places + 1 + step).clamp(max=num_tokens - 1)]
-                x = run(Eagle3Layer.attention_input, layer, self.embed(tokens)[None], states)
+                newest = self.embed(plan.tokens[step])[None]
+                x = run(Eagle3Layer.attention_input, layer, newest, states)
                 own.append(run(Attention.keys_values, layer.self_attn, x, rotation))
             states = self.execution.layer(
-                self._step, x, states, context, tuple(own), rotation, visibility
+                self._step, x, states, of_tokens, tuple(own), rotation, visibility
             )
             yield states[0]
 

@@ -5,13 +5,15 @@ round of decoding has time for two such waits at most. B rows.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 HOST = torch.device("cpu")
+
+Values = TypeVar("Values")
 
 
 def send(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
@@ -24,6 +26,19 @@ def send(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
+def send_all(values: Values, device: torch.device) -> Values:
+    """A tuple with all of its tensors, and those of tuples in it, on the device, as by `send`.
+
+    What is neither stays as it is.
+    """
+    if isinstance(values, Tensor):
+        return cast("Values", send(values, device))
+    if not isinstance(values, tuple) or device == HOST:
+        return values
+    make = getattr(values, "_make", tuple)
+    return cast("Values", make(send_all(value, device) for value in values))
 
 
 def receive(*tensors: Tensor) -> list[Any]:

@@ -1,6 +1,6 @@
 """The loss of block drafters: three terms (DSpark eq. 9-12), into which only counted slots enter.
 
-N counted slots, M blocks, g block size, D hidden size, r Markov rank.
+N counted slots, K blocks, g block size, D hidden size, r Markov rank.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
+from deepspec.model.targets import Targets
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -24,7 +25,8 @@ class Slots(NamedTuple):
     targets: Targets  # z at the position before the predicted token; zeros where not stored
     labels: Tensor  # [N] long
     weights: Tensor  # [N] float32
-    counted: Tensor  # [M, g] bool, N of them True, in the order of the slots
+    numbers: Tensor  # [N] long, among all K * g
+    shape: tuple[int, int]  # K, g
 
 
 class LossOutput(NamedTuple):
@@ -92,11 +94,10 @@ def acceptance_metrics(acceptance: Tensor, slots: Slots) -> Metrics:
 
     Slots whose target state is not stored are left out.
     """
-    known = slots.targets.states.any(-1)[slots.targets.of_slot]
-    rates = torch.zeros(slots.counted.shape, device=acceptance.device)
-    rates[slots.counted] = acceptance * known
-    counts = torch.zeros_like(rates)
-    counts[slots.counted] = known.float()
+    known = slots.targets.states.any(-1)[slots.targets.places.of_slot]
+    rates, counts = torch.zeros(2, *slots.shape, device=acceptance.device)
+    rates.view(-1)[slots.numbers] = acceptance * known
+    counts.view(-1)[slots.numbers] = known.float()
     by_slot = zip(rates.sum(0).unbind(), counts.sum(0).unbind(), strict=True)
     metrics: Metrics = {f"accept@{slot}": pair for slot, pair in enumerate(by_slot)}
     blocks = counts[:, 0].sum()  # every block with a counted slot counts its first

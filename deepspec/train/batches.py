@@ -170,9 +170,9 @@ class StepData:
             sample.context.decode(device=device, out=context[start:end])
             sample.place_last_hidden(last_hidden[start:end])
         return TrainBatch(
-            input_ids.to(device),
-            loss_mask.to(device),
-            torch.tensor(lengths, device=device),
+            input_ids,
+            loss_mask,
+            torch.tensor(lengths),
             context,
             last_hidden,
             tuple(drawn.seed for drawn in group),

@@ -52,7 +52,8 @@ def _check(run: Run, data: StepData, draft: Drafter) -> None:
     batch = data.load(data.drawn(0)[:1])
     needed = {"context features": batch.context}
     if run.config.hidden.last_hidden != "none":
-        needed["final hidden states"] = batch.last_hidden[batch.loss_mask]
+        supervised = batch.loss_mask.to(batch.last_hidden.device)
+        needed["final hidden states"] = batch.last_hidden[supervised]
     for name, states in needed.items():
         is_finite = bool(torch.isfinite(states).all())
         if not (is_finite and states.any()):

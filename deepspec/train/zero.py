@@ -89,7 +89,7 @@ class Zero(Strategy):
     def backward(self, batch: TrainBatch | None) -> LossOutput:
         """Add the gradient of a micro-batch's loss numerator, or run the filler."""
         plan = self.draft.plan(batch) if batch is not None else None
-        if plan is not None and any(map(bool, self.draft.denominators(plan).values())):
+        if plan is not None and len(plan.targets.in_order):
             loss = self.engine(batch=batch, plan=plan)
             output: LossOutput = self.module.output
         else:

@@ -74,7 +74,8 @@ def test_slots_count_up_to_the_first_that_is_not_supervised_or_not_the_samples()
     assert plan.labels[plan.counted].tolist() == [103, 106, 107, 107, 110]
     torch.testing.assert_close(plan.weights[1], torch.tensor([1.0, 0.7788008, 0.0]))
     assert plan.previous[1].tolist() == [105, 106, 107]
-    assert plan.places.tolist() == [2, 5, 6, 6, 9]
+    assert plan.targets.distinct[plan.targets.of_slot].tolist() == [2, 5, 6, 6, 9]
+    assert plan.slots.tolist() == plan.counted.flatten().nonzero()[:, 0].tolist()
     assert plan.samples.starts.tolist() == [0, 0, 0, 8]
     assert plan.positions.tolist() == [*range(8), *range(7)]
 
@@ -93,6 +94,7 @@ def test_blocks_that_fill_up_a_plan_count_nothing() -> None:
     )
     assert (len(plan.anchors), len(longer.anchors)) == (3, 4)
     assert torch.equal(longer.weights.sum(), plan.weights.sum())
-    assert longer.places.tolist() == plan.places.tolist()
+    assert longer.slots.tolist() == plan.slots.tolist()
+    assert longer.targets.in_order.tolist() == plan.targets.in_order.tolist()
     four = torch.tensor([2, 5, 6, 9])
     assert len(plan_blocks(BATCH, four, block_size=3, decay=4.0, multiple=4).anchors) == 4

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepspec.model import chunked_loss
-from deepspec.model.chunked_loss import Coefficients, Targets, Vocabulary, score
+from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
+from deepspec.model.targets import TargetPlaces, Targets
 from tests.model.drafts import plain_logits
 
 N, U, D, V, R = 23, 7, 12, 50, 5
@@ -69,7 +70,7 @@ def chunked(
     weights = dict(zip(("ce", "soft_ce", "tv"), parts["weights"], strict=True))
     vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
     coefficients = Coefficients(**{name: weights[name] for name in terms})
-    targets = Targets.gathered(parts["hidden"], parts["places"])
+    targets = Targets.gathered(parts["hidden"], TargetPlaces.of(parts["places"]))
     scores = score(
         parts["states"],
         parts.get("features"),
@@ -181,7 +182,7 @@ def test_the_gradient_of_bfloat16_weights_does_not_depend_on_the_number_of_chunk
             states,
             features,
             Vocabulary(lm_head, weight, None),
-            Targets(targets, torch.arange(2048)),
+            Targets(targets, TargetPlaces.of(torch.arange(2048))),
             labels=labels,
             coefficients=Coefficients(ce=weights),
         )

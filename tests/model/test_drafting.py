@@ -74,8 +74,9 @@ def test_eagle3_drafts_what_its_training_time_test_scores(target: str) -> None:
 
     ids = batch.input_ids.clone()
     ids[start + 2 : start + 6] = proposal.tokens[0]
-    plan = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
-    for step, states in enumerate(draft.step_states(batch._replace(input_ids=ids), plan)):
+    every = torch.ones_like(batch.loss_mask)
+    plan = draft.plan(batch._replace(input_ids=ids, loss_mask=every))
+    for step, states in enumerate(draft.step_states(batch.context, plan)):
         vocabulary_logits = draft.lm_head(draft.norm(states[start]))
         cap = draft.spec.logit_softcap
         logits = vocabulary_logits if cap is None else cap * torch.tanh(vocabulary_logits / cap)

@@ -14,7 +14,7 @@ AT = 5  # the position looked at: it reads the states up to 5 and token 6, and p
 def steps_at(draft: Eagle3Draft, batch: TrainBatch) -> list[Tensor]:
     plan = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
     with torch.no_grad():
-        return [states[AT] for states in draft.step_states(batch, plan)]
+        return [states[AT] for states in draft.step_states(batch.context, plan)]
 
 
 def moved(draft: Eagle3Draft, batch: TrainBatch, changed: TrainBatch) -> list[bool]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.config.draft import LossConfig
-from deepspec.model.chunked_loss import Targets
 from deepspec.model.loss import LossOutput, Slots, with_confidence
+from deepspec.model.targets import TargetPlaces, Targets
 from deepspec.target.conformance import Check
 from tests.vectors.cases import Case, relative, worst
 
@@ -90,6 +90,7 @@ def _given_slots(
 ) -> Slots:
     """The slots of a loss-only case; where the loss is 0 the reference masked all of them out."""
     counted = tensors["eval_mask"].bool() & (not empty)
+    numbers = counted.flatten().nonzero()[:, 0]
     places = torch.arange(counted.shape[-1])
     by_slot = (
         torch.ones(len(places)) if settings.decay is None else torch.exp(-places / settings.decay)
@@ -98,10 +99,11 @@ def _given_slots(
         states=torch.empty(0),
         features=None,
         confidence=None if confidence is None else confidence[counted],
-        targets=Targets(torch.ones(1, 1), torch.zeros(int(counted.sum()), dtype=torch.long)),
+        targets=Targets(torch.ones(1, 1), TargetPlaces.of(torch.zeros_like(numbers))),
         labels=tensors["target_ids"].long()[counted],
         weights=by_slot.expand(counted.shape)[counted],
-        counted=counted.flatten(0, 1),
+        numbers=numbers,
+        shape=(counted[..., 0].numel(), counted.shape[-1]),
     )
 
 

@@ -131,6 +131,11 @@ def batch_of(tensors: dict[str, Tensor], rows: Rows) -> TrainBatch:
     )
 
 
+def target_places(plan: BlockPlan) -> Tensor:
+    """Where the target's state for each counted slot is [N]."""
+    return plan.targets.distinct[plan.targets.of_slot]
+
+
 def _exactly(draft: Drafter, batch: TrainBatch, plan: BlockPlan | Eagle3Plan) -> Drafter:
     """The draft in float64, with the gradients of the same loss."""
     exact = copy.deepcopy(draft).double()
@@ -186,7 +191,8 @@ def _forward_checks(
     wanted_states = tensors["output_hidden"].unflatten(1, (-1, draft.block_size))[keep]
     states = _output("output states", found.states, wanted_states, exact.states)
     rounding = distance(logits, exact.logits)
-    target, counted = plain_logits(draft.vocabulary(), batch.last_hidden[plan.places]), plan.counted
+    target = plain_logits(draft.vocabulary(), batch.last_hidden[target_places(plan)])
+    counted = plan.counted
     rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     in_row0 = int(keep[0].sum())
     compared: dict[str, Callable[[Tensor], float]] = {
@@ -221,11 +227,11 @@ def _step_checks(
         draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask))),
         copy.deepcopy(draft).double(),
     )
-    doubled = exact.step_states(batch._replace(context=batch.context.double()), every)
+    doubled = exact.step_states(batch.context.double(), every)
     rounding = {"states": 0.0, "logits": 0.0}
     errors: dict[str, dict[str, float]] = {"states": {}, "logits": {}}
     for step, (states, more_exact) in enumerate(
-        zip(draft.step_states(batch, every), doubled, strict=True)
+        zip(draft.step_states(batch.context, every), doubled, strict=True)
     ):
         counted, at = every.counted[step], every.places[every.counted[step]]
         logits = draft.logits(draft.norm(states[counted]))

@@ -21,7 +21,7 @@ from deepspec.model.eagle3 import Eagle3Draft
 from tests.model.drafts import plain_logits
 from tests.vectors.block_outputs import block_outputs
 from tests.vectors.loss import plain_terms
-from tests.vectors.training import Rows, batch_of
+from tests.vectors.training import Rows, batch_of, target_places
 
 
 def write_block_case(
@@ -36,7 +36,7 @@ def write_block_case(
     plan = draft.plan(batch)
     states, logits, confidence = block_outputs(draft, plan, batch.context)
     counted = plan.counted
-    target = plain_logits(draft.vocabulary(), batch.last_hidden[plan.places])
+    target = plain_logits(draft.vocabulary(), batch.last_hidden[target_places(plan)])
     output = draft.loss(batch, plan)
     rates = 1 - 0.5 * plain_terms(logits[counted], target, plan.labels[counted]).tv
     width, size, positions = (
@@ -89,7 +89,7 @@ def write_eagle3_case(draft: Eagle3Draft, batch: TrainBatch, folder: Path) -> No
     every = draft.plan(batch._replace(loss_mask=torch.ones_like(batch.loss_mask)))
     steps = []
     with torch.no_grad():
-        for states in draft.step_states(batch, every):
+        for states in draft.step_states(batch.context, every):
             stored = torch.zeros(len(batch.input_ids), draft.spec.hidden_size)
             stored[every.places] = states
             steps.append(_padded(stored, batch.lengths))
