@@ -15,13 +15,20 @@ from deepspec.evaluate.speculate import speculate
 from deepspec.evaluate.speed_curve import SpeedCurve
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter
+from deepspec.model.kv_cache import SPARE
 from deepspec.model.spec import DraftSpec
 from deepspec.target.generate import Decode, TargetBatch, generate
 from deepspec.target.model import Target
 from tests.gpu.tagged import GpuPretence
-from tests.target.test_conformance import tiny_qwen3
+from tests.target.test_conformance import tiny_gemma4, tiny_qwen3
+from tests.target.test_window import WINDOW, some_tokens
 
-PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14], [15, 16, 17]]
+# Gemma4's sliding layers keep a window of keys and values: some prompts are longer, some get there
+# as they are answered, and one stays within it.
+TARGETS = {
+    "qwen3": (tiny_qwen3, [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14], [15, 16, 17]]),
+    "gemma4": (tiny_gemma4, some_tokens(WINDOW + SPARE + 9, WINDOW - 3, 61, 3, WINDOW)),
+}
 STOP = frozenset({3})
 CURVE = SpeedCurve([1, 8, 32], [100.0, 90.0, 40.0])
 # The draft, how blocks are cut, and how often the host may wait in a round. Eagle3 has no
@@ -35,28 +42,31 @@ WAYS: dict[str, tuple[str, Policy | None, int]] = {
 
 
 class Models(NamedTuple):
+    name: str
     target: Target
     drafts: dict[str, Drafter]
+    prompts: list[list[int]]
 
 
-def make_models() -> Models:
-    target = Target(tiny_qwen3(), (0, 2))
+def make_models(name: str) -> Models:
+    make, prompts = TARGETS[name]
+    target = Target(make(), (0, 2))
     drafts = {}
-    for name in ("dspark", "eagle3"):
+    for algorithm in ("dspark", "eagle3"):
         spec = DraftSpec.from_target(
             target.model.config.to_dict(),
-            ALGORITHMS[name],
+            ALGORITHMS[algorithm],
             layer_ids=target.layer_ids,
             mask_token_id=96,
         )
         embed, lm_head = target.decoder.embed_tokens.weight, target.lm_head.weight
-        drafts[name] = build_draft(spec, embed=embed, lm_head=lm_head, seed=0).eval()
-    return Models(target, drafts)
+        drafts[algorithm] = build_draft(spec, embed=embed, lm_head=lm_head, seed=0).eval()
+    return Models(name, target, drafts, prompts)
 
 
-@pytest.fixture(scope="module")
-def on_host() -> Models:
-    return make_models()
+@pytest.fixture(scope="module", params=TARGETS)
+def on_host(request: pytest.FixtureRequest) -> Models:
+    return make_models(request.param)
 
 
 @pytest.fixture
@@ -68,10 +78,10 @@ def gpu() -> Iterator[GpuPretence]:
 @pytest.fixture(scope="module")
 def on_gpu(on_host: Models) -> Models:
     with GpuPretence():
-        made = make_models()
+        made = make_models(on_host.name)
         model = made.target.model.to("cuda")
         drafts = {name: draft.to("cuda") for name, draft in made.drafts.items()}
-        return Models(Target(model, (0, 2)), drafts)
+        return made._replace(target=Target(model, (0, 2)), drafts=drafts)
 
 
 def record_waits(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, gpu: GpuPretence):
@@ -106,7 +116,7 @@ def test_a_plain_token_costs_one_wait(
     gpu: GpuPretence, on_host: Models, on_gpu: Models, monkeypatch, temperature, batch_size
 ):
     settings = decode(temperature, batch_size)
-    prompts, seeds = PROMPTS[: batch_size + 2], range(batch_size + 2)
+    prompts, seeds = on_host.prompts[: batch_size + 2], range(batch_size + 2)
     wanted = generate(on_host.target, prompts, settings, seeds=seeds)
     found = record_waits(monkeypatch, on_gpu.target, "forward", gpu)
     assert generate(on_gpu.target, prompts, settings, seeds=seeds) == wanted
@@ -124,7 +134,7 @@ def test_a_round_costs_one_wait_and_another_where_blocks_are_cut(
     """
     algorithm, policy, limit = WAYS[way]
     settings = decode(temperature, batch_size)
-    prompts, seeds = PROMPTS[: batch_size + 2], range(batch_size + 2)
+    prompts, seeds = on_host.prompts[: batch_size + 2], range(batch_size + 2)
     how: dict[str, Any] = {"seeds": seeds, "policy": policy}
     wanted, _ = speculate(on_host.target, on_host.drafts[algorithm], prompts, settings, **how)
     draft = on_gpu.drafts[algorithm]
