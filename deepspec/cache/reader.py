@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import xxhash
 from safetensors.torch import load as load_tensors
 
@@ -28,6 +27,7 @@ from deepspec.cache.local_copies import LocalCopies
 from deepspec.cache.prefetch import read_buffered
 from deepspec.cache.source import Source
 from deepspec.errors import ArtifactMismatch, DamagedData
+from deepspec.process.host_memory import host_memory
 from deepspec.storage.local import read_into
 
 # Decoded tensors share memory that must not be written to; nothing here does.
@@ -78,7 +78,7 @@ class HiddenCache(Source):
         self._checked = np.zeros(len(self.index.shard), dtype=bool)
         self.mapped = (
             artifact.store.is_local
-            and manifest.totals["num_bytes"] < MAPPED_SHARE * psutil.virtual_memory().total
+            and manifest.totals["num_bytes"] < MAPPED_SHARE * host_memory().total
         )
         self._open = lru_cache(MAX_OPEN_FILES)(
             lambda shard: _OpenFile(artifact.store.path(artifact.path(self.files[shard])))

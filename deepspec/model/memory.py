@@ -1,13 +1,14 @@
 """Memory that is left on a device, and work that is done again in halves where it ran out."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-import psutil
 import torch
 
 from deepspec.errors import OutOfMemory
+from deepspec.process.host_memory import host_memory
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,33 @@ GPU_SHARE, CPU_SHARE = 0.9, 0.5
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or the host."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in words for phrase in PHRASES)
 
 
+@contextlib.contextmanager
+def naming_oom(named: OutOfMemory) -> Iterator[None]:
+    """Turn an allocation that failed within the block into an error that names what did not fit.
+
+    Raises:
+        OutOfMemory: the one given, with what the allocator reported.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reported = str(error).partition("\n")[0]
+        what = f"{named.what}: {reported}"
+        raise OutOfMemory(what, where=named.where, fix=named.fix) from error
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of the device that this process can still take."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return host_memory().available
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused

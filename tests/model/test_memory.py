@@ -113,5 +113,7 @@ def test_a_gpu_has_what_is_free_and_what_pytorch_holds_unused(
 
 
 def test_a_cpu_leaves_half_of_its_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=2000, available=1000)
+    )
     assert (free_bytes(CPU), usable_bytes(CPU)) == (1000, memory.CPU_SHARE * 1000)
