@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from deepspec.cli import inspection, results, stages
-from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError
+from deepspec.errors import EXIT_FAILED, EXIT_TRANSIENT, ChildFailed, DeepSpecError, OutOfMemory
 from deepspec.process.events import json_lines, reports_to_parent
 from deepspec.train.launcher import ECHO_S, is_first_rank, is_rank
 
@@ -50,7 +51,7 @@ def main(run_app: Callable[[], Any] = app) -> None:
     if is_rank() and len(sys.argv) > 1 and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher puts it before the verb; it is in LOCAL_RANK, too
     try:
-        run_app()
+        _run(run_app)
     except DeepSpecError as error:
         if reports_to_parent():
             _report_error(error)
@@ -66,6 +67,27 @@ def main(run_app: Callable[[], Any] = app) -> None:
         logging.exception("this rank failed")
         _report_error(ChildFailed(f"{type(error).__name__}: {error}"))
         sys.exit(EXIT_FAILED)
+
+
+def _run(run_app: Callable[[], Any]) -> None:
+    """Run a verb; memory that ends where no part of it names what to lower is an error as well."""
+    try:
+        run_app()
+    except (RuntimeError, MemoryError) as error:
+        from deepspec.model.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        logging.debug("out of memory", exc_info=True)
+        frames = traceback.extract_tb(error.__traceback__)
+        place = [frame for frame in frames if f"{os.sep}deepspec{os.sep}" in frame.filename][-1]
+        reported = str(error).partition("\n")[0] or type(error).__name__
+        raise OutOfMemory(
+            f"memory ran out: {reported}",
+            where=f"{place.name} ({place.filename}:{place.lineno})",
+            fix="see who else uses the memory (nvidia-smi, free), lower "
+            "resources.memory.batch_tokens, or take a device with more",
+        ) from error
 
 
 def _report_error(error: DeepSpecError) -> None:

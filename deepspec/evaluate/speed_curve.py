@@ -3,6 +3,7 @@
 b tokens of one forward pass, over all requests together.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
 from deepspec.artifacts.results import CurvePoints
-from deepspec.errors import DataError
+from deepspec.errors import DataError, OutOfMemory
 from deepspec.evaluate.clock import device_time
 from deepspec.evaluate.rounds import Floats
+from deepspec.model.memory import naming_oom
 from deepspec.target.model import Target
+
+log = logging.getLogger(__name__)
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT_TOKENS = 256
@@ -117,13 +121,33 @@ def profile(target: Target, *, block_size: int) -> SpeedCurve:
     ever adds time. A step of b tokens is one verification: as few rows as hold them at `block_size`
     + 1 each, all of one length, each after `CONTEXT_TOKENS` of its own. Counts that make no such
     rectangle are measured at the next larger one. The sizes alternate, so that a machine busy for a
-    while slows them all alike.
+    while slows them all alike. The curve ends before the first size that memory has no room for.
+
+    Raises:
+        OutOfMemory: that is the smallest one.
     """
-    shapes = dict.fromkeys(_shape(count, block_size) for count in TOKENS)
-    steps = {rows * width: _step(target, rows, width) for rows, width in shapes}
-    sizes = sorted(steps)
-    seconds = np.array([[steps[size]() for size in sizes] for _ in range(ROUNDS + 1)])
-    return SpeedCurve(sizes, 1.0 / seconds[1:].min(axis=0)).smooth()  # the first is the warm-up
+    pairs = (_shape(count, block_size) for count in TOKENS)
+    shapes = {rows * width: (rows, width) for rows, width in pairs}
+    steps = dict[int, Callable[[], float]]()
+    for size in sorted(shapes):
+        too_large = OutOfMemory(
+            f"a verification of {size} tokens, each row after {CONTEXT_TOKENS}, does not fit into "
+            "memory next to target and draft",
+            where="resources.devices.speed_curve",
+            fix="measure the curve on a device with more memory and give it as a file",
+        )
+        try:
+            with naming_oom(too_large):
+                step = _step(target, *shapes[size])
+                step()  # the warm-up
+        except OutOfMemory as error:
+            if not steps:
+                raise
+            log.warning("the speed curve ends before that: %s", error.what)
+            break
+        steps[size] = step
+    seconds = np.array([[step() for step in steps.values()] for _ in range(ROUNDS)])
+    return SpeedCurve(list(steps), 1.0 / seconds.min(axis=0)).smooth()
 
 
 def _shape(num_tokens: int, block_size: int) -> tuple[int, int]:

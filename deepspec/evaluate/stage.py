@@ -16,7 +16,7 @@ from deepspec.artifacts.run import Run
 from deepspec.artifacts.shard_loop import Make, work_through
 from deepspec.artifacts.side_files import put_rejects
 from deepspec.artifacts.tables import write_table
-from deepspec.errors import ArtifactMismatch
+from deepspec.errors import ArtifactMismatch, OutOfMemory
 from deepspec.evaluate.calibration import fit_calibration
 from deepspec.evaluate.confidence import summarise_confidence
 from deepspec.evaluate.policies import live_policy, put_calibration
@@ -25,6 +25,7 @@ from deepspec.evaluate.results import SCHEMA, compute_summary, read_rows
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.evaluate.units import Evaluator, Models
 from deepspec.model.checkpoint import load_draft, read_spec
+from deepspec.model.memory import naming_oom
 from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.storage.store import pretty_json
@@ -152,5 +153,12 @@ def load_models(run: Run) -> Models:
         num_gpus=config.resources.devices.gpus_per_lane,
         dtype=dtype,
     )
-    draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype], shared=target.frozen)
+    too_large = OutOfMemory(
+        f"the draft does not fit into the memory of {target.device} next to its target",
+        where="draft/model.safetensors",
+        fix="spread the target over several GPUs (resources.devices.gpus_per_lane), or evaluate "
+        "on one with more memory",
+    )
+    with naming_oom(too_large):
+        draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype], shared=target.frozen)
     return Models(target, draft, chat, chat.stop_ids(target.eos_ids))

@@ -4,8 +4,9 @@ T tokens, m captured layers, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -15,7 +16,7 @@ from deepspec.errors import OutOfMemory
 from deepspec.hidden.checks import kept_positions
 from deepspec.hidden.expected_index import kept_spans
 from deepspec.hidden.sequences import CaptureRow, token_batches
-from deepspec.model.memory import Pieces
+from deepspec.model.memory import Pieces, naming_oom
 from deepspec.target.generate import pad_right
 from deepspec.target.model import Target, TargetOutput
 
@@ -32,7 +33,8 @@ class Capture:
     @cached_property
     def pieces(self) -> Pieces[CaptureRow, list[tuple[CaptureRow, TargetOutput]]]:
         """Batches run through the target, in halves where one runs out of memory."""
-        return Pieces(self._batch_states, size=_padded_tokens, too_large=self._too_large)
+        too_large = partial(row_too_large, device=self.target.device, settings=self.settings)
+        return Pieces(self._batch_states, size=_padded_tokens, too_large=too_large)
 
     def states(self, rows: Iterable[CaptureRow]) -> Iterator[tuple[CaptureRow, TargetOutput]]:
         """Each row with its own states, [T, m * D] and [T, D].
@@ -53,14 +55,9 @@ class Capture:
             for row, *padded in zip(batch, *output, strict=True)
         ]
 
-    def _too_large(self, row: CaptureRow) -> OutOfMemory:
-        return OutOfMemory(
-            f"the hidden states of a sequence of {len(row.input_ids)} tokens do not fit into the"
-            f" memory of {self.target.device} next to the target",
-            where=f"sample {row.sample_id:016x}",
-            fix=f"lower hidden.max_length (now {self.settings.max_length}), which cuts longer"
-            " sequences, or capture on a device with more memory",
-        )
+    def fitting(self, row: CaptureRow) -> AbstractContextManager[None]:
+        """Turn an allocation that failed within the block, for this row, into its error."""
+        return naming_oom(row_too_large(row, device=self.target.device, settings=self.settings))
 
     def sample(self, row: CaptureRow, states: TargetOutput) -> HiddenSample:
         """The row as it is stored, quantized on the target's device.
@@ -78,6 +75,17 @@ class Capture:
             last_hidden=EncodedTensor(last_hidden, last_hidden.quantize(kept)),
             last_spans=spans,
         )
+
+
+def row_too_large(row: CaptureRow, *, device: torch.device, settings: HiddenConfig) -> OutOfMemory:
+    """The error of a sequence that there is no memory for, with the length to lower."""
+    return OutOfMemory(
+        f"the hidden states of a sequence of {len(row.input_ids)} tokens do not fit into the"
+        f" memory of {device} next to the target",
+        where=f"sample {row.sample_id:016x}",
+        fix=f"lower hidden.max_length (now {settings.max_length}), which cuts longer"
+        " sequences, or capture on a device with more memory",
+    )
 
 
 def _padded_tokens(batch: Sequence[CaptureRow]) -> int:

@@ -28,7 +28,9 @@ from deepspec.cache.reader import SCALES, SCHEMA
 from deepspec.config.data import HiddenConfig
 from deepspec.config.run import RunConfig
 from deepspec.errors import DamagedData
+from deepspec.hidden.capture import row_too_large
 from deepspec.hidden.sequences import CaptureRow, capture_rows
+from deepspec.model.memory import naming_oom
 from deepspec.process.events import Report
 from deepspec.storage.store import pretty_json
 from deepspec.target.chat import Chat
@@ -82,7 +84,8 @@ def write_metadata(
     artifact, settings = stage.artifact, config.hidden
     missing = _missing(artifact, codec_files(settings))
     if missing:
-        for_scales, for_fidelity = sample_states(first_rows(stage.upstream, chat, settings), target)
+        rows = first_rows(stage.upstream, chat, settings)
+        for_scales, for_fidelity = sample_states(rows, target, settings)
     if SCALES in missing:
         scales = {
             name: channel_scale(values).cpu().contiguous()
@@ -110,14 +113,21 @@ def write_metadata(
     return layout
 
 
-def sample_states(rows: Iterable[CaptureRow], target: Target) -> tuple[StateSample, StateSample]:
-    """Tokens to make the scales from, and tokens of other rows to measure the codecs on."""
+def sample_states(
+    rows: Iterable[CaptureRow], target: Target, settings: HiddenConfig
+) -> tuple[StateSample, StateSample]:
+    """Tokens to make the scales from, and tokens of other rows to measure the codecs on.
+
+    Raises:
+        OutOfMemory: a row does not fit by itself.
+    """
     num_layers, size = len(target.layer_ids), int(target.text_config.hidden_size)
     nothing = torch.zeros(0, num_layers, size, dtype=torch.bfloat16, device=target.device)
     sides = tuple([StateSample(nothing, nothing[:, :1])] for _ in range(2))
     for number, row in enumerate(rows):
         length = len(row.input_ids)
-        output = target.forward(torch.tensor([row.input_ids], device=target.device))
+        with naming_oom(row_too_large(row, device=target.device, settings=settings)):
+            output = target.forward(torch.tensor([row.input_ids], device=target.device))
         places = torch.linspace(0, length - 1, min(ROW_TOKENS, length), device=target.device).long()
         context = output.context[0, places].bfloat16().unflatten(1, (num_layers, size))
         last_hidden = output.last_hidden[0, places, None].bfloat16()

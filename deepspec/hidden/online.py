@@ -73,7 +73,11 @@ class OnlineStates(Source):
 
     def _computed(self, batch: list[CaptureRow]) -> list[HiddenSample]:
         with self._target_lock:
-            return [self.capture.sample(*captured) for captured in self.capture.states(batch)]
+            samples = []
+            for row, states in self.capture.states(batch):
+                with self.capture.fitting(row):
+                    samples.append(self.capture.sample(row, states))
+            return samples
 
 
 def open_online(run: Run, *, is_first: bool, report: Report) -> OnlineStates:

@@ -157,8 +157,9 @@ class ShardCapture:
                 Background(resources.memory.write_buffer_mb * 1_000_000) as background,
             ):
                 for row, states in self.capture.states(rows):
-                    sample = self.capture.sample(row, states)
-                    self.checks.add(row, states, sample)
+                    with self.capture.fitting(row):
+                        sample = self.capture.sample(row, states)
+                        self.checks.add(row, states, sample)
                     encode = partial(self._encode, writer, sample, row, self.host.ready())
                     write = partial(_write, writer, encoders.submit(encode))
                     background.submit(write, num_bytes=sample.num_bytes)

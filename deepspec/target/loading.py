@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from deepspec.config.target import TargetConfig
-from deepspec.errors import ConfigError
+from deepspec.errors import ConfigError, OutOfMemory
+from deepspec.model.memory import naming_oom
 from deepspec.target.attention import use_flash_attention
 from deepspec.target.chat import loading
 from deepspec.target.device import check_placement, choose_device, placement
@@ -81,13 +82,20 @@ def load_target(
         DataError: there is no such model, or it is not a causal language model.
         ConfigError: it lacks the layers or the mask token, or the device cannot be used; found
             before any weight is read.
+        OutOfMemory: its weights do not fit.
     """
     from transformers import AutoModelForCausalLM
 
     torch_device = choose_device(device, dtype=dtype or settings.dtype)
     check_settings(settings, read_text_config(settings, folder=folder))
     torch_dtype = DTYPES[dtype or settings.dtype]
-    with loading("target", settings):
+    too_large = OutOfMemory(
+        f"the target does not fit into the memory of {num_gpus} x {torch_device}",
+        where=f"target.model {settings.model}",
+        fix="spread it over several (resources.devices.gpus_per_lane), see who else uses the"
+        " device (nvidia-smi), or take one with more memory",
+    )
+    with loading("target", settings), naming_oom(too_large):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder or settings.model),
             revision=settings.revision,

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from deepspec import __main__ as door
 from deepspec.artifacts.artifact import Artifact
@@ -29,6 +31,27 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         code = int(end.code or 0)
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_memory_that_ends_anywhere_is_one_paragraph(capsys, library: str):
+    def allocate() -> None:
+        if library == "torch":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        np.empty(1 << 60, dtype=np.uint8)
+
+    with pytest.raises(SystemExit) as ended:
+        door.main(allocate)
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in error
+    assert error.startswith("error: memory ran out: ") and "resources.memory.batch_tokens" in error
+    assert "allocate" in error.splitlines()[0].lower()
+    with pytest.raises(RuntimeError, match="a bug"):
+        door.main(lambda: raising(RuntimeError("a bug")))
+
+
+def raising(error: Exception) -> None:
+    raise error
 
 
 def test_recipes_are_listed(capsys):

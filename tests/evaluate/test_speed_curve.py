@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.errors import DataError
+from deepspec.errors import DataError, OutOfMemory
 from deepspec.evaluate import speed_curve
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.target.model import TargetCache
@@ -91,7 +91,32 @@ def test_a_profile_measures_verification_steps_of_whole_requests(monkeypatch: py
     curve = profile(target, block_size=3)
     # Five tokens are two requests of at most four, which makes six.
     assert {1, 8} <= set(curve.tokens.tolist()) <= {1, 4, 6, 8}  # what is left after smoothing
-    assert shapes[:4] == [(1, 10), (1, 10), (2, 10), (2, 10)]
-    assert shapes[4:] == [(1, 1), (1, 4), (2, 3), (2, 4)] * 3
-    assert before == [{0}] * 4 + [{10}] * 12
+    sizes = [(1, 1), (1, 4), (2, 3), (2, 4)]
+    assert shapes[:8:2] == [(1, 10), (1, 10), (2, 10), (2, 10)]
+    assert shapes[1:8:2] == sizes, "each once as a warm-up"
+    assert shapes[8:] == sizes * 2
+    assert before == [{0}, {10}] * 4 + [{10}] * 8
     assert (curve.steps_per_second > 0).all()
+
+
+@pytest.mark.parametrize("fails_in", ["context", "step"])
+def test_a_curve_ends_before_the_size_that_does_not_fit_into_memory(
+    fails_in: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    target, most = make_target(), {"context": 15, "step": 4}[fails_in]
+    forward = target.forward
+
+    def limited(input_ids: torch.Tensor, cache: TargetCache) -> object:
+        if (fails_in == "context") == (cache.lengths[0] == 0) and input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return forward(input_ids, cache)
+
+    monkeypatch.setattr(target, "forward", limited)
+    for name, value in {"TOKENS": (1, 4, 5, 8), "CONTEXT_TOKENS": 10, "ROUNDS": 2}.items():
+        monkeypatch.setattr(speed_curve, name, value)
+    curve = profile(target, block_size=3)
+    assert max(curve.tokens) <= 4
+    assert caplog.text.count("a verification of 6 tokens") == 1
+    most = 0
+    with pytest.raises(OutOfMemory, match=r"a verification of 1 tokens.*Tried to allocate 2 GiB"):
+        profile(target, block_size=3)

@@ -15,7 +15,7 @@ from deepspec.artifacts.verify import verify_artifact
 from deepspec.cache.format import EncodedTensor
 from deepspec.cache.index import INDEX
 from deepspec.cache.reader import HiddenCache
-from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, ShardsFailed
+from deepspec.errors import ArtifactMismatch, DamagedData, FidelityTooLow, OutOfMemory, ShardsFailed
 from deepspec.hidden.capture import Capture
 from deepspec.hidden.checks import StateChecks, relative_difference
 from deepspec.hidden.metadata import metadata_files
@@ -23,7 +23,7 @@ from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.hidden.stage import HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.loading import load_target
-from deepspec.target.model import TargetOutput
+from deepspec.target.model import Target, TargetOutput
 from tests.conftest import tiny_run
 
 
@@ -315,6 +315,61 @@ def test_the_final_norm_left_out_is_found_by_the_targets_own_predictions(
     checks.add(row, TargetOutput(states.context[0], states.last_hidden[0]), sample)
     with pytest.raises(DamagedData, match="of the target's predictions come back"):
         checks.finish()
+
+
+def test_predictions_of_a_long_sample_are_compared_in_parts(
+    captured: Path, cache: HiddenCache, monkeypatch: pytest.MonkeyPatch
+):
+    """Logits of 4,096 tokens at once are gigabytes, beside a batch that fits just so."""
+    config = tiny_run(captured)
+    target = load_target(config.target, folder=target_folder(Run(config)))
+    checks, logits, sizes = StateChecks(target, config.resources.checks), target.logits, []
+
+    def noted(states: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return logits(states)
+
+    monkeypatch.setattr(target, "logits", noted)
+    monkeypatch.setattr("deepspec.hidden.checks.LOGIT_TOKENS", 100)
+    ids = [token for number in range(12) for token in cache[number].input_ids.tolist()][:250]
+    row = CaptureRow(1, False, ids, [True] * len(ids))
+    states = target.forward(torch.tensor([ids]))
+    exact = TargetOutput(states.context[0], states.last_hidden[0])
+    sample = cache[0]._replace(
+        context=EncodedTensor(cache.layout.context, cache.layout.context.quantize(exact.context)),
+        last_hidden=EncodedTensor(
+            cache.layout.last_hidden, cache.layout.last_hidden.quantize(exact.last_hidden)
+        ),
+        last_spans=torch.tensor([[0, len(ids)]]),
+    )
+    checks.begin(1)
+    checks.add(row, exact, sample)
+    assert sizes == [100, 100, 100, 100, 50, 50]
+    assert checks._positions == 250 and checks._agreeing > 200
+
+
+@pytest.mark.parametrize("place", ["sampling", "checks"])
+def test_memory_that_ends_beside_a_batch_names_the_sample(
+    answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """The passes that make no batch: the codec's samples, and a row computed again by itself."""
+    shutil.copytree(answered, tmp_path / "store")
+    config = tiny_run(tmp_path / "store", "hidden.codec=int8")
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    if place == "sampling":
+        monkeypatch.setattr(Target, "forward", too_large)
+    else:
+        monkeypatch.setattr(StateChecks, "_compare_alone", too_large)
+    with pytest.raises((OutOfMemory, ShardsFailed)) as caught:
+        run_capture(Run(config))
+    failed = list(caught.value.failures.values()) or [caught.value.to_json()]
+    for failure in failed:
+        assert failure["error"] == "OutOfMemory" and "Tried to allocate" in failure["what"]
+        assert "lower hidden.max_length" in failure["fix"]
+        assert failure["where"].startswith("sample ")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Qwen3ForCausalLM
 
-from deepspec.errors import ConfigError, DataError
+from deepspec.errors import ConfigError, DataError, OutOfMemory
 from deepspec.target import loading
 from deepspec.target.loading import load_target
 from tests.conftest import tiny_run
@@ -70,6 +70,17 @@ class HostBytes(TorchDispatchMode):
             self.live[key] = storage.nbytes()
             weakref.finalize(storage, self.live.pop, key, None)
             self.peak = max(self.peak, sum(self.live.values()))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    Qwen3ForCausalLM(CONFIG).save_pretrained(tmp_path / "target")
+    monkeypatch.setattr(Qwen3ForCausalLM, "from_pretrained", too_large)
+    with pytest.raises(OutOfMemory, match=r"the target does not fit.*Tried to allocate") as caught:
+        load_target(tiny_run(tmp_path).target, folder=tmp_path / "target", device="cpu")
+    assert "resources.devices.gpus_per_lane" in caught.value.fix
 
 
 def test_a_target_goes_to_its_device_tensor_by_tensor(tmp_path, monkeypatch):
