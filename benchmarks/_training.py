@@ -13,6 +13,7 @@ from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.spec import DraftSpec
 from deepspec.train.batches import StepData
+from deepspec.train.checkpoint_clock import CheckpointClock
 from deepspec.train.distributed import World
 from deepspec.train.step import StepMetrics, Trainer
 from deepspec.train.strategy import Replicated
@@ -83,5 +84,6 @@ def make_trainer(
         strategy=strategy,
         metrics=StepMetrics(),
         throughput=Throughput(device, first=0, total=data.total_steps),
+        clock=CheckpointClock(None, num_bytes=0, runner=config.resources.runner),
         stop=threading.Event(),
     )

@@ -42,7 +42,7 @@ def work_off(stage_run: StageRun, executor: Executor) -> None:
         # However this block is left, nothing more is assigned, and no child runs any more; so the
         # lanes come to their end.
         with (
-            scope(stage_run.run.config.resources.runner.stop_s),
+            scope(stage_run.run.config.resources.runner.patience_s),
             contextlib.closing(stage_run.scheduler),
             contextlib.ExitStack() as stack,
         ):

@@ -107,7 +107,7 @@ def num_gpus(devices: DevicesConfig) -> int:
     return found
 
 
-def end_work(work: Any) -> None:
+def end_work(work: Any, patience_s: float) -> None:
     """A Ray task's child is ended by its worker; a worker that does not do so in time is ended
     itself, which the child's supervisor notices.
     """
@@ -115,7 +115,7 @@ def end_work(work: Any) -> None:
     for force in (False, True):
         with contextlib.suppress(ray.exceptions.RayError):
             ray.cancel(work, force=force)
-            if ray.wait([work], timeout=GRACE_S + 1)[0]:
+            if ray.wait([work], timeout=GRACE_S + patience_s + 1)[0]:
                 return
 
 

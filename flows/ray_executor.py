@@ -23,7 +23,7 @@ from deepspec.artifacts.run import open_run
 from deepspec.errors import ConfigError, TransientError
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest, run_child
-from deepspec.process.scopes import Stopped, current_scope
+from deepspec.process.scopes import Stopped, current_scope, scope
 from flows.child_log import ChildLog
 from flows.local_executor import log_path, server_key
 from flows.ray_cluster import connected, end_work, imported_ray, num_gpus
@@ -72,11 +72,11 @@ class RayExecutor:
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
         """As `Executor` has it."""
-        ray, scope = imported_ray(), current_scope()
+        ray, owner = imported_ray(), current_scope()
         future = self.context.copy().run(self._begin, name, shards)
         while not ray.wait([future.wrapped_future], timeout=LOOK_S)[0]:
-            if scope.closed:
-                end_work(future.wrapped_future)
+            if owner.closed:
+                end_work(future.wrapped_future, owner.patience_s)
                 raise Stopped(f"{name} was ended with its run")
         try:
             future.result()
@@ -128,7 +128,7 @@ def work_on_node(name: str, order: GroupOrder, shards: list[int] | None) -> None
         path = log_path(artifact, name)
         get_run_logger().info("%s: started on %s, full log in %s", name, host, path)
         secrets = server_key(resources.servers) if stage == "answers" else {}
-        with contextlib.closing(ChildLog(path)) as child_log:
+        with contextlib.closing(ChildLog(path)) as child_log, scope(resources.runner.patience_s):
             run_child(
                 request.command(stage, shards),
                 on_event=silent,

@@ -89,7 +89,8 @@ def train(run: RunName, sets: Sets, store: StoreUrl = None) -> None:
     ranks = 1 if is_rank() else num_ranks(opened)
     if ranks > 1:
         request = RunRequest(run, tuple(sets), store)
-        launch_ranks(request, ranks, report=report, stop_s=opened.config.resources.runner.stop_s)
+        patience_s = opened.config.resources.runner.patience_s
+        launch_ranks(request, ranks, report=report, stop_s=patience_s)
         return
     from deepspec.train.loop import run_train
 

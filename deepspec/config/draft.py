@@ -128,7 +128,9 @@ class TrainConfig(Section):
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the forward pass; master weights are float32."""
     checkpoint_steps: PositiveInt = 500
-    """Optimizer steps between two checkpoints."""
+    """Optimizer steps between two checkpoints that are measured;
+    `resources.training.checkpoint_minutes` adds others.
+    """
     acceptance_samples: int = Field(default=64, ge=0)
     """Held-out samples on which the draft's acceptance is measured at every checkpoint, so that
     the best one is kept; 0 keeps the last one.

@@ -64,10 +64,17 @@ class RunnerConfig(Section):
     """Minutes that a group of shards should last: the number of shards dealt to a lane follows
     from its pace so far.
     """
-    stop_s: float = Field(default=8.0, ge=0)
+    stop_s: float | None = Field(default=None, ge=0)
     """Seconds beyond the usual five that a stage has to end after a request to stop: training
-    finishes its step and saves it. With eight everything is gone after 13; a worker ends a
-    cancelled run's flow after 30, whatever this is."""
+    finishes its step and saves it. Null is eight, in training as many as its steps and
+    checkpoints so far need. A worker ends a cancelled run's flow after 30 whatever this is; the
+    stage still has its time.
+    """
+
+    @property
+    def patience_s(self) -> float:
+        """`stop_s`, or what it is where none is set and nothing was measured."""
+        return 8.0 if self.stop_s is None else self.stop_s
 
 
 class StorageConfig(Section):
@@ -102,8 +109,8 @@ class MemoryConfig(Section):
     its supervised tokens x `draft.ttt_length`. Null is four for each of `batch_tokens`.
     """
     answer_rows: PositiveInt = 64
-    """Prompts decoded together by the in-process engine at most; fewer where the free memory has
-    no room for their keys and values.
+    """Prompts decoded together by the in-process engine at most; fewer where the free memory (on a
+    CPU the container's, where that has less) has no room for their keys and values.
     """
     recompute: bool = False
     """Whether a training step computes each layer once more in its backward pass: less memory
@@ -183,6 +190,10 @@ class TrainingConfig(Section):
 
     ranks: PositiveInt | None = None
     """Processes that train together; null is one per visible GPU, or one."""
+    checkpoint_minutes: PositiveFloat | None = 30.0
+    """Minutes between two checkpoints at most, whatever `train.checkpoint_steps` is; those that
+    it adds are not measured, so that no result depends on the machine's speed. Null adds none.
+    """
     compile: bool = False
     """Whether training compiles what a draft computes position by position; its attention on a
     GPU is compiled in any case.

@@ -122,7 +122,7 @@ class RollingCapture:
         try:
             with (
                 transient_system_errors("the shards that training uses up"),
-                scope(resources.runner.stop_s) as self._children,
+                scope(resources.runner.patience_s) as self._children,
             ):
                 while not (self._ended.is_set() or self._errors or self.shards.is_sealed()):
                     self._turn()

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepspec.errors import (
     EXIT_TRANSIENT,
@@ -69,7 +69,8 @@ def run_child(
 ) -> None:
     """Run a command to its end; both callbacks are called in this thread.
 
-    `log_path` receives everything that it prints.
+    `log_path` receives everything that it prints. An event `stop_time` of the child grants it that
+    many seconds beyond the usual five, from then on, to end after a request to.
 
     Raises:
         DeepSpecError: the error that the child reported, as its own class.
@@ -78,7 +79,13 @@ def run_child(
         ChildFailed: it failed without an error event; its last lines are in the message.
     """
     owner, mark = current_scope(), uuid.uuid4().hex
-    output = ChildOutput(on_event, on_line, log_path)
+
+    def take(event: dict[str, Any]) -> None:
+        if event["event"] == "stop_time":
+            owner.grant(child, event["seconds"])
+        on_event(event)
+
+    output = ChildOutput(take, on_line, log_path)
     child = owner.start(command, {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), MARK: mark})
     try:
         output.follow(child, timeout_s)

@@ -1,6 +1,7 @@
 """The children of a process, and the blocks of code that none of them outlives."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -23,11 +24,13 @@ class Stopped(DeepSpecError):
 
 
 class Scope:
-    """Children that end together, each within `GRACE_S + patience_s` of the request to end."""
+    """Children that end together, each within `GRACE_S + patience_s` of the request to end, or the
+    patience that it was granted since.
+    """
 
     def __init__(self, patience_s: float = 0.0) -> None:
         self.closed, self.patience_s = False, patience_s
-        self._children: set[subprocess.Popen[bytes]] = set()
+        self._children: dict[subprocess.Popen[bytes], float] = {}  # with the patience for each
         self._lock = threading.Lock()
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -46,32 +49,48 @@ class Scope:
             child = subprocess.Popen(
                 supervised, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env, start_new_session=True
             )
-            self._children.add(child)
+            self._children[child] = self.patience_s
         return child
+
+    def grant(self, child: subprocess.Popen[bytes], patience_s: float) -> None:
+        """From now on the child has `GRACE_S + patience_s` to end, whoever asks it to."""
+        with self._lock:
+            if self.closed or child.stdin is None or child.stdin.closed:
+                return  # it is ending, in the time that it had
+            self._children[child] = patience_s
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                os.write(child.stdin.fileno(), f"{GRACE_S + patience_s}\n".encode())
 
     def end(self, child: subprocess.Popen[bytes], mark: str) -> None:
         """Cut the child's lifeline and return when nothing of it runs any more."""
-        _cut_lifeline(child)
+        self._cut_lifelines([child])
         try:
-            child.wait(GRACE_S + self.patience_s + SWEEP_S)
+            child.wait(GRACE_S + self._children[child] + SWEEP_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
         if child.returncode < 0:  # the supervisor was killed itself and has swept up nothing
             kill_marked(MARK, mark)
-        self._children.discard(child)
+        with self._lock:
+            del self._children[child]
 
     def close(self) -> None:
         """Cut every child's lifeline and wait for them; none is started any more."""
         with self._lock:
             self.closed = True
             children = list(self._children)
-        for child in children:  # each is waited for by the thread that runs it, in `end`
-            _cut_lifeline(child)
-        deadline = time.monotonic() + GRACE_S + self.patience_s + SWEEP_S
-        for child in children:
+            patience_s = max(self._children.values(), default=0.0)
+        self._cut_lifelines(children)
+        deadline = time.monotonic() + GRACE_S + patience_s + SWEEP_S
+        for child in children:  # each is waited for by the thread that runs it as well, in `end`
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
+
+    def _cut_lifelines(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
+        with self._lock:
+            for child in children:
+                if child.stdin is not None:
+                    child.stdin.close()
 
 
 PROCESS_SCOPE = Scope()  # never closed
@@ -99,8 +118,3 @@ def name_of(command: Sequence[str]) -> str:
     """`answers` for `python -m deepspec answers ...`, the program's name for anything else."""
     parts = list(command)
     return parts[parts.index("deepspec") + 1] if "deepspec" in parts[:-1] else Path(parts[0]).name
-
-
-def _cut_lifeline(child: subprocess.Popen[bytes]) -> None:
-    if child.stdin is not None:
-        child.stdin.close()

@@ -2,10 +2,10 @@
 
 `python -m deepspec.process.supervisor GRACE_S COMMAND ...`
 
-Standard input is a lifeline: the parent holds its other end and writes nothing, so end of file
-means that the parent closed it or died, in whatever way. Then, and also when the command has ended,
-no descendant is left behind; not even torchrun's ranks, each of which lives in a session of its own
-where killing a process group does not reach it.
+Standard input is a lifeline: the parent holds its other end, so end of file means that the parent
+closed it or died, in whatever way. All that it writes is another GRACE_S, one a line. At the end of
+file, and also when the command has ended, no descendant is left behind; not even torchrun's ranks,
+each of which lives in a session of its own where killing a process group does not reach it.
 """
 
 import contextlib
@@ -33,6 +33,27 @@ class LifelineCut(Exception):
     """The parent is gone, or has the command end."""
 
 
+class Lifeline:
+    """What the parent holds, and the seconds between SIGTERM and SIGKILL that it grants."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s, self._begun = grace_s, b""
+
+    def read(self) -> None:
+        """Take what the parent wrote.
+
+        Raises:
+            LifelineCut: the parent closed it.
+        """
+        # os.read and not sys.stdin: a buffered read holds a lock that makes Python abort at exit.
+        data = os.read(0, 4096)
+        if not data:
+            raise LifelineCut
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        if lines:
+            self.grace_s = float(lines[-1])
+
+
 def supervise(grace_s: float, command: list[str]) -> int:
     """Exit status of the command; all its descendants are gone."""
     prctl = find_prctl()
@@ -51,12 +72,12 @@ def supervise(grace_s: float, command: list[str]) -> int:
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_supervisor
     )
-    leave_s = LEAVE_S
+    leave_s, lifeline = LEAVE_S, Lifeline(grace_s)
     try:
-        wait_with_lifeline(child)
+        wait_with_lifeline(child, lifeline)
     except LifelineCut:
         leave_s = 0.0
-        end_group(child, grace_s)
+        end_group(child, lifeline.grace_s)
     finally:
         sweep(child, leave_s)
     return KILLED - child.returncode if child.returncode < 0 else child.returncode
@@ -75,7 +96,7 @@ def cut(number: int, frame: FrameType | None) -> None:
     raise LifelineCut
 
 
-def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
+def wait_with_lifeline(child: subprocess.Popen[bytes], lifeline: Lifeline) -> None:
     """Return when the child has ended; raise LifelineCut when standard input has."""
     try:
         ended, pause_s = [os.pidfd_open(child.pid)], None
@@ -84,9 +105,8 @@ def wait_with_lifeline(child: subprocess.Popen[bytes]) -> None:
         ended, pause_s = [], 0.2
     while child.poll() is None:
         readable, _, _ = select.select([0, *ended], [], [], pause_s)
-        # os.read and not sys.stdin: a buffered read holds a lock that makes Python abort at exit.
-        if 0 in readable and os.read(0, 1) == b"":
-            raise LifelineCut
+        if 0 in readable:
+            lifeline.read()
 
 
 def end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -33,14 +33,19 @@ class Checkpoints:
                 "the last one is kept, train.patience has no effect"
             )
 
+    def is_regular(self, step: int) -> bool:
+        """Whether there is a checkpoint after so many steps on any machine."""
+        return step % self.trainer.settings.checkpoint_steps == 0
+
     def measure_resumed(self, step: int) -> dict[str, float]:
         """Measure the checkpoint that training resumes from, if there was no time before.
 
         Only those at a multiple of `train.checkpoint_steps` count. Returns what was measured.
         """
         record = self.records.get(step)
-        is_regular = step % self.trainer.settings.checkpoint_steps == 0
-        if not (self.numbers and is_regular and record and record.acceptance_length is None):
+        if not (self.numbers and self.is_regular(step) and record):
+            return {}
+        if record.acceptance_length is not None:
             return {}
         del self.records[step]
         measured = self._measured(record, self.trainer.strategy.whole())
@@ -50,13 +55,18 @@ class Checkpoints:
         return _numbers(measured)
 
     def save(self, step: int, result: StepResult) -> dict[str, float]:
-        """Measure (unless training stops before its end) and save; returns what was measured."""
+        """Measure and save; returns what was measured.
+
+        One that is saved by time or before a stop is not measured, unless it is the last: how far
+        the machine came by then must change no result.
+        """
         trainer = self.trainer
         draft = trainer.strategy.whole()
         record = CheckpointRecord(
             step=step, loss=result.loss, since_best=self._newest().since_best, inputs=trainer.inputs
         )
-        if step == trainer.data.total_steps or not result.stop:
+        is_last = step == trainer.data.total_steps
+        if is_last or (self.is_regular(step) and not result.stop):
             record = self._measured(record, draft)
         save_checkpoint(trainer.artifact, trainer.strategy, draft=draft, record=record)
         log.info(

@@ -21,6 +21,7 @@ from deepspec.process.launch import OnLine, RunRequest, run_child
 from deepspec.process.machine import MIG, check_divides, visible_gpus
 from deepspec.process.scopes import Stopped, scope
 
+MOST_STOP_S = 3600
 ECHO_S = 3.0  # within which torchrun ends a rank after another one has failed
 TORCHRUN_FAILED = re.compile(r"^E\d.*\btorch/distributed/elastic/")
 KILLED_RANK = re.compile(r"rank +: (\d+).*Signal \d+ \((\w+)\) received", re.DOTALL)
@@ -95,7 +96,7 @@ def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: flo
     """Train in `ranks` processes to the end; the first one's events and all logs are passed on.
 
     SIGTERM is passed on: the ranks save a checkpoint and end, for which they have `stop_s` beyond
-    what any child has.
+    what any child has, or what they ask for once they know.
 
     Raises:
         DeepSpecError: the first error that a rank reported, as its own class; the other ranks are
@@ -105,7 +106,13 @@ def launch_ranks(request: RunRequest, ranks: int, *, report: Report, stop_s: flo
     python, *verb = request.command("train")
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # What torchrun would set with a warning: ranks that take all cores each are slower than one.
-    env = {"DEEPSPEC_EVENTS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    env = {
+        "DEEPSPEC_EVENTS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # The supervisor ends torchrun and its ranks when their time is up; by itself torchrun would
+        # after 30 seconds, as one without this setting does.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(MOST_STOP_S),
+    }
     with (
         scope(stop_s) as children,
         on_sigterm(lambda: threading.Thread(target=children.close).start()),

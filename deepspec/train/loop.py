@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import torch
+
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.missing import require_sealed, trains_without_cache
 from deepspec.artifacts.run import Run
@@ -20,6 +22,7 @@ from deepspec.process.events import Report, silent
 from deepspec.process.machine import require_compiler
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
+from deepspec.train.checkpoint_clock import CheckpointClock
 from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
 from deepspec.train.checkpointing import Checkpoints
 from deepspec.train.deepspeed_setup import load_deepspeed
@@ -30,10 +33,10 @@ from deepspec.train.metrics_log import MetricsLog
 from deepspec.train.out_of_memory import explain_oom
 from deepspec.train.preflight import check_before_training
 from deepspec.train.step import StepMetrics, StepResult, Trainer, train_step
-from deepspec.train.strategy import Replicated, Strategy
+from deepspec.train.strategy import Replicated, Strategy, trainable
 from deepspec.train.throughput import Throughput
 from deepspec.train.validation import acceptance_numbers
-from deepspec.train.watchdog import watchdog
+from deepspec.train.watchdog import ending_late_stops, watchdog
 from deepspec.train.zero import Zero
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     Raises:
         ConfigError, ArtifactMismatch: the batch cannot be dealt to the ranks, or the cache is not
             this run's; no weight was loaded.
+        OutOfMemory: names the settings that a step's memory goes by.
         TransientError: stopped by SIGTERM; the step was finished and a checkpoint written.
     """
     artifact = run.artifact("train")
@@ -74,7 +78,8 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
             check_cache(run, source)
         world.wait()  # no rank goes on before
         data = StepData(source, run.config, world)
-        _train(run, data, inputs, report)
+        with explain_oom(run.config):
+            _train(run, data, inputs, report)
         data.finish()
         if world.is_first:
             seal_draft(artifact, inputs)
@@ -125,6 +130,8 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
         return
     if first == 0:
         check_before_training(run, data, draft)
+    trained = sum(map(torch.numel, trainable(draft).values()))
+    num_bytes = 4 * sum(map(torch.numel, draft.parameters())) + 8 * trained
     if config.train.strategy == "ddp":
         strategy: Strategy = Replicated(draft, config.train, world)
     else:
@@ -141,12 +148,18 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
         strategy=strategy,
         metrics=StepMetrics(),
         throughput=Throughput(world.device, first=first, total=total),
+        clock=CheckpointClock(
+            config.resources.training.checkpoint_minutes,
+            num_bytes=num_bytes,
+            runner=config.resources.runner,
+        ),
         stop=threading.Event(),
     )
     with (
         _ending_with_others(world, trainer.stop),
-        explain_oom(config.draft, config.resources.memory),
+        explain_oom(config),
         on_sigterm(trainer.stop.set),
+        ending_late_stops(trainer.clock.stop_s, report),
         watchdog(60 * config.resources.retries.stall_minutes, report) as beat,
     ):
         # Until all shards of a window are captured, no step may be possible.
@@ -162,20 +175,24 @@ def train_steps(
     Raises:
         TransientError: some rank was to stop; the step was finished and a checkpoint written.
     """
-    total = trainer.data.total_steps
+    total, clock = trainer.data.total_steps, trainer.clock
     metrics_log = MetricsLog(trainer.artifact, first=first, is_writer=trainer.world.is_first)
     checkpoints = Checkpoints(trainer)
     metrics_log.add(first, checkpoints.measure_resumed(first))
     for step in range(first, total):
         if checkpoints.no_better():
             break
+        if (stop_s := clock.request()) is not None:
+            report({"event": "stop_time", "stage": "train", "seconds": round(stop_s, 1)})
         result = train_step(trainer, step)
+        clock.step_ended()
         done = step + 1
         if done % LOG_STEPS == 0 or done == total:
             _log_step(trainer, done, result, metrics_log, report)
-        if done % trainer.settings.checkpoint_steps == 0 or done == total or result.stop:
+        if checkpoints.is_regular(done) or done == total or result.save or result.stop:
             metrics_log.add(done, checkpoints.save(done, result))
             metrics_log.write()
+            clock.checkpoint_saved()
         if result.stop and done < total:
             trainer.world.wait()  # the first rank to end ends the others, and one of them is saving
             what = f"training was asked to stop, and did after step {done}"

@@ -1,13 +1,11 @@
 """What is done where memory is short in training: a micro-batch in halves, or an error."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
-from deepspec.config.draft import DraftConfig
-from deepspec.config.resources import MemoryConfig
-from deepspec.errors import TrainingFailed
+from deepspec.config.run import RunConfig
+from deepspec.errors import OutOfMemory
 from deepspec.model.drafter import TrainBatch
-from deepspec.model.memory import is_out_of_memory
+from deepspec.model.memory import naming_oom
 
 # fields of a draft, each a factor of a step's activations
 DRAFT_FACTORS = ("num_anchors", "block_size", "ttt_length")
@@ -34,25 +32,26 @@ def _part(batch: TrainBatch, *, tokens: slice, samples: slice) -> TrainBatch:
     )
 
 
-@contextlib.contextmanager
-def explain_oom(draft: DraftConfig, memory: MemoryConfig) -> Iterator[None]:
-    """Turn an allocation that failed within the block into an error that names what to lower.
+def explain_oom(config: RunConfig) -> AbstractContextManager[None]:
+    """Turn an allocation that failed within the block into an error that names what to change.
 
     Raises:
-        TrainingFailed: out of memory, on the GPU or the CPU.
+        OutOfMemory: on the GPU or the CPU.
     """
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not is_out_of_memory(error):
-            raise
-        fields = draft.model_dump()
-        factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]
-        fix = (
-            f"lower resources.memory.batch_tokens (now {memory.batch_tokens}) or "
-            f"resources.memory.batch_slots (now {memory.most_slots}), or set "
-            f"resources.memory.recompute (now {memory.recompute}), which change no result; "
-            f"then {' or '.join(factors)}"
+    memory, fields = config.resources.memory, config.draft.model_dump()
+    factors = [f"draft.{name} (now {fields[name]})" for name in DRAFT_FACTORS if name in fields]
+    sharding = "train.strategy deepspeed on several GPUs keeps a part of the optimizer on each"
+    if config.train.strategy == "deepspeed":
+        sharding = (
+            f"a higher resources.memory.zero_stage (now {memory.zero_stage}) or "
+            f"resources.memory.offload (now {memory.offload}) leave more to it; train.strategy "
+            "ddp does a micro-batch again in halves, which ranks that meet within one cannot"
         )
-        what = f"a training step does not fit into memory: {str(error).splitlines()[0]}"
-        raise TrainingFailed(what, fix=fix) from error
+    error = OutOfMemory(
+        "a training step does not fit into memory",
+        fix=f"lower resources.memory.batch_tokens (now {memory.batch_tokens}) or "
+        f"resources.memory.batch_slots (now {memory.most_slots}), or set "
+        f"resources.memory.recompute (now {memory.recompute}), which change no result; "
+        f"{sharding}; then {' or '.join(factors)}",
+    )
+    return naming_oom(error)

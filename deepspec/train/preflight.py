@@ -6,7 +6,7 @@ import logging
 import torch
 
 from deepspec.artifacts.run import Run
-from deepspec.errors import TrainingFailed
+from deepspec.errors import OutOfMemory, TrainingFailed
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.train.batches import StepData
 from deepspec.train.out_of_memory import explain_oom
@@ -27,12 +27,13 @@ def check_before_training(run: Run, data: StepData, draft: Drafter) -> None:
 
     Raises:
         TrainingFailed: with what is wrong with the cache, or with the draft.
+        OutOfMemory: one sample does not fit into memory.
     """
     resources = run.config.resources
     try:
-        with explain_oom(run.config.draft, resources.memory):
+        with explain_oom(run.config):
             _check(run, data, draft)
-    except TrainingFailed as error:
+    except (TrainingFailed, OutOfMemory) as error:
         if resources.checks.preflight == "refuse":
             raise
         log.warning("stage=train preflight: %s", error.what)

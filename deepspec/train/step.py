@@ -14,6 +14,7 @@ from deepspec.config.draft import TrainConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
 from deepspec.train.batches import StepData
+from deepspec.train.checkpoint_clock import CheckpointClock
 from deepspec.train.distributed import World
 from deepspec.train.strategy import Strategy, learning_rate
 from deepspec.train.throughput import Throughput
@@ -77,15 +78,17 @@ class Trainer(NamedTuple):
     strategy: Strategy
     metrics: StepMetrics
     throughput: Throughput
+    clock: CheckpointClock
     stop: threading.Event  # set when this process is to stop
 
 
 class StepResult(NamedTuple):
-    """What all ranks know after a step."""
+    """What a step came to, on every rank the same."""
 
     loss: float
     gradient_norm: float
-    stop: bool  # some rank is to stop; all ranks know it after the same step
+    save: bool  # by the first rank's clock a checkpoint is due
+    stop: bool  # some rank is to stop
 
 
 def train_step(trainer: Trainer, step: int) -> StepResult:
@@ -99,8 +102,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         TrainingFailed: the loss or its gradient is not finite; no parameter has changed.
     """
     data, world, strategy = trainer.data, trainer.world, trainer.strategy
-    # numerator, denominator, ranks that are to stop, micro-batches split
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    # numerator, denominator, micro-batches split; is a checkpoint due, ranks that are to stop
+    totals = torch.zeros(5, dtype=torch.float64, device=world.device)
     num_splits = strategy.num_splits
     num_batches = len(data.micro_batches(step))
     num_rounds = strategy.rounds(num_batches)  # before any of them: all ranks meet here
@@ -109,15 +112,17 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for _ in range(num_rounds - num_batches):
         strategy.backward(None)
     trainer.throughput.tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
-    totals[2], totals[3] = trainer.stop.is_set(), strategy.num_splits - num_splits
-    numerator, denominator, stops, splits = world.sum(totals).tolist()
+    totals[2] = strategy.num_splits - num_splits
+    totals[3] = world.is_first and trainer.clock.is_due()
+    totals[4] = trainer.stop.is_set()
+    numerator, denominator, splits, saves, stops = world.sum(totals).tolist()
     trainer.metrics.num_splits += int(splits)
     loss = numerator / denominator if denominator else 0.0
     lr = learning_rate(step, total=data.total_steps, settings=trainer.settings)
     norm = strategy.apply(lr=lr, denominator=denominator)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(trainer, step, loss, norm)
-    return StepResult(loss, norm, stops > 0)
+    return StepResult(loss, norm, saves > 0, stops > 0)
 
 
 def accumulate(trainer: Trainer, batch: TrainBatch) -> Tensor:

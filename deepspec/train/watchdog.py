@@ -1,21 +1,31 @@
-"""A training that stalls ends by itself, instead of holding its GPUs, and logs where it stood."""
+"""A training that stalls ends by itself, instead of holding its GPUs, and logs where it stood; so
+does one that was asked to stop and cannot.
+"""
 
 import contextlib
 import faulthandler
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
+
 from deepspec.errors import EXIT_TRANSIENT, TransientError
 from deepspec.process.events import Report
+from deepspec.process.scopes import GRACE_S
+from deepspec.process.supervisor import is_alive
 
 log = logging.getLogger(__name__)
 
 # Ranks stall together: all must have dumped their stacks before one reports, which ends them all.
 LINGER_S = 2.0
+LOOK_S = 0.5  # between two looks at the other ranks
+END_S = 1.0  # that ending takes, before whoever asked for it kills the process
 
 
 @contextlib.contextmanager
@@ -29,7 +39,8 @@ def watchdog(limit_s: float, report: Report) -> Iterator[Callable[[], None]]:
     def watch() -> None:
         while not left.is_set():
             if not beaten.wait(limit_s):
-                _end(limit_s, report)
+                what = f"no training step was finished for {limit_s / 60:g} minutes"
+                _end(f"{what} (resources.retries.stall_minutes)", report)
             beaten.clear()
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
@@ -42,13 +53,59 @@ def watchdog(limit_s: float, report: Report) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-def _end(limit_s: float, report: Report) -> None:
+@contextlib.contextmanager
+def ending_late_stops(stop_s: Callable[[], float], report: Report) -> Iterator[None]:
+    """Ends the process with "try again" where SIGTERM comes and the block is not left within
+    `stop_s`; at once where another rank of this machine has ended, without which no step can.
+
+    In a collective, or while it waits for a GPU, the main thread runs no handler of Python's. The
+    number of a signal that has one is written to a socket all the same, by the handler in C.
+    """
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)  # `set_wakeup_fd` takes none that blocks
+    ranks = _ranks_here()
+
+    def watch() -> None:
+        while signal.SIGTERM not in (numbers := theirs.recv(64)):
+            if not numbers:
+                return  # the block was left
+        limit_s = stop_s() + GRACE_S - LINGER_S - END_S
+        deadline = time.monotonic() + limit_s
+        theirs.settimeout(LOOK_S)
+        while time.monotonic() < deadline and all(map(is_alive, ranks)):
+            with contextlib.suppress(TimeoutError):
+                if not theirs.recv(64):
+                    return
+        late = f"could not within {limit_s:.0f} s (resources.runner.stop_s)"
+        gone = "cannot: another rank has ended"
+        why = late if all(map(is_alive, ranks)) else gone
+        _end(f"training was asked to stop and {why}", report)
+
+    thread = threading.Thread(target=watch, name="stop", daemon=True)
+    before = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        ours.close()
+        thread.join()
+        theirs.close()
+
+
+def _ranks_here() -> list[psutil.Process]:
+    """The processes that torchrun started beside this one; none without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    return psutil.Process().parent().children()
+
+
+def _end(what: str, report: Report) -> None:
     """End without unwinding the main thread, which may never return from where it is."""
     faulthandler.dump_traceback(all_threads=True)
     time.sleep(LINGER_S)
     error = TransientError(
-        f"no training step was finished for {limit_s / 60:g} minutes "
-        "(resources.retries.stall_minutes)",
+        what,
         fix="run it again: it goes on from its newest checkpoint; where each thread stood is in "
         "the log",
     )

@@ -199,6 +199,56 @@ def test_a_child_that_is_too_slow_is_ended(tmp_path: Path):
     assert_gone(wait_for(tmp_path / "ranks"), seconds=0.5)
 
 
+# A child that needs more time to end than others, and reports it
+SLOW_TO_END = """
+import json, signal, sys, time
+
+def end(number, frame):
+    time.sleep(2)
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, end)
+for seconds in json.loads(sys.argv[2]):
+    print(json.dumps({"event": "stop_time", "seconds": seconds}))
+print("working", file=sys.stderr)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("granted", "saved"), [([8], True), ([1, 8], True), ([], False)])
+def test_a_child_has_the_time_to_end_that_it_asked_for(tmp_path: Path, granted, saved):
+    heard = SimpleNamespace(events=[])
+    command = python(SLOW_TO_END, tmp_path / "saved", json.dumps(granted))
+    with pytest.raises(Stopped), scope() as owner:
+        run_child(
+            command,
+            on_event=heard.events.append,
+            on_line=lambda _: threading.Thread(target=owner.close).start(),
+        )
+    assert (tmp_path / "saved").exists() is saved
+    assert [event["seconds"] for event in heard.events] == granted, "and passes it on"
+
+
+def test_a_child_whose_parent_was_killed_has_the_time_to_end_that_it_asked_for(tmp_path: Path):
+    code = f"""
+        import sys
+        from deepspec.process import launch, scopes
+        scopes.GRACE_S = 0.5
+        command = [sys.executable, "-c", {SLOW_TO_END!r}, sys.argv[1], "[8]"]
+        launch.run_child(command, on_event=print, on_line=lambda line: print(line, flush=True))
+    """
+    parent = subprocess.Popen(python(code, tmp_path / "saved"), stdout=subprocess.PIPE)
+    while b"working" not in parent.stdout.readline():
+        assert parent.poll() is None
+    (guard,) = psutil.Process(parent.pid).children()
+    time.sleep(0.5)  # the two pipes of a child are read in any order
+    parent.kill()
+    parent.communicate()
+    assert_gone([guard.pid])
+    assert (tmp_path / "saved").exists()
+
+
 # That nothing outlives its parent
 
 

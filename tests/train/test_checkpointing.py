@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.run import Run
 from deepspec.errors import ConfigError, TransientError
-from deepspec.train import checkpointing, loop, step
+from deepspec.train import checkpoint_clock, checkpointing, loop, step
 from deepspec.train.checkpoint_files import checkpoint_records
 from deepspec.train.loop import run_train
 from deepspec.train.step import StepResult
@@ -39,7 +40,7 @@ def test_the_best_checkpoint_by_acceptance_is_kept_and_sealed_and_not_the_last(
     measured(monkeypatch, [1.5, 3.0, 2.0, 2.5, 2.0])
     falling = iter(range(99, 0, -1))
     monkeypatch.setattr(
-        step, "StepResult", lambda loss, norm, stop: StepResult(float(next(falling)), norm, stop)
+        step, "StepResult", lambda loss, *rest: StepResult(float(next(falling)), *rest)
     )
     artifact = run_train(Run(tiny_run(ready, "train.max_steps=10")))
     assert list(checkpoint_records(artifact)) == [4, 8, 10]
@@ -125,6 +126,51 @@ def test_a_checkpoint_that_was_saved_in_a_hurry_is_measured_when_training_goes_o
     assert [
         line["held_out_acceptance_length"] for line in lines if "held_out_acceptance_length" in line
     ] == [1.0, 3.0, 2.0]
+
+
+def test_checkpoints_by_time_change_no_draft_and_are_not_measured(ready: Path, tmp_path: Path):
+    """Six hours of a run that was preempted went with it: 500 steps took that long."""
+    shutil.copytree(ready, tmp_path / "timed")
+    artifact = run_train(Run(tiny_run(ready)))
+    timed = run_train(
+        Run(tiny_run(tmp_path / "timed", "resources.training.checkpoint_minutes=1e-9"))
+    )
+    assert list(checkpoint_records(artifact)) == [4, 6]
+    found = checkpoint_records(timed)
+    assert set(found) >= {5, 6} and found[5].acceptance_length is None
+    assert found[5].files and found[6].acceptance_length is not None
+    for name, tensor in weights(artifact).items():
+        assert torch.equal(weights(timed)[name], tensor)
+    assert measurements(timed) == measurements(artifact) and len(measurements(timed)) == 3
+
+
+def measurements(artifact: Artifact) -> list[float]:
+    lines = map(json.loads, artifact.read("metrics.jsonl").decode().splitlines())
+    name = "held_out_acceptance_length"
+    return [line[name] for line in lines if name in line]
+
+
+def test_a_checkpoint_is_due_so_long_after_the_last_one_whichever_made_it(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A step a minute, a checkpoint every four steps and every three minutes."""
+    original, save, saved = loop.train_step, checkpointing.save_checkpoint, list[int]()
+    now = [0.0]
+    monkeypatch.setattr(checkpoint_clock.time, "perf_counter", lambda: now[0])
+
+    def step_of_a_minute(trainer, step):
+        now[0] += 60
+        return original(trainer, step)
+
+    def saving(*parts, record, **more):
+        saved.append(record.step)
+        save(*parts, record=record, **more)
+
+    monkeypatch.setattr(loop, "train_step", step_of_a_minute)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", saving)
+    sets = ("train.max_steps=10", "train.epochs=10", "train.checkpoint_steps=4")
+    run_train(Run(tiny_run(ready, *sets, "resources.training.checkpoint_minutes=3")))
+    assert saved == [3, 4, 7, 8, 10]
 
 
 def test_a_stop_at_the_last_step_does_not_cost_the_last_draft(ready: Path, monkeypatch):

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from deepspec.artifacts.run import Run
-from deepspec.errors import EXIT_TRANSIENT, ConfigError, TrainingFailed, TransientError
+from deepspec.errors import EXIT_TRANSIENT, ConfigError, OutOfMemory, TrainingFailed, TransientError
 from deepspec.hidden.rolling_workers import worker_gpus
 from deepspec.process.events import silent
 from deepspec.process.launch import RunRequest
@@ -314,6 +314,43 @@ def test_no_rank_waits_for_one_that_is_short_of_memory(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_short_of_memory_under_deepspeed_names_what_to_set(
+    ready: Path, faulty, place: str, stage: int
+):
+    """Its ranks meet within a micro-batch, so that one cannot do a part of it again."""
+    faulty(f"""
+        import torch
+        from deepspec.model.block_draft import BlockDraft
+
+        whole, place = BlockDraft.loss, {place!r}
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+        def loss(self, batch, plan):
+            output = whole(self, batch, plan)
+            if rank == 1 and self.training and stepping:
+                fail() if place == "forward" else output.numerator.register_hook(fail)
+            return output
+
+        BlockDraft.loss = loss
+        stepping = []
+
+        def fault(step):
+            if step == 2:
+                stepping.append(True)
+    """)
+    sets = [SIX, "train.strategy=deepspeed", f"resources.memory.zero_stage={stage}"]
+    with pytest.raises(OutOfMemory, match="does not fit into memory: CUDA out of memory") as caught:
+        launched(ready, *sets)
+    assert "resources.memory.batch_tokens (now " in caught.value.fix
+    assert f"zero_stage (now {stage})" in caught.value.fix
+    assert "train.strategy ddp does a micro-batch again in halves" in caught.value.fix
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_worth_another_try(
     ready: Path, faulty, capfd: pytest.CaptureFixture[str]
 ):
@@ -387,6 +424,110 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(
 @pytest.mark.slow
 def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
     assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_training_has_the_time_to_stop_that_its_steps_need(ready: Path, faulty, monkeypatch):
+    """A step of a 4B draft takes 45 seconds on one GPU: its ranks were killed after 13."""
+    faulty("""
+        import time
+
+        def fault(step):
+            time.sleep(7)
+            if rank == 0 and step == 1:
+                os.kill(int(os.environ["STOPPED_IN_STEP_1"]), signal.SIGTERM)
+                time.sleep(7)
+    """)
+    monkeypatch.setenv("STOPPED_IN_STEP_1", str(os.getpid()))
+    heard = list[dict[str, object]]()
+    with pytest.raises(TransientError, match="asked to stop"):
+        # 5 seconds beside what the ranks ask for, after a step of 7
+        launch_ranks(arguments(ready, *LONG), 2, report=heard.append, stop_s=0)
+    (asked,) = [event["seconds"] for event in heard if event["event"] == "stop_time"]
+    assert 1.5 * 7 < float(str(asked)) < 60
+    assert list(checkpoint_records(Run(tiny_run(ready, *LONG)).artifact("train"))) == [2]
+
+
+@pytest.mark.slow
+def test_ranks_stuck_in_a_collective_end_by_themselves_when_they_are_to_stop(
+    ready: Path, faulty, tmp_path: Path
+):
+    """Their Python handlers never run, and torchrun kills them only after 30 seconds."""
+    faulty("""
+        def fault(step):
+            if rank == 1 and step == 2:
+                import pathlib, time
+                pathlib.Path(os.environ["STUCK"]).touch()
+                while True:
+                    time.sleep(1)  # rank 0 is in a collective of gloo
+    """)
+    stuck, log = tmp_path / "stuck", tmp_path / "log"
+    _, *verb = arguments(ready, *LONG, "resources.runner.stop_s=1").command("train")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*torchrun, *verb],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "STUCK": str(stuck)},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        limit = time.monotonic() + 120
+        while not stuck.exists():
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.05)
+        found = ranks_of(process.pid)
+        assert len(found) == 2
+        time.sleep(1)
+        began = time.monotonic()
+        process.terminate()
+        process.wait(60)
+        assert psutil.wait_procs(found, timeout=0)[1] == []
+        assert time.monotonic() - began < 20
+    finally:
+        process.kill()
+    shown = log.read_text()
+    assert shown.count("training was asked to stop and could not within 3 s") == 2
+    assert "in sum" in shown, "rank 0, in the collective"
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_one_that_has_failed_ends_at_once(ready: Path, faulty, tmp_path):
+    """NCCL's collectives do not notice it, where gloo's lose their connection."""
+    faulty(f"""
+        import time
+
+        def fault(step):
+            if rank == 1 and step == 2:
+                time.sleep(2)
+                from deepspec.errors import TrainingFailed
+                with open({str(tmp_path / "failed")!r}, "w") as file:
+                    file.write(str(time.time()))
+                raise TrainingFailed("rank 1 has had enough")
+            if step == 2:
+                from datetime import timedelta
+                from torch.distributed import distributed_c10d as c10d
+                c10d._get_default_store().wait(["never"], timedelta(minutes=5))
+    """)
+    with pytest.raises(TrainingFailed, match="rank 1 has had enough"):
+        launched(ready, "resources.runner.stop_s=100")
+    assert time.time() - float((tmp_path / "failed").read_text()) < 20
+
+
+@pytest.mark.slow
+def test_ranks_save_by_the_clock_of_the_first_one(ready: Path, faulty):
+    faulty("""
+        from deepspec.train.checkpoint_clock import CheckpointClock
+
+        CheckpointClock.is_due = lambda self: rank == 1 or self.due
+
+        def fault(step):
+            CheckpointClock.due = step == 4
+    """)
+    launched(ready, SIX, "train.checkpoint_steps=100")
+    artifact = Run(tiny_run(ready, SIX, "train.checkpoint_steps=100")).artifact("train")
+    assert list(checkpoint_records(artifact)) == [5, 6]
 
 
 TWELVE = ["train.max_steps=12", "train.checkpoint_steps=4", SIX, *SMOOTH]

@@ -16,7 +16,7 @@ from torch import nn
 
 from deepspec.artifacts.run import Run
 from deepspec.config.draft import TrainConfig
-from deepspec.errors import TrainingFailed
+from deepspec.errors import OutOfMemory
 from deepspec.model.block_draft import BlockDraft
 from deepspec.model.drafter import Drafter, TrainBatch
 from deepspec.model.execution import Execution
@@ -186,7 +186,7 @@ def test_a_sample_that_does_not_fit_alone_is_the_error_that_names_the_knobs(
     shutil.copytree(captured, tmp_path / "store")
     limit_tokens(BlockDraft, 45, monkeypatch)
     config = tiny_run(tmp_path / "store", "resources.checks.preflight=warn")
-    with pytest.raises(TrainingFailed, match="a training step does not fit into memory") as caught:
+    with pytest.raises(OutOfMemory, match="a training step does not fit into memory") as caught:
         run_train(Run(config))
     assert "CUDA out of memory. Tried to allocate 20.00 GiB." in caught.value.what
 
@@ -213,7 +213,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
         raise error
 
     monkeypatch.setattr(step, "accumulate", too_large)
-    with pytest.raises(TrainingFailed, match="does not fit into memory") as caught:
+    with pytest.raises(OutOfMemory, match="does not fit into memory") as caught:
         run_train(Run(tiny_run(tmp_path / "store", "resources.memory.batch_tokens=4321")))
     assert str(error).splitlines()[0] in caught.value.what
     for knob in (
@@ -227,10 +227,7 @@ def test_a_step_that_does_not_fit_names_the_knobs_and_their_values(
 
 def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
     config = tiny_run(tmp_path, "target.layer_ids=[0, 1, 2]", recipe="eagle3-demo")
-    with (
-        pytest.raises(TrainingFailed) as caught,
-        explain_oom(config.draft, config.resources.memory),
-    ):
+    with pytest.raises(OutOfMemory) as caught, explain_oom(config):
         raise RuntimeError("out of memory")
     assert "draft.ttt_length (now 7)" in caught.value.fix
     assert "num_anchors" not in caught.value.fix
@@ -238,8 +235,19 @@ def test_a_draft_without_anchors_names_what_it_has(tmp_path: Path):
 
 def test_any_other_error_passes(tmp_path: Path):
     config = tiny_run(tmp_path)
-    with (
-        pytest.raises(RuntimeError, match="shapes do not match"),
-        explain_oom(config.draft, config.resources.memory),
-    ):
+    with pytest.raises(RuntimeError, match="shapes do not match"), explain_oom(config):
         raise RuntimeError("shapes do not match")
+
+
+def test_weights_that_do_not_fit_are_an_error_as_well(
+    captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the first step: the draft on its device, and the state of a checkpoint."""
+    shutil.copytree(captured, tmp_path / "store")
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError(*SHORT.args)
+
+    monkeypatch.setattr(BlockDraft, "to", too_large)
+    with pytest.raises(OutOfMemory, match="Tried to allocate"):
+        run_train(Run(tiny_run(tmp_path / "store")))
