@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec.model.attention import BlockVisibility
 from deepspec.model.drafter import TrainBatch
 from deepspec.model.targets import TargetPlaces
 
@@ -46,6 +47,7 @@ class BlockPlan(NamedTuple):
     weights: Tensor  # [K, g] float32, 0 where not counted
     slots: Tensor  # [N] long, the counted ones among all K * g
     targets: TargetPlaces  # of each counted slot: the position before its label, its anchor first
+    visibility: BlockVisibility  # an anchor's own state is not known yet
 
     @property
     def previous(self) -> Tensor:
@@ -67,6 +69,7 @@ class Eagle3Plan(NamedTuple):
     columns: Tensor  # [N] long
     num_scored: tuple[int, ...]  # at each step
     targets: TargetPlaces  # [N] step s at t is to match p_{t+1+s}
+    visibility: BlockVisibility
     # [P] float32, one over the length of its sample: the loss is a mean per sample, not per token
     weights: Tensor
     num_samples: Tensor  # float32
@@ -126,6 +129,7 @@ def plan_blocks(
         weights=weights,
         slots=counted.flatten().nonzero()[:, 0],
         targets=TargetPlaces.of((anchors[:, None] + slots)[counted]),
+        visibility=BlockVisibility(samples.starts, anchors, block_size),
     )
 
 
@@ -164,6 +168,7 @@ def plan_places(batch: TrainBatch, places: Tensor, counted: Tensor) -> Eagle3Pla
         num_scored=tuple(counted.sum(1).tolist()),
         # a counted position has t + s before the last token, so its target is there
         targets=TargetPlaces.of(places[columns] + 1 + steps),
+        visibility=BlockVisibility(samples.starts, places + 1, 1),
         weights=1.0 / (samples.ends - samples.starts),
         num_samples=torch.tensor(float(len(lengths))),
     )

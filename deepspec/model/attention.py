@@ -6,8 +6,8 @@ PyTorch, sample by sample. T tokens, K blocks, g block size, n = K * g queries, 
 per query of its own, H heads, G key-value heads, E head size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -17,27 +17,68 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from deepspec.model.execution import compiled, compute_dtype
 from deepspec.model.flex_kernel import kernel_options
+from deepspec.model.host_copy import HOST, send, send_all
 
 KeysValues = tuple[Tensor, Tensor]  # [1, G, L, E] each
 TILE = 128  # queries and keys that flex attention works on at a time
 
 
+class SampleVisibility(NamedTuple):
+    """What the blocks of one sample see."""
+
+    start: int  # of the run of tokens that some of them see
+    end: int
+    last: Tensor  # of each block, on the device
+
+
 @dataclass(frozen=True, eq=False)
 class BlockVisibility:
-    """The row's tokens that the queries of each block see: from `first` to before `last`."""
+    """The row's tokens that the queries of each block see: from `first` to before `last`.
+
+    It is of the host. A device is sent what is made of it once, for all layers and passes.
+    """
 
     first: Tensor  # [K] long, where the block's sample starts
     last: Tensor  # [K] long
     block_size: int
-    path: Literal["flex", "dense"]
+    path: Literal["flex", "dense"] = "dense"
     _masks: dict[tuple[int, int], BlockMask] = field(default_factory=dict, repr=False)
+    _samples: list[SampleVisibility] = field(default_factory=list, repr=False)
 
-    def mask(self, *, num_tokens: int, copies: int) -> BlockMask:
-        """The `tiles` of these sizes, made once for all layers and passes that ask for them."""
+    def along(self, path: Literal["flex", "dense"]) -> "BlockVisibility":
+        """The same for attention on this path."""
+        return replace(self, path=path)
+
+    def prepare(self, *, num_tokens: int, copies: Iterable[int], device: torch.device) -> None:
+        """Make a GPU's masks now, beside the step in use, and not where attention needs them."""
+        if device.type == "cuda" and len(self.first):
+            for number in copies:
+                self.mask(num_tokens=num_tokens, copies=number, device=device)
+
+    def mask(self, *, num_tokens: int, copies: int, device: torch.device) -> BlockMask:
+        """The `tiles` of these sizes."""
         sizes = num_tokens, copies
         if sizes not in self._masks:
-            self._masks[sizes] = tiles(self, num_tokens=num_tokens, copies=copies)
+            self._masks[sizes] = tiles(self, num_tokens=num_tokens, copies=copies, device=device)
         return self._masks[sizes]
+
+    def samples(self, device: torch.device) -> list[SampleVisibility]:
+        """What each sample's blocks see, without gaps between blocks."""
+        if not self._samples:
+            firsts, counts = (
+                values.tolist()
+                for values in torch.unique_consecutive(self.first, return_counts=True)
+            )
+            ends = [int(last.max()) for last in self.last.split(counts)]
+            seen = 0
+            for first, end, last in zip(
+                firsts, ends, send(self.last, device).split(counts), strict=True
+            ):
+                # fill comes after the samples, and its blocks have 0 for both
+                start = max(first, seen)
+                seen = max(start, end)
+                self._samples.append(SampleVisibility(start, seen, last))
+        return self._samples
 
 
 def attend(
@@ -74,20 +115,14 @@ def attend(
         queries.transpose(1, 2).to(dtype),
         keys,
         values,
-        block_mask=visibility.mask(num_tokens=context[0].shape[2], copies=len(own)),
+        block_mask=visibility.mask(
+            num_tokens=context[0].shape[2], copies=len(own), device=queries.device
+        ),
         scale=scale,
         enable_gqa=queries.shape[2] != keys.shape[1],
         kernel_options=kernel_options(queries.device, dtype, head_dim) if on_gpu else None,
     )
     return cast("Tensor", out).transpose(1, 2).flatten(2)
-
-
-class SampleVisibility(NamedTuple):
-    """What the blocks of one sample see."""
-
-    start: int  # of the run of tokens that some of them see
-    end: int
-    last: Tensor  # of each block
 
 
 def sample_by_sample(
@@ -98,19 +133,10 @@ def sample_by_sample(
     Tensors are split once for all samples: the gradient of a slice would be a tensor as large as
     all of them together.
     """
-    size = visibility.block_size
-    firsts, num_blocks = (
-        values.tolist() for values in torch.unique_consecutive(visibility.first, return_counts=True)
-    )
-    samples: list[SampleVisibility] = []
-    bounds = [0]  # of gaps and samples in turn
-    for first, last in zip(firsts, visibility.last.split(num_blocks), strict=True):
-        # fill comes after the samples, and its blocks have 0 for both
-        start = max(first, bounds[-1])
-        samples.append(SampleVisibility(start, max(start, int(last.max())), last))
-        bounds += samples[-1][:2]
-    runs = np.diff([*bounds, context[0].shape[2]]).tolist()
-    num_slots = [num * size for num in num_blocks]
+    size, samples = visibility.block_size, visibility.samples(queries.device)
+    bounds = [bound for sample in samples for bound in (sample.start, sample.end)]
+    runs = np.diff([0, *bounds, context[0].shape[2]]).tolist()  # of gaps and samples in turn
+    num_slots = [len(sample.last) * size for sample in samples]
 
     def split(pair: KeysValues, sizes: list[int]) -> list[KeysValues]:
         keys, values = (x[0].to(queries.dtype).split(sizes, 1) for x in pair)
@@ -157,18 +183,21 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size))[:, None]
 
 
-def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> BlockMask:
+def tiles(
+    visibility: BlockVisibility, *, num_tokens: int, copies: int, device: torch.device = HOST
+) -> BlockMask:
     """The tiles of 128 queries x 128 keys in which something is seen, found without single keys.
 
     Keys are the row's tokens, then `copies` times the slots. PyTorch's own helper evaluates the
-    mask of every key: a gigabyte for 8,192 tokens with 512 anchors a sample.
+    mask of every key: a gigabyte for 8,192 tokens with 512 anchors a sample. The tiles are found on
+    the host and sent: there is nothing to wait for, and no kernel between those of training.
     """
-    first, last, size = visibility.first, visibility.last, visibility.block_size
-    num_queries, device = len(first) * size, first.device
+    size = visibility.block_size
+    num_queries = len(visibility.first) * size
     num_keys = num_tokens + copies * num_queries
     # Numbers captured as such would be compiled in, and every new length would compile again.
-    # Filled on the device: a copy from the host would wait for all that the device has to do.
-    width, period = (torch.full((), value, device=device) for value in (num_tokens, num_queries))
+    sizes = torch.tensor(num_tokens), torch.tensor(num_queries)
+    first, last, width, period = send_all((visibility.first, visibility.last, *sizes), device)
 
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // size
@@ -176,11 +205,10 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
         # `last` lies within the tokens
         return ((key >= first[block]) & (key < last[block])) | in_own
 
-    low = torch.arange(0, num_keys, TILE, device=device)
-    rows = torch.arange(0, num_queries, TILE, device=device)
-    queries = torch.arange(len(rows) * TILE, device=device).clamp(max=num_queries - 1)
-    bounds = torch.stack([first, last])[:, (queries // size).view(-1, TILE)]  # [2, rows, TILE]
-    (first_min, last_min), (first_max, last_max) = bounds.amin(-1), bounds.amax(-1)
+    low, rows = torch.arange(0, num_keys, TILE), torch.arange(0, num_queries, TILE)
+    queries = torch.arange(len(rows) * TILE).clamp(max=num_queries - 1)
+    bounds = torch.stack([visibility.first, visibility.last])[:, (queries // size).view(-1, TILE)]
+    (first_min, last_min), (first_max, last_max) = bounds.amin(-1), bounds.amax(-1)  # [rows] each
     some = (low < last_max[:, None]) & (low + TILE > first_min[:, None])
     whole = (low >= first_max[:, None]) & (low + TILE <= last_min[:, None])
     # of all blocks that the tile has a query of
@@ -191,16 +219,21 @@ def tiles(visibility: BlockVisibility, *, num_tokens: int, copies: int) -> Block
             for bound in slots
         )
         some |= (low < end) & (low + TILE > start)
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
-        BLOCK_SIZE=TILE,
+    # by queries, and by keys for the gradient
+    lists = [_listed(chosen) for part in (some & ~whole, whole) for chosen in (part, part.T)]
+    by_queries, by_keys, whole_by_queries, whole_by_keys = send_all(tuple(lists), device)
+    return BlockMask(
+        (num_queries, num_keys),
+        *by_queries,
+        *whole_by_queries,
+        *by_keys,
+        *whole_by_keys,
+        BLOCK_SIZE=(TILE, TILE),
         mask_mod=sees,
-        seq_lengths=(num_queries, num_keys),
     )
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Number of chosen tiles [1, 1, rows], and all tiles of a row with the chosen ones first."""
-    order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    order = (~chosen).contiguous().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32)[None, None], order[None, None]

@@ -70,7 +70,7 @@ def probe(dtype: torch.dtype, heads: HeadGeometry, scale: float, block_size: int
     """
     num_blocks = -(-PROBE_SLOTS // block_size)
     num_slots = num_blocks * block_size
-    first = torch.zeros(num_blocks, dtype=torch.long, device="cuda")
+    first = torch.zeros(num_blocks, dtype=torch.long)
     shapes = (
         (num_slots, heads.num_heads),
         (heads.num_kv_heads, PROBE_TOKENS),

@@ -13,7 +13,6 @@ from torch import Tensor
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
 from deepspec.model.anchors import BlockPlan, plan_blocks, sample_anchors
-from deepspec.model.attention import BlockVisibility
 from deepspec.model.attention_path import training_path
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_BLOCKS
@@ -69,7 +68,9 @@ class BlockDraft(Drafter):
             decay=self.loss_settings.decay,
             multiple=FILL_BLOCKS if self.execution.compile else 1,
         )
-        return send_all(plan, batch.context.device)
+        num_tokens, device = len(batch.context), batch.context.device
+        plan.visibility.prepare(num_tokens=num_tokens, copies=[1], device=device)
+        return send_all(plan, device)
 
     def loss(self, batch: TrainBatch, plan: BlockPlan) -> LossOutput:
         """Loss sums over the counted slots (eq. 9-12)."""
@@ -109,8 +110,7 @@ class BlockDraft(Drafter):
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
         path = training_path(self.fc.weight, self.spec, block_size=size)
-        # the anchor's own state is not known yet
-        visibility = BlockVisibility(first, plan.anchors, size, path)
+        visibility = plan.visibility.along(path)
         fused = self._fuse(context[None])
         x = self._embed_blocks(plan.anchor_tokens).flatten(0, 1)[None]
         run = self.execution

@@ -62,8 +62,11 @@ class Eagle3Draft(Drafter):
     def plan(self, batch: TrainBatch) -> Eagle3Plan:
         """Where each step of the training-time test is scored; no chance involved."""
         multiple = FILL_TOKENS if self.execution.compile else 1
-        plan = plan_steps(batch, num_steps=self.spec.ttt_length, multiple=multiple)
-        return send_all(plan, batch.context.device)
+        steps, device = self.spec.ttt_length, batch.context.device
+        plan = plan_steps(batch, num_steps=steps, multiple=multiple)
+        copies = range(steps)  # of the slots, one more at each step
+        plan.visibility.prepare(num_tokens=len(batch.context), copies=copies, device=device)
+        return send_all(plan, device)
 
     def loss(self, batch: TrainBatch, plan: Eagle3Plan) -> LossOutput:
         """Soft cross-entropy to the target's distribution at every step, and acceptance rates.
@@ -114,7 +117,7 @@ class Eagle3Draft(Drafter):
         x = run(Eagle3Layer.attention_input, layer, embedded, fused)
         of_tokens = run(Attention.keys_values, layer.self_attn, x, table.at(plan.positions))
         path = training_path(weight, self.spec, block_size=1)
-        visibility = BlockVisibility(plan.starts, plan.places + 1, 1, path)
+        visibility = plan.visibility.along(path)
         own: list[KeysValues] = []
         x, states = x[:, plan.places], fused[:, plan.places]
         for step in range(self.spec.ttt_length):

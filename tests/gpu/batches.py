@@ -23,7 +23,7 @@ def run_batch(heads: Sequence[int], dtype: torch.dtype, batch: Sequence[int]) ->
         (random(num_kv_heads, num), random(num_kv_heads, num))
         for num in (num_tokens, *[num_slots] * copies)
     )
-    first = torch.zeros(num_blocks, dtype=torch.long, device="cuda")
+    first = torch.zeros(num_blocks, dtype=torch.long)
     visibility = BlockVisibility(first, first + num_tokens, block_size, "flex")
     queries = random(num_slots, num_heads)
     attend(queries, context, own, visibility, scale=head_dim**-0.5).sum().backward()
