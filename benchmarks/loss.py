@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +21,36 @@ from benchmarks._measure import alternate, peak_bytes, result
 from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
 from deepspec.model.targets import TargetPlaces, Targets
 
-SLOTS, POSITIONS, VOCABULARY, HIDDEN, RANK = 3584, 1024, 32_768, 256, 64
 ROUNDS = 3
+CPU = torch.device("cpu")
 
 
-def made() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+class Sizes(NamedTuple):
+    slots: int = 3584
+    positions: int = 1024
+    vocabulary: int = 32_768
+    hidden: int = 256
+    rank: int = 64
+
+
+def made(sizes: Sizes, device: torch.device = CPU) -> dict[str, Tensor]:
+    slots, positions, vocabulary, hidden, rank = sizes
+    how: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shapes = {
-        "states": (SLOTS, HIDDEN),
-        "features": (SLOTS, RANK),
-        "w2": (VOCABULARY, RANK),
-        "hidden": (POSITIONS, HIDDEN),
+        "states": (slots, hidden),
+        "features": (slots, rank),
+        "w2": (vocabulary, rank),
+        "hidden": (positions, hidden),
     }
     parts = {
-        name: torch.randn(shape, generator=generator).requires_grad_(name != "hidden")
+        name: torch.randn(shape, **how).requires_grad_(name != "hidden")
         for name, shape in shapes.items()
     }
     return parts | {
-        "lm_head": torch.randn(VOCABULARY, HIDDEN, generator=generator) * HIDDEN**-0.5,
-        "places": torch.randint(POSITIONS, (SLOTS,), generator=generator),
-        "labels": torch.randint(VOCABULARY, (SLOTS,), generator=generator),
-        "weights": torch.rand(SLOTS, generator=generator),
+        "lm_head": torch.randn(vocabulary, hidden, **how) * hidden**-0.5,
+        "places": torch.randint(positions, (slots,), **how),
+        "labels": torch.randint(vocabulary, (slots,), **how),
+        "weights": torch.rand(slots, **how),
     }
 
 
@@ -102,7 +112,7 @@ def seconds_of(
 
 
 def main() -> dict[str, object]:
-    parts, ratios, goals = made(), {}, {}
+    parts, ratios, goals = made(Sizes()), {}, {}
     seconds: dict[str, float] = {}
     for algorithm in ("dspark", "eagle3"):
         for bf16 in (False, True):

@@ -1,0 +1,67 @@
+"""The loss over Qwen3-4B's vocabulary at a small and a usual micro-batch: gradients, speed, memory,
+and how often the host waits.
+"""
+
+import torch
+
+from benchmarks.gpu_check.section import Bench, relative_error
+from benchmarks.loss import Sizes, chunked, made, plain
+
+QWEN3_4B = Sizes(slots=3584, positions=1024, vocabulary=151_936, hidden=2560, rank=256)
+USUAL = 29_260  # slots of a micro-batch of 8,192 tokens in samples of usual length
+TINY = Sizes(slots=64, positions=16, vocabulary=128, hidden=16, rank=8)
+COMPARED = 256  # slots whose logits fit into memory at once, in float32
+# by whether it is in bfloat16, where p - q changes its sign by rounding
+WITHIN = {False: 1e-3, True: 5e-2}
+FIELDS = ("states", "features", "w2")
+
+
+def check(bench: Bench) -> None:
+    shape = TINY if bench.rehearse else QWEN3_4B
+    for algorithm in ("dspark", "eagle3"):
+        for bf16 in (False, True):
+            what = f"{algorithm} {'bfloat16' if bf16 else 'float32'}"
+            with bench.part(f"{what}: gradients of the plain formula"):
+                few = shape._replace(slots=min(COMPARED, shape.slots))
+                gradients(bench, few, algorithm, bf16=bf16)
+    for slots in (shape.slots, shape.slots if bench.rehearse else USUAL):
+        with bench.part(f"{slots} slots"):
+            speed(bench, shape._replace(slots=slots, positions=max(slots // 7, 16)))
+
+
+def step(bench: Bench, parts: dict[str, torch.Tensor], side, algorithm: str, *, bf16: bool):
+    for part in parts.values():
+        part.grad = None
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bf16):
+        total = side(parts, algorithm)
+    total.backward()
+    return total
+
+
+def gradients(bench: Bench, sizes: Sizes, algorithm: str, *, bf16: bool) -> None:
+    parts, found = made(sizes, bench.device), []
+    for side in (chunked, plain):
+        step(bench, parts, side, algorithm, bf16=bf16)
+        found.append([parts[name].grad for name in FIELDS if parts[name].grad is not None])
+    errors = [relative_error(ours, theirs) for ours, theirs in zip(*found, strict=True)]
+    what = f"{algorithm} {'bfloat16' if bf16 else 'float32'}: gradients of the plain formula"
+    bench.findings.check(what, max(errors) <= WITHIN[bf16], f"{max(errors):.1e}")
+
+
+def speed(bench: Bench, sizes: Sizes) -> None:
+    parts, what = made(sizes, bench.device), f"dspark bfloat16, {sizes.slots} slots"
+
+    def run() -> None:
+        step(bench, parts, chunked, "dspark", bf16=True)
+
+    taken = bench.seconds(run, rounds=3)
+    per_slot = 2 * sizes.vocabulary * (2 * sizes.hidden + 3 * sizes.rank)
+    flops = sizes.slots * per_slot + 2 * sizes.positions * sizes.vocabulary * sizes.hidden
+    bench.findings.figure(f"{what}: forward and backward, ms", 1e3 * taken)
+    bench.findings.figure(f"{what}: TFLOP/s", flops / taken / 1e12)
+    inputs = torch.cuda.memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
+    bench.findings.figure(f"{what}: GB beside the inputs", bench.peak_gb(run) - inputs)
+    bench.findings.figure(f"{what}: waits of the host", bench.num_waits(run))
+    grads = (parts[name].grad for name in FIELDS)
+    finite = all(bool(x.isfinite().all()) for x in grads if x is not None)
+    bench.findings.check(f"{what}: gradients are finite", finite)
