@@ -161,7 +161,8 @@ def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_
     )
     saved = list(checkpoint_records(artifact))
     assert site.machines.set_state(run, "CANCELLING", "Cancelling") == "ACCEPT"
-    _, left = psutil.wait_procs(everyone, timeout=15)
+    # On a busy machine steps take longer, and their time to stop with them.
+    _, left = psutil.wait_procs(everyone, timeout=60)
     assert left == []
     assert site.machines.ended(run) == "CANCELLED"
     assert list(checkpoint_records(artifact))[-1] >= saved[-1]
