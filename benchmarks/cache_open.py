@@ -42,7 +42,7 @@ opened, growth = time.perf_counter() - began, process.memory_info().rss - before
 began = time.perf_counter()
 config = load_run("demo", ["train.epochs=1", "train.max_steps=null"])
 data = StepData(cache, config, World(0, 1, torch.device("cpu")))
-batch = next(data.batches(0))
+batch = next(data.batches(0, len))
 first = time.perf_counter() - began
 assert len(cache) == 1_300_000 and "pandas" not in sys.modules
 print(json.dumps({"open_s": opened, "growth": growth, "first_batch_s": first}))

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepspec.cache.codec_base import Codec, Column
 from deepspec.cache.codecs import make_codec
 from deepspec.errors import ArtifactMismatch
+from deepspec.model.host_copy import send
 
 FORMAT, VERSION = "deepspec.hidden", 1
 TOKEN_BYTES = 4 + 1  # its id, and whether it is supervised
@@ -38,7 +39,8 @@ class EncodedTensor(NamedTuple):
 
     def decode(self, *, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
         """The tensor, [T, layers * D] bfloat16, decoded on the device."""
-        return self.codec.dequantize([part.to(device) for part in self.parts], out=out)
+        device = torch.device(device)
+        return self.codec.dequantize([send(part, device) for part in self.parts], out=out)
 
     @property
     def num_bytes(self) -> int:

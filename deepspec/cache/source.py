@@ -30,6 +30,7 @@ class Source:
     artifact: Artifact
     index: Index | ExpectedIndex
     layout: Layout
+    computes = False  # samples are on the device, made there on its default stream
 
     def __getitem__(self, number: int) -> HiddenSample:
         """One sample."""

@@ -45,6 +45,7 @@ class OnlineStates(Source):
     capture: Capture
     index: ExpectedIndex
     row: Callable[[int], CaptureRow]  # of a number in the index
+    computes = True
 
     def __post_init__(self) -> None:
         self.layout = self.capture.layout

@@ -22,7 +22,7 @@ def send(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
     On a GPU they go through pinned memory, which torch gives to others once the copy is done.
     """
     tensor = torch.as_tensor(values)
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor).to(device, non_blocking=True)

@@ -2,13 +2,13 @@
 
 The epochs' orders, one after the other, are one long line of samples; step s takes the next
 `global_batch` of it. Two things run ahead of training: threads that read samples, up to a budget in
-bytes, and one that makes batches of them.
+bytes, and one that makes batches and their plans of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from deepspec.model.drafter import TrainBatch
 from deepspec.model.execution import FILL_TOKENS
 from deepspec.model.memory import is_out_of_memory
 from deepspec.target.conversation import stream_seed
+from deepspec.train.copy_stream import CopyStream, Sent
 from deepspec.train.distributed import World
 
 BATCHES_AHEAD = 2  # the one in use and the next
@@ -35,6 +36,16 @@ class DrawnSample(NamedTuple):
     num_tokens: int
     num_slots: int  # tokens predicted for it
     seed: int  # of its random choices
+
+
+class PlannedBatch(NamedTuple):
+    """A micro-batch, and the draft's plan of it."""
+
+    batch: TrainBatch
+    plan: Any
+
+
+Plan = Callable[[TrainBatch], Any]
 
 
 class StepData:
@@ -67,7 +78,8 @@ class StepData:
         # reading can be ahead, so that each sample is hashed once.
         ahead = MAX_JOBS_AHEAD * world.size // settings.global_batch
         self.drawn = lru_cache(BATCHES_AHEAD + 2 + ahead)(self._draw)
-        self._ahead: Iterator[TrainBatch | None] = iter(())
+        self._stream = CopyStream[PlannedBatch](world.device, shared=source.computes)
+        self._ahead: Iterator[Sent[PlannedBatch] | None] = iter(())
         self._next_step: int | None = None  # the step whose batches come next out of `_ahead`
 
     def begin(self, first: int) -> None:
@@ -107,17 +119,28 @@ class StepData:
             slots -= sample.num_slots
         return groups
 
-    def batches(self, step: int) -> Iterator[TrainBatch]:
-        """The step's micro-batches; meanwhile the next ones are read, of whatever step."""
+    def batches(self, step: int, plan: Plan) -> Iterator[PlannedBatch]:
+        """The step's micro-batches with their plans; meanwhile the next ones are read and planned.
+
+        One is valid until the next is asked for. `plan` is the same at every step.
+        """
         # Step - 1 ended with a sum over all ranks, so each of them has had all its samples.
         self.source.release(step * self.global_batch)
         if step != self._next_step:
-            self._ahead = self._batches_from(step)
-        for group, batch in zip(self.micro_batches(step), self._ahead, strict=False):
-            yield self.load(group) if batch is None else batch
+            self._ahead = self._batches_from(step, plan)
+        for group in self.micro_batches(step):
+            sent = next(self._ahead)
+            if sent is None:
+                batch = self.load(group)
+                yield PlannedBatch(batch, plan(batch))
+                del batch
+                continue
+            yield self._stream.take(sent)
+            self._stream.give_back(sent)
+            del sent  # or it would take memory while the one after the next is made
         self._next_step = step + 1
 
-    def _batches_from(self, first: int) -> Iterator[TrainBatch | None]:
+    def _batches_from(self, first: int, plan: Plan) -> Iterator[Sent[PlannedBatch] | None]:
         steps = range(first, self.total_steps)
         # Once for the threads that read, once for the one that makes batches.
         to_read, to_batch = (
@@ -128,16 +151,21 @@ class StepData:
             max_bytes=self.resources.memory.prefetch_mb * 1_000_000,
             threads=self.resources.devices.read_threads,
         )
-        jobs = ((1, partial(self._batch_ahead, group, samples)) for group in to_batch)
+        jobs = ((1, partial(self._batch_ahead, group, samples, plan)) for group in to_batch)
         return read_ahead(jobs, max_bytes=BATCHES_AHEAD)
 
     def _batch_ahead(
-        self, group: Sequence[DrawnSample], samples: Iterator[HiddenSample]
-    ) -> TrainBatch | None:
+        self, group: Sequence[DrawnSample], samples: Iterator[HiddenSample], plan: Plan
+    ) -> Sent[PlannedBatch] | None:
         """The next micro-batch; None where there is no room for it beside the one in use."""
         own = islice(samples, len(group))
+
+        def planned() -> PlannedBatch:
+            batch = self._batch(group, own)
+            return PlannedBatch(batch, plan(batch))
+
         try:
-            return self._batch(group, own)
+            return self._stream.send(planned)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,8 +107,9 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     num_splits = strategy.num_splits
     num_batches = len(data.micro_batches(step))
     num_rounds = strategy.rounds(num_batches)  # before any of them: all ranks meet here
-    for batch in trainer.throughput.waiting(data.batches(step)):
-        totals[:2] += accumulate(trainer, batch)
+    for planned in trainer.throughput.waiting(data.batches(step, strategy.draft.plan)):
+        totals[:2] += accumulate(trainer, *planned)
+        del planned  # its memory is the next one's
     for _ in range(num_rounds - num_batches):
         strategy.backward(None)
     trainer.throughput.tokens += sum(drawn.num_tokens for drawn in data.drawn(step))
@@ -125,12 +126,12 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     return StepResult(loss, norm, saves > 0, stops > 0)
 
 
-def accumulate(trainer: Trainer, batch: TrainBatch) -> Tensor:
+def accumulate(trainer: Trainer, batch: TrainBatch, plan: Any = None) -> Tensor:
     """Add one micro-batch's gradients; returns its loss (numerator, denominator), float64 [2].
 
-    It stays on the device, which is not waited for.
+    It stays on the device, which is not waited for. Without the draft's plan one is made.
     """
-    output = trainer.strategy.backward(batch)
+    output = trainer.strategy.backward(batch, plan)
     trainer.metrics.add(output.metrics)
     return torch.stack([output.numerator.detach(), output.denominator]).double()
 

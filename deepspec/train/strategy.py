@@ -53,10 +53,11 @@ class Strategy(ABC):
         return own
 
     @abstractmethod
-    def backward(self, batch: TrainBatch | None) -> LossOutput:
+    def backward(self, batch: TrainBatch | None, plan: Any = None) -> LossOutput:
         """Add the gradient of a micro-batch's loss numerator.
 
         None adds nothing: it keeps this rank in step with those that have more micro-batches.
+        Without the draft's plan of the batch one is made.
         """
 
     @abstractmethod
@@ -104,20 +105,22 @@ class Replicated(Strategy):
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._added.add)
 
-    def backward(self, batch: TrainBatch | None) -> LossOutput:
+    def backward(self, batch: TrainBatch | None, plan: Any = None) -> LossOutput:
         """Add the gradient of a micro-batch's loss numerator.
 
         One that does not fit into memory is split in two and done again; no other rank notices, as
         ranks meet only in `apply`.
         """
         assert batch is not None  # noqa: S101 - `rounds` asks for no more than there are
-        return self._add_gradients(batch, list(self.parameters.values()))
+        return self._add_gradients(batch, plan, list(self.parameters.values()))
 
-    def _add_gradients(self, batch: TrainBatch, parameters: Sequence[nn.Parameter]) -> LossOutput:
+    def _add_gradients(
+        self, batch: TrainBatch, plan: Any, parameters: Sequence[nn.Parameter]
+    ) -> LossOutput:
         """Add the gradient of these parameters, all of them or what a failed pass left out."""
         self._added.clear()
         try:
-            return self._pass(batch, parameters)
+            return self._pass(batch, plan, parameters)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if len(batch.seeds) == 1 or not is_out_of_memory(error):
                 raise
@@ -127,10 +130,10 @@ class Replicated(Strategy):
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         first, second = halves(batch)
-        return self._add_gradients(first, left).plus(self._add_gradients(second, left))
+        return self._add_gradients(first, None, left).plus(self._add_gradients(second, None, left))
 
-    def _pass(self, batch: TrainBatch, parameters: Sequence[nn.Parameter]) -> LossOutput:
-        output = self.loss(batch, self.draft.plan(batch))
+    def _pass(self, batch: TrainBatch, plan: Any, parameters: Sequence[nn.Parameter]) -> LossOutput:
+        output = self.loss(batch, self.draft.plan(batch) if plan is None else plan)
         if len(parameters) == len(self.parameters):
             output.numerator.backward()  # without the search of a chosen few in the graph
         elif parameters:

@@ -86,9 +86,10 @@ class Zero(Strategy):
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def backward(self, batch: TrainBatch | None) -> LossOutput:
+    def backward(self, batch: TrainBatch | None, plan: Any = None) -> LossOutput:
         """Add the gradient of a micro-batch's loss numerator, or run the filler."""
-        plan = self.draft.plan(batch) if batch is not None else None
+        if batch is not None and plan is None:
+            plan = self.draft.plan(batch)
         if plan is not None and len(plan.targets.in_order):
             loss = self.engine(batch=batch, plan=plan)
             output: LossOutput = self.module.output

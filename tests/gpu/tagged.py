@@ -3,12 +3,14 @@
 Under `GpuPretence`, what is made on or moved to a CUDA device is an `OnGpu`. An operation that
 mixes it with host tensors raises, as on a GPU. Each time the host would wait for the device is
 counted by kind: a value read back, a copy from memory that is not pinned, a size that depends on
-data, a synchronisation. What the pretence does not show: kernels, streams that run beside each
-other, autocast (its rules for CUDA are never chosen, so that tests compute in float32).
+data, a synchronisation. Streams are told apart (`tests.gpu.streams`), and what they do in an order
+that nothing guarantees raises. What the pretence does not show: kernels, autocast (its rules for
+CUDA are never chosen, so that tests compute in float32).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from tests.gpu.streams import Order, Reached, Stream, Unordered
 
 CUDA = torch.device("cuda", 0)
 # sizes of what they return depend on data, so that the host reads it first
@@ -31,6 +35,7 @@ SIZED_BY_DATA = {
     "is_nonzero",
     "repeat_interleave",
 }
+MASKS = (torch.bool, torch.uint8)
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
@@ -64,6 +69,7 @@ class OnGpu(Tensor):
             requires_grad=held.requires_grad,
         )
         made.held = held.detach()
+        entered().order.begin(made)
         return made
 
     # C++ still takes it for a host tensor: what reads memory directly goes through these.
@@ -91,17 +97,19 @@ class Event:
     """A CUDA event: its time can be read only once the host has waited for it."""
 
     def __init__(self, **_: Any) -> None:
-        self.place = -1
+        self.place, self.reached = -1, dict[Stream, int]()
 
-    def record(self, *_: Any) -> None:
-        self.place = entered().num_issued
+    def record(self, stream: Stream | None = None) -> None:
+        gpu = entered()
+        self.place = gpu.num_issued
+        self.reached = dict((stream or gpu.order.current()).reached)
 
     def query(self) -> bool:
-        return self.place <= entered().num_done
+        return entered().order.is_done(self.reached)
 
     def synchronize(self) -> None:
         if not self.query():
-            entered().wait("event")
+            entered().wait("event", self.reached)
 
     def elapsed_time(self, end: "Event") -> float:
         if self.place < 0 or not (self.query() and end.query()):
@@ -115,8 +123,11 @@ class GpuPretence(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
-        self.num_issued = self.num_done = 0  # operations
-        self._pinned: dict[int, Tensor] = {}  # by the address of their storage, kept alive
+        self.num_issued = 0  # operations
+        self.order = Order(Event)
+        # By the address of their storage: kept alive, and the copies of them.
+        self._pinned: dict[int, Tensor] = {}
+        self._copies: dict[int, Reached] = {}
         self._patches = pytest.MonkeyPatch()
 
     def __enter__(self) -> Self:
@@ -126,6 +137,10 @@ class GpuPretence(TorchFunctionMode):
             "current_device": lambda: 0,
             "_lazy_init": lambda: None,
             "Event": Event,
+            "Stream": Stream,
+            "stream": self.order.using,
+            "current_stream": self.order.current,
+            "default_stream": lambda *_: self.order.default,
             "synchronize": lambda *_: self.wait("synchronize"),
         }
         for name, fake in fakes.items():
@@ -152,13 +167,31 @@ class GpuPretence(TorchFunctionMode):
     def num_waits(self) -> int:
         return sum(self.waits.values())
 
-    def wait(self, kind: str) -> None:
-        """The host waits until the device has done everything."""
+    @contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """The pretence in another thread: a mode is that of the thread which entered it."""
+        super().__enter__()
+        yield
+        super().__exit__(None, None, None)
+
+    def wait(self, kind: str, reached: Reached | None = None) -> None:
+        """The host waits until that is done, or everything on the thread's own stream."""
         self.waits[kind] += 1
-        self.num_done = self.num_issued
+        self.order.wait_for(self.order.current().reached if reached is None else reached)
+
+    def issue(self, name: str, *tensors: OnGpu) -> None:
+        """The next operation of the thread's own stream."""
+        self.num_issued += 1
+        self.order.operate(name, tensors)
+
+    def _made(self, held: Tensor) -> OnGpu:
+        made = OnGpu(held)
+        self.order.wrote(made)
+        return made
 
     def read(self, tensor: OnGpu) -> Tensor:
         """Its values on the host."""
+        self.issue("read", tensor)
         self.wait("read")
         return tensor.held.clone()
 
@@ -166,6 +199,7 @@ class GpuPretence(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        self._check_copies(func, args)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._move(func, args, kwargs)
         if func is Tensor.pin_memory:
@@ -188,8 +222,20 @@ class GpuPretence(TorchFunctionMode):
             self.wait("pageable copy")
         if isinstance(made, OnGpu):  # like another tensor on the device
             return made
-        self.num_issued += 1
-        return OnGpu(made)
+        self.issue("fill")
+        return self._made(made)
+
+    def _copied(self, pinned: Tensor) -> None:
+        self._copies[pinned.untyped_storage().data_ptr()] = dict(self.order.current().reached)
+
+    def _check_copies(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Raise where the host changes pinned memory that is still being copied."""
+        name = getattr(func, "__name__", "")
+        changes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
+        if changes and args and isinstance(args[0], Tensor) and not isinstance(args[0], OnGpu):
+            copy = self._copies.get(args[0].untyped_storage().data_ptr())
+            if copy and not self.order.is_done(copy):
+                raise Unordered(f"{name}: pinned memory is changed before it was copied")
 
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned[tensor.untyped_storage().data_ptr()] = tensor
@@ -216,10 +262,12 @@ class GpuPretence(TorchFunctionMode):
         if here == "cuda" and there == "cpu":
             tensor = self.read(tensor)
         elif here == "cpu" and there == "cuda":
-            if not (non_blocking and self.is_pinned(tensor)):
+            self.issue("copy")
+            if non_blocking and self.is_pinned(tensor):
+                self._copied(tensor)
+            else:
                 self.wait("pageable copy")
-            self.num_issued += 1
-            tensor = OnGpu(tensor.detach().clone())
+            tensor = self._made(tensor.detach().clone())
         elif there == "meta":
             return func(*args, **kwargs)
         return Tensor.to(tensor, dtype or tensor.dtype, copy=copy)
@@ -238,31 +286,52 @@ class GpuPretence(TorchFunctionMode):
             return self.read(args[0]).item()
         if name in SIZED_BY_DATA:
             self.wait(name)
-        if name in INDEXING and any(
-            index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1])
-        ):
+        if name in INDEXING and any(index.dtype in MASKS for index in _tensors(args[1])):
             self.wait("boolean index")
-        self.num_issued += 1
+        on_gpu = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
+        self.issue(name, *on_gpu)
         held = {key: _mapped(value, _held) for key, value in kwargs.items()}
         found = func(*(_mapped(value, _held) for value in args), **held)
         if operation.num_returned == 0:
             return None
         if operation.num_returned > 1:
-            return tuple(_mapped(part, _on_gpu) for part in found)
+            return tuple(self._found(part, on_gpu) for part in found)
         if operation.changed is not None:  # in place
-            return args[operation.changed] if operation.changed < len(args) else kwargs["out"]
+            return self._changed(args, kwargs, operation.changed)
         # In inference mode, too, a view of a tensor from outside it is one of that kind.
         inference = torch.is_inference_mode_enabled()
         if inference and func.is_view and not args[0].is_inference():
             inference = False
         with torch.inference_mode(inference):
-            return _mapped(found, _on_gpu)
+            return self._found(found, on_gpu)
+
+    def _changed(self, args: tuple[Any, ...], kwargs: Any, place: int) -> Any:
+        """What an operation changed and returns."""
+        tensor = args[place] if place < len(args) else kwargs["out"]
+        if isinstance(tensor, OnGpu):
+            self.order.wrote(tensor)
+        return tensor
+
+    def _found(self, found: Any, inputs: Sequence[OnGpu]) -> Any:
+        """What an operation returns; what is no view of its inputs was written by it."""
+        known = {tensor.held.untyped_storage().data_ptr() for tensor in inputs}
+
+        def on_gpu(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            is_view = value.untyped_storage().data_ptr() in known
+            return OnGpu(value) if is_view else self._made(value)
+
+        return _mapped(found, on_gpu)
 
     def _check(self, name: str, args: tuple[Any, ...], of_host: Sequence[Tensor]) -> None:
         """Raise where host and device tensors may not meet; count the wait where they may."""
         if of_host and name == "copy_":
             non_blocking = len(args) > 2 and args[2]
-            if not (non_blocking and all(map(self.is_pinned, of_host))):
+            if non_blocking and all(map(self.is_pinned, of_host)):
+                for tensor in of_host:
+                    self._copied(tensor)
+            else:
                 self.wait("read" if isinstance(args[1], OnGpu) else "pageable copy")
             return
         of_host = [tensor for tensor in of_host if tensor.dim() > 0]  # others are plain numbers
@@ -316,7 +385,3 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, OnGpu) else value
-
-
-def _on_gpu(value: Any) -> Any:
-    return OnGpu(value) if isinstance(value, Tensor) else value

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.gpu.streams import Unordered
 from tests.gpu.tagged import CUDA, GpuPretence, MixedDevices
 
 
@@ -54,6 +55,57 @@ def test_the_time_of_an_event_cannot_be_read_before_the_host_has_waited_for_it()
             started.elapsed_time(ended)
         on_gpu.tolist()
         assert started.elapsed_time(ended) > 0
+
+
+def test_work_of_two_streams_is_in_no_order_that_no_event_gives():
+    with GpuPretence() as gpu:
+        own = torch.cuda.Stream()
+        with torch.cuda.stream(own):
+            on_gpu = torch.ones(3, device="cuda")
+            on_gpu += 1  # the stream's own work is in order
+        with pytest.raises(Unordered):
+            on_gpu + 1
+        early = torch.cuda.Event()
+        early.record()
+        own.wait_event(early)
+        with pytest.raises(Unordered):  # the other way round
+            on_gpu + 1
+        torch.cuda.current_stream().wait_event(own.record_event())
+        assert (on_gpu + 1).tolist() == [3.0, 3.0, 3.0]
+        assert gpu.order.errors == []
+
+
+@pytest.mark.parametrize(("waits", "num_errors"), [("event", 0), ("synchronize", 0), ("none", 1)])
+def test_memory_is_free_for_its_stream_when_no_other_may_still_use_it(waits: str, num_errors: int):
+    with GpuPretence() as gpu:
+        own = torch.cuda.Stream()
+        with torch.cuda.stream(own):
+            on_gpu = torch.ones(3, device="cuda")
+        main = torch.cuda.current_stream()
+        main.wait_event(own.record_event())
+        kept = on_gpu[1:]  # the same memory
+        kept + 1
+        used = main.record_event()
+        del on_gpu
+        assert gpu.order.errors == []
+        if waits == "event":
+            own.wait_event(used)
+        elif waits == "synchronize":
+            used.synchronize()
+        del kept
+        assert len(gpu.order.errors) == num_errors
+
+
+def test_pinned_memory_is_not_changed_before_it_was_copied():
+    with GpuPretence():
+        pinned = torch.empty(2, pin_memory=True)
+        on_gpu = pinned.zero_().to("cuda", non_blocking=True)
+        with pytest.raises(Unordered):
+            pinned.fill_(1)
+        with pytest.raises(Unordered):
+            pinned[0] = 1
+        on_gpu.tolist()
+        pinned.fill_(1)
 
 
 def test_changes_in_place_and_gradients_are_those_of_the_host():

@@ -116,7 +116,7 @@ def test_a_sample_is_drawn_once_however_many_look_at_its_step(
     original = batches.stream_seed
     monkeypatch.setattr(batches, "stream_seed", lambda *parts: seeds.append(1) or original(*parts))
     for step in range(data.total_steps):
-        assert len(list(data.batches(step))) == len(data.micro_batches(step))
+        assert len(list(data.batches(step, len))) == len(data.micro_batches(step))
         assert data.drawn(step)
     num_samples = data.total_steps * config.train.global_batch
     assert num_samples <= len(seeds) <= num_samples + 2 * config.train.global_batch
@@ -144,9 +144,10 @@ def test_a_micro_batch_without_room_beside_the_one_in_use_is_read_again(
     for data in (undisturbed, short):
         data.begin(0)
     for step in range(undisturbed.total_steps):
-        pairs = zip(short.batches(step), undisturbed.batches(step), strict=True)
-        for found, wanted in pairs:
+        pairs = zip(short.batches(step, len), undisturbed.batches(step, len), strict=True)
+        for (found, plan), (wanted, _) in pairs:
             assert found.seeds == wanted.seeds
             assert all(map(torch.equal, found[:-1], wanted[:-1]))
+            assert plan == len(found), "made of it wherever it was read"
     assert len(failed) > 6
     assert max(failed) > 1
