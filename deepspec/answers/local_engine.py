@@ -11,6 +11,7 @@ from deepspec.model.memory import Pieces, free_bytes, usable_bytes
 from deepspec.target.chat import load_chat, target_folder
 from deepspec.target.conversation import AnswerRequest, Outcome, Refused, Turn
 from deepspec.target.generate import Decode, generate
+from deepspec.target.gpu_room import require_room
 from deepspec.target.loading import load_target
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class TransformersEngine:
         self.most_rows = config.resources.memory.answer_rows
         self.sampling = config.answers.sampling
         self.chat = load_chat(run)
+        require_room(run, "answers")
         self.target = load_target(
             config.target,
             folder=target_folder(run),

@@ -96,6 +96,12 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
         float | None,
         typer.Option(metavar="H", min=0.001, help="hours that training takes, if you know"),
     ] = None,
+    gpu: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", min=0.001, help="memory of the GPU to plan for, such as 24 or 80"
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="exit with 0 even where it does not fit")
     ] = False,
@@ -103,12 +109,14 @@ def plan(  # noqa: PLR0913 - a command's options are independent of each other
 ) -> None:
     """Estimate what a run takes, and whether it fits.
 
-    Tokens, bytes, requests, hours and bandwidth are known before anything is started.
+    Tokens, bytes, requests, hours, bandwidth and memory of a GPU are known before anything is
+    started.
     """
     from deepspec.plan.plan import plan_run, require_plan_fits
     from deepspec.plan.view import print_plan
 
-    found = plan_run(open_run(run, sets, store=store), num_rows=sample, train_hours=train_hours)
+    opened = open_run(run, sets, store=store)
+    found = plan_run(opened, num_rows=sample, train_hours=train_hours, gpu_gb=gpu)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:

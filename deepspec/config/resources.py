@@ -166,6 +166,8 @@ class ChecksConfig(Section):
     """What to do when the hidden states will not fit into the store (`hidden --force` is
     `warn`).
     """
+    gpu_memory: Literal["refuse", "warn"] = "refuse"
+    """What to do where a stage will not fit the GPU's memory, by arithmetic (`plan` shows it)."""
     preflight: Literal["refuse", "warn"] = "refuse"
     """What to do where masks, features or one sample's loss, examined before the first step,
     are wrong.

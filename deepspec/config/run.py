@@ -5,8 +5,9 @@ other fields decide what the result is. How recipes are found, merged and overri
 `recipes.py`.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +37,15 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig
     resources: ResourcesConfig = ResourcesConfig()
+
+    def with_resources(self, **changes: Mapping[str, Any]) -> "RunConfig":
+        """The same run with other values in sections of `resources`; they are not validated."""
+        sections = {
+            name: getattr(self.resources, name).model_copy(update=values)
+            for name, values in changes.items()
+        }
+        resources = self.resources.model_copy(update=sections)
+        return self.model_copy(update={"resources": resources})
 
     @cached_property  # no field, and not compared: `load_run` sets it
     def typed(self) -> str:

@@ -30,6 +30,7 @@ from deepspec.process.events import Report, silent
 from deepspec.prompts.benchmarks import benchmark_digests
 from deepspec.storage.store import pretty_json
 from deepspec.target.chat import load_chat, target_folder
+from deepspec.target.gpu_room import require_room
 from deepspec.target.loading import DTYPES, load_target, read_text_config
 
 
@@ -130,6 +131,7 @@ def load_models(run: Run) -> Models:
     Raises:
         ArtifactMismatch: the draft is for a target of another shape; checked before any weight is
             read.
+        ConfigError: they do not fit the GPU, which is known as early.
     """
     config = run.config
     chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
@@ -146,6 +148,7 @@ def load_models(run: Run) -> Models:
         what = f"the draft was trained for another target ({'; '.join(wrong)})"
         fix = "evaluate it with the target it was trained for"
         raise ArtifactMismatch(what, where="draft/config.json", fix=fix)
+    require_room(run, "evaluate")
     target = load_target(
         config.target,
         folder=of_target,

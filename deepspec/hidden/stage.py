@@ -38,6 +38,7 @@ from deepspec.hidden.metadata import (
 from deepspec.hidden.sequences import CaptureRow, capture_rows
 from deepspec.process.events import Report, silent
 from deepspec.target.chat import Chat, load_chat, target_folder
+from deepspec.target.gpu_room import require_room
 from deepspec.target.loading import load_target
 from deepspec.target.model import Target
 
@@ -84,7 +85,12 @@ def run_capture(
 
 
 def load_capture_target(run: Run, *, num_gpus: int) -> Target:
-    """The run's target, with the fastest attention: without a cache of keys and values."""
+    """The run's target, with the fastest attention: without a cache of keys and values.
+
+    Raises:
+        ConfigError: it does not fit, which is known before any weight is read.
+    """
+    require_room(run, "hidden")
     return load_target(
         run.config.target,
         folder=target_folder(run),

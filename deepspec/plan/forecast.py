@@ -44,6 +44,7 @@ def compute_plan(config: RunConfig, facts: Facts) -> Plan:
         size=size,
         capture=capture,
         training=training,
+        memory=facts.memory,
         sources=sources,
         fit=fit_of(config, facts, sources.option(sources.chosen).num_bytes),
         notes=tuple(_notes(config, facts, size, capture)),

@@ -81,6 +81,18 @@ class Speed(NamedTuple):
     num_tokens: int  # in each timed pass
 
 
+class MemoryPart(NamedTuple):
+    """Bytes that each stage takes of every GPU at most, by arithmetic."""
+
+    gpu: Number
+    usable: Number
+    answers: Number | None  # None where servers answer
+    capture: Number
+    training: Number
+    evaluation: Number
+    training_fits: str  # with these settings
+
+
 class Facts(NamedTuple):
     """What is known before anything is computed."""
 
@@ -93,6 +105,7 @@ class Facts(NamedTuple):
     free_bytes: float | None  # None: a store without a known limit
     missing: float  # share of the cache that is not committed yet
     train_hours: float | None  # None: to be estimated
+    memory: MemoryPart | None = None  # None: no GPU to plan for
 
 
 class Histogram(NamedTuple):
@@ -202,6 +215,7 @@ class Plan(NamedTuple):
     size: SizePart
     capture: CapturePart
     training: TrainingPart
+    memory: MemoryPart | None  # None where there is no GPU to plan for
     sources: SourcesPart
     # of the source that the run has chosen; None where the size of the whole is not known
     fit: Fit | None

@@ -11,18 +11,28 @@ from deepspec.errors import ArtifactMismatch, StoreError
 from deepspec.formatting import human_bytes
 from deepspec.plan.cache_size import bytes_by_codec, cache_bytes
 from deepspec.plan.forecast import compute_plan
+from deepspec.plan.gpu_memory import memory_part, planned_gpu, require_gpu_holds
 from deepspec.plan.measure import draft_parameters, measure_speed, measure_store, num_lanes
 from deepspec.plan.parts import Facts, Fit, Plan, Shape, histogram
 from deepspec.plan.workload import sample_workload
 from deepspec.target.chat import target_folder
 from deepspec.target.device import choose_device
 from deepspec.target.loading import DTYPES, check_settings, read_text_config
+from deepspec.target.peak_memory import StageMemory
 
 log = logging.getLogger(__name__)
 
 
-def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None) -> Plan:
+def plan_run(
+    run: Run, *, num_rows: int = 256, train_hours: float | None = None, gpu_gb: float | None = None
+) -> Plan:
     """Sample, measure and compute; reads the run's inputs and leaves nothing in the store.
+
+    Args:
+        run: What is planned.
+        num_rows: Prompts to sample.
+        train_hours: That training takes; None estimates them.
+        gpu_gb: Memory of the GPU to plan for; None is that of the one at hand, if any.
 
     Raises:
         DataError: the source, the tokenizer or the target's config cannot be read.
@@ -41,10 +51,14 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
     num_parameters = draft_parameters(config.target, config.draft, text)
     free_bytes = _free_bytes(run)
     work = sample_workload(run, num_rows=num_rows)
+    device = choose_device(resources.devices.type, dtype=config.target.dtype)
+    gpu = planned_gpu(gpu_gb, device)
+    compiled = bool(resources.training.compile)
+    stages = StageMemory(config, text.to_dict(), compiled=compiled)
     speed = measure_speed(
         text,
         dtype=DTYPES[config.target.dtype],
-        device=choose_device(resources.devices.type, dtype=config.target.dtype),
+        device=device,
         batch_tokens=resources.memory.batch_tokens,
         length=histogram([size.tokens for size in work.sizes]).p50,
     )
@@ -58,6 +72,7 @@ def plan_run(run: Run, *, num_rows: int = 256, train_hours: float | None = None)
         free_bytes=free_bytes,
         missing=_missing_share(run),
         train_hours=train_hours,
+        memory=memory_part(stages, gpu) if gpu else None,
     )
     return compute_plan(config, facts)
 
@@ -100,11 +115,13 @@ def check_cache_fits(run: Run) -> None:
 
 
 def require_plan_fits(plan: Plan) -> None:
-    """Refuse a plan whose hidden states do not fit.
+    """Refuse a plan whose hidden states do not fit the store, or whose stages the GPU.
 
     Raises:
+        ConfigError: as `require_gpu_holds`.
         StoreError: naming what is needed, what is free, and what would fit.
     """
+    require_gpu_holds(plan.memory)
     if plan.fit is None:
         return
     fix = "lower resources.training.rolling_gb, or choose another store (--store)"

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from deepspec.formatting import human_bytes, human_hours
 from deepspec.plan.cache_size import is_assumed
-from deepspec.plan.parts import Fit, Histogram, Number, Plan
+from deepspec.plan.parts import Fit, Histogram, MemoryPart, Number, Plan
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # of a table that goes to a file or a pipe
@@ -25,12 +25,15 @@ def print_plan(plan: Plan, *, is_terminal: bool) -> None:
         "cache": plan.size._asdict(),
         "capture": plan.capture._asdict(),
         "training": plan.training._asdict(),
+        "memory of a GPU": _peaks(plan.memory),
         "where training reads hidden states": {
             "options": plan.sources.options,
             "this run": plan.sources.chosen,
         },
     }
     for title, values in sections.items():
+        if not values:
+            continue
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
         table.add_column(min_width=21, no_wrap=True)
         table.add_column(min_width=32, no_wrap=True)  # all sections in line, within 80 columns
@@ -41,7 +44,15 @@ def print_plan(plan: Plan, *, is_terminal: bool) -> None:
         console.print("", title, table, sep="\n")
     cheapest = f"cheapest is resources.training.source={plan.sources.best}: {plan.sources.reason}"
     notes = (f"note: {note}" for note in plan.notes)
+    if plan.memory:
+        console.print("", f"training: {plan.memory.training_fits}", sep="\n")
     console.print("", cheapest, _verdict(plan.fit), *notes, sep="\n")
+
+
+def _peaks(memory: MemoryPart | None) -> dict[str, Number]:
+    """Of each stage; none where there is no GPU to plan for."""
+    values = memory._asdict().items() if memory else ()
+    return {name: value for name, value in values if isinstance(value, Number)}
 
 
 def _lines(name: str, value: Any) -> Iterator[Line]:

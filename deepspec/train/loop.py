@@ -29,6 +29,7 @@ from deepspec.train.deepspeed_setup import load_deepspeed
 from deepspec.train.distributed import World, join_world, leaving_group
 from deepspec.train.draft_artifact import make_draft, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
+from deepspec.train.memory_check import require_training_room
 from deepspec.train.metrics_log import MetricsLog
 from deepspec.train.out_of_memory import explain_oom
 from deepspec.train.preflight import check_before_training
@@ -67,6 +68,7 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     check_batch(run.config.train.global_batch, world.size)
     if resources.training.compile:
         require_compiler(on_gpu=world.device.type == "cuda")
+    require_training_room(run, world, compiled=bool(resources.training.compile))
     if run.config.train.strategy == "deepspeed":
         load_deepspeed(world.device)  # before anything is read
     if world.is_first:

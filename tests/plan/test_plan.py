@@ -67,6 +67,31 @@ def test_the_hours_of_training_can_be_given(capsys, store: Path):
     assert json.loads(out)["training"]["hours"] == {"value": 2.0, "origin": "as given"}
 
 
+def test_memory_is_planned_for_a_gpu_that_is_not_here(capsys, store: Path):
+    arguments = ("plan", "demo", "--store", str(store), *SETS)
+    code, out, _ = run(capsys, *arguments, "--gpu", "24")
+    assert code == 0
+    assert "memory of a GPU" in out and "21.6 GB" in out  # nine tenths of it
+    _, out, _ = run(capsys, *arguments, "--gpu", "24", "--json")
+    memory = json.loads(out)["memory"]
+    assert memory["usable"]["value"] == 21.6e9
+    for stage in ("answers", "capture", "training", "evaluation"):
+        assert 0 < memory[stage]["value"] < 21.6e9
+    assert memory["training_fits"].startswith("set resources.memory.batch_tokens=8192")
+    _, out, _ = run(capsys, *arguments, "--json")
+    assert json.loads(out)["memory"] is None  # there is no GPU here
+
+
+def test_a_gpu_that_is_too_small_is_refused_after_the_table_unless_forced(capsys, store: Path):
+    arguments = ("plan", "demo", "--store", str(store), *SETS, "--gpu", "0.001")
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out.count("does NOT fit") == 4
+    assert "answers needs" in err and "training needs" in err and "--force" in err
+    code, _, err = run(capsys, *arguments, "--force")
+    assert (code, "error" in err) == (0, False)
+
+
 def test_a_capture_that_cannot_fit_does_not_start(
     store: Path, captured: Path, monkeypatch: pytest.MonkeyPatch
 ):
