@@ -19,29 +19,24 @@ REQUEST = json.loads(sys.argv[3])
 pretence.believe_in(CHIPS["sm_90"])
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch._C._dynamo import guards  # noqa: E402
-from torch._inductor import config as inductor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
 from deepspec.config.recipes import load_run  # noqa: E402
-from deepspec.model import attention, block_draft, eagle3  # noqa: E402
 from deepspec.model.checkpoint import empty_draft  # noqa: E402
 from deepspec.model.drafter import Drafter, TrainBatch  # noqa: E402
 from deepspec.model.execution import Execution  # noqa: E402
 from deepspec.model.spec import DraftSpec  # noqa: E402
-from deepspec.target import attention as target_attention  # noqa: E402
 from deepspec.target.loading import DTYPES  # noqa: E402
 from deepspec.target.model import Target  # noqa: E402
 from deepspec.train.strategy import loss_computed_in, trainable  # noqa: E402
+from tests.gpu.stand_ins import take_the_place_of_kernels  # noqa: E402
 from tests.target.recipe_targets import TARGETS  # noqa: E402
 
 CUDA = torch.device("cuda")
-rms_norm = F.rms_norm
 
 
 class Bytes:
@@ -87,61 +82,6 @@ def counted() -> Iterator[Bytes]:
             yield counter
     finally:
         FakeTensorMode.__torch_dispatch__ = compute
-
-
-class FlexKernel(torch.autograd.Function):
-    """Keeps what flex attention's kernel does: also its output, and a sum for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out, sums = torch.empty_like(queries), queries.new_empty(queries.shape[:3]).float()
-        ctx.save_for_backward(queries, keys, values, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        queries, keys, values, _, _ = ctx.saved_tensors
-        return torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
-
-
-class NormKernel(torch.autograd.Function):
-    """Keeps what CUDA's fused RMSNorm does: its input, the weight, and a number for each row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, x.new_empty(x.shape[:-1]).float(), weight)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, weight = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
-
-
-def fused_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:
-    """As CUDA has it: under autocast in float32, and one kernel, unless it is compiled."""
-    if torch.compiler.is_compiling():
-        return rms_norm(x, shape, weight, eps)
-    if torch.is_autocast_enabled("cuda"):
-        x, weight = x.float(), None if weight is None else weight.float()
-    return NormKernel.apply(x, weight)
-
-
-def take_the_place_of_kernels() -> None:
-    """Of those that the pretence does not have; and let compiled functions take fake tensors."""
-    F.rms_norm = fused_norm
-    attention.compiled = lambda _: lambda q, k, v, **_: FlexKernel.apply(q, k, v)
-    attention.kernel_options = lambda *_: None
-    attention.tiles = lambda *_, **__: None
-    target_attention.scaled_dot_product_attention = lambda q, k, v, *_, **__: q.new_empty(
-        *q.shape[:-1], v.shape[-1]
-    )
-    for module in (block_draft, eagle3):
-        module.training_path = lambda *_, **__: "flex"
-    guards._reinterpret_tensor = lambda tensor, size, stride, offset=0: tensor.as_strided(
-        size, stride, tensor.storage_offset() + offset
-    )
-    inductor.joint_graph_constant_folding = False  # it computes with real tensors
 
 
 def packed(num_tokens: int, num_samples: int) -> TrainBatch:
