@@ -2,8 +2,10 @@
 with; the same in bfloat16 from an int8 cache; Eagle3.
 """
 
+import math
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Sequence
@@ -89,7 +91,11 @@ class Verbs:
         """The loss has fallen, and the answers are the target's own."""
         find = self.bench.findings
         losses = [line["loss"] for line in training_lines(self.run) if "loss" in line]
-        find.check(f"{self.name}: the loss falls", losses[-1] < losses[0], [losses[0], losses[-1]])
+        third = max(1, len(losses) // 3)
+        early, late = statistics.fmean(losses[:third]), statistics.fmean(losses[-third:])
+        # from a rehearsal's target, which has made four steps, there is nothing to learn
+        ok = math.isfinite(late) if self.bench.rehearse else late < early
+        find.check(f"{self.name}: the loss falls", ok, f"{early:.3f} to {late:.3f}")
         found = results(self.run)
         same, total = found.lossless
         exact = self.run.config.target.dtype == "float32"
@@ -101,7 +107,7 @@ class Verbs:
 
 
 def check(bench: Bench) -> None:
-    long = ["train.max_steps=200"] if bench.rehearse else []  # a tiny step takes milliseconds
+    long = ["train.max_steps=80"] if bench.rehearse else []  # else it ends before it is stopped
     dspark, bfloat16, eagle3 = (
         Verbs(bench, "dspark-demo", long),
         Verbs(bench, "dspark-demo", [*long, *IN_BFLOAT16], "in bfloat16 from int8"),
