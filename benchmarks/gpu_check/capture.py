@@ -56,8 +56,8 @@ def check(bench: Bench) -> None:
 def capture_with(target: Target, codec: str, seen: TargetOutput) -> Capture:
     """The codec's scales are of the states themselves, which is more than a run has."""
     layers, size = len(target.layer_ids), target.text_config.hidden_size
-    of_layers = channel_scale(seen.context[0].unflatten(-1, (layers, size)))
-    of_last = channel_scale(seen.last_hidden[0][:, None])
+    of_layers = channel_scale(seen.context[0].unflatten(-1, (layers, size))).cpu()
+    of_last = channel_scale(seen.last_hidden[0][:, None]).cpu()
     context = make_codec(codec, num_layers=layers, hidden_size=size, channel_scale=of_layers)
     last = make_codec(codec, num_layers=1, hidden_size=size, channel_scale=of_last)
     layout = Layout(context, last, {})
@@ -86,7 +86,8 @@ def write(capture: Capture, rows: list[CaptureRow], path: Path) -> Captured:
         context = host.bring(sample.context, ready)
         last_hidden = host.bring(sample.last_hidden, ready)
         on_host = sample._replace(context=context, last_hidden=last_hidden)
-        kept.append(on_host)
+        if not kept:
+            kept.append(on_host)
         return writer.encode(on_host, held_out=0)
 
     with ShardWriter(path, capture.layout, 0) as writer:

@@ -27,18 +27,20 @@ SMALL = [  # a minute of GPU: a target that has learnt little, thirty held-out p
     "prompts.limit=384",
     "answers.max_new_tokens=64",
     "evaluate.max_new_tokens=48",
+    "evaluate.batch_sizes=[8]",
     "train.max_steps=60",
     "train.checkpoint_steps=30",
 ]
+LONG = ["train.max_steps=80"]
 IN_BFLOAT16 = ["target.dtype=bfloat16", "train.compute_dtype=bfloat16", "hidden.codec=int8"]
 
 
 class Verbs:
     """A run in a store of the section's, done verb by verb."""
 
-    def __init__(self, bench: Bench, recipe: str, sets: Sequence[str], name: str = "") -> None:
-        self.bench, self.recipe, self.name = bench, recipe, name or recipe
-        self.store = bench.scratch / "store"
+    def __init__(self, bench: Bench, recipe: str, sets: Sequence[str]) -> None:
+        self.bench, self.recipe, self.name = bench, recipe, recipe
+        self.store = bench.scratch.parent / "store"  # for other sections, too
         small = TINY if bench.rehearse else SMALL
         if recipe.startswith("eagle3"):
             small = [override for override in small if not override.startswith("draft.")]
@@ -106,13 +108,16 @@ class Verbs:
             find.figure(f"{self.name}: tokens/s, {kind}", value)
 
 
+def dspark_demo(bench: Bench, *sets: str) -> Verbs:
+    # A tiny training is to be long enough to be stopped.
+    return Verbs(bench, "dspark-demo", [*LONG, *sets] if bench.rehearse else sets)
+
+
 def check(bench: Bench) -> None:
-    long = ["train.max_steps=80"] if bench.rehearse else []  # else it ends before it is stopped
-    dspark, bfloat16, eagle3 = (
-        Verbs(bench, "dspark-demo", long),
-        Verbs(bench, "dspark-demo", [*long, *IN_BFLOAT16], "in bfloat16 from int8"),
-        Verbs(bench, "eagle3-demo", long),
-    )
+    dspark = dspark_demo(bench)
+    bfloat16 = dspark_demo(bench, *IN_BFLOAT16)
+    bfloat16.name = "in bfloat16 from int8"
+    eagle3 = Verbs(bench, "eagle3-demo", LONG if bench.rehearse else [])
     with bench.part("dspark-demo"):
         if dspark.do(*ALL[:4]):
             dspark.stop_training()

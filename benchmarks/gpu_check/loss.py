@@ -11,8 +11,8 @@ QWEN3_4B = Sizes(slots=3584, positions=1024, vocabulary=151_936, hidden=2560, ra
 USUAL = 29_260  # slots of a micro-batch of 8,192 tokens in samples of usual length
 TINY = Sizes(slots=64, positions=16, vocabulary=128, hidden=16, rank=8)
 COMPARED = 256  # slots whose logits fit into memory at once, in float32
-# by whether it is in bfloat16, where p - q changes its sign by rounding
-WITHIN = {False: 1e-3, True: 5e-2}
+# By whether it is in bfloat16: rounding turns some signs of p - q, and with them the gradient.
+WITHIN = {False: 1e-3, True: 0.15}
 FIELDS = ("states", "features", "w2")
 
 

@@ -2,6 +2,7 @@
 transformers.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,16 +26,11 @@ def check(bench: Bench) -> None:
 def run(bench: Bench, what: str, words: list[str], *, needed: bool) -> None:
     """All tests pass, and, where that is `needed`, some of them ran."""
     report = bench.scratch / "report.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
-    subprocess.run([*command, *words], check=False, cwd=TESTS.parent, env=os.environ)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", *words]
+    if importlib.util.find_spec("xdist") and not bench.rehearse:
+        command += ["-n", "4"]  # most of a test's time on a GPU is compiling, on the CPU
+    subprocess.run(command, check=False, cwd=TESTS.parent, env=os.environ)
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case.get("name") for case in cases if {"failure", "error"} & {x.tag for x in case}]
     num_passed = sum(not list(case.iter("skipped")) for case in cases) - len(failed)
