@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks._measure import alternate, peak_bytes, result
 from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
+from deepspec.model.host_copy import send_all
 from deepspec.model.targets import TargetPlaces, Targets
 
 ROUNDS = 3
@@ -48,7 +49,8 @@ def made(sizes: Sizes, device: torch.device = CPU) -> dict[str, Tensor]:
     }
     return parts | {
         "lm_head": torch.randn(vocabulary, hidden, **how) * hidden**-0.5,
-        "places": torch.randint(positions, (slots,), **how),
+        # of the host, where plans are made
+        "places": torch.randint(positions, (slots,), generator=torch.Generator().manual_seed(0)),
         "labels": torch.randint(vocabulary, (slots,), **how),
         "weights": torch.rand(slots, **how),
     }
@@ -74,7 +76,8 @@ def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
         else Coefficients(soft_ce=weights)
     )
     features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
-    targets = Targets.gathered(parts["hidden"], TargetPlaces.of(parts["places"]))
+    places = send_all(TargetPlaces.of(parts["places"]), parts["hidden"].device)
+    targets = Targets.gathered(parts["hidden"], places)
     vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
     return score(
         parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients

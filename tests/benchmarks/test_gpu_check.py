@@ -1,5 +1,6 @@
 """The check for whoever has a GPU for ten minutes: what can be seen of it without one."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +16,11 @@ import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.findings import FINDINGS, LOG, TABLE, Findings, read_outcomes, table
+from benchmarks.gpu_check.section import Bench
+from deepspec.model import attention
 from tests.conftest import REPOSITORY, TINY
+from tests.gpu.tagged import CUDA, GpuPretence
+from tests.gpu.test_train_step import masked_attention
 
 # What the libraries of a machine with a GPU need not have: only servers of answers, data sets of
 # the hub, S3, flows and ZeRO take these.
@@ -34,7 +40,7 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_others)
 """
 
 
-def run(*words: str, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
+def run(*words: str, timeout_s: float = 280) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, *words],
         cwd=REPOSITORY,
@@ -161,6 +167,46 @@ for verb in ("prompts", "answers", "hidden", "train", "evaluate", "status", "pla
     ended = run("-c", code)
     assert ended.returncode == 0, ended.stderr[-3000:]
     shutil.rmtree(store)
+
+
+class HostGenerator:
+    """PyTorch without CUDA has no generator on a GPU."""
+
+    def __new__(cls, _device: object = "cpu", made: type = torch.Generator) -> Any:
+        return made("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("section", ["loss", "flex", "decoding"])
+def test_a_section_mixes_no_devices(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rehearsal on a CPU does not see it, and two sections did once plans were made on the host:
+    the first ten minutes of a GPU would have gone.
+    """
+    module = importlib.import_module(f"benchmarks.gpu_check.{section}")
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    torch._dynamo.reset()  # imported, before what it annotates is replaced
+    answers = {
+        **dict.fromkeys(("empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode")),
+        **dict.fromkeys(("max_memory_allocated", "memory_allocated"), 0),
+        "is_bf16_supported": True,
+        "get_device_properties": None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
+    monkeypatch.setattr(torch, "Generator", HostGenerator)
+    monkeypatch.setattr(attention, "flex_attention", masked_attention)
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
+    monkeypatch.setattr(attention, "kernel_options", lambda *_: None)  # of the real kernel
+    if section == "flex":
+        monkeypatch.setattr(module, "training_path", lambda *_, **__: "dense")
+    findings = Findings(tmp_path, section)
+    findings.add(began="now")
+    with GpuPretence():
+        module.check(Bench(findings, tmp_path, CUDA, rehearse=True))
+    findings.add(ended="done", seconds=1.0)
+    assert read_outcomes(tmp_path)[section].failures == []
 
 
 @pytest.mark.slow
