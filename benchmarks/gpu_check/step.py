@@ -7,14 +7,17 @@ import torch
 from benchmarks._training import QWEN3_4B, random_cache
 from benchmarks.gpu_check.section import Bench
 from benchmarks.train_step import CPU, Shape, Steps, mfu
+from deepspec.model.chunked_loss import CHUNK_ELEMENTS
 from deepspec.model.execution import Execution
+from deepspec.model.step_memory import StepMemory, StepSize
+from deepspec.target.peak_memory import ITEM_BYTES
 from deepspec.train.strategy import loss_computed_in
 
 # Samples of usual length (tokens, how many), whose slots are nearly as many as a batch may have.
 USUAL = (910, 9)
 TINY = (40, 4)
 ROUNDS, KERNELS = 5, 20
-SAME_LOSS = 1e-3
+SAME_LOSS, OF_PLAN = 1e-3, 0.1
 EXECUTIONS = {
     "plain": Execution(),
     "recompute": Execution(recompute=True),
@@ -42,7 +45,11 @@ def make(bench: Bench, num_tokens: int, num_samples: int) -> Steps:
     folder = bench.scratch / "cache"
     lengths, hidden_size = {num_tokens: 3 * num_samples}, shape.target["hidden_size"]
     cache = random_cache(folder, lengths, hidden_size=hidden_size)
-    return Steps(shape, cache, folder, batch_tokens=num_samples * num_tokens, device=bench.device)
+    batch_tokens = num_samples * num_tokens
+    steps = Steps(shape, cache, folder, batch_tokens=batch_tokens, device=bench.device)
+    if not bench.rehearse:  # which computes in float32
+        steps.strategy.draft.hold_frozen(torch.bfloat16)
+    return steps
 
 
 def loss(steps: Steps, kind: str) -> float:
@@ -65,7 +72,11 @@ def measure(bench: Bench, steps: Steps, kind: str) -> None:
     num_tokens = int(steps.batch.lengths.sum())
     steps.strategy.draft.execution = EXECUTIONS[kind]
     figure = bench.findings.figure
-    figure(f"{kind}: peak GB of a step", bench.peak_gb(steps.whole))
+    steps.whole()  # the optimizer has its state then
+    peak, planned = bench.peak_gb(steps.whole), planned_gb(steps, kind)
+    figure(f"{kind}: peak GB of a step", peak)
+    ok = bench.rehearse or abs(peak - planned) <= OF_PLAN * planned
+    bench.findings.check(f"{kind}: peak memory is the plan's", ok, f"planned {planned:.3g} GB")
     before = {key: x.detach().clone() for key, x in steps.strategy.parameters.items()}
     steps.trainer.throughput.read(1)
     taken = bench.seconds(steps.whole, rounds=ROUNDS)
@@ -82,6 +93,21 @@ def measure(bench: Bench, steps: Steps, kind: str) -> None:
         flops = steps.flops()
         figure(f"{kind}: TFLOP of a step", flops / 1e12)
         figure(f"{kind}: MFU", mfu(flops, taken))
+
+
+def planned_gb(steps: Steps, kind: str) -> float:
+    """The peak by the arithmetic of `plan`."""
+    memory = StepMemory(
+        steps.strategy.draft.spec,
+        item=ITEM_BYTES["bfloat16"],
+        frozen_item=ITEM_BYTES["bfloat16"],
+        compiled=EXECUTIONS[kind].compile,
+        recompute=EXECUTIONS[kind].recompute,
+        chunk=CHUNK_ELEMENTS["cuda"],
+    )
+    slots = sum(sample.num_slots for sample in steps.group)
+    size = StepSize(sum(sample.num_tokens for sample in steps.group), slots)
+    return (memory.held(1, None) + memory.micro_batch(size)) / 1e9
 
 
 def profile(bench: Bench, steps: Steps) -> None:
