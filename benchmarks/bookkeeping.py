@@ -18,6 +18,7 @@ from benchmarks._measure import result
 from deepspec.config.data import SamplingConfig
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
+from deepspec.model.cache_shelf import CacheShelf
 from deepspec.model.drafter import Proposal
 from deepspec.target.generate import Decode
 from deepspec.target.model import TargetOutput
@@ -34,11 +35,15 @@ class FreeCache:
     def keep(self, rows: list[int]) -> None: ...
     def put(self, rows: list[int], fresh: "FreeCache") -> None: ...
 
+    def run(self, name: str, step: Any, inputs: Any, **_: Any) -> Any:
+        return step(*inputs)
+
 
 class FreeTarget:
     """Its likeliest token is always 1, and the state says nothing."""
 
     device = torch.device("cpu")
+    shelf = CacheShelf(device, graphs=False)
 
     def new_cache(self, rows: int, capacity: int) -> FreeCache:
         return FreeCache(rows)

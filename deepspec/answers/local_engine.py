@@ -48,6 +48,8 @@ class TransformersEngine:
             device=config.resources.devices.type,
             num_gpus=config.resources.devices.gpus_per_lane,
         )
+        if config.resources.devices.cuda_graphs == "off":
+            self.target.shelf.turn_off_graphs()
         self.stop_ids = self.chat.stop_ids(self.target.eos_ids)
         self.pieces = Pieces(self._decode, size=self._num_bytes, too_large=self._too_large)
         self.has_all_rows = True
@@ -106,6 +108,7 @@ class TransformersEngine:
         settings = Decode(self.sampling, prompts[0].request.max_new_tokens, self.stop_ids)
         seeds = [prompt.request.seed for prompt in prompts]
         answers = generate(self.target, [prompt.ids for prompt in prompts], settings, seeds=seeds)
+        self.target.shelf.release()  # the next rows are planned with all of the memory
         return [
             (
                 request,

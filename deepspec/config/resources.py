@@ -29,6 +29,11 @@ class DevicesConfig(Section):
     evaluation; for targets too large for one. Ranks of training have one GPU each, and an online
     training's target, too.
     """
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Whether decoding in process, plain and speculative, replays recorded CUDA graphs: on a GPU
+    that has all of the target, in caches that take all their memory at once. Tokens are the same
+    without.
+    """
     encode_threads: PositiveInt = 2
     """Threads that encode captured samples; lossless takes a second of one for half a gigabyte."""
     read_threads: PositiveInt = 4

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepspec.evaluate.clock import PhaseClock, Seconds
 from deepspec.evaluate.scheduler import Policy
 from deepspec.model.drafter import DraftCache, Drafter, Proposal
 from deepspec.model.host_copy import receive, send
-from deepspec.model.sampling import Verdict, verify_tokens
+from deepspec.model.sampling import verify_tokens
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
-from deepspec.target.model import Target, TargetOutput
+from deepspec.target.model import Target, TargetCache
 
 
 class Trace(NamedTuple):
@@ -114,42 +115,41 @@ def speculate(
     rows = TargetBatch(target, prompts, settings, seeds=seeds)
     slots = rows.slots
     decoding = Decoding(slots, settings)
-    capacity = rows.capacity + block + 1
-    cache = target.new_cache(slots.num_rows, capacity)
-    draft_cache = draft.new_cache(slots.num_rows, capacity)
-    while True:
-        while admitted := slots.admit():
-            started = rows.start(admitted, cache)
-            first = started.first.tolist()
-            _start_draft(draft, draft_cache, started, first, alone=len(first) == slots.num_rows)
-            decoding.start(first, admitted)
-        if not slots.running:
-            return decoding.traces, clock.read()
-        if kept := slots.compact():
-            for part in (cache, draft_cache, rows):
-                part.keep(kept)
-        with clock.phase("draft"):
-            uniforms = rows.uniforms.take(block) if rows.uniforms else None
-            proposal = draft.propose(draft_cache, rows.tokens, rows.sampling, uniforms)
-        lengths = _lengths(proposal, policy, decoding)
-        inputs = torch.cat([rows.tokens[:, None], proposal.tokens[:, : max(lengths)]], dim=1)
-        with clock.phase("verify"):
-            output = target.forward(inputs, cache)
-            verdict = _verify(rows, output, proposal, lengths)
-        known = [] if proposal.confidence is None else [proposal.confidence]
-        tokens, accepted, next_tokens, *confidence = receive(
-            proposal.tokens, verdict.num_accepted, verdict.next_token, *known
-        )
-        clock.settle()
-        decoding.note(*confidence)
-        counts = decoding.commit(tokens, lengths, accepted, next_tokens)
-        cache.lengths = [sum(both) for both in zip(cache.lengths, counts, strict=True)]
-        following = inputs.roll(-1, dims=1).scatter_(
-            1, verdict.num_accepted[:, None], verdict.next_token[:, None]
-        )
-        with clock.phase("draft"):
-            draft.extend(draft_cache, output.context, following, counts)
-        rows.tokens = verdict.next_token
+    sizes, shelf = (slots.num_rows, rows.capacity + block + 1), target.shelf
+    with (
+        shelf.lend(target.new_cache, *sizes) as cache,
+        shelf.lend(draft.new_cache, *sizes) as draft_cache,
+    ):
+        while True:
+            while admitted := slots.admit():
+                started = rows.start(admitted, cache)
+                first = started.first.tolist()
+                _start_draft(draft, draft_cache, started, first, alone=len(first) == slots.num_rows)
+                decoding.start(first, admitted)
+            if not slots.running:
+                return decoding.traces, clock.read()
+            if kept := slots.compact():
+                for part in (cache, draft_cache, rows):
+                    part.keep(kept)
+            with clock.phase("draft"):
+                uniforms = rows.uniforms.take(block) if rows.uniforms else None
+                proposal = draft.propose(draft_cache, rows.tokens, rows.sampling, uniforms)
+            lengths = _lengths(proposal, policy, decoding)
+            inputs = torch.cat([rows.tokens[:, None], proposal.tokens[:, : max(lengths)]], dim=1)
+            with clock.phase("verify"):
+                context, *verdict = _verify(rows, cache, inputs, proposal, lengths)
+            known = [] if proposal.confidence is None else [proposal.confidence]
+            tokens, accepted, next_tokens, *confidence = receive(proposal.tokens, *verdict, *known)
+            clock.settle()
+            decoding.note(*confidence)
+            counts = decoding.commit(tokens, lengths, accepted, next_tokens)
+            cache.lengths = [sum(both) for both in zip(cache.lengths, counts, strict=True)]
+            num_accepted, rows.tokens = verdict
+            following = inputs.roll(-1, dims=1).scatter_(
+                1, num_accepted[:, None], rows.tokens[:, None]
+            )
+            with clock.phase("draft"):
+                draft.extend(draft_cache, context, following, counts)
 
 
 def _start_draft(
@@ -189,9 +189,24 @@ def _lengths(proposal: Proposal, policy: Policy | None, decoding: Decoding) -> l
 
 
 def _verify(
-    rows: TargetBatch, output: TargetOutput, proposal: Proposal, lengths: Sequence[int]
-) -> Verdict:
-    logits = rows.target.logits(output.last_hidden)
+    rows: TargetBatch,
+    cache: TargetCache,
+    inputs: Tensor,
+    proposal: Proposal,
+    lengths: Sequence[int],
+) -> Sequence[Tensor]:
+    """Features [B, n, m * D] of `inputs` [B, n], the anchor and what is verified, and how many of
+    them are accepted, and the token that follows, [B] long each.
+    """
+    target, sampling = rows.target, rows.sampling
+
+    def step(
+        inputs: Tensor, probs: Tensor | None, draws: Tensor | None, limits: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        context, last_hidden = target.forward(inputs, cache)
+        logits = target.logits(last_hidden)
+        return context, *verify_tokens(inputs[:, 1:], probs, logits, sampling, draws, limits)
+
     block, width = proposal.tokens.shape[1], max(lengths)
     draws = None
     if rows.uniforms:
@@ -199,5 +214,7 @@ def _verify(
         drawn = rows.uniforms.take(block + 1)
         draws = torch.cat([drawn[:, :width], drawn[:, block:]], 1)
     probs = proposal.probs[:, :width] if proposal.probs is not None else None
-    limits = None if min(lengths) == width else send(lengths, logits.device)
-    return verify_tokens(proposal.tokens[:, :width], probs, logits, rows.sampling, draws, limits)
+    limits = None if min(lengths) == width else send(lengths, target.device)
+    return cache.run(
+        "verify", step, (inputs, probs, draws, limits), num_new=width + 1, variant=sampling
+    )

@@ -161,14 +161,17 @@ def _step(target: Target, rows: int, width: int) -> Callable[[], float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.text_config.vocab_size, shape, generator=generator).to(target.device)
     context, new = ids.split([CONTEXT_TOKENS, width], dim=1)
-    cache = target.new_cache(*shape)
+    cache = target.shelf.make(target.new_cache, *shape)
     target.forward(context, cache)
     # Every step overwrites what the one before it wrote.
     cache.lengths = [CONTEXT_TOKENS] * rows
 
+    def logits(new: torch.Tensor) -> tuple[torch.Tensor]:
+        return (target.logits(target.forward(new, cache).last_hidden),)
+
     def step() -> float:
         started = device_time(target.device)
-        target.logits(target.forward(new, cache).last_hidden)
+        cache.run("logits", logits, (new,), num_new=width)
         return device_time(target.device) - started
 
     return step

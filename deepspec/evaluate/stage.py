@@ -156,6 +156,8 @@ def load_models(run: Run) -> Models:
         num_gpus=config.resources.devices.gpus_per_lane,
         dtype=dtype,
     )
+    if config.resources.devices.cuda_graphs == "off":
+        target.shelf.turn_off_graphs()
     too_large = OutOfMemory(
         f"the draft does not fit into the memory of {target.device} next to its target",
         where="draft/model.safetensors",

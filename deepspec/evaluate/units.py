@@ -140,6 +140,7 @@ class Evaluator:
                     raise self._too_large(unit, group) from error
                 why = str(error).splitlines()[0]
             # Out of reach of the error, whose frames hold the tensors of the attempt.
+            self.models.target.shelf.release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             what = f"batch_size={size} does not fit into memory"

@@ -5,6 +5,7 @@ rank, E head dimension.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -129,22 +130,20 @@ class BlockDraft(Drafter):
 
     # Decoding
 
-    @torch.no_grad()  # a graph through the cache would grow from round to round
-    def extend(
-        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    def _append(
+        self,
+        cache: DraftCache,
+        context: Tensor,
+        next_tokens: Tensor,
+        added: Tensor,
+        counts: Sequence[int],
     ) -> None:
-        """Append the fused features of the first counts[b] positions to row b."""
-        longest = max(counts)
-        if longest == 0:
-            return
-        fused, rotation = self._fuse(context[:, :longest]), cache.rotation(longest)
+        """The fused features of the positions."""
+        fused, rotation = self._fuse(context), cache.rotation(context.shape[1])
         for layer, stored in zip(self.layers, cache.layers, strict=True):
-            stored.write(*layer.self_attn.keys_values(fused, rotation), cache.lengths)
-        lengths = zip(cache.lengths, counts, strict=True)
-        cache.lengths = [length + count for length, count in lengths]
+            cache.write(stored, *layer.self_attn.keys_values(fused, rotation))
 
-    @torch.no_grad()
-    def propose(
+    def _draft(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
         """One backbone pass, then tokens left to right."""
@@ -152,7 +151,7 @@ class BlockDraft(Drafter):
         x = self._embed_blocks(anchor)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             # what it writes is overwritten by the next extend
-            x = layer(x, rotation, stored, cache.lengths, mask)
+            x = layer(x, rotation, partial(cache.write, stored), mask)
         states = self.norm(x)
         logits = self.logits(states)
         previous = confidence = None

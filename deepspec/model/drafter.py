@@ -16,9 +16,10 @@ from deepspec.config.draft import LossConfig
 from deepspec.model.chunked_loss import Vocabulary, softcap
 from deepspec.model.execution import Execution
 from deepspec.model.host_copy import row_numbers, row_starts
-from deepspec.model.kv_cache import RowCache
+from deepspec.model.kv_cache import moved_up
 from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
+from deepspec.model.row_cache import RowCache
 from deepspec.model.spec import DraftSpec
 
 
@@ -53,19 +54,23 @@ class DraftCache(RowCache):
         super().__init__([0] * len(draft.layers), rows, capacity)
         self.table = draft.rotary(capacity, like=draft.fc.weight)
         # [B, D] Eagle3 goes on from its own last output; zeros for the others
-        self.last_output = draft.fc.weight.new_zeros(rows, draft.spec.hidden_size)
+        self._last_outputs = draft.fc.weight.new_zeros(rows, draft.spec.hidden_size)
+        self.last_output = self._last_outputs
 
     def put(self, rows: Sequence[int], fresh: Self) -> None:
         """Give these rows to other sequences, prefilled in a cache of their own."""
         super().put(rows, fresh)
-        # it may have been made in inference mode, or be a view
-        self.last_output = self.last_output.clone()
         self.last_output[self._numbers(rows)] = fresh.last_output
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         super().keep(rows)
-        self.last_output = self.last_output[self._numbers(rows)]
+        self.last_output = moved_up(self.last_output, self._numbers(rows))
+
+    def restore(self) -> None:
+        """Have all rows again, empty, of those of a cache with graphs that were dropped."""
+        super().restore()
+        self.last_output = self._last_outputs
 
     def rotation(self, num_new: int) -> Rotation:
         """Of the next `num_new` positions of every row.
@@ -73,23 +78,25 @@ class DraftCache(RowCache):
         [n, 1, E], or [B, n, 1, E] where rows differ in length.
         """
         start = self.lengths[0]
-        if min(self.lengths) == max(self.lengths):
+        if self.device_step is None and min(self.lengths) == max(self.lengths):
             return self.table.at(slice(start, start + num_new))
         device = self.table.cos.device
-        return self.table.at(self._starts() + torch.arange(num_new, device=device))
+        return self.table.at(self._row_starts() + torch.arange(num_new, device=device))
 
     def mask(self, num_new: int) -> Tensor | None:
-        """Which keys a row's new positions see, all of them alike [B, 1, 1, longest + n].
+        """Which of the keys that are read a row's new positions see, all of them alike
+        [B, 1, 1, keys].
 
         None where rows are of one length, and see all of them.
         """
-        longest = max(self.lengths)
-        if min(self.lengths) == longest:
+        if self.device_step is None and min(self.lengths) == max(self.lengths):
             return None
-        keys = torch.arange(longest + num_new, device=self.table.cos.device)
-        return (keys < self._starts() + num_new)[:, None, None]
+        keys = torch.arange(self.end(num_new), device=self.table.cos.device)
+        return (keys < self._row_starts() + num_new)[:, None, None]
 
-    def _starts(self) -> Tensor:
+    def _row_starts(self) -> Tensor:
+        if self.device_step is not None:
+            return self.device_step.starts
         return row_starts(tuple(self.lengths), self.table.cos.device)
 
     def _numbers(self, rows: Sequence[int]) -> Tensor:
@@ -177,7 +184,7 @@ class Drafter(nn.Module, ABC):
         """
         return DraftCache(self, rows, capacity + self.block_size)
 
-    @abstractmethod
+    @torch.no_grad()  # a graph through the cache would grow from round to round
     def extend(
         self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
     ) -> None:
@@ -187,8 +194,22 @@ class Drafter(nn.Module, ABC):
         overwritten. `next_tokens` [B, n] is the token that follows each position; block drafters
         do not use it.
         """
+        longest = max(counts)
+        if longest == 0:
+            return
 
-    @abstractmethod
+        def append(context: Tensor, next_tokens: Tensor, added: Tensor) -> tuple[()]:
+            self._append(cache, context, next_tokens, added, counts)
+            return ()
+
+        # what is written behind a row's end is overwritten
+        width = longest if cache.graphs is None else context.shape[1]
+        added = row_numbers(tuple(counts), context.device)
+        inputs = context[:, :width], next_tokens[:, :width], added
+        cache.run("extend", append, inputs, num_new=width)
+        cache.lengths = [sum(both) for both in zip(cache.lengths, counts, strict=True)]
+
+    @torch.no_grad()
     def propose(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
@@ -197,3 +218,28 @@ class Drafter(nn.Module, ABC):
         `uniforms` [B, g] in [0, 1) decide the draws; without them, or at temperature 0, the
         likeliest tokens are taken.
         """
+
+        def draft(anchor: Tensor, uniforms: Tensor | None) -> Proposal:
+            return self._draft(cache, anchor, sampling, uniforms)
+
+        inputs = anchor, uniforms
+        return Proposal(
+            *cache.run("propose", draft, inputs, num_new=self.block_size, variant=sampling)
+        )
+
+    @abstractmethod
+    def _append(
+        self,
+        cache: DraftCache,
+        context: Tensor,
+        next_tokens: Tensor,
+        added: Tensor,
+        counts: Sequence[int],
+    ) -> None:
+        """Write the n positions of `extend`, of which `added` [B] long, as `counts`, stay."""
+
+    @abstractmethod
+    def _draft(
+        self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Proposal:
+        """What `propose` returns."""

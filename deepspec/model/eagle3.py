@@ -18,7 +18,7 @@ from deepspec.model.attention_path import training_path
 from deepspec.model.chunked_loss import Coefficients, score
 from deepspec.model.drafter import DraftCache, Drafter, Proposal, TrainBatch
 from deepspec.model.execution import FILL_TOKENS
-from deepspec.model.host_copy import row_numbers, send, send_all
+from deepspec.model.host_copy import send, send_all
 from deepspec.model.layers import Attention, DecoderLayer, Layers, RMSNorm, Rotation
 from deepspec.model.loss import LossOutput, Metrics, zero_loss
 from deepspec.model.sampling import DrawnTokens, choose_tokens, stacked
@@ -148,61 +148,56 @@ class Eagle3Draft(Drafter):
 
     # Decoding
 
-    @torch.no_grad()  # a graph through the cache would grow from round to round
-    def extend(
-        self, cache: DraftCache, context: Tensor, next_tokens: Tensor, counts: Sequence[int]
+    def _append(
+        self,
+        cache: DraftCache,
+        context: Tensor,
+        next_tokens: Tensor,
+        added: Tensor,
+        counts: Sequence[int],
     ) -> None:
-        """Append (features of a position, token after it) for the first counts[b] of row b."""
-        longest = max(counts)
-        if longest == 0:
-            return
-        fused = self.fc(context[:, :longest].to(self.fc.weight.dtype))
-        x = self._write(cache, next_tokens[:, :longest], fused)
+        """Features of a position, and the token after it."""
+        fused = self.fc(context.to(self.fc.weight.dtype))
+        x = self._write(cache, next_tokens, fused)
         # Drafting goes on from the last position's output alone: the only query worth computing.
-        lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
-        added = row_numbers(tuple(counts), x.device)
         rows = torch.arange(len(counts), device=x.device)
         last = (added - 1).clamp(min=0)
-        cache.lengths = [max(length - 1, 0) for length in lengths]
-        output = self._output(cache, x[rows, last][:, None], fused[rows, last][:, None])
-        cache.lengths = lengths
-        if min(counts) == 0:
-            output = torch.where(added[:, None] > 0, output, cache.last_output)
-        cache.last_output = output
+        with cache.moved([count - 1 for count in counts], added[:, None] - 1):
+            output = self._output(cache, x[rows, last][:, None], fused[rows, last][:, None])
+        cache.last_output.copy_(torch.where(added[:, None] > 0, output, cache.last_output))
 
-    @torch.no_grad()
-    def propose(
+    def _draft(
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
         """Sample from the last output, feed output and token back, `block_size` times.
 
         The anchor is in the cache already.
         """
-        lengths, states = cache.lengths, cache.last_output
+        states, num_rows = cache.last_output, len(anchor)
         drawn: list[DrawnTokens] = []
         for slot in range(self.block_size):
             if slot > 0:
-                x = self._write(cache, drawn[-1].tokens[:, None], states[:, None])
-                states = self._output(cache, x, states[:, None])
-                cache.lengths = [length + 1 for length in cache.lengths]
+                # what is fed here is overwritten by what the target verifies
+                with cache.moved([slot - 1] * num_rows, slot - 1):
+                    x = self._write(cache, drawn[-1].tokens[:, None], states[:, None])
+                    states = self._output(cache, x, states[:, None])
             logits = self.logits(self.norm(states))
             numbers = None if uniforms is None else uniforms[:, slot]
             drawn.append(choose_tokens(logits, sampling, numbers))
-        cache.lengths = lengths  # what was fed here is overwritten by what the target verifies
         tokens, probs = stacked(drawn)
         return Proposal(tokens, probs, None)
 
     def _write(self, cache: DraftCache, tokens: Tensor, states: Tensor) -> Tensor:
         """Put tokens [B, n] and states [B, n, D] into the cache; what attention reads of them."""
         x = self.layer.attention_input(self.embed(tokens), states)
-        keys, values = self.layer.self_attn.keys_values(x, cache.rotation(x.shape[1]))
-        cache.layers[0].write(keys, values, cache.lengths)
+        keys_values = self.layer.self_attn.keys_values(x, cache.rotation(x.shape[1]))
+        cache.write(cache.layers[0], *keys_values)
         return x
 
     def _output(self, cache: DraftCache, x: Tensor, residual: Tensor) -> Tensor:
         """Output [B, D] at each row's length, already written; `x` [B, 1, 2 D]."""
         attention = self.layer.self_attn
-        keys, values = cache.layers[0].read(max(cache.lengths) + 1)
+        keys, values = cache.layers[0].read(cache.end(1))
         queries = attention.queries(x, cache.rotation(1))
         attended = attention.attend(queries, keys, values, cache.mask(1))
         return self.layer.after_attention(residual, attended)[:, 0]

@@ -1,13 +1,14 @@
 """Keys and values of attention layers, with rows of different lengths.
 
-Memory is taken as rows grow, and a layer that sees a sliding window keeps no more than the window.
+Memory is taken as rows grow, or all at once where it must not move; a layer that sees a sliding
+window keeps no more than the window.
 Taking tokens of a row back is lowering its length: what the row holds after its end is overwritten
 by the next write. B rows, n new positions, H key-value heads, E head dimension.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ GROWTH = 256  # positions added at a time at least, unless the cache has no room
 SPARE = 32
 
 
+class Places(NamedTuple):
+    """Where new positions of rows are written."""
+
+    rows: Tensor  # [B, 1] long
+    slots: Tensor  # [B, n] long
+
+    @classmethod
+    def after(cls, starts: Tensor, num_new: int, slots: int) -> "Places":
+        """Of the next `num_new` positions of rows of lengths `starts` [B, 1] long."""
+        rows, new = (torch.arange(size, device=starts.device) for size in (len(starts), num_new))
+        return cls(rows[:, None], (starts + new) % slots)
+
+
 class LayerCache:
     """Room for `capacity` positions in each row, of which `window` (0: all) are seen at a time.
 
@@ -29,8 +43,11 @@ class LayerCache:
 
     def __init__(self, rows: int, capacity: int, window: int = 0) -> None:
         self.rows, self.capacity, self.window = rows, capacity, window
+        self.is_fixed = False  # all memory is taken at the first write, and stays where it is
         # [B, H, slots, E] each
         self.pair: tuple[Tensor, Tensor] | None = None
+        # of all rows of a fixed one, once it has dropped some
+        self._of_all_rows: tuple[Tensor, Tensor] | None = None
 
     @property
     def slots(self) -> int:
@@ -47,6 +64,8 @@ class LayerCache:
 
     def slots_after(self, lengths: Sequence[int], num_new: int) -> int:
         """What `slots` is once `num_new` positions have been written after `lengths`."""
+        if self.is_fixed:
+            return self.most_slots
         seen = max(lengths) + num_new
         if self.window:
             # The first positions of a row see each other as they are written, not in the cache.
@@ -85,7 +104,12 @@ class LayerCache:
         slots = self.slots_after(lengths, num_new)
         if num_new > slots:  # a window's first write: only the end of each row will be seen again
             ends = counts or [num_new] * self.rows
-            self.pair = _relaid(keys, ends, slots), _relaid(values, ends, slots)
+            latest = _relaid(keys, ends, slots), _relaid(values, ends, slots)
+            if self.is_fixed:
+                for stored, new in zip(self._grown(*latest, lengths, slots), latest, strict=True):
+                    stored.copy_(new)
+            else:
+                self.pair = latest
             return keys, values
         first = lengths[0] % slots
         for stored, new in zip(
@@ -95,9 +119,16 @@ class LayerCache:
             if min(lengths) == max(lengths) and first + num_new <= slots:
                 stored[:, :, first : first + num_new] = new
             else:
-                rows, places = _places(tuple(lengths), num_new, slots, new.device)
-                stored[rows, :, places] = new.transpose(1, 2)
+                places = _places(tuple(lengths), num_new, slots, new.device)
+                stored[places.rows, :, places.slots] = new.transpose(1, 2)
         return self.read(end)
+
+    def write_at(self, keys: Tensor, values: Tensor, places: Places) -> None:
+        """Put keys and values [B, H, n, E] into slots that only the device knows, of a layer that
+        has memory.
+        """
+        for stored, new in zip(self.read(self.slots), (keys, values), strict=True):
+            stored[places.rows, :, places.slots] = new.transpose(1, 2)
 
     def read(self, num_positions: int) -> tuple[Tensor, Tensor]:
         """Views of the first `num_positions` keys and values of every row, at most of all slots.
@@ -135,7 +166,17 @@ class LayerCache:
         if self.pair is not None:
             keys, values = self.pair
             kept = row_numbers(tuple(rows), keys.device)
-            self.pair = keys[kept], values[kept]
+            if self.is_fixed:
+                self._of_all_rows = self._of_all_rows or self.pair
+                self.pair = moved_up(keys, kept), moved_up(values, kept)
+            else:
+                self.pair = keys[kept], values[kept]
+
+    def restore(self) -> None:
+        """Have the rows again that a fixed layer has dropped; what they hold is nobody's."""
+        if self._of_all_rows is not None:
+            self.pair, self._of_all_rows = self._of_all_rows, None
+            self.rows = len(self.pair[0])
 
     def _grown(
         self, keys: Tensor, values: Tensor, lengths: Sequence[int], slots: int
@@ -154,36 +195,18 @@ class LayerCache:
         return self.pair
 
 
-class RowCache:
-    """The caches of all layers, with one length per row."""
-
-    def __init__(self, windows: Sequence[int], rows: int, capacity: int) -> None:
-        """A layer for each of `windows`: the positions that it sees at a time, 0 where all."""
-        self.layers = [LayerCache(rows, capacity, window) for window in windows]
-        self.lengths = [0] * rows
-
-    def put(self, rows: Sequence[int], fresh: Self) -> None:
-        """Give these rows to other sequences, prefilled in a cache of their own."""
-        for layer, of_fresh in zip(self.layers, fresh.layers, strict=True):
-            layer.put(rows, self.lengths, of_fresh, fresh.lengths)
-        for row, length in zip(rows, fresh.lengths, strict=True):
-            self.lengths[row] = length
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        for layer in self.layers:
-            layer.keep(rows)
-        self.lengths = [self.lengths[row] for row in rows]
-
-    def reset(self) -> None:
-        """Empty all rows."""
-        self.lengths = [0] * len(self.lengths)
+def moved_up(stored: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of `stored` [B, ...] alone, in the place of its first ones."""
+    stored[: len(rows)] = stored[rows]
+    return stored[: len(rows)]
 
 
-def latest_positions(ends: Sequence[int], slots: int, device: torch.device) -> Tensor:
-    """The last position before ends[b] that belongs to each slot [B, slots]; below 0: none yet."""
-    last = row_starts(tuple(ends), device) - 1
-    return last - (last - torch.arange(slots, device=device)) % slots
+def latest_positions(ends: Tensor, slots: int) -> Tensor:
+    """The last position before ends [B, 1] that belongs to each slot [B, slots]; below 0: none
+    yet.
+    """
+    last = ends - 1
+    return last - (last - torch.arange(slots, device=ends.device)) % slots
 
 
 def _relaid(stored: Tensor, lengths: Sequence[int], slots: int) -> Tensor:
@@ -193,15 +216,13 @@ def _relaid(stored: Tensor, lengths: Sequence[int], slots: int) -> Tensor:
         laid_out = stored.new_zeros(*stored.shape[:2], slots, stored.shape[3])
         laid_out[:, :, :before] = stored[:, :, :slots]
         return laid_out
-    places = latest_positions(lengths, slots, stored.device).clamp(min=0) % before
+    ends = row_starts(tuple(lengths), stored.device)
+    places = latest_positions(ends, slots).clamp(min=0) % before
     return stored.gather(
         2, places[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
     )
 
 
 @lru_cache(maxsize=8)  # all layers of a round write to the same places
-def _places(
-    lengths: tuple[int, ...], num_new: int, slots: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(len(lengths), device=device)[:, None]
-    return rows, (row_starts(lengths, device) + torch.arange(num_new, device=device)) % slots
+def _places(lengths: tuple[int, ...], num_new: int, slots: int, device: torch.device) -> Places:
+    return Places.after(row_starts(lengths, device), num_new, slots)

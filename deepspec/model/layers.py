@@ -5,7 +5,7 @@ heads, E head dimension.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from deepspec.config.families import RopeSettings
 from deepspec.model.attention import BlockVisibility, attend
 from deepspec.model.execution import Execution
-from deepspec.model.kv_cache import LayerCache
 from deepspec.model.spec import DraftSpec
 
 
@@ -175,16 +174,15 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        stored: LayerCache,
-        lengths: Sequence[int],
+        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         mask: Tensor | None,
     ) -> Tensor:
         """Decoding: the output of the next positions `x` [B, n, D].
 
-        Their keys and values are written to the cache, after the `lengths` that it has.
+        `write` puts their keys and values into the cache, and returns all that they see.
         """
         normed = self.input_layernorm(x)
-        keys, values = stored.write(*self.self_attn.keys_values(normed, rotation), lengths)
+        keys, values = write(*self.self_attn.keys_values(normed, rotation))
         return self.after_attention(
             x, self.self_attn.attend(self.self_attn.queries(normed, rotation), keys, values, mask)
         )

@@ -130,7 +130,6 @@ def generate(
     """
     batch = TargetBatch(target, prompts, settings, seeds=seeds)
     slots = batch.slots
-    cache = target.new_cache(slots.num_rows, batch.capacity)
     answers: list[list[int]] = [[] for _ in prompts]
 
     def add(tokens: Mapping[int, int]) -> None:  # by row
@@ -140,22 +139,27 @@ def generate(
             if token in settings.stop_ids or len(answer) == settings.max_new_tokens:
                 del slots.running[row]
 
-    while True:
-        while admitted := slots.admit():
-            first = batch.start(admitted, cache).first.tolist()
-            add(dict(zip(admitted, first, strict=True)))
-        if not slots.running:
-            return answers
-        if kept := slots.compact():
-            cache.keep(kept)
-            batch.keep(kept)
-        last_hidden = target.forward(batch.tokens[:, None], cache).last_hidden[:, -1]
-        for row in slots.running:
-            cache.lengths[row] += 1
-        uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
-        batch.tokens = choose_tokens(target.logits(last_hidden), settings.sampling, uniforms).tokens
-        tokens = batch.tokens.tolist()  # the only wait for the device in a step
-        add({row: tokens[row] for row in slots.running})
+    def step(tokens: Tensor, uniforms: Tensor | None) -> tuple[Tensor]:
+        last_hidden = target.forward(tokens[:, None], cache).last_hidden[:, -1]
+        return (choose_tokens(target.logits(last_hidden), settings.sampling, uniforms).tokens,)
+
+    with target.shelf.lend(target.new_cache, slots.num_rows, batch.capacity) as cache:
+        while True:
+            while admitted := slots.admit():
+                first = batch.start(admitted, cache).first.tolist()
+                add(dict(zip(admitted, first, strict=True)))
+            if not slots.running:
+                return answers
+            if kept := slots.compact():
+                cache.keep(kept)
+                batch.keep(kept)
+            uniforms = batch.uniforms.take(1)[:, 0] if batch.uniforms else None
+            inputs = batch.tokens, uniforms
+            (batch.tokens,) = cache.run("token", step, inputs, num_new=1, variant=settings.sampling)
+            for row in slots.running:
+                cache.lengths[row] += 1
+            tokens = batch.tokens.tolist()  # the only wait for the device in a step
+            add({row: tokens[row] for row in slots.running})
 
 
 def prefill(

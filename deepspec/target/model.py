@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepspec.model.cache_shelf import CacheShelf
 from deepspec.model.host_copy import row_starts
-from deepspec.model.kv_cache import LayerCache, RowCache, latest_positions
+from deepspec.model.kv_cache import LayerCache, latest_positions
+from deepspec.model.row_cache import RowCache
 from deepspec.target.attention import FLASH, KeyMask, use_grouped_attention
 
 
@@ -39,8 +41,6 @@ class TargetCache(RowCache):
     ) -> None:
         super().__init__(windows, rows, capacity)
         self.positions = torch.arange(capacity, device=device)
-        # of each row, how many of the tokens of the next pass are its own; None: all
-        self.counts: Sequence[int] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -52,7 +52,7 @@ class TargetCache(RowCache):
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, q, E] of a layer; returns all of that layer's."""
-        return self.layers[layer_idx].write(keys, values, self.lengths, self.counts)
+        return self.write(self.layers[layer_idx], keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The length of the longest row (part of transformers' interface)."""
@@ -63,10 +63,12 @@ class TargetCache(RowCache):
 
         Returns:
             positions [B, q] (or [1, q] where all rows are equally long) and the mask
-            [B, 1, q, longest row + q], bool.
+            [B, 1, q, longest row + q], bool, in a graph of its extent.
         """
-        end = max(self.lengths) + num_tokens
-        if min(self.lengths) + num_tokens == end:
+        end = self.end(num_tokens)
+        if self.device_step is not None:
+            positions = self.device_step.starts + self.positions[:num_tokens]
+        elif min(self.lengths) + num_tokens == end:
             positions = self.positions[None, end - num_tokens : end]
         else:
             starts = row_starts(tuple(self.lengths), self.positions.device)
@@ -84,9 +86,7 @@ class TargetCache(RowCache):
         if end <= slots or not max(self.lengths):
             near = self.positions[:end] > positions[:, :, None] - layer.window
             return causal & near[:, None]
-        rows = self.lengths if len(positions) > 1 else self.lengths[:1]
-        ends = [length + num_tokens for length in rows]
-        keys = latest_positions(ends, slots, positions.device)[:, None]
+        keys = latest_positions(positions[:, -1:] + 1, slots)[:, None]
         distance = positions[:, :, None] - keys
         return ((keys >= 0) & (distance >= 0) & (distance < layer.window))[:, None]
 
@@ -120,6 +120,11 @@ class Target:
         # token ids that end an answer, according to the model's generation_config.json
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
+        # caches of decoding; a graph has one device
+        devices = {parameter.device for parameter in self.model.parameters()}
+        self.shelf = CacheShelf(
+            self.device, graphs=self.device.type == "cuda" and len(devices) == 1
+        )
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
             module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]

@@ -33,6 +33,9 @@ class Stream:
     def wait_event(self, event: Any) -> None:
         _extend(self.reached, event.reached or {})
 
+    def wait_stream(self, other: "Stream") -> None:
+        _extend(self.reached, other.reached)
+
     def record_event(self) -> Any:
         event = self.order.make_event()
         event.record(self)
@@ -60,8 +63,10 @@ class Order:
     @contextmanager
     def using(self, stream: Stream) -> Iterator[None]:
         before, self._local.stream = self.current(), stream
-        yield
-        self._local.stream = before
+        try:
+            yield
+        finally:
+            self._local.stream = before
 
     def is_done(self, reached: Reached) -> bool:
         return all(self.done.get(stream, 0) >= count for stream, count in reached.items())

@@ -4,14 +4,16 @@ Under `GpuPretence`, what is made on or moved to a CUDA device is an `OnGpu`. An
 mixes it with host tensors raises, as on a GPU. Each time the host would wait for the device is
 counted by kind: a value read back, a copy from memory that is not pinned, a size that depends on
 data, a synchronisation. Streams are told apart (`tests.gpu.streams`), and what they do in an order
-that nothing guarantees raises. What the pretence does not show: kernels, autocast (its rules for
-CUDA are never chosen, so that tests compute in float32).
+that nothing guarantees raises. A CUDA graph records the operations, and its replay computes them
+again from what its tensors hold by then; a wait or a copy from the host while it records raises.
+What the pretence does not show: kernels, autocast (its rules for CUDA are never chosen, so that
+tests compute in float32).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -117,6 +119,59 @@ class Event:
         return 1e-3 * (end.place - self.place)  # a microsecond an operation
 
 
+class Recorded(NamedTuple):
+    """An operation of a graph."""
+
+    name: str
+    again: Callable[[], Any]  # its results on the host
+    made: list[Tensor]  # where they go; none of what it changes in place, or views
+
+    def describe(self) -> tuple[str, list[tuple[int, ...]]]:
+        return self.name, [tuple(tensor.shape) for tensor in self.made]
+
+
+class CUDAGraph:
+    """A CUDA graph."""
+
+    def __init__(self) -> None:
+        self.operations: list[Recorded] = []
+        self.num_replays = 0
+        entered().graphs.append(self)
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        entered().issue("replay")
+        for operation in self.operations:
+            found = operation.again()
+            if operation.made:
+                for place, new in zip(operation.made, _tensors([found]), strict=True):
+                    assert place.shape == new.shape
+                    place.copy_(new)
+
+
+class Recording:
+    """`torch.cuda.graph`."""
+
+    def __init__(
+        self, graph: CUDAGraph, pool: Any = None, *, stream: Any, capture_error_mode: str
+    ) -> None:
+        assert capture_error_mode == "thread_local", "other threads may allocate meanwhile"
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        entered().wait("capture")
+        entered().recording = self.graph
+
+    def __exit__(self, *_: object) -> None:
+        entered().recording = None
+        for operation in self.graph.operations:  # nothing has been computed yet
+            for tensor in operation.made:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+
+
 class GpuPretence(TorchFunctionMode):
     """While it is entered, there is one GPU."""
 
@@ -125,6 +180,8 @@ class GpuPretence(TorchFunctionMode):
         self.waits: Counter[str] = Counter()
         self.num_issued = 0  # operations
         self.order = Order(Event)
+        self.graphs: list[CUDAGraph] = []
+        self.recording: CUDAGraph | None = None
         # By the address of their storage: kept alive, and the copies of them.
         self._pinned: dict[int, Tensor] = {}
         self._copies: dict[int, Reached] = {}
@@ -137,6 +194,8 @@ class GpuPretence(TorchFunctionMode):
             "current_device": lambda: 0,
             "_lazy_init": lambda: None,
             "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": Recording,
             "Stream": Stream,
             "stream": self.order.using,
             "current_stream": self.order.current,
@@ -176,6 +235,8 @@ class GpuPretence(TorchFunctionMode):
 
     def wait(self, kind: str, reached: Reached | None = None) -> None:
         """The host waits until that is done, or everything on the thread's own stream."""
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kind}")
         self.waits[kind] += 1
         self.order.wait_for(self.order.current().reached if reached is None else reached)
 
@@ -223,6 +284,7 @@ class GpuPretence(TorchFunctionMode):
         if isinstance(made, OnGpu):  # like another tensor on the device
             return made
         self.issue("fill")
+        self._record(func.__name__, partial(func, *args, **kwargs), [made])
         return self._made(made)
 
     def _copied(self, pinned: Tensor) -> None:
@@ -236,6 +298,10 @@ class GpuPretence(TorchFunctionMode):
             copy = self._copies.get(args[0].untyped_storage().data_ptr())
             if copy and not self.order.is_done(copy):
                 raise Unordered(f"{name}: pinned memory is changed before it was copied")
+
+    def _record(self, name: str, again: Callable[[], Any], made: list[Tensor]) -> None:
+        if self.recording is not None:
+            self.recording.operations.append(Recorded(name, again, made))
 
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned[tensor.untyped_storage().data_ptr()] = tensor
@@ -262,6 +328,8 @@ class GpuPretence(TorchFunctionMode):
         if here == "cuda" and there == "cpu":
             tensor = self.read(tensor)
         elif here == "cpu" and there == "cuda":
+            if self.recording is not None:
+                raise RuntimeError("a replay would copy what the host's memory holds by then")
             self.issue("copy")
             if non_blocking and self.is_pinned(tensor):
                 self._copied(tensor)
@@ -284,14 +352,18 @@ class GpuPretence(TorchFunctionMode):
         self._check(name, args, [tensor for tensor in tensors if not isinstance(tensor, OnGpu)])
         if name == "_local_scalar_dense":
             return self.read(args[0]).item()
-        if name in SIZED_BY_DATA:
-            self.wait(name)
-        if name in INDEXING and any(index.dtype in MASKS for index in _tensors(args[1])):
-            self.wait("boolean index")
+        self._wait_for_sizes(name, args)
         on_gpu = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
         self.issue(name, *on_gpu)
-        held = {key: _mapped(value, _held) for key, value in kwargs.items()}
-        found = func(*(_mapped(value, _held) for value in args), **held)
+
+        def again() -> Any:
+            held = {key: _mapped(value, _held) for key, value in kwargs.items()}
+            return func(*(_mapped(value, _held) for value in args), **held)
+
+        found = again()
+        if not func.is_view:
+            is_new = operation.num_returned > 0 and operation.changed is None
+            self._record(name, again, _tensors([found]) if is_new else [])
         if operation.num_returned == 0:
             return None
         if operation.num_returned > 1:
@@ -323,6 +395,12 @@ class GpuPretence(TorchFunctionMode):
             return OnGpu(value) if is_view else self._made(value)
 
         return _mapped(found, on_gpu)
+
+    def _wait_for_sizes(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in SIZED_BY_DATA:
+            self.wait(name)
+        if name in INDEXING and any(index.dtype in MASKS for index in _tensors(args[1])):
+            self.wait("boolean index")
 
     def _check(self, name: str, args: tuple[Any, ...], of_host: Sequence[Tensor]) -> None:
         """Raise where host and device tensors may not meet; count the wait where they may."""

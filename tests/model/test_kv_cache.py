@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from deepspec.model.kv_cache import LayerCache, RowCache, latest_positions
+from deepspec.model.host_copy import row_starts
+from deepspec.model.kv_cache import LayerCache, Places, latest_positions
+from deepspec.model.row_cache import RowCache
 
 CAPACITY = 2000
 
@@ -19,9 +21,9 @@ def numbered(row: int, first: int, count: int) -> torch.Tensor:
 def assert_held(layer: LayerCache, lengths: list[int]) -> None:
     """Each row holds what a window (none: all) sees, in the slots of the positions."""
     assert layer.pair is not None
-    slots = layer.slots
+    slots, ends = layer.slots, row_starts(tuple(lengths), torch.device("cpu"))
     for row, (length, places) in enumerate(
-        zip(lengths, latest_positions(lengths, slots, torch.device("cpu")), strict=True)
+        zip(lengths, latest_positions(ends, slots), strict=True)
     ):
         seen = length if not layer.window else min(length, layer.window - 1)
         wanted = (places >= length - seen) & (places >= 0)
@@ -34,8 +36,15 @@ def assert_held(layer: LayerCache, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [0, 40, 300])
 @pytest.mark.parametrize("prompts", [[5, 9, 7], [700, 3, 320], [350, 350, 350]])
-def test_rows_hold_what_was_written_last_while_they_grow(window: int, prompts: list[int]) -> None:
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_rows_hold_what_was_written_last(
+    window: int, prompts: list[int], *, is_fixed: bool
+) -> None:
+    """While they grow, or with all memory from the first write on and lengths that the device
+    alone knows.
+    """
     layer, generator = LayerCache(3, CAPACITY, window), random.Random(0)
+    layer.is_fixed = is_fixed
     longest = max(prompts)
     keys = torch.stack([numbered(row, 0, longest) for row in range(3)])
     layer.write(keys, keys, [0, 0, 0], prompts)
@@ -44,13 +53,17 @@ def test_rows_hold_what_was_written_last_while_they_grow(window: int, prompts: l
     while max(lengths) < CAPACITY - 8:
         width = generator.choice((1, 8, 8, 8))
         keys = torch.stack([numbered(row, lengths[row], width) for row in range(3)])
-        layer.write(keys, keys, lengths)
+        if is_fixed:
+            starts = torch.tensor(lengths)[:, None]
+            layer.write_at(keys, keys, Places.after(starts, width, layer.slots))
+        else:
+            layer.write(keys, keys, lengths)
         # some are rejected, and overwritten by the next
         lengths = [length + generator.randint(1, width) for length in lengths]
         assert_held(layer, lengths)
         sizes.add(layer.slots)
     assert max(sizes) == layer.most_slots
-    assert len(sizes) > 2 or window
+    assert len(sizes) == 1 if is_fixed else len(sizes) > 2 or window
 
 
 def test_a_window_that_is_written_in_one_go_is_laid_out_anew() -> None:
