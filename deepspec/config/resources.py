@@ -30,18 +30,13 @@ class DevicesConfig(Section):
     training's target, too.
     """
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Whether decoding in process, plain and speculative, replays recorded CUDA graphs: on a GPU
-    that has all of the target, in caches that take all their memory at once. Tokens are the same
-    without.
-    """
+    """Whether decoding in process replays CUDA graphs, on a GPU that has all of the target."""
     encode_threads: PositiveInt = 2
     """Threads that encode captured samples; lossless takes a second of one for half a gigabyte."""
     read_threads: PositiveInt = 4
     """Threads that read ahead; raise it for S3 over a long line."""
     evaluate_threads: PositiveInt | None = None
-    """CPU threads of the evaluation; null leaves it to PyTorch. A tiny model decodes no faster
-    with a second one.
-    """
+    """CPU threads of the evaluation; null leaves it to PyTorch. One is best for a tiny model."""
     speed_curve: str | None = None
     """JSON file with the target's steps per second by tokens in a step, for the prefix
     scheduler; null measures this machine.
