@@ -196,9 +196,9 @@ class TrainingConfig(Section):
     """Minutes between two checkpoints at most, whatever `train.checkpoint_steps` is; those that
     it adds are not measured, so that no result depends on the machine's speed. Null adds none.
     """
-    compile: bool = False
-    """Whether training compiles what a draft computes position by position; its attention on a
-    GPU is compiled in any case.
+    compile: bool | Literal["auto"] = "auto"
+    """Whether training compiles what a draft computes position by position; `auto` does on a GPU
+    where that works. Attention on a GPU is compiled in any case.
     """
     source: Literal["cache", "rolling", "online"] = "cache"
     """Where hidden states are read: from the sealed cache; from shards captured shortly before

@@ -1,17 +1,15 @@
 """Which attention training takes: compiled flex attention where a probe works, else dense."""
 
-import importlib
 import logging
-import subprocess
 from functools import lru_cache
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from deepspec.config.families import HeadGeometry
 from deepspec.model.attention import BlockVisibility, attend
-from deepspec.model.execution import compute_dtype
+from deepspec.model.execution import compiler_errors, compute_dtype
 from deepspec.model.spec import DraftSpec
 from deepspec.process.machine import missing_for_triton
 
@@ -44,7 +42,7 @@ def _probed(
         probe(dtype, heads, scale, block_size)
     except torch.OutOfMemoryError:
         raise  # it tells nothing about the kernels, and the other path needs more
-    except _kernel_errors() as error:
+    except compiler_errors() as error:
         log.warning(
             "training attention=dense device=cuda FALLBACK: compiled flex attention fails here "
             "(dtype=%s head_dim=%d). The cost: %d bytes for every query and every token of its "
@@ -83,15 +81,3 @@ def probe(dtype: torch.dtype, heads: HeadGeometry, scale: float, block_size: int
         )
         visibility = BlockVisibility(first, first + PROBE_TOKENS, block_size, "flex")
         attend(queries, (context, context), [(own, own)], visibility, scale=scale).sum().backward()
-
-
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What torch's compiler, Triton and a C compiler raise where a kernel cannot be made.
-
-    The last is not wrapped: gcc that does not find Python's headers, for example.
-    """
-    try:
-        triton = importlib.import_module("triton.runtime.errors")
-    except ImportError:
-        return (RuntimeError, subprocess.SubprocessError)
-    return (RuntimeError, subprocess.SubprocessError, cast("type[Exception]", triton.TritonError))

@@ -1,12 +1,20 @@
 """How a training pass is run: compiled, or with layers computed once more in the backward pass."""
 
+import importlib
+import logging
+import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from deepspec.errors import ConfigError
+from deepspec.process.machine import missing_compiler
+
+log = logging.getLogger(__name__)
 
 # what a compiled pass rounds its numbers of tokens and blocks up to: shapes then repeat
 FILL_TOKENS, FILL_BLOCKS = 128, 16
@@ -35,6 +43,63 @@ class Execution(NamedTuple):
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function: one for all layers, which are an input like any other, and lengths."""
     return torch.compile(function, dynamic=True)
+
+
+@lru_cache
+def compiles(setting: bool | Literal["auto"], device: str) -> bool:
+    """Whether training compiles on a device of this type; decided, tried and logged once.
+
+    `auto` compiles on a GPU, unless nothing can be compiled there.
+
+    Raises:
+        ConfigError: it is to compile in any case, and cannot.
+    """
+    if not setting or (setting == "auto" and device == "cpu"):
+        return False
+    lacks = missing_compiler(on_gpu=device == "cuda")
+    reason = f"{' and '.join(lacks)} not found" if lacks else _failure(device)
+    if reason is None:
+        log.info("training compile=on device=%s", device)
+        return True
+    if setting == "auto":
+        log.warning(
+            "training compile=off device=%s FALLBACK: nothing can be compiled here (docs/gpu.md). "
+            "The cost: norms, rotations, activations and the loss's terms are kernels and tensors "
+            "of their own, so that steps are slower and need more memory. Reason: %s",
+            device,
+            reason,
+        )
+        return False
+    raise ConfigError(
+        f"compiling does not work on this machine: {reason}",
+        where="resources.training.compile",
+        fix="apt install g++ python3-dev (docs/gpu.md), or set it to auto or false",
+    )
+
+
+def _failure(device: str) -> str | None:
+    """Why a small function cannot be compiled and run there; None where it can."""
+    try:
+        compiled(torch.square)(torch.ones(2, device=device))
+    except torch.OutOfMemoryError:
+        raise  # it tells nothing about the compiler
+    except compiler_errors() as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch's compiler, Triton and a C compiler raise where a kernel cannot be made.
+
+    The last two are not wrapped: gcc that does not find Python's headers, for example, and folders
+    for compiled code that cannot be written to.
+    """
+    errors = RuntimeError, subprocess.SubprocessError, OSError
+    try:
+        triton = importlib.import_module("triton.runtime.errors")
+    except ImportError:
+        return errors
+    return (*errors, cast("type[Exception]", triton.TritonError))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

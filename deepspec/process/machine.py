@@ -165,21 +165,12 @@ def missing_for_triton() -> list[str]:
     return [name for name, is_there in found.items() if not is_there]
 
 
-def require_compiler(*, on_gpu: bool) -> None:
-    """Return where what PyTorch compiles for this machine can be compiled.
-
-    Raises:
-        ConfigError: names what to install.
-    """
-    lacks = missing_for_triton() if on_gpu else []
-    if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-        lacks = ["a C++ compiler (g++)"]
-    if lacks:
-        raise ConfigError(
-            f"compiling needs {' and '.join(lacks)}, not found here",
-            where="resources.training.compile",
-            fix="apt install g++ python3-dev (docs/gpu.md), or set it to false",
-        )
+def missing_compiler(*, on_gpu: bool) -> list[str]:
+    """What PyTorch needs to compile for this machine's GPU or CPU, and does not find here."""
+    if on_gpu:
+        return missing_for_triton()
+    is_there = shutil.which(os.environ.get("CXX", "g++"))
+    return [] if is_there else ["a C++ compiler (g++)"]
 
 
 def free_port() -> int:

@@ -107,7 +107,8 @@ def describe_device(device: str, *, dtypes: Iterable[str]) -> Iterator[str]:
     driver, cuda = driver_version() or "unknown", torch.version.cuda
     yield f"driver       {driver}, PyTorch {torch.__version__} for CUDA {cuda}"
     lacks = " and ".join(missing_for_triton())
-    yield f"Triton       {f'LACKS {lacks}: training attends densely' if lacks else 'compiles'}"
+    without = f"LACKS {lacks}: training attends densely, and nothing of it is compiled"
+    yield f"Triton       {without if lacks else 'compiles'}"
     installed = {each.name.lower(): each.version for each in importlib.metadata.distributions()}
     for package in ("flash-attn", "deepspeed"):
         yield f"{package:12} {installed.get(package, 'not installed')}"

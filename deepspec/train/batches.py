@@ -20,7 +20,7 @@ from deepspec.cache.source import SampleRange, Source
 from deepspec.config.run import RunConfig
 from deepspec.errors import TrainingFailed
 from deepspec.model.drafter import TrainBatch
-from deepspec.model.execution import FILL_TOKENS
+from deepspec.model.execution import FILL_TOKENS, compiles
 from deepspec.model.memory import is_out_of_memory
 from deepspec.target.conversation import stream_seed
 from deepspec.train.copy_stream import CopyStream, Sent
@@ -182,7 +182,7 @@ class StepData:
         layout, device = self.source.layout, self.world.device
         lengths = [drawn.num_tokens for drawn in group]
         length = sum(lengths)
-        if self.resources.training.compile:
+        if compiles(self.resources.training.compile, device.type):
             length += -length % FILL_TOKENS
         input_ids = torch.zeros(length, dtype=torch.long)
         loss_mask = torch.zeros(length, dtype=torch.bool)

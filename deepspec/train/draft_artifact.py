@@ -3,6 +3,7 @@
 import json
 import logging
 
+import torch
 from safetensors.torch import load_file
 
 from deepspec.artifacts.artifact import Artifact
@@ -11,7 +12,7 @@ from deepspec.config.run import RunConfig
 from deepspec.hidden.metadata import CONFIG, TENSORS
 from deepspec.model.checkpoint import build_draft
 from deepspec.model.drafter import Drafter
-from deepspec.model.execution import Execution
+from deepspec.model.execution import Execution, compiles
 from deepspec.model.spec import DraftSpec
 from deepspec.target.loading import DTYPES
 from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records, whole_file
@@ -19,8 +20,8 @@ from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records,
 log = logging.getLogger(__name__)
 
 
-def make_draft(config: RunConfig, source: Source) -> Drafter:
-    """A fresh draft of the run for the target whose states the source gives.
+def make_draft(config: RunConfig, source: Source, device: torch.device) -> Drafter:
+    """A fresh draft of the run on the device, for the target whose states the source gives.
 
     The frozen embedding and lm_head come from the source; `cache_check` compares them with the run.
     They stay in the target's dtype where training computes in it, all other weights are float32.
@@ -43,9 +44,10 @@ def make_draft(config: RunConfig, source: Source) -> Drafter:
         draft.hold_frozen(compute_dtype)
     draft.configure_loss(config.loss)
     draft.execution = Execution(
-        compile=config.resources.training.compile, recompute=config.resources.memory.recompute
+        compile=compiles(config.resources.training.compile, device.type),
+        recompute=config.resources.memory.recompute,
     )
-    return draft
+    return draft.to(device)
 
 
 def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:

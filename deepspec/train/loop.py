@@ -18,8 +18,8 @@ from deepspec.cache.source import Source
 from deepspec.errors import TransientError
 from deepspec.hidden.online import open_online
 from deepspec.hidden.rolling import open_rolling
+from deepspec.model.execution import compiles
 from deepspec.process.events import Report, silent
-from deepspec.process.machine import require_compiler
 from deepspec.train.batches import StepData
 from deepspec.train.cache_check import check_cache
 from deepspec.train.checkpoint_clock import CheckpointClock
@@ -66,9 +66,8 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     dtype = run.config.train.compute_dtype
     world = join_world(resources.devices.type, dtype=dtype, timeout=timeout)
     check_batch(run.config.train.global_batch, world.size)
-    if resources.training.compile:
-        require_compiler(on_gpu=world.device.type == "cuda")
-    require_training_room(run, world, compiled=bool(resources.training.compile))
+    is_compiled = compiles(resources.training.compile, world.device.type)
+    require_training_room(run, world, compiled=is_compiled)
     if run.config.train.strategy == "deepspeed":
         load_deepspeed(world.device)  # before anything is read
     if world.is_first:
@@ -122,7 +121,7 @@ def open_source(run: Run, world: World, report: Report) -> Source:
 def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> None:
     """Resume, and train what is left."""
     config, artifact, world = run.config, run.artifact("train"), data.world
-    draft = make_draft(config, data.source).to(world.device)
+    draft = make_draft(config, data.source, world.device)
     record = resume_draft(artifact, draft, inputs)
     first, total = record.step if record else 0, data.total_steps
     message = "stage=train steps=%d of %d samples=%d ranks=%d device=%s"

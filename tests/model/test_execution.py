@@ -1,16 +1,19 @@
 """Compiled, and computed once more in the backward pass: the same training, however it is run."""
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from deepspec.errors import ConfigError
 from deepspec.model import execution
 from deepspec.model.drafter import Drafter
-from deepspec.model.execution import Execution
+from deepspec.model.execution import Execution, compiles
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
 LENGTHS = [(14, 9), (30,), (5, 61, 8), (40, 41), (12, 13, 14, 15), (100,), (7, 8, 90)]
@@ -88,3 +91,46 @@ def test_a_compiled_pass_is_the_same_and_is_compiled_once_for_all_lengths(
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1] == counts[-1]
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch):
+    """Nothing was compiled here yet, nor found to be impossible."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    compiles.cache_clear()
+    torch._dynamo.reset()
+    yield
+    compiles.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("undecided")
+def test_auto_leaves_a_cpu_alone_and_a_gpu_without_a_compiler_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "deepspec")
+    assert not compiles("auto", "cpu") and not compiles(False, "cuda")
+    assert caplog.messages == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compiles("auto", "cuda") and not compiles("auto", "cuda")
+    (line,) = caplog.messages
+    assert "compile=off device=cuda FALLBACK" in line and "The cost: " in line
+    assert line.endswith("Reason: a C compiler (gcc) not found")
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("lacks", ["compiler", "folder"])
+def test_what_cannot_be_compiled_and_must_be_is_refused_before_the_first_step(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It ended in the first step, hours after a cache was begun, with a compiler's stack trace."""
+    (tmp_path / "file").touch()
+    if lacks == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.raises(ConfigError) as caught:
+        compiles(True, "cpu")
+    assert caught.value.where == "resources.training.compile"
+    assert {"compiler": "(g++) not found", "folder": "file/folder"}[lacks] in str(caught.value)

@@ -82,7 +82,7 @@ def test_micro_batches_keep_to_a_budget_of_tokens_and_one_of_slots(
     tight = step_data(
         cache, tiny_run(tmp_path, *sets, f"resources.memory.batch_slots={most}", recipe=recipe)
     )
-    draft = make_draft(tiny_run(tmp_path, *sets, recipe=recipe), cache)
+    draft = make_draft(tiny_run(tmp_path, *sets, recipe=recipe), cache, torch.device("cpu"))
     for step in range(3):
         groups = tight.micro_batches(step)
         assert [drawn for group in groups for drawn in group] == tight.drawn(step)

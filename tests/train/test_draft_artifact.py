@@ -31,7 +31,7 @@ def of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def frozen_dtype(store: Path, *overrides: str) -> torch.dtype:
     config = tiny_run(store, *overrides)
-    draft = make_draft(config, HiddenCache(Run(config).artifact("hidden")))
+    draft = make_draft(config, HiddenCache(Run(config).artifact("hidden")), torch.device("cpu"))
     assert draft.fc.weight.dtype == torch.float32
     assert draft.embed_tokens.weight.dtype == draft.lm_head.weight.dtype
     return draft.lm_head.weight.dtype

@@ -23,7 +23,7 @@ from tests.train.test_batches import step_data
 def parts(captured: Path):
     config = tiny_run(captured)
     cache = HiddenCache(Run(config).artifact("hidden"))
-    return Run(config), step_data(cache, config), make_draft(config, cache)
+    return Run(config), step_data(cache, config), make_draft(config, cache, torch.device("cpu"))
 
 
 def test_a_sound_cache_passes_and_the_draft_is_left_as_it_was(parts):

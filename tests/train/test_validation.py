@@ -106,7 +106,7 @@ def test_over_greedy_answers_it_is_what_speculative_decoding_finds(
     run_answers(Run(config))
     run_capture(Run(config))
     cache = HiddenCache(Run(config).artifact("hidden"))
-    draft = make_draft(config, cache)
+    draft = make_draft(config, cache, ALONE.device)
     numbers = [number for number in range(len(cache)) if cache.index.num_supervised[number] > 1]
     found = sum(
         (draft_along(draft, load_answers(cache, [number], ALONE.device)) for number in numbers),
@@ -146,7 +146,7 @@ def test_answers_that_do_not_fit_together_are_drafted_along_in_parts(
 ):
     config = tiny_run(captured)
     cache = HiddenCache(Run(config).artifact("hidden"))
-    draft, numbers = make_draft(config, cache), list(range(11))
+    draft, numbers = make_draft(config, cache, ALONE.device), list(range(11))
     wanted = held_out_acceptance(draft, cache, numbers, ALONE)
     tried, along = list[int](), validation.draft_along
 
