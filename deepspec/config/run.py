@@ -52,6 +52,11 @@ class RunConfig(Section):
         """The run as a command takes it, with overrides and store; `RUN` where none was typed."""
         return "RUN"
 
+    @property
+    def partitions_weights(self) -> bool:
+        """Whether a rank of training holds only a part of the draft's weights."""
+        return self.train.strategy == "deepspeed" and self.resources.memory.zero_stage == 3
+
     @model_validator(mode="after")
     def _demo_is_whole(self) -> Self:
         if (self.target.model == "demo") != (self.demo is not None):
@@ -94,6 +99,15 @@ class RunConfig(Section):
                     f"train.patience needs {name}: without held-out samples no checkpoint is "
                     "known to be better than another"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_functions_find_their_weights(self) -> Self:
+        if self.resources.training.compile is True and self.partitions_weights:
+            raise ValueError(
+                "resources.training.compile needs whole weights on every rank: set it to auto or "
+                "false, or take resources.memory.zero_stage 2"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,12 +5,13 @@ import logging
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.process.machine import missing_compiler
 
@@ -45,36 +46,44 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-@lru_cache
-def compiles(setting: bool | Literal["auto"], device: str) -> bool:
-    """Whether training compiles on a device of this type; decided, tried and logged once.
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether the run's training compiles on this device; tried and logged once.
 
     `auto` compiles on a GPU, unless nothing can be compiled there.
 
     Raises:
         ConfigError: it is to compile in any case, and cannot.
     """
-    if not setting or (setting == "auto" and device == "cpu"):
+    setting = config.resources.training.compile
+    if not setting or (setting == "auto" and device.type == "cpu"):
         return False
-    lacks = missing_compiler(on_gpu=device == "cuda")
-    reason = f"{' and '.join(lacks)} not found" if lacks else _failure(device)
+    return _compiles(device.type, partitioned=config.partitions_weights, must=setting is True)
+
+
+@lru_cache
+def _compiles(device: str, *, partitioned: bool, must: bool) -> bool:
+    lacks = " and ".join(missing_compiler(on_gpu=device == "cuda"))
+    if partitioned:
+        reason: str | None = "DeepSpeed fetches weights layer by layer (zero_stage 3)"
+    else:
+        reason = f"{lacks} not found" if lacks else _failure(device)
     if reason is None:
         log.info("training compile=on device=%s", device)
         return True
-    if setting == "auto":
-        log.warning(
-            "training compile=off device=%s FALLBACK: nothing can be compiled here (docs/gpu.md). "
-            "The cost: norms, rotations, activations and the loss's terms are kernels and tensors "
-            "of their own, so that steps are slower and need more memory. Reason: %s",
-            device,
-            reason,
+    if must:
+        raise ConfigError(
+            f"training cannot be compiled here: {reason}",
+            where="resources.training.compile",
+            fix="apt install g++ python3-dev (docs/gpu.md), or set it to auto or false",
         )
-        return False
-    raise ConfigError(
-        f"compiling does not work on this machine: {reason}",
-        where="resources.training.compile",
-        fix="apt install g++ python3-dev (docs/gpu.md), or set it to auto or false",
+    log.warning(
+        "training compile=off device=%s FALLBACK: %s. The cost: norms, rotations, activations and "
+        "the loss's terms are kernels and tensors of their own, so that steps are slower and need "
+        "more memory (docs/gpu.md)",
+        device,
+        reason,
     )
+    return False
 
 
 def _failure(device: str) -> str | None:

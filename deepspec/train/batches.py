@@ -59,6 +59,7 @@ class StepData:
         self.world = world
         self.seed = settings.seed
         self.global_batch = settings.global_batch
+        self.multiple = FILL_TOKENS if compiles(config, world.device) else 1  # tokens of a batch
         index = source.index
         self.numbers = np.flatnonzero((index.held_out == 0) & (index.num_supervised > 1))
         if len(self.numbers) == 0:
@@ -182,8 +183,7 @@ class StepData:
         layout, device = self.source.layout, self.world.device
         lengths = [drawn.num_tokens for drawn in group]
         length = sum(lengths)
-        if compiles(self.resources.training.compile, device.type):
-            length += -length % FILL_TOKENS
+        length += -length % self.multiple
         input_ids = torch.zeros(length, dtype=torch.long)
         loss_mask = torch.zeros(length, dtype=torch.bool)
         context, last_hidden = (

@@ -44,8 +44,7 @@ def make_draft(config: RunConfig, source: Source, device: torch.device) -> Draft
         draft.hold_frozen(compute_dtype)
     draft.configure_loss(config.loss)
     draft.execution = Execution(
-        compile=compiles(config.resources.training.compile, device.type),
-        recompute=config.resources.memory.recompute,
+        compile=compiles(config, device), recompute=config.resources.memory.recompute
     )
     return draft.to(device)
 

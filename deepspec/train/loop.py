@@ -66,8 +66,7 @@ def run_train(run: Run, report: Report = silent) -> Artifact:
     dtype = run.config.train.compute_dtype
     world = join_world(resources.devices.type, dtype=dtype, timeout=timeout)
     check_batch(run.config.train.global_batch, world.size)
-    is_compiled = compiles(resources.training.compile, world.device.type)
-    require_training_room(run, world, compiled=is_compiled)
+    require_training_room(run, world, compiled=compiles(run.config, world.device))
     if run.config.train.strategy == "deepspeed":
         load_deepspeed(world.device)  # before anything is read
     if world.is_first:

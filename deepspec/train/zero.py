@@ -75,7 +75,7 @@ class Zero(Strategy):
                 model=self.module, model_parameters=list(self.parameters.values()), config=derived
             )[0]
         self.zero = self.engine.optimizer
-        self.is_partitioned = config.resources.memory.zero_stage == 3
+        self.is_partitioned = config.partitions_weights
         # In bfloat16 the engine has rounded them.
         for name, tensor in initial.items():
             self._set(name, tensor, key=None)

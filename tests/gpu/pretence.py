@@ -104,12 +104,14 @@ def _prepare_compilers(chip: Chip) -> None:
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
+    guards._reinterpret_tensor = torch.as_strided
     FakeTensorMode.avoid_device_init = property(lambda _self: True)
     triton.runtime.driver.set_active(_driver(chip))
     triton_helpers.set_driver_to_gpu = lambda: None
     inductor.compile_threads = 1
     inductor.force_disable_caches = True
     inductor.use_static_triton_launcher = False
+    inductor.joint_graph_constant_folding = False  # it computes constants on the device
     # Newer PyTorch compiles what does not fit once more without pipelining; older raises.
     if hasattr(inductor.triton, "dynamic_disable_pipelining"):
         inductor.triton.dynamic_disable_pipelining = False

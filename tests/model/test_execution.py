@@ -14,6 +14,7 @@ from deepspec.errors import ConfigError
 from deepspec.model import execution
 from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution, compiles
+from tests.conftest import tiny_run
 from tests.model.drafts import CONFIGS, make_batch, make_draft
 
 LENGTHS = [(14, 9), (30,), (5, 61, 8), (40, 41), (12, 13, 14, 15), (100,), (7, 8, 90)]
@@ -98,39 +99,54 @@ def undecided(monkeypatch: pytest.MonkeyPatch):
     """Nothing was compiled here yet, nor found to be impossible."""
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    compiles.cache_clear()
+    execution._compiles.cache_clear()
     torch._dynamo.reset()
     yield
-    compiles.cache_clear()
+    execution._compiles.cache_clear()
     torch._dynamo.reset()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ZERO_3 = ("train.strategy=deepspeed", "resources.memory.zero_stage=3")
 
 
 @pytest.mark.usefixtures("undecided")
-def test_auto_leaves_a_cpu_alone_and_a_gpu_without_a_compiler_with_one_warning(
+def test_auto_leaves_a_cpu_alone_and_warns_once_of_what_a_gpu_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "deepspec")
-    assert not compiles("auto", "cpu") and not compiles(False, "cuda")
+    run, never = tiny_run(tmp_path), tiny_run(tmp_path, "resources.training.compile=false")
+    assert not compiles(run, CPU) and not compiles(never, GPU)
     assert caplog.messages == []
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not compiles("auto", "cuda") and not compiles("auto", "cuda")
+    assert not compiles(run, GPU) and not compiles(run, GPU)
     (line,) = caplog.messages
-    assert "compile=off device=cuda FALLBACK" in line and "The cost: " in line
-    assert line.endswith("Reason: a C compiler (gcc) not found")
+    assert "compile=off device=cuda FALLBACK: a C compiler (gcc) not found. The cost: " in line
 
 
 @pytest.mark.usefixtures("undecided")
 @pytest.mark.parametrize("lacks", ["compiler", "folder"])
-def test_what_cannot_be_compiled_and_must_be_is_refused_before_the_first_step(
+def test_what_must_be_compiled_and_cannot_is_refused_before_the_first_step(
     lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It ended in the first step, hours after a cache was begun, with a compiler's stack trace."""
+    """The first step ended it, with a compiler's stack trace."""
     (tmp_path / "file").touch()
     if lacks == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
     with pytest.raises(ConfigError) as caught:
-        compiles(True, "cpu")
+        compiles(tiny_run(tmp_path, "resources.training.compile=true"), CPU)
     assert caught.value.where == "resources.training.compile"
     assert {"compiler": "(g++) not found", "folder": "file/folder"}[lacks] in str(caught.value)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_weights_that_are_fetched_layer_by_layer_are_not_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """The compiled function was given weights of no elements, and raised in the first step."""
+    assert not compiles(tiny_run(tmp_path, *ZERO_3), GPU)
+    assert "zero_stage 3" in caplog.text
+    with pytest.raises(ConfigError, match="needs whole weights"):
+        tiny_run(tmp_path, *ZERO_3, "resources.training.compile=true")
