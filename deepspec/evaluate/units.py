@@ -25,8 +25,8 @@ from deepspec.errors import OutOfMemory
 from deepspec.evaluate.prompts import RenderedPrompt, Unit, render_turns, too_long
 from deepspec.evaluate.scheduler import Policy
 from deepspec.evaluate.speculate import speculate
-from deepspec.model.chunked_loss import softcap
 from deepspec.model.drafter import Drafter
+from deepspec.model.loss_terms import softcap
 from deepspec.model.memory import free_bytes, is_out_of_memory
 from deepspec.target.chat import Chat
 from deepspec.target.conversation import stream_seed

@@ -16,12 +16,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.model.execution import compute_dtype
+from deepspec.model.execution import compiled, compute_dtype
+from deepspec.model.loss_terms import LogitGradient, SlotFacts, SlotTerms, slot_terms
+from deepspec.model.memory import usable_bytes
 from deepspec.model.targets import Targets
 
-# logits of a chunk: 16 or 128 MB of float32, in memory up to six times
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+# Logits of a chunk at most, 16 or 512 MB in float32. Larger chunks read lm_head less often; by
+# arithmetic, that is no longer what a GPU's matrix products wait for at 2^27.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+BYTES_PER_LOGIT = (
+    24  # six float32 tensors where the terms are not compiled, about two where they are
+)
+CHUNK_SHARE = 0.5  # of what is free on a GPU; the backward pass has to find room as well
 MIN_CHUNK = 16  # slots; smaller matrix products waste the device
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Logits that are scored at a time; on a GPU as many as half of its free memory holds.
+
+    There it is a power of two, so that shapes repeat although the free memory varies.
+    """
+    most = CHUNK_ELEMENTS[device.type]
+    if device.type == "cpu":
+        return most
+    fitting = int(CHUNK_SHARE * usable_bytes(device)) // BYTES_PER_LOGIT
+    return min(most, 1 << max(fitting.bit_length() - 1, 0))
 
 
 class Vocabulary(NamedTuple):
@@ -33,11 +52,7 @@ class Vocabulary(NamedTuple):
     lm_head: Tensor  # [V, D], frozen
     markov_w2: Tensor | None  # [V, r]
     cap: float | None
-
-
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(logits / cap)`, or the logits themselves without a cap (Gemma)."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    compile: bool = False  # whether the loss's terms are computed by a compiled function
 
 
 class Coefficients(NamedTuple):
@@ -75,6 +90,9 @@ def score(
     """
     chunks = _Chunks(states, features, vocabulary, targets, labels, coefficients)
     w2 = vocabulary.markov_w2 if features is not None else None
+    learning = [part.requires_grad for part in (states, features, w2) if part is not None]
+    if torch.is_grad_enabled() and any(learning):
+        chunks.prepare_gradients()
     return Scores(*_Score.apply(states, features, w2, chunks))
 
 
@@ -83,8 +101,6 @@ class _Score(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, features: Tensor | None, w2: Tensor | None, chunks: "_Chunks"
     ) -> tuple[Tensor, ...]:
-        if any(ctx.needs_input_grad):
-            chunks.prepare_gradients()
         with torch.autocast(states.device.type, enabled=False):  # the chunks choose their dtypes
             total = chunks.add_all()
         ctx.save_for_backward(chunks.to_states, chunks.to_features, chunks.to_w2)
@@ -115,9 +131,10 @@ class _Chunks:
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.states)
-        lm_head, w2, self.cap = self.vocabulary
-        self.lm_head = lm_head.to(self.dtype)
+        w2 = self.vocabulary.markov_w2
+        self.lm_head = self.vocabulary.lm_head.to(self.dtype)
         self.w2 = None if w2 is None else w2.to(self.dtype)
+        self.terms = compiled(slot_terms) if self.vocabulary.compile else slot_terms
         self.measured = self.states.new_zeros(4, len(self.states), dtype=torch.float32).unbind(0)
 
     def prepare_gradients(self) -> None:
@@ -131,8 +148,7 @@ class _Chunks:
 
     def add_all(self) -> Tensor:
         """Score all slots, those of one target position side by side; returns their sum."""
-        elements = CHUNK_ELEMENTS.get(self.states.device.type, CHUNK_ELEMENTS["cuda"])
-        size = max(MIN_CHUNK, elements // len(self.lm_head))
+        size = max(MIN_CHUNK, chunk_elements(self.states.device) // len(self.lm_head))
         order, in_order = self.targets.places.order, self.targets.places.in_order
         for first in range(0, len(order), size):
             self.add(order[first : first + size], in_order[first : first + size])
@@ -142,86 +158,43 @@ class _Chunks:
 
     def add(self, slots: Tensor, positions: np.ndarray) -> None:
         """Score the slots with these numbers [n]; their target positions [n] are ascending."""
-        logits, slope = self._logits(slots)
+        # The host knows the first and the last, and need not ask the device for them.
         first, last = int(positions[0]), int(positions[-1])
-        p, difference = self._measure(slots, logits, self._target(slots, first=first, last=last))
-        del logits  # two such tensors less while the gradient is formed
-        if self.to_states is None:
-            return
-        gradient = self._gradient(slots, p, difference)
+        factors = (None if factor is None else factor[slots] for factor in self.coefficients)
+        label = None if self.labels is None else self.labels[slots]
+        facts = SlotFacts(self.targets.places.of_slot[slots] - first, label, *factors)
+        terms: SlotTerms = self.terms(
+            self._scored(self.states[slots], self.lm_head),
+            None
+            if self.features is None or self.w2 is None
+            else self._scored(self.features[slots], self.w2),
+            self._scored(self.targets.states[first : last + 1], self.lm_head),
+            facts,
+            cap=self.vocabulary.cap,
+            with_gradient=self.to_states is not None,
+        )
+        for kept, found in zip(self.measured, terms.measured, strict=True):
+            if found is not None:
+                kept[slots] = found
+        if terms.gradient is not None:
+            self._add_gradient(slots, terms.gradient)
+
+    def _add_gradient(self, slots: Tensor, by: LogitGradient) -> None:
+        """Carry the gradient of the slots' sum on to states, features and W2."""
         if (
             self.features is not None
             and self.w2 is not None
             and self.to_features is not None
             and self.to_w2 is not None
         ):
-            by_bias = gradient.to(self.dtype)
-            self.to_features[slots] = (by_bias @ self.w2).to(self.features.dtype)
-            self.to_w2 += by_bias.T @ self.features[slots].to(self.dtype)
-            del by_bias
-        if slope is not None:
-            gradient = gradient * slope
-        by_states = gradient.to(self.dtype) @ self.lm_head
-        self.to_states[slots] = by_states.to(self.states.dtype)
+            self.to_features[slots] = (by.bias @ self.w2).to(self.features.dtype)
+            self.to_w2 += by.bias.T @ self.features[slots].to(self.dtype)
+        if self.to_states is not None:
+            self.to_states[slots] = (by.scored @ self.lm_head).to(self.states.dtype)
 
-    def _logits(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The draft's logits [n, V], and the slope of the softcap where there is one."""
-        cap, slope = self.cap, None
-        logits = softcap(F.linear(self.states[slots].to(self.dtype), self.lm_head), cap).float()
-        if cap is not None:
-            slope = 1 - (logits / cap).square()  # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
-        if self.features is not None and self.w2 is not None:
-            bias = F.linear(self.features[slots].to(self.dtype), self.w2)
-            logits = (logits + bias).float()  # float64 weights have float32 logits as well
-        return logits, slope
-
-    def _target(self, slots: Tensor, *, first: int, last: int) -> Tensor:
-        """The target's distribution q at each slot [n, V], computed once for every position.
-
-        The host knows the first and the last position, and need not ask the device for them.
-        """
-        states = self.targets.states[first : last + 1].to(self.dtype)
-        logits = softcap(F.linear(states, self.lm_head), self.cap)
-        return logits.float().softmax(-1)[self.targets.places.of_slot[slots] - first]
-
-    def _measure(self, slots: Tensor, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill in what is measured at the slots; returns p and p - q [n, V]."""
-        ce, soft_ce, tv, hits = self.measured
-        log_sum = logits.logsumexp(-1, keepdim=True)
-        p = (logits - log_sum).exp_()  # in place of the difference alone
-        difference = p - q
-        if self.labels is not None:
-            label = self.labels[slots, None]
-            ce[slots] = (log_sum - logits.gather(-1, label))[:, 0]  # -log p(y)
-        if self.coefficients.soft_ce is not None:
-            soft_ce[slots] = log_sum[:, 0] - _dot(q, logits)  # -<q, log p>
-            hits[slots] = (logits.argmax(-1) == q.argmax(-1)).float()
-        tv[slots] = torch.linalg.vector_norm(difference, 1, dim=-1)  # |p - q|_1
-        return p, difference
-
-    def _gradient(self, slots: Tensor, p: Tensor, difference: Tensor) -> Tensor:
-        """Gradient of the slots' sum by their logits [n, V].
-
-        With one-hot label y and s = sign(p - q), it is p - y of the cross-entropy, p - q of the
-        soft cross-entropy, and p (s - <p, s>) of the total variation.
-        """
-        ce, soft_ce, tv = (
-            None if weight is None else weight[slots, None] for weight in self.coefficients
-        )
-        factor = ce  # of p
-        if tv is not None:
-            sign = difference.sign()
-            by_tv = tv * (sign - _dot(p, sign)[:, None])  # tv: s - <p, s>
-            factor = by_tv if ce is None else by_tv + ce  # ce: the p of p - y
-        gradient = torch.zeros_like(p) if factor is None else factor * p
-        if soft_ce is not None:
-            by_soft_ce = soft_ce * difference  # soft_ce: p - q
-            gradient = by_soft_ce if factor is None else gradient + by_soft_ce
-        if ce is not None and self.labels is not None:
-            gradient.scatter_add_(-1, self.labels[slots, None], -ce)  # ce: the -y of p - y
-        return gradient
-
-
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Row by row, [n, V] twice -> [n], without their product in memory."""
-    return torch.bmm(first[:, None], second[:, :, None])[:, 0, 0]
+    def _scored(self, states: Tensor, weight: Tensor) -> Tensor:
+        """Products of states with the vocabulary [.., V], whose width is compiled in."""
+        scored = F.linear(states.to(self.dtype), weight)
+        if self.vocabulary.compile:
+            torch._dynamo.mark_static(scored, 1)
+        return scored

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from deepspec.config.data import SamplingConfig
 from deepspec.config.draft import LossConfig
-from deepspec.model.chunked_loss import Vocabulary, softcap
+from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.execution import Execution
 from deepspec.model.host_copy import row_numbers, row_starts
 from deepspec.model.kv_cache import moved_up
 from deepspec.model.layers import Layers, RMSNorm, RotaryTable, Rotation, embedding_scale
 from deepspec.model.loss import LossOutput
+from deepspec.model.loss_terms import softcap
 from deepspec.model.row_cache import RowCache
 from deepspec.model.spec import DraftSpec
 
@@ -151,7 +152,8 @@ class Drafter(nn.Module, ABC):
 
     def vocabulary(self, markov_w2: Tensor | None = None) -> Vocabulary:
         """What the loss needs to turn states, and Markov features, into logits."""
-        return Vocabulary(self.lm_head.weight, markov_w2, self.spec.logit_softcap)
+        cap, compile = self.spec.logit_softcap, self.execution.compile
+        return Vocabulary(self.lm_head.weight, markov_w2, cap, compile)
 
     # Training
 

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 # what a compiled pass rounds its numbers of tokens and blocks up to: shapes then repeat
 FILL_TOKENS, FILL_BLOCKS = 128, 16
+# Versions of a compiled function: for few and many positions, inputs with and without gradients,
+# training and measuring, each dtype. At PyTorch's own limit of 8 it would quietly compute without.
+MOST_VERSIONS = 64
 
 
 class Execution(NamedTuple):
@@ -43,6 +46,7 @@ class Execution(NamedTuple):
 @lru_cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function: one for all layers, which are an input like any other, and lengths."""
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
     return torch.compile(function, dynamic=True)
 
 

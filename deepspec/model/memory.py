@@ -51,9 +51,10 @@ def free_bytes(device: torch.device) -> int:
     """Memory of the device that this process can still take."""
     if device.type != "cuda":
         return host_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
 
 
 def usable_bytes(device: torch.device) -> int:

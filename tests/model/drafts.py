@@ -12,8 +12,9 @@ from deepspec.config.draft import (
     MarkovConfig,
 )
 from deepspec.model.checkpoint import build_draft
-from deepspec.model.chunked_loss import Vocabulary, softcap
+from deepspec.model.chunked_loss import Vocabulary
 from deepspec.model.drafter import Drafter, TrainBatch
+from deepspec.model.loss_terms import softcap
 from deepspec.model.spec import DraftSpec
 
 VOCAB, SIZE, LAYERS = 61, 32, [-1, 1, 2]

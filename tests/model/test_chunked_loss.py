@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepspec.model import chunked_loss
+from deepspec.model import chunked_loss, execution
 from deepspec.model.chunked_loss import Coefficients, Vocabulary, score
 from deepspec.model.targets import TargetPlaces, Targets
 from tests.model.drafts import plain_logits
@@ -65,10 +65,10 @@ def plain(
 
 
 def chunked(
-    parts: dict[str, Tensor], terms: set[str], cap: float | None
+    parts: dict[str, Tensor], terms: set[str], cap: float | None, *, compile: bool = False
 ) -> tuple[Tensor, chunked_loss.Scores]:
     weights = dict(zip(("ce", "soft_ce", "tv"), parts["weights"], strict=True))
-    vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap)
+    vocabulary = Vocabulary(parts["lm_head"], parts.get("w2"), cap, compile)
     coefficients = Coefficients(**{name: weights[name] for name in terms})
     targets = Targets.gathered(parts["hidden"], TargetPlaces.of(parts["places"]))
     scores = score(
@@ -100,6 +100,24 @@ def learning(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def assert_plain(
+    case: str, *, markov: bool, cap: float | None, compile: bool = False, seed: int = 0
+) -> None:
+    """Sum, terms and gradients are those of the plain formula."""
+    parts, terms = made(seed, markov=markov), CASES[case]
+    ours, theirs = learning(parts), learning(parts)
+    found, scores = chunked(ours, terms, cap, compile=compile)
+    wanted, by_slot = plain(theirs, terms, cap)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.ce, by_slot["ce"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.tv, by_slot["tv"], rtol=1e-5, atol=1e-5)
+    if "soft_ce" in terms:
+        torch.testing.assert_close(scores.soft_ce, by_slot["soft_ce"], rtol=1e-5, atol=1e-5)
+    mine, other = gradients(found, ours), gradients(wanted, theirs)
+    for name in other:
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("markov", [True, False])
@@ -109,17 +127,43 @@ def test_sum_terms_and_gradients_are_those_of_the_plain_formula(
 ):
     monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": rows * V, "cuda": 0})
     monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
-    parts, terms = made(0, markov=markov), CASES[case]
-    ours, theirs = learning(parts), learning(parts)
-    (found, scores), (wanted, by_slot) = chunked(ours, terms, cap), plain(theirs, terms, cap)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.ce, by_slot["ce"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.tv, by_slot["tv"], rtol=1e-5, atol=1e-5)
-    if "soft_ce" in terms:
-        torch.testing.assert_close(scores.soft_ce, by_slot["soft_ce"], rtol=1e-5, atol=1e-5)
-    mine, other = gradients(found, ours), gradients(wanted, theirs)
-    for name in other:
-        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
+    assert_plain(case, markov=markov, cap=cap)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_compiled_is_the_plain_formula_in_chunks_of_any_length(
+    case: str, cap: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    """With a backend that needs no C++ compiler; lengths are not compiled in."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object):
+        graphs.append(len(graphs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    function = torch.compile(chunked_loss.slot_terms, dynamic=True, backend=backend)
+    monkeypatch.setattr(chunked_loss, "compiled", lambda _: function)
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
+    found = []
+    for rows in (10, 1000, 4):  # chunks of 10, 10 and 3; of 23; of 4 and 3
+        monkeypatch.setitem(chunked_loss.CHUNK_ELEMENTS, "cpu", rows * V)
+        assert_plain(case, markov=True, cap=cap, compile=True)
+        found.append(len(graphs))
+    assert found[0] >= 1 and found[1:] == found[:1] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "cap"), [("dspark", None), ("all", 3.0)])
+def test_what_a_real_compiler_makes_of_it_is_the_plain_formula(
+    case: str, cap: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    torch._dynamo.reset()
+    execution.compiled.cache_clear()
+    monkeypatch.setitem(chunked_loss.CHUNK_ELEMENTS, "cpu", 4 * V)
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
+    assert_plain(case, markov=True, cap=cap, compile=True)
 
 
 def test_under_autocast_it_rounds_where_the_plain_formula_does():
@@ -206,11 +250,35 @@ def test_no_slot_at_all_is_a_sum_of_zero_with_a_gradient():
     assert all(float(part.abs().sum()) == 0 for part in gradients(total, none).values())
 
 
+class Products(TorchDispatchMode):
+    """How many matrix products are computed here."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
 def test_without_gradients_only_the_terms_are_made():
+    """Measuring formed gradients as well, and dropped them: twice the time."""
     parts = learning(made(4, markov=True))
-    with torch.no_grad():
+    with torch.no_grad(), Products() as products:
         total, scores = chunked(parts, CASES["all"], None)
+    assert products.count == 3  # of states, features and targets with the vocabulary
     assert not total.requires_grad and not scores.tv.requires_grad
     torch.testing.assert_close(
         total, plain(parts, CASES["all"], None)[0].detach(), rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_gpus_chunks_are_as_large_as_fits_and_no_larger_than_helps(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    gpu, found = torch.device("cuda"), []
+    for free in (10**6, 4 * 10**8, 10**9, 10**10, 10**11):
+        monkeypatch.setattr(chunked_loss, "usable_bytes", lambda _, free=free: free)
+        found.append(chunked_loss.chunk_elements(gpu))
+        assert found[-1] * chunked_loss.BYTES_PER_LOGIT <= free / 2
+    assert found == [1 << 14, 1 << 22, 1 << 24, 1 << 27, 1 << 27]
+    assert chunked_loss.chunk_elements(torch.device("cpu")) == 1 << 22

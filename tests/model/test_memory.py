@@ -102,14 +102,17 @@ def test_what_running_out_of_memory_looks_like(error: Exception, expected: bool)
     assert is_out_of_memory(error) is expected
 
 
+@pytest.mark.parametrize(("fraction", "free"), [(1.0, 75), (0.5, 36), (0.1, 5)])
 def test_a_gpu_has_what_is_free_and_what_pytorch_holds_unused(
-    monkeypatch: pytest.MonkeyPatch,
+    fraction: float, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And no more than the process may have: `set_per_process_memory_fraction`."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4)
-    assert (free_bytes(gpu), usable_bytes(gpu)) == (75, 67)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    assert (free_bytes(gpu), usable_bytes(gpu)) == (free, int(0.9 * free))
 
 
 def test_a_cpu_leaves_half_of_its_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
