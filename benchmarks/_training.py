@@ -11,6 +11,7 @@ from benchmarks._measure import hidden_artifact, make_samples, raw_layout
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.run import RunConfig
 from deepspec.model.checkpoint import build_draft
+from deepspec.model.execution import Execution, compiles
 from deepspec.model.spec import DraftSpec
 from deepspec.train.batches import StepData
 from deepspec.train.checkpoint_clock import CheckpointClock
@@ -72,6 +73,7 @@ def make_trainer(
     )
     draft = build_draft(spec, embed=frozen, lm_head=frozen, seed=0).to(device)
     draft.configure_loss(config.loss)
+    draft.execution = Execution(compile=compiles(config, device))
     world = World(0, 1, device)
     strategy = Replicated(draft, config.train, world)
     data = StepData(cache, config, world)

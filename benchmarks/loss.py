@@ -68,7 +68,7 @@ def plain(parts: dict[str, Tensor], algorithm: str) -> Tensor:
     return (parts["weights"] * (0.1 * cross_entropy + 0.9 * (log_p.exp() - q).abs().sum(-1))).sum()
 
 
-def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
+def chunked(parts: dict[str, Tensor], algorithm: str, *, compile: bool = False) -> Tensor:
     dspark, weights = algorithm == "dspark", parts["weights"]
     coefficients = (
         Coefficients(ce=0.1 * weights, tv=0.9 * weights)
@@ -78,7 +78,7 @@ def chunked(parts: dict[str, Tensor], algorithm: str) -> Tensor:
     features, labels = (parts["features"], parts["labels"]) if dspark else (None, None)
     places = send_all(TargetPlaces.of(parts["places"]), parts["hidden"].device)
     targets = Targets.gathered(parts["hidden"], places)
-    vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None)
+    vocabulary = Vocabulary(parts["lm_head"], parts["w2"], None, compile)
     return score(
         parts["states"], features, vocabulary, targets, labels=labels, coefficients=coefficients
     ).total

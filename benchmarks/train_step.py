@@ -4,7 +4,8 @@ forward, backward, clip, AdamW.
 What the step does beside those: reading and batching samples, metrics over ranks, checks. Goal: 0.9
 of the bare loop's speed. On the CPU a small shape; on a CUDA machine Qwen3-4B's (random weights,
 samples of 1,024 tokens), with the largest micro-batch that fits, found by doubling
-`resources.memory.batch_tokens`, and with tokens/s and MFU.
+`resources.memory.batch_tokens`, and with tokens/s and MFU. Either way with
+the work of each part by arithmetic: FLOP, bytes, and the least milliseconds that a known GPU needs.
 """
 
 import gc
@@ -21,9 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._measure import alternate, result
+from benchmarks._step_work import Sizes, step_work
 from benchmarks._training import QWEN3, QWEN3_4B, make_trainer, random_cache
 from deepspec.cache.reader import HiddenCache
 from deepspec.config.recipes import load_run
+from deepspec.model.chunked_loss import MIN_CHUNK, chunk_elements
 from deepspec.model.drafter import TrainBatch
 from deepspec.target.loading import DTYPES
 from deepspec.train.step import train_step
@@ -31,7 +34,8 @@ from deepspec.train.strategy import Replicated
 
 GOAL = 0.9
 ROUNDS = 20  # a step takes a second or less, and machines are shared
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, of the data sheets
+# dense bfloat16 FLOP/s and bytes/s, of the data sheets
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12)}
 SMALL = QWEN3 | {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -143,12 +147,34 @@ def largest(shape: Shape, cache: HiddenCache, folder: Path, device: torch.device
         batch_tokens *= 2
 
 
+def peaks() -> tuple[float, float] | None:
+    """FLOP/s and bytes/s that the GPU's data sheet names; None for one that is not listed here."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((value for listed, value in PEAKS.items() if listed in name), None)
+
+
 def mfu(flops: int, seconds: float) -> float | None:
-    """Of the peak that the GPU's data sheet names; None for one that is not listed here."""
-    peak = next(
-        (value for name, value in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None
+    """Of the GPU's peak; None for one that is not listed here."""
+    peak = peaks()
+    return round(flops / seconds / peak[0], 3) if peak else None
+
+
+def parts(steps: Steps) -> dict[str, dict[str, float]]:
+    """Of a step's parts, their work, and how fast a listed GPU could do it."""
+    draft, device = steps.strategy.draft, steps.trainer.world.device
+    sizes = Sizes.of(
+        draft.plan(steps.batch),
+        chunk_slots=max(MIN_CHUNK, chunk_elements(device) // draft.spec.vocab_size),
+        num_trained=sum(steps.strategy.sizes.values()),
+        width=DTYPES[steps.trainer.settings.compute_dtype].itemsize,
     )
-    return round(flops / seconds / peak, 3) if peak else None
+    found = {}
+    for name, work in step_work(draft.spec, sizes).items():
+        found[name] = {"tflop": round(work.flops / 1e12, 6), "gb": round(work.num_bytes / 1e9, 3)}
+        if peak := peaks():
+            seconds = max(work.flops / peak[0], work.num_bytes / peak[1])
+            found[name]["least_ms"] = round(1e3 * seconds, 2)
+    return found
 
 
 def main() -> dict[str, object]:
@@ -165,12 +191,13 @@ def main() -> dict[str, object]:
         batch_tokens = largest(shape, cache, folder, device) if on_gpu else 8 * shape.num_tokens
         steps = Steps(shape, cache, folder, batch_tokens=batch_tokens, device=device)
         found = steps.seconds()
-        flops = steps.flops()
-    more = {
+        flops, work = steps.flops(), parts(steps)
+    more: dict[str, Any] = {
         "tokens_per_s": round(batch_tokens / found["whole"]),
         "tflops": round(flops / found["whole"] / 1e12, 3),
     }
-    more |= {"batch_tokens": batch_tokens} | ({"mfu": mfu(flops, found["whole"])} if on_gpu else {})
+    more |= {"batch_tokens": batch_tokens, "parts": work}
+    more |= {"mfu": mfu(flops, found["whole"])} if on_gpu else {}
     return result(
         "train_step",
         {"bare loop/step": found["bare"] / found["whole"]},

@@ -2,6 +2,8 @@
 and how often the host waits.
 """
 
+from functools import partial
+
 import torch
 
 from benchmarks.gpu_check.section import Bench, relative_error
@@ -26,7 +28,9 @@ def check(bench: Bench) -> None:
                 gradients(bench, few, algorithm, bf16=bf16)
     for slots in (shape.slots, shape.slots if bench.rehearse else USUAL):
         with bench.part(f"{slots} slots"):
-            speed(bench, shape._replace(slots=slots, positions=max(slots // 7, 16)))
+            sizes = shape._replace(slots=slots, positions=max(slots // 7, 16))
+            for compile in (False,) if bench.rehearse else (False, True):
+                speed(bench, sizes, compile=compile)
 
 
 def step(bench: Bench, parts: dict[str, torch.Tensor], side, algorithm: str, *, bf16: bool):
@@ -40,7 +44,8 @@ def step(bench: Bench, parts: dict[str, torch.Tensor], side, algorithm: str, *, 
 
 def gradients(bench: Bench, sizes: Sizes, algorithm: str, *, bf16: bool) -> None:
     parts, found = made(sizes, bench.device), []
-    for side in (chunked, plain):
+    # a CPU would compile for half a minute
+    for side in (partial(chunked, compile=not bench.rehearse), plain):
         step(bench, parts, side, algorithm, bf16=bf16)
         found.append([parts[name].grad for name in FIELDS if parts[name].grad is not None])
     errors = [relative_error(ours, theirs) for ours, theirs in zip(*found, strict=True)]
@@ -48,11 +53,12 @@ def gradients(bench: Bench, sizes: Sizes, algorithm: str, *, bf16: bool) -> None
     bench.findings.check(what, max(errors) <= WITHIN[bf16], f"{max(errors):.1e}")
 
 
-def speed(bench: Bench, sizes: Sizes) -> None:
-    parts, what = made(sizes, bench.device), f"dspark bfloat16, {sizes.slots} slots"
+def speed(bench: Bench, sizes: Sizes, *, compile: bool) -> None:
+    parts, how = made(sizes, bench.device), "compiled" if compile else "plain"
+    what, side = f"dspark bfloat16, {sizes.slots} slots, {how}", partial(chunked, compile=compile)
 
     def run() -> None:
-        step(bench, parts, chunked, "dspark", bf16=True)
+        step(bench, parts, side, "dspark", bf16=True)
 
     taken = bench.seconds(run, rounds=3)
     per_slot = 2 * sizes.vocabulary * (2 * sizes.hidden + 3 * sizes.rank)

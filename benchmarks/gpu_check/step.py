@@ -6,8 +6,8 @@ import torch
 
 from benchmarks._training import QWEN3_4B, random_cache
 from benchmarks.gpu_check.section import Bench
-from benchmarks.train_step import CPU, Shape, Steps, mfu
-from deepspec.model.chunked_loss import CHUNK_ELEMENTS
+from benchmarks.train_step import CPU, Shape, Steps, mfu, parts
+from deepspec.model.chunked_loss import chunk_elements
 from deepspec.model.execution import Execution
 from deepspec.model.step_memory import StepMemory, StepSize
 from deepspec.target.peak_memory import ITEM_BYTES
@@ -93,6 +93,9 @@ def measure(bench: Bench, steps: Steps, kind: str) -> None:
         flops = steps.flops()
         figure(f"{kind}: TFLOP of a step", flops / 1e12)
         figure(f"{kind}: MFU", mfu(flops, taken))
+        for part, work in parts(steps).items():
+            figure(f"{kind}: {part}, TFLOP by arithmetic", work["tflop"])
+            figure(f"{kind}: {part}, GB by arithmetic", work["gb"])
 
 
 def planned_gb(steps: Steps, kind: str) -> float:
@@ -103,7 +106,7 @@ def planned_gb(steps: Steps, kind: str) -> float:
         frozen_item=ITEM_BYTES["bfloat16"],
         compiled=EXECUTIONS[kind].compile,
         recompute=EXECUTIONS[kind].recompute,
-        chunk=CHUNK_ELEMENTS["cuda"],
+        chunk=chunk_elements(steps.trainer.world.device),
     )
     slots = sum(sample.num_slots for sample in steps.group)
     size = StepSize(sum(sample.num_tokens for sample in steps.group), slots)

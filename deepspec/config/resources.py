@@ -197,8 +197,8 @@ class TrainingConfig(Section):
     it adds are not measured, so that no result depends on the machine's speed. Null adds none.
     """
     compile: bool | Literal["auto"] = "auto"
-    """Whether training compiles what a draft computes position by position; `auto` does on a GPU
-    where that works. Attention on a GPU is compiled in any case.
+    """Whether training compiles what a draft computes position by position and the terms of its
+    loss; `auto` does on a GPU where that works. Attention on a GPU is compiled in any case.
     """
     source: Literal["cache", "rolling", "online"] = "cache"
     """Where hidden states are read: from the sealed cache; from shards captured shortly before

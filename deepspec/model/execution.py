@@ -27,7 +27,8 @@ MOST_VERSIONS = 64
 class Execution(NamedTuple):
     """Nothing of it changes a result beyond rounding."""
 
-    # what is computed position by position; attention has a compiled kernel of its own
+    # what is computed position by position, and the loss's terms; attention has a compiled kernel
+    # of its own
     compile: bool = False
     # a layer's inputs are kept for the backward pass, and nothing of what it computes
     recompute: bool = False
