@@ -21,9 +21,11 @@ from deepspec.model.loss_terms import LogitGradient, SlotFacts, SlotTerms, slot_
 from deepspec.model.memory import usable_bytes
 from deepspec.model.targets import Targets
 
-# Logits of a chunk at most, 16 or 512 MB in float32. Larger chunks read lm_head less often; by
-# arithmetic, that is no longer what a GPU's matrix products wait for at 2^27.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Logits of a chunk, 16 or 128 MB in float32; memory is planned with these. A GPU with room scores up
+# to four times as many: that reads lm_head less often, and by arithmetic its matrix products then
+# no longer wait for that.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+MOST_CHUNKS = 4  # of these sizes at a time
 BYTES_PER_LOGIT = (
     24  # six float32 tensors where the terms are not compiled, about two where they are
 )
@@ -36,11 +38,11 @@ def chunk_elements(device: torch.device) -> int:
 
     There it is a power of two, so that shapes repeat although the free memory varies.
     """
-    most = CHUNK_ELEMENTS[device.type]
+    planned = CHUNK_ELEMENTS[device.type]
     if device.type == "cpu":
-        return most
+        return planned
     fitting = int(CHUNK_SHARE * usable_bytes(device)) // BYTES_PER_LOGIT
-    return min(most, 1 << max(fitting.bit_length() - 1, 0))
+    return min(MOST_CHUNKS * planned, 1 << max(fitting.bit_length() - 1, 0))
 
 
 class Vocabulary(NamedTuple):

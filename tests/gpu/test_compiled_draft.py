@@ -17,7 +17,7 @@ CASES = {
     "exact": ((QWEN3, None, 256, ["ce", "tv"], "float32"), 3),
     "gemma4": ((GEMMA4, 30.0, 256, ["ce", "tv"], "bfloat16"), 5),
 }
-SLOTS = [5000, 100, 883, 30_000]  # 5 chunks and a rest, a small one, a whole one, 33 and a rest
+SLOTS = [5000, 100, 220, 30_000]  # chunks of 220 and a rest, a small one, a whole one, many
 BATCHES = [[1000] * 8, [900, 500], [600, 1200, 300], [800] * 8]  # samples' lengths
 
 
