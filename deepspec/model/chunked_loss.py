@@ -21,14 +21,12 @@ from deepspec.model.loss_terms import LogitGradient, SlotFacts, SlotTerms, slot_
 from deepspec.model.memory import usable_bytes
 from deepspec.model.targets import Targets
 
-# Logits of a chunk, 16 or 128 MB in float32; memory is planned with these. A GPU with room scores up
-# to four times as many: that reads lm_head less often, and by arithmetic its matrix products then
-# no longer wait for that.
+# Logits of a chunk, 16 or 128 MB in float32; memory is planned with these. A GPU with room scores
+# up to four times as many, to read lm_head less often: by arithmetic its matrix products then no
+# longer wait for that.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 MOST_CHUNKS = 4  # of these sizes at a time
-BYTES_PER_LOGIT = (
-    24  # six float32 tensors where the terms are not compiled, about two where they are
-)
+BYTES_PER_LOGIT = 24  # six float32 tensors where the terms are not compiled, two where they are
 CHUNK_SHARE = 0.5  # of what is free on a GPU; the backward pass has to find room as well
 MIN_CHUNK = 16  # slots; smaller matrix products waste the device
 
@@ -136,7 +134,9 @@ class _Chunks:
         w2 = self.vocabulary.markov_w2
         self.lm_head = self.vocabulary.lm_head.to(self.dtype)
         self.w2 = None if w2 is None else w2.to(self.dtype)
-        self.terms = compiled(slot_terms) if self.vocabulary.compile else slot_terms
+        # A row is not split up, which would store all of its numbers between the parts.
+        whole = {"split_reductions": False}
+        self.terms = compiled(slot_terms, **whole) if self.vocabulary.compile else slot_terms
         self.measured = self.states.new_zeros(4, len(self.states), dtype=torch.float32).unbind(0)
 
     def prepare_gradients(self) -> None:

@@ -45,10 +45,13 @@ class Execution(NamedTuple):
 
 
 @lru_cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function: one for all layers, which are an input like any other, and lengths."""
+def compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+    """The compiled function: one for all layers, which are an input like any other, and lengths.
+
+    The options are those of PyTorch's compiler, Inductor.
+    """
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options=dict(options) or None)
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:

@@ -144,7 +144,7 @@ def test_what_is_compiled_is_the_plain_formula_in_chunks_of_any_length(
 
     torch._dynamo.reset()
     function = torch.compile(chunked_loss.slot_terms, dynamic=True, backend=backend)
-    monkeypatch.setattr(chunked_loss, "compiled", lambda _: function)
+    monkeypatch.setattr(chunked_loss, "compiled", lambda _, **__: function)
     monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 1)
     found = []
     for rows in (10, 1000, 4):  # chunks of 10, 10 and 3; of 23; of 4 and 3
