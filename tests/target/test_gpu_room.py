@@ -73,7 +73,7 @@ def test_a_training_without_room_is_refused_before_anything_is_read(
     gpu: Callable[[int], None], captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(captured, tmp_path / "store")
-    run = Run(tiny_run(tmp_path / "store"))
+    run = Run(tiny_run(tmp_path / "store", "resources.training.compile=false"))
     gpu(100_000)
     monkeypatch.setattr(loop, "join_world", lambda *_, **__: World(0, 1, GPU))
     for name in ("open_source", "make_draft"):

@@ -77,13 +77,13 @@ def test_a_stopped_run_finishes_its_step_saves_and_resumes_bit_for_bit(
     shutil.copytree(ready, straight)
     original = step.accumulate
 
-    def interrupted(trainer, batch):
+    def interrupted(trainer, *planned):
         if (
             trainer.strategy.optimizer.state
             and next(iter(trainer.strategy.optimizer.state.values()))["step"] == 2
         ):
             signal.raise_signal(signal.SIGTERM)
-        return original(trainer, batch)
+        return original(trainer, *planned)
 
     rare = "train.checkpoint_steps=100"
     with monkeypatch.context() as patched:

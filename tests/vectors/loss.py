@@ -52,6 +52,7 @@ def plain_loss(
 def check_loss_case(case: Case) -> list[Check]:
     """The loss by itself on given logits, in every setting that the case lists."""
     tensors, checks = case.tensors(), []
+    aligned = tensors["aligned_target_logits"]
     for variant, wanted in case.fields["variants"].items():
         settings = loss_settings(wanted["loss_args"])
         logits, confidence = (
@@ -64,8 +65,8 @@ def check_loss_case(case: Case) -> list[Check]:
             confidence if wanted["uses_confidence"] else None,
             empty=wanted["scalars"]["loss"] == 0,
         )
-        mask = slots.counted.view(tensors["eval_mask"].shape)
-        output = plain_loss(slots, logits[mask], tensors["aligned_target_logits"][mask], settings)
+        given = (all_slots.flatten(0, -2)[slots.numbers] for all_slots in (logits, aligned))
+        output = plain_loss(slots, *given, settings)
         loss = output.numerator / output.denominator.clamp(min=1e-9)
         loss.backward()
         gradients = {}
