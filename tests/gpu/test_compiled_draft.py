@@ -27,6 +27,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return device_guard(tmp_path_factory.mktemp("gpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_losss_terms_are_two_kernels_whatever_the_number_of_slots(guard: Path) -> None:
     """They were some 45, each of which read and wrote all logits of a chunk: the normalization of
