@@ -67,9 +67,9 @@ if "LOCAL_RANK" in os.environ:
 
     original, rank = StepData.batches, int(os.environ["RANK"])
 
-    def batches(self, step):
+    def batches(self, step, plan):
         fault(step)
-        return original(self, step)
+        return original(self, step, plan)
 
     StepData.batches = batches
 """
