@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import psutil
 
 from deepspec.errors import EXIT_TRANSIENT, TransientError
-from deepspec.process.events import Report
+from deepspec.process.events import Report, silent
 from deepspec.process.scopes import GRACE_S
 from deepspec.process.supervisor import is_alive
 
@@ -76,10 +76,11 @@ def ending_late_stops(stop_s: Callable[[], float], report: Report) -> Iterator[N
             with contextlib.suppress(TimeoutError):
                 if not theirs.recv(64):
                     return
-        late = f"could not within {limit_s:.0f} s (resources.runner.stop_s)"
-        gone = "cannot: another rank has ended"
-        why = late if all(map(is_alive, ranks)) else gone
-        _end(f"training was asked to stop and {why}", report)
+        if all(map(is_alive, ranks)):
+            late = f"could not within {limit_s:.0f} s (resources.runner.stop_s)"
+            _end(f"training was asked to stop and {late}", report)
+        # Not reported: why that one has ended is the error of them all.
+        _end("training was asked to stop and cannot: another rank has ended", silent)
 
     thread = threading.Thread(target=watch, name="stop", daemon=True)
     before = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
