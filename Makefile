@@ -10,7 +10,11 @@ STAMP := $(VENV)/.installed
 GPU_COMPILER := $(VENV)/gpu-compiler
 TRITON := triton==3.7.1
 
-.PHONY: demo test test-all check docs format bench clean gpu-compiler
+# vLLM for the CPU, for the tests marked `engine`: an environment of its own, 3.5 GB.
+ENGINE := $(VENV)/engine
+ENGINE_STAMP := $(ENGINE)/.installed
+
+.PHONY: demo test test-all check docs format bench clean gpu-compiler engine
 
 demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
@@ -31,6 +35,16 @@ $(GPU_COMPILER): | $(STAMP)
 	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part $(TRITON)
 	mv $@.part $@
+
+engine: $(ENGINE_STAMP)
+
+$(ENGINE_STAMP): $(shell find tests/engine -name "*.toml" -o -name requirements.txt) | $(STAMP)
+	rm -rf $(ENGINE)
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --quiet --no-deps --requirement tests/engine/requirements.txt
+	$(ENGINE)/bin/python -m pip install --quiet --no-deps tests/engine/vllm_on_cpu
+	$(ENGINE)/bin/python -m pip install --quiet --no-deps --target $(ENGINE)/interpreter tests/engine/triton_interpreter
+	touch $(ENGINE_STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

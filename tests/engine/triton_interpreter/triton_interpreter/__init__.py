@@ -1,0 +1,1 @@
+"""Triton's interpreter as a back end."""

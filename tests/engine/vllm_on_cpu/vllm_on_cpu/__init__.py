@@ -1,0 +1,1 @@
+"""Plug-ins of vLLM for machines without a GPU."""
