@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "formatting", "messages", "figures"},
     {"config", "storage", "process"},
     {"artifacts", "model"},
-    {"target", "cache", "prompts", "export", "demo"},
+    {"target", "cache", "prompts", "export", "demo", "serving"},
     {"answers", "hidden", "evaluate"},
     {"train", "plan", "report"},
     {"cli"},

@@ -37,8 +37,8 @@ def answered_shards(
         return
     from deepspec.answers.concurrent_shards import ConcurrentShards
     from deepspec.answers.journal import remove_committed
-    from deepspec.answers.managed_server import serving
     from deepspec.answers.server_engine import open_servers
+    from deepspec.serving.managed_server import serving
 
     servers = config.resources.servers
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Servers that the stage starts for itself: up in time or refused with the reason, and gone
+"""Servers that a stage starts for itself: up in time or refused with the reason, and gone
 whatever happens.
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.answers.managed_server import serve_command
 from deepspec.answers.stage import run_answers
 from deepspec.artifacts.run import Run
 from deepspec.config.run import RunConfig
 from deepspec.errors import ChildFailed, ConfigError, TransientError
 from deepspec.prompts.stage import run_prompts
+from deepspec.serving.managed_server import serve_command
 from tests.conftest import tiny_run
 from tests.processes import command_of, marked
 
@@ -70,7 +70,7 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
     """Nobody waits `lost_s` for what will not come; what was answered between its deaths is
     kept.
     """
-    monkeypatch.setattr("deepspec.answers.managed_server.RESTARTS", 1)
+    monkeypatch.setattr("deepspec.serving.managed_server.RESTARTS", 1)
     config = serving_run(store, [*SCRIPTED, "10"], "resources.servers.requests=2")
     run_prompts(Run(config))
     with pytest.raises(TransientError, match="the server died 2 times"):

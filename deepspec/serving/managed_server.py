@@ -1,4 +1,4 @@
-"""A server of the target that the answers stage starts itself: on loopback, logged to a file.
+"""A server of the target that a stage starts itself: on loopback, logged to a file.
 
 It runs under a supervisor, so that it ends with this process, however that ends, and frees its GPU.
 One that dies while there is work is started again; what it was working on is requested again, as
@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -41,11 +41,17 @@ RESTARTS = 5  # of one server, by one lane
 
 @contextlib.contextmanager
 def serving(
-    config: RunConfig, *, model: str, logs: Path
+    config: RunConfig,
+    *,
+    model: str,
+    logs: Path,
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[ServersConfig, Callable[[], None]]]:
     """The settings with a server of `model` as the only endpoint, and a check that it is alive.
 
-    The server is up for the length of this block.
+    The server is up for the length of this block. `options` are added to its command, `env` to its
+    environment.
 
     Raises:
         ConfigError: its program is not installed.
@@ -53,12 +59,12 @@ def serving(
         TransientError: it was not up within `resources.servers.start_deadline_s`.
     """
     servers, port = config.resources.servers, free_port()
-    command = serve_command(config, model=model, port=port)
+    command = [*serve_command(config, model=model, port=port), *options]
     log_path = logs / f"serve-{port}.log"
     log.info("starting a server: %s (its log is %s)", shlex.join(command), log_path)
     url = f"http://{LOOPBACK}:{port}"
     with scope() as owner:
-        server = _Server(command, log_path, owner)
+        server = _Server(command, log_path, owner, env or {})
         server.wait_until_up(f"{url}/health", servers.start_deadline_s)
         changes = {
             "endpoints": (f"{url}/v1",),
@@ -109,8 +115,11 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
 class _Server:
     """One server, run by a thread that starts it again when it dies; ends with its scope."""
 
-    def __init__(self, command: list[str], log_path: Path, owner: Scope) -> None:
+    def __init__(
+        self, command: list[str], log_path: Path, owner: Scope, env: Mapping[str, str]
+    ) -> None:
         self.command = command
+        self.env = env
         self.log_path = log_path
         self.owner = owner
         self.error: DeepSpecError | None = None
@@ -142,6 +151,7 @@ class _Server:
                 self.command,
                 on_event=lambda event: None,
                 on_line=lambda line: None,
+                env=self.env,
                 log_path=self.log_path,
             )
         except DeepSpecError as error:
