@@ -6,7 +6,7 @@ that the cache renders what the model generated.
 
 from openai.types.chat import ChatCompletion
 
-from deepspec.answers.server_clients import SEEDS
+from deepspec.serving.protocol import SEEDS
 from deepspec.target.chat import ChatFamily
 from deepspec.target.conversation import AnswerRequest, Refused, Turn
 

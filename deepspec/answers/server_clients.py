@@ -7,10 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
@@ -20,15 +17,15 @@ from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
 from deepspec.errors import ConfigError
 from deepspec.messages import Message
+from deepspec.process.machine import is_loopback
+from deepspec.serving.protocol import KEY_REFUSED, SEEDS
 from deepspec.target.conversation import AnswerRequest
 
 log = logging.getLogger(__name__)
 
 REQUEST_LOGGERS = ("httpx", "httpx2")  # a line per request, of which there are millions
-SEEDS = 2**31  # servers take seeds of 31 bits
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 KNOWN_OWNERS = {"vllm": "vllm", "sglang": "sglang"}
-KEY_REFUSED = (401, 403)
 CHECK_S = 10.0  # that a server may take to list its models
 
 
@@ -51,7 +48,7 @@ class ServerClient:
             max_retries=0,
             timeout=servers.request_timeout_s,
             # a proxy does not reach the servers of this machine
-            http_client=DefaultAioHttpClient(trust_env=not _is_loopback(url)),
+            http_client=DefaultAioHttpClient(trust_env=not is_loopback(url)),
         )
 
     def _fields_for(self, owner: str) -> dict[str, Any]:
@@ -149,13 +146,6 @@ class ServerClient:
                 fix="correct the endpoint, or set resources.servers.model_name",
             )
         self._fields = self._fields_for(models[0].owned_by)
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    with suppress(ValueError):
-        return ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def sent_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

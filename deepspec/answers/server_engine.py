@@ -14,16 +14,16 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from deepspec.answers.progress import AnswerProgress
 from deepspec.answers.response import read_reply
-from deepspec.answers.server_clients import KEY_REFUSED, ServerClient
+from deepspec.answers.server_clients import ServerClient
 from deepspec.answers.server_pool import PooledServer, ServerPool
 from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
+from deepspec.serving.protocol import KEY_REFUSED, RETRIED
 from deepspec.target.chat import CHAT_FAMILIES
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
-RETRIED = (408, 409, 425, 429)  # and every 5xx
 OVERLOADED = (429, 503)
 UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientPayloadError)

@@ -10,7 +10,10 @@ import socket
 import subprocess
 import sysconfig
 from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from deepspec.errors import ConfigError
 
@@ -178,3 +181,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the URL leads to this machine, which no proxy does."""
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
