@@ -7,6 +7,7 @@ error, an event too, is raised again as the same class.
 
 import contextlib
 import os
+import re
 import selectors
 import shlex
 import signal
@@ -33,6 +34,9 @@ from deepspec.process.shard_ranges import shard_list
 from deepspec.process.supervisor import KILLED
 
 LAST_LINES, TICK_S = 8, 0.5
+# No reason of an end: a web server's requests, and the frames of a stack trace, which may stand
+# between the reason and the end (of vLLM's engine and of the server that waited for it, say).
+NO_REASON = re.compile(r'"[A-Z]+ \S+ HTTP/\d|(?:^|\] ) {2}')
 OnLine = Callable[[str], None]
 
 
@@ -147,7 +151,8 @@ class ChildOutput:
                 continue
             event = parse_event(line) if has_events else None
             if event is None:
-                self.last.append(line)
+                if not NO_REASON.search(line):
+                    self.last.append(line)
                 self.on_line(line)
             elif event["event"] == "error":
                 self.failure = error_from_json(event)

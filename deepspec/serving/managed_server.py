@@ -27,12 +27,13 @@ from deepspec.process.scopes import Scope, scope
 
 log = logging.getLogger(__name__)
 
-# `serve_command` fills in what stands in braces
+# `serve_command` fills in what stands in braces. Without access logs, where there is a switch: a
+# server's log then ends with the reason of its death.
 COMMANDS = {
     "vllm": "vllm serve {model} --served-model-name {name}"
-    " --host {host} --port {port} --dtype {dtype}",
+    " --host {host} --port {port} --dtype {dtype} --disable-uvicorn-access-log",
     "sglang": "{python} -m sglang.launch_server --model-path {model} --served-model-name {name}"
-    " --host {host} --port {port} --dtype {dtype}",
+    " --host {host} --port {port} --dtype {dtype} --log-level-http warning",
     "transformers": "transformers serve {model} --host {host} --port {port} --dtype {dtype}",
 }
 LOOK_S = 0.2

@@ -105,6 +105,33 @@ def test_a_server_that_does_not_come_up_is_one_clear_error(
     assert left_over("time.sleep(987)") == []
 
 
+# As vLLM 0.32 ends: what its engine died of, the same once more, and 40 lines of stack of the
+# server that waited for it.
+DYING = """
+frames = ['  File "core.py", line 1482, in run', '    raise ValueError(', '          ^^^^^^']
+print('INFO:     127.0.0.1:37914 - "GET /health HTTP/1.1" 503 Service Unavailable')
+for line in ['Traceback (most recent call last):', *frames, 'ValueError: No memory for the cache']:
+    print('(EngineCore pid=7) ERROR 12-01 18:06:01 [core.py:1510]', line)
+print('(EngineCore pid=7) INFO 12-01 18:06:01 [executor.py:479] [shutdown] waiting for workers')
+print('Traceback (most recent call last):', *frames * 14, 'RuntimeError: See root cause above.',
+      'resource_tracker.py:254: UserWarning: 1 leaked object', '  warnings.warn(', sep='\\n')
+print(*['INFO:     127.0.0.1:37914 - "POST /v1/chat/completions HTTP/1.1" 500'] * 9, sep='\\n')
+raise SystemExit(1)
+"""
+
+
+def test_what_a_server_died_of_is_in_the_error_whatever_it_wrote_after_it(store: Path):
+    """The last eight lines were frames of the stack above, or its access log."""
+    config = serving_run(store, [sys.executable, "-c", DYING])
+    run_prompts(Run(config))
+    with pytest.raises(ChildFailed) as caught:
+        run_answers(Run(config))
+    assert "ValueError: No memory for the cache" in caught.value.what
+    assert "RuntimeError: See root cause above." in caught.value.what
+    for noise in ("HTTP/1.1", 'core.py", line', "^^^^"):
+        assert noise not in caught.value.what
+
+
 def test_the_server_ends_with_a_stage_that_is_killed(store: Path, tmp_path: Path):
     """SIGKILL, where nobody can clean up: the guard sees its lifeline end."""
     config = serving_run(store, SCRIPTED)
@@ -140,6 +167,8 @@ def test_the_command_names_model_port_and_format(
     for words in ("a/model", "--host 127.0.0.1", "--port 1234", f"--dtype {config.target.dtype}"):
         assert words in command
     assert "{" not in command
+    quiet = {"vllm": "--disable-uvicorn-access-log", "sglang": "--log-level-http warning"}
+    assert quiet.get(program, "") in command
 
 
 def test_servers_given_and_servers_started_are_one_too_many(tmp_path: Path):
