@@ -47,15 +47,15 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, plan: BlockPlan, *, chunk_slots: int, num_trained: int, width: int) -> Self:
-        num_blocks, block_size = plan.labels.shape
+        num_blocks, num_queries = len(plan.anchors), plan.visibility.block_size
         seen = int((plan.anchors - plan.samples.starts).sum())
-        num_slots = num_blocks * block_size
+        num_slots = num_blocks * num_queries
         return cls(
             num_tokens=len(plan.positions),
             num_slots=num_slots,
             num_counted=len(plan.slots),
             num_targets=len(plan.targets.distinct),
-            num_seen=seen * block_size + num_slots * block_size,
+            num_seen=(seen + num_slots) * num_queries,
             chunk_slots=chunk_slots,
             num_trained=num_trained,
             width=width,

@@ -86,9 +86,12 @@ def _recipe_of_hidden(config: RunConfig) -> dict[str, Any]:
 def _recipe_of_train(config: RunConfig) -> dict[str, Any]:
     settings = section_of(config.train)
     del settings["strategy"]  # how ranks share the work: a training may resume with another one
+    draft = section_of(config.draft)
+    if draft.get("layout") == "anchor_predicts":
+        del draft["layout"]  # what drafts had before there was a choice
     return {
         "mask_token_id": config.target.mask_token_id,
-        "draft": section_of(config.draft),
+        "draft": draft,
         "loss": section_of(config.loss),
         "train": settings,
     }

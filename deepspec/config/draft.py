@@ -25,13 +25,29 @@ class ConfidenceConfig(Section):
     """Whether the confidence loss stops at the head instead of reaching the backbone."""
 
 
+BlockLayout = Literal["anchor_predicts", "anchor_is_context"]
+
+
+def num_queries(block_size: int, layout: BlockLayout) -> int:
+    """Inputs of a block that proposes `block_size` tokens."""
+    return block_size + (layout == "anchor_is_context")
+
+
 class BlockDraftConfig(Section):
     """A draft that proposes a whole block in one forward pass."""
 
     algorithm: Literal["dspark", "dflash"]
     """`dflash` is the backbone alone; `dspark` adds the Markov and the confidence head."""
+    layout: BlockLayout = "anchor_predicts"
+    """What a block's inputs predict. `anchor_predicts`: the anchor and `block_size` - 1 mask
+    tokens, each of which predicts the token after it. `anchor_is_context`: the anchor, which
+    predicts nothing, and `block_size` mask tokens, each of which predicts the token in its own
+    place; released DFlash drafts are such, and engines know them as `DFlashDraftModel`.
+    """
     block_size: PositiveInt = 7
-    """Tokens proposed per round."""
+    """Tokens proposed per round, in either layout. Released DFlash drafts count the anchor as
+    well: their 16 is 15 here.
+    """
     num_layers: PositiveInt = 5
     """Decoder layers of the draft."""
     num_anchors: PositiveInt = 512
@@ -41,9 +57,14 @@ class BlockDraftConfig(Section):
     confidence: ConfidenceConfig | None = None
     """Confidence head, or null."""
 
+    @property
+    def num_queries(self) -> int:
+        """Inputs of a block: the tokens that it proposes, and an anchor that predicts nothing."""
+        return num_queries(self.block_size, self.layout)
+
     def num_slots(self, num_supervised: int) -> int:
-        """Tokens predicted in a training step for a sample of so many supervised tokens."""
-        return min(self.num_anchors, num_supervised) * self.block_size
+        """Inputs of all blocks in a training step, of a sample of so many supervised tokens."""
+        return min(self.num_anchors, num_supervised) * self.num_queries
 
     @model_validator(mode="after")
     def _heads_match_the_algorithm(self) -> Self:

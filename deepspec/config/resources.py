@@ -105,8 +105,9 @@ class MemoryConfig(Section):
     """
     batch_slots: PositiveInt | None = None
     """Predicted tokens per micro-batch in training at most, which memory goes by as well: a
-    sample has min(`draft.num_anchors`, its supervised tokens) x `draft.block_size`, in eagle3
-    its supervised tokens x `draft.ttt_length`. Null is four for each of `batch_tokens`.
+    sample has min(`draft.num_anchors`, its supervised tokens) x `draft.block_size` (one more in
+    the layout `anchor_is_context`), in eagle3 its supervised tokens x `draft.ttt_length`. Null is
+    four for each of `batch_tokens`.
     """
     answer_rows: PositiveInt = 64
     """Prompts decoded together by the in-process engine at most; fewer where the free memory (on a

@@ -49,6 +49,7 @@ HEADS = {"markov": MarkovConfig(rank=16), "confidence": ConfidenceConfig()}
 ALGORITHMS: dict[str, BlockDraftConfig | Eagle3DraftConfig] = {
     "dspark": DFLASH.model_copy(update={"algorithm": "dspark", **HEADS}),
     "dflash": DFLASH,
+    "dflash, anchor_is_context": DFLASH.model_copy(update={"layout": "anchor_is_context"}),
     "eagle3": Eagle3DraftConfig(algorithm="eagle3", block_size=BLOCK, ttt_length=BLOCK),
 }
 PROBABILITY = 1e-4  # absolute, float32

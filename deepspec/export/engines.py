@@ -37,6 +37,8 @@ class ServingEngine(NamedTuple):
         """Why it cannot load this draft, or None where it can."""
         if self.loads_all:
             return None
+        if spec.layout == "anchor_is_context":
+            return "drafts whose anchor predicts nothing are not written for engines yet"
         is_gemma4 = spec.family is GEMMA4
         if spec.algorithm == "dspark":
             head = f"a {spec.markov.kind}" if spec.markov else "no"

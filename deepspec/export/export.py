@@ -21,7 +21,7 @@ from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export.engines import ServingEngine, chosen_engine
 from deepspec.export.model_card import model_card
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
-from deepspec.model.config_json import BLOCK_LAYOUT, spec_from_config
+from deepspec.model.config_json import layout_keys, spec_from_config
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
 
@@ -125,7 +125,8 @@ def check_export(
     reloaded = spec_from_config(config)
     original = fixed_proposal(spec, tensors, where=str(folder))
     again = fixed_proposal(reloaded, shared | exported, where=str(folder))
-    laid_out = all(config.get(key, value) is value for key, value in BLOCK_LAYOUT.items())
+    wanted = layout_keys(spec.layout)
+    laid_out = all(config.get(key, value) is value for key, value in wanted.items())
     if not torch.equal(original, again) or not laid_out or reloaded != spec:
         raise ArtifactMismatch(
             "the export, read back, does not draft as the original does",

@@ -99,9 +99,18 @@ def sample_anchors(batch: TrainBatch, num_anchors: int) -> Tensor:
 
 
 def plan_blocks(
-    batch: TrainBatch, anchors: Tensor, *, block_size: int, decay: float | None, multiple: int = 1
+    batch: TrainBatch,
+    anchors: Tensor,
+    *,
+    block_size: int,
+    decay: float | None,
+    num_queries: int | None = None,
+    multiple: int = 1,
 ) -> BlockPlan:
     """What each slot of the anchors' blocks predicts, and which slots count.
+
+    A block has `block_size` slots, whatever its layout, and `num_queries` inputs (None: as many),
+    of which the last ones are the slots.
 
     Those count that are inside the sample and in an answer, and whose earlier slots all count.
 
@@ -129,7 +138,7 @@ def plan_blocks(
         weights=weights,
         slots=counted.flatten().nonzero()[:, 0],
         targets=TargetPlaces.of((anchors[:, None] + slots)[counted]),
-        visibility=BlockVisibility(samples.starts, anchors, block_size),
+        visibility=BlockVisibility(samples.starts, anchors, num_queries or block_size),
     )
 
 

@@ -1,7 +1,8 @@
 """Block drafters: DFlash is the backbone alone, DSpark adds a Markov and a confidence head.
 
-B batch, T tokens, K anchors, g block size, D hidden size, m captured layers, V vocabulary, r Markov
-rank, E head dimension.
+B batch, T tokens, K anchors, g block size, q inputs of a block, D hidden size, m captured layers, V
+vocabulary, r Markov rank, E head dimension. The slots, which predict, are a block's last g inputs:
+all of them, or all but the anchor.
 """
 
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ class BlockDraft(Drafter):
             anchors,
             block_size=self.block_size,
             decay=self.loss_settings.decay,
+            num_queries=self.num_queries,
             multiple=FILL_BLOCKS if self.execution.compile else 1,
         )
         num_tokens, device = len(batch.context), batch.context.device
@@ -106,7 +108,7 @@ class BlockDraft(Drafter):
 
     def block_states(self, context: Tensor, plan: BlockPlan) -> Tensor:
         """Final-normed states [K, g, D] of each anchor's block; `context` [T, m * D]."""
-        size, first = self.block_size, plan.samples.starts
+        size, first = self.num_queries, plan.samples.starts
         table = self.rotary(len(context) + size, like=self.fc.weight)
         positions = (plan.anchors - first)[:, None] + torch.arange(size, device=first.device)
         rotations = table.at(plan.positions), table.at(positions.flatten())
@@ -117,16 +119,20 @@ class BlockDraft(Drafter):
         run = self.execution
         for layer in self.layers:
             x = run.layer(layer.over_blocks, x, fused, rotations, visibility, run)
-        return self.norm(x)[0].unflatten(0, (-1, size))
+        return self.norm(self._slots(x[0].unflatten(0, (-1, size))))
 
     def _fuse(self, context: Tensor) -> Tensor:
         """Fused context RMSNorm(W_c h) [B, T, D] of the captured layers [B, T, m * D] (eq. 2)."""
         return self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
 
     def _embed_blocks(self, anchor_tokens: Tensor) -> Tensor:
-        """Inputs [..., g, D] of blocks: the anchor's embedding, then the mask token's."""
-        masks = (0, self.block_size - 1)
+        """Inputs [..., q, D] of blocks: the anchor's embedding, then the mask token's."""
+        masks = (0, self.num_queries - 1)
         return self.embed(F.pad(anchor_tokens[..., None], masks, value=self.spec.mask_token_id))
+
+    def _slots(self, of_blocks: Tensor) -> Tensor:
+        """What of a block's inputs [..., q, D] predicts, [..., g, D]."""
+        return of_blocks[..., self.num_queries - self.block_size :, :]
 
     # Decoding
 
@@ -147,12 +153,12 @@ class BlockDraft(Drafter):
         self, cache: DraftCache, anchor: Tensor, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Proposal:
         """One backbone pass, then tokens left to right."""
-        rotation, mask = cache.rotation(self.block_size), cache.mask(self.block_size)
+        rotation, mask = cache.rotation(self.num_queries), cache.mask(self.num_queries)
         x = self._embed_blocks(anchor)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             # what it writes is overwritten by the next extend
             x = layer(x, rotation, partial(cache.write, stored), mask)
-        states = self.norm(x)
+        states = self.norm(self._slots(x))
         logits = self.logits(states)
         previous = confidence = None
         if self.markov_head is None:  # no slot waits for another

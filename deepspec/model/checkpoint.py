@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.model.block_draft import BlockDraft
-from deepspec.model.config_json import config_from_spec, spec_from_config
+from deepspec.model.config_json import config_from_spec, leaves_frozen_to_target, spec_from_config
 from deepspec.model.drafter import Drafter
 from deepspec.model.eagle3 import Eagle3Draft
 from deepspec.model.layers import RMSNorm
@@ -20,6 +20,8 @@ from deepspec.model.spec import DraftSpec
 log = logging.getLogger(__name__)
 
 COMPARED_ROWS = 4096  # of two embeddings, at a time
+MASK_EMBEDDING = "mask_embedding.pt"  # of some released DFlash drafts
+FROZEN = ("embed_tokens.weight", "lm_head.weight")  # the target's own
 
 
 def empty_draft(spec: DraftSpec) -> Drafter:
@@ -99,17 +101,19 @@ def load_draft(
         device: Where the draft will be.
         dtype: Number format of its weights.
         shared: By name, tensors of the target [V, D] that take the place of the draft's own where
-            their values are the same in `dtype`, without taking memory again.
+            their values are the same in `dtype`, without taking memory again; and of those that
+            the form of released DFlash drafts leaves to the target.
 
     Raises:
         ArtifactMismatch: not a draft's folder, or tensors that are missing, extra or of another
             shape (all named).
         ConfigError: a config that describes no draft known here.
     """
-    draft, weights = empty_draft(read_spec(Path(folder))), Path(folder) / "model.safetensors"
-    tensors = load_file(weights)
+    spec, weights, given = read_spec(Path(folder)), Path(folder) / "model.safetensors", shared or {}
+    draft, tensors = empty_draft(spec), load_file(weights)
+    if leaves_frozen_to_target(spec.text_config):
+        tensors = _of_target(given, where=str(weights)) | tensors
     _assign(draft, tensors, where=str(weights))  # refused before anything is on the device
-    given = shared or {}
     reused = [name for name, tensor in given.items() if _same(tensors[name], tensor, dtype)]
     log.info("draft=%s device=%s dtype=%s shared=%s", folder, device, dtype, reused)
     placed = {
@@ -118,6 +122,17 @@ def load_draft(
     }
     _assign(draft, placed, where=str(weights))
     return draft.eval()
+
+
+def _of_target(shared: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """Embedding and lm_head, for a draft that has none."""
+    if missing := [name for name in FROZEN if name not in shared]:
+        raise ArtifactMismatch(
+            f"this draft takes {' and '.join(missing)} from its target",
+            where=where,
+            fix="give those of the target as `shared`",
+        )
+    return {name: shared[name] for name in FROZEN}
 
 
 def _same(stored: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
@@ -139,6 +154,12 @@ def read_spec(folder: Path) -> DraftSpec:
     if not (config.is_file() and (folder / "model.safetensors").is_file()):
         fix = "give a folder with config.json and model.safetensors"
         raise ArtifactMismatch("this folder holds no draft", where=str(folder), fix=fix)
+    if (folder / MASK_EMBEDDING).exists():
+        raise ConfigError(
+            "this draft's mask token has an embedding of its own, in a file that is not read here",
+            where=str(folder / MASK_EMBEDDING),
+            fix="choose a draft whose mask token is in the target's vocabulary",
+        )
     return spec_from_config(json.loads(config.read_text(encoding="utf-8")))
 
 

@@ -118,6 +118,7 @@ class Drafter(nn.Module, ABC):
         size = spec.hidden_size
         self.spec, self.execution = spec, Execution()
         self.block_size = spec.block_size  # tokens proposed per round
+        self.num_queries = spec.num_queries  # positions that a proposal writes into its cache
         self.embed_tokens = nn.Embedding(spec.vocab_size, size)
         self.lm_head = nn.Linear(size, spec.vocab_size, bias=False)
         self.fc = nn.Linear(spec.num_context_features, size, bias=False)
@@ -184,7 +185,7 @@ class Drafter(nn.Module, ABC):
 
         Its dtype and device are those of the weights.
         """
-        return DraftCache(self, rows, capacity + self.block_size)
+        return DraftCache(self, rows, capacity + self.num_queries)
 
     @torch.no_grad()  # a graph through the cache would grow from round to round
     def extend(
@@ -226,7 +227,7 @@ class Drafter(nn.Module, ABC):
 
         inputs = anchor, uniforms
         return Proposal(
-            *cache.run("propose", draft, inputs, num_new=self.block_size, variant=sampling)
+            *cache.run("propose", draft, inputs, num_new=self.num_queries, variant=sampling)
         )
 
     @abstractmethod

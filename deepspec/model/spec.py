@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from deepspec.config.draft import (
     BlockDraftConfig,
+    BlockLayout,
     ConfidenceConfig,
     Eagle3DraftConfig,
     MarkovConfig,
+    num_queries,
 )
 from deepspec.config.families import (
     Family,
@@ -49,6 +51,7 @@ class DraftSpec:
     target_layer_ids: tuple[int, ...]
     mask_token_id: int | None = None  # block drafters only
     block_size: int  # tokens proposed per round
+    layout: BlockLayout = "anchor_predicts"  # block drafters only
     num_anchors: int = 0  # drawn per sample and training step; block drafters only
     markov: MarkovConfig | None = None
     confidence: ConfidenceConfig | None = None
@@ -104,6 +107,11 @@ class DraftSpec:
     def num_context_features(self) -> int:
         """Width m * D of the context: the captured layers side by side."""
         return len(self.target_layer_ids) * self.hidden_size
+
+    @property
+    def num_queries(self) -> int:
+        """Inputs of a block (of Eagle3: its passes)."""
+        return num_queries(self.block_size, self.layout)
 
     @property
     def attention_scale(self) -> float:

@@ -139,8 +139,9 @@ def _training_part(config: RunConfig, facts: Facts, size: SizePart) -> TrainingP
         slots = per_sample.supervised * draft.ttt_length
         positions = per_sample.tokens * draft.ttt_length
     else:
-        slots = min(draft.num_anchors, per_sample.supervised) * draft.block_size
-        positions = per_sample.tokens + slots
+        blocks = min(draft.num_anchors, per_sample.supervised)
+        slots = blocks * draft.block_size
+        positions = per_sample.tokens + blocks * draft.num_queries
     head = facts.shape.vocab_size * facts.shape.width
     flops = 6.0 * (facts.draft_parameters * positions + head * slots) * counts.samples
     share = passes * trained  # of the cache, that is read

@@ -36,6 +36,7 @@ def fingerprints(*overrides: str, recipe: str = "demo", store: str = "store") ->
         ("target.mask_token_id=2", "train"),
         ("draft.block_size=3", "train"),
         ("draft.markov.rank=8", "train"),
+        ("draft.layout=anchor_is_context", "train"),
         ("loss.decay=2.0", "train"),
         ("train.lr=1.0", "train"),
         ("train.seed=1", "train"),
@@ -62,6 +63,13 @@ def test_a_changed_setting_renames_its_stage_and_those_after_it(override: str, f
 )
 def test_how_the_work_is_done_is_in_no_fingerprint(override: str):
     assert fingerprints(override) == fingerprints()
+
+
+def test_the_layout_that_was_the_only_one_is_in_no_fingerprint():
+    """Drafts that were trained before there was a choice are found."""
+    assert fingerprints("draft.layout=anchor_predicts") == fingerprints()
+    recipe = Run(tiny_run(Path("store"))).artifact("train").key.recipe
+    assert "layout" not in recipe["draft"]
 
 
 def test_three_drafts_of_one_target_share_one_cache():

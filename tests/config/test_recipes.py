@@ -127,6 +127,8 @@ def test_an_override_reads_its_value_as_yaml():
         ),
         ("demo", ["train.lr=fast"], ["train.lr", "'fast'"]),
         ("demo", ["draft.markov.kind=gatd"], ["draft.markov.kind", "'gated'"]),
+        ("demo", ["draft.layout=anchor"], ["draft.layout", "'anchor_is_context'", "'anchor'"]),
+        ("eagle3-demo", ["draft.layout=anchor_is_context"], ["draft.layout: there is no such"]),
         ("demo", ["target.layer_ids=[3, 1]"], ["layer_ids must be ascending"]),
         ("demo", ["train.lr"], ["not of the form"]),
         ("demo", ["train.lr=[1"], ["not valid YAML"]),

@@ -77,6 +77,7 @@ def dspark(kind: Any = "vanilla", **changes: Any) -> BlockDraftConfig:
 
 
 DFLASH = BlockDraftConfig(algorithm="dflash", block_size=4, num_layers=2, num_anchors=3)
+CONTEXT = DFLASH.model_copy(update={"layout": "anchor_is_context"})
 EAGLE3 = Eagle3DraftConfig(algorithm="eagle3", block_size=4, ttt_length=3)
 CONFIGS = {
     "dflash": DFLASH,
@@ -84,6 +85,8 @@ CONFIGS = {
     "gated": dspark("gated"),
     "rnn": dspark("rnn"),
     "confidence_alone": dspark(markov=None, confidence=ConfidenceConfig(markov_features=False)),
+    "context": CONTEXT,
+    "context_rnn": dspark("rnn", layout="anchor_is_context"),
     "eagle3": EAGLE3,
 }
 

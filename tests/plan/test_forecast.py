@@ -92,6 +92,13 @@ def test_training_hours_come_from_flops_at_the_measured_speed():
     assert plan_of().training.hours == pytest.approx(seconds / 3600)
 
 
+def test_an_anchor_that_predicts_nothing_is_computed_and_not_scored():
+    """Per sample: 4 blocks of 8 inputs and 7 slots."""
+    seconds = 4 * 100 * 6 * (1000 * (100 + 32) + 512 * 32 * 28) / 1e6
+    found = plan_of(FACTS, "draft.layout=anchor_is_context").training.hours
+    assert found == pytest.approx(seconds / 3600)
+
+
 def test_steps_end_training_before_the_epochs_do():
     """6 steps of 8 samples over 100 are about half a pass."""
     passes = plan_of(FACTS, "train.max_steps=6").training.passes
