@@ -21,9 +21,9 @@ from deepspec.model.loss_terms import LogitGradient, SlotFacts, SlotTerms, slot_
 from deepspec.model.memory import usable_bytes
 from deepspec.model.targets import Targets
 
-# Logits of a chunk, 16 or 128 MB in float32; memory is planned with these. A GPU with room scores
-# up to four times as many, to read lm_head less often: by arithmetic its matrix products then no
-# longer wait for that.
+# Logits of a chunk, 16 or 128 MB in float32; memory is planned with these. A GPU with room, which
+# then is no part of what a step must have, scores up to four times as many, to read lm_head less
+# often: by arithmetic its matrix products then no longer wait for that.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 MOST_CHUNKS = 4  # of these sizes at a time
 BYTES_PER_LOGIT = 24  # six float32 tensors where the terms are not compiled, two where they are

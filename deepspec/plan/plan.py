@@ -53,7 +53,8 @@ def plan_run(
     work = sample_workload(run, num_rows=num_rows)
     device = choose_device(resources.devices.type, dtype=config.target.dtype)
     gpu = planned_gpu(gpu_gb, device)
-    compiled = bool(resources.training.compile)
+    # as on a GPU where nothing hinders it
+    compiled = bool(resources.training.compile) and not config.partitions_weights
     stages = StageMemory(config, text.to_dict(), compiled=compiled)
     speed = measure_speed(
         text,

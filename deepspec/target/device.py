@@ -6,6 +6,7 @@ A GPU that is there and cannot be used is an error, and never the CPU without a 
 import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -109,9 +110,11 @@ def describe_device(device: str, *, dtypes: Iterable[str]) -> Iterator[str]:
     lacks = " and ".join(missing_for_triton())
     without = f"LACKS {lacks}: training attends densely, and nothing of it is compiled"
     yield f"Triton       {without if lacks else 'compiles'}"
-    installed = {each.name.lower(): each.version for each in importlib.metadata.distributions()}
     for package in ("flash-attn", "deepspeed"):
-        yield f"{package:12} {installed.get(package, 'not installed')}"
+        version = "not installed"
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+        yield f"{package:12} {version}"
 
 
 def _without_cuda(visible: list[str]) -> ConfigError:

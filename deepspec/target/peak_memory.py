@@ -12,6 +12,7 @@ from typing import NamedTuple
 from deepspec.config.families import HeadGeometry, HFConfig, family_of, head_geometry, text_config
 from deepspec.config.resources import MemoryConfig
 from deepspec.config.run import RunConfig
+from deepspec.model.chunked_loss import CHUNK_ELEMENTS
 from deepspec.model.kv_cache import LayerCache
 from deepspec.model.spec import DraftSpec
 from deepspec.model.step_memory import StepMemory, StepSize
@@ -19,8 +20,6 @@ from deepspec.model.step_memory import StepMemory, StepSize
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 PROMPT_TOKENS = 2000  # of a long prompt, which decoding is planned with
 DRAWN_COPIES = 6  # float32 tensors of the logits that tokens are drawn from, at a time
-# Logits that the loss scores at a time where memory is short; more are only what is free.
-CHUNK_LOGITS = 1 << 25
 CACHE_GROWTH = 1.5  # of the first write: the room that a cache then takes
 
 
@@ -129,7 +128,7 @@ class StageMemory:
             frozen_item=ITEM_BYTES[compute if target.dtype == compute else "float32"],
             compiled=self.compiled,
             recompute=self.config.resources.memory.recompute,
-            chunk=CHUNK_LOGITS,
+            chunk=CHUNK_ELEMENTS["cuda"],
         )
 
     def with_memory(self, **settings: int | bool) -> "StageMemory":
