@@ -14,7 +14,7 @@ TRITON := triton==3.7.1
 ENGINE := $(VENV)/engine
 ENGINE_STAMP := $(ENGINE)/.installed
 
-.PHONY: demo test test-all check docs format bench clean gpu-compiler engine
+.PHONY: demo test test-gate test-all check docs format bench clean gpu-compiler engine
 
 demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
@@ -23,9 +23,13 @@ demo: $(STAMP)
 PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(BIN)/python $(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow and not long"
 
-# With the slow ones: endurance, many kills, clusters and servers that take minutes.
+# With the slow ones: endurance, many kills, clusters and servers.
+test-gate: $(STAMP)
+	$(BIN)/python $(PYTEST) --durations 10 -m "not long"
+
+# All: compiling for each kind of GPU, the whole rehearsal on one, every way in which ranks end.
 test-all: $(STAMP)
 	$(BIN)/python $(PYTEST) --durations 40
 

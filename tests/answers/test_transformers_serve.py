@@ -21,7 +21,7 @@ from deepspec.prompts.stage import run_prompts
 from tests.conftest import tiny_run
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         shutil.which("transformers", path=str(Path(sys.executable).parent)) is None,
         reason="no `transformers` command",

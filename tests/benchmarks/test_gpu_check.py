@@ -152,6 +152,7 @@ def test_a_folder_that_is_not_there_is_refused_at_once(tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_verbs_and_sections_need_nothing_of_flows_servers_and_remote_stores(store: Path):
     """Prefect cannot be taken to a machine without a network, nor what else is not there."""
     sets = [word for override in TINY for word in ("--set", override)]
@@ -209,7 +210,7 @@ def test_a_section_mixes_no_devices(
     assert read_outcomes(tmp_path)[section].failures == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_a_rehearsal_runs_every_section(tmp_path: Path):
     ended = run("-m", "benchmarks.gpu_check", str(tmp_path), "--rehearse", timeout_s=3500)

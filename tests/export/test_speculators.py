@@ -12,7 +12,7 @@ from deepspec.model.checkpoint import save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3"])
 def test_the_real_package_finds_every_tensor_and_the_layout(name: str, tmp_path: Path) -> None:
     """Checked with speculators 0.9.0 (`pip install speculators`)."""

@@ -168,7 +168,7 @@ def wait_until(true, seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_command_makes_everything_and_a_second_one_nothing_even_without_prefects_database(
     store: Path, database: Path
 ):

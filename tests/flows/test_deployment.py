@@ -230,6 +230,7 @@ def opened_site(folder: Path, s3: Mapping[str, str]) -> Iterator[Site]:
                 yield Site(url, env, run_file, received)
 
 
+@pytest.mark.slow
 def test_setup_can_be_run_again(site: Site):
     before = site.post("deployments/filter").json()
     assert {(found["name"], found["entrypoint"]) for found in before} == {
@@ -265,6 +266,7 @@ def test_setup_can_be_run_again(site: Site):
         )
 
 
+@pytest.mark.slow
 def test_a_wrong_parameter_is_refused_before_a_run_is_made(site: Site):
     found = site.deployment("regenerate/demo")
     for parameters, shown in [
@@ -314,6 +316,7 @@ def test_no_pattern_refuses_what_holds_no_key():
         assert not re.search(KEY_IN_OVERRIDE, override), override
 
 
+@pytest.mark.slow
 def test_the_form_has_defaults_choices_and_descriptions(site: Site):
     fields = site.deployment("capture/demo")["parameter_openapi_schema"]["properties"]
     assert list(fields) == ["recipe", "overrides", "shards", "store"]
@@ -321,7 +324,7 @@ def test_the_form_has_defaults_choices_and_descriptions(site: Site):
     assert {"demo", "dspark-qwen3-4b"} <= set(fields["recipe"]["examples"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site: Site):
     run(RunRequest(str(site.run_file)).command("prompts"), env=site.env)
     recipe, config = str(site.run_file), load_run(str(site.run_file))
@@ -349,7 +352,7 @@ def test_a_run_of_some_shards_makes_only_these_and_the_webhook_hears_of_it(site:
     ) and failed.startswith("regenerate run.yaml 0017: Failed http")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: `apt-get install chromium`")
 def test_the_page_of_a_failed_run_shows_its_shards_and_a_command_that_makes_them(
     site: Site, tmp_path: Path
@@ -440,7 +443,7 @@ def test_server_setup_worker_and_run(site: Site, store: Path):
 SILENCE_S = 20.0  # Prefect takes no less than ten, and looks every five
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_falls_silent_is_marked_crashed_and_one_that_goes_on_is_not(site: Site):
     """Setup refuses so short an interval; with it the same automation is seen to work within
     the test's time.
@@ -490,7 +493,7 @@ def test_a_server_of_another_version_is_refused():
             check_version(other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_key_is_in_anything_that_a_run_leaves_behind(
     site: Site, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch
 ):

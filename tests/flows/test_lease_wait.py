@@ -57,6 +57,7 @@ def lines(run_file: Path, name: str) -> list[int]:
     return sorted(int(line) for line in path.read_text().split()) if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
     run_file: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -163,7 +163,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, outcome
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_store(site: Site):
     overrides = fresh(site, "resources.devices.lanes=1", "resources.runner.shards_per_task=6")
     (site.notes / "broken").touch()
@@ -180,7 +180,7 @@ def test_a_bad_shard_of_a_child_run_is_named_with_the_reason_it_left_in_the_stor
     assert stage_status(Run(load_run(str(site.run_file), overrides)), "answers").missing == [5]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_ended_ends_its_child_runs_on_the_workers(site: Site):
     overrides = fresh(site, GATED, "resources.devices.lanes=1")
     (site.notes / "slow").touch()

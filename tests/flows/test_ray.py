@@ -41,8 +41,6 @@ if find_spec("prefect_ray") is None:
     pytest.skip("Ray is not installed", allow_module_level=True)
 from flows.ray_cluster import ON_LOOPBACK, connected
 
-pytestmark = pytest.mark.slow
-
 PATIENCE_S = 120.0
 ON_RAY = ("resources.runner.kind=ray", "resources.devices.lanes=2")
 SLOW = "answers.engine=tests.flows.engines:Slow"
@@ -149,6 +147,7 @@ def ray_worker_of(run_file: Path, shards: str) -> psutil.Process:
     return worker
 
 
+@pytest.mark.slow
 def test_a_killed_workers_shards_go_to_the_others_and_none_is_lost_or_made_twice(
     cluster: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -178,6 +177,7 @@ def test_a_killed_workers_shards_go_to_the_others_and_none_is_lost_or_made_twice
     assert "the Ray worker that did answers 0000-0002 is gone" in caplog.text
 
 
+@pytest.mark.long
 def test_a_failed_shards_reason_comes_back_and_the_next_run_does_it_alone(cluster: Path):
     calls = cluster.parent / "calls"
     (cluster.parent / "broken").touch()
@@ -197,11 +197,13 @@ def test_a_failed_shards_reason_comes_back_and_the_next_run_does_it_alone(cluste
     assert outcome.status.sealed and calls.read_text().split() == ["5"]
 
 
+@pytest.mark.long
 def test_an_error_that_ends_a_child_is_raised_as_its_own_class(cluster: Path):
     with pytest.raises(ConfigError, match="the engine cannot be imported"):
         answers(str(cluster), ("answers.engine=tests.engines:Nobody",))
 
 
+@pytest.mark.long
 def test_the_servers_key_is_read_by_the_ray_worker_from_its_block(
     cluster: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -223,6 +225,7 @@ def test_the_servers_key_is_read_by_the_ray_worker_from_its_block(
     assert key not in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("where", "number"), [("cluster", signal.SIGTERM), ("own", signal.SIGINT)])
 def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
     cluster: Path, where: str, number: int
@@ -263,6 +266,7 @@ def test_a_flow_that_is_ended_ends_the_children_of_its_ray_workers(
     assert committed(config) == [0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
 def test_a_cluster_that_is_not_there_is_said_at_once(address: str):
     with (
@@ -273,6 +277,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str):
     assert caught.value.where == address
 
 
+@pytest.mark.long
 def test_a_run_on_ray_is_refused_where_it_is_not_installed(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -22,7 +22,6 @@ from tests.conftest import TINY, tiny_run
 from tests.flows.conftest import flaky_run
 from tests.flows.machines import FLOW, LANE, SERVER, WORKER, Machines, machines, wait_until
 
-pytestmark = pytest.mark.slow
 LONG = [
     "resources.training.ranks=2",
     "resources.devices.type=cpu",
@@ -94,6 +93,7 @@ def site(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield Site(made, run_file)
 
 
+@pytest.mark.long
 def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes_what_failed(
     site: Site, tmp_path: Path
 ):
@@ -122,6 +122,7 @@ def test_a_killed_lane_server_and_worker_are_survived_and_the_retry_button_makes
     assert site.calls() == [5]
 
 
+@pytest.mark.slow
 def test_a_killed_run_crashes_at_once_and_resumes_by_shards_by_retry_and_after_a_reboot(
     site: Site, tmp_path: Path
 ):
@@ -146,6 +147,7 @@ def test_a_killed_run_crashes_at_once_and_resumes_by_shards_by_retry_and_after_a
     assert site.calls() == [2, 4, 5] and stage_status(Run(config), "answers").sealed
 
 
+@pytest.mark.long
 def test_no_rank_of_a_training_outlives_a_cancelled_run_and_its_checkpoints_are_kept(
     site: Site, captured: Path, tmp_path: Path
 ):

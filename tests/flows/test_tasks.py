@@ -59,7 +59,7 @@ def calls(run_file: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_it_alone(
     run_file: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -95,6 +95,7 @@ def test_one_busy_shard_is_retried_one_bad_shard_is_named_and_the_next_run_does_
     assert outcomes[1].status.sealed
 
 
+@pytest.mark.slow
 def test_where_too_many_shards_fail_for_good_the_rest_is_not_begun_and_what_was_made_is_kept(
     run_file: Path,
 ):
@@ -227,7 +228,7 @@ def test_a_killed_child_is_tried_again(run_file: Path, monkeypatch: pytest.Monke
     assert outcomes[1].status.sealed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_child_that_is_past_its_deadline_is_ended_with_its_server_and_what_it_made_is_kept(
     run_file: Path,
 ):

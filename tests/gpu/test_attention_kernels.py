@@ -62,6 +62,7 @@ def test_every_recipe_has_heads_that_are_compiled_here() -> None:
     assert all(any(name.endswith(target) for target in HEADS) for name in recipe_names())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_batches_of_fewer_than_128_queries_have_a_kernel(guard: Path) -> None:
     """The first command on any GPU died: there PyTorch took its kernel for decoding, which has no
@@ -71,7 +72,7 @@ def test_batches_of_fewer_than_128_queries_have_a_kernel(guard: Path) -> None:
     compiled(guard, "sm_90", [(QWEN3, "bfloat16", A_FEW)], compiling=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_every_batch_has_a_kernel_and_no_length_compiles_again(guard: Path) -> None:
     others = [(HEADS[target], "bfloat16", [SHORT]) for target in ("demo", "gemma4-12b")]
@@ -88,7 +89,7 @@ def test_every_batch_has_a_kernel_and_no_length_compiles_again(guard: Path) -> N
     assert sum(graphs) <= 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", ALL, ids=str)
@@ -97,7 +98,7 @@ def test_every_batch_has_a_kernel_if_it_is_the_first(guard: Path, heads: Heads, 
     compiled(guard, "sm_90", [(heads, dtype, [batch]) for batch in FIRST], compiling=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("chip", "dtype"), ON_CHIPS)
 def test_kernels_fit_the_shared_memory_of_the_chip(guard: Path, chip: str, dtype: str) -> None:
@@ -116,7 +117,7 @@ def test_kernels_fit_the_shared_memory_of_the_chip(guard: Path, chip: str, dtype
         assert max(sizes) <= CHIPS[chip].shared_memory
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("shared_memory", "path"), [(101_376, "flex"), (49_152, "dense")])
 def test_the_probe_tells_what_fits(guard: Path, shared_memory: int, path: str) -> None:

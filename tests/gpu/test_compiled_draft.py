@@ -27,7 +27,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return device_guard(tmp_path_factory.mktemp("gpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_losss_terms_are_two_kernels_whatever_the_number_of_slots(guard: Path) -> None:
     """They were some 45, each of which read and wrote all logits of a chunk: the normalization of
@@ -43,7 +43,7 @@ def test_the_losss_terms_are_two_kernels_whatever_the_number_of_slots(guard: Pat
             assert others == [[]] * len(others), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_auto_compiles_a_step_once_for_few_positions_and_once_for_many(guard: Path) -> None:
     """Both passes, at Qwen3-4B's sizes; attention has versions of its own."""

@@ -72,7 +72,9 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_buckets")
-@pytest.mark.parametrize(("temperature", "batch_size"), [(0.0, 1), (1.0, 2)])
+@pytest.mark.parametrize(
+    ("temperature", "batch_size"), [(0.0, 1), pytest.param(1.0, 2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("family", "algorithm", "cut"),
     [

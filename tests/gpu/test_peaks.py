@@ -96,12 +96,13 @@ def check(guard: Path, cases: list[Case]) -> list[dict[str, int]]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_step_takes_the_memory_that_is_planned(guard: Path) -> None:
     check(guard, FAST)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_recipe_takes_what_is_planned_and_less_than_80_gb(guard: Path, target: str) -> None:
@@ -111,7 +112,7 @@ def test_each_recipe_takes_what_is_planned_and_less_than_80_gb(guard: Path, targ
     assert max(found["peak"] for found in check(guard, cases)) < 75e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_what_is_recommended_for_24_gb_takes_less(guard: Path) -> None:
     cases = []
@@ -130,14 +131,14 @@ def test_what_is_recommended_for_24_gb_takes_less(guard: Path) -> None:
     assert max(found["peak"] for found in check(guard, cases)) < 22e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cases", [MORE, PASSES], ids=["settings", "targets"])
 def test_other_passes_take_the_memory_that_is_planned(guard: Path, cases: list[Case]) -> None:
     check(guard, cases)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_compiled_steps_take_less_as_planned(guard: Path) -> None:
     check(guard, COMPILED)

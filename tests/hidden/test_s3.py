@@ -55,7 +55,7 @@ def remote(s3_url: str, captured: Path, tmp_path: Path):
     return tiny_run(s3_url, f"resources.storage.scratch={tmp_path / 'scratch'}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cache_in_a_bucket_is_the_one_on_a_disk_through_outages_and_verified(
     remote, captured: Path, radosgw: Radosgw, monkeypatch: pytest.MonkeyPatch
 ):

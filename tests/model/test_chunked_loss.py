@@ -154,7 +154,7 @@ def test_what_is_compiled_is_the_plain_formula_in_chunks_of_any_length(
     assert found[0] >= 1 and found[1:] == found[:1] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "cap"), [("dspark", None), ("all", 3.0)])
 def test_what_a_real_compiler_makes_of_it_is_the_plain_formula(
     case: str, cap: float | None, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ VOCAB, SIZE, BLOCK, PERIOD, NUM_TOKENS = 16, 32, 4, 6, 24
 ROWS, VERIFIED = 200, 13
 BATCH, STEPS = 8, {"eagle3": 500}  # one layer instead of two, and seven times the work per step
 CASES = [
-    pytest.param(name, marks=pytest.mark.slow if name == "eagle3" else ())
+    pytest.param(name, marks=pytest.mark.long if name == "eagle3" else ())
     for name in CONFIGS
     if name != "confidence_alone"
 ]

@@ -49,6 +49,7 @@ def children_read(url: str, method: str) -> None:
     assert [int(batch[0]) for batch in loader] == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_children_and_loader_workers_read_from_a_store_that_the_parent_made_and_used(
     method: str, store: Store

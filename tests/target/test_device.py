@@ -207,6 +207,7 @@ def test_on_the_cpu_no_setting_of_gpus_matters(monkeypatch: pytest.MonkeyPatch):
     assert choose_device("cpu", dtype="bfloat16").type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch has no backends written in Python",

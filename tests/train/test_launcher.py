@@ -268,7 +268,7 @@ def test_an_error_on_one_rank_ends_all_and_is_raised_as_its_own_class(
     assert "ChildFailedError" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other(
     ready: Path, faulty, capfd: pytest.CaptureFixture[str]
 ):
@@ -284,7 +284,7 @@ def test_a_bug_on_one_rank_is_one_paragraph_not_the_lost_connection_of_the_other
     assert "ChildFailedError" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_rank_waits_for_one_that_is_short_of_memory(
     ready: Path, faulty, two_ranks, capfd: pytest.CaptureFixture[str]
 ):
@@ -313,7 +313,7 @@ def test_no_rank_waits_for_one_that_is_short_of_memory(
     assert_close(weights(Run(tiny_run(two_ranks[0], SIX)).artifact("train")), weights(artifact))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("place", "stage"), [("backward", 1), ("forward", 2), ("backward", 3)])
 def test_a_rank_short_of_memory_under_deepspeed_names_what_to_set(
     ready: Path, faulty, place: str, stage: int
@@ -363,7 +363,7 @@ def test_a_rank_that_is_killed_is_worth_another_try(
     assert "ChildFailedError" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stalled_rank_is_named_by_its_stack_though_the_first_one_reports(
     ready: Path, faulty, capfd: pytest.CaptureFixture[str]
 ):
@@ -420,12 +420,12 @@ def test_two_ranks_that_are_stopped_save_and_go_on_as_if_they_had_not_been(
     assert_close(weights(artifact), weights(run_train(Run(tiny_run(straight, *LONG)))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_rank_outlives_a_command_that_was_killed(ready: Path):
     assert interrupt(ready, signal.SIGKILL) == -signal.SIGKILL
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_has_the_time_to_stop_that_its_steps_need(ready: Path, faulty, monkeypatch):
     """A step of a 4B draft takes 45 seconds on one GPU: its ranks were killed after 13."""
     faulty("""
@@ -447,18 +447,27 @@ def test_training_has_the_time_to_stop_that_its_steps_need(ready: Path, faulty, 
     assert list(checkpoint_records(Run(tiny_run(ready, *LONG)).artifact("train"))) == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stuck_in_a_collective_end_by_themselves_when_they_are_to_stop(
     ready: Path, faulty, tmp_path: Path
 ):
     """Their Python handlers never run, and torchrun kills them only after 30 seconds."""
     faulty("""
         def fault(step):
-            if rank == 1 and step == 2:
-                import pathlib, time
+            if step != 2:
+                return
+            import pathlib, time
+            import torch.distributed as dist
+
+            while rank == 1:
+                time.sleep(1)
+            wait = dist.all_reduce
+
+            def all_reduce(*inputs, **options):
                 pathlib.Path(os.environ["STUCK"]).touch()
-                while True:
-                    time.sleep(1)  # rank 0 is in a collective of gloo
+                return wait(*inputs, **options)
+
+            dist.all_reduce = all_reduce
     """)
     stuck, log = tmp_path / "stuck", tmp_path / "log"
     _, *verb = arguments(ready, *LONG, "resources.runner.stop_s=1").command("train")
@@ -491,7 +500,7 @@ def test_ranks_stuck_in_a_collective_end_by_themselves_when_they_are_to_stop(
     assert "in sum" in shown, "rank 0, in the collective"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_waits_for_one_that_has_failed_ends_at_once(ready: Path, faulty, tmp_path):
     """NCCL's collectives do not notice it, where gloo's lose their connection."""
     faulty(f"""
@@ -514,7 +523,7 @@ def test_a_rank_that_waits_for_one_that_has_failed_ends_at_once(ready: Path, fau
     assert time.time() - float((tmp_path / "failed").read_text()) < 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_save_by_the_clock_of_the_first_one(ready: Path, faulty):
     faulty("""
         from deepspec.train.checkpoint_clock import CheckpointClock

@@ -355,7 +355,7 @@ def dying(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_to_its_bytes(
     fresh: Path, cached_twice: Artifact, dying, caplog
 ):
@@ -376,7 +376,7 @@ def test_a_rolling_training_ends_bit_for_bit_like_that_from_the_cache_and_keeps_
     ] + list(fresh.glob(".staged/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_needs(
     fresh: Path, cached_twice: Artifact
 ):
@@ -406,6 +406,7 @@ def test_a_rolling_training_on_two_ranks_that_was_killed_goes_on_with_what_it_ne
     assert not list(hidden.glob("shards/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
 def test_a_training_that_only_lacks_its_seal_captures_nothing_and_one_that_has_it_opens_nothing(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strategy: str
@@ -488,7 +489,7 @@ def test_a_sealed_cache_is_read_whatever_the_source(
     assert Run(tiny_run(tmp_path / "sealed")).artifact("hidden").manifest() is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_online_training_on_two_ranks_ends_where_one_does(
     fresh: Path, tmp_path: Path, captured: Path
 ):

@@ -31,9 +31,6 @@ RUN = [
 ]
 ZERO = "train.strategy=deepspeed"
 
-pytestmark = pytest.mark.slow
-
-
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 
 
@@ -129,6 +126,7 @@ def ddp(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(
     captured: Path, ddp: Path, tmp_path: Path, stage: int
@@ -146,6 +144,7 @@ def test_a_stage_ends_where_ddp_does_and_ddp_goes_on_from_its_checkpoint(
     assert_close(run_train(Run(tiny_run(store, *RUN))), wanted)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Path, tmp_path: Path):
     store = copy(ddp, tmp_path / "store")
     artifact = Run(tiny_run(store, *RUN)).artifact("train")
@@ -162,6 +161,7 @@ def test_two_ranks_go_on_from_a_checkpoint_of_one_under_another_strategy(ddp: Pa
     assert_close(artifact, Run(tiny_run(ddp, *RUN)).artifact("train"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
 def test_a_rank_that_never_has_a_sample_is_not_waited_for(
     captured: Path, tmp_path: Path, strategy: str
