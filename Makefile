@@ -14,7 +14,7 @@ TRITON := triton==3.7.1
 ENGINE := $(VENV)/engine
 ENGINE_STAMP := $(ENGINE)/.installed
 
-.PHONY: demo test test-gate test-all check docs format bench clean gpu-compiler engine
+.PHONY: demo test test-slow test-all check docs format bench clean gpu-compiler engine
 
 demo: $(STAMP)
 	$(BIN)/python -m flows.pipeline demo
@@ -25,11 +25,11 @@ PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not slow and not long"
 
-# With the slow ones: endurance, many kills, clusters and servers.
-test-gate: $(STAMP)
-	$(BIN)/python $(PYTEST) --durations 10 -m "not long"
+# What the gate runs besides: endurance, many kills, clusters and servers.
+test-slow: $(STAMP)
+	$(BIN)/python $(PYTEST) -m slow
 
-# All: compiling for each kind of GPU, the whole rehearsal on one, every way in which ranks end.
+# All, and compiling for each kind of GPU, the whole rehearsal on one, every way in which ranks end.
 test-all: $(STAMP)
 	$(BIN)/python $(PYTEST) --durations 40
 
