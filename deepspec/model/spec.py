@@ -129,6 +129,9 @@ class DraftSpec:
     ) -> "DraftSpec":
         """A draft for the target whose config.json is given; `layer_ids` as in `target.layer_ids`.
 
+        The draft's own config keeps what the target is called (`_name_or_path` of that file), its
+        architectures and its number format.
+
         Raises:
             ConfigError: an unsupported target, a layer or token that it does not have.
         """
@@ -139,14 +142,19 @@ class DraftSpec:
                 where="target.mask_token_id",
                 fix="choose an unused token id",
             )
-        name = target_config.get("_name_or_path") or text.get("_name_or_path") or ""
+        name, architectures, dtype = (
+            target_config.get(key) or text.get(key)
+            for key in ("_name_or_path", "architectures", "dtype")
+        )
         return cls(
             mask_token_id=None if is_eagle3 else mask_token_id,
             num_target_layers=text["num_hidden_layers"],
             target_layer_ids=tuple(layer_ids),
             text_config={
                 **text,
-                "_name_or_path": name,
+                "_name_or_path": name or "",
+                **({"target_architectures": architectures} if architectures else {}),
+                **({"target_dtype": dtype} if dtype else {}),
                 "target_model_type": target_config.get("model_type", ""),
                 "target_text_model_type": text.get("model_type", ""),
             },

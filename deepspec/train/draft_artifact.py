@@ -26,8 +26,10 @@ def make_draft(config: RunConfig, source: Source, device: torch.device) -> Draft
     The frozen embedding and lm_head come from the source; `cache_check` compares them with the run.
     They stay in the target's dtype where training computes in it, all other weights are float32.
     """
+    target = json.loads(source.file(CONFIG).read_bytes())
     spec = DraftSpec.from_target(
-        json.loads(source.file(CONFIG).read_bytes()),
+        # which the cache leaves out, so that equal states are equal wherever the target was
+        target | {"_name_or_path": config.target.model},
         config.draft,
         layer_ids=config.target.layer_ids,
         mask_token_id=config.target.mask_token_id,

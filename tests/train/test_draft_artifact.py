@@ -1,5 +1,6 @@
 """The draft as training holds it: frozen weights in the target's dtype where none is rounded."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from deepspec.artifacts.run import Run
 from deepspec.cache.reader import HiddenCache
+from deepspec.model.checkpoint import read_spec, save_draft
 from deepspec.model.drafter import Drafter
 from deepspec.train import draft_artifact
 from deepspec.train.draft_artifact import make_draft
@@ -63,3 +65,18 @@ def test_a_training_and_its_files_are_the_same_bit_for_bit(
         made.append({file: artifact.read(f"draft/{file}") for file in ("model.safetensors",)})
         monkeypatch.setattr(Drafter, "hold_frozen", lambda *_: None)
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("recipe", ["demo", "dflash-demo", "eagle3-demo"])
+def test_a_drafts_config_keeps_its_targets_name_architectures_and_number_format(
+    recipe: str, captured: Path, tmp_path: Path
+):
+    """The cache leaves the name out, and exports had none: a server could not find the target."""
+    config = tiny_run(captured, "target.layer_ids=[0, 1, 2]", recipe=recipe)
+    source = HiddenCache(Run(tiny_run(captured)).artifact("hidden"))
+    draft = make_draft(config, source, torch.device("cpu"))
+    save_draft(draft, tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["_name_or_path"] == kept.get("target_model_name_or_path", "demo") == "demo"
+    assert (kept["target_architectures"], kept["target_dtype"]) == (["Qwen3ForCausalLM"], "float32")
+    assert read_spec(tmp_path).text_config["_name_or_path"] == "demo"
