@@ -21,7 +21,8 @@ def export(
     draft: Annotated[
         str,
         typer.Argument(
-            metavar="DRAFT", help="a draft's folder, or the train artifact that holds it"
+            metavar="DRAFT",
+            help="a draft's folder, or the folder or URL of the train artifact that holds it",
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write, new or empty")],
@@ -35,7 +36,7 @@ def export(
     """
     from deepspec.export.export import export_draft
 
-    export_draft(Path(draft), engine=to, out=Path(out))
+    export_draft(draft, engine=to, out=Path(out))
     typer.echo(f"{out} holds the draft for {to}, and drafts as the original does")
 
 

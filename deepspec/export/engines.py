@@ -1,16 +1,23 @@
 """The serving engines that a draft can be exported for: one record each.
 
-What they can load is as of mid-2026, read from their sources.
+What they can load was read from the sources of vLLM 0.32.0, SGLang 0.5.23 and speculators 0.9.0;
+docs/serving.md lists it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+from deepspec.config.draft import MarkovConfig
 from deepspec.config.families import GEMMA4
 from deepspec.errors import ConfigError
-from deepspec.export import formats
+from deepspec.export import formats, serving
 from deepspec.export.formats import Config
 from deepspec.model.spec import DraftSpec
+
+# Their DFlash is another block layout, in which the anchor predicts nothing.
+NO_BIAS = MarkovConfig(rank=1, kind="vanilla")
+NOT_YET = "drafts whose anchor predicts nothing are not written for engines yet"
 
 
 class ServingEngine(NamedTuple):
@@ -18,42 +25,24 @@ class ServingEngine(NamedTuple):
 
     name: str
     library: str  # `library_name` of the model card
-    # how to serve a draft with it, for the model card; the draft's spec and algorithm are filled in
-    serve: str = ""
+    # how to serve a draft with it, for the model card; the file of its calibration, if any
+    serving: Callable[[DraftSpec, str | None], str]
+    # why it cannot load a draft, or None where it can
+    why_not: Callable[[DraftSpec], str | None]
     # its config.json of a draft with tensors of a dtype
     write: Callable[[DraftSpec, str], Config] = formats.engine_config
     # back to the published one, from what the engine reads
     read: Callable[[Config], Config] = formats.read_engine_config
-    # algorithms whose embedding and lm_head it takes from the target
-    takes_targets: tuple[str, ...] = ()
-    reads_temperatures: bool = False  # of the confidence head, as a tensor
-    loads_all: bool = False
-    vanilla_only: bool = False  # of the Markov heads
-    # why it cannot load drafts of a kind, or None where it can
-    not_dspark_gemma4: str | None = None
-    not_eagle3: str | None = None
+    reads_temperatures: bool = False  # of the confidence head, from calibration.json
+    needs_markov: bool = True  # in every draft that proposes blocks
 
-    def why_not(self, spec: DraftSpec) -> str | None:
-        """Why it cannot load this draft, or None where it can."""
-        if self.loads_all:
-            return None
-        if spec.layout == "anchor_is_context":
-            return "drafts whose anchor predicts nothing are not written for engines yet"
-        is_gemma4 = spec.family is GEMMA4
-        if spec.algorithm == "dspark":
-            head = f"a {spec.markov.kind}" if spec.markov else "no"
-            if self.vanilla_only and head != "a vanilla":
-                return (
-                    "it computes the vanilla Markov head only, and this draft has"
-                    f" {head} Markov head"
-                )
-            return self.not_dspark_gemma4 if is_gemma4 else None
-        if is_gemma4:
-            return (
-                f"its {spec.algorithm} model has Qwen3 layers: Gemma4's further norms, V = K and"
-                " soft-cap would be dropped"
-            )
-        return self.not_eagle3 if spec.algorithm == "eagle3" else None
+    def served(self, spec: DraftSpec) -> DraftSpec:
+        """The draft as the engine is to take it: DSpark, whose Markov head is zeros where the draft
+        has none.
+        """
+        if spec.algorithm == "eagle3" or spec.markov or not self.needs_markov:
+            return spec
+        return replace(spec, algorithm="dspark", markov=NO_BIAS)
 
 
 def chosen_engine(name: str, spec: DraftSpec) -> ServingEngine:
@@ -76,47 +65,81 @@ def chosen_engine(name: str, spec: DraftSpec) -> ServingEngine:
     return ENGINES[name]
 
 
+def _not_in_vllm(spec: DraftSpec) -> str | None:
+    if spec.layout == "anchor_is_context":
+        return NOT_YET
+    if spec.family is GEMMA4:
+        if spec.algorithm == "eagle3":
+            return (
+                "its Eagle3 model has Qwen3 layers: Gemma4's further norms, V = K and soft-cap"
+                " would be dropped"
+            )
+        if not spec.heads.values_are_keys:
+            return (
+                "its Gemma4 model computes the context's values from the key projection (V = K),"
+                " and this draft has a value projection of its own"
+            )
+    return _not_vanilla(spec)
+
+
+def _not_in_sglang(spec: DraftSpec) -> str | None:
+    if spec.layout == "anchor_is_context":
+        return NOT_YET
+    if spec.algorithm == "eagle3":
+        return (
+            "its Eagle3 model is LlamaForCausalLMEagle3, which has no q and k norms and reads"
+            " exactly three layers"
+        )
+    if spec.family is GEMMA4:
+        return "it has no DSpark model for Gemma4"
+    if -1 in spec.target_layer_ids:
+        return "it refuses layer -1, and this draft reads the target's embedding output"
+    return None
+
+
+def _not_in_speculators(spec: DraftSpec) -> str | None:
+    if spec.layout == "anchor_is_context":
+        return NOT_YET
+    if spec.family is GEMMA4:
+        return "what serves the speculators format has Qwen3 layers only"
+    return _not_vanilla(spec)
+
+
+def _not_vanilla(spec: DraftSpec) -> str | None:
+    if spec.markov is None or spec.markov.kind == "vanilla":
+        return None
+    return (
+        "it computes the vanilla Markov head only, and this draft has a"
+        f" {spec.markov.kind} Markov head"
+    )
+
+
 ENGINES = {
     engine.name: engine
     for engine in (
-        ServingEngine(
-            name="vllm",
-            library="vllm",
-            serve=(
-                '`--speculative-config \'{{"method": "{spec.algorithm}", "model": "THIS FOLDER",'
-                ' "num_speculative_tokens": {spec.block_size}}}\'`'
-            ),
-            takes_targets=("dflash",),
-            vanilla_only=True,
-        ),
+        ServingEngine(name="vllm", library="vllm", serving=serving.with_vllm, why_not=_not_in_vllm),
         ServingEngine(
             name="sglang",
             library="sglang",
-            serve=(
-                "`--speculative-algorithm {algorithm} --speculative-draft-model-path THIS FOLDER`"
-            ),
-            takes_targets=("dflash",),
+            serving=serving.with_sglang,
+            why_not=_not_in_sglang,
             reads_temperatures=True,
-            not_dspark_gemma4="it has no DSpark model for Gemma4",
-            not_eagle3=(
-                "its Eagle3 model is LlamaForCausalLMEagle3, which has no q and k norms and reads"
-                " exactly three layers"
-            ),
         ),
         ServingEngine(
             name="speculators",
             library="speculators",
+            serving=serving.with_speculators,
+            why_not=_not_in_speculators,
             write=formats.speculators_config,
             read=formats.read_speculators_config,
-            vanilla_only=True,
-            not_dspark_gemma4="the speculators format describes Qwen3 layers only",
         ),
         ServingEngine(
             name="hf",
             library="transformers",
-            serve="Load it with `deepspec.model.checkpoint.load_draft`.",
+            serving=serving.with_deepspec,
+            why_not=lambda spec: None,
             write=formats.published_config,
-            loads_all=True,
+            needs_markov=False,
         ),
     )
 }

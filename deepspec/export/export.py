@@ -20,6 +20,7 @@ from deepspec.config.data import SamplingConfig
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export.engines import ServingEngine, chosen_engine
 from deepspec.export.model_card import model_card
+from deepspec.export.source import DraftSource, find_draft, with_target
 from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
 from deepspec.model.config_json import layout_keys, spec_from_config
 from deepspec.model.spec import DraftSpec
@@ -27,11 +28,9 @@ from deepspec.storage.store import pretty_json
 
 log = logging.getLogger(__name__)
 
-# the target's own tensors, which a draft keeps frozen
-SHARED = ("embed_tokens.weight", "lm_head.weight")
-# SGLang's buffer [g], which only a calibration can fill
-TEMPERATURES = "confidence_head.sts_temperatures"
+CALIBRATION = "calibration.json"
 NUM_TOKENS = 9  # of the fixed input
+FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class SlotTemperatures(Stored):
@@ -40,8 +39,10 @@ class SlotTemperatures(Stored):
     temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]]
 
 
-def export_draft(draft: Path, *, engine: str, out: Path) -> None:
+def export_draft(draft: Path | str, *, engine: str, out: Path) -> None:
     """Write `draft` (its folder, or the train artifact that holds it) to `out` for `engine`.
+
+    Tensors are written in the number format of the target, if it is known.
 
     Raises:
         ConfigError: an unknown engine, a folder in use, or a draft that this engine cannot load.
@@ -54,10 +55,12 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
             where=str(out),
             fix="name another one, or remove it",
         )
-    source = draft if (draft / "config.json").is_file() else draft / "draft"
-    spec = read_spec(source)
+    source = find_draft(draft)
+    spec = with_target(read_spec(source.folder), source.artifact)
     chosen = chosen_engine(engine, spec)
-    tensors = load_file(source / "model.safetensors")
+    tensors = load_file(source.folder / "model.safetensors")
+    if dtype := FORMATS.get(str(spec.text_config.get("target_dtype"))):
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as scratch:
         folder = Path(scratch) / out.name
@@ -66,7 +69,7 @@ def export_draft(draft: Path, *, engine: str, out: Path) -> None:
         if out.exists():
             out.rmdir()
         folder.rename(out)
-    log.info("exported draft=%s engine=%s out=%s", source, engine, out)
+    log.info("exported draft=%s engine=%s out=%s", source.folder, engine, out)
 
 
 def write_export(
@@ -75,21 +78,30 @@ def write_export(
     tensors: dict[str, Tensor],
     *,
     engine: ServingEngine,
-    source: Path,
+    source: DraftSource,
 ) -> None:
-    """Weights, config.json, model card, and the calibration where there is one."""
+    """Weights, config.json, model card, and the calibration where there is one, for all to read."""
     folder.mkdir()
-    left_out = SHARED if spec.algorithm in engine.takes_targets else ()
-    written = {name: tensors[name].contiguous() for name in tensors if name not in left_out}
-    calibration = source / "calibration.json"
-    if calibration.is_file():
-        shutil.copyfile(calibration, folder / "calibration.json")
+    served, dtype = engine.served(spec), tensors["fc.weight"].dtype
+    written = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if served.markov and not spec.markov:
+        for name in ("markov_w1", "markov_w2"):
+            shape = spec.vocab_size, served.markov.rank
+            written[f"markov_head.{name}.weight"] = torch.zeros(shape, dtype=dtype)
+    calibration = source.folder / CALIBRATION
+    is_calibrated = calibration.is_file()
+    if is_calibrated:
+        shutil.copyfile(calibration, folder / CALIBRATION)
         if engine.reads_temperatures and spec.confidence is not None:
-            written[TEMPERATURES] = read_temperatures(calibration, spec.block_size)
+            read_temperatures(calibration, spec.block_size)
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
-    (folder / "config.json").write_bytes(pretty_json(engine.write(spec, dtype)))
-    (folder / "README.md").write_text(model_card(spec, engine, source=source), encoding="utf-8")
+    config = engine.write(served, str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_bytes(pretty_json(config))
+    serving = engine.serving(spec, CALIBRATION if is_calibrated else None)
+    card = model_card(spec, engine, serving=serving, artifact=source.artifact)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in (folder, *folder.iterdir()):  # what wrote them keeps some to their owner
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def read_temperatures(calibration: Path, block_size: int) -> Tensor:
@@ -119,15 +131,12 @@ def check_export(
         ArtifactMismatch: it does not.
     """
     config = engine.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    exported = load_file(folder / "model.safetensors")
-    exported.pop(TEMPERATURES, None)
-    shared = {name: tensors[name] for name in SHARED if name in tensors}  # the target's, as there
-    reloaded = spec_from_config(config)
+    exported, reloaded = load_file(folder / "model.safetensors"), spec_from_config(config)
     original = fixed_proposal(spec, tensors, where=str(folder))
-    again = fixed_proposal(reloaded, shared | exported, where=str(folder))
+    again = fixed_proposal(reloaded, exported, where=str(folder))
     wanted = layout_keys(spec.layout)
     laid_out = all(config.get(key, value) is value for key, value in wanted.items())
-    if not torch.equal(original, again) or not laid_out or reloaded != spec:
+    if not torch.equal(original, again) or not laid_out or reloaded != engine.served(spec):
         raise ArtifactMismatch(
             "the export, read back, does not draft as the original does",
             where=str(folder),

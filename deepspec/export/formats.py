@@ -8,15 +8,12 @@ both are always written out.
 from typing import Any
 
 from deepspec.config.families import GEMMA4
+from deepspec.export.source import target_name
 from deepspec.model.config_json import BLOCK_LAYOUT, config_from_spec
 from deepspec.model.spec import DraftSpec
 
 Config = dict[str, Any]
-SPECULATORS = {
-    "dspark": "DSparkSpeculator",
-    "dflash": "DFlashSpeculator",
-    "eagle3": "Eagle3Speculator",
-}
+SPECULATORS = {"dspark": "DSparkSpeculator", "eagle3": "Eagle3Speculator"}
 # keys of a draft that the speculators format has outside its layer config
 SPECULATORS_KEYS = (
     "markov_rank",
@@ -28,13 +25,6 @@ SPECULATORS_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
     "norm_before_residual",
     *BLOCK_LAYOUT,
-)
-DFLASH_KEYS = (
-    "target_layer_ids",
-    "num_target_layers",
-    "mask_token_id",
-    "block_size",
-    "sample_from_anchor",
 )
 
 
@@ -59,12 +49,6 @@ def engine_config(spec: DraftSpec, dtype: str) -> Config:
     config = published_config(spec, dtype)
     if spec.algorithm == "eagle3":
         config["architectures"] = ["Eagle3Qwen3ForCausalLM"]
-    if spec.algorithm == "dflash":
-        config["architectures"] = ["DFlashDraftModel"]
-        # Two names of one layout. An engine that knows neither takes slot 0 for the anchor
-        # itself. vLLM of mid-2026 refuses the first name, which is better than nonsense.
-        layout = {"sample_from_anchor": True, "query_zero_predicts_next": True}
-        config["dflash_config"] = {key: config[key] for key in DFLASH_KEYS} | layout
     return config
 
 
@@ -74,8 +58,6 @@ def read_engine_config(config: Config) -> Config:
     Raises:
         KeyError: one of them is missing.
     """
-    if "dflash_config" in config:
-        return config | {key: config["dflash_config"][key] for key in DFLASH_KEYS}
     if "eagle_aux_hidden_state_layer_ids" in config:
         ids = [layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]]
         return config | {"target_layer_ids": ids}
@@ -97,7 +79,7 @@ def speculators_config(spec: DraftSpec, dtype: str) -> Config:
             ],
             "verifier": {
                 "name_or_path": target_name(spec) or None,
-                "architectures": ["Qwen3ForCausalLM"],
+                "architectures": spec.text_config["target_architectures"],
             },
         },
         "aux_hidden_state_layer_ids": _engine_ids(spec),
@@ -121,12 +103,6 @@ def read_speculators_config(config: Config) -> Config:
     if config["speculators_model_type"] != "eagle3":
         inner |= {key: config[key] for key in ("mask_token_id", *BLOCK_LAYOUT)}
     return inner
-
-
-def target_name(spec: DraftSpec) -> str:
-    """The name or path of the target, empty where the draft's config does not record it."""
-    names = ("target_model_name_or_path", "_name_or_path")
-    return str(next((name for key in names if (name := spec.text_config.get(key))), ""))
 
 
 def _engine_ids(spec: DraftSpec) -> list[int]:

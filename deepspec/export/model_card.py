@@ -7,34 +7,27 @@ from pathlib import Path
 import yaml
 
 from deepspec.artifacts.artifact import Artifact
-from deepspec.artifacts.lineage import artifact_at, lineage_lines, require_info
+from deepspec.artifacts.lineage import lineage_lines, require_info
 from deepspec.artifacts.records import ArtifactInfo
 from deepspec.export.engines import ServingEngine
-from deepspec.export.formats import target_name
+from deepspec.export.source import target_name
 from deepspec.model.spec import DraftSpec
 
 UNKNOWN = "Unknown: the draft lies outside the artifact store that it was trained in."
 UNMEASURED = "Unknown: no sealed evaluation of this draft was found in its store."
-ANCHOR_FIRST = """
-The anchor is this draft's first prediction slot (`dflash_config.sample_from_anchor: true`): {block}
-queries propose {block} tokens. Engine versions that only know DFlash's other layout (1 + N queries,
-the anchor predicts nothing) refuse this folder or accept next to nothing of it; look at the
-acceptance length after the first requests.
-"""
 
 
-def model_card(spec: DraftSpec, engine: ServingEngine, *, source: Path) -> str:
-    """The card's text; recipe, training data and acceptance come from the store of `source`.
+def model_card(
+    spec: DraftSpec, engine: ServingEngine, *, serving: str, artifact: Artifact | None
+) -> str:
+    """The card's text; recipe, training data and acceptance come from the train artifact's store.
 
     They are unknown where the draft is not in its store any more.
     """
-    target, artifact = target_name(spec), artifact_around(source)
+    target = target_name(spec)
     front = {"library_name": engine.library, "tags": ["speculative-decoding", spec.algorithm]}
-    if target and not target.startswith(("/", ".")):
+    if target and not target.startswith(("/", ".")):  # a name on the hub
         front["base_model"] = target
-    serving = engine.serve.format(spec=spec, algorithm=spec.algorithm.upper())
-    if spec.algorithm == "dflash" and engine.name != "hf":
-        serving += "\n" + ANCHOR_FIRST.format(block=spec.block_size)
     title = f"{spec.algorithm} draft model for {Path(target).name or spec.family.name}"
     sections = {
         "Serving": serving,
@@ -45,15 +38,6 @@ def model_card(spec: DraftSpec, engine: ServingEngine, *, source: Path) -> str:
     body = [f"# {title}\n\n{_facts(spec, engine)}\n"]
     body += [f"## {heading}\n\n{text.strip()}\n" for heading, text in sections.items()]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(body)
-
-
-def artifact_around(source: Path) -> Artifact | None:
-    """The train artifact whose draft/ folder this is, if it lies in its store."""
-    folder = source.resolve().parent
-    if source.name != "draft" or not (folder / "artifact.json").is_file():
-        return None
-    artifact = artifact_at(str(folder))
-    return artifact if artifact and artifact.info() else None
 
 
 def _facts(spec: DraftSpec, engine: ServingEngine) -> str:

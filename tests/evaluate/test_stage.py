@@ -403,6 +403,11 @@ def test_an_export_of_an_evaluated_draft_tells_what_it_was_made_from_and_how_it_
     train = Run(config).artifact("train")
     export_draft(Path(train.url.removeprefix("file://")), engine="vllm", out=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
+    target = Run(config).artifact("demo").fetch_folder("target")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["_name_or_path"] == str(
+        target
+    )
+    assert f"vllm serve {target} " in card
     for stage in ("train", "hidden", "answers", "prompts"):
         artifact = Run(config).artifact(stage)
         manifest = artifact.manifest()

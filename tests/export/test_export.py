@@ -3,46 +3,50 @@ original.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from deepspec.__main__ import app
 from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export.engines import ENGINES
-from deepspec.export.export import TEMPERATURES, export_draft, read_temperatures
+from deepspec.export.export import export_draft, read_temperatures
 from deepspec.model.checkpoint import load_draft, save_draft
 from tests.model.drafts import CONFIGS, VOCAB, make_draft, make_spec
 
+HEADS = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
 LOADABLE = {
     ("qwen3", "vanilla"): {"vllm", "sglang", "speculators"},
     ("qwen3", "gated"): {"sglang"},
     ("qwen3", "rnn"): {"sglang"},
-    ("qwen3", "confidence_alone"): {"sglang"},
+    ("qwen3", "confidence_alone"): {"vllm", "sglang", "speculators"},
     ("qwen3", "dflash"): {"vllm", "sglang", "speculators"},
     ("qwen3", "eagle3"): {"vllm", "speculators"},
     ("gemma4", "vanilla"): {"vllm"},
+    ("gemma4", "confidence_alone"): {"vllm"},
+    ("gemma4", "dflash"): {"vllm"},
 }
 PAIRS = [
     (family, name, engine)
-    for family in ("qwen3", "gemma4")
+    for family in ("qwen3", "gemma4", "gemma4_with_values")
     for name in CONFIGS
     for engine in ENGINES
 ]
 
 
 def exported(
-    folder: Path, engine: str, name: str = "vanilla", *, target: str = "qwen3"
+    folder: Path, engine: str, name: str = "vanilla", **made: Any
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    save_draft(make_draft(CONFIGS[name], target=target), folder / "draft")
-    export_draft(folder / "draft", engine=engine, out=folder / "out")
-    return json.loads((folder / "out" / "config.json").read_text()), load_file(
-        folder / "out" / "model.safetensors"
-    )
+    save_draft(make_draft(CONFIGS[name], lowest=0, **made), folder / "draft")
+    return export(folder / "draft", engine, folder / "out")
+
+
+def export(draft: Path, engine: str, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    export_draft(draft, engine=engine, out=out)
+    return json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
 
 
 @pytest.mark.parametrize(("family", "name", "engine"), PAIRS)
@@ -58,12 +62,27 @@ def test_every_pair_is_exported_or_refused_with_its_reason(
             "model.safetensors",
         ]
         return
-    reason = ENGINES[engine].why_not(make_spec(CONFIGS[name], target=family))
+    reason = ENGINES[engine].why_not(make_spec(CONFIGS[name], target=family, lowest=0))
     assert reason
     with pytest.raises(ConfigError, match=f"{engine} cannot load") as caught:
         exported(tmp_path, engine, name, target=family)
     assert reason in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]
+
+
+@pytest.mark.parametrize(
+    ("made", "engine", "reason"),
+    [
+        ({"target": "gemma4_with_values"}, "vllm", r"values from the key projection \(V = K\)"),
+        ({"lowest": -1}, "sglang", "refuses layer -1"),
+    ],
+)
+def test_what_an_engine_would_compute_wrongly_or_refuse_is_refused_here(
+    made: dict[str, Any], engine: str, reason: str, tmp_path: Path
+) -> None:
+    save_draft(make_draft(**made), tmp_path / "draft")
+    with pytest.raises(ConfigError, match=reason):
+        export_draft(tmp_path / "draft", engine=engine, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "hf"])
@@ -75,7 +94,7 @@ def test_dspark_goes_out_as_it_is_with_its_layout_written_out(engine: str, tmp_p
         "sample_from_anchor": True,
         "dspark_bonus_anchor": False,
         "block_size": 4,
-        "target_layer_ids": [-1, 1, 2],
+        "target_layer_ids": [0, 1, 2],
         "mask_token_id": VOCAB - 1,
         "rope_theta": 10000.0,
         "dtype": "float32",
@@ -91,23 +110,30 @@ def test_a_gemma4_draft_goes_to_vllm_under_its_own_architecture(tmp_path: Path) 
     assert config["rope_parameters"]["full_attention"]["partial_rotary_factor"] == 0.25
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_dflash_leaves_out_what_the_target_has_and_says_how_its_blocks_lie(
-    engine: str, tmp_path: Path
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
+@pytest.mark.parametrize("name", ["dflash", "confidence_alone"])
+def test_a_block_draft_without_a_markov_head_goes_out_as_dspark_with_one_of_zeros(
+    engine: str, name: str, tmp_path: Path
 ) -> None:
-    config, tensors = exported(tmp_path, engine, "dflash")
-    assert config["architectures"] == ["DFlashDraftModel"]
-    assert config["hidden_act"] == "silu"
-    assert config["dflash_config"] == {
-        "target_layer_ids": [-1, 1, 2],
-        "num_target_layers": 5,
-        "mask_token_id": VOCAB - 1,
-        "block_size": 4,
-        "sample_from_anchor": True,
-        "query_zero_predicts_next": True,
-    }
-    assert not {"embed_tokens.weight", "lm_head.weight"} & set(tensors)
-    assert "sample_from_anchor: true" in (tmp_path / "out" / "README.md").read_text()
+    """Trap E8: served as DFlash, whose anchor predicts nothing there, next to nothing of what it
+    drafted was accepted, without any error.
+    """
+    config, tensors = exported(tmp_path, engine, name)
+    inner = config.get("transformer_layer_config", config)
+    wanted = {"markov_rank": 1, "markov_head_type": "vanilla"}
+    wanted |= {"enable_confidence_head": name != "dflash", "block_size": 4}
+    for part in (config, inner):
+        assert {key: part[key] for key in wanted} == wanted
+        assert (part["sample_from_anchor"], part["dspark_bonus_anchor"]) == (True, False)
+        assert "dflash_config" not in part
+    assert inner["architectures"] == ["Qwen3DSparkModel"]
+    assert config.get("speculators_model_type", "dspark") == "dspark"
+    assert set(tensors) == {*make_draft(CONFIGS[name]).state_dict(), *HEADS}
+    for head in HEADS:
+        assert tensors[head].shape == (VOCAB, 1)
+        assert not tensors[head].any()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("Markov head of zeros" in card) == (name == "dflash")
 
 
 def test_eagle3_counts_its_layers_as_vllm_does(tmp_path: Path) -> None:
@@ -120,12 +146,12 @@ def test_eagle3_counts_its_layers_as_vllm_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3"])
 def test_the_speculators_format_wraps_the_drafts_config(name: str, tmp_path: Path) -> None:
     config, _ = exported(tmp_path, "speculators", name)
-    algorithm = make_spec(CONFIGS[name]).algorithm
+    algorithm = "eagle3" if name == "eagle3" else "dspark"
     assert (
         config["speculators_model_type"] == config["speculators_config"]["algorithm"] == algorithm
     )
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
-    assert config["aux_hidden_state_layer_ids"] == ([1, 2, 3] if name == "eagle3" else [0, 2, 3])
+    assert config["aux_hidden_state_layer_ids"] == [1, 2, 3]
     assert config["transformer_layer_config"]["num_hidden_layers"] == (1 if name == "eagle3" else 2)
     if name != "eagle3":
         assert (config["mask_token_id"], config["block_size"], config["sample_from_anchor"]) == (
@@ -140,6 +166,25 @@ def test_an_hf_export_loads_here_again_in_its_own_dtype(tmp_path: Path) -> None:
     export_draft(tmp_path / "draft", engine="hf", out=tmp_path / "out")
     assert load_draft(tmp_path / "out").spec == make_spec()
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_everyone_may_read_an_export_and_its_owner_alone_may_change_it(
+    mask: int, tmp_path: Path
+) -> None:
+    """Weights were written for their owner alone: a server under another user could not read."""
+    save_draft(make_draft(), tmp_path / "draft")
+    (tmp_path / "draft" / "calibration.json").write_text('{"temperatures": [1, 1, 1, 1]}')
+    before = os.umask(mask)
+    try:
+        export_draft(tmp_path / "draft", engine="vllm", out=tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert modes == dict.fromkeys(
+        ("README.md", "calibration.json", "config.json", "model.safetensors"), 0o644
+    )
 
 
 def test_an_export_that_would_draft_otherwise_is_not_written(
@@ -157,20 +202,28 @@ def test_an_export_that_would_draft_otherwise_is_not_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]
 
 
-def test_temperatures_are_written_only_where_the_draft_was_calibrated(tmp_path: Path) -> None:
-    assert TEMPERATURES not in exported(tmp_path / "without", "sglang")[1]
-    save_draft(make_draft(), tmp_path / "draft")
-    (tmp_path / "draft" / "calibration.json").write_text(
-        json.dumps({"temperatures": [1.0, 1.5, 2.0, 2.5]})
-    )
-    export_draft(tmp_path / "draft", engine="sglang", out=tmp_path / "out")
-    assert load_file(tmp_path / "out" / "model.safetensors")[TEMPERATURES].tolist() == [
-        1.0,
-        1.5,
-        2.0,
-        2.5,
-    ]
-    (tmp_path / "draft" / "calibration.json").write_text(json.dumps({"temperatures": [1.0]}))
+def test_a_head_that_is_not_zero_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control for what is added to DFlash."""
+    monkeypatch.setattr("deepspec.export.export.torch.zeros", torch.ones)
+    with pytest.raises(ArtifactMismatch, match="does not draft as the original"):
+        exported(tmp_path, "vllm", "dflash")
+
+
+def test_the_calibration_goes_along_as_a_file_and_is_checked_for_the_engine_that_reads_it(
+    tmp_path: Path,
+) -> None:
+    """Not as the tensor `confidence_head.sts_temperatures`, which SGLang refuses to load."""
+    save_draft(make_draft(lowest=0), tmp_path / "draft")
+    calibration = tmp_path / "draft" / "calibration.json"
+    calibration.write_text(json.dumps({"temperatures": [1.0, 1.5, 2.0, 2.5]}))
+    _, tensors = export(tmp_path / "draft", "sglang", tmp_path / "out")
+    assert set(tensors) == set(make_draft().state_dict())
+    assert (tmp_path / "out" / "calibration.json").read_text() == calibration.read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--speculative-dspark-confidence-sts-path calibration.json" in card
+    calibration.write_text(json.dumps({"temperatures": [1.0]}))
     with pytest.raises(ArtifactMismatch, match="1 temperatures"):
         export_draft(tmp_path / "draft", engine="sglang", out=tmp_path / "other")
 
@@ -215,63 +268,3 @@ def test_a_draft_with_a_tensor_missing_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMismatch, match=r'Missing .* "norm\.weight"'):
         export_draft(tmp_path / "draft", engine="hf", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_exports_a_train_artifact_and_its_card_says_where_it_comes_from(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "store" / "train" / "dspark-demo-0123456789ab"
-    save_draft(make_draft(), folder / "draft")
-    made_from = {"stage": "hidden", "name": "demo", "fingerprint": "aaaabbbbcccc"}
-    train = {"stage": "train", "name": "dspark-demo", "fingerprint": "0123456789ab"}
-    info = {
-        **train,
-        "recipe": {"train": {"lr": 6e-4}},
-        "inputs": [made_from],
-        "code_version": "0.1.0",
-    }
-    (folder / "artifact.json").write_text(json.dumps(info))
-    hidden = tmp_path / "store" / "hidden" / "demo-aaaabbbbcccc"
-    hidden.mkdir(parents=True)
-    (hidden / "artifact.json").write_text(
-        json.dumps({**made_from, "recipe": {}, "inputs": [], "code_version": "0.1.0"})
-    )
-    result = tmp_path / "store" / "evaluate" / "dspark-demo-ffff"
-    result.mkdir(parents=True)
-    evaluation = {
-        "stage": "evaluate",
-        "name": "dspark-demo",
-        "fingerprint": "ffff",
-        "recipe": {},
-        "inputs": [train],
-        "code_version": "",
-    }
-    (result / "artifact.json").write_text(json.dumps(evaluation))
-    (result / "summary.json").write_text(
-        json.dumps({"acceptance_length": {"macro": 3.456, "math": 4.0}, "temperature": 1.0})
-    )
-    (result / "manifest.json").write_text("{}")
-
-    done = CliRunner().invoke(app, ["export", str(folder), "--to", "vllm", str(tmp_path / "out")])
-    assert done.exit_code == 0, done.output
-    card = (tmp_path / "out" / "README.md").read_text()
-    for fact in (
-        "hidden/demo-aaaabbbbcccc",
-        "lr: 0.0006",
-        "macro 3.46, math 4.00",
-        '"num_speculative_tokens": 4',
-        "vanilla, rank 6",
-    ):
-        assert fact in card
-    assert str(tmp_path) not in card
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_card_says_what_is_not_known(copied: bool, tmp_path: Path) -> None:
-    """Also of a train artifact that was copied out of its store."""
-    if copied:
-        fields = {"stage": "train", "name": "dspark-demo", "fingerprint": "0123456789ab"}
-        info = fields | {"recipe": {}, "inputs": [], "code_version": "0.1.0"}
-        (tmp_path / "artifact.json").write_text(json.dumps(info))
-    exported(tmp_path, "hf")
-    assert (tmp_path / "out" / "README.md").read_text().count("Unknown") == 3

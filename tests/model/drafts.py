@@ -91,19 +91,24 @@ CONFIGS = {
 }
 
 
-def make_spec(config: Any = None, *, target: str = "qwen3") -> DraftSpec:
+def make_spec(config: Any = None, *, target: str = "qwen3", lowest: int = -1) -> DraftSpec:
+    """`lowest` is the lowest layer to capture."""
     config = config or CONFIGS["vanilla"]
-    layer_ids = [max(layer, 0) for layer in LAYERS] if config.algorithm == "eagle3" else LAYERS
+    lowest = 0 if config.algorithm == "eagle3" else lowest
     return DraftSpec.from_target(
-        TARGETS[target], config, layer_ids=layer_ids, mask_token_id=VOCAB - 1
+        TARGETS[target],
+        config,
+        layer_ids=[max(layer, lowest) for layer in LAYERS],
+        mask_token_id=VOCAB - 1,
     )
 
 
-def make_draft(config: Any = None, *, target: str = "qwen3", seed: int = 0) -> Drafter:
+def make_draft(
+    config: Any = None, *, target: str = "qwen3", lowest: int = -1, seed: int = 0
+) -> Drafter:
     frozen = torch.randn(2, VOCAB, SIZE, generator=torch.Generator().manual_seed(seed + 1))
-    return build_draft(
-        make_spec(config, target=target), embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed
-    )
+    spec = make_spec(config, target=target, lowest=lowest)
+    return build_draft(spec, embed=frozen[0], lm_head=frozen[1] * 0.3, seed=seed)
 
 
 def make_batch(lengths: tuple[int, ...] = (14, 9), *, seed: int = 0) -> TrainBatch:
