@@ -11,7 +11,7 @@ from typing import NamedTuple
 from deepspec.config.draft import MarkovConfig
 from deepspec.config.families import GEMMA4
 from deepspec.errors import ConfigError
-from deepspec.export import formats, serving
+from deepspec.export import commands, formats
 from deepspec.export.formats import Config
 from deepspec.model.spec import DraftSpec
 
@@ -117,18 +117,20 @@ def _not_vanilla(spec: DraftSpec) -> str | None:
 ENGINES = {
     engine.name: engine
     for engine in (
-        ServingEngine(name="vllm", library="vllm", serving=serving.with_vllm, why_not=_not_in_vllm),
+        ServingEngine(
+            name="vllm", library="vllm", serving=commands.with_vllm, why_not=_not_in_vllm
+        ),
         ServingEngine(
             name="sglang",
             library="sglang",
-            serving=serving.with_sglang,
+            serving=commands.with_sglang,
             why_not=_not_in_sglang,
             reads_temperatures=True,
         ),
         ServingEngine(
             name="speculators",
             library="speculators",
-            serving=serving.with_speculators,
+            serving=commands.with_speculators,
             why_not=_not_in_speculators,
             write=formats.speculators_config,
             read=formats.read_speculators_config,
@@ -136,7 +138,7 @@ ENGINES = {
         ServingEngine(
             name="hf",
             library="transformers",
-            serving=serving.with_deepspec,
+            serving=commands.with_deepspec,
             why_not=lambda spec: None,
             write=formats.published_config,
             needs_markov=False,
