@@ -21,6 +21,7 @@ from benchmarks._measure import peak_bytes, result
 from deepspec.answers.stage import run_answers
 from deepspec.artifacts.run import Run
 from deepspec.config.recipes import load_run
+from deepspec.demo.target import train_tokenizer
 from deepspec.prompts.stage import run_prompts
 
 SERVERS, IN_FLIGHT = 8, 32
@@ -110,6 +111,8 @@ def answer(folder: Path, urls: str, count: int) -> None:
         lines.writelines(
             json.dumps({"prompt": f"question {number} " * 20}) + "\n" for number in range(count)
         )
+    texts = [f"question {number} ###" for number in range(100)]
+    train_tokenizer(texts, vocab_size=512).save_pretrained(folder / "target")
     files = json.dumps({"kind": "files", "paths": [str(source)]})
     settings = [
         f"prompts.source={files}",
@@ -118,7 +121,10 @@ def answer(folder: Path, urls: str, count: int) -> None:
         f"resources.servers.endpoints={urls}",
     ]
     settings += [
+        f"target.model={folder / 'target'}",
         "resources.servers.model_name=demo",
+        # these read 30 tokens whatever they are sent
+        "resources.servers.max_differing_prompts=1",
         f"resources.servers.requests={IN_FLIGHT}",
         "resources.storage.min_free_gb=0",
         "resources.servers.progress_s=0.05",

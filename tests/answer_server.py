@@ -67,10 +67,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refuses_key():
             return
-        listed = [
-            {"id": name, "object": "model", "created": 1, "owned_by": self.server.owner}
-            for name in self.server.models
-        ]
+        model = {"object": "model", "created": 1, "owned_by": self.server.owner}
+        if self.server.max_model_len is not None:
+            model["max_model_len"] = self.server.max_model_len
+        listed = [{"id": name, **model} for name in self.server.models]
         self.send(200, {"object": "list", "data": listed})
 
     def refuses_key(self) -> bool:
@@ -113,8 +113,13 @@ class Handler(BaseHTTPRequestHandler):
                     "finish_reason": "length" if what == "truncate" else "stop",
                 }
             ],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+            "usage": {"completion_tokens": 5},
         }
+        if self.server.reads is not None:
+            prompt = self.server.reads(body)
+            answer["usage"]["prompt_tokens"] = len(prompt)
+            if body.get("return_token_ids"):
+                answer["prompt_token_ids"] = prompt
         match what:
             case "answer" | "truncate" | "slow":
                 time.sleep(1.0 if what == "slow" else 0.0)
@@ -178,6 +183,9 @@ class AnswerServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.plan, self.models, self.key, self.latency_s = plan, models, key, latency_s
         self.owner = "somebody"
+        self.max_model_len: int | None = None
+        # the prompt's token ids of a request, where it reports anything about prompts
+        self.reads: Callable[[dict[str, Any]], list[int]] | None = None
         self.lock, self.asked, self.bodies = (
             threading.Lock(),
             Counter[str](),
@@ -196,8 +204,9 @@ def answer_server(
     models: tuple[str, ...] = ("demo",),
     key: str | None = None,
     latency_s: float = 0.0,
+    port: int = 0,
 ) -> Iterator[AnswerServer]:
-    with AnswerServer(plan, models=models, key=key, latency_s=latency_s) as server:
+    with AnswerServer(plan, models=models, key=key, latency_s=latency_s, port=port) as server:
         threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
         ).start()

@@ -1,6 +1,6 @@
 """A shard of answers: how it is handed over by an engine, and how it is stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,23 +16,21 @@ from deepspec.config.data import AnswersConfig
 from deepspec.errors import DataError, TransientError
 from deepspec.prompts.stage import SCHEMA as PROMPTS
 from deepspec.storage.store import file_checksum
-from deepspec.target.conversation import FAILED, Conversation, Failed, Refused
+from deepspec.target.conversation import FAILED, Conversation, Failed, Refused, Turn
 
-TURN = pa.struct(
-    [
-        pa.field("text", pa.large_string(), nullable=False),
-        pa.field("token_ids", pa.large_list(pa.int32())),  # null where the engine gives text only
-        # stop: the target ended the turn; length: the limit did
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("endpoint", pa.string()),  # the server; null in process
-        pa.field("served_model", pa.string()),  # the name in the server's reply
-    ]
-)
-# a turn for each place of the conversation where the target answers
-SCHEMA = PROMPTS.append(pa.field("turns", pa.large_list(TURN), nullable=False))
+TURN_FIELDS = [
+    pa.field("text", pa.large_string(), nullable=False),
+    pa.field("token_ids", pa.large_list(pa.int32())),  # null where the engine gives text only
+    # stop: the target ended the turn; length: the limit did
+    pa.field("finish_reason", pa.string(), nullable=False),
+    pa.field("num_tokens", pa.int32(), nullable=False),
+    pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+    pa.field("seed", pa.int64(), nullable=False),
+    pa.field("endpoint", pa.string()),  # the server; null in process
+    pa.field("served_model", pa.string()),  # the name in the server's reply
+]
+# what the target read; null where its template gives that for the row as stored
+PROMPT_IDS = pa.field("prompt_token_ids", pa.large_list(pa.int32()))
 
 
 class AnsweredShard(NamedTuple):
@@ -81,7 +79,8 @@ def write_answers(
             fix="it is tried again by itself; rows that were answered are kept",
         )
     refused = [(found, found.ended) for found in conversations if isinstance(found.ended, Refused)]
-    by_servers = [end.detail for _, end in refused if end.reason.startswith(("http_", FAILED))]
+    counted = ("http_", FAILED, "template")  # what a wrong setting does to all rows alike
+    by_servers = [end.detail for _, end in refused if end.reason.startswith(counted)]
     if len(by_servers) > max_refused * len(conversations):
         raise DataError(
             f"{len(by_servers)} of {len(conversations)} rows were refused;"
@@ -93,10 +92,10 @@ def write_answers(
     rows = [
         {**found.row, "turns": [turn._asdict() for turn in found.turns]} for found in answered_ones
     ]
-    write_table(pa.Table.from_pylist(rows, SCHEMA), local)
+    turns = [turn for found in answered_ones for turn in found.turns]
+    write_table(pa.Table.from_pylist(rows, _schema(turns)), local)
     rejects = [{"id": f"{found.row['id']:016x}", **end._asdict()} for found, end in refused]
     put_rejects(artifact, answered.shard, rejects, made=file_checksum(local))
-    turns = [turn for found in answered_ones for turn in found.turns]
     truncated = sum(turn.finish_reason == "length" for turn in turns)
     return Counts(
         rows=len(rows),
@@ -104,3 +103,13 @@ def write_answers(
         rejected=len(refused),
         counts={"turns": len(turns), "truncated": truncated},
     )
+
+
+def _schema(turns: Iterable[Turn]) -> pa.Schema:
+    """A row of prompts with a turn for each place of the conversation where the target answers.
+
+    Prompt ids are a field only where a turn has any, so that other shards are those of old.
+    """
+    has_ids = any(turn.prompt_token_ids is not None for turn in turns)
+    turn = pa.struct([*TURN_FIELDS, PROMPT_IDS] if has_ids else TURN_FIELDS)
+    return PROMPTS.append(pa.field("turns", pa.large_list(turn), nullable=False))

@@ -11,21 +11,30 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from deepspec.answers.answered_shard import AnsweredShard, open_conversations
 from deepspec.answers.journal import Journal, journal_path, request_key
-from deepspec.answers.server_engine import ServerEngine
+from deepspec.answers.read_prompts import DifferingPrompts
+from deepspec.answers.server_engine import Reply, ServerEngine
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.shard_loop import Work
 from deepspec.artifacts.system_errors import DISK_FULL
 from deepspec.errors import DataError, DeepSpecError, TransientError
-from deepspec.target.conversation import AnswerRequest, Conversation, Failed, Outcome, Refused, Turn
+from deepspec.target.conversation import AnswerRequest, Conversation, Failed, Refused, Turn
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2  # open conversations for every request that may be in flight
 OPEN_SHARDS = 8  # at most, where that many hold enough conversations
 LOOK_S = 0.5  # between two looks at whether it is time to report
+
+
+class _Kept(NamedTuple):
+    """What is kept of a shard while it is answered."""
+
+    journal: Journal
+    differing: DifferingPrompts
 
 
 class ConcurrentShards:
@@ -104,10 +113,15 @@ class ConcurrentShards:
         try:
             settings = self._engine.config.answers
             result = await asyncio.to_thread(open_conversations, self._stage, work, settings)
-            journal = Journal(journal_path(self._stage.artifact, work.shard))
+            kept = _Kept(
+                Journal(journal_path(self._stage.artifact, work.shard)),
+                DifferingPrompts(
+                    num_rows=len(result), max_share=self._servers.max_differing_prompts
+                ),
+            )
             async with asyncio.TaskGroup() as group:
                 for conversation in result:
-                    group.create_task(self._converse(conversation, journal))
+                    group.create_task(self._converse(conversation, kept))
                 rows_to_close = 0  # each conversation closes its own
         except ExceptionGroup as errors:
             result = errors.exceptions[0]
@@ -117,27 +131,32 @@ class ConcurrentShards:
         conversations = partial(_conversations, work.shard, result)
         self._complete.put(AnsweredShard(work.shard, work.made_from, conversations))
 
-    async def _converse(self, conversation: Conversation, journal: Journal) -> None:
+    async def _converse(self, conversation: Conversation, kept: _Kept) -> None:
         try:
             while (request := conversation.next_request()) is not None:
-                conversation.receive(await self._answer(request, journal))
+                reply = await self._answer(request, kept)
+                conversation.receive(reply.outcome, limit=reply.limit)
             self._progress.rows += 1
         finally:
             self._close(rows=1)
 
-    async def _answer(self, request: AnswerRequest, journal: Journal) -> Outcome:
+    async def _answer(self, request: AnswerRequest, kept: _Kept) -> Reply:
         """The outcome that the journal has, or else a server's, which is added to the journal."""
         key = request_key(request)
-        known = journal.final_outcome(key, row_runs=self._servers.row_runs)
+        known = kept.journal.final_outcome(key, row_runs=self._servers.row_runs)
         if known is not None:
-            return known
-        outcome = await self._engine.ask(request)
+            return Reply(known)
+        reply = await self._engine.ask(request)
+        outcome = reply.outcome
         self._progress.count(outcome)
-        # A refusal is not kept: it costs the server nothing to repeat, and the server may have been
-        # set up wrongly.
-        if not isinstance(outcome, Refused):
-            await self._add_to_journal(journal, key, outcome)
-        return outcome
+        if reply.difference is not None:
+            kept.differing.add(request.id, reply.difference)
+        # What may be due to a server that is set up wrongly is not kept: a refusal, which costs the
+        # server nothing to repeat, and an answer to another prompt, unless all are accepted.
+        wrong = reply.difference is not None and self._servers.max_differing_prompts < 1
+        if not isinstance(outcome, Refused) and not wrong:
+            await self._add_to_journal(kept.journal, key, outcome)
+        return reply
 
     async def _add_to_journal(self, journal: Journal, key: str, outcome: Turn | Failed) -> None:
         """Append the outcome, as soon as the journal's disk has room for it."""

@@ -16,7 +16,7 @@ from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
 from deepspec.errors import ConfigError
-from deepspec.target.chat import target_folder
+from deepspec.target.chat import load_chat, target_folder
 
 IN_PROCESS = {"transformers": "deepspec.answers.local_engine:TransformersEngine"}
 
@@ -29,6 +29,7 @@ def answered_shards(
 
     Raises:
         ConfigError: there is no such engine, or its servers are set up wrongly.
+        DataError: the target's tokenizer cannot be loaded.
         ChildFailed, TransientError: a server that the stage starts does not come up.
     """
     config = run.config
@@ -40,7 +41,7 @@ def answered_shards(
     from deepspec.answers.server_engine import open_servers
     from deepspec.serving.managed_server import serving
 
-    servers = config.resources.servers
+    servers, chat = config.resources.servers, load_chat(run)
     with ExitStack() as stack:
         stack.callback(remove_committed, stage.artifact)
         check = None
@@ -48,7 +49,7 @@ def answered_shards(
             model = str(target_folder(run) or config.target.model)
             logs = folder_beside(stage.artifact, "logs")
             servers, check = stack.enter_context(serving(config, model=model, logs=logs))
-        engine = stack.enter_context(open_servers(config, servers, progress))
+        engine = stack.enter_context(open_servers(config, servers, chat, progress))
         yield stack.enter_context(closing(ConcurrentShards(engine, stage, check)))
 
 

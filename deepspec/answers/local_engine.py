@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from deepspec.answers.read_prompts import ids_to_keep
 from deepspec.artifacts.run import Run
 from deepspec.errors import OutOfMemory
 from deepspec.model.memory import Pieces, free_bytes, usable_bytes
@@ -119,6 +120,7 @@ class TransformersEngine:
                     num_tokens=len(token_ids),
                     num_prompt_tokens=len(ids),
                     seed=request.seed,
+                    prompt_token_ids=ids_to_keep(self.chat, request, ids, rendered=ids),
                 ),
             )
             for (ids, request), token_ids in zip(prompts, answers, strict=True)

@@ -40,7 +40,10 @@ def read_reply(
         why = "the server removed the marks of thinking; start it with a reasoning parser"
         return Refused("reasoning", why)
     text.encode()  # raises ValueError for half of a surrogate pair, which cannot be stored
-    token_ids = (choice.model_extra or {}).get("token_ids") or None
+    # vLLM's names, then SGLang's; vLLM's prompt is the reply's, SGLang's the choice's
+    of_choice, of_reply = choice.model_extra or {}, reply.model_extra or {}
+    token_ids = _ids(of_choice.get("token_ids") or of_choice.get("response_token_ids"))
+    prompt_ids = _ids(of_reply.get("prompt_token_ids") or of_choice.get("prompt_token_ids"))
     usage = reply.usage
     return Turn(
         text,
@@ -51,4 +54,13 @@ def read_reply(
         seed=request.seed % SEEDS,
         endpoint=endpoint,
         served_model=reply.model,
+        prompt_token_ids=prompt_ids,
     )
+
+
+def _ids(value: object) -> list[int] | None:
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+        raise ValueError("token ids that are no integers")
+    return value

@@ -5,10 +5,12 @@ A request holds each parameter by the name that its server knows (trap A4).
 
 import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import aiohttp
 import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
 from openai.types.chat import ChatCompletion
@@ -26,7 +28,12 @@ log = logging.getLogger(__name__)
 REQUEST_LOGGERS = ("httpx", "httpx2")  # a line per request, of which there are millions
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 KNOWN_OWNERS = {"vllm": "vllm", "sglang": "sglang"}
+GIVES_IDS = ("vllm", "sglang")
+# SGLang leaves the tools out of the prompt for it, `transformers serve` refuses it
+NO_TOOL_CHOICE = ("sglang", "transformers")
+AWAY = (502, 503, 504)  # of a gateway whose server is not there
 CHECK_S = 10.0  # that a server may take to list its models
+UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 class ServerClient:
@@ -38,7 +45,11 @@ class ServerClient:
         self.model = servers.model_name or config.target.model
         self._config = config
         self._servers = servers
-        self._fields = self._fields_for(owner="")
+        self._last_reason = ""
+        self.dialect, self.fields = self._understood_by(owner="")
+        self.max_model_len: float | None = None
+        """Tokens of prompt and answer that it takes; infinite where it does not report them, None
+        until it was reached."""
         for name in REQUEST_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         # aiohttp: with hundreds of requests in flight it takes half of httpx's time
@@ -51,14 +62,14 @@ class ServerClient:
             http_client=DefaultAioHttpClient(trust_env=not is_loopback(url)),
         )
 
-    def _fields_for(self, owner: str) -> dict[str, Any]:
-        """The fields of every request to a server whose models belong to `owner`.
+    def _understood_by(self, owner: str) -> tuple[str, dict[str, Any]]:
+        """The dialect of a server whose models belong to `owner`, and the fields of every request.
 
         What a request leaves out, a server takes from the model's own generation_config.json (top_k
         20 for Qwen3), so everything that the server understands is sent. Strict servers refuse
         fields beyond OpenAI's schema, so `openai` sends those only where they are not neutral.
         """
-        sampling = self._config.answers.sampling
+        sampling, servers = self._config.answers.sampling, self._servers
         extended = {name: getattr(sampling, name) for name in NEUTRAL}
         fields: dict[str, Any] = {
             "model": self.model,
@@ -68,10 +79,11 @@ class ServerClient:
         }
         if sampling.presence_penalty:
             fields["presence_penalty"] = sampling.presence_penalty
-        if self._servers.token_ids == "ask":
+        known = KNOWN_OWNERS.get(owner, "openai")
+        dialect = known if servers.dialect == "auto" else servers.dialect
+        if servers.token_ids == "ask" or (servers.token_ids == "auto" and dialect in GIVES_IDS):
             fields["return_token_ids"] = True
-        dialect = self._servers.dialect
-        match KNOWN_OWNERS.get(owner, "openai") if dialect == "auto" else dialect:
+        match dialect:
             case "transformers":  # takes the others here alone, and samples only with `do_sample`
                 sampled = {**extended, "do_sample": sampling.temperature > 0}
                 fields["generation_config"] = json.dumps(sampled)
@@ -80,7 +92,7 @@ class ServerClient:
             case _:
                 # the marks around thinking are special tokens
                 fields |= {**extended, "top_k": sampling.top_k or -1, "skip_special_tokens": False}
-        return fields
+        return dialect, fields
 
     def scrub(self, text: str) -> str:
         """The text without the key: a server's error may repeat what it was sent."""
@@ -104,13 +116,17 @@ class ServerClient:
             ValueError: its body is not JSON.
         """
         body = {
-            **self._fields,
+            **self.fields,
             "messages": sent_messages(request.messages),
             "seed": request.seed % SEEDS,
             "max_tokens": request.max_new_tokens,
         }
         if request.tools:
             body["tools"] = request.tools
+            # What the target writes is text to store, calls of tools included; a vLLM without a
+            # tool parser refuses any other choice.
+            if self.dialect not in NO_TOOL_CHOICE:
+                body["tool_choice"] = "none"
         # Not `chat.completions.create`, which looks every field of the body up in its schema: a
         # quarter of a request's time.
         completion = await self.http.post("/chat/completions", body=body, cast_to=ChatCompletion)
@@ -118,34 +134,54 @@ class ServerClient:
             raise ValueError("the body is not JSON")
         return completion
 
-    async def check_model(self) -> None:
-        """Learn the server's dialect, before the first prompt.
+    async def look(self, *, timeout_s: float = CHECK_S) -> bool:
+        """Whether the server is up, of which its dialect and its room are learnt.
 
-        A server that does not list its models, or is not up yet, is accepted as it is:
-        `transformers serve` answers 500 here while it has no cache folder.
+        One that answers without a list of models is up, and taken as it is: `transformers serve`
+        answers 500 while it has no cache folder.
 
         Raises:
             ConfigError: the server has another model, or refuses the key.
         """
         try:
-            listed = await self.http.with_options(timeout=CHECK_S).models.list()
-            models = list(listed.data or ())
+            listed = await self.http.with_options(timeout=timeout_s).models.list()
+            models = {model.id: model for model in listed.data or ()}
         except (openai.APIError, ValueError, AttributeError) as error:
-            if isinstance(error, openai.APIStatusError) and error.status_code in KEY_REFUSED:
-                raise self.key_refused(error.status_code) from None
-            reason = self.scrub(str(error))
-            log.warning("endpoint=%s does not list its models: %s", self.url, reason)
-            return
-        if not models:
-            return
-        names = sorted(model.id for model in models)
-        if self.model not in names:
+            return self._is_up_without_list(error)
+        if models and self.model not in models:
             raise ConfigError(
-                f"the server serves {', '.join(names)}, not {self.model}",
+                f"the server serves {', '.join(sorted(models))}, not {self.model}",
                 where=f"resources.servers.endpoints {self.url}",
                 fix="correct the endpoint, or set resources.servers.model_name",
             )
-        self._fields = self._fields_for(models[0].owned_by)
+        self.max_model_len, self._last_reason = math.inf, ""
+        if models:
+            model = models[self.model]
+            self.dialect, self.fields = self._understood_by(model.owned_by)
+            reported = (model.model_extra or {}).get("max_model_len")
+            if isinstance(reported, int) and reported > 0:
+                self.max_model_len = reported
+        return True
+
+    def _is_up_without_list(self, error: Exception) -> bool:
+        status = error.status_code if isinstance(error, openai.APIStatusError) else None
+        if status in KEY_REFUSED:
+            raise self.key_refused(status) from None
+        reason = self.scrub(str(error))
+        if reason != self._last_reason:  # a server that rests is looked at every second
+            log.warning("endpoint=%s does not list its models: %s", self.url, reason)
+        self._last_reason = reason
+        if any(isinstance(cause, UNREACHABLE) for cause in causes(error)):
+            return False
+        self.max_model_len = self.max_model_len or math.inf
+        return status not in AWAY and not isinstance(error, openai.APITimeoutError)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: `openai` raises lost connections as time-outs."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def sent_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

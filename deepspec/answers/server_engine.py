@@ -1,31 +1,38 @@
 """The engine `openai`: answers from any number of OpenAI-compatible servers of the target."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import NamedTuple
 
 import aiohttp
 import openai
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from jinja2 import TemplateError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from deepspec.answers.progress import AnswerProgress
+from deepspec.answers.read_prompts import difference, ids_to_keep
 from deepspec.answers.response import read_reply
-from deepspec.answers.server_clients import ServerClient
+from deepspec.answers.server_clients import UNREACHABLE, ServerClient, causes
 from deepspec.answers.server_pool import PooledServer, ServerPool
 from deepspec.config.run import RunConfig
 from deepspec.config.servers import ServersConfig
+from deepspec.errors import ConfigError
 from deepspec.serving.protocol import KEY_REFUSED, RETRIED
-from deepspec.target.chat import CHAT_FAMILIES
+from deepspec.target.chat import CHAT_FAMILIES, Chat
 from deepspec.target.conversation import AnswerRequest, Failed, Outcome, Refused, Turn
 
+log = logging.getLogger(__name__)
+
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 5.0  # a server's own rest is longer; a row is to notice soon that it is back
+LOOK_S = 1.0  # between two looks at a server that rests, and for one of them twice that at most
 OVERLOADED = (429, 503)
-UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 HUNG_UP = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientPayloadError)
 
 
@@ -37,9 +44,19 @@ class ServerUnavailable(AttemptFailed):
     """The server was unreachable or overloaded, which does not count against the request."""
 
 
+class Reply(NamedTuple):
+    """The outcome of a request."""
+
+    outcome: Outcome
+    difference: str | None = None
+    """How the prompt that the server read differs from the expected one."""
+    limit: int | None = None
+    """What the context left of the answer's tokens, where that is less than the request's."""
+
+
 @contextmanager
 def open_servers(
-    config: RunConfig, servers: ServersConfig, progress: AnswerProgress
+    config: RunConfig, servers: ServersConfig, chat: Chat, progress: AnswerProgress
 ) -> Iterator["ServerEngine"]:
     """An engine with a connection to each server, of which those that are up are checked.
 
@@ -50,7 +67,12 @@ def open_servers(
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(_clients(config, servers)) as clients,
     ):
-        yield ServerEngine(portal, clients, config, servers, progress)
+        engine = ServerEngine(portal, clients, config, servers, chat, progress)
+        looking = portal.start_task_soon(engine.look_at_resting)
+        try:
+            yield engine
+        finally:
+            looking.cancel()
 
 
 @asynccontextmanager
@@ -62,7 +84,7 @@ async def _clients(
         for url in servers.endpoints:
             clients[url] = ServerClient(url, config, servers)
             await stack.enter_async_context(clients[url].http)
-        await asyncio.gather(*(client.check_model() for client in clients.values()))
+        await asyncio.gather(*(client.look() for client in clients.values()))
         yield clients
 
 
@@ -75,28 +97,57 @@ class ServerEngine:
     config: RunConfig
     servers: ServersConfig
     """Those of the run, or the one that the stage started."""
+    chat: Chat
     progress: AnswerProgress
 
     def __post_init__(self) -> None:
         self.pool = ServerPool(self.servers)
+        for server in self.pool.servers:
+            server.max_model_len = self.clients[server.url].max_model_len
 
-    async def ask(self, request: AnswerRequest) -> Outcome:
+    async def look_at_resting(self) -> None:
+        """Look at servers that rest or were never reached, so that one that is back is used."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            resting = [server for server in self.pool.servers if server.is_to_be_looked_at]
+            await asyncio.gather(*map(self._look, resting))
+
+    async def _look(self, server: PooledServer) -> None:
+        client, is_up = self.clients[server.url], False
+        try:
+            is_up = await client.look(timeout_s=2 * LOOK_S)
+        except ConfigError as error:  # one with another model is none of ours
+            if not server.is_away:
+                log.warning("endpoint=%s is not used: %s", server.url, error.what)
+        server.note_look(is_up=is_up, max_model_len=client.max_model_len)
+
+    async def ask(self, request: AnswerRequest) -> Reply:
         """The outcome of a request after as many attempts as it takes or may have.
 
         Raises:
             TransientError: all servers are lost.
             ConfigError: the key is refused.
         """
-        counted = 0
+        try:
+            prompt = self.chat.render(request.messages, request.tools)
+        except (TemplateError, TypeError, ValueError) as error:
+            return Reply(Refused("template", f"the chat template refuses it: {error}"))
+        counted, limit = 0, request.max_new_tokens
 
         async def attempt() -> Turn | Refused:
-            nonlocal counted
+            nonlocal counted, limit
+            num_left = self.pool.longest - len(prompt)
+            if num_left < 1:
+                why = f"{len(prompt)} prompt tokens leave no room for an answer"
+                return Refused("too_long", f"{why} (max_model_len is {self.pool.longest})")
+            limit = int(min(request.max_new_tokens, num_left))
+            num_tokens = len(prompt) + limit
             try:
-                return await self._attempt(request)
+                return await self._attempt(request._replace(max_new_tokens=limit), num_tokens)
             except AttemptFailed as error:
                 self.progress.errors += 1
                 if isinstance(error, ServerUnavailable):
-                    self.pool.refuse_if_lost()
+                    self.pool.refuse_if_lost(num_tokens)
                 else:
                     counted += 1
                 raise
@@ -108,13 +159,19 @@ class ServerEngine:
             wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         )
         try:
-            return await retrying(attempt)
+            outcome: Turn | Refused = await retrying(attempt)
         except AttemptFailed as error:
-            return Failed(f"{counted} attempts failed, the last one with: {error}")
+            return Reply(Failed(f"{counted} attempts failed, the last one with: {error}"))
+        if isinstance(outcome, Refused):
+            return Reply(outcome)
+        how = difference(self.chat, prompt, outcome)
+        kept = ids_to_keep(self.chat, request, outcome.prompt_token_ids or prompt, rendered=prompt)
+        turn = outcome._replace(prompt_token_ids=kept)
+        return Reply(turn, how, limit if limit < request.max_new_tokens else None)
 
-    async def _attempt(self, request: AnswerRequest) -> Turn | Refused:
+    async def _attempt(self, request: AnswerRequest, num_tokens: int) -> Turn | Refused:
         """One attempt at one server; how it went decides what the pool sends there next."""
-        async with self.pool.lease() as server:
+        async with self.pool.lease(num_tokens) as server:
             began = time.monotonic()
             self.progress.in_flight += 1
             try:
@@ -127,16 +184,16 @@ class ServerEngine:
                 raise self._failure(server, error, began) from error
             finally:
                 self.progress.in_flight -= 1
-            self.pool.note_answer(server)
+            server.note_answer()
             return outcome
 
     def _failure(self, server: PooledServer, error: Exception, began: float) -> AttemptFailed:
         server.note_failure(began)
-        causes = list(_causes(error))
-        cause = causes[-1]
-        if any(isinstance(found, UNREACHABLE) for found in causes):
+        chain = list(causes(error))
+        cause = chain[-1]
+        if any(isinstance(found, UNREACHABLE) for found in chain):
             return ServerUnavailable(f"{server.url}: it cannot be reached ({cause})")
-        hung_up = any(isinstance(found, HUNG_UP) for found in causes)
+        hung_up = any(isinstance(found, HUNG_UP) for found in chain)
         if isinstance(error, openai.APITimeoutError) and not hung_up:
             server.note_overload(began)
             return AttemptFailed(
@@ -163,15 +220,8 @@ class ServerEngine:
         if status in RETRIED or status >= 500:
             server.note_failure(began)
             raise AttemptFailed(f"{server.url}: {status}: {message}") from error
-        self.pool.note_answer(server)
+        server.note_answer()
         return Refused(f"http_{status}", message[:1000])
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: `openai` raises lost connections as time-outs."""
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _retry_after_s(header: str) -> float:

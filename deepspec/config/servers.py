@@ -78,7 +78,11 @@ class ServersConfig(Section):
     """
     progress_s: PositiveFloat = 5.0
     """Seconds between two reports of the answers' progress."""
-    token_ids: Literal["none", "ask"] = "none"
-    """Whether servers are asked for the ids of the tokens they drew (`return_token_ids`, vLLM);
-    others may refuse the field.
+    token_ids: Literal["auto", "ask", "none"] = "auto"
+    """Whether servers are asked for the ids of the tokens that they read and drew
+    (`return_token_ids`): `auto` asks vLLM and SGLang; others may refuse the field.
+    """
+    max_differing_prompts: float = Field(default=0.05, ge=0, le=1)
+    """Share of a shard's rows whose prompts a server may read as other tokens than the target's
+    tokenizer and chat template give here; above it the shard fails. 1 accepts any server.
     """

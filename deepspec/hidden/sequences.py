@@ -62,7 +62,10 @@ def _sequences(answer: dict[str, Any], chat: Chat) -> list[Sample]:
     texts = [turn["text"] for turn in answer["turns"]]
     turns = []
     for number, turn in enumerate(answer["turns"]):
-        prompt = chat.render(conversation_so_far(messages, texts[:number]) or [], tools)
+        # absent in shards without any
+        prompt = turn.get("prompt_token_ids")
+        if not prompt:
+            prompt = chat.render(conversation_so_far(messages, texts[:number]) or [], tools)
         ids = turn["token_ids"]
         if not ids:
             ids = chat.answer_ids(turn["text"], finished=turn["finish_reason"] == "stop")

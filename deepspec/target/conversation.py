@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.config.data import AnswersConfig
-from deepspec.messages import Message, parse_messages, parse_tools
+from deepspec.messages import Message, in_api_order, parse_messages, parse_tools
 
 # Where nothing else is set, a second try of a truncated answer gets so many times the tokens.
 MORE_ROOM = 4
@@ -37,6 +37,8 @@ class Turn(NamedTuple):
     seed: int
     endpoint: str | None = None
     served_model: str | None = None
+    prompt_token_ids: list[int] | None = None
+    """What the target read, where that is not what its template gives for the row as stored."""
 
 
 class Refused(NamedTuple):
@@ -66,7 +68,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.ended: Refused | Failed | None = None
         self._messages = parse_messages(row["messages"])
-        self._tools = parse_tools(row.get("tools"))
+        self._tools = in_api_order(parse_tools(row.get("tools")))
         self._settings = settings
         self._limit = settings.max_new_tokens
 
@@ -81,18 +83,23 @@ class Conversation:
         seed = stream_seed(self._settings.seed, row, len(self.turns))
         return AnswerRequest(row, messages, seed, self._limit, self._tools)
 
-    def receive(self, outcome: Outcome) -> None:
-        """Take the outcome of the request made last."""
+    def receive(self, outcome: Outcome, *, limit: int | None = None) -> None:
+        """Take the outcome of the request made last.
+
+        `limit` is what the context left of the tokens that were asked for, where that was less.
+        """
         if not isinstance(outcome, Turn):
             self.ended = outcome
             return
         settings = self._settings
         larger = settings.retry_max_new_tokens or MORE_ROOM * settings.max_new_tokens
         truncated = outcome.finish_reason == "length"
-        if truncated and settings.truncated == "retry" and self._limit < larger:
+        has_more = limit is None and self._limit < larger
+        if truncated and settings.truncated == "retry" and has_more:
             self._limit = larger
         elif truncated and settings.truncated == "drop":
-            why = f"the answer of turn {len(self.turns)} reached its limit of {self._limit} tokens"
+            reached = limit or self._limit
+            why = f"the answer of turn {len(self.turns)} reached its limit of {reached} tokens"
             self.ended = Refused("truncated", why)
         else:
             self.turns.append(outcome)

@@ -20,6 +20,7 @@ from deepspec.artifacts.tables import read_table, write_table
 from deepspec.config.run import RunConfig
 from deepspec.process.events import silent
 from deepspec.prompts import stage as prompts
+from deepspec.target.chat import load_chat
 from tests.conftest import tiny_run
 
 
@@ -82,7 +83,7 @@ def concurrent(config: RunConfig, stage: ShardedStage) -> Iterator[ConcurrentSha
 
 
 def connect(config: RunConfig) -> AbstractContextManager[ServerEngine]:
-    return open_servers(config, config.resources.servers, no_progress())
+    return open_servers(config, config.resources.servers, load_chat(Run(config)), no_progress())
 
 
 def no_progress() -> AnswerProgress:

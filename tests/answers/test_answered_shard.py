@@ -13,11 +13,10 @@ from tests.answers.asking import ask, row, server_run
 
 
 @pytest.mark.parametrize(("setting", "kept"), [("keep", 1), ("drop", 0)])
-def test_truncated_answers_are_known_as_such(tmp_path: Path, setting: str, kept: int):
+def test_truncated_answers_are_known_as_such(store: Path, setting: str, kept: int):
     with answer_server(always("truncate")) as server:
         answered, rejects = ask(
-            server_run(tmp_path, server.url, settings=(f"answers.truncated={setting}",)),
-            row(1, "abc"),
+            server_run(store, server.url, settings=(f"answers.truncated={setting}",)), row(1, "abc")
         )
     assert (len(answered), len(rejects)) == (kept, 1 - kept)
     assert all(turn["finish_reason"] == "length" for found in answered for turn in found["turns"])

@@ -69,12 +69,12 @@ def test_a_disk_that_takes_nothing_fails_shard_after_shard_and_hangs_on_none(
             run_answers(run)
 
 
-def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
+def test_servers_that_were_lost_and_came_back_are_used_again(store: Path):
     """Row 1 probes; that there is no place for row 2 meanwhile must not end them both."""
     plans = ["503"]
     with answer_server(lambda body, before: plans[0]) as server:
         config = server_run(
-            tmp_path,
+            store,
             server.url,
             settings=("resources.servers.lost_s=0.3", "resources.servers.requests=2"),
         )
@@ -91,14 +91,12 @@ def test_servers_that_were_lost_and_came_back_are_used_again(tmp_path: Path):
     assert outcomes[0] == 0 and outcomes[-1] == 4
 
 
-def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
+def test_once_every_server_is_lost_the_next_shards_fail_at_once(store: Path):
     """A lane of 32 shards must not wait for each of them."""
     with answer_server() as server:
         pass  # it is gone again, its port closed
     config = server_run(
-        tmp_path,
-        server.url,
-        settings=("resources.servers.lost_s=2", "resources.servers.requests=1"),
+        store, server.url, settings=("resources.servers.lost_s=2", "resources.servers.requests=1")
     )
     ended = []
     with concurrent(config, stage_of(config, *([row(n, "x")] for n in range(8)))) as shards:
@@ -109,10 +107,10 @@ def test_once_every_server_is_lost_the_next_shards_fail_at_once(tmp_path: Path):
     assert ended[-1] - ended[0] < 1.5
 
 
-def test_a_shards_answers_belong_to_it_whenever_and_however_often_they_are_read(tmp_path: Path):
+def test_a_shards_answers_belong_to_it_whenever_and_however_often_they_are_read(store: Path):
     """They had to be taken exactly once, before the next shard was asked for."""
     with answer_server() as server:
-        config = server_run(tmp_path, server.url)
+        config = server_run(store, server.url)
         stage = stage_of(config, *([row(number, str(number))] for number in range(20)))
         with concurrent(config, stage) as shards:
             complete = {shard.shard: shard for shard in shards}
@@ -121,7 +119,7 @@ def test_a_shards_answers_belong_to_it_whenever_and_however_often_they_are_read(
             assert (conversation.row["id"], len(conversation.turns)) == (number, 1)
 
 
-def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_path: Path):
+def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(store: Path):
     """One answer of shard 0 comes after a second; the other shards are whole before, in the
     order in which they end.
     """
@@ -129,7 +127,7 @@ def test_a_slow_conversation_does_not_keep_the_servers_from_the_next_shards(tmp_
         lambda body, before: "slow" if body["messages"][-1]["content"] == "slow" else "answer"
     ) as server:
         config = server_run(
-            tmp_path,
+            store,
             server.url,
             settings=("resources.servers.request_timeout_s=10", "resources.servers.requests=4"),
         )

@@ -12,9 +12,7 @@ from tests.answer_server import answer_server
 from tests.answers.asking import ask, row, server_run
 
 
-def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_rejects(
-    tmp_path: Path,
-):
+def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_rejects(store: Path):
     """Trap A2: neither lost at the first failure nor tried for ever; the other rows are asked
     once.
     """
@@ -22,7 +20,7 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
         lambda body, before: "500" if "poison" in body["messages"][-1]["content"] else "answer"
     ) as server:
         config = server_run(
-            tmp_path,
+            store,
             server.url,
             settings=("resources.servers.request_tries=2", "resources.servers.row_runs=2"),
         )
@@ -41,9 +39,9 @@ def test_a_row_that_never_gets_an_answer_fails_a_few_runs_and_then_goes_to_the_r
     }
 
 
-def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path):
+def test_a_torn_line_of_the_journal_costs_one_answer(store: Path):
     with answer_server() as server:
-        config = server_run(tmp_path, server.url)
+        config = server_run(store, server.url)
         path = journal_path(Run(config).artifact("answers"), 0)
         ask(config, row(1, "a"), row(2, "b"))
         path.write_bytes(path.read_bytes()[:-20])

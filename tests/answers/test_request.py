@@ -25,45 +25,59 @@ from tests.answers.asking import ask, row, server_run
     ],
 )
 def test_every_parameter_is_sent_under_its_own_name_and_alone(
-    tmp_path: Path, setting: str, sent: dict
+    store: Path, setting: str, sent: dict
 ):
     """Trap A4: against the body without the setting, this one field differs and no other."""
     with answer_server(models=()) as server:
         for settings in ((), (setting,)):
-            ask(server_run(tmp_path, server.url, settings=settings), row(1, "hello"))
+            ask(server_run(store, server.url, settings=settings), row(1, "hello"))
     plain, changed = server.bodies
     assert {key: value for key, value in changed.items() if plain.get(key) != value} == sent
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "transformers", "openai"])
-def test_to_a_server_that_is_known_everything_is_said(tmp_path: Path, dialect: str):
+def test_to_a_server_that_is_known_everything_is_said(store: Path, dialect: str):
     """What is left out vLLM, SGLang and transformers take from the model's
     generation_config.json: top_k 20 where 0 was asked for.
     """
     with answer_server() as server:
         server.owner = dialect if dialect in ("vllm", "sglang") else "somebody"
         settings = ("resources.servers.dialect=transformers",) if dialect == "transformers" else ()
-        ask(server_run(tmp_path, server.url, settings=settings), row(1, "a"))
+        ask(server_run(store, server.url, settings=settings), row(1, "a"))
     body = server.bodies[0]
     if dialect == "transformers":
         body = json.loads(body["generation_config"]) | {
             key: value for key, value in body.items() if key != "generation_config"
         }
         assert body["do_sample"] is True
+    assert body.get("return_token_ids", False) == (dialect in ("vllm", "sglang"))
     expected = {"openai": {}, "transformers": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}}
     known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
     fields = ("top_k", "min_p", "repetition_penalty", "skip_special_tokens")
     assert {key: body[key] for key in fields if key in body} == expected.get(dialect, known)
 
 
-def test_the_seed_is_the_rows_own(tmp_path: Path):
+def test_the_seed_is_the_rows_own(store: Path):
     with answer_server() as server:
-        ask(server_run(tmp_path, server.url), row(1, "a"), row(2, "b"))
+        ask(server_run(store, server.url), row(1, "a"), row(2, "b"))
     assert len({body["seed"] for body in server.bodies}) == 2
 
 
-def test_tools_and_their_results_reach_the_server(tmp_path: Path):
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+@pytest.mark.parametrize(
+    ("owner", "settings", "choice"),
+    [
+        ("vllm", (), "none"),  # refuses all tools without, unless it has a parser of their calls
+        ("somebody", (), "none"),
+        ("sglang", (), None),  # "none" takes the tools out of its prompt
+        ("x", ("resources.servers.dialect=transformers",), None),  # refuses the field
+    ],
+)
+def test_tools_and_their_results_reach_the_server(
+    store: Path, owner: str, settings: tuple[str, ...], choice: str | None
+):
+    """As rows store them, with sorted keys; as targets know them, in the order of the schema."""
+    about = {"description": "adds", "name": "add", "parameters": {"name": {}, "kind": {}}}
+    tools = [{"function": {**about, "x": 1}, "type": "function"}]
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
         {"role": "user", "content": "1 + 1?"},
@@ -72,12 +86,19 @@ def test_tools_and_their_results_reach_the_server(tmp_path: Path):
         {"role": "user", "content": "thanks"},
     ]
     with answer_server() as server:
+        server.owner = owner
         answered, _ = ask(
-            server_run(tmp_path, server.url),
+            server_run(store, server.url, settings=settings),
             {**row(1), "messages": json.dumps(messages), "tools": json.dumps(tools)},
         )
     assert [turn["text"] for turn in answered[0]["turns"]] == ["2", "sknaht"]
     assert server.bodies[0]["tools"] == tools
+    (tool,) = server.bodies[0]["tools"]
+    assert [*tool, *tool["function"]] == [
+        *("type", "function", "name", "description", "parameters", "x")
+    ]
+    assert list(tool["function"]["parameters"]) == ["name", "kind"]
+    assert server.bodies[0].get("tool_choice") == choice
     assert [message["role"] for message in server.bodies[0]["messages"]] == [
         "user",
         "assistant",

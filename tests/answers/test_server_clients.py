@@ -17,33 +17,33 @@ from tests.answers.asking import ask, connect, row, server_run
 
 
 def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with answer_server() as server:
-        assert len(ask(server_run(tmp_path, server.url), row(1, "abc"))[0]) == 1
+        assert len(ask(server_run(store, server.url), row(1, "abc"))[0]) == 1
 
 
-def test_a_server_of_another_model_is_refused_before_the_first_prompt(tmp_path: Path):
+def test_a_server_of_another_model_is_refused_before_the_first_prompt(store: Path):
     with (
         answer_server(models=("somebody-else",)) as server,
         pytest.raises(ConfigError, match="serves somebody-else, not demo"),
     ):
-        connect(server_run(tmp_path, server.url)).__enter__()
+        connect(server_run(store, server.url)).__enter__()
     assert server.bodies == []
 
 
 def test_a_refused_key_is_one_clear_error_and_is_nowhere_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with answer_server(key="right") as server:
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-            connect(server_run(tmp_path, server.url)).__enter__()
+            connect(server_run(store, server.url)).__enter__()
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
         with pytest.raises(ConfigError, match="OPENAI_API_KEY is refused") as caught:
-            connect(server_run(tmp_path, server.url)).__enter__()
+            connect(server_run(store, server.url)).__enter__()
     assert "sk-secret" not in str(caught.value)
 
 
@@ -88,6 +88,6 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind(store: Path, tmp_path: P
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x"]
 )
-def test_an_endpoint_that_is_none_or_holds_a_key_is_refused(tmp_path: Path, url: str):
+def test_an_endpoint_that_is_none_or_holds_a_key_is_refused(store: Path, url: str):
     with pytest.raises(ConfigError, match=r"resources\.servers\.endpoints"):
-        server_run(tmp_path, url)
+        server_run(store, url)
