@@ -7,6 +7,7 @@ import json
 import shlex
 from typing import Any
 
+from deepspec.export.formats import is_engines_dflash
 from deepspec.export.source import target_name
 from deepspec.model.spec import DraftSpec
 
@@ -23,7 +24,8 @@ ZERO_HEAD = (
 
 def with_vllm(spec: DraftSpec, calibration: str | None) -> str:
     """For `--to vllm`."""
-    method = "eagle3" if spec.algorithm == "eagle3" else "dspark"
+    known_as = spec.algorithm == "eagle3" or is_engines_dflash(spec)
+    method = spec.algorithm if known_as else "dspark"
     settings = {"method": method, "model": ".", "num_speculative_tokens": spec.block_size}
     serve = ["vllm", "serve", target_name(spec) or UNNAMED]
     return _page(spec, _vllm(serve, settings), ABOVE_0, _vllm(serve, settings | SAMPLED))
@@ -40,7 +42,8 @@ def with_speculators(spec: DraftSpec, calibration: str | None) -> str:
 def with_sglang(spec: DraftSpec, calibration: str | None) -> str:
     """For `--to sglang`, which draws drafts at the temperature of the answer by itself."""
     serve = ["python", "-m", "sglang.launch_server", "--model-path", target_name(spec) or UNNAMED]
-    serve += ["--speculative-algorithm", "DSPARK", "--speculative-draft-model-path", "."]
+    method = "DFLASH" if is_engines_dflash(spec) else "DSPARK"
+    serve += ["--speculative-algorithm", method, "--speculative-draft-model-path", "."]
     if calibration is None or spec.confidence is None:
         return _page(spec, _command(serve))
     cut = ["env", "SGLANG_RAGGED_VERIFY_MODE=compact", *serve]
@@ -63,5 +66,6 @@ def _command(words: list[str]) -> str:
 
 def _page(spec: DraftSpec, *parts: str) -> str:
     where = "" if target_name(spec) else f", with the target (not named in the draft) for {UNNAMED}"
-    note = (ZERO_HEAD,) if spec.algorithm == "dflash" else ()
+    has_zeros = spec.algorithm == "dflash" and not is_engines_dflash(spec)
+    note = (ZERO_HEAD,) if has_zeros else ()
     return "\n\n".join((f"In this folder{where}:", *parts, *note))

@@ -38,11 +38,17 @@ class ServingEngine(NamedTuple):
 
     def served(self, spec: DraftSpec) -> DraftSpec:
         """The draft as the engine is to take it: DSpark, whose Markov head is zeros where the draft
-        has none.
+        has none; but its own DFlash where the draft is that.
         """
         if spec.algorithm == "eagle3" or spec.markov or not self.needs_markov:
             return spec
+        if formats.is_engines_dflash(spec):
+            return spec
         return replace(spec, algorithm="dspark", markov=NO_BIAS)
+
+    def leaves_out_frozen(self, spec: DraftSpec) -> bool:
+        """Whether embedding and lm_head are the target's, and no part of the folder."""
+        return self.needs_markov and formats.is_engines_dflash(spec)
 
 
 def chosen_engine(name: str, spec: DraftSpec) -> ServingEngine:

@@ -21,7 +21,7 @@ from deepspec.errors import ArtifactMismatch, ConfigError
 from deepspec.export.engines import ServingEngine, chosen_engine
 from deepspec.export.model_card import model_card
 from deepspec.export.source import DraftSource, find_draft, with_target
-from deepspec.model.checkpoint import empty_draft, load_tensors, read_spec
+from deepspec.model.checkpoint import FROZEN, empty_draft, load_tensors, read_spec
 from deepspec.model.config_json import layout_keys, spec_from_config
 from deepspec.model.spec import DraftSpec
 from deepspec.storage.store import pretty_json
@@ -59,6 +59,14 @@ def export_draft(draft: Path | str, *, engine: str, out: Path) -> None:
     spec = with_target(read_spec(source.folder), source.artifact)
     chosen = chosen_engine(engine, spec)
     tensors = load_file(source.folder / "model.safetensors")
+    if missing := [name for name in FROZEN if name not in tensors]:
+        raise ArtifactMismatch(
+            f"this draft takes {' and '.join(missing)} from its target, without which no export can"
+            " be compared with it",
+            where=str(source.folder),
+            fix="engines take a released DFlash draft as it is; or make a whole one of it: "
+            "train.start_from with train.max_steps 0",
+        )
     if dtype := FORMATS.get(str(spec.text_config.get("target_dtype"))):
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +91,8 @@ def write_export(
     """Weights, config.json, model card, and the calibration where there is one, for all to read."""
     folder.mkdir()
     served, dtype = engine.served(spec), tensors["fc.weight"].dtype
-    written = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    left_out = FROZEN if engine.leaves_out_frozen(served) else ()
+    written = {name: tensors[name].contiguous() for name in tensors if name not in left_out}
     if served.markov and not spec.markov:
         for name in ("markov_w1", "markov_w2"):
             shape = spec.vocab_size, served.markov.rank
@@ -132,6 +141,8 @@ def check_export(
     """
     config = engine.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     exported, reloaded = load_file(folder / "model.safetensors"), spec_from_config(config)
+    if engine.leaves_out_frozen(spec):
+        exported |= {name: tensors[name] for name in FROZEN}  # the target's, as there
     original = fixed_proposal(spec, tensors, where=str(folder))
     again = fixed_proposal(reloaded, exported, where=str(folder))
     wanted = layout_keys(spec.layout)

@@ -7,13 +7,17 @@ both are always written out.
 
 from typing import Any
 
-from deepspec.config.families import GEMMA4
+from deepspec.config.families import GEMMA4, QWEN3
 from deepspec.export.source import target_name
-from deepspec.model.config_json import BLOCK_LAYOUT, config_from_spec
+from deepspec.model.config_json import DFLASH_MODEL, DFLASH_READ, LAYOUT_KEYS, config_from_spec
 from deepspec.model.spec import DraftSpec
 
 Config = dict[str, Any]
-SPECULATORS = {"dspark": "DSparkSpeculator", "eagle3": "Eagle3Speculator"}
+SPECULATORS = {
+    "dspark": "DSparkSpeculator",
+    "dflash": "DFlashSpeculator",
+    "eagle3": "Eagle3Speculator",
+}
 # keys of a draft that the speculators format has outside its layer config
 SPECULATORS_KEYS = (
     "markov_rank",
@@ -24,8 +28,14 @@ SPECULATORS_KEYS = (
     "mask_token_id",
     "eagle_aux_hidden_state_layer_ids",
     "norm_before_residual",
-    *BLOCK_LAYOUT,
+    *LAYOUT_KEYS,
 )
+
+
+def is_engines_dflash(spec: DraftSpec) -> bool:
+    """Whether engines know the draft as DFlash: an anchor that predicts nothing, Qwen3's layers."""
+    is_context = spec.algorithm == "dflash" and spec.layout == "anchor_is_context"
+    return is_context and spec.family is QWEN3
 
 
 def published_config(spec: DraftSpec, dtype: str) -> Config:
@@ -49,6 +59,9 @@ def engine_config(spec: DraftSpec, dtype: str) -> Config:
     config = published_config(spec, dtype)
     if spec.algorithm == "eagle3":
         config["architectures"] = ["Eagle3Qwen3ForCausalLM"]
+    if is_engines_dflash(spec):
+        config |= {"architectures": [DFLASH_MODEL], "block_size": spec.num_queries}
+        config["dflash_config"] = {key: config[key] for key in DFLASH_READ}
     return config
 
 
@@ -86,7 +99,8 @@ def speculators_config(spec: DraftSpec, dtype: str) -> Config:
         "draft_vocab_size": spec.vocab_size,
         "dtype": dtype,
         "tie_word_embeddings": False,
-        "block_size": spec.block_size,
+        "block_size": spec.num_queries,  # an anchor that predicts nothing counts there
+        **({"sliding_window_non_causal": True} if spec.algorithm == "dflash" else {}),
     } | {key: inner[key] for key in SPECULATORS_KEYS if key in inner}
 
 
@@ -101,7 +115,7 @@ def read_speculators_config(config: Config) -> Config:
         "block_size": config["speculators_config"]["proposal_methods"][0]["speculative_tokens"],
     }
     if config["speculators_model_type"] != "eagle3":
-        inner |= {key: config[key] for key in ("mask_token_id", *BLOCK_LAYOUT)}
+        inner |= {key: config[key] for key in ("mask_token_id", *LAYOUT_KEYS)}
     return inner
 
 

@@ -42,6 +42,8 @@ def model_card(
 
 def _facts(spec: DraftSpec, engine: ServingEngine) -> str:
     layout = "slot k predicts anchor + 1 + k (`sample_from_anchor: true`)"
+    if spec.layout == "anchor_is_context":
+        layout = "mask token k predicts its own place anchor + k (`sample_from_anchor: false`)"
     facts = {
         "written for": engine.name,
         "target": target_name(spec) or "not named in its config",

@@ -16,6 +16,7 @@ from deepspec.model.spec import DraftSpec, dimensions
 # of another form of drafts.
 TARGET_ONLY = ("per_layer_config", "quantization_config", "architectures", "dtype", "torch_dtype")
 OTHER_FORM = ("dflash_config", "auto_map")
+LAYOUT_KEYS = ("sample_from_anchor", "dspark_bonus_anchor")
 DFLASH_MODEL = "DFlashDraftModel"
 # of `dflash_config`: those that are read, and those that change nothing
 DFLASH_READ = (
@@ -117,10 +118,7 @@ def layout_keys(layout: BlockLayout) -> dict[str, bool]:
     error.
     """
     predicts = layout == "anchor_predicts"
-    return {"sample_from_anchor": predicts, "dspark_bonus_anchor": not predicts}
-
-
-BLOCK_LAYOUT = layout_keys("anchor_predicts")
+    return dict(zip(LAYOUT_KEYS, (predicts, not predicts), strict=True))
 
 
 def leaves_frozen_to_target(config: HFConfig) -> bool:

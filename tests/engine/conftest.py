@@ -1,7 +1,7 @@
-"""A demo large enough for vLLM's kernels, and a draft of each algorithm that has learnt something.
+"""A demo large enough for vLLM's kernels, and drafts of each kind that have learnt something.
 
-`prepared` has answers and hidden states, `trained` the three drafts too; both are made once a
-session, to be copied and not written to.
+`prepared` has answers and hidden states, `trained` the drafts too; both are made once a session, to
+be copied and not written to.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from deepspec.config.recipes import load_run
 from deepspec.config.run import RunConfig
 from tests.conftest import made_once
 
-ALGORITHMS = ("dspark", "dflash", "eagle3")
+ALGORITHMS = ("dspark", "dflash", "eagle3", "dflash-context")  # the last in the other layout
 # Heads of 32, as in the whole demo: vLLM's attention for the CPU takes no smaller ones.
 SMALL = [
     "demo.conversations=1500",
@@ -41,6 +41,9 @@ SMALL = [
 def small_run(store: Path, *overrides: str, algorithm: str = "dspark") -> RunConfig:
     """The run of one algorithm in a store that both fixtures below can be copied to."""
     small = [override for override in SMALL if algorithm != "eagle3" or "anchors" not in override]
+    algorithm, _, context = algorithm.partition("-")
+    if context:
+        small.append("draft.layout=anchor_is_context")
     return load_run(f"{algorithm}-demo", [*small, *overrides], store=str(store))
 
 

@@ -24,10 +24,13 @@ LOADABLE = {
     ("qwen3", "rnn"): {"sglang"},
     ("qwen3", "confidence_alone"): {"vllm", "sglang", "speculators"},
     ("qwen3", "dflash"): {"vllm", "sglang", "speculators"},
+    ("qwen3", "context"): {"vllm", "sglang", "speculators"},
+    ("qwen3", "context_rnn"): {"sglang"},
     ("qwen3", "eagle3"): {"vllm", "speculators"},
     ("gemma4", "vanilla"): {"vllm"},
     ("gemma4", "confidence_alone"): {"vllm"},
     ("gemma4", "dflash"): {"vllm"},
+    ("gemma4", "context"): {"vllm"},
 }
 PAIRS = [
     (family, name, engine)
