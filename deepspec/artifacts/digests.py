@@ -33,6 +33,22 @@ def file_digest(path: str) -> str:
     return str(filesystem.ukey(location))
 
 
+def draft_digest(folder: str) -> str:
+    """The digest of a draft's files.
+
+    Raises:
+        DataError: there is no draft.
+    """
+    files = [Path(folder) / name for name in ("config.json", "model.safetensors")]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise DataError(
+            f"this folder holds no draft: {' and '.join(missing)} missing",
+            where=folder,
+            fix="check the path in train.start_from",
+        )
+    return folder_digest(str(Path(folder).resolve()))
+
+
 @lru_cache
 def folder_digest(folder: str) -> str:
     """A digest of a local model's files.

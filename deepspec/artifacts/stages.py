@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspec.artifacts.digests import file_digest, folder_digest
+from deepspec.artifacts.digests import draft_digest, file_digest, folder_digest
 from deepspec.config.benchmarks import DEMO, BenchmarkSet, find_benchmark
 from deepspec.config.data import FileSource
 from deepspec.config.recipes import section_of
@@ -86,6 +86,9 @@ def _recipe_of_hidden(config: RunConfig) -> dict[str, Any]:
 def _recipe_of_train(config: RunConfig) -> dict[str, Any]:
     settings = section_of(config.train)
     del settings["strategy"]  # how ranks share the work: a training may resume with another one
+    start = settings.pop("start_from")
+    if start is not None:
+        settings["start_from"] = draft_digest(start)
     draft = section_of(config.draft)
     if draft.get("layout") == "anchor_predicts":
         del draft["layout"]  # what drafts had before there was a choice

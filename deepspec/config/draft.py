@@ -122,12 +122,18 @@ class TrainConfig(Section):
     `resources.memory.zero_stage`). The only field here that is in no fingerprint: but for rounding
     the draft is the same, and either continues from the other's checkpoints.
     """
+    start_from: str | None = None
+    """Folder of a draft whose weights training starts from, instead of fresh ones: of this project,
+    or a released DFlash draft. Its layers, heads and captured layers must be the run's.
+    """
     seed: int = 42
     """Seed of weights, order and anchors."""
     epochs: PositiveInt = 10
     """Passes over the training samples."""
-    max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps, however many epochs are left."""
+    max_steps: int | None = Field(default=None, ge=0)
+    """Stop after this many optimizer steps, however many epochs are left. 0 takes the draft of
+    `start_from` as it is, to be evaluated and exported.
+    """
     window_shards: PositiveInt = 64
     """Shards whose samples are shuffled together; the order of the shards is shuffled too.
     Reads stay within a window.
@@ -160,6 +166,12 @@ class TrainConfig(Section):
     """Checkpoints in a row without a better acceptance after which training ends; null never
     ends it early.
     """
+
+    @model_validator(mode="after")
+    def _fresh_weights_are_trained(self) -> Self:
+        if self.max_steps == 0 and self.start_from is None:
+            raise ValueError("train.max_steps 0 needs train.start_from: a fresh draft is of no use")
+        return self
 
     @model_validator(mode="after")
     def _epochs_are_whole_rounds(self) -> Self:

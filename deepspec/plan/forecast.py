@@ -131,7 +131,7 @@ def _training_part(config: RunConfig, facts: Facts, size: SizePart) -> TrainingP
     draft, train, counts = config.draft, config.train, facts.work.counts
     trained = 1 - config.prompts.held_out
     passes = Number(train.epochs, "train.epochs", "{:.3g}".format)
-    if train.max_steps:
+    if train.max_steps is not None:
         by_steps = train.max_steps * train.global_batch / max(trained * counts.samples, 1)
         passes = min(passes, Number(by_steps, "train.max_steps", "{:.3g}".format))
     per_sample = counts.scaled(1 / max(counts.samples, 1))

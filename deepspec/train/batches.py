@@ -74,7 +74,7 @@ class StepData:
             passes=settings.window_epochs,
         )
         steps = -(-settings.epochs * len(self.numbers) // settings.global_batch)
-        self.total_steps = min(steps, settings.max_steps or steps)
+        self.total_steps = steps if settings.max_steps is None else min(steps, settings.max_steps)
         # Threads that read ahead, batches and training look at the same steps: as many are kept as
         # reading can be ahead, so that each sample is hashed once.
         ahead = MAX_JOBS_AHEAD * world.size // settings.global_batch

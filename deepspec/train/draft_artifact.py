@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -9,22 +11,47 @@ from safetensors.torch import load_file
 from deepspec.artifacts.artifact import Artifact
 from deepspec.cache.source import Source
 from deepspec.config.run import RunConfig
+from deepspec.errors import ArtifactMismatch
 from deepspec.hidden.metadata import CONFIG, TENSORS
-from deepspec.model.checkpoint import build_draft
+from deepspec.model.checkpoint import FROZEN, build_draft, load_draft, read_spec
 from deepspec.model.drafter import Drafter
 from deepspec.model.execution import Execution, compiles
 from deepspec.model.spec import DraftSpec
 from deepspec.target.loading import DTYPES
-from deepspec.train.checkpoint_files import best_checkpoint, checkpoint_records, whole_file
+from deepspec.train.checkpoint_files import (
+    CheckpointRecord,
+    best_checkpoint,
+    checkpoint_records,
+    save_checkpoint,
+    whole_file,
+)
+from deepspec.train.metrics_log import MetricsLog
+from deepspec.train.strategy import Strategy
 
 log = logging.getLogger(__name__)
 
+# of a spec, what weights fit whatever it is
+NOT_IN_WEIGHTS = {
+    "layout",
+    "block_size",
+    "num_anchors",
+    "ttt_length",
+    "step_loss_decay",
+    "initializer_range",
+    "confidence",  # whether its loss stops at the head; tensors that differ are refused
+    "text_config",
+}
+
 
 def make_draft(config: RunConfig, source: Source, device: torch.device) -> Drafter:
-    """A fresh draft of the run on the device, for the target whose states the source gives.
+    """The run's draft before its first step, for the target whose states the source gives.
 
     The frozen embedding and lm_head come from the source; `cache_check` compares them with the run.
-    They stay in the target's dtype where training computes in it, all other weights are float32.
+    They stay in the target's dtype where training computes in it, all other weights are float32:
+    fresh ones, or those of `train.start_from`.
+
+    Raises:
+        ArtifactMismatch: the draft to start from has other layers or heads, or is none.
     """
     target = json.loads(source.file(CONFIG).read_bytes())
     spec = DraftSpec.from_target(
@@ -41,6 +68,8 @@ def make_draft(config: RunConfig, source: Source, device: torch.device) -> Draft
         lm_head=frozen["lm_head.weight"],
         seed=config.train.seed,
     )
+    if config.train.start_from is not None:
+        _start_from(Path(config.train.start_from), draft)
     compute_dtype = DTYPES[config.train.compute_dtype]
     if all(tensor.dtype == compute_dtype for tensor in frozen.values()):
         draft.hold_frozen(compute_dtype)
@@ -49,6 +78,32 @@ def make_draft(config: RunConfig, source: Source, device: torch.device) -> Draft
         compile=compiles(config, device), recompute=config.resources.memory.recompute
     )
     return draft.to(device)
+
+
+def _start_from(folder: Path, draft: Drafter) -> None:
+    """Give the draft the weights in the folder; embedding and lm_head stay the target's."""
+    spec, wanted = read_spec(folder), draft.spec
+    both = {
+        field.name: (getattr(spec, field.name), getattr(wanted, field.name))
+        for field in fields(spec)
+        if field.name not in NOT_IN_WEIGHTS
+    }
+    if differing := [f"{name} {a}, here {b}" for name, (a, b) in both.items() if a != b]:
+        raise ArtifactMismatch(
+            f"the draft to start from is another one than the run's: {'; '.join(differing)}",
+            where=str(folder),
+            fix="give the run the values of that draft, or leave train.start_from out",
+        )
+    frozen = {name: draft.state_dict()[name] for name in FROZEN}
+    draft.load_state_dict(load_draft(folder, shared=frozen).state_dict() | frozen)
+    log.info("stage=train starts from the weights in %s", folder)
+
+
+def save_untrained(artifact: Artifact, strategy: Strategy, inputs: dict[str, str]) -> None:
+    """Write the draft as it is as the only checkpoint: training has no steps."""
+    record = CheckpointRecord(step=0, inputs=inputs)
+    save_checkpoint(artifact, strategy, draft=strategy.whole(), record=record)
+    MetricsLog(artifact, first=0, is_writer=strategy.world.is_first).write()
 
 
 def seal_draft(artifact: Artifact, inputs: dict[str, str]) -> None:

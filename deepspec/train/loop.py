@@ -27,7 +27,7 @@ from deepspec.train.checkpoint_files import resume_draft, resume_optimizer
 from deepspec.train.checkpointing import Checkpoints
 from deepspec.train.deepspeed_setup import load_deepspeed
 from deepspec.train.distributed import World, join_world, leaving_group
-from deepspec.train.draft_artifact import make_draft, seal_draft
+from deepspec.train.draft_artifact import make_draft, save_untrained, seal_draft
 from deepspec.train.launcher import check_batch, on_sigterm
 from deepspec.train.memory_check import require_training_room
 from deepspec.train.metrics_log import MetricsLog
@@ -126,6 +126,8 @@ def _train(run: Run, data: StepData, inputs: dict[str, str], report: Report) -> 
     message = "stage=train steps=%d of %d samples=%d ranks=%d device=%s"
     log.info(message, first, total, len(data.numbers), world.size, world.device)
     data.begin(first)
+    if total == 0 and record is None:
+        save_untrained(artifact, Replicated(draft, config.train, world), inputs)
     if first == total:  # killed before it was sealed: no sample is needed, nor made
         return
     if first == 0:
