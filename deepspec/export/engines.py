@@ -17,7 +17,6 @@ from deepspec.model.spec import DraftSpec
 
 # Their DFlash is another block layout, in which the anchor predicts nothing.
 NO_BIAS = MarkovConfig(rank=1, kind="vanilla")
-NOT_YET = "drafts whose anchor predicts nothing are not written for engines yet"
 
 
 class ServingEngine(NamedTuple):
@@ -72,8 +71,6 @@ def chosen_engine(name: str, spec: DraftSpec) -> ServingEngine:
 
 
 def _not_in_vllm(spec: DraftSpec) -> str | None:
-    if spec.layout == "anchor_is_context":
-        return NOT_YET
     if spec.family is GEMMA4:
         if spec.algorithm == "eagle3":
             return (
@@ -89,8 +86,6 @@ def _not_in_vllm(spec: DraftSpec) -> str | None:
 
 
 def _not_in_sglang(spec: DraftSpec) -> str | None:
-    if spec.layout == "anchor_is_context":
-        return NOT_YET
     if spec.algorithm == "eagle3":
         return (
             "its Eagle3 model is LlamaForCausalLMEagle3, which has no q and k norms and reads"
@@ -104,8 +99,6 @@ def _not_in_sglang(spec: DraftSpec) -> str | None:
 
 
 def _not_in_speculators(spec: DraftSpec) -> str | None:
-    if spec.layout == "anchor_is_context":
-        return NOT_YET
     if spec.family is GEMMA4:
         return "what serves the speculators format has Qwen3 layers only"
     return _not_vanilla(spec)

@@ -106,3 +106,12 @@ def test_a_wrong_size_or_layout_is_not_written(
     with pytest.raises((ArtifactMismatch, ConfigError), match=r"as the original|different layouts"):
         exported(tmp_path, "vllm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]
+
+
+def test_a_draft_without_the_targets_tensors_is_refused_with_what_can_be_done(
+    tmp_path: Path,
+) -> None:
+    exported(tmp_path, "vllm")
+    with pytest.raises(ArtifactMismatch, match=r"takes embed_tokens\.weight and lm_head\.weight"):
+        export_draft(tmp_path / "out", engine="sglang", out=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
