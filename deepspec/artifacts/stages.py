@@ -102,8 +102,15 @@ def _recipe_of_train(config: RunConfig) -> dict[str, Any]:
 
 def _recipe_of_evaluate(config: RunConfig) -> dict[str, Any]:
     known = STAGES["evaluate"].known_benchmarks(config)
+    settings = section_of(config.evaluate)
+    settings["draft_sampling"] = config.evaluate.sampling_of_draft
+    unused = (
+        ("batch_sizes", "threshold")
+        if config.evaluate.is_served
+        else ("engine", "concurrencies", "draft_sampling")
+    )
     return {
-        "evaluate": section_of(config.evaluate),
+        "evaluate": {key: value for key, value in settings.items() if key not in unused},
         "target": _answering_target(config.target),
         "files": {
             path: file_digest(path) for path in filter(_is_file, _benchmarks_to_evaluate(config))

@@ -46,6 +46,19 @@ class EvaluateConfig(Section):
     """Prompts decoded together; each benchmark is decoded at each of these, plainly and
     speculatively.
     """
+    engine: Literal["in_process", "vllm", "openai"] = "in_process"
+    """What decodes: target and draft in this process; a vLLM of each that the stage starts, one
+    plain and one with the exported draft; or two such servers that run already
+    (`resources.servers.plain_endpoint` and `draft_endpoint`).
+    """
+    concurrencies: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), min_length=1)
+    """Requests in flight at a server; each benchmark is served at each of these, where `engine` is
+    not `in_process`, instead of at `batch_sizes`.
+    """
+    draft_sampling: Literal["greedy", "probabilistic"] | None = None
+    """How a served draft chooses its tokens: the likeliest ones, or drawn as the target draws
+    (vLLM's `draft_sample_method`); null draws where a temperature is above 0.
+    """
     verify: Literal["full", "threshold", "scheduled"] = "full"
     """How much of a proposed block the target verifies: all, up to the first low confidence, or
     what the prefix scheduler admits.
@@ -59,12 +72,36 @@ class EvaluateConfig(Section):
     seed: int = 0
     """Seed of the shuffle and of each prompt's random stream."""
 
-    @field_validator("temperatures", "batch_sizes")
+    @property
+    def is_served(self) -> bool:
+        """Whether servers decode."""
+        return self.engine != "in_process"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Prompts decoded together, or requests in flight."""
+        return self.concurrencies if self.is_served else self.batch_sizes
+
+    @property
+    def sampling_of_draft(self) -> Literal["greedy", "probabilistic"]:
+        """`draft_sampling`, or what it is where none is set."""
+        return self.draft_sampling or ("probabilistic" if max(self.temperatures) else "greedy")
+
+    @field_validator("temperatures", "batch_sizes", "concurrencies")
     @classmethod
     def _no_value_is_repeated(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(values)) < len(values):
             raise ValueError("a value is repeated: its prompts would be decoded and counted twice")
         return values
+
+    @model_validator(mode="after")
+    def _servers_verify_whole_blocks(self) -> Self:
+        if self.is_served and self.verify != "full":
+            raise ValueError(
+                f"evaluate.verify `{self.verify}` cuts blocks in process only; with evaluate.engine"
+                f" `{self.engine}` choose full"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:

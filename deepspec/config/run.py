@@ -89,6 +89,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluation_has_both_servers(self) -> Self:
+        servers = self.resources.servers
+        endpoints = {servers.plain_endpoint, servers.draft_endpoint} - {None}
+        if self.evaluate.engine == "openai" and len(endpoints) < 2:
+            raise ValueError(
+                "evaluate.engine `openai` needs two servers: resources.servers.plain_endpoint of"
+                " the target alone, and resources.servers.draft_endpoint of it with the draft"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience_has_samples(self) -> Self:
         for name, value in {
             "train.acceptance_samples": self.train.acceptance_samples,

@@ -29,13 +29,20 @@ def _variable_name(name: str) -> str:
     return name
 
 
-class ServersConfig(Section):
-    """Servers of the target, for `answers.engine: openai`."""
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
 
-    endpoints: tuple[Annotated[str, AfterValidator(_endpoint)], ...] = ()
+
+class ServersConfig(Section):
+    """Servers of the target, for `answers.engine: openai` and `evaluate.engine`."""
+
+    endpoints: tuple[Endpoint, ...] = ()
     """OpenAI-compatible servers of the target (vLLM, SGLang, TGI, transformers serve, ...),
     each with its `/v1`.
     """
+    plain_endpoint: Endpoint | None = None
+    """Server of the target alone, for `evaluate.engine: openai`."""
+    draft_endpoint: Endpoint | None = None
+    """Server of the same target with the draft, for `evaluate.engine: openai`."""
     dialect: Literal["auto", "openai", "vllm", "sglang", "transformers"] = "auto"
     """What those servers understand beyond OpenAI's schema; `auto` recognizes vLLM and SGLang
     by what they report about themselves.

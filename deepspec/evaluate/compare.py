@@ -20,6 +20,7 @@ from deepspec.evaluate.counts import (
     Rows,
     Sums,
     add_up,
+    drawn_by,
     interval,
     mean_of,
     number,
@@ -81,12 +82,14 @@ def compare(a: Rows, b: Rows) -> Comparison:
             where="benchmark, temperature, prompt_digest of their rows",
             fix=f"evaluate both with {same}",
         )
+    drawn = [drawn_by(of_pairs) for of_pairs in zip(*pairs, strict=True)]
+    side = drawn.index("group") if "group" in drawn else 0
     # Of acceptance, prompts are drawn with all their turns; of speed, the groups that A decoded
     # together: a prompt's seconds are its share of its group's.
     return Comparison(
         matched=len(pairs),
         unmatched=(len(first_a) - len(pairs), len(first_b) - len(pairs)),
-        acceptance=_lines(pairs, "prompt", Sums.acceptance_length),
+        acceptance=_lines(pairs, drawn[side], Sums.acceptance_length, side=side),
         speed=[
             line
             for size, of_size in by_size_a.items()
@@ -108,21 +111,24 @@ def _lines(
     pairs: Sequence[Pair],
     unit: Literal["prompt", "group"],
     measure: Callable[[Sums], Array],
+    *,
+    side: int = 0,
     **fields: int,
 ) -> list[ComparedLine]:
+    """`side` is that of a pair whose units are drawn."""
     lines = []
     for temperature, at_this in grouped(pairs, lambda pair: pair[0]["temperature"]).items():
         parts = {}
         for name, of_benchmark in grouped(at_this, lambda pair: pair[0]["benchmark"]).items():
-            units = grouped(of_benchmark, lambda pair: pair[0][unit]).values()
+            units = grouped(of_benchmark, lambda pair: pair[side][unit]).values()
             parts[name] = [
                 resample(
-                    add_up([pair[side] for pair in of_unit] for of_unit in units),
+                    add_up([pair[of] for pair in of_unit] for of_unit in units),
                     key=(name, temperature),
                 )
-                for side in (0, 1)
+                for of in (0, 1)
             ]
-        pooled = [pool(side) for side in zip(*parts.values(), strict=True)]
+        pooled = [pool(of_side) for of_side in zip(*parts.values(), strict=True)]
         named = {"temperature": temperature, **fields}
         lines += [
             *(

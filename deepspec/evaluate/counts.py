@@ -11,7 +11,7 @@ R resamples, U units, K positions of a block.
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -103,6 +103,14 @@ def _of_unit(rows: Rows, positions: int) -> Sums:
         *(rounds.sum(axis=0, dtype=np.float64) for rounds in (reached, tried, kept)),
         *np.array([[row[name] for name in columns] for row in rows], dtype=np.float64).sum(axis=0),
     )
+
+
+def drawn_by(rows: Rows) -> Literal["prompt", "group"]:
+    """What of these rows is drawn for an interval of acceptance: prompts, with all their turns, or
+    groups where a server counted the rounds of a group together.
+    """
+    counted_together = any("request_seconds" in row and row["batch_size"] > 1 for row in rows)
+    return "group" if counted_together else "prompt"
 
 
 def ratio(above: Array, below: Array) -> Array:

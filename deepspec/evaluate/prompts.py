@@ -34,7 +34,9 @@ class Benchmark(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A slice of a benchmark at one temperature and batch size: one shard of the result."""
+    """A slice of a benchmark at one temperature and batch size (of servers, at so many requests in
+    flight): one shard of the result.
+    """
 
     number: int
     benchmark: str
@@ -79,7 +81,7 @@ def _load(run: Run, settings: BenchmarkConfig) -> Benchmark:
 def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]:
     """The run's units in a fixed order; their numbers are shard numbers."""
     units: list[Unit] = []
-    for temperature, size in product(config.evaluate.temperatures, config.evaluate.batch_sizes):
+    for temperature, size in product(config.evaluate.temperatures, config.evaluate.sizes):
         together = SLICE_PROMPTS if size == 1 else SLICE_BATCHES * size
         for name, domain, prompts in benchmarks:
             numbered = [*enumerate(prompts)]
@@ -89,12 +91,17 @@ def make_units(config: RunConfig, benchmarks: Sequence[Benchmark]) -> list[Unit]
     return units
 
 
-def render_turns(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
+def messages_of(turns: Turns, answers: Sequence[str] = ()) -> list[Message]:
     """The conversation up to the turn after so many answers, which are the target's own."""
     messages = [Message("user", turns[0])]
     for answer, turn in zip(answers, turns[1:], strict=False):
         messages += [Message("assistant", answer), Message("user", turn)]
-    ids = chat.render(messages)
+    return messages
+
+
+def render_turns(chat: Chat, turns: Turns, answers: Sequence[str] = ()) -> RenderedPrompt:
+    """That conversation as the target reads it."""
+    ids = chat.render(messages_of(turns, answers))
     return RenderedPrompt(ids, xxhash.xxh3_64_hexdigest(json.dumps(ids).encode()))
 
 

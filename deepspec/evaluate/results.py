@@ -70,5 +70,8 @@ def compute_summary(artifact: Artifact, rows: Rows) -> EvaluationSummary:
         fix = f"{why}; choose other benchmarks, or lower evaluate.max_new_tokens"
         raise DataError("not one prompt was decoded", where=artifact.url, fix=fix)
     run = info.run if info else {}
-    dtype = run.get("evaluate", {}).get("dtype") or run.get("target", {}).get("dtype")
+    settings = run.get("evaluate", {})
+    dtype = settings.get("dtype")
+    if dtype is None and settings.get("engine") != "openai":  # those servers chose their own
+        dtype = run.get("target", {}).get("dtype")
     return summarise(rows, dtype=dtype)

@@ -1,6 +1,7 @@
 """The evaluate stage: each benchmark decoded plainly and speculatively by the same target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from deepspec.evaluate.confidence import summarise_confidence
 from deepspec.evaluate.policies import live_policy, put_calibration
 from deepspec.evaluate.prompts import Unit, load_benchmarks, make_units
 from deepspec.evaluate.results import SCHEMA, compute_summary, read_rows
+from deepspec.evaluate.served_stage import served_units
+from deepspec.evaluate.server_check import ENGINE
 from deepspec.evaluate.speed_curve import SpeedCurve, profile, read_curve
 from deepspec.evaluate.units import Evaluator, Models
 from deepspec.model.checkpoint import load_draft, read_spec
@@ -60,12 +63,13 @@ def run_evaluate(
         made_from = inputs[f"train/{evaluation.draft.key.fingerprint}"]
         todo = [UnitWork(number, units[number], made_from) for number in missing]
         # Seconds are part of a row, so that no two workers make the same unit twice.
-        make = evaluation.unit_maker()
-        work_through(run, artifact, todo, make, report, repeatable=False)
+        with evaluation.unit_maker([work.unit for work in todo]) as make:
+            work_through(run, artifact, todo, make, report, repeatable=False)
     if artifact.manifest() is None and not missing_units(run, "evaluate", units):
         content = pretty_json(evaluation.summary().to_json())
         artifact.write("summary.json", content)
-        artifact.seal(shards=units, files=["summary.json"], inputs=inputs)
+        files = ["summary.json", *([ENGINE] if run.config.evaluate.is_served else ())]
+        artifact.seal(shards=units, files=files, inputs=inputs)
     return artifact
 
 
@@ -88,8 +92,17 @@ class _Evaluation:
         target, draft, *_ = self.models
         return self.given_curve or profile(target, block_size=draft.block_size)
 
-    def unit_maker(self) -> Make[UnitWork]:
-        """Load what decodes units; returns what decodes one into a staged file."""
+    @contextmanager
+    def unit_maker(self, units: Sequence[Unit]) -> Iterator[Make[UnitWork]]:
+        """What decodes one of these units into a staged file, with servers or in this process."""
+        if not self.settings.is_served:
+            yield self._loaded()
+            return
+        require_same_target(self.run)
+        with served_units(self.run, units) as make_unit:
+            yield lambda work, local: make_unit(work.unit, local)
+
+    def _loaded(self) -> Make[UnitWork]:
         if num_threads := self.run.config.resources.devices.evaluate_threads:
             torch.set_num_threads(num_threads)
         policy = live_policy(self.settings, self.artifact, self.draft, self.curve)
@@ -136,18 +149,7 @@ def load_models(run: Run) -> Models:
     config = run.config
     chat, dtype = load_chat(run), config.evaluate.dtype or config.target.dtype
     folder, of_target = run.artifact("train").fetch_folder("draft"), target_folder(run)
-    spec, text = read_spec(folder), read_text_config(config.target, folder=of_target)
-    facts = {
-        "vocabulary size": (spec.vocab_size, text.vocab_size),
-        "hidden size": (spec.hidden_size, text.hidden_size),
-        "layers": (spec.num_target_layers, text.num_hidden_layers),
-        "captured layers": (tuple(spec.target_layer_ids), tuple(config.target.layer_ids)),
-    }
-    wrong = [f"{name}: draft {a}, target {b}" for name, (a, b) in facts.items() if a != b]
-    if wrong:
-        what = f"the draft was trained for another target ({'; '.join(wrong)})"
-        fix = "evaluate it with the target it was trained for"
-        raise ArtifactMismatch(what, where="draft/config.json", fix=fix)
+    require_same_target(run)
     require_room(run, "evaluate")
     target = load_target(
         config.target,
@@ -167,3 +169,24 @@ def load_models(run: Run) -> Models:
     with naming_oom(too_large):
         draft = load_draft(folder, device=target.device, dtype=DTYPES[dtype], shared=target.frozen)
     return Models(target, draft, chat, chat.stop_ids(target.eos_ids))
+
+
+def require_same_target(run: Run) -> None:
+    """Refuse a draft for a target of another shape, before any weight is read.
+
+    Raises:
+        ArtifactMismatch: naming what differs.
+    """
+    spec = read_spec(run.artifact("train").fetch_folder("draft"))
+    text = read_text_config(run.config.target, folder=target_folder(run))
+    facts = {
+        "vocabulary size": (spec.vocab_size, text.vocab_size),
+        "hidden size": (spec.hidden_size, text.hidden_size),
+        "layers": (spec.num_target_layers, text.num_hidden_layers),
+        "captured layers": (tuple(spec.target_layer_ids), tuple(run.config.target.layer_ids)),
+    }
+    wrong = [f"{name}: draft {a}, target {b}" for name, (a, b) in facts.items() if a != b]
+    if wrong:
+        what = f"the draft was trained for another target ({'; '.join(wrong)})"
+        fix = "evaluate it with the target it was trained for"
+        raise ArtifactMismatch(what, where="draft/config.json", fix=fix)

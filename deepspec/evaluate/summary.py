@@ -29,6 +29,7 @@ from deepspec.evaluate.counts import (
     Rows,
     Sums,
     add_up,
+    drawn_by,
     interval,
     intervals,
     mean_of,
@@ -101,7 +102,7 @@ def _part(name: str, temperature: float, answers: Rows, positions: int) -> Part:
     for row in answers:
         first.setdefault((row["prompt"], row["turn"]), row["batch_size"])
     rows = [row for row in answers if row["batch_size"] == first[row["prompt"], row["turn"]]]
-    prompts = grouped(rows, itemgetter("prompt")).values()
+    prompts = grouped(rows, itemgetter(drawn_by(rows))).values()
     rounds = resample(add_up(prompts, positions), key=(name, temperature))
     times = {
         size: resample(

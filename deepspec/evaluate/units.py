@@ -86,7 +86,7 @@ class Evaluator:
                         max_new_tokens=self.settings.max_new_tokens,
                     )
                     if detail:
-                        result.skipped.extend(_skipped([number], turn, "too_long", detail))
+                        result.skipped.extend(skipped([number], turn, "too_long", detail))
                     else:
                         usable[number] = prompt
             self._warm_up(unit, usable)
@@ -100,7 +100,7 @@ class Evaluator:
                 try:
                     decoded = self._decode_what_fits(unit, group, plain_first=place % 2 == 0)
                 except _BatchTooLarge as error:
-                    result.skipped.extend(_skipped(group, turn, "out_of_memory", str(error)))
+                    result.skipped.extend(skipped(group, turn, "out_of_memory", str(error)))
                     continue
                 for row, answer in decoded:
                     result.rows.append({**row, "turn": turn, "group": first})
@@ -221,7 +221,8 @@ class Evaluator:
         return decoded
 
 
-def _skipped(prompts: Iterable[int], turn: int, reason: str, detail: str) -> list[dict[str, Any]]:
+def skipped(prompts: Iterable[int], turn: int, reason: str, detail: str) -> list[dict[str, Any]]:
+    """Prompts that are not decoded from this turn on, as rejects."""
     return [
         {"prompt": number, "turn": turn, "reason": reason, "detail": detail} for number in prompts
     ]

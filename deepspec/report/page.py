@@ -58,11 +58,18 @@ class Preformatted(NamedTuple):
     lines: Sequence[str]
 
 
+class Finding(NamedTuple):
+    """Something that is wrong, in red, and what may be the reasons."""
+
+    what: str
+    causes: Sequence[str]
+
+
 class ReportSection(NamedTuple):
     """A heading of the report's table of contents, and what is under it."""
 
     title: str
-    blocks: Sequence[Table | Gallery | Preformatted]
+    blocks: Sequence[Table | Gallery | Preformatted | Finding]
     text: str = ""
 
 

@@ -17,6 +17,7 @@ from deepspec.report.confidence import calibration_sections, scheduler_sections
 from deepspec.report.lines import Result
 from deepspec.report.origin import origin_sections, settings_of
 from deepspec.report.page import ENDINGS, Fact, Format, Page, render_page
+from deepspec.report.served import served_sections
 
 SUBTITLE = (
     "Draft models for speculative decoding, measured against plain decoding of the same target."
@@ -100,6 +101,7 @@ def _page(artifacts: Sequence[Artifact]) -> Page:
             what = f"{left_out:,} prompts of {result.label} were not decoded"
             subtitle += f" {what}; rejects/ in its folder has the reasons."
     sections = [
+        *served_sections(results),
         *temperature_sections(results),
         *calibration_sections(results),
         *scheduler_sections(results),

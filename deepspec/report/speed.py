@@ -50,13 +50,15 @@ def _bars(title: str, part: Metrics) -> Chart:
         phases = [getattr(size.seconds, f"{name}_seconds") for name in PHASES]
         plain = [("plain decoding", size.seconds.plain_seconds, PLAIN)]
         rows.append((f"{size.batch_size} plain", plain))
-        rows.append(
-            (f"{size.batch_size} speculative", [*zip(PHASES, phases, range(3), strict=True)])
-        )
+        parts = [*zip(PHASES, phases, range(3), strict=True)]
+        if not _has_phases(size):
+            parts = [("speculative decoding, served", size.seconds.seconds, 0)]
+        rows.append((f"{size.batch_size} speculative", parts))
     return bar_chart(title, rows, label="seconds")
 
 
 def _cells(size: BatchSpeed) -> dict[str, str]:
+    seconds = zip(("plain", "speculative", *PHASES), size.seconds, strict=True)
     return {
         "batch": f"{size.batch_size:,}",
         "prompts": f"{size.prompts:,}",
@@ -65,7 +67,12 @@ def _cells(size: BatchSpeed) -> dict[str, str]:
         "tokens/s": f"{size.tokens_per_s.speculative:,.0f}",
         "speed-up": ranged(size.speedup, size.interval),
         **{
-            f"{name} s": f"{took:.1f}"
-            for name, (_, took) in zip(("plain", "speculative", *PHASES), size.seconds, strict=True)
+            f"{name} s": f"{took:.1f}" if name not in PHASES or _has_phases(size) else "–"
+            for name, (_, took) in seconds
         },
     }
+
+
+def _has_phases(size: BatchSpeed) -> bool:
+    """Whether they were measured: a server does not report them."""
+    return size.seconds.draft_seconds + size.seconds.verify_seconds > 0

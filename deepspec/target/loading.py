@@ -12,7 +12,7 @@ from deepspec.model.memory import naming_oom
 from deepspec.target.attention import use_flash_attention
 from deepspec.target.chat import loading
 from deepspec.target.device import check_placement, choose_device, placement
-from deepspec.target.model import Target
+from deepspec.target.model import Target, listed_ids
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,24 @@ def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
     name = str(folder or settings.model)
     with loading("target", settings):
         return AutoConfig.from_pretrained(name, revision=settings.revision).get_text_config()
+
+
+def read_eos_ids(settings: TargetConfig, *, folder: Path | None) -> list[int]:
+    """Token ids that end an answer, according to the target's files, as `Target.eos_ids`.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    name, revision = str(folder or settings.model), settings.revision
+    with loading("target", settings):
+        try:
+            found = GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:  # it has no generation_config.json
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            found = GenerationConfig.from_model_config(config)
+    return listed_ids(found.eos_token_id)
 
 
 def load_target(

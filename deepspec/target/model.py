@@ -118,8 +118,7 @@ class Target:
         # tokens of the longest sequence that the target is made for
         self.max_positions: int = self.text_config.max_position_embeddings
         # token ids that end an answer, according to the model's generation_config.json
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
+        self.eos_ids = listed_ids(getattr(self.model.generation_config, "eos_token_id", None))
         # caches of decoding; a graph has one device
         devices = {parameter.device for parameter in self.model.parameters()}
         self.shelf = CacheShelf(
@@ -228,3 +227,8 @@ class Target:
             else (self.device, 0)
             for layer in cache.layers
         ]
+
+
+def listed_ids(eos: int | Sequence[int] | None) -> list[int]:
+    """The token ids of a generation config's `eos_token_id`, which has one, several or none."""
+    return [eos] if isinstance(eos, int) else list(eos or ())

@@ -1,0 +1,68 @@
+"""Drafts evaluated where they are served: a real vLLM counts what the decoding here counts."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepspec.artifacts.run import Run
+from deepspec.artifacts.status import results
+from deepspec.evaluate.plain_sides import PlainSides
+from deepspec.evaluate.results import read_rows
+from deepspec.evaluate.stage import run_evaluate
+from deepspec.report.report import report_text
+from tests.engine.conftest import small_run
+from tests.engine.vllm import COMMAND, ENVIRONMENT, INTERPRETED, needs_vllm
+
+# Three servers are started: no plain one for the second draft.
+pytestmark = [*needs_vllm, pytest.mark.timeout(900)]
+SERVED = (
+    "evaluate.engine=vllm",
+    "evaluate.concurrencies=[1, 4]",
+    f"resources.servers.start_command={json.dumps(COMMAND)}",
+)
+
+
+def test_served_drafts_make_the_tokens_and_rounds_of_the_decoding_here(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {**ENVIRONMENT, **INTERPRETED}.items():
+        monkeypatch.setenv(name, value, prepend=os.pathsep if name == "PYTHONPATH" else None)
+    store = tmp_path / "store"
+    shutil.copytree(trained, store)
+    eagle3, dspark = (
+        Run(small_run(store, *SERVED, algorithm=algorithm)) for algorithm in ("eagle3", "dspark")
+    )
+    with monkeypatch.context() as kept:
+        kept.setattr(PlainSides, "remove_committed", lambda self: None)
+        _check_served(store, eagle3, "eagle3")
+    # The same target answers the same prompts plainly, whatever the draft.
+    shutil.copytree(*(PlainSides(run.artifact("evaluate")).folder for run in (eagle3, dspark)))
+    _check_served(store, dspark, "dspark")
+
+
+def _check_served(store: Path, run: Run, algorithm: str) -> None:
+    own = read_rows(run_evaluate(Run(small_run(store, algorithm=algorithm))))
+    artifact = run_evaluate(run)
+    here = {(row["benchmark"], row["prompt"]): row for row in own}
+    served = read_rows(artifact)
+    assert len(served) == 2 * len(here)
+    for row in served:
+        same = here[row["benchmark"], row["prompt"]]
+        assert row["prompt_digest"] == same["prompt_digest"]
+        assert row["token_ids"] == same["token_ids"] and row["identical"]
+        if row["batch_size"] == 1:
+            assert len(row["proposed"]) == len(same["proposed"])
+            assert sum(row["committed"]) == sum(same["committed"])
+    for size in (1, 4):
+        rounds = [row["proposed"] for row in served if row["batch_size"] == size]
+        assert sum(map(len, rounds)) == sum(len(row["proposed"]) for row in own)
+    block = run.config.draft.block_size if algorithm != "eagle3" else run.config.draft.ttt_length
+    assert {count for row in served for count in row["proposed"]} == {block}
+    found = results(run)
+    assert [speed.batch_size for speed in found.batch_sizes] == [1, 4]
+    text = report_text([artifact], "markdown")
+    line = next(line for line in text.splitlines() if line.startswith("| all rounds"))
+    assert line.endswith("agree |") and "Likely causes" not in text
