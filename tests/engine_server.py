@@ -1,7 +1,8 @@
 """A scripted serving engine: what an evaluation reads of one, counters included, and every way of
 not giving it.
 
-PORT MODEL FOLDER [--speculative-config JSON]
+PORT MODEL FOLDER [--speculative-config JSON]; where the file `dies` lies in FOLDER it is removed,
+and the server ends by itself after a few requests.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 BLOCK = 3  # tokens proposed per round, of which 2 are accepted
@@ -151,4 +153,8 @@ if __name__ == "__main__":
     with EngineServer(
         folder, model=model, drafts="--speculative-config" in options, port=int(port)
     ) as server:
-        server.serve_forever()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        dies = Path(folder, "dies")
+        while len(server.bodies) < 4 or not dies.exists():
+            time.sleep(0.01)
+        dies.unlink()

@@ -61,7 +61,7 @@ def served_sections(results: Sequence[Result]) -> Iterator[ReportSection]:
         if served_by is None:
             continue
         of_run = f" of {result.label}" if len(results) > 1 else ""
-        name = f"{served_by.engine} {served_by.version or ''}".strip()
+        name = f"vLLM {served_by.version}" if served_by.version else "an engine without a version"
         text = (
             f"{TEXT} Served by {name}, {served_by.num_speculative_tokens} tokens proposed per "
             f"round, draft sampling {served_by.draft_sampling}."

@@ -89,6 +89,9 @@ def serve_command(config: RunConfig, *, model: str, port: int) -> list[str]:
         parts, device = COMMANDS[program].split(), config.resources.devices.type
         if target.revision and program != "transformers":
             parts += ["--revision", target.revision]
+        num_gpus = config.resources.devices.gpus_per_lane
+        if num_gpus > 1 and program != "transformers":
+            parts += ["--tensor-parallel-size", str(num_gpus)]
         if program == "transformers" and device != "auto":
             parts += ["--device", device]
     values = {

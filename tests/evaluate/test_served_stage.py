@@ -117,6 +117,15 @@ def test_the_stage_starts_one_server_after_the_other_and_goes_on_where_it_was(re
     assert len(logs) == 3
 
 
+def test_a_server_that_dies_amid_a_unit_is_started_again_and_the_group_is_made_anew(ready: Path):
+    dies = Path(target_of(ready), "dies")
+    dies.touch()
+    artifact = run_evaluate(Run(started(ready)))
+    assert artifact.manifest() is not None and not dies.exists()
+    rows = read_rows(artifact)
+    assert len(rows) == 6 and all(row["identical"] for row in rows)
+
+
 def dying(when: str) -> list[str]:
     """The command of a server that ends at load where its options are such."""
     script = f"""

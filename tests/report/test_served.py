@@ -66,7 +66,7 @@ def test_a_draft_that_is_served_as_it_was_trained_is_beside_its_result_in_proces
     config = tiny_run(tmp_path, *settings("evaluate.engine=vllm", "evaluate.concurrencies=[1, 4]"))
     artifact = put_served(config, served(rows))
     text = report_text([artifact], "markdown")
-    assert "Served by vllm 0.32.0, 7 tokens proposed per round, draft sampling greedy" in text
+    assert "Served by vLLM 0.32.0, 7 tokens proposed per round, draft sampling greedy" in text
     line = next(line for line in text.splitlines() if line.startswith("| all rounds"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:4] == ["18", "3.25"] and cells[4] == cells[5]

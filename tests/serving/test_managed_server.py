@@ -167,6 +167,9 @@ def test_the_command_names_model_port_and_format(
     for words in ("a/model", "--host 127.0.0.1", "--port 1234", f"--dtype {config.target.dtype}"):
         assert words in command
     assert "{" not in command
+    config = config.with_resources(devices={"gpus_per_lane": 2})
+    spread = " ".join(serve_command(config, model="a/model", port=1234))
+    assert ("--tensor-parallel-size 2" in spread) == (program != "transformers")
     quiet = {"vllm": "--disable-uvicorn-access-log", "sglang": "--log-level-http warning"}
     assert quiet.get(program, "") in command
 
