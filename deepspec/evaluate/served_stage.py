@@ -26,6 +26,7 @@ from deepspec.evaluate.plain_sides import PlainSide, PlainSides
 from deepspec.evaluate.prompts import Unit
 from deepspec.evaluate.served_units import SERVED_SCHEMA, ServedUnits
 from deepspec.evaluate.server_check import ServedBy, check_server, require_same_engine
+from deepspec.export.commands import SAMPLED, vllm_settings
 from deepspec.export.export import export_draft
 from deepspec.model.checkpoint import read_spec
 from deepspec.process.machine import visible_gpus
@@ -113,6 +114,9 @@ class _Servers:
             return
         source = self.run.artifact("train").fetch_folder("draft")
         spec = read_spec(source)
+        self.method = str(vllm_settings(spec, "")["method"])
+        command = serve_command(self._config, model=self._model, port=0)
+        require_version(installed_version(command), method=self.method, where=command[0])
         gpus = [] if self.run.config.resources.devices.type == "cpu" else visible_gpus()
         each = self.run.config.resources.devices.gpus_per_lane
         shares = [",".join(gpus[at : at + each]) for at in (0, each)]
@@ -120,21 +124,14 @@ class _Servers:
         with tempfile.TemporaryDirectory(prefix="deepspec-draft-") as scratch:
             draft = Path(scratch) / "draft"
             export_draft(source, engine="vllm", out=draft)
-            speculative = {
-                "method": spec.algorithm,
-                "model": str(draft),
-                "num_speculative_tokens": spec.block_size,
-            }
+            speculative = vllm_settings(spec, str(draft))
             if self.settings.sampling_of_draft == "probabilistic":
-                speculative["draft_sample_method"] = "probabilistic"
+                speculative |= SAMPLED
             options = {"plain": (), "draft": ("--speculative-config", json.dumps(speculative))}
             env = {
                 side: {"CUDA_VISIBLE_DEVICES": share} if side_by_side else {}
                 for side, share in zip(options, shares, strict=True)
             }
-            self.method = str(speculative["method"])
-            command = serve_command(self._config, model=self._model, port=0)
-            require_version(installed_version(command), method=self.method, where=command[0])
             yield lambda side: self._started(side, options[side], env[side]), side_by_side
 
     @property

@@ -22,11 +22,16 @@ ZERO_HEAD = (
 )
 
 
-def with_vllm(spec: DraftSpec, calibration: str | None) -> str:
-    """For `--to vllm`."""
+def vllm_settings(spec: DraftSpec, folder: str) -> dict[str, Any]:
+    """What vLLM's `--speculative-config` is for the draft that was exported to this folder."""
     known_as = spec.algorithm == "eagle3" or is_engines_dflash(spec)
     method = spec.algorithm if known_as else "dspark"
-    settings = {"method": method, "model": ".", "num_speculative_tokens": spec.block_size}
+    return {"method": method, "model": folder, "num_speculative_tokens": spec.block_size}
+
+
+def with_vllm(spec: DraftSpec, calibration: str | None) -> str:
+    """For `--to vllm`."""
+    settings = vllm_settings(spec, ".")
     serve = ["vllm", "serve", target_name(spec) or UNNAMED]
     return _page(spec, _vllm(serve, settings), ABOVE_0, _vllm(serve, settings | SAMPLED))
 
