@@ -18,9 +18,11 @@ from tests.engine.vllm import COMMAND, ENVIRONMENT, INTERPRETED, needs_vllm
 
 # Three servers are started: no plain one for the second draft.
 pytestmark = [*needs_vllm, pytest.mark.timeout(900)]
+FEW = "evaluate.benchmarks=[{name: demo/math, limit: 3}, {name: demo/chat, limit: 2}]"
 SERVED = (
+    FEW,
     "evaluate.engine=vllm",
-    "evaluate.concurrencies=[1, 4]",
+    "evaluate.concurrencies=[1, 3]",
     f"resources.servers.start_command={json.dumps(COMMAND)}",
 )
 
@@ -44,7 +46,7 @@ def test_served_drafts_make_the_tokens_and_rounds_of_the_decoding_here(
 
 
 def _check_served(store: Path, run: Run, algorithm: str) -> None:
-    own = read_rows(run_evaluate(Run(small_run(store, algorithm=algorithm))))
+    own = read_rows(run_evaluate(Run(small_run(store, FEW, algorithm=algorithm))))
     artifact = run_evaluate(run)
     here = {(row["benchmark"], row["prompt"]): row for row in own}
     served = read_rows(artifact)
@@ -56,13 +58,13 @@ def _check_served(store: Path, run: Run, algorithm: str) -> None:
         if row["batch_size"] == 1:
             assert len(row["proposed"]) == len(same["proposed"])
             assert sum(row["committed"]) == sum(same["committed"])
-    for size in (1, 4):
+    for size in (1, 3):
         rounds = [row["proposed"] for row in served if row["batch_size"] == size]
         assert sum(map(len, rounds)) == sum(len(row["proposed"]) for row in own)
     block = run.config.draft.block_size if algorithm != "eagle3" else run.config.draft.ttt_length
     assert {count for row in served for count in row["proposed"]} == {block}
     found = results(run)
-    assert [speed.batch_size for speed in found.batch_sizes] == [1, 4]
+    assert [speed.batch_size for speed in found.batch_sizes] == [1, 3]
     text = report_text([artifact], "markdown")
     line = next(line for line in text.splitlines() if line.startswith("| all rounds"))
     assert line.endswith("agree |") and "Likely causes" not in text
