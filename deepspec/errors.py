@@ -72,6 +72,10 @@ class DataError(UserError):
     """An input file or row that cannot be read as what it should be."""
 
 
+class TargetNotFound(DataError):
+    """No target, or no tokenizer, of that name can be loaded here."""
+
+
 class StoreError(UserError):
     """The artifact store cannot be used: not writable, too small, no such bucket, wrong keys."""
 

@@ -5,6 +5,7 @@ in a module of its own and with an entry in `IN_PROCESS`, or a user's own class,
 `answers.engine`. The other kind is servers, which are given the rows of several shards at once.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pkgutil import resolve_name
@@ -15,8 +16,10 @@ from deepspec.answers.sequential_shards import Engine, SequentialShards
 from deepspec.artifacts.missing import ShardedStage
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.errors import ConfigError
-from deepspec.target.chat import load_chat, target_folder
+from deepspec.errors import ConfigError, TargetNotFound
+from deepspec.target.chat import Chat, load_chat, target_folder
+
+log = logging.getLogger(__name__)
 
 IN_PROCESS = {"transformers": "deepspec.answers.local_engine:TransformersEngine"}
 
@@ -29,7 +32,7 @@ def answered_shards(
 
     Raises:
         ConfigError: there is no such engine, or its servers are set up wrongly.
-        DataError: the target's tokenizer cannot be loaded.
+        DataError: the target's tokenizer cannot render conversations.
         ChildFailed, TransientError: a server that the stage starts does not come up.
     """
     config = run.config
@@ -41,7 +44,7 @@ def answered_shards(
     from deepspec.answers.server_engine import open_servers
     from deepspec.serving.managed_server import serving
 
-    servers, chat = config.resources.servers, load_chat(run)
+    servers, chat = config.resources.servers, _chat_if_here(run)
     with ExitStack() as stack:
         stack.callback(remove_committed, stage.artifact)
         check = None
@@ -51,6 +54,18 @@ def answered_shards(
             servers, check = stack.enter_context(serving(config, model=model, logs=logs))
         engine = stack.enter_context(open_servers(config, servers, chat, progress))
         yield stack.enter_context(closing(ConcurrentShards(engine, stage, check)))
+
+
+def _chat_if_here(run: Run) -> Chat | None:
+    """The target's tokenizer and template; None where only its servers have them."""
+    try:
+        return load_chat(run)
+    except TargetNotFound as error:
+        log.warning(
+            "%s; so nothing shows whether servers have the same, and which rows fit them",
+            error.what,
+        )
+        return None
 
 
 def load_engine(run: Run) -> Engine:

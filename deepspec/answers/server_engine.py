@@ -56,7 +56,7 @@ class Reply(NamedTuple):
 
 @contextmanager
 def open_servers(
-    config: RunConfig, servers: ServersConfig, chat: Chat, progress: AnswerProgress
+    config: RunConfig, servers: ServersConfig, chat: Chat | None, progress: AnswerProgress
 ) -> Iterator["ServerEngine"]:
     """An engine with a connection to each server, of which those that are up are checked.
 
@@ -97,7 +97,8 @@ class ServerEngine:
     config: RunConfig
     servers: ServersConfig
     """Those of the run, or the one that the stage started."""
-    chat: Chat
+    chat: Chat | None
+    """The target's own; without it no prompt is counted or compared."""
     progress: AnswerProgress
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ class ServerEngine:
             ConfigError: the key is refused.
         """
         try:
-            prompt = self.chat.render(request.messages, request.tools)
+            prompt = self.chat.render(request.messages, request.tools) if self.chat else []
         except (TemplateError, TypeError, ValueError) as error:
             return Reply(Refused("template", f"the chat template refuses it: {error}"))
         counted, limit = 0, request.max_new_tokens
@@ -164,10 +165,12 @@ class ServerEngine:
             return Reply(Failed(f"{counted} attempts failed, the last one with: {error}"))
         if isinstance(outcome, Refused):
             return Reply(outcome)
+        cut = limit if limit < request.max_new_tokens else None
+        if self.chat is None:
+            return Reply(outcome, limit=cut)
         how = difference(self.chat, prompt, outcome)
         kept = ids_to_keep(self.chat, request, outcome.prompt_token_ids or prompt, rendered=prompt)
-        turn = outcome._replace(prompt_token_ids=kept)
-        return Reply(turn, how, limit if limit < request.max_new_tokens else None)
+        return Reply(outcome._replace(prompt_token_ids=kept), how, cut)
 
     async def _attempt(self, request: AnswerRequest, num_tokens: int) -> Turn | Refused:
         """One attempt at one server; how it went decides what the pool sends there next."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from deepspec.artifacts.run import Run
 from deepspec.config.target import TargetConfig
-from deepspec.errors import DataError
+from deepspec.errors import DataError, TargetNotFound
 from deepspec.messages import Message
 
 
@@ -128,7 +128,8 @@ def load_chat(run: Run) -> Chat:
     """The tokenizer and template of the run's target.
 
     Raises:
-        DataError: there is no such tokenizer, or it cannot render conversations.
+        TargetNotFound: there is no such tokenizer.
+        DataError: it cannot render conversations.
     """
     from transformers import AutoTokenizer
 
@@ -143,12 +144,12 @@ def loading(part: str, settings: TargetConfig) -> Iterator[None]:
     """Name the target, or its tokenizer, where transformers cannot load it within the block.
 
     Raises:
-        DataError: with the first line of what transformers reports.
+        TargetNotFound: with the first line of what transformers reports.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise TargetNotFound(
             f"the {part} cannot be loaded: {str(error).splitlines()[0]}",
             where=f"target.model {settings.model}",
             fix="check the name, or give a local folder",

@@ -10,15 +10,17 @@ import pytest
 from deepspec.answers.answered_shard import write_answers
 from deepspec.answers.journal import journal_path
 from deepspec.answers.read_prompts import ids_to_keep
+from deepspec.answers.stage import run_answers
 from deepspec.artifacts.run import Run
 from deepspec.errors import DataError
 from deepspec.hidden.sequences import capture_rows
 from deepspec.messages import parse_messages
+from deepspec.prompts.stage import run_prompts
 from deepspec.target.chat import Chat, load_chat
 from deepspec.target.conversation import AnswerRequest
 from tests.answer_server import AnswerServer, answer_server
 from tests.answers.asking import ask, concurrent, row, server_run, stage_of
-from tests.conftest import tiny_run
+from tests.conftest import tiny_run, write_jsonl
 
 QUESTIONS = [f"question {number}" for number in range(100)]
 Reads = Callable[[dict[str, Any]], list[int]]
@@ -115,6 +117,30 @@ def test_a_server_that_reports_nothing_about_prompts_is_not_compared(store: Path
     with answer_server() as server:
         answered, rejects = ask(server_run(store, server.url), row(1, "a"))
     assert (len(answered), rejects) == (1, [])
+
+
+def test_without_the_targets_tokenizer_servers_are_believed(
+    store: Path, tmp_path: Path, chat: Chat, caplog: pytest.LogCaptureFixture
+):
+    """Nothing is compared or counted; what a server reports is kept for training."""
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in QUESTIONS[:5]])
+    source = json.dumps({"kind": "files", "paths": [str(prompts)]})
+    benchmark = write_jsonl(tmp_path / "b.jsonl", [{"turns": ["hello"]}])
+    with answer_server(models=()) as server:
+        served(server, reads(chat, otherwise=QUESTIONS))
+        settings = (
+            f"prompts.source={source}",
+            f'evaluate.benchmarks=[{{"name": "{benchmark}"}}]',
+            "demo=null",
+            "target.model=nobody/none",
+            "resources.servers.dialect=vllm",
+        )
+        run = Run(server_run(store, server.url, settings=settings))
+        run_prompts(run)
+        artifact = run_answers(run)
+    rows = [row for record in artifact.records().values() for row in artifact.rows(record)]
+    assert len(rows) == 5 and all(row["turns"][0]["prompt_token_ids"] for row in rows)
+    assert "the tokenizer cannot be loaded" in caplog.text
 
 
 def test_a_conversation_that_the_template_refuses_is_not_sent(store: Path, chat: Chat):
