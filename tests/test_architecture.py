@@ -154,4 +154,4 @@ def test_the_library_stays_small():
         for name in LIBRARY
         for token in tokenize.generate_tokens(io.StringIO(MODULES[name].read_text()).readline)
     )
-    assert num_tokens <= 179_700
+    assert num_tokens <= 182_700

@@ -82,7 +82,9 @@ def run_target_checks(folder: Path) -> dict[str, list[Check]]:
     # Eagle3 cannot read the embedding output, layer -1.
     layers = [layer for layer in target.layer_ids if layer >= 0]
     for name, algorithm in ALGORITHMS.items():
-        of_draft = Target(target.model, layers) if name == "eagle3" else target
+        of_draft = target
+        if name == "eagle3":
+            of_draft = Target(target.model, layers, logit_factor=target.logit_factor)
         checks[name] = check_draft(of_draft, config, algorithm, [row[:SHORTEST] for row in rows])
     return checks
 
@@ -106,7 +108,7 @@ def check_draft(
     # Weights of unit gain: with the small ones of a fresh draft, its context would hardly show in
     # what it predicts.
     spec = replace(spec, initializer_range=spec.hidden_size**-0.5)
-    embed, lm_head = target.decoder.embed_tokens.weight, target.lm_head.weight
+    embed, lm_head = target.embedding.weight, target.lm_head.weight
     draft = build_draft(spec, embed=embed.cpu(), lm_head=lm_head.cpu(), seed=0).to(target.device)
     checks = _learning(draft, _captured(target, rows))
     single = _captured(target, rows[:1])

@@ -18,8 +18,9 @@ from deepspec.evaluate.scheduler import Policy
 from deepspec.model.drafter import DraftCache, Drafter, Proposal
 from deepspec.model.host_copy import receive, send
 from deepspec.model.sampling import verify_tokens
+from deepspec.target.decoding_cache import TargetCache
 from deepspec.target.generate import BatchSlots, Decode, Prefilled, TargetBatch, pad_right
-from deepspec.target.model import Target, TargetCache
+from deepspec.target.model import Target
 
 
 class Trace(NamedTuple):

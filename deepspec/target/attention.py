@@ -8,16 +8,24 @@ queries, k keys, H heads, G key-value heads, r = H / G, E head dimension.
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from deepspec.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 # transformers refuses a name with "sdpa" for models that do not compute plain softmax attention
 GROUPED = "sdpa_grouped"
+EAGER = "eager_rows"  # the model's own formula
+BEYOND_SOFTMAX = "softcap", "s_aux"  # what layers give to attention that does more
 FLASH = "flash_attention_2"
 FLASH_HEAD_DIM = 256  # the widest head of flash-attention 2, PyTorch's own copy of it included
 FEW_QUERIES = 64  # a row, up to which a mask for every head of a group costs less than a pass each
@@ -27,8 +35,9 @@ ALIGNMENT = 16  # elements; PyTorch's kernels copy a bias whose rows are not ali
 class KeyMask:
     """The keys that each query sees, in the forms that attention layers need, each made once."""
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Tensor, *, window: int = 0) -> None:
         self.visible = visible  # [B or 1, 1, q, k] bool
+        self.window = window  # keys that a query sees at most, itself included; 0: any number
         self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
         self._elsewhere: dict[Any, KeyMask] = {}
 
@@ -51,14 +60,79 @@ class KeyMask:
         return self._biases[ratio, dtype]
 
 
-def use_grouped_attention(decoder: Any) -> None:
-    """Set a decoder's layers to `grouped_attention`, with masks of any kind or without."""
+def set_attention(decoder: Any, kernel: str) -> None:
+    """Set a decoder's layers to `GROUPED` or `EAGER`, with masks of any kind or without.
+
+    Raises:
+        ValueError: `GROUPED`, and transformers knows that the model's attention is not plain
+            softmax attention.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     AttentionInterface.register(GROUPED, grouped_attention)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)
-    decoder.set_attn_implementation(GROUPED)
+    AttentionMaskInterface.register(GROUPED, partial(make_mask, uncached=sdpa_mask))
+    AttentionInterface.register(EAGER, eager_attention)
+    AttentionMaskInterface.register(EAGER, partial(make_mask, uncached=eager_mask))
+    decoder.set_attn_implementation(kernel)
+
+
+@contextmanager
+def own_attention(decoder: Any) -> Iterator[None]:
+    """Within it the decoder's layers compute their own formula, as transformers does it."""
+    kernel = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(kernel)
+
+
+def make_mask(
+    *, uncached: Callable[..., Any], q_offset: Any, use_vmap: bool = False, **settings: Any
+) -> KeyMask | Tensor | None:
+    """The mask of one kind of layer, as the model's own code asks transformers for it.
+
+    With a cache of ours that is its offset, and makes the mask of its rows.
+
+    Raises:
+        ConfigError: the model changes the mask by a function of its own.
+    """
+    if isinstance(q_offset, int | Tensor):
+        return uncached(q_offset=q_offset, use_vmap=use_vmap, **settings)
+    if use_vmap:
+        raise ConfigError(
+            "the target changes the mask of its attention by a function of its own, which decoding"
+            " with a cache does not know",
+            where="target.model",
+            fix="choose another target for decoding in this process",
+        )
+    from transformers.masking_utils import causal_mask_function
+
+    size, function = settings.get("local_size"), settings["mask_function"]
+    windows = getattr(settings["config"], "sliding_window", None)
+    mask: KeyMask = q_offset.key_mask(
+        function,
+        local_size=size,
+        is_sliding=size is not None and size == windows,
+        is_causal=function is causal_mask_function,
+    )
+    return mask
+
+
+def eager_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: KeyMask | Tensor | None,
+    **settings: Any,
+) -> Any:
+    """What the module's own eager attention returns: sinks, caps and all that it computes."""
+    if isinstance(attention_mask, KeyMask):
+        attention_mask = attention_mask.bias(1, query.dtype)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, query, key, value, attention_mask, **settings)
 
 
 def grouped_attention(
@@ -72,11 +146,20 @@ def grouped_attention(
     """Attention output [B, q, H, E] for a layer of transformers, which also takes weights: none.
 
     Keys and values are not copied. Without a mask it is causal where the layer is.
+
+    Raises:
+        ConfigError: the layer caps its scores, or has attention sinks.
     """
+    if more := [name for name in BEYOND_SOFTMAX if settings.get(name) is not None]:
+        raise ConfigError(
+            f"attention with {more[0]} is more than a softmax",
+            where="target.model",
+            fix="load the target with load_target, which takes its own attention",
+        )
     num_groups, num_queries = key.shape[1], query.shape[2]
     ratio = query.shape[1] // num_groups
     mask = KeyMask(attention_mask) if isinstance(attention_mask, Tensor) else attention_mask
-    causal = mask is None and num_queries > 1 and module.is_causal
+    causal = mask is None and num_queries > 1 and getattr(module, "is_causal", True)
 
     def attend_with(queries: Tensor, *, copies: int = 1, enable_gqa: bool = False) -> Tensor:
         return scaled_dot_product_attention(
@@ -85,7 +168,7 @@ def grouped_attention(
             value,
             None if mask is None else mask.bias(copies, query.dtype),
             is_causal=causal,
-            scale=settings["scaling"],
+            scale=settings.get("scaling"),
             enable_gqa=enable_gqa,
         )
 
@@ -118,8 +201,13 @@ def use_flash_attention(decoder: Any, device: torch.device, dtype: torch.dtype) 
     installed = importlib.util.find_spec("flash_attn") is not None
     if not installed or device.type != "cuda" or dtype != torch.bfloat16:
         return
-    head_dims = sorted({layer.self_attn.head_dim for layer in decoder.layers})
+    # of latent attention queries are wider than values
+    names = ("head_dim", "qk_head_dim")
+    widths = {getattr(part, name, None) for part in decoder.modules() for name in names}
+    head_dims = sorted(width for width in widths if isinstance(width, int))
     try:
+        if not head_dims:
+            raise ValueError("the width of its heads is not known")
         if head_dims[-1] > FLASH_HEAD_DIM:
             raise ValueError(f"heads of {head_dims[-1]} are wider than {FLASH_HEAD_DIM}")
         for head_dim in head_dims:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepspec.config.target import TargetConfig
 from deepspec.messages import Message
+from deepspec.target.attention import own_attention
 from deepspec.target.chat import CHAT_FAMILIES, Chat, build_samples
 from deepspec.target.generate import pad_right, prefill
 from deepspec.target.model import Target
@@ -92,11 +93,8 @@ def check_target(target: Target, rows: Sequence[Sequence[int]]) -> list[Check]:
     with its own attention.
     """
     ids = pad_right(rows, target.device)
-    kernel = target.text_config._attn_implementation
-    target.decoder.set_attn_implementation("sdpa")
-    with torch.inference_mode():
+    with torch.inference_mode(), own_attention(target.decoder):
         wanted = target.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-    target.decoder.set_attn_implementation(kernel)
     output = target.forward(ids)
     layers = list(target.layer_ids)
     states = torch.cat([wanted.hidden_states[layer + 1] for layer in layers], -1)

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec.config.data import SamplingConfig
 from deepspec.model.host_copy import row_numbers, send
 from deepspec.model.sampling import UniformStream, choose_tokens
-from deepspec.target.model import Target, TargetCache
+from deepspec.target.decoding_cache import TargetCache
+from deepspec.target.model import Target
 
 
 class Decode(NamedTuple):

@@ -1,17 +1,19 @@
 """Loading the target: its config, its weights, the device, number format and attention kernel."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from deepspec.config.target import TargetConfig
-from deepspec.errors import ConfigError, OutOfMemory
+from deepspec.errors import ConfigError, DataError, OutOfMemory
 from deepspec.model.memory import naming_oom
 from deepspec.target.attention import use_flash_attention
 from deepspec.target.chat import loading
 from deepspec.target.device import check_placement, choose_device, placement
+from deepspec.target.examine import examine
 from deepspec.target.model import Target, listed_ids
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ def check_settings(settings: TargetConfig, text_config: Any) -> None:
     """Refuse layers and a mask token that the target does not have, and its last layer.
 
     The last layer's output is normed on some paths and raw on others, so that training and decoding
-    would disagree. A target whose attention has more than a softmax is refused as well.
+    would disagree.
 
     Raises:
         ConfigError: naming the field.
@@ -42,12 +44,6 @@ def check_settings(settings: TargetConfig, text_config: Any) -> None:
             where="target.mask_token_id",
             fix=f"choose an unused token id from 0 to {vocabulary - 1}",
         )
-    if getattr(text_config, "attn_logit_softcapping", None):
-        raise ConfigError(
-            "targets that cap the scores of attention are not supported",
-            where="target.model: attn_logit_softcapping in its config.json",
-            fix="choose a target without it (Qwen3 4B, 8B, 14B; Gemma4 12B)",
-        )
 
 
 def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
@@ -56,11 +52,47 @@ def read_text_config(settings: TargetConfig, *, folder: Path | None) -> Any:
     Raises:
         DataError: there is no such model.
     """
+    return _read_config(settings, folder=folder).get_text_config()
+
+
+def _read_config(settings: TargetConfig, *, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
     name = str(folder or settings.model)
     with loading("target", settings):
-        return AutoConfig.from_pretrained(name, revision=settings.revision).get_text_config()
+        return AutoConfig.from_pretrained(name, revision=settings.revision)
+
+
+def _model_class(config: Any) -> Any:
+    """The class of transformers that loads it: of causal models, or else of those that read images
+    as well, whose text part is the target.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import transformers
+
+    encodes = getattr(config, "is_encoder_decoder", False)
+    # encoders such as BERT's are decoders only where their config has it set
+    encodes = encodes or getattr(config, "is_decoder", True) is False
+    if not encodes and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if not encodes and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    raise ConfigError(
+        f"a model of type {config.model_type} is not a causal language model",
+        where="target.model",
+        fix="choose a decoder-only model; encoders and encoder-decoders cannot be targets",
+    )
+
+
+def _check_weights(model: Any, missing: Collection[str], settings: TargetConfig) -> None:
+    if missing:
+        raise DataError(
+            f"{len(missing)} weights of {type(model).__name__} are missing: {min(missing)}, ...",
+            where=f"target.model {settings.model}",
+            fix="give a folder with all weights of a causal language model, its lm_head included",
+        )
 
 
 def read_eos_ids(settings: TargetConfig, *, folder: Path | None) -> list[int]:
@@ -97,15 +129,16 @@ def load_target(
     with a cache needs. On GPUs its layers are spread over `num_gpus`.
 
     Raises:
-        DataError: there is no such model, or it is not a causal language model.
-        ConfigError: it lacks the layers or the mask token, or the device cannot be used; found
-            before any weight is read.
+        DataError: there is no such model, or some of its weights are missing.
+        ConfigError: it is not a causal language model, it lacks the layers or the mask token, or
+            the device cannot be used, all found before any weight is read; or its layers or logits
+            are not what the model computes.
         OutOfMemory: its weights do not fit.
     """
-    from transformers import AutoModelForCausalLM
-
     torch_device = choose_device(device, dtype=dtype or settings.dtype)
-    check_settings(settings, read_text_config(settings, folder=folder))
+    config = _read_config(settings, folder=folder)
+    check_settings(settings, config.get_text_config())
+    model_class = _model_class(config)
     torch_dtype = DTYPES[dtype or settings.dtype]
     too_large = OutOfMemory(
         f"the target does not fit into the memory of {num_gpus} x {torch_device}",
@@ -114,23 +147,28 @@ def load_target(
         " device (nvidia-smi), or take one with more memory",
     )
     with loading("target", settings), naming_oom(too_large):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             str(folder or settings.model),
             revision=settings.revision,
             dtype=torch_dtype,
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # all have it; `Target` and `examine` choose
+            output_loading_info=True,
             **placement(torch_device, num_gpus),
         )
+    _check_weights(model, info["missing_keys"], settings)
     check_placement(model, num_gpus)
     if attention == "fastest":
         use_flash_attention(model.get_decoder(), torch_device, torch_dtype)
     target = Target(model, settings.layer_ids)
+    with naming_oom(too_large):
+        examine(target)
     log.info(
-        "target=%s device=%s dtype=%s attention=%s layers=%s",
+        "target=%s device=%s dtype=%s attention=%s logit_factor=%g layers=%s",
         settings.model,
         torch_device,
         torch_dtype,
-        target.text_config._attn_implementation,
+        target.kernel,
+        target.logit_factor,
         settings.layer_ids,
     )
     return target

@@ -7,6 +7,7 @@ size, V vocabulary.
 """
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -15,108 +16,56 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepspec.errors import ConfigError
 from deepspec.model.cache_shelf import CacheShelf
-from deepspec.model.host_copy import row_starts
-from deepspec.model.kv_cache import LayerCache, latest_positions
-from deepspec.model.row_cache import RowCache
-from deepspec.target.attention import FLASH, KeyMask, use_grouped_attention
+from deepspec.model.kv_cache import LayerCache
+from deepspec.target.attention import EAGER, FLASH, GROUPED, KeyMask, set_attention
+from deepspec.target.decoding_cache import TargetCache
+from deepspec.target.structure import find_structure
 
 
 class TargetOutput(NamedTuple):
     """Hidden states of one forward pass."""
 
     context: Tensor  # [B, T, m * D] the captured layers, concatenated in ascending order
-    # [B, T, D] after the final norm: lm_head(last_hidden[t]) predicts token t + 1
+    # [B, T, D] after the final norm: lm_head(last_hidden[t]) predicts token t + 1, with the
+    # constant factor of a model that multiplies its logits by one
     last_hidden: Tensor
-
-
-class TargetCache(RowCache):
-    """Takes the place of transformers' Cache, of which attention layers call only `update`.
-
-    Each row has a length of its own, so that rejected tokens can be taken back.
-    """
-
-    def __init__(
-        self, windows: Sequence[int], rows: int, capacity: int, device: torch.device
-    ) -> None:
-        super().__init__(windows, rows, capacity)
-        self.positions = torch.arange(capacity, device=device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that keys and values take so far."""
-        pairs = [layer.pair for layer in self.layers if layer.pair]
-        return sum(part.nbytes for pair in pairs for part in pair)
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, H, q, E] of a layer; returns all of that layer's."""
-        return self.write(self.layers[layer_idx], keys, values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The length of the longest row (part of transformers' interface)."""
-        return max(self.lengths)
-
-    def step(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Positions of the next `num_tokens` tokens of each row, and the keys that they see.
-
-        Returns:
-            positions [B, q] (or [1, q] where all rows are equally long) and the mask
-            [B, 1, q, longest row + q], bool, in a graph of its extent.
-        """
-        end = self.end(num_tokens)
-        if self.device_step is not None:
-            positions = self.device_step.starts + self.positions[:num_tokens]
-        elif min(self.lengths) + num_tokens == end:
-            positions = self.positions[None, end - num_tokens : end]
-        else:
-            starts = row_starts(tuple(self.lengths), self.positions.device)
-            positions = starts + self.positions[:num_tokens]
-        return positions, (self.positions[:end] <= positions[:, :, None])[:, None]
-
-    def window_mask(self, positions: Tensor, causal: Tensor) -> Tensor:
-        """The keys that `positions`, and `causal`, of `step` see in layers with a window.
-
-        They are [B, 1, q, K], of the K keys that `update` returns there.
-        """
-        layer = next(layer for layer in self.layers if layer.window)
-        num_tokens, end = positions.shape[1], causal.shape[-1]
-        slots = layer.slots_after(self.lengths, num_tokens)
-        if end <= slots or not max(self.lengths):
-            near = self.positions[:end] > positions[:, :, None] - layer.window
-            return causal & near[:, None]
-        keys = latest_positions(positions[:, -1:] + 1, slots)[:, None]
-        distance = positions[:, :, None] - keys
-        return ((keys >= 0) & (distance >= 0) & (distance < layer.window))[:, None]
 
 
 class Target:
     """A causal language model that only ever runs forward."""
 
-    def __init__(self, model: Any, layer_ids: Sequence[int]) -> None:
+    def __init__(self, model: Any, layer_ids: Sequence[int], *, logit_factor: float = 1.0) -> None:
+        """`logit_factor` is what the model multiplies `lm_head(final hidden state)` by; the final
+        hidden states here have it in them.
+
+        Raises:
+            ConfigError: no decoder layers, or no output head, are found.
+        """
         self.model = model.eval().requires_grad_(requires_grad=False)
-        self.decoder = self.model.get_decoder()
         self.text_config = self.model.config.get_text_config()
-        self.lm_head = self.model.get_output_embeddings()
+        self.decoder, self.layers, self.embedding, self.lm_head = find_structure(self.model)
         self.layer_ids = tuple(layer_ids)
+        self.logit_factor = logit_factor
         self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.device: torch.device = self.lm_head.weight.device
         self.dtype: torch.dtype = self.lm_head.weight.dtype
-        self.packs = self.text_config._attn_implementation == FLASH  # see `forward_packed`
-        if not self.packs:
-            use_grouped_attention(self.decoder)
+        self.packs = self.kernel == FLASH  # see `forward_packed`
+        if self.kernel not in (FLASH, EAGER):
+            try:
+                set_attention(self.decoder, GROUPED)
+            except ValueError:
+                set_attention(self.decoder, EAGER)
         # transformers 5.24 renamed it and warns of the old name.
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        full = ["full_attention"] * self.text_config.num_hidden_layers
-        kinds = getattr(self.text_config, "layer_types", None) or full
-        # tokens that a sliding layer sees; 0 where there is no such layer
-        self.window = self.text_config.sliding_window if "sliding_attention" in kinds else 0
-        # the same of each layer; 0 is a layer that sees all
-        self.windows = [self.window if kind == "sliding_attention" else 0 for kind in kinds]
         # tokens of the longest sequence that the target is made for
-        self.max_positions: int = self.text_config.max_position_embeddings
+        self.max_positions: int = (
+            getattr(self.text_config, "max_position_embeddings", None) or sys.maxsize
+        )
+        # why it cannot decode with a cache; empty where it can
+        self.cannot_decode = ""
         # token ids that end an answer, according to the model's generation_config.json
         self.eos_ids = listed_ids(getattr(self.model.generation_config, "eos_token_id", None))
         # caches of decoding; a graph has one device
@@ -126,20 +75,61 @@ class Target:
         )
         self._tapped: dict[int, Tensor] = {}
         for layer in self.layer_ids:
-            module = self.decoder.embed_tokens if layer == -1 else self.decoder.layers[layer]
-            module.register_forward_hook(partial(self._keep, layer))
+            if layer == -1:  # what the first layer reads: some models scale what they look up
+                self.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            else:
+                self.layers[layer].register_forward_hook(partial(self._keep, layer))
+
+    @property
+    def kernel(self) -> str:
+        """The name of its layers' attention in transformers."""
+        return str(self.decoder.config._attn_implementation)
 
     @property
     def frozen(self) -> dict[str, Tensor]:
         """Embedding and lm_head [V, D], which every draft has as well, by their names there; those
         of them that are on `device`.
         """
-        embedding = self.model.get_input_embeddings()
-        weights = {"embed_tokens.weight": embedding.weight, "lm_head.weight": self.lm_head.weight}
+        weights = {
+            "embed_tokens.weight": self.embedding.weight,
+            "lm_head.weight": self.lm_head.weight,
+        }
         return {name: weight for name, weight in weights.items() if weight.device == self.device}
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._tapped[layer] = output[0] if isinstance(output, tuple) else output
+
+    def _keep_input(self, _module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        self._tapped[-1] = inputs[0] if inputs else named["hidden_states"]
+
+    @cached_property
+    def windows(self) -> list[int]:
+        """Tokens that each layer sees at a time, itself included; 0 is a layer that sees all.
+
+        They are read off the masks that the model's own code gives to its layers, in one pass.
+        """
+        found = [0] * len(self.layers)
+
+        def keep(layer: int, _module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            masks = [part for part in (*inputs, *named.values()) if isinstance(part, KeyMask)]
+            found[layer] = max((mask.window for mask in masks), default=0)
+
+        hooks = [
+            layer.register_forward_pre_hook(partial(keep, number), with_kwargs=True)
+            for number, layer in enumerate(self.layers)
+        ]
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        try:
+            self.forward(one, TargetCache(found, 1, 1, self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @property
+    def window(self) -> int:
+        """Tokens that a sliding layer sees; 0 where there is no such layer."""
+        return max(self.windows)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, cache: TargetCache | None = None) -> TargetOutput:
@@ -152,16 +142,14 @@ class Target:
         if cache is None:
             output = self.decoder(input_ids=input_ids, use_cache=False)
         else:
-            positions, visible = cache.step(input_ids.shape[1])
-            masks = self._masks(cache, visible, positions)
+            positions, _ = cache.step(input_ids.shape[1])
             output = self.decoder(
                 input_ids=input_ids,
                 position_ids=positions,
-                attention_mask={kind: KeyMask(mask) for kind, mask in masks.items()},
                 use_cache=True,
                 **{self._cache_argument: cache},
             )
-        return self._output(output.last_hidden_state)
+        return self.taken(output.last_hidden_state)
 
     @torch.inference_mode()
     def forward_packed(self, sequences: Sequence[Sequence[int]]) -> list[TargetOutput]:
@@ -180,23 +168,24 @@ class Target:
             position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
         )
-        packed = self._output(output.last_hidden_state)
+        packed = self.taken(output.last_hidden_state)
         contexts = packed.context[0].split(lengths)
         last_hidden = packed.last_hidden[0].split(lengths)
         return [TargetOutput(*parts) for parts in zip(contexts, last_hidden, strict=True)]
 
-    def _output(self, last_hidden: Tensor) -> TargetOutput:
-        # the layers of a target that is spread over GPUs leave their outputs where they are
-        parts = [self._tapped[layer].to(self.device) for layer in self.layer_ids]
-        self._tapped.clear()
-        return TargetOutput(torch.cat(parts, dim=-1), last_hidden.to(self.device))
-
-    def _masks(self, cache: TargetCache, causal: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """The mask of each kind of attention layer, of which some see a sliding window only."""
-        masks = {"full_attention": causal}
-        if self.window:
-            masks["sliding_attention"] = cache.window_mask(positions, causal)
-        return masks
+    def taken(self, last_hidden: Tensor, context: Tensor | None = None) -> TargetOutput:
+        """The output of a pass whose decoder returned `last_hidden` [B, T, D]; its context is what
+        the taps of the pass kept, unless it is given.
+        """
+        if context is None:
+            # the layers of a target that is spread over GPUs leave their outputs where they are
+            parts = [self._tapped[layer].to(self.device) for layer in self.layer_ids]
+            self._tapped.clear()
+            context = torch.cat(parts, dim=-1)
+        last_hidden = last_hidden.to(self.device)
+        if self.logit_factor != 1.0:
+            last_hidden = last_hidden * self.logit_factor
+        return TargetOutput(context, last_hidden)
 
     @torch.inference_mode()
     def logits(self, last_hidden: Tensor) -> Tensor:
@@ -205,7 +194,17 @@ class Target:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def new_cache(self, rows: int, capacity: int) -> TargetCache:
-        """Room for `rows` sequences of at most `capacity` tokens; memory is taken as they grow."""
+        """Room for `rows` sequences of at most `capacity` tokens; memory is taken as they grow.
+
+        Raises:
+            ConfigError: the target was found not to decode with a cache.
+        """
+        if self.cannot_decode:
+            raise ConfigError(
+                f"the target cannot be decoded with a cache: {self.cannot_decode}",
+                where="target.model",
+                fix="take answers from a server (answers.engine); capture needs no cache",
+            )
         return TargetCache(self.windows, rows, capacity, self.device)
 
     def row_bytes(self, capacity: int) -> int:

@@ -5,6 +5,7 @@ flash-attention only where it can work.
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from deepspec.config.data import SamplingConfig
-from deepspec.target import attention, model
+from deepspec.target import attention, decoding_cache
 from deepspec.target.generate import Decode, generate, pad_right
 from deepspec.target.model import Target
 from tests.target.tiny_target import CONFIG
@@ -80,8 +90,11 @@ def states(target: Target, num_new: int) -> list[Tensor]:
 def test_states_are_those_of_transformers_own_attention(name: str, num_new: int, monkeypatch):
     ours = Target(MODELS[name](), LAYERS)
     found = states(ours, num_new)
-    monkeypatch.setattr(model, "KeyMask", lambda visible: visible)
-    ours.decoder.set_attn_implementation("sdpa")
+    monkeypatch.setattr(decoding_cache, "KeyMask", lambda visible, **_: visible)
+    AttentionInterface.register("sdpa_theirs", sdpa_attention_forward)
+    make_mask = partial(attention.make_mask, uncached=sdpa_mask)
+    AttentionMaskInterface.register("sdpa_theirs", make_mask)
+    ours.decoder.set_attn_implementation("sdpa_theirs")
     for mine, theirs in zip(found, states(ours, num_new), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -156,8 +169,6 @@ def test_no_key_or_value_of_a_cache_is_copied(num_new: int, monkeypatch):
 
     assert largest(attention.grouped_attention, mask) <= query.numel()
     if num_new > 1:  # where the counting itself would show the copy
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         assert largest(sdpa_attention_forward, visible) >= 4 * keys.numel()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Qwen3ForCausalLM
+from transformers import BartConfig, BertConfig, Qwen3ForCausalLM, Qwen3Model, T5Config, ViTConfig
 
 from deepspec.errors import ConfigError, DataError, OutOfMemory
 from deepspec.target import loading
@@ -39,14 +39,26 @@ def test_settings_that_the_target_does_not_fit_are_refused_before_its_weights_ar
         load_target(settings, folder=tmp_path)
 
 
-def test_scores_that_are_capped_are_refused_before_weights_are_read(tmp_path):
-    """Our own attention does not cap them, and neither do several releases of transformers."""
-    Gemma2Config(num_hidden_layers=4, vocab_size=97).save_pretrained(tmp_path)
-    settings = tiny_run(tmp_path).target.model_copy(
-        update={"model": str(tmp_path), "layer_ids": (0, 2), "mask_token_id": 96}
+def settings_for(folder):
+    return tiny_run(folder).target.model_copy(
+        update={"model": str(folder), "layer_ids": (0, 2), "mask_token_id": 96}
     )
-    with pytest.raises(ConfigError, match="cap the scores"):
-        load_target(settings, folder=tmp_path)
+
+
+@pytest.mark.parametrize("config", [BertConfig(), BartConfig(), T5Config(), ViTConfig()])
+def test_what_is_no_causal_language_model_is_refused_before_weights_are_read(config, tmp_path):
+    config.num_hidden_layers, config.vocab_size = 4, 97
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"type {config.model_type} is not a causal language"):
+        load_target(settings_for(tmp_path), folder=tmp_path)
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    """Its lm_head would be made of random numbers, and the answers nothing."""
+    untied = CONFIG.__class__(**CONFIG.to_dict() | {"tie_word_embeddings": False})
+    Qwen3Model(untied).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"1 weights of Qwen3ForCausalLM are missing: lm_head"):
+        load_target(settings_for(tmp_path), folder=tmp_path)
 
 
 class HostBytes(TorchDispatchMode):
@@ -89,9 +101,8 @@ def test_a_target_goes_to_its_device_tensor_by_tensor(tmp_path, monkeypatch):
     """
     model = Qwen3ForCausalLM(CONFIG)
     model.save_pretrained(tmp_path)
-    settings = tiny_run(tmp_path).target.model_copy(
-        update={"model": str(tmp_path), "layer_ids": (0, 2), "mask_token_id": 96}
-    )
+    settings = settings_for(tmp_path)
+    monkeypatch.setattr(loading, "examine", lambda _: None)  # which computes, as meta cannot
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the count sees this thread alone
     held = []
     for device in ("meta", "cpu"):
