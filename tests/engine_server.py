@@ -50,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server, wrong = self.server, self.server.wrong
+        given = self.headers.get("Authorization", "")
+        if server.key and given != f"Bearer {server.key}":
+            return self.send(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
         with server.lock:
             server.bodies.append(body)
             server.in_flight += 1
@@ -106,7 +109,7 @@ class EngineServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model, self.drafts, self.wrong, self.latency_s = model, drafts, wrong, latency_s
-        self.version, self.max_len = "0.32.0", 512
+        self.version, self.max_len, self.key = "0.32.0", 512, ""
         self.lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.failures: list[int] = []  # statuses of the next requests

@@ -128,7 +128,7 @@ class EngineClient:
             time.sleep(REST_S)
 
     def version(self) -> str | None:
-        """VLLM's version; None where the server does not report one."""
+        """The version of vLLM; None where the server does not report one."""
         try:
             return str(self._send("GET", f"{self.root}/version", timeout=CHECK_S).json()["version"])
         except (ConfigError, ValueError, KeyError):

@@ -68,6 +68,8 @@ def served_units(run: Run, units: Sequence[Unit]) -> Iterator[MakeUnit]:
                         kept.put(unit.number, make_plain(plain, unit))
                     except DeepSpecError as error:  # raised where the unit is made
                         failed[unit.number] = error
+            if len(failed) == len(units):  # nothing is left for the server with the draft
+                raise failed[units[0].number]
         draft = stack.enter_context(opened("draft"))
 
         def make(unit: Unit, local: Path) -> Counts:
@@ -158,13 +160,16 @@ class _Servers:
             client = EngineClient(
                 servers.endpoints[0], servers, model=self._model, side=side, check=check
             )
-            yield self._checked(client)
+            with client.http:
+                yield self._checked(client)
 
     @contextmanager
     def _given(self, side: Side) -> Iterator[EngineClient]:
         url = self.servers.plain_endpoint if side == "plain" else self.servers.draft_endpoint
         model = self.servers.model_name or self.target.model
-        yield self._checked(EngineClient(str(url), self.servers, model=model, side=side))
+        client = EngineClient(str(url), self.servers, model=model, side=side)
+        with client.http:
+            yield self._checked(client)
 
     def _checked(self, client: EngineClient) -> EngineClient:
         question = self.maker.question(self.first, min(self.first.prompts))

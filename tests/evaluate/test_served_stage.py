@@ -13,12 +13,15 @@ from deepspec.artifacts.status import results
 from deepspec.artifacts.verify import verify_artifact
 from deepspec.config.run import RunConfig
 from deepspec.errors import ArtifactMismatch, ChildFailed, ConfigError, DeepSpecError, ShardsFailed
+from deepspec.evaluate import served_stage
 from deepspec.evaluate.engine_counters import EngineCounts, Rounds, read_counts
+from deepspec.evaluate.prompts import render_turns
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import run_evaluate
 from deepspec.serving.engine_version import require_version
+from deepspec.target.chat import load_chat
 from deepspec.train.loop import run_train
-from tests.conftest import made_once, tiny_run
+from tests.conftest import made_once, tiny_run, write_jsonl
 from tests.engine_server import BLOCK, EngineServer, engine_server
 
 MATH = ("evaluate.benchmarks=[{name: demo/math}]", "evaluate.temperatures=[0.0]")
@@ -100,6 +103,71 @@ def test_servers_that_were_started_by_hand_give_rows_as_the_decoding_here(ready:
         "draft_sampling": "greedy",
     }
     assert list(verify_artifact(artifact, None, num_threads=1)) == []
+
+
+def test_a_conversation_continues_with_the_plain_answers_at_both_servers(
+    ready: Path, tmp_path: Path
+):
+    turns = [{"turns": ["one", "two", "three"]}, {"turns": ["a"]}, {"turns": ["b", "c"]}]
+    path = write_jsonl(tmp_path / "mine.jsonl", turns)
+    benchmark = f"evaluate.benchmarks=[{{name: {path}, turns: all}}]"
+    folder = target_of(ready)
+    with engine_server(folder) as plain, engine_server(folder, drafts=True) as draft:
+        run = Run(given(ready, plain, draft, benchmark))
+        rows = read_rows(run_evaluate(run))
+    chat = load_chat(run)
+    for size in (1, 2):
+        of_size = {(row["prompt"], row["turn"]): row for row in rows if row["batch_size"] == size}
+        assert sorted(of_size) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+        answers = []
+        for turn, text in enumerate(turns[0]["turns"]):
+            prompt = render_turns(chat, tuple(turns[0]["turns"]), answers)
+            row = of_size[0, turn]
+            assert row["prompt_digest"] == prompt.digest and row["identical"], text
+            answers.append(chat.decode(row["token_ids"], chat.stop_ids()))
+    first = [[message["role"] for message in body["messages"]] for body in draft.bodies]
+    assert ["user", "assistant", "user", "assistant", "user"] in first
+
+
+def test_with_gpus_for_both_the_servers_run_side_by_side_each_on_its_own(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What each was started with: its GPU, and the draft's settings, drawn above temperature 0."""
+    monkeypatch.setattr(served_stage, "visible_gpus", lambda: ["4", "GPU-b"])
+    script = """
+import json, os, subprocess, sys
+drafts = "--speculative-config" in sys.argv
+seen = [os.environ["CUDA_VISIBLE_DEVICES"], sys.argv[-1]]
+code = subprocess.call([sys.executable, "-m", "tests.engine_server", *sys.argv[1:]])
+"""
+    note = f"""
+with open(os.path.join({str(tmp_path)!r}, "draft" if drafts else "plain"), "w") as file:
+    json.dump(seen, file)
+"""
+    script = script.replace("code = ", f"{note}\ncode = ")
+    command = [sys.executable, "-c", script, "{port}", "{name}", "{model}"]
+    more = ("resources.devices.type=auto", "evaluate.temperatures=[1.0]")
+    artifact = run_evaluate(Run(started(ready, *more, command=command)))
+    assert artifact.manifest() is not None
+    plain, draft = (json.loads((tmp_path / side).read_text()) for side in ("plain", "draft"))
+    assert (plain[0], draft[0]) == ("4", "GPU-b")
+    settings = json.loads(draft[1])
+    assert settings["method"] == "dspark" and settings["draft_sample_method"] == "probabilistic"
+    assert settings["num_speculative_tokens"] == 7
+    assert not Path(settings["model"]).exists(), "the export is removed with the servers"
+    assert json.loads(artifact.read("engine.json"))["draft_sampling"] == "probabilistic"
+
+
+def test_a_key_that_is_refused_is_named_and_not_shown(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    folder = target_of(ready)
+    with engine_server(folder) as plain, engine_server(folder, drafts=True) as draft:
+        plain.key = "sk-right"
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY is refused") as raised:
+            run_evaluate(Run(given(ready, plain, draft)))
+        assert "sk-" not in str(raised.value)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+        assert run_evaluate(Run(given(ready, plain, draft))).manifest() is not None
 
 
 def test_the_stage_starts_one_server_after_the_other_and_goes_on_where_it_was(ready: Path):
