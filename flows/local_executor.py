@@ -11,7 +11,7 @@ from prefect.blocks.system import Secret
 
 from deepspec.artifacts.artifact import Artifact
 from deepspec.artifacts.side_files import folder_beside
-from deepspec.config.servers import ServersConfig
+from deepspec.config.run import RunConfig
 from deepspec.errors import ConfigError
 from deepspec.process.launch import run_child
 from deepspec.process.machine import group_gpus, visible_gpus
@@ -34,7 +34,7 @@ class LocalExecutor:
         gpus = group_gpus(gpus, devices.gpus_per_lane)
         count = (devices.lanes or max(1, len(gpus))) if sharded else 1
         self.lanes = [_lane(number, gpus) for number in range(count)]
-        self.secrets = server_key(resources.servers) if stage_run.stage == "answers" else {}
+        self.secrets = server_key(stage_run.run.config, stage_run.stage)
 
     def work(self, lane: Lane, name: str, shards: list[int] | None) -> None:
         """As `Executor` has it."""
@@ -71,13 +71,16 @@ def log_path(artifact: Artifact, name: str) -> Path:
     return folder_beside(artifact, "logs") / f"{name[:80].replace(' ', '-')}.log"
 
 
-def server_key(servers: ServersConfig) -> dict[str, str]:
-    """The variable that the answers stage reads the servers' key from, if a Prefect block holds it.
+def server_key(config: RunConfig, stage: str) -> dict[str, str]:
+    """The variable that a stage which sends requests reads the servers' key from, if a Prefect
+    block holds it.
 
     Raises:
         ConfigError: there is no such block.
     """
-    if servers.api_key_secret is None:
+    servers = config.resources.servers
+    sends = stage == "answers" or (stage == "evaluate" and config.evaluate.is_served)
+    if servers.api_key_secret is None or not sends:
         return {}
     try:
         secret = Secret.load(servers.api_key_secret)

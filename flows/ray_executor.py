@@ -127,7 +127,7 @@ def work_on_node(name: str, order: GroupOrder, shards: list[int] | None) -> None
             )
         path = log_path(artifact, name)
         get_run_logger().info("%s: started on %s, full log in %s", name, host, path)
-        secrets = server_key(resources.servers) if stage == "answers" else {}
+        secrets = server_key(run.config, stage)
         with contextlib.closing(ChildLog(path)) as child_log, scope(resources.runner.patience_s):
             run_child(
                 request.command(stage, shards),

@@ -25,10 +25,11 @@ from prefect.states import State
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import stage_status
 from deepspec.config.recipes import load_run
-from deepspec.errors import UserError
+from deepspec.errors import ConfigError, UserError
 from deepspec.process.launch import RunRequest
 from deepspec.prompts.stage import run_prompts
 from flows.cli import run_flow
+from flows.local_executor import server_key
 from flows.pipeline import pipeline, regenerate
 from flows.plain_errors import FLOW_RUNS, log_errors_plainly
 from flows.tasks import run_stages
@@ -225,6 +226,18 @@ def test_a_stage_that_cannot_begin_is_not_shown_as_running(run_file: Path):
     assert failure is not None and "### Once that is corrected, the same run again" in str(
         failure.data
     )
+
+
+def test_only_stages_that_send_requests_load_the_servers_key(run_file: Path):
+    secret = "resources.servers.api_key_secret=nowhere"
+    here, served = (
+        load_run(str(run_file), [secret, f"evaluate.engine={engine}"])
+        for engine in ("in_process", "vllm")
+    )
+    assert server_key(here, "evaluate") == server_key(served, "hidden") == {}
+    for config, stage in ((here, "answers"), (served, "evaluate")):
+        with pytest.raises(ConfigError, match="no Secret block"):
+            server_key(config, stage)
 
 
 def test_shards_by_hand_may_be_written_as_people_do(
