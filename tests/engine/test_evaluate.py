@@ -17,7 +17,7 @@ from tests.engine.conftest import small_run
 from tests.engine.vllm import COMMAND, ENVIRONMENT, INTERPRETED, needs_vllm
 
 # Three servers are started: no plain one for the second draft.
-pytestmark = [*needs_vllm, pytest.mark.timeout(900)]
+pytestmark = [*needs_vllm, pytest.mark.timeout(1800)]
 FEW = "evaluate.benchmarks=[{name: demo/math, limit: 3}, {name: demo/chat, limit: 2}]"
 SERVED = (
     FEW,
