@@ -28,8 +28,8 @@ pytestmark = needs_vllm
 
 SCRIPT = Path(__file__).with_name("decode.py")
 NUM_PROMPTS, MAX_TOKENS, MAX_LENGTH = 20, 32, 512
+ENGINES = ("vllm", "speculators")
 STOCK = ("eagle3", "dflash-context")  # whose runner does without Triton
-PAIRS = [(algorithm, engine) for algorithm in ALGORITHMS for engine in ("vllm", "speculators")]
 
 
 class Decoded(NamedTuple):
@@ -61,28 +61,60 @@ def questions(trained: Path) -> Questions:
 @pytest.fixture(scope="module")
 def plain(questions: Questions, tmp_path_factory: pytest.TempPathFactory) -> Decoded:
     """The answers of vLLM without a draft."""
-    work = tmp_path_factory.mktemp("plain")
-    return in_vllm(questions, work, {"model": str(questions.target)}, folder=work)
+    folder = tmp_path_factory.mktemp("plain")
+    (found,) = in_vllm(questions, {folder: {"model": str(questions.target)}}, folder)
+    assert found.drafts == 0
+    return found
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def served(
+    request: pytest.FixtureRequest,
+    trained: Path,
+    questions: Questions,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, dict[str, Decoded]]:
+    """An algorithm, and the answers of vLLM with its draft in each format."""
+    algorithm, work = request.param, tmp_path_factory.mktemp("served")
+    options: dict[Path, dict[str, Any]] = {}
+    for engine in ENGINES:
+        vllm, serve, model, *rest = exported(trained, algorithm, engine, work / engine)
+        assert (vllm, serve) == ("vllm", "serve")
+        options[work / engine] = {"model": model}
+        if rest:
+            option, settings = rest
+            assert option == "--speculative-config"
+            options[work / engine]["speculative_config"] = json.loads(settings)
+    more = {} if algorithm in STOCK else INTERPRETED
+    found = in_vllm(questions, options, work, **more)
+    return algorithm, dict(zip(ENGINES, found, strict=True))
 
 
 def in_vllm(
-    questions: Questions, work: Path, options: dict[str, Any], *, folder: Path, **more: str
-) -> Decoded:
-    """The answers of a vLLM in a process of its own, started in `folder`."""
-    asked = questions._asdict() | {"target": "", "max_tokens": MAX_TOKENS}
-    asked["options"] = options | {"max_model_len": MAX_LENGTH}
+    questions: Questions, engines: dict[Path, dict[str, Any]], work: Path, **more: str
+) -> list[Decoded]:
+    """The answers of vLLMs, each started in a folder with its options, in a process of its own."""
+    limit = {"max_model_len": MAX_LENGTH}
+    asked = {
+        "engines": [
+            {"folder": str(folder), "options": options | limit}
+            for folder, options in engines.items()
+        ],
+        "prompts": questions.prompts,
+        "stop_ids": questions.stop_ids,
+        "max_tokens": MAX_TOKENS,
+    }
     (work / "in.json").write_text(json.dumps(asked))
     done = subprocess.run(
         [str(PYTHON), "-P", str(SCRIPT), str(work / "in.json"), str(work / "out.json")],
         env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | more,
-        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return Decoded(**json.loads((work / "out.json").read_text()))
+    return [Decoded(**found) for found in json.loads((work / "out.json").read_text())]
 
 
 def exported(store: Path, algorithm: str, engine: str, out: Path) -> list[str]:
@@ -107,24 +139,18 @@ def num_rounds(store: Path, algorithm: str, questions: Questions) -> int:
     return sum(len(trace.proposed) for trace in traces)
 
 
-@pytest.mark.parametrize(("algorithm", "engine"), PAIRS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_vllm_drafts_as_we_do_and_answers_as_without_a_draft(
-    algorithm: str, engine: str, trained: Path, questions: Questions, plain: Decoded, tmp_path: Path
+    engine: str,
+    served: tuple[str, dict[str, Decoded]],
+    trained: Path,
+    questions: Questions,
+    plain: Decoded,
 ):
     """A wrong layer, layout or norm shows in the rounds alone: answers stay those of the target."""
-    out = tmp_path / "out"
-    vllm, serve, model, *rest = exported(trained, algorithm, engine, out)
-    assert (vllm, serve) == ("vllm", "serve")
-    options: dict[str, Any] = {"model": model}
-    if rest:
-        option, settings = rest
-        assert option == "--speculative-config"
-        options["speculative_config"] = json.loads(settings)
-    more = {} if algorithm in STOCK else INTERPRETED
-    found = in_vllm(questions, tmp_path, options, folder=out, **more)
-    assert found.answers == plain.answers
-    assert plain.drafts == 0
-    assert found.drafts == num_rounds(trained, algorithm, questions)
+    algorithm, found = served
+    assert found[engine].answers == plain.answers
+    assert found[engine].drafts == num_rounds(trained, algorithm, questions)
 
 
 def test_a_speculators_folder_is_served_by_itself(
