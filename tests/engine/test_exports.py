@@ -24,10 +24,10 @@ from deepspec.target.generate import Decode
 from tests.engine.conftest import ALGORITHMS, small_run
 from tests.engine.vllm import ENVIRONMENT, INTERPRETED, PYTHON, needs_vllm, serving
 
-pytestmark = needs_vllm
+pytestmark = [*needs_vllm, pytest.mark.timeout(900)]  # two engines, one core, interpreted
 
 SCRIPT = Path(__file__).with_name("decode.py")
-NUM_PROMPTS, MAX_TOKENS, MAX_LENGTH = 20, 32, 512
+NUM_PROMPTS, MAX_TOKENS, MAX_LENGTH = 20, 20, 512
 ENGINES = ("vllm", "speculators")
 STOCK = ("eagle3", "dflash-context")  # whose runner does without Triton
 
