@@ -120,7 +120,7 @@ class Target:
         ]
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         try:
-            self.forward(one, TargetCache(found, 1, 1, self.device))
+            Target.forward(self, one, TargetCache(found, 1, 1, self.device))
         finally:
             for hook in hooks:
                 hook.remove()

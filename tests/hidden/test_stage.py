@@ -22,6 +22,8 @@ from deepspec.hidden.metadata import metadata_files
 from deepspec.hidden.sequences import CaptureRow, capture_rows, token_batches
 from deepspec.hidden.stage import HostCopy, run_capture
 from deepspec.target.chat import load_chat, target_folder
+from deepspec.target.decoding_cache import TargetCache
+from deepspec.target.examine import TOKENS
 from deepspec.target.loading import load_target
 from deepspec.target.model import Target, TargetOutput
 from tests.conftest import tiny_run
@@ -356,11 +358,18 @@ def test_memory_that_ends_beside_a_batch_names_the_sample(
     shutil.copytree(answered, tmp_path / "store")
     config = tiny_run(tmp_path / "store", "hidden.codec=int8")
 
+    forward = Target.forward
+
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
+    def of_few_tokens(self: Target, input_ids: torch.Tensor, *cache: TargetCache) -> TargetOutput:
+        if input_ids.shape[1] > TOKENS:  # those of the checks as the target is loaded fit
+            too_large()
+        return forward(self, input_ids, *cache)
+
     if place == "sampling":
-        monkeypatch.setattr(Target, "forward", too_large)
+        monkeypatch.setattr(Target, "forward", of_few_tokens)
     else:
         monkeypatch.setattr(StateChecks, "_compare_alone", too_large)
     with pytest.raises((OutOfMemory, ShardsFailed)) as caught:
