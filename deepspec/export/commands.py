@@ -45,7 +45,7 @@ def with_speculators(spec: DraftSpec, calibration: str | None) -> str:
 
 
 def with_sglang(spec: DraftSpec, calibration: str | None) -> str:
-    """For `--to sglang`, which draws drafts at the temperature of the answer by itself."""
+    """For `--to sglang`, which draws DSpark's drafts at the temperature of the answer by itself."""
     serve = ["python", "-m", "sglang.launch_server", "--model-path", target_name(spec) or UNNAMED]
     method = "DFLASH" if is_engines_dflash(spec) else "DSPARK"
     serve += ["--speculative-algorithm", method, "--speculative-draft-model-path", "."]
