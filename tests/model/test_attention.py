@@ -61,7 +61,7 @@ def outcome(
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+@pytest.mark.parametrize("name", ["vanilla", "context", "eagle3"])
 def test_flex_and_dense_attention_give_the_same_loss(
     name: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
