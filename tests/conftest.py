@@ -56,7 +56,7 @@ TINY = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests go first: what runs last is quick then, and no core waits for it."""
-    marks = "slow", "long"
+    marks = "slow", "long", "engine"
     slow = Counter(item.path for item in items if any(map(item.get_closest_marker, marks)))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -119,6 +119,7 @@ def marking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.long
 def test_a_vllm_killed_amid_its_answers_is_started_again_and_every_row_comes_once(
     asked: Path, expected: dict[int, list[dict]], marking: str
 ):
@@ -142,6 +143,7 @@ def test_a_vllm_killed_amid_its_answers_is_started_again_and_every_row_comes_onc
     assert marked(MARK, marking, "vllm") == []
 
 
+@pytest.mark.long
 def test_a_vllm_that_dies_at_load_is_one_error_with_what_it_died_of(asked: Path, marking: str):
     """Of its 160 lines the last 40 are frames of a process that knows no more than that."""
     run = Run(served_run(asked, *started("--num-gpu-blocks-override", "1"), "answers.seed=1"))

@@ -9,15 +9,13 @@ import pytest
 
 from deepspec.artifacts.run import Run
 from deepspec.artifacts.status import results
-from deepspec.evaluate.plain_sides import PlainSides
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import run_evaluate
 from deepspec.report.report import report_text
 from tests.engine.conftest import small_run
 from tests.engine.vllm import COMMAND, ENVIRONMENT, INTERPRETED, needs_vllm
 
-# Three servers are started: no plain one for the second draft.
-pytestmark = [*needs_vllm, pytest.mark.timeout(1800)]
+pytestmark = [*needs_vllm, pytest.mark.timeout(900)]  # two servers, one of them interpreted
 FEW = "evaluate.benchmarks=[{name: demo/math, limit: 3}, {name: demo/chat, limit: 2}]"
 SERVED = (
     FEW,
@@ -27,25 +25,22 @@ SERVED = (
 )
 
 
-def test_served_drafts_make_the_tokens_and_rounds_of_the_decoding_here(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("algorithm", "variables"),
+    [("eagle3", {}), pytest.param("dspark", INTERPRETED, marks=pytest.mark.long)],
+)
+def test_a_served_draft_makes_the_tokens_and_rounds_of_the_decoding_here(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: str,
+    variables: dict[str, str],
 ):
-    for name, value in {**ENVIRONMENT, **INTERPRETED}.items():
+    for name, value in {**ENVIRONMENT, **variables}.items():
         monkeypatch.setenv(name, value, prepend=os.pathsep if name == "PYTHONPATH" else None)
     store = tmp_path / "store"
     shutil.copytree(trained, store)
-    eagle3, dspark = (
-        Run(small_run(store, *SERVED, algorithm=algorithm)) for algorithm in ("eagle3", "dspark")
-    )
-    with monkeypatch.context() as kept:
-        kept.setattr(PlainSides, "remove_committed", lambda self: None)
-        _check_served(store, eagle3, "eagle3")
-    # The same target answers the same prompts plainly, whatever the draft.
-    shutil.copytree(*(PlainSides(run.artifact("evaluate")).folder for run in (eagle3, dspark)))
-    _check_served(store, dspark, "dspark")
-
-
-def _check_served(store: Path, run: Run, algorithm: str) -> None:
+    run = Run(small_run(store, *SERVED, algorithm=algorithm))
     own = read_rows(run_evaluate(Run(small_run(store, FEW, algorithm=algorithm))))
     artifact = run_evaluate(run)
     here = {(row["benchmark"], row["prompt"]): row for row in own}

@@ -67,7 +67,10 @@ def plain(questions: Questions, tmp_path_factory: pytest.TempPathFactory) -> Dec
     return found
 
 
-@pytest.fixture(scope="module", params=ALGORITHMS)
+CASES = [pytest.param(name, marks=() if name in STOCK else pytest.mark.long) for name in ALGORITHMS]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def served(
     request: pytest.FixtureRequest,
     trained: Path,
@@ -153,6 +156,7 @@ def test_vllm_drafts_as_we_do_and_answers_as_without_a_draft(
     assert found[engine].drafts == num_rounds(trained, algorithm, questions)
 
 
+@pytest.mark.long
 def test_a_speculators_folder_is_served_by_itself(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
