@@ -25,7 +25,7 @@ PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not slow and not long"
 
-# What the gate runs besides: endurance, many kills, clusters and servers.
+# Endurance, many kills, clusters and servers.
 test-slow: $(STAMP)
 	$(BIN)/python $(PYTEST) -m slow
 

@@ -129,6 +129,7 @@ def test_a_conversation_continues_with_the_plain_answers_at_both_servers(
     assert ["user", "assistant", "user", "assistant", "user"] in first
 
 
+@pytest.mark.slow
 def test_with_gpus_for_both_the_servers_run_side_by_side_each_on_its_own(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -170,6 +171,7 @@ def test_a_key_that_is_refused_is_named_and_not_shown(ready: Path, monkeypatch: 
         assert run_evaluate(Run(given(ready, plain, draft))).manifest() is not None
 
 
+@pytest.mark.slow
 def test_the_stage_starts_one_server_after_the_other_and_goes_on_where_it_was(ready: Path):
     """The draft's server dies at load in the first run: its plain answers are there in the next
     one, which needs no plain server, and commits.
@@ -185,6 +187,7 @@ def test_the_stage_starts_one_server_after_the_other_and_goes_on_where_it_was(re
     assert len(logs) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_amid_a_unit_is_started_again_and_the_group_is_made_anew(ready: Path):
     dies = Path(target_of(ready), "dies")
     dies.touch()

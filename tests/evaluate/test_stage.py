@@ -19,7 +19,7 @@ from deepspec.evaluate import stage as run
 from deepspec.evaluate.prompts import load_benchmarks, make_units
 from deepspec.evaluate.results import read_rows
 from deepspec.evaluate.stage import load_models, run_evaluate
-from deepspec.evaluate.units import Evaluator
+from deepspec.evaluate.units import Evaluator, Models
 from deepspec.export.export import export_draft
 from deepspec.hidden.stage import run_capture
 from deepspec.report.comparison import compare_results
@@ -279,8 +279,8 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let a pass of more rows run out of memory at its end."""
-    original = Target.forward
+    """Once target and draft are loaded, let a pass of more rows run out of memory at its end."""
+    original, load = Target.forward, run.load_models
 
     def limited(self: Target, ids: torch.Tensor, cache: Any = None) -> Any:
         output = original(self, ids, cache)
@@ -288,7 +288,12 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
         return output
 
-    monkeypatch.setattr(Target, "forward", limited)
+    def loaded(of_run: Run) -> Models:
+        models = load(of_run)
+        monkeypatch.setattr(Target, "forward", limited)
+        return models
+
+    monkeypatch.setattr(run, "load_models", loaded)
 
 
 def test_a_batch_that_runs_out_of_memory_is_decoded_at_a_smaller_size_with_the_same_tokens(
