@@ -36,7 +36,7 @@ from deepspec.process.supervisor import KILLED
 LAST_LINES, TICK_S = 8, 0.5
 # No reason of an end: a web server's requests, and the frames of a stack trace, which may stand
 # between the reason and the end (of vLLM's engine and of the server that waited for it, say).
-NO_REASON = re.compile(r'"[A-Z]+ \S+ HTTP/\d|(?:^|\] ) {2}')
+NO_REASON = re.compile(r'"[A-Z]+ \S+ HTTP/\d|(?:^|\] )(?: {2}File "| {4})')
 OnLine = Callable[[str], None]
 
 

@@ -13,7 +13,6 @@ from torch._inductor import config as inductor
 
 from deepspec.model import attention, block_draft, chunked_loss, eagle3
 from deepspec.target import attention as target_attention
-from deepspec.target.peak_memory import CHUNK_LOGITS
 
 rms_norm = F.rms_norm
 
@@ -60,8 +59,7 @@ def take_the_place_of_kernels() -> None:
     """Of those that the pretence does not have; and let compiled functions take fake tensors."""
     F.rms_norm = fused_norm
     # chunks as the arithmetic has them, on a GPU whose free memory nobody can ask for
-    chunked_loss.CHUNK_ELEMENTS = {"cuda": CHUNK_LOGITS}
-    chunked_loss.chunk_elements = lambda _device: CHUNK_LOGITS
+    chunked_loss.chunk_elements = lambda _device: chunked_loss.CHUNK_ELEMENTS["cuda"]
     attention.compiled = lambda _: lambda q, k, v, **_: FlexKernel.apply(q, k, v)
     attention.kernel_options = lambda *_: None
     attention.tiles = lambda *_, **__: None

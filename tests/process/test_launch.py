@@ -186,6 +186,19 @@ def test_a_child_that_dies_without_a_word_is_quoted(tmp_path: Path):
     assert str(tmp_path / "log") in caught.value.where
 
 
+def test_of_what_a_launcher_of_ranks_writes_the_indented_facts_are_kept():
+    written = """
+        print("Traceback (most recent call last):", '  File "run.py", line 9', sep="\\n")
+        print("    main()")
+        print("Root Cause (first observed failure):", "  exitcode  : -9 (pid: 7)", sep="\\n")
+        raise SystemExit(1)
+    """
+    with pytest.raises(ChildFailed) as caught:
+        run(python(written))
+    assert "  exitcode  : -9 (pid: 7)" in caught.value.what
+    assert "run.py" not in caught.value.what and "main()" not in caught.value.what
+
+
 def test_a_child_killed_by_a_signal_may_be_tried_again():
     with pytest.raises(TransientError, match="SIGKILL"):
         run(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
