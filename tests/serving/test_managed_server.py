@@ -98,7 +98,9 @@ def test_a_server_that_dies_again_and_again_ends_the_stage_and_the_next_run_goes
 def test_a_server_that_does_not_come_up_is_one_clear_error(
     store: Path, command: list[str], error: type[Exception], says: str
 ):
-    config = serving_run(store, command, "resources.servers.start_deadline_s=1")
+    # long enough for one that ends by itself on a busy machine
+    deadline_s = 1 if error is TransientError else 60
+    config = serving_run(store, command, f"resources.servers.start_deadline_s={deadline_s}")
     run_prompts(Run(config))
     with pytest.raises(error, match=says):
         run_answers(Run(config))
