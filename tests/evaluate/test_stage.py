@@ -53,6 +53,7 @@ def test_every_algorithm_goes_from_cache_to_lossless_results(ready: Path, recipe
     assert found.speedup > 0
 
 
+@pytest.mark.slow
 def test_the_verb_leaves_a_report_beside_a_real_result_and_results_can_be_compared(
     ready: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -141,6 +141,7 @@ def test_hidden_states_that_training_made_are_passed_over(tmp_path: Path):
     assert inputs_in(event_of(asset_key(draft.url))) == made_from
 
 
+@pytest.mark.slow
 def test_a_stage_that_a_flow_seals_is_an_asset_and_nothing_of_the_run_is_told(run_file: Path):
     prompts_and_answers(str(run_file))
     answers = Run(load_run(str(run_file))).artifact("answers")

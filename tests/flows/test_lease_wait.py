@@ -107,6 +107,7 @@ def test_a_second_run_waits_for_the_first_one_and_repeats_nothing(
     ), "not for ever"
 
 
+@pytest.mark.slow
 def test_runs_of_different_shards_work_in_parallel_and_what_a_dead_one_had_is_taken_over(
     run_file: Path,
 ):

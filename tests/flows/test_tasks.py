@@ -286,6 +286,7 @@ def test_a_group_for_which_the_machine_has_no_process_is_tried_again(
     assert prompts_and_answers(str(run_file))[1].status.sealed and refused
 
 
+@pytest.mark.slow
 def test_a_key_in_a_prefect_block_reaches_the_server_and_nothing_else(
     run_file: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -246,6 +246,7 @@ def benchmarks_verb(
     )
 
 
+@pytest.mark.slow
 def test_the_verb_reads_splits_and_files_from_a_hub_at_one_commit_and_then_asks_no_hub(
     tmp_path: Path,
 ):

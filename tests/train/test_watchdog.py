@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from deepspec.errors import EXIT_TRANSIENT
 from deepspec.process.events import silent
 from deepspec.train.watchdog import watchdog
@@ -49,6 +51,7 @@ def stalled(store: Path, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_stalled_step_dumps_the_stacks_and_ends_with_try_again(captured: Path, tmp_path: Path):
     shutil.copytree(captured, tmp_path / "store")
     done = stalled(tmp_path / "store", DEEPSPEC_EVENTS="1")
